@@ -1,0 +1,1 @@
+"""Latent diffusion with soft mixture denoising."""

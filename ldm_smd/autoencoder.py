@@ -1,0 +1,142 @@
+"""FrozenAutoencoder: one face for AutoencoderKL, AutoencoderTiny and AutoencoderDC of diffusers.
+
+Pictures go in as uint8 and come out as floats in [-1, 1]; latents are normalised by the model's own constants. What is
+written to disk is what the encoder said (moments); normalisation happens just in time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, ModelMixin
+from torch import nn
+
+from .errors import UserError
+
+KINDS = (AutoencoderKL, AutoencoderTiny, AutoencoderDC)
+INPUT_RANGE = (-1.0, 1.0)
+"""All three diffusers classes take pixels in [-1, 1] (AutoencoderTiny rescales inside)."""
+
+
+class FrozenAutoencoder(nn.Module):
+    """A frozen diffusers autoencoder in evaluation mode.
+
+    Args:
+        model: an AutoencoderKL, AutoencoderTiny or AutoencoderDC.
+        name: what manifests and messages call it: the folder or hub id it came from.
+    """
+
+    def __init__(self, model: ModelMixin, name: str = "") -> None:
+        super().__init__()
+        if not isinstance(model, KINDS):
+            allowed = ", ".join(kind.__name__ for kind in KINDS)
+            raise UserError(f"autoencoder: expected one of {allowed}, found {type(model).__name__}")
+        # force_upcast marks weights that overflow in float16 (the SDXL autoencoder); bfloat16 has float32's range.
+        if model.dtype == torch.float16 and model.config.get("force_upcast", False):
+            model = model.to(torch.float32)
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        shift, scale = latent_affine(model.config)
+        self.register_buffer("shift", shift, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> FrozenAutoencoder:
+        """Load from a local folder (diffusers layout, safetensors) or a hub id such as "stabilityai/sd-vae-ft-mse"."""
+        if Path(source).exists() and not (Path(source) / "config.json").is_file():
+            raise UserError(f"autoencoder: expected a diffusers model folder, found no config.json in {source}")
+        try:
+            model = AutoModel.from_pretrained(source, revision=revision, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"autoencoder: expected a local model folder or a hub id, found {str(source)!r}: {reason}"
+            ) from error
+        return cls(model, str(source))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def latent_channels(self) -> int:
+        return self.model.config.latent_channels
+
+    @torch.no_grad()
+    def encode_moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 pictures (B, 3, H, W) -> float32 moments (B, 2, C, h, w): mean and log-variance; (B, 1, C, h, w) for a
+        deterministic autoencoder."""
+        low, high = INPUT_RANGE
+        x = pixels.to(self.device, self.dtype) / 255.0 * (high - low) + low
+        # Autocast would run the convolutions in half precision even for weights that must stay in float32.
+        with torch.autocast(self.device.type, enabled=False):
+            encoded = self.model.encode(x)
+        if isinstance(self.model, AutoencoderKL):
+            moments = torch.stack((encoded.latent_dist.mean, encoded.latent_dist.logvar), dim=1)
+        elif isinstance(self.model, AutoencoderTiny):
+            moments = encoded.latents.unsqueeze(1)
+        else:
+            moments = encoded.latent.unsqueeze(1)
+        return moments.float()
+
+    def normalise(self, latents: torch.Tensor) -> torch.Tensor:
+        """Encoder units -> the units the denoiser learns in: (z - shift) * scale."""
+        return (latents - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (B, C, h, w) -> float32 pictures (B, 3, H, W), clamped to [-1, 1]."""
+        z = latents.to(self.device, torch.float32) / self.scale + self.shift
+        with torch.autocast(self.device.type, enabled=False):
+            x = self.model.decode(z.to(self.dtype)).sample
+        return x.float().clamp(*INPUT_RANGE)
+
+    def identity(self) -> dict:
+        """What a latent depends on, for manifests: two autoencoders with equal identities give equal latents."""
+        return {
+            "class": type(self.model).__name__,
+            "weights_sha256": weights_sha256(self.model),
+            "latent_channels": self.latent_channels,
+            "input_range": list(INPUT_RANGE),
+            "shift": self.shift.flatten().tolist(),
+            "scale": self.scale.flatten().tolist(),
+        }
+
+
+def sample_latents(moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draw latents (B, C, h, w) from moments (B, 2 or 1, C, h, w): mean + exp(logvar / 2) * noise, in float32."""
+    mean = moments[:, 0].float()
+    if moments.shape[1] == 1:
+        return mean
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return mean + torch.exp(0.5 * moments[:, 1].float()) * noise
+
+
+def latent_affine(config: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(shift, scale), each (1, C or 1, 1, 1), from a diffusers autoencoder's config.
+
+    diffusers has two conventions: (z - shift_factor) * scaling_factor, and with per-channel constants
+    (z - latents_mean) * scaling_factor / latents_std.
+    """
+    factor = config.get("scaling_factor") or 1.0
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        shift, scale = torch.tensor(mean), factor / torch.tensor(std)
+    else:
+        shift, scale = torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([factor])
+    return shift.float().view(1, -1, 1, 1), scale.float().view(1, -1, 1, 1)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of all parameters and buffers by name; the file they were stored in does not matter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Pictures in, latents on disk, batches out."""

@@ -1,0 +1,249 @@
+"""Train a small AutoencoderKL on one's own pictures: L1 + gradient L1 + KL, EMA weights, measured on held-out pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torchvision.utils import make_grid, save_image
+
+from ..autoencoder import INPUT_RANGE, FrozenAutoencoder
+from ..config import TrainAutoencoderConfig, config_as_dict
+from ..data.images import load_pixels
+from ..errors import UserError
+from ..files import atomic_folder
+from .ema import EMA
+from .metrics import MetricsLog, progress
+
+REPORT_EVERY_IMAGES = 1_000
+
+
+def build(config: TrainAutoencoderConfig) -> AutoencoderKL:
+    """An untrained AutoencoderKL of the configured shape."""
+    shape = config.model
+    levels = len(shape.block_out_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(shape.block_out_channels),
+        layers_per_block=shape.layers_per_block,
+        latent_channels=shape.latent_channels,
+        norm_num_groups=shape.norm_num_groups,
+        mid_block_add_attention=shape.mid_block_add_attention,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=config.images.resolution,
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
+
+
+def autoencoder_loss(
+    reconstruction: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, config: TrainAutoencoderConfig
+) -> dict[str, torch.Tensor]:
+    """Terms and weighted total, each a scalar.
+
+    l1       = mean |x' - x|
+    gradient = mean |dx' - dx| over horizontal and vertical differences
+    kl       = mean over latent numbers of (mean^2 + var - 1 - log var) / 2
+    """
+    error = reconstruction - x
+    l1 = error.abs().mean()
+    gradient = 0.5 * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+    kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+    total = l1 + config.gradient_weight * gradient + config.kl_weight * kl
+    return {"loss": total, "l1": l1, "gradient": gradient, "kl": kl}
+
+
+def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
+    """Train, measure on the held-out pictures, write the model folder; returns it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.seed)
+    pixels, _, _ = load_pixels(config.images)
+    held_out, _, _ = load_pixels(config.held_out)
+    model = build(config).to(device)
+    ema = EMA(model, config.ema_halflife_images)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+
+    work = Path(config.work)
+    images_seen = _resume(work / "checkpoint", model, ema, optimizer, device)
+    log = MetricsLog(work, images_seen)
+    bar = progress(config.images_total, images_seen, "autoencoder")
+    totals: dict[str, torch.Tensor] = {}
+    steps = 0
+    while images_seen < config.images_total:
+        # The batch is a function of (seed, images_seen) alone, so a resumed run sees what an undisturbed one would.
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
+        x = _batch(pixels, config, generator).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(config, images_seen)
+        noise = torch.randn(_latent_shape(config, len(x)), generator=generator).to(device)
+        reconstruction, mean, logvar = _forward(model, x, noise)
+        terms = autoencoder_loss(reconstruction, x, mean, logvar, config)
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+        before = images_seen
+        images_seen += len(x)
+        steps += 1
+        ema.update(model, len(x), images_seen)
+        totals = {name: totals.get(name, 0.0) + value.detach() for name, value in terms.items()}
+        bar.update(len(x))
+        if _crossed(before, images_seen, REPORT_EVERY_IMAGES):
+            means = {name: float(total) / steps for name, total in totals.items()}
+            if not math.isfinite(means["loss"]):
+                raise UserError(f"loss: expected a finite number, found {means['loss']} at {images_seen} images")
+            log.log(images_seen, means)
+            bar.set_postfix(l1=f"{means['l1']:.4f}")
+            totals, steps = {}, 0
+        if _crossed(before, images_seen, config.checkpoint_every_images):
+            measured = measure(FrozenAutoencoder(ema.model), held_out)
+            log.log(images_seen, {"held_out_psnr": measured["psnr"]})
+            bar.write(f"{images_seen} images: held-out PSNR {measured['psnr']:.2f} dB")
+            _save(work / "checkpoint", model, ema, optimizer, images_seen)
+            save_comparison(FrozenAutoencoder(ema.model), held_out[:24], work / "reconstructions.png")
+    bar.close()
+    log.close()
+
+    set_latent_statistics(ema.model, pixels)
+    frozen = FrozenAutoencoder(ema.model)
+    measured = measure(frozen, held_out)
+    save_comparison(frozen, held_out[:24], work / "reconstructions.png")
+    with atomic_folder(Path(config.output)) as folder:
+        ema.model.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(config, frozen, measured, len(pixels)), encoding="utf-8")
+    print(f"held-out PSNR {measured['psnr']:.2f} dB; wrote {config.output}")
+    return Path(config.output)
+
+
+def _forward(model: AutoencoderKL, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    posterior = model.encode(x).latent_dist
+    z = posterior.mean + posterior.std * noise
+    return model.decode(z).sample, posterior.mean, posterior.logvar
+
+
+def _batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torch.Generator) -> torch.Tensor:
+    """A random batch in [-1, 1], half of it mirrored where ``flip``."""
+    index = torch.randint(len(pixels), (config.batch_size,), generator=generator)
+    low, high = INPUT_RANGE
+    x = pixels[index].float() / 255.0 * (high - low) + low
+    if config.flip:
+        mirrored = torch.rand(config.batch_size, generator=generator) < 0.5
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+    return x
+
+
+def _latent_shape(config: TrainAutoencoderConfig, batch: int) -> tuple[int, int, int, int]:
+    side = config.images.resolution // 2 ** (len(config.model.block_out_channels) - 1)
+    return batch, config.model.latent_channels, side, side
+
+
+def _learning_rate(config: TrainAutoencoderConfig, images_seen: int) -> float:
+    """Linear warm-up, then a half cosine to zero."""
+    warmup = min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
+    return config.learning_rate * warmup * 0.5 * (1.0 + math.cos(math.pi * images_seen / config.images_total))
+
+
+def _crossed(before: int, after: int, every: int) -> bool:
+    return before // every != after // every
+
+
+def measure(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int = 64) -> dict[str, float]:
+    """Reconstruction of ``pixels`` (uint8) by the posterior mean, rounded to 8 bits.
+
+    psnr: mean over pictures of 10 log10(255^2 / MSE of the picture), in dB, the usual figure; psnr_of_mean: the PSNR of
+    the MSE over all pictures (always the lower one).
+    """
+    errors = []
+    for batch in pixels.split(batch_size):
+        latents = autoencoder.normalise(autoencoder.encode_moments(batch)[:, 0])
+        decoded = to_uint8(autoencoder.decode(latents)).cpu()
+        errors.append((decoded.double() - batch.double()).square().mean(dim=(1, 2, 3)))
+    mse = torch.cat(errors).clamp_min(1e-3)
+    return {
+        "psnr": float((10 * torch.log10(255.0**2 / mse)).mean()),
+        "psnr_of_mean": float(10 * torch.log10(255.0**2 / mse.mean())),
+    }
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Pictures in [-1, 1] as uint8, rounded."""
+    return ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def set_latent_statistics(model: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 64) -> None:
+    """Store the per-channel mean and deviation of the latents of ``pixels`` in the model's config, so that normalised
+    latents have mean 0 and variance 1."""
+    frozen = FrozenAutoencoder(model)
+    count, total, squares = 0, 0.0, 0.0
+    for batch in pixels.split(batch_size):
+        moments = frozen.encode_moments(batch).double()
+        mean, variance = moments[:, 0], moments[:, 1].exp()
+        count += mean[:, 0].numel()
+        total = total + mean.sum(dim=(0, 2, 3))
+        squares = squares + (mean.square() + variance).sum(dim=(0, 2, 3))
+    mean = total / count
+    model.register_to_config(latents_mean=mean.tolist(), latents_std=(squares / count - mean.square()).sqrt().tolist())
+
+
+def save_comparison(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, path: Path) -> None:
+    """A grid: a row of pictures above the row of their reconstructions."""
+    latents = autoencoder.normalise(autoencoder.encode_moments(pixels)[:, 0])
+    decoded = (autoencoder.decode(latents).cpu() + 1) / 2
+    rows = [row for pair in zip((pixels / 255.0).split(8), decoded.split(8)) for row in pair]
+    save_image(make_grid(torch.cat(rows), nrow=8, padding=2, pad_value=0.7), path)
+
+
+def model_card(config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, pictures: int) -> str:
+    """README.md of the model folder."""
+    parameters = sum(parameter.numel() for parameter in autoencoder.model.parameters())
+    return f"""---
+library_name: diffusers
+license: apache-2.0
+---
+# A small AutoencoderKL
+
+Trained by `tools/train_autoencoder.py` on {pictures:,} pictures of `{config.images.source}` at \
+{config.images.resolution}x{config.images.resolution}, {config.images_total:,} images seen, {parameters / 1e6:.2f} million \
+parameters.
+
+| measured on `{config.held_out.source}` | dB |
+|---|---|
+| PSNR, mean over pictures | {measured["psnr"]:.2f} |
+| PSNR of the mean squared error | {measured["psnr_of_mean"]:.2f} |
+
+Latents are normalised by `latents_mean` and `latents_std` in `config.json`, measured on the training pictures.
+
+```json
+{json.dumps(config_as_dict(config), indent=2)}
+```
+"""
+
+
+def _save(folder: Path, model: AutoencoderKL, ema: EMA, optimizer: torch.optim.Optimizer, images_seen: int) -> None:
+    with atomic_folder(folder) as temporary:
+        save_file(model.state_dict(), temporary / "model.safetensors")
+        save_file(ema.model.state_dict(), temporary / "ema.safetensors")
+        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps({"images_seen": images_seen}), encoding="utf-8")
+
+
+def _resume(
+    folder: Path, model: AutoencoderKL, ema: EMA, optimizer: torch.optim.Optimizer, device: torch.device
+) -> int:
+    if not folder.is_dir():
+        return 0
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
+        ema.model.load_state_dict(load_file(folder / "ema.safetensors", device=str(device)))
+    except RuntimeError as error:
+        raise UserError(f"work: expected a checkpoint of this model in {folder}, found another shape") from error
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location=device))
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))["images_seen"]

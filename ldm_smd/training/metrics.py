@@ -1,0 +1,59 @@
+"""Where a run's numbers go: one JSON line and one TensorBoard entry per report, and a progress bar in images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Appends to ``folder/metrics.jsonl`` and ``folder/tensorboard``.
+
+    Lines past ``images_seen`` are dropped on opening: they were written after the checkpoint that the run resumes from,
+    and would stand there twice.
+    """
+
+    def __init__(self, folder: Path, images_seen: int = 0) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["images_seen"] <= images_seen]
+        self._file = open(self.path, "w", encoding="utf-8")
+        for line in kept:
+            self._write(line)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen)
+
+    def log(self, images_seen: int, values: dict[str, float]) -> None:
+        self._write({"images_seen": images_seen, **values})
+        for name, value in values.items():
+            self._board.add_scalar(name, value, images_seen)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def _write(self, line: dict) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def progress(total_images: int, images_seen: int, description: str, disable: bool = False) -> tqdm:
+    """A bar that counts images: rate in images/s and the time left."""
+    return tqdm(
+        total=total_images, initial=images_seen, desc=description, unit="img", disable=disable, dynamic_ncols=True
+    )

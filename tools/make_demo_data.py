@@ -1,0 +1,117 @@
+"""Build the demo data: Noto emoji at 64x64 as webdataset tars.
+
+The pictures come from the npm package ``emoji-datasource-google`` (version 16.0.0). Fetch and unpack it, then run this:
+
+    npm pack emoji-datasource-google@16.0.0
+    tar xzf emoji-datasource-google-16.0.0.tgz
+    python tools/make_demo_data.py package data/emoji
+
+Each picture is composited on white. Its label is the category of its emoji; a skin-tone variant carries the label of its
+base. A tenth of each category is held out, chosen by a hash of the base emoji, and variants stay with their base, so no
+picture in the held-out part is a recoloured training picture. The same package gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import webdataset as wds
+from PIL import Image
+
+HELD_OUT_SHARE = 0.1
+SHARD_SIZE = 1000
+
+
+def read_emoji(package: Path) -> list[list[dict]]:
+    """Groups of pictures, one group per base emoji: each picture has ``code``, ``category`` and ``path``."""
+    groups = []
+    for emoji in json.loads((package / "emoji.json").read_text(encoding="utf-8")):
+        variants = [emoji, *emoji.get("skin_variations", {}).values()]
+        groups.append(
+            [
+                {
+                    "code": variant["unified"].lower(),
+                    "category": emoji["category"],
+                    "path": package / "img" / "google" / "64" / variant["image"],
+                }
+                for variant in variants
+            ]
+        )
+    return groups
+
+
+def split(groups: list[list[dict]]) -> tuple[list[dict], list[dict]]:
+    """(training pictures, held-out pictures); whole groups in hash order until a tenth of the category is held out."""
+    by_category = defaultdict(list)
+    for group in groups:
+        by_category[group[0]["category"]].append(group)
+    training, held_out = [], []
+    for category_groups in by_category.values():
+        category_groups.sort(key=lambda group: hashlib.sha256(group[0]["code"].encode()).hexdigest())
+        wanted = HELD_OUT_SHARE * sum(len(group) for group in category_groups)
+        taken = 0
+        for group in category_groups:
+            if taken < wanted:
+                held_out += group
+                taken += len(group)
+            else:
+                training += group
+    return training, held_out
+
+
+def png_on_white(path: Path) -> bytes:
+    """The picture with its alpha composited on white, as an RGB PNG."""
+    with Image.open(path) as image:
+        rgba = image.convert("RGBA")
+    canvas = Image.new("RGBA", rgba.size, "white")
+    canvas.alpha_composite(rgba)
+    buffer = io.BytesIO()
+    canvas.convert("RGB").save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def write_tars(pictures: list[dict], classes: list[str], prefix: Path) -> None:
+    """Write the pictures, in hash order so that the categories are mixed, to ``prefix-000.tar`` and on."""
+    pictures = sorted(pictures, key=lambda picture: hashlib.sha256(picture["code"].encode()).hexdigest())
+    for shard, start in enumerate(range(0, len(pictures), SHARD_SIZE)):
+        with wds.TarWriter(f"{prefix}-{shard:03d}.tar", mtime=0) as tar:
+            for picture in pictures[start : start + SHARD_SIZE]:
+                tar.write(
+                    {
+                        "__key__": picture["code"],
+                        "cls": str(classes.index(picture["category"])),
+                        "png": png_on_white(picture["path"]),
+                    }
+                )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", type=Path, help="the unpacked npm package emoji-datasource-google 16.0.0")
+    parser.add_argument("output", type=Path, help="folder for the tars, classes.json and the licence texts")
+    arguments = parser.parse_args()
+    if not (arguments.package / "emoji.json").is_file():
+        print(f"make_demo_data: expected {arguments.package}/emoji.json, found no such file", file=sys.stderr)
+        return 2
+
+    groups = read_emoji(arguments.package)
+    classes = sorted({group[0]["category"] for group in groups})
+    training, held_out = split(groups)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_tars(training, classes, arguments.output / "train")
+    write_tars(held_out, classes, arguments.output / "heldout")
+    (arguments.output / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
+    shutil.copy(arguments.package / "LICENSE", arguments.output / "LICENSE.emoji-data.txt")
+    print(f"{len(training)} training and {len(held_out)} held-out pictures of {len(classes)} classes in {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
