@@ -108,6 +108,196 @@ class TrainAutoencoderConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tools/encode.py
+
+
+@dataclass
+class EncodeConfig:
+    """tools/encode.py"""
+
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    autoencoder: str = MISSING
+    """A local diffusers model folder or a hub id ("stabilityai/sd-vae-ft-mse")."""
+    output: str = MISSING
+    """Folder for the latent shards and manifest.json; must not hold any yet."""
+    mirror: bool = True
+    """Store the encoding of the mirrored picture too (twice the work and size). Not for letters or flags."""
+    shard_size: int = 1000
+    """Pictures in a shard."""
+    batch_size: int = 32
+    num_workers: int = 1
+    """Processes that decode pictures while the autoencoder runs."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check(self.shard_size >= 1, "shard_size", "at least 1", self.shard_size)
+        check(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/train.py
+
+
+@dataclass
+class ModelConfig:
+    """SMDUNet2DModel, less what the shards say (latent size and channels, number of classes)."""
+
+    block_out_channels: list[int] = field(default_factory=lambda: [128, 256])
+    layers_per_block: int = 2
+    attention_levels: list[int] = field(default_factory=lambda: [1])
+    attention_head_dim: int = 32
+    norm_num_groups: int = 16
+    dropout: float = 0.0
+    latent_channels: int = 32
+    """Channels of the mixture's latent map z. 0: the Gaussian baseline, without g_xi and f_phi."""
+    identifier_channels: int = 32
+    hypernetwork_width: int = 64
+    placement: str = "up"
+    """Where the hypernetwork acts: in_out (the paper), up (the trunk runs once for all draws), all."""
+
+    def __post_init__(self) -> None:
+        one_of("model.placement", self.placement, ("in_out", "up", "all"))
+        for channels in self.block_out_channels:
+            check(
+                channels % self.norm_num_groups == 0 and channels % self.attention_head_dim == 0,
+                "model.block_out_channels",
+                f"multiples of norm_num_groups={self.norm_num_groups} and attention_head_dim={self.attention_head_dim}",
+                channels,
+            )
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the draws of the prediction are compared with the target by (ldm_smd/diffusion/objectives.py)."""
+
+    name: str = "energy"
+    """energy: a strictly proper score, learns the mixture. mse: the paper's loss; the one for Gaussian models."""
+    draws: int = 4
+    """M, predictions per picture (energy: at least 2)."""
+    beta: float = 1.0
+    diversity: float = 1.0
+    patches: list[int] = field(default_factory=lambda: [0, 2])
+    """Sides of the patches, in latent places, that the energy score measures distances over; 0: the whole picture."""
+
+    def __post_init__(self) -> None:
+        one_of("objective.name", self.name, ("mse", "energy"))
+        least = 2 if self.name == "energy" else 1
+        check(self.draws >= least, "objective.draws", f"at least {least}", self.draws)
+        check(0 < self.beta < 2, "objective.beta", "more than 0 and less than 2", self.beta)
+        check(0 <= self.diversity <= 1, "objective.diversity", "from 0 to 1", self.diversity)
+        check(len(self.patches) > 0, "objective.patches", "at least one side", self.patches)
+
+
+@dataclass
+class DiffusionConfig:
+    """The forward process, in diffusers' words."""
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "squaredcos_cap_v2"
+    prediction_type: str = "v_prediction"
+    """v_prediction, epsilon or sample (x_0)."""
+
+    def __post_init__(self) -> None:
+        one_of("diffusion.beta_schedule", self.beta_schedule, ("squaredcos_cap_v2", "linear", "scaled_linear"))
+        one_of("diffusion.prediction_type", self.prediction_type, ("v_prediction", "epsilon", "sample"))
+
+
+@dataclass
+class TrainConfig:
+    """tools/train.py. All counts are in images."""
+
+    shards: str = MISSING
+    """Folder with latent shards and manifest.json (tools/encode.py)."""
+    autoencoder: str = MISSING
+    """The autoencoder the shards were made with: decodes the sample grids and goes into the model folder."""
+    output: str = MISSING
+    """Folder of the run: checkpoints, metrics, sample grids, and model/ (the pipeline, EMA weights) at the end."""
+    init_from: Optional[str] = None
+    """Start from the weights of this SMDUNet2DModel folder instead of random ones."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    images_total: int = 1_000_000
+    batch_size: int = 256
+    """Over all processes together; the number of processes must divide it."""
+    learning_rate: float = 3e-4
+    warmup_images: int = 10_000
+    """Linear warm-up of the learning rate."""
+    cooldown_images: int = 0
+    """Linear cool-down to zero over the last images."""
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    ema_halflife_images: int = 50_000
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null class, for classifier-free guidance."""
+    mirror: bool = False
+    """Take the mirrored encoding for half of the pictures (shards made with mirror: true)."""
+    class_conditional: bool = True
+    """Use the labels of the shards where they have them."""
+    precision: str = "auto"
+    """auto: bf16 on GPUs that have it, else float32. no: float32. bf16."""
+    attention: str = "auto"
+    """auto: xformers where it runs, else torch. sdpa: torch. xformers: warn where it does not run."""
+    num_workers: int = 0
+    seed: int = 0
+    log_every_images: int = 1_000
+    sample_every_images: int = 50_000
+    """Sample grids and the spread over eta."""
+    sample_steps: int = 8
+    checkpoint_every_images: int = 50_000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
+        check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
+        check(self.gradient_clip > 0, "gradient_clip", "more than 0", self.gradient_clip)
+        check(0 <= self.label_dropout <= 1, "label_dropout", "from 0 to 1", self.label_dropout)
+        check(self.keep_checkpoints >= 1, "keep_checkpoints", "at least 1", self.keep_checkpoints)
+        one_of("precision", self.precision, ("auto", "no", "bf16"))
+        one_of("attention", self.attention, ("auto", "sdpa", "xformers"))
+        check(
+            self.model.latent_channels > 0 or self.objective.name == "mse",
+            "objective.name",
+            "mse for a Gaussian model (model.latent_channels=0)",
+            self.objective.name,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/sample.py
+
+
+@dataclass
+class SampleConfig:
+    """tools/sample.py"""
+
+    model: str = MISSING
+    """A model folder as tools/train.py writes it (RUN/model)."""
+    output: str = MISSING
+    """Folder for the pictures: SEED.png each, and grid.png."""
+    classes: Optional[list[str]] = None
+    """Names or numbers of the classes, ``per_class`` pictures each. null: all classes. []: unconditional."""
+    per_class: int = 8
+    """Pictures per class; of an unconditional run, pictures in all."""
+    steps: int = 8
+    scheduler: Optional[str] = None
+    """Any diffusers scheduler class, as DDIMScheduler. null: the model folder's own."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    seed: int = 0
+    """Picture i has seed ``seed + i``: it is the same at any batch size."""
+    batch_size: int = 64
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check(self.per_class >= 1, "per_class", "at least 1", self.per_class)
+        check(self.steps >= 1, "steps", "at least 1", self.steps)
+        check(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        check(self.guidance_scale >= 0, "guidance_scale", "at least 0", self.guidance_scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Load, merge, validate, dump
 
 

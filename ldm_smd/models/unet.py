@@ -1,0 +1,260 @@
+"""SMDUNet2DModel: a UNet whose prediction depends on a draw ``eta``, so that it stands for a mixture; diffusers' interface."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+
+from .blocks import (
+    AttentionBlock,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    assign_modulation_slices,
+    zero_init,
+)
+from .hypernetwork import HyperNetwork, MixtureIdentifier
+
+PLACEMENTS = ("in_out", "up", "all")
+
+
+class SMDUNet2DModel(ModelMixin, ConfigMixin):
+    """A UNet with AdaGN residual blocks, self-attention, class embedding and soft mixture denoising.
+
+    ``forward(x, t, labels, eta)`` returns one component's prediction for every ``eta``; over ``eta ~ N(0, I)`` these are a
+    mixture (arXiv 2309.14068). With ``latent_channels=0`` there is no mixture part and ``eta`` is not read: the Gaussian
+    baseline, the same code otherwise.
+
+    Args:
+        sample_size: side of the latents in training; others work too.
+        in_channels, out_channels: channels of the latents.
+        block_out_channels: channels of each level; every level but the last halves the sides.
+        layers_per_block: residual blocks of a level on the way down; one more on the way up.
+        attention_levels: the levels (0 is the finest) with attention after each residual block. The middle always has it.
+        attention_head_dim: channels per attention head.
+        num_classes: number of classes, or None for an unconditional model. A label equal to ``num_classes`` is the null
+            class: "no label".
+        norm_num_groups: groups of every GroupNorm.
+        dropout: inside the residual blocks.
+        latent_channels: channels of the mixture's latent map z; 0 for a Gaussian model.
+        identifier_channels: width of g_xi, which makes z (MixtureIdentifier).
+        hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
+        placement: where f_phi acts. "in_out" (the paper): after the first and before the last convolution. "up": before
+            each level on the way up and before the last convolution, so that the way down and the middle run once for
+            any number of draws. "all": "in_out" and before each level both ways.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 8,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        block_out_channels: tuple[int, ...] = (128, 256),
+        layers_per_block: int = 2,
+        attention_levels: tuple[int, ...] = (1,),
+        attention_head_dim: int = 32,
+        num_classes: int | None = None,
+        norm_num_groups: int = 16,
+        dropout: float = 0.0,
+        latent_channels: int = 32,
+        identifier_channels: int = 32,
+        hypernetwork_width: int = 64,
+        placement: str = "up",
+    ) -> None:
+        super().__init__()
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, found {placement!r}")
+        if any(channels % norm_num_groups for channels in block_out_channels):
+            raise ValueError(
+                f"block_out_channels: expected multiples of norm_num_groups={norm_num_groups}, "
+                f"found {list(block_out_channels)}"
+            )
+        groups, levels = norm_num_groups, len(block_out_channels)
+        first, last = block_out_channels[0], block_out_channels[-1]
+        embedding_dim = 4 * first
+
+        self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(first, embedding_dim)
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_dim)
+
+        # Way down. Every feature map made there is kept for the way up.
+        self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
+        kept = [first]
+        channels = first
+        self.down = nn.ModuleList()
+        for level, out in enumerate(block_out_channels):
+            stage = Stage()
+            for _ in range(layers_per_block):
+                stage.add(ResidualBlock(channels, out, groups, dropout), out, level, attention_levels, attention_head_dim)
+                channels = out
+                kept.append(channels)
+            if level < levels - 1:
+                stage.resample = Downsample(channels)
+                kept.append(channels)
+            self.down.append(stage)
+
+        self.middle = nn.ModuleList(
+            (
+                ResidualBlock(last, last, groups, dropout),
+                AttentionBlock(last, attention_head_dim, groups),
+                ResidualBlock(last, last, groups, dropout),
+            )
+        )
+
+        # Way up, coarsest level first.
+        up_inputs = []
+        self.up = nn.ModuleList()
+        for level in reversed(range(levels)):
+            stage, out = Stage(), block_out_channels[level]
+            up_inputs.append(channels)
+            for _ in range(layers_per_block + 1):
+                block = ResidualBlock(channels + kept.pop(), out, groups, dropout)
+                stage.add(block, out, level, attention_levels, attention_head_dim)
+                channels = out
+            if level > 0:
+                stage.resample = Upsample(channels)
+            self.up.append(stage)
+        self.norm_out = nn.GroupNorm(groups, first)
+        self.conv_out = zero_init(nn.Conv2d(first, out_channels, 3, padding=1))
+
+        # The mixture: z = g_xi(eta, x_t, t), and f_phi(z) at the places of its choice.
+        self.identifier = None
+        self.hyper = nn.ModuleDict()
+        if latent_channels > 0:
+            self.identifier = MixtureIdentifier(
+                in_channels, identifier_channels, latent_channels, groups, attention_head_dim
+            )
+            places = {"out": first}
+            if placement in ("in_out", "all"):
+                places["in"] = first
+            if placement == "all":
+                places |= {f"down{i}": c for i, c in enumerate((first, *block_out_channels[:-1]))}
+            if placement in ("up", "all"):
+                places |= {f"up{i}": c for i, c in enumerate(up_inputs)}
+            for name, width in places.items():
+                self.hyper[name] = HyperNetwork(width, latent_channels, hypernetwork_width, groups)
+
+        self.modulation = nn.Linear(embedding_dim, assign_modulation_slices(self))
+
+    @property
+    def is_mixture(self) -> bool:
+        return self.identifier is not None
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        eta: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """Predict for every picture and draw.
+
+        Args:
+            sample: x_t, (B, C, H, W).
+            timestep: a number, or (B,).
+            class_labels: (B,) integers, ``num_classes`` for the null class; None is the null class for all.
+            eta: (B * M, C, H, W) with the M draws of a picture in consecutive rows; None draws one for each picture.
+                Not read by a Gaussian model.
+
+        Returns:
+            The prediction (B * M, C, H, W), rows as in ``eta``; (B, C, H, W) for a Gaussian model.
+        """
+        modulation = self.modulation(F.silu(self._embed(sample, timestep, class_labels)))
+        if not self.is_mixture:
+            h, kept = self._way_down(sample, modulation, None)
+            return self._output(self._way_up(h, kept, modulation, None), return_dict)
+
+        if eta is None:
+            eta = torch.randn_like(sample)
+        draws = eta.shape[0] // sample.shape[0]
+        if eta.shape[1:] != sample.shape[1:] or eta.shape[0] != draws * sample.shape[0]:
+            raise ValueError(
+                f"eta: expected (B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {sample.shape[0]}, "
+                f"found {tuple(eta.shape)}"
+            )
+        modulation_draws = repeat(modulation, draws)
+        sample_draws = repeat(sample, draws)
+        z = self.identifier(eta, sample_draws, modulation_draws)
+        if self.config.placement == "up":
+            h, kept = self._way_down(sample, modulation, None)
+            h, kept = repeat(h, draws), [repeat(skip, draws) for skip in kept]
+        else:
+            h, kept = self._way_down(sample_draws, modulation_draws, z)
+        return self._output(self._way_up(h, kept, modulation_draws, z), return_dict)
+
+    def _embed(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch = sample.shape[0]
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
+        embedding = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("class_labels: expected None, this model has num_classes=None")
+            return embedding
+        if class_labels is None:
+            class_labels = torch.full((batch,), self.config.num_classes, device=sample.device)
+        return embedding + self.class_embedding(class_labels)
+
+    def _way_down(
+        self, x: torch.Tensor, modulation: torch.Tensor, z: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        h = self._hyper("in", self.conv_in(x), z)
+        kept = [h]
+        for index, stage in enumerate(self.down):
+            h = self._hyper(f"down{index}", h, z)
+            for block, attend in zip(stage.blocks, stage.attentions):
+                h = attend(block(h, modulation))
+                kept.append(h)
+            if stage.resample is not None:
+                h = stage.resample(h)
+                kept.append(h)
+        first, attend, second = self.middle
+        return second(attend(first(h, modulation)), modulation), kept
+
+    def _way_up(
+        self, h: torch.Tensor, kept: list[torch.Tensor], modulation: torch.Tensor, z: torch.Tensor | None
+    ) -> torch.Tensor:
+        for index, stage in enumerate(self.up):
+            h = self._hyper(f"up{index}", h, z)
+            for block, attend in zip(stage.blocks, stage.attentions):
+                h = attend(block(torch.cat((h, kept.pop()), dim=1), modulation))
+            if stage.resample is not None:
+                h = stage.resample(h, kept[-1].shape[2:])
+        return self._hyper("out", h, z)
+
+    def _hyper(self, place: str, h: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
+        return self.hyper[place](h, z) if z is not None and place in self.hyper else h
+
+    def _output(self, h: torch.Tensor, return_dict: bool) -> UNet2DOutput | tuple[torch.Tensor]:
+        prediction = self.conv_out(F.silu(self.norm_out(h)))
+        return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
+
+
+class Stage(nn.Module):
+    """One level, one way: residual blocks, each followed by attention or nothing, and a change of size or None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        self.resample: nn.Module | None = None
+
+    def add(
+        self, block: ResidualBlock, channels: int, level: int, attention_levels: tuple[int, ...], head_dim: int
+    ) -> None:
+        groups = block.norm2.num_groups
+        self.blocks.append(block)
+        self.attentions.append(AttentionBlock(channels, head_dim, groups) if level in attention_levels else nn.Identity())
+
+
+def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:
+    """(B, ...) -> (B * draws, ...), the copies of a picture in consecutive rows."""
+    return x if draws == 1 else x.repeat_interleave(draws, dim=0)

@@ -1,0 +1,157 @@
+"""SMDPipeline: noise -> latents -> pictures, with any diffusers scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from .autoencoder import FrozenAutoencoder
+from .errors import UserError
+from .models.unet import SMDUNet2DModel
+
+
+class SMDPipeline(DiffusionPipeline):
+    """Class-conditional and unconditional sampling from an SMDUNet2DModel in the latent space of a frozen autoencoder.
+
+    Every evaluation of a mixture draws its own eta for each picture: with x_0 = D(x_t, eta) the scheduler's ordinary step
+    is then a draw from the mixture, and with DDPMScheduler's posterior variance exact ancestral sampling of it.
+
+    Args:
+        unet: the denoiser.
+        vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
+        scheduler: any diffusers scheduler.
+        id2label: class names by number.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: SMDUNet2DModel,
+        vae: ModelMixin,
+        scheduler: SchedulerMixin,
+        id2label: dict[int, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+        self.id2label = {int(number): name for number, name in (id2label or {}).items()}  # JSON made the keys strings
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        batch_size: int = 1,
+        num_inference_steps: int = 8,
+        guidance_scale: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Sample pictures.
+
+        Args:
+            class_labels: one class number per picture; None for unconditional pictures.
+            batch_size: number of unconditional pictures; with labels, their number counts.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond), both with the same eta; 1 is none.
+            generator: one for all, or a list with one per picture: then a picture does not depend on its batch.
+            latents: starting noise (B, C, h, w) of unit variance, instead of a draw.
+            output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
+            callback_on_step_end: as in diffusers; may return {"latents": ...}.
+        """
+        labels = self._labels(class_labels)
+        batch_size = batch_size if labels is None else len(labels)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator: expected one per picture, {batch_size}, found {len(generator)}")
+        device, dtype = self._execution_device, self.unet.dtype
+        side = self.unet.config.sample_size
+        shape = (batch_size, self.unet.config.in_channels, side, side)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        step_options = self._step_options(generator)
+
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
+            for index, timestep in enumerate(self.scheduler.timesteps):
+                x_t = self.scheduler.scale_model_input(latents, timestep).to(dtype)
+                eta = None
+                if self.unet.is_mixture:
+                    eta = randn_tensor(x_t.shape, generator=generator, device=device, dtype=dtype)
+                prediction = self._predict(x_t, timestep, labels, eta, guidance_scale)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
+                if callback_on_step_end is not None:
+                    latents = callback_on_step_end(self, index, timestep, {"latents": latents}).get("latents", latents)
+                bar.update()
+
+        if output_type == "latent":
+            images = latents
+        else:
+            pixels = FrozenAutoencoder(self.vae).decode(latents)
+            images = VaeImageProcessor(do_resize=False).postprocess(pixels, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def label_of(self, name: str) -> int:
+        """The number of a class given by name or number."""
+        for number, label in self.id2label.items():
+            if name == label or name == str(number):
+                return number
+        known = ", ".join(self.id2label.values()) or "none"
+        raise UserError(f"classes: expected one of {known}, found {name!r}")
+
+    def _labels(self, class_labels: Sequence[int] | torch.Tensor | None) -> torch.Tensor | None:
+        if class_labels is None:
+            return None
+        classes = self.unet.config.num_classes
+        if classes is None:
+            raise ValueError("class_labels: expected None, this model is unconditional")
+        labels = torch.as_tensor(class_labels, dtype=torch.long)
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
+            raise ValueError(f"class_labels: expected 0 to {classes} ({classes} is no class), found {labels.tolist()}")
+        return labels.to(self._execution_device)
+
+    def _predict(
+        self,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor | None,
+        eta: torch.Tensor | None,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        if labels is None or guidance_scale == 1.0:
+            return self.unet(x_t, timestep, labels, eta, return_dict=False)[0]
+        null = torch.full_like(labels, self.unet.config.num_classes)
+        both = (torch.cat((x_t, x_t)), timestep, torch.cat((labels, null)), None if eta is None else torch.cat((eta, eta)))
+        cond, uncond = self.unet(*both, return_dict=False)[0].chunk(2)
+        return uncond + guidance_scale * (cond - uncond)
+
+    def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict:
+        """Schedulers differ in whether ``step`` takes a generator."""
+        accepted = self.scheduler.step.__code__.co_varnames[: self.scheduler.step.__code__.co_argcount]
+        return {"generator": generator} if "generator" in accepted else {}
+
+
+def seeded_generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """One generator per picture. On the CPU by default: its numbers are the same on every machine."""
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def load_pipeline(folder: str | Path) -> SMDPipeline:
+    """SMDPipeline.from_pretrained for a local folder, with clear errors."""
+    if not (Path(folder) / "model_index.json").is_file():
+        raise UserError(f"model: expected a model folder (tools/train.py writes RUN/model), found none at {folder}")
+    try:
+        return SMDPipeline.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model: expected a readable model folder, found {folder}: {reason}") from error

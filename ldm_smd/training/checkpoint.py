@@ -1,0 +1,94 @@
+"""Checkpoints: whole or not there, safetensors and JSON only, the newest complete one is resumed.
+
+A checkpoint is a folder ``images-N`` with ``model/`` and ``ema/`` (diffusers layout), ``optimizer.safetensors`` and
+``state.json``. It is written under another name and renamed at the end, so one that has its name is complete. Random
+numbers need no state: they are drawn from (seed, rank, images_seen) in every step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from safetensors.torch import load_file, save_file
+
+from ..errors import UserError
+from ..files import atomic_folder
+from .ema import EMA
+
+PATTERN = re.compile(r"images-(\d{12})")
+
+
+def save_checkpoint(
+    folder: Path, model: ModelMixin, ema: EMA, optimizer: torch.optim.Optimizer, images_seen: int, keep: int
+) -> Path:
+    """Write ``folder/images-N`` and remove all but the newest ``keep``."""
+    path = folder / f"images-{images_seen:012d}"
+    with atomic_folder(path) as temporary:
+        model.save_pretrained(temporary / "model")
+        ema.model.save_pretrained(temporary / "ema")
+        save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"images_seen": images_seen}), encoding="utf-8")
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def resume(
+    folder: Path, model: ModelMixin, ema: EMA, optimizer: torch.optim.Optimizer, device: torch.device | str
+) -> int:
+    """Load the newest checkpoint under ``folder`` in place; returns its images_seen, 0 where there is none."""
+    found = checkpoints(folder)
+    if not found:
+        return 0
+    newest = found[-1]
+    for module, name in ((model, "model"), (ema.model, "ema")):
+        load_weights(module, newest / name, "output")
+    load_optimizer(model, optimizer, load_file(newest / "optimizer.safetensors", device=str(device)))
+    return json.loads((newest / "state.json").read_text(encoding="utf-8"))["images_seen"]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("images-*") if PATTERN.fullmatch(path.name))
+
+
+def load_weights(model: ModelMixin, folder: Path, key: str) -> None:
+    """Copy the weights of a diffusers model folder into ``model``; ``key`` is the setting a mismatch is blamed on."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{key}: expected a model folder with {path.name}, found none in {folder}")
+    weights = load_file(path)
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        found = tuple(weights[name].shape) if name in weights else "nothing"
+        wanted = tuple(expected[name].shape) if name in expected else "nothing"
+        if found != wanted:
+            raise UserError(f"{key}: expected the weights of the configured model, found {folder} with {name}: "
+                            f"{found} instead of {wanted}")  # fmt: skip
+    model.load_state_dict(weights)
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state as one flat dictionary "parameter name/entry" -> tensor."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{entry}": value
+        for parameter, state in optimizer.state.items()
+        for entry, value in state.items()
+    }
+
+
+def load_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The inverse of ``optimizer_tensors``."""
+    parameters = dict(model.named_parameters())
+    for flat, tensor in tensors.items():
+        name, _, entry = flat.rpartition("/")
+        # AdamW keeps its step counter on the CPU unless it is fused or capturable.
+        optimizer.state[parameters[name]][entry] = tensor.cpu() if entry == "step" else tensor
