@@ -25,7 +25,7 @@ class SMDPipeline(DiffusionPipeline):
         unet: the denoiser.
         vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
         scheduler: any diffusers scheduler.
-        id2label: class names by number.
+        id2label: class names by number (as a string, as JSON has it).
     """
 
     model_cpu_offload_seq = "unet->vae"
@@ -36,12 +36,12 @@ class SMDPipeline(DiffusionPipeline):
         unet: SMDUNet2DModel,
         vae: ModelMixin,
         scheduler: SchedulerMixin,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
-        self.id2label = {int(number): name for number, name in (id2label or {}).items()}  # JSON made the keys strings
+        self.id2label = {int(number): name for number, name in (id2label or {}).items()}
 
     @torch.no_grad()
     def __call__(
@@ -151,7 +151,11 @@ def load_pipeline(folder: str | Path) -> SMDPipeline:
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"model: expected a model folder (tools/train.py writes RUN/model), found none at {folder}")
     try:
-        return SMDPipeline.from_pretrained(folder, use_safetensors=True)
+        pipeline = SMDPipeline.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model: expected a readable model folder, found {folder}: {reason}") from error
+    missing = [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]
+    if missing:
+        raise UserError(f"model: expected weights for every part of {folder}/unet, found none for {missing[0]}")
+    return pipeline

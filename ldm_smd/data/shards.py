@@ -22,6 +22,7 @@ import webdataset as wds
 
 from ..autoencoder import FrozenAutoencoder
 from ..config import EncodeConfig
+from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_file, atomic_folder
 from ..training.metrics import progress
@@ -229,13 +230,3 @@ class ChannelStatistics:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def pick_device(name: str) -> torch.device:
-    """"auto" is the GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error

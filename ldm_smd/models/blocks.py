@@ -65,16 +65,13 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
-class Upsample(nn.Module):
-    """Nearest-neighbour to ``size``, the exact size of the skip connection it meets, so any input size works; then a
-    convolution."""
+def upsample(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Nearest neighbour to the sides of ``like``, the skip connection it meets, so that any input size works.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+    No convolution of its own: a residual block follows, and a convolution at the larger size would cost a sixth of the
+    whole network's time.
+    """
+    return F.interpolate(x, size=like.shape[2:], mode="nearest")
 
 
 def assign_modulation_slices(root: nn.Module) -> int:

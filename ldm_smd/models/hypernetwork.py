@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import AttentionBlock, Downsample, ResidualBlock, Upsample
+from .blocks import AttentionBlock, Downsample, ResidualBlock, upsample
 
 
 class MixtureIdentifier(nn.Module):
@@ -29,7 +29,6 @@ class MixtureIdentifier(nn.Module):
         self.middle1 = ResidualBlock(channels, 2 * channels, groups)
         self.attention = AttentionBlock(2 * channels, head_dim, groups)
         self.middle2 = ResidualBlock(2 * channels, 2 * channels, groups)
-        self.up = Upsample(2 * channels)
         self.decode = ResidualBlock(3 * channels, channels, groups)
         self.norm_out = nn.GroupNorm(groups, channels)
         self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
@@ -41,7 +40,7 @@ class MixtureIdentifier(nn.Module):
         fine = self.encode(self.conv_in(torch.cat((x_t, eta, overall), dim=1)), modulation)
         coarse = self.middle1(self.down(fine), modulation)
         coarse = self.middle2(self.attention(coarse), modulation)
-        h = self.decode(torch.cat((self.up(coarse, fine.shape[2:]), fine), dim=1), modulation)
+        h = self.decode(torch.cat((upsample(coarse, fine), fine), dim=1), modulation)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

@@ -14,8 +14,8 @@ from .blocks import (
     AttentionBlock,
     Downsample,
     ResidualBlock,
-    Upsample,
     assign_modulation_slices,
+    upsample,
     zero_init,
 )
 from .hypernetwork import HyperNetwork, MixtureIdentifier
@@ -95,7 +95,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
                 channels = out
                 kept.append(channels)
             if level < levels - 1:
-                stage.resample = Downsample(channels)
+                stage.downsample = Downsample(channels)
                 kept.append(channels)
             self.down.append(stage)
 
@@ -117,8 +117,6 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
                 block = ResidualBlock(channels + kept.pop(), out, groups, dropout)
                 stage.add(block, out, level, attention_levels, attention_head_dim)
                 channels = out
-            if level > 0:
-                stage.resample = Upsample(channels)
             self.up.append(stage)
         self.norm_out = nn.GroupNorm(groups, first)
         self.conv_out = zero_init(nn.Conv2d(first, out_channels, 3, padding=1))
@@ -213,8 +211,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             for block, attend in zip(stage.blocks, stage.attentions):
                 h = attend(block(h, modulation))
                 kept.append(h)
-            if stage.resample is not None:
-                h = stage.resample(h)
+            if stage.downsample is not None:
+                h = stage.downsample(h)
                 kept.append(h)
         first, attend, second = self.middle
         return second(attend(first(h, modulation)), modulation), kept
@@ -223,11 +221,9 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         self, h: torch.Tensor, kept: list[torch.Tensor], modulation: torch.Tensor, z: torch.Tensor | None
     ) -> torch.Tensor:
         for index, stage in enumerate(self.up):
-            h = self._hyper(f"up{index}", h, z)
+            h = self._hyper(f"up{index}", upsample(h, kept[-1]) if index else h, z)
             for block, attend in zip(stage.blocks, stage.attentions):
                 h = attend(block(torch.cat((h, kept.pop()), dim=1), modulation))
-            if stage.resample is not None:
-                h = stage.resample(h, kept[-1].shape[2:])
         return self._hyper("out", h, z)
 
     def _hyper(self, place: str, h: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
@@ -239,13 +235,14 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
 
 
 class Stage(nn.Module):
-    """One level, one way: residual blocks, each followed by attention or nothing, and a change of size or None."""
+    """One level, one way: residual blocks, each followed by attention or nothing; on the way down, what halves the sides
+    at the end, or None."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
         self.attentions = nn.ModuleList()
-        self.resample: nn.Module | None = None
+        self.downsample: nn.Module | None = None
 
     def add(
         self, block: ResidualBlock, channels: int, level: int, attention_levels: tuple[int, ...], head_dim: int

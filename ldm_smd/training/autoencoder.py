@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import INPUT_RANGE, FrozenAutoencoder
 from ..config import TrainAutoencoderConfig, config_as_dict
 from ..data.images import load_pixels
+from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_folder
+from .checkpoint import resume, save_checkpoint
 from .ema import EMA
-from .metrics import MetricsLog, progress
+from .metrics import MetricsLog, crossed, progress
 
 REPORT_EVERY_IMAGES = 1_000
 
@@ -62,7 +63,7 @@ def autoencoder_loss(
 
 def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     """Train, measure on the held-out pictures, write the model folder; returns it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("auto")
     torch.manual_seed(config.seed)
     pixels, _, _ = load_pixels(config.images)
     held_out, _, _ = load_pixels(config.held_out)
@@ -71,7 +72,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
 
     work = Path(config.work)
-    images_seen = _resume(work / "checkpoint", model, ema, optimizer, device)
+    images_seen = resume(work / "checkpoints", model, ema, optimizer, device)
     log = MetricsLog(work, images_seen)
     bar = progress(config.images_total, images_seen, "autoencoder")
     totals: dict[str, torch.Tensor] = {}
@@ -96,18 +97,18 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
         ema.update(model, len(x), images_seen)
         totals = {name: totals.get(name, 0.0) + value.detach() for name, value in terms.items()}
         bar.update(len(x))
-        if _crossed(before, images_seen, REPORT_EVERY_IMAGES):
+        if crossed(before, images_seen, REPORT_EVERY_IMAGES):
             means = {name: float(total) / steps for name, total in totals.items()}
             if not math.isfinite(means["loss"]):
                 raise UserError(f"loss: expected a finite number, found {means['loss']} at {images_seen} images")
             log.log(images_seen, means)
             bar.set_postfix(l1=f"{means['l1']:.4f}")
             totals, steps = {}, 0
-        if _crossed(before, images_seen, config.checkpoint_every_images):
+        if crossed(before, images_seen, config.checkpoint_every_images):
             measured = measure(FrozenAutoencoder(ema.model), held_out)
             log.log(images_seen, {"held_out_psnr": measured["psnr"]})
             bar.write(f"{images_seen} images: held-out PSNR {measured['psnr']:.2f} dB")
-            _save(work / "checkpoint", model, ema, optimizer, images_seen)
+            save_checkpoint(work / "checkpoints", model, ema, optimizer, images_seen, keep=1)
             save_comparison(FrozenAutoencoder(ema.model), held_out[:24], work / "reconstructions.png")
     bar.close()
     log.close()
@@ -149,10 +150,6 @@ def _learning_rate(config: TrainAutoencoderConfig, images_seen: int) -> float:
     """Linear warm-up, then a half cosine to zero."""
     warmup = min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
     return config.learning_rate * warmup * 0.5 * (1.0 + math.cos(math.pi * images_seen / config.images_total))
-
-
-def _crossed(before: int, after: int, every: int) -> bool:
-    return before // every != after // every
 
 
 def measure(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int = 64) -> dict[str, float]:
@@ -225,25 +222,3 @@ Latents are normalised by `latents_mean` and `latents_std` in `config.json`, mea
 {json.dumps(config_as_dict(config), indent=2)}
 ```
 """
-
-
-def _save(folder: Path, model: AutoencoderKL, ema: EMA, optimizer: torch.optim.Optimizer, images_seen: int) -> None:
-    with atomic_folder(folder) as temporary:
-        save_file(model.state_dict(), temporary / "model.safetensors")
-        save_file(ema.model.state_dict(), temporary / "ema.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        (temporary / "state.json").write_text(json.dumps({"images_seen": images_seen}), encoding="utf-8")
-
-
-def _resume(
-    folder: Path, model: AutoencoderKL, ema: EMA, optimizer: torch.optim.Optimizer, device: torch.device
-) -> int:
-    if not folder.is_dir():
-        return 0
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
-        ema.model.load_state_dict(load_file(folder / "ema.safetensors", device=str(device)))
-    except RuntimeError as error:
-        raise UserError(f"work: expected a checkpoint of this model in {folder}, found another shape") from error
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location=device))
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))["images_seen"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -29,6 +30,10 @@ class MetricsLog:
         self._write({"images_seen": images_seen, **values})
         for name, value in values.items():
             self._board.add_scalar(name, value, images_seen)
+
+    def image(self, images_seen: int, name: str, image: torch.Tensor) -> None:
+        """``image``: float (3, H, W) in [0, 1]; goes to TensorBoard only."""
+        self._board.add_image(name, image, images_seen)
 
     def close(self) -> None:
         self._file.close()
@@ -57,3 +62,8 @@ def progress(total_images: int, images_seen: int, description: str, disable: boo
     return tqdm(
         total=total_images, initial=images_seen, desc=description, unit="img", disable=disable, dynamic_ncols=True
     )
+
+
+def crossed(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, after]: time for a thing done every so many images."""
+    return before // every != after // every

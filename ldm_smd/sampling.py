@@ -1,0 +1,117 @@
+"""tools/sample.py: pictures and a labelled grid from a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image, ImageDraw, ImageFont
+
+from .config import SampleConfig
+from .device import pick_device
+from .errors import UserError
+from .files import atomic_folder
+from .pipelines import SMDPipeline, load_pipeline, seeded_generators
+from .training.metrics import progress
+
+
+def sample(config: SampleConfig) -> Path:
+    """Sample and decode; writes ``output`` with one PNG per picture (named by class and seed) and grid.png."""
+    output = Path(config.output)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"output: expected a new or empty folder, found files in {output}")
+    pipeline = load_pipeline(config.model).to(pick_device(config.device))
+    if config.scheduler:
+        pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
+    labels = choose_labels(config, pipeline)
+    count = config.per_class if labels is None else len(labels)
+    pixels = sample_pixels(
+        pipeline, labels, count, config.steps, config.guidance_scale, config.seed, config.batch_size, "sample"
+    )
+    pictures = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
+    with atomic_folder(output) as folder:
+        for index, picture in enumerate(pictures):
+            name = "picture" if labels is None else f"class{labels[index]:04d}"
+            picture.save(folder / f"{name}-seed{config.seed + index:08d}.png")
+        rows = [pictures[start : start + config.per_class] for start in range(0, count, config.per_class)]
+        names = [""] if labels is None else [class_name(pipeline, number) for number in labels[:: config.per_class]]
+        labelled_grid(rows, names).save(folder / "grid.png")
+    print(f"{count} pictures; wrote {output}")
+    return output
+
+
+def sample_pixels(
+    pipeline: SMDPipeline,
+    labels: list[int] | None,
+    count: int,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+    description: str,
+) -> torch.Tensor:
+    """``count`` pictures, float (N, 3, H, W) in [0, 1]; picture i has seed ``seed + i`` at any batch size."""
+    pipeline.set_progress_bar_config(disable=True)
+    bar = progress(count, 0, description)
+    parts = []
+    for start in range(0, count, batch_size):
+        stop = min(start + batch_size, count)
+        parts.append(
+            pipeline(
+                None if labels is None else labels[start:stop],
+                batch_size=stop - start,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=seeded_generators(range(seed + start, seed + stop)),
+                output_type="pt",
+            ).images.cpu()
+        )
+        bar.update(stop - start)
+    bar.close()
+    return torch.cat(parts)
+
+
+def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
+    """The diffusers scheduler class called ``name`` with the noise schedule of ``current``."""
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        near = ", ".join(sorted(kind.__name__ for kind in current.compatibles))
+        raise UserError(f"scheduler: expected a diffusers scheduler class ({near}), found {name!r}")
+    return kind.from_config(current.config)
+
+
+def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | None:
+    """One class number per picture; None for unconditional sampling."""
+    classes = pipeline.unet.config.num_classes
+    if classes is None:
+        if config.classes:
+            raise UserError(f"classes: expected none, {config.model} is unconditional, found {config.classes}")
+        return None
+    if config.classes == []:
+        return None
+    chosen = list(range(classes)) if config.classes is None else [pipeline.label_of(name) for name in config.classes]
+    return [number for number in chosen for _ in range(config.per_class)]
+
+
+def class_name(pipeline: SMDPipeline, number: int) -> str:
+    return pipeline.id2label.get(number, str(number))
+
+
+def labelled_grid(rows: list[list[Image.Image]], names: list[str]) -> Image.Image:
+    """Rows of pictures with a name at the left of each."""
+    font = ImageFont.load_default(size=13)
+    width, height = rows[0][0].size
+    margin = max((int(font.getlength(name)) + 12 for name in names if name), default=0)
+    gap = 2
+    columns = max(map(len, rows))
+    grid = Image.new("RGB", (margin + columns * (width + gap), len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(grid)
+    for row, (pictures, name) in enumerate(zip(rows, names)):
+        top = row * (height + gap)
+        draw.text((6, top + height // 2), name, fill="black", font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            grid.paste(picture, (margin + column * (width + gap), top))
+    return grid

@@ -1,0 +1,273 @@
+"""Training of the denoiser: one loop, in images, on any number of processes."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from torchvision.utils import make_grid, save_image
+
+from ..autoencoder import FrozenAutoencoder, sample_latents
+from ..config import DiffusionConfig, TrainConfig, config_as_dict, dump_config
+from ..data.shards import Manifest
+from ..data.stream import LatentBatch, LatentStream, latent_loader
+from ..device import pick_precision
+from ..diffusion.objectives import objective
+from ..diffusion.process import DiffusionProcess
+from ..errors import UserError
+from ..evaluation.diagnostics import spread_over_eta
+from ..files import atomic_folder
+from ..models.attention import set_attention_backend
+from ..models.unet import SMDUNet2DModel
+from ..pipelines import SMDPipeline, seeded_generators
+from .checkpoint import load_weights, resume, save_checkpoint
+from .ema import EMA
+from .metrics import MetricsLog, crossed, progress
+
+SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
+PREVIEW_PICTURES = 40
+
+
+def train(config: TrainConfig) -> Path:
+    """Train from latent shards; returns the model folder. Continues from the newest checkpoint of ``config.output``."""
+    accelerator = Accelerator(mixed_precision=pick_precision(config.precision))
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    set_attention_backend(config.attention)
+    manifest = Manifest.load(config.shards)
+    autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
+    manifest.check_autoencoder(autoencoder)
+    scheduler = build_scheduler(config.diffusion)
+
+    torch.manual_seed(config.seed)
+    model = build_model(config, manifest)
+    if config.init_from:
+        load_weights(model, Path(config.init_from), "init_from")
+    model.to(device)
+    ema = EMA(model, config.ema_halflife_images)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+    )
+    output = Path(config.output)
+    images_seen = resume(output / "checkpoints", model, ema, optimizer, device)
+    stream = LatentStream(
+        manifest, config.batch_size, config.images_total, images_seen, config.seed, config.mirror, rank, world
+    )
+    step = TrainingStep(config, accelerator.prepare(model), DiffusionProcess(scheduler.alphas_cumprod).to(device), autoencoder)
+    optimizer = accelerator.prepare(optimizer)
+
+    main = accelerator.is_main_process
+    log = MetricsLog(output, images_seen) if main else None
+    if main:
+        (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    bar = progress(config.images_total, images_seen, output.name, disable=not main)
+    loss_total, norm_total, steps = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    for batch in latent_loader(stream, config.num_workers):
+        # Random numbers are a function of (seed, rank, images_seen), so a resumed run draws what it would have drawn.
+        torch.manual_seed(step_seed(config.seed, rank, images_seen))
+        learning_rate = learning_rate_at(config, images_seen)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        loss = step(batch.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        optimizer.step()
+
+        before = images_seen
+        images_seen += config.batch_size
+        ema.update(model, config.batch_size, images_seen)
+        loss_total, norm_total, steps = loss_total + loss.detach(), norm_total + norm.detach(), steps + 1
+        bar.update(config.batch_size)
+        last = images_seen >= config.images_total
+        sample_now = last or crossed(before, images_seen, config.sample_every_images)
+        save_now = last or crossed(before, images_seen, config.checkpoint_every_images)
+        # Sums stay on the device between reports: reading them is the only time the host waits for it.
+        if sample_now or save_now or crossed(before, images_seen, config.log_every_images):
+            mean_loss = accelerator.reduce(loss_total / steps, "mean").item()
+            if not math.isfinite(mean_loss):
+                raise UserError(
+                    f"loss: expected a finite number, found {mean_loss} at {images_seen} images; last batch: "
+                    f"{', '.join(stream.keys_at(before)[:8])}. The last good checkpoint is kept; lower learning_rate "
+                    "or gradient_clip"
+                )
+            if main:
+                values = {"loss": mean_loss, "gradient_norm": (norm_total / steps).item(), "learning_rate": learning_rate}
+                log.log(images_seen, values | {"images_per_second": bar.format_dict["rate"] or 0.0})
+                bar.set_postfix(loss=f"{mean_loss:.4f}")
+            loss_total, norm_total, steps = torch.zeros_like(loss_total), torch.zeros_like(norm_total), 0
+        if main and sample_now:
+            preview(config, ema.model, autoencoder, scheduler, manifest, stream, images_seen, log)
+        if main and save_now:
+            save_checkpoint(output / "checkpoints", model, ema, optimizer.optimizer, images_seen, config.keep_checkpoints)
+        if save_now:
+            accelerator.wait_for_everyone()
+    bar.close()
+    if main:
+        log.close()
+        save_model_folder(config, ema.model, autoencoder, scheduler, manifest, images_seen)
+    accelerator.end_training()
+    return output / "model"
+
+
+@dataclass
+class TrainingStep:
+    """From a batch to its loss: draw latents, noise and eta; predict; compare."""
+
+    config: TrainConfig
+    model: torch.nn.Module
+    process: DiffusionProcess
+    autoencoder: FrozenAutoencoder
+
+    def __post_init__(self) -> None:
+        o = self.config.objective
+        self.objective = objective(o.name, o.beta, o.diversity, o.patches)
+        self.null_class = getattr(self.model, "module", self.model).config.num_classes
+
+    def __call__(self, batch: LatentBatch) -> torch.Tensor:
+        x0 = self.autoencoder.normalise(sample_latents(batch.moments))
+        t = torch.randint(self.process.num_timesteps, (len(x0),), device=x0.device)
+        eps = torch.randn_like(x0)
+        eta = None
+        if self.config.model.latent_channels > 0:
+            eta = torch.randn((len(x0) * self.config.objective.draws, *x0.shape[1:]), device=x0.device)
+        x_t = self.process.noise(x0, eps, t)
+        target = self.process.target(x0, eps, t, self.config.diffusion.prediction_type)
+        prediction = self.model(x_t, t, self._labels(batch.labels), eta, return_dict=False)[0]
+        return self.objective(prediction.unflatten(0, (len(x0), -1)), target).mean()
+
+    def _labels(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Labels with some replaced by the null class, which also stands for unlabelled pictures (-1)."""
+        if self.null_class is None:
+            return None
+        dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
+        return torch.where(dropped | (labels < 0), self.null_class, labels)
+
+
+def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel:
+    """The configured UNet for the latents and classes of the shards, untrained."""
+    channels, height, width = manifest.latent_shape
+    classes = len(manifest.classes) if config.class_conditional else 0
+    shape = config_as_dict(config.model)
+    return SMDUNet2DModel(
+        sample_size=max(height, width),
+        in_channels=channels,
+        out_channels=channels,
+        num_classes=classes or None,
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()},
+    )
+
+
+def build_scheduler(config: DiffusionConfig) -> DDPMScheduler:
+    """Ancestral sampling with the exact posterior variance, which for a mixture is exact sampling of the mixture.
+
+    "trailing" spacing starts few-step sampling at the noisiest timestep (arXiv 2305.08891).
+    """
+    return DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        variance_type="fixed_small",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+def step_seed(seed: int, rank: int, images_seen: int) -> int:
+    """A 64-bit seed for the random numbers of one step of one process."""
+    return int(np.random.SeedSequence((seed, rank, images_seen)).generate_state(1, np.uint64)[0])
+
+
+def learning_rate_at(config: TrainConfig, images_seen: int) -> float:
+    """Linear warm-up over ``warmup_images``, constant, linear cool-down to zero over the last ``cooldown_images``."""
+    warm = (images_seen + config.batch_size) / max(config.warmup_images, config.batch_size)
+    cool = (config.images_total - images_seen) / max(config.cooldown_images, config.batch_size)
+    return config.learning_rate * min(1.0, warm, cool)
+
+
+def preview(
+    config: TrainConfig,
+    unet: SMDUNet2DModel,
+    autoencoder: FrozenAutoencoder,
+    scheduler: DDPMScheduler,
+    manifest: Manifest,
+    stream: LatentStream,
+    images_seen: int,
+    log: MetricsLog,
+) -> None:
+    """A grid of samples from fixed seeds, and the spread over eta by timestep, both from the EMA weights."""
+    pipeline = build_pipeline(unet, autoencoder, scheduler, manifest)
+    pipeline.set_progress_bar_config(disable=True)
+    classes = unet.config.num_classes
+    labels = None if classes is None else [index % classes for index in range(PREVIEW_PICTURES)]
+    images = pipeline(
+        labels,
+        PREVIEW_PICTURES,
+        config.sample_steps,
+        generator=seeded_generators(range(PREVIEW_PICTURES)),
+        output_type="pt",
+    ).images
+    grid = make_grid(images.cpu(), nrow=10, padding=2, pad_value=0.7)
+    folder = log.path.parent / "samples"
+    folder.mkdir(exist_ok=True)
+    save_image(grid, folder / f"{images_seen:012d}.png")
+    log.image(images_seen, "samples", grid)
+    if unet.is_mixture:
+        batch = stream.batch_at(0).to(unet.device)
+        latents = autoencoder.normalise(batch.moments[:16, 0].float())
+        known = None if classes is None else torch.where(batch.labels < 0, classes, batch.labels)[:16]
+        process = DiffusionProcess(scheduler.alphas_cumprod).to(unet.device)
+        prediction_type = config.diffusion.prediction_type
+        steps = [t for t in SPREAD_TIMESTEPS if t < process.num_timesteps]
+        spread = spread_over_eta(unet, process, prediction_type, latents, known, steps)
+        log.log(images_seen, {f"spread/{t}": value for t, value in spread.items()})
+
+
+def build_pipeline(
+    unet: SMDUNet2DModel, autoencoder: FrozenAutoencoder, scheduler: DDPMScheduler, manifest: Manifest
+) -> SMDPipeline:
+    labels = {str(number): name for number, name in enumerate(manifest.classes)} if unet.config.num_classes else None
+    return SMDPipeline(unet, autoencoder.model, scheduler, labels)
+
+
+def save_model_folder(
+    config: TrainConfig,
+    unet: SMDUNet2DModel,
+    autoencoder: FrozenAutoencoder,
+    scheduler: DDPMScheduler,
+    manifest: Manifest,
+    images_seen: int,
+) -> None:
+    """What users keep: OUTPUT/model, the pipeline with the EMA weights, and its card."""
+    with atomic_folder(Path(config.output) / "model") as folder:
+        build_pipeline(unet, autoencoder, scheduler, manifest).save_pretrained(folder)
+        card = model_card(config, unet, manifest, images_seen)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "unet" / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(config: TrainConfig, unet: SMDUNet2DModel, manifest: Manifest, images_seen: int) -> str:
+    """README.md of a model folder: what it is and the settings that made it."""
+    kind = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
+    start = f", starting from `{config.init_from}`" if config.init_from else ""
+    return f"""---
+library_name: diffusers
+license: apache-2.0
+---
+# SMDUNet2DModel, {kind}
+
+{unet.num_parameters() / 1e6:.2f} million parameters, EMA weights after {images_seen:,} images{start}; \
+{manifest.count:,} pictures, {len(manifest.classes)} classes, {manifest.metadata["resolution"]} pixels, latents \
+{"x".join(map(str, manifest.latent_shape))}.
+
+Made by `tools/train.py` with these settings:
+
+```json
+{json.dumps(config_as_dict(config), indent=2)}
+```
+"""

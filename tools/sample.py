@@ -1,0 +1,17 @@
+"""Sample pictures from a trained model.
+
+examples:
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/samples
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/flags classes=[Flags,Symbols] per_class=16 steps=4
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/free classes=[] per_class=64
+  python tools/sample.py model=outputs/demo/vanilla/model output=outputs/ddim scheduler=DDIMScheduler guidance_scale=2
+"""
+
+import sys
+
+from ldm_smd.cli import run_tool
+from ldm_smd.config import SampleConfig
+from ldm_smd.sampling import sample
+
+if __name__ == "__main__":
+    sys.exit(run_tool(SampleConfig, sample, __doc__))
