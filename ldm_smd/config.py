@@ -221,6 +221,7 @@ class TrainConfig:
     batch_size: int = 256
     """Over all processes together; the number of processes must divide it."""
     learning_rate: float = 3e-4
+    """Of AdamW. The energy score can diverge above 1e-3."""
     warmup_images: int = 10_000
     """Linear warm-up of the learning rate."""
     cooldown_images: int = 0
@@ -295,6 +296,41 @@ class SampleConfig:
         check(self.steps >= 1, "steps", "at least 1", self.steps)
         check(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         check(self.guidance_scale >= 0, "guidance_scale", "at least 0", self.guidance_scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/demo.py
+
+
+@dataclass
+class DemoRunConfig:
+    """One model of the demo: the shipped weights it starts from and the training config it goes on with."""
+
+    name: str = MISSING
+    config: str = MISSING
+    """Training config; its settings but for output, init_from and the lengths below are kept."""
+    checkpoint: str = MISSING
+    """Shipped UNet folder, with the metrics of its training in metrics.jsonl."""
+    schedulers: list[str] = field(default_factory=lambda: ["DDPMScheduler"])
+    """Each is sampled with and stands in the report on its own."""
+
+
+@dataclass
+class DemoConfig:
+    """tools/demo.py"""
+
+    output: str = "outputs/demo"
+    encode: str = "configs/encode/emoji.yaml"
+    held_out: ImagesConfig = field(default_factory=ImagesConfig)
+    """Pictures never trained on: the floor of the distance, and the labels to sample."""
+    runs: list[DemoRunConfig] = field(default_factory=list)
+    images: int = 3_000
+    """Images each model is trained on, from its checkpoint on."""
+    steps: list[int] = field(default_factory=lambda: [2, 4, 8, 32])
+    guidance_scale: float = 1.0
+    seed: int = 0
+    seconds_target: float = 600.0
+    memory_target_gb: float = 4.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

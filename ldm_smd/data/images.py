@@ -13,10 +13,10 @@ import json
 import os
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Iterator
 
 import braceexpand
 import numpy as np
@@ -167,9 +167,7 @@ def _list_tar(path: str) -> list[Entry]:
                     try:
                         labels[key] = int(text)
                     except ValueError:
-                        raise UserError(
-                            f"images.source: expected an integer in {path}:{member.name}, found {text!r}"
-                        ) from None
+                        raise UserError(f"images.source: expected an integer in {path}:{member.name}, found {text!r}") from None
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"images.source: expected an uncompressed tar, found {path}: {error}") from error
     return [Entry(e.key, labels.get(key), e.path, e.member, e.offset, e.size) for key, e in pictures.items()]
@@ -263,9 +261,7 @@ def read_pictures(
 
     Raises UserError at the first unreadable picture where ``config.strict``.
     """
-    loader = DataLoader(
-        PictureDataset(entries, config), batch_size=batch_size, num_workers=num_workers, collate_fn=_as_list
-    )
+    loader = DataLoader(PictureDataset(entries, config), batch_size=batch_size, num_workers=num_workers, collate_fn=_as_list)
     for pictures in loader:
         unreadable = [picture for picture in pictures if picture.error]
         if unreadable and config.strict:

@@ -147,9 +147,7 @@ def write_shard(
     shard = ShardStatistics()
     with atomic_file(path) as temporary, open(temporary, "wb") as stream:
         with wds.TarWriter(stream, mtime=0, user="", group="") as tar:
-            for pictures, unreadable in read_pictures(
-                entries, config.images, config.batch_size, config.num_workers
-            ):
+            for pictures, unreadable in read_pictures(entries, config.images, config.batch_size, config.num_workers):
                 skipped += unreadable
                 bar.update(len(pictures) + len(unreadable))
                 if not pictures:

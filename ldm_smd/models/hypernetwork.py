@@ -19,9 +19,7 @@ class MixtureIdentifier(nn.Module):
     so the network also reads ``eta``'s mean over all places, scaled back to unit variance, at every place.
     """
 
-    def __init__(
-        self, in_channels: int, channels: int, latent_channels: int, groups: int, head_dim: int
-    ) -> None:
+    def __init__(self, in_channels: int, channels: int, latent_channels: int, groups: int, head_dim: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3 * in_channels, channels, 3, padding=1)
         self.encode = ResidualBlock(channels, channels, groups)

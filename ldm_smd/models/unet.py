@@ -72,8 +72,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, found {placement!r}")
         if any(channels % norm_num_groups for channels in block_out_channels):
             raise ValueError(
-                f"block_out_channels: expected multiples of norm_num_groups={norm_num_groups}, "
-                f"found {list(block_out_channels)}"
+                f"block_out_channels: expected multiples of norm_num_groups={norm_num_groups}, found {list(block_out_channels)}"
             )
         groups, levels = norm_num_groups, len(block_out_channels)
         first, last = block_out_channels[0], block_out_channels[-1]
@@ -125,9 +124,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         self.identifier = None
         self.hyper = nn.ModuleDict()
         if latent_channels > 0:
-            self.identifier = MixtureIdentifier(
-                in_channels, identifier_channels, latent_channels, groups, attention_head_dim
-            )
+            self.identifier = MixtureIdentifier(in_channels, identifier_channels, latent_channels, groups, attention_head_dim)
             places = {"out": first}
             if placement in ("in_out", "all"):
                 places["in"] = first
@@ -244,9 +241,7 @@ class Stage(nn.Module):
         self.attentions = nn.ModuleList()
         self.downsample: nn.Module | None = None
 
-    def add(
-        self, block: ResidualBlock, channels: int, level: int, attention_levels: tuple[int, ...], head_dim: int
-    ) -> None:
+    def add(self, block: ResidualBlock, channels: int, level: int, attention_levels: tuple[int, ...], head_dim: int) -> None:
         groups = block.norm2.num_groups
         self.blocks.append(block)
         self.attentions.append(AttentionBlock(channels, head_dim, groups) if level in attention_levels else nn.Identity())

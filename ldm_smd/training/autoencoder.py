@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torchvision.utils import make_grid, save_image
 

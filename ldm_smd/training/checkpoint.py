@@ -38,9 +38,7 @@ def save_checkpoint(
     return path
 
 
-def resume(
-    folder: Path, model: ModelMixin, ema: EMA, optimizer: torch.optim.Optimizer, device: torch.device | str
-) -> int:
+def resume(folder: Path, model: ModelMixin, ema: EMA, optimizer: torch.optim.Optimizer, device: torch.device | str) -> int:
     """Load the newest checkpoint under ``folder`` in place; returns its images_seen, 0 where there is none."""
     found = checkpoints(folder)
     if not found:
@@ -77,15 +75,11 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     """The optimizer's state as one flat dictionary "parameter name/entry" -> tensor."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{entry}": value
-        for parameter, state in optimizer.state.items()
-        for entry, value in state.items()
+        f"{names[parameter]}/{entry}": value for parameter, state in optimizer.state.items() for entry, value in state.items()
     }
 
 
-def load_optimizer(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
+def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of ``optimizer_tensors``."""
     parameters = dict(model.named_parameters())
     for flat, tensor in tensors.items():

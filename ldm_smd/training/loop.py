@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> Path:
     if config.init_from:
         load_weights(model, Path(config.init_from), "init_from")
     model.to(device)
-    ema = EMA(model, config.ema_halflife_images)
+    ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )

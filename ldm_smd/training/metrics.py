@@ -59,9 +59,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 def progress(total_images: int, images_seen: int, description: str, disable: bool = False) -> tqdm:
     """A bar that counts images: rate in images/s and the time left."""
-    return tqdm(
-        total=total_images, initial=images_seen, desc=description, unit="img", disable=disable, dynamic_ncols=True
-    )
+    return tqdm(total=total_images, initial=images_seen, desc=description, unit="img", disable=disable, dynamic_ncols=True)
 
 
 def crossed(before: int, after: int, every: int) -> bool:

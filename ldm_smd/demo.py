@@ -1,0 +1,183 @@
+"""The whole way in one go: encode, train SMD and the Gaussian baseline on from the shipped weights, sample, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torchvision.utils import make_grid
+
+from .autoencoder import FrozenAutoencoder, sample_latents
+from .config import DemoConfig, DemoRunConfig, EncodeConfig, TrainConfig, load_config
+from .data.images import load_pixels
+from .data.shards import Manifest, encode
+from .data.stream import LatentStream
+from .diffusion.process import DiffusionProcess
+from .errors import UserError
+from .evaluation.diagnostics import spread_over_eta
+from .evaluation.metrics import PixelPCA, frechet_distance
+from .evaluation.report import write_report
+from .pipelines import SMDPipeline, load_pipeline
+from .sampling import make_scheduler, sample_pixels
+from .training.autoencoder import measure
+from .training.loop import SPREAD_TIMESTEPS, train
+from .training.metrics import read_metrics
+
+GRID_COLUMNS, GRID_ROWS = 8, 5
+SPREAD_PICTURES = 64
+
+
+def demo(config: DemoConfig) -> Path:
+    """Run every stage anew under ``config.output``; returns the path of report.html."""
+    output = Path(config.output)
+    if len(config.runs) == 0:
+        raise UserError("runs: expected at least one model, found none")
+    for name in ("latents", *(run.name for run in config.runs)):
+        shutil.rmtree(output / name, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+
+    encode_config = load_config(EncodeConfig, config.encode, [f"output={output / 'latents'}"])
+    with timed(seconds, "encode"):
+        manifest = encode(encode_config)
+    with timed(seconds, "measure the autoencoder"):
+        held_out, labels, _ = load_pixels(config.held_out)
+        training_pixels, _, _ = load_pixels(encode_config.images)
+        autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
+        psnr = measure(autoencoder, held_out)["psnr"]
+
+    pipelines: dict[str, SMDPipeline] = {}
+    for run in config.runs:
+        with timed(seconds, f"train {run.name}"):
+            pipelines[run.name] = load_pipeline(train(run_config(config, run, encode_config.autoencoder)))
+
+    pca = PixelPCA.fit(training_pixels)
+    reference = pca(training_pixels)
+    distance: dict = {"floor": frechet_distance(pca(held_out), reference)}
+    grids: dict[str, dict[int, torch.Tensor]] = {}
+    # The labels of the held-out pictures, shuffled so that the grid shows all classes, and the same for every model.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))
+    sampled_labels = [labels[index] for index in order]
+    with timed(seconds, "sample"):
+        for run in config.runs:
+            pipeline = pipelines[run.name]
+            for scheduler in run.schedulers:
+                title = f"{run.name}, {scheduler.removesuffix('Scheduler')}"
+                pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
+                distance[title], grids[title] = {}, {}
+                for steps in config.steps:
+                    pixels = sample_pixels(
+                        pipeline,
+                        sampled_labels,
+                        len(sampled_labels),
+                        steps,
+                        config.guidance_scale,
+                        config.seed,
+                        batch_size=64,
+                        description=f"{title}, {steps} steps",
+                    )
+                    eight_bit = (pixels * 255).round().to(torch.uint8)
+                    distance[title][steps] = frechet_distance(pca(eight_bit), reference)
+                    shown = pixels[: GRID_COLUMNS * GRID_ROWS]
+                    grids[title][steps] = make_grid(shown, nrow=GRID_COLUMNS, padding=2, pad_value=0.8)
+
+    with timed(seconds, "spread over eta"):
+        spread = {name: measure_spread(config, pipeline, manifest) for name, pipeline in pipelines.items()}
+
+    parameters = {name: pipeline.unet.num_parameters() for name, pipeline in pipelines.items()}
+    total = sum(seconds.values())
+    memory = peak_memory_gb()
+    weights = sum(path.stat().st_size for path in Path(encode_config.autoencoder).glob("*.safetensors")) / 2**20
+    latent_numbers = int(torch.tensor(manifest.latent_shape).prod())
+    apart = max(parameters.values()) / min(parameters.values()) - 1
+    limit, allowed = config.seconds_target, config.memory_target_gb
+    report = {
+        "targets": [
+            target("autoencoder, held-out PSNR", ">= 30 dB", psnr, psnr >= 30),
+            target("autoencoder, weights", "<= 16 MB", weights, weights <= 16),
+            target("latent numbers per picture", "512 to 1024", latent_numbers, 512 <= latent_numbers <= 1024),
+            target("parameters of the models, apart by", "<= 2 %", 100 * apart, apart <= 0.02),
+            target("demo, after the installation", f"<= {limit:g} s", total, total <= limit),
+            target("demo, peak memory", f"<= {allowed:g} GB", memory, memory <= allowed),
+        ],
+        "seconds": {**seconds, "total": total},
+        "distance_name": "Frechet distance in 64 principal components of the pixels, fitted on the training pictures",
+        "distance": distance,
+        "spread": spread,
+        "parameters": parameters,
+        "samples": len(sampled_labels),
+        "guidance_scale": config.guidance_scale,
+        "threads": torch.get_num_threads(),
+    }
+    curves = {run.name: training_curve(output, run) for run in config.runs}
+    path = write_report(output, report, grids, curves)
+    print(json.dumps(report["targets"], indent=1))
+    print(f"{total:.0f} seconds in all; open {path}")
+    return path
+
+
+def target(name: str, wanted: str, measured: float, holds: bool) -> dict:
+    return {"name": name, "target": wanted, "measured": round(measured, 3), "holds": bool(holds)}
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    print(f"== {stage}", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def run_config(config: DemoConfig, run: DemoRunConfig, autoencoder: str) -> TrainConfig:
+    """The run's training config with the demo's lengths, starting from the shipped weights."""
+    output = Path(config.output)
+    trained = load_config(TrainConfig, run.config)
+    return dataclasses.replace(
+        trained,
+        shards=str(output / "latents"),
+        autoencoder=autoencoder,
+        output=str(output / run.name),
+        init_from=run.checkpoint,
+        images_total=config.images,
+        # Gently: the shipped weights are averages, and a full learning rate would first undo the averaging.
+        learning_rate=trained.learning_rate / 10,
+        warmup_images=config.images // 10,
+        cooldown_images=config.images // 2,
+        ema_halflife_images=min(trained.ema_halflife_images, config.images // 4),
+        log_every_images=max(config.images // 20, trained.batch_size),
+        sample_every_images=config.images,
+        checkpoint_every_images=config.images,
+    )
+
+
+def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest) -> dict[int, float]:
+    """spread_over_eta on training latents."""
+    stream = LatentStream(manifest, SPREAD_PICTURES, SPREAD_PICTURES, seed=config.seed)
+    batch = stream.batch_at(0)
+    generator = torch.Generator().manual_seed(config.seed)
+    latents = FrozenAutoencoder(pipeline.vae).normalise(sample_latents(batch.moments, generator))
+    process = DiffusionProcess(pipeline.scheduler.alphas_cumprod)
+    kind = pipeline.scheduler.config.prediction_type
+    return spread_over_eta(pipeline.unet, process, kind, latents, batch.labels, SPREAD_TIMESTEPS, seed=config.seed)
+
+
+def training_curve(output: Path, run: DemoRunConfig) -> list[tuple[int, float]]:
+    """(images seen, loss) of the shipped training, and of the demo's after it."""
+    shipped = [line for line in read_metrics(Path(run.checkpoint) / "metrics.jsonl") if "loss" in line]
+    start = shipped[-1]["images_seen"] if shipped else 0
+    here = [line for line in read_metrics(output / run.name / "metrics.jsonl") if "loss" in line]
+    points = [(line["images_seen"], line["loss"]) for line in shipped]
+    return points + [(start + line["images_seen"], line["loss"]) for line in here]
+
+
+def peak_memory_gb() -> float:
+    """Largest resident size so far of this process, and of its largest finished child, together."""
+    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return kilobytes / 2**20

@@ -1,0 +1,83 @@
+"""report.html and report.json: numbers and pictures of a comparison, in one file that needs no other."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import jinja2
+import matplotlib
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+from ..files import atomic_file
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+
+
+def write_report(
+    folder: Path,
+    report: dict,
+    grids: dict[str, dict[int, torch.Tensor]],
+    curves: dict[str, list[tuple[int, float]]],
+) -> Path:
+    """Write ``folder``/report.json and report.html; returns the path of the page.
+
+    Args:
+        report: the content of report.json: targets, seconds, distance, spread, parameters (see DESIGN, "Benchmark result").
+        grids: {model: {steps: picture grid, float (3, H, W) in [0, 1]}}.
+        curves: {model: [(images seen, training loss)]}.
+    """
+    with atomic_file(folder / "report.json") as path:
+        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm_smd.evaluation", "."), autoescape=True)
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        steps=sorted({steps for by_steps in grids.values() for steps in by_steps}),
+        grids={name: {n: grid_uri(grid) for n, grid in by_steps.items()} for name, by_steps in grids.items()},
+        curve=figure_uri(curve_figure(curves)),
+        spread=figure_uri(spread_figure(report["spread"])),
+    )
+    with atomic_file(folder / "report.html") as path:
+        path.write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+def curve_figure(curves: dict[str, list[tuple[int, float]]]) -> plt.Figure:
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3), squeeze=False)
+    for axis, (name, points) in zip(axes[0], curves.items()):
+        axis.plot([images for images, _ in points], [loss for _, loss in points], linewidth=1)
+        # The losses are not of one kind (energy score and squared error), so each has its own axis.
+        axis.set(title=name, xlabel="images seen", ylabel="training loss")
+    return figure
+
+
+def spread_figure(spread: dict[str, dict[int, float]]) -> plt.Figure:
+    figure, axis = plt.subplots(figsize=(5, 3))
+    for name, by_timestep in spread.items():
+        axis.plot(list(by_timestep), list(by_timestep.values()), marker="o", label=name)
+    axis.set(xlabel="timestep", ylabel="spread of x0 over eta", ylim=(0, None))
+    axis.legend()
+    return figure
+
+
+def figure_uri(figure: plt.Figure) -> str:
+    """The figure as a data: URI; closes it."""
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    return data_uri(buffer)
+
+
+def grid_uri(grid: torch.Tensor) -> str:
+    buffer = io.BytesIO()
+    to_pil_image(grid.clamp(0, 1)).save(buffer, format="png")
+    return data_uri(buffer)
+
+
+def data_uri(buffer: io.BytesIO) -> str:
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
