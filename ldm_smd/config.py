@@ -157,13 +157,21 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         one_of("model.placement", self.placement, ("in_out", "up", "all"))
-        for channels in self.block_out_channels:
+        levels = len(self.block_out_channels)
+        for level, channels in enumerate(self.block_out_channels):
             check(
-                channels % self.norm_num_groups == 0 and channels % self.attention_head_dim == 0,
+                channels % self.norm_num_groups == 0,
                 "model.block_out_channels",
-                f"multiples of norm_num_groups={self.norm_num_groups} and attention_head_dim={self.attention_head_dim}",
+                f"multiples of norm_num_groups={self.norm_num_groups}",
                 channels,
             )
+            if level in self.attention_levels or level == levels - 1:
+                check(
+                    channels % self.attention_head_dim == 0,
+                    "model.block_out_channels",
+                    f"multiples of attention_head_dim={self.attention_head_dim} where attention is",
+                    channels,
+                )
 
 
 @dataclass

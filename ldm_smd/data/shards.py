@@ -145,25 +145,28 @@ def write_shard(
     """Encode ``entries`` into one tar; returns its record for the manifest and the pictures that were skipped."""
     skipped: list[Picture] = []
     shard = ShardStatistics()
-    with atomic_file(path) as temporary, open(temporary, "wb") as stream:
-        with wds.TarWriter(stream, mtime=0, user="", group="") as tar:
-            for pictures, unreadable in read_pictures(entries, config.images, config.batch_size, config.num_workers):
-                skipped += unreadable
-                bar.update(len(pictures) + len(unreadable))
-                if not pictures:
-                    continue
-                pixels = torch.stack([picture.pixels for picture in pictures])
-                moments = _encode(autoencoder, pixels)
-                mirrors = _encode(autoencoder, pixels.flip(3)) if config.mirror else None
-                statistics.add(moments)
-                shard.add(moments)
-                for row, picture in enumerate(pictures):
-                    sample: dict = {"__key__": picture.key, "moments.npy": moments[row]}
-                    if mirrors is not None:
-                        sample["mirror.npy"] = mirrors[row]
-                    if picture.label is not None:
-                        sample["cls"] = str(picture.label)
-                    tar.write(sample)
+    with (
+        atomic_file(path) as temporary,
+        open(temporary, "wb") as stream,
+        wds.TarWriter(stream, mtime=0, user="", group="") as tar,
+    ):
+        for pictures, unreadable in read_pictures(entries, config.images, config.batch_size, config.num_workers):
+            skipped += unreadable
+            bar.update(len(pictures) + len(unreadable))
+            if not pictures:
+                continue
+            pixels = torch.stack([picture.pixels for picture in pictures])
+            moments = _encode(autoencoder, pixels)
+            mirrors = _encode(autoencoder, pixels.flip(3)) if config.mirror else None
+            statistics.add(moments)
+            shard.add(moments)
+            for row, picture in enumerate(pictures):
+                sample: dict = {"__key__": picture.key, "moments.npy": moments[row]}
+                if mirrors is not None:
+                    sample["mirror.npy"] = mirrors[row]
+                if picture.label is not None:
+                    sample["cls"] = str(picture.label)
+                tar.write(sample)
     return {"name": path.name, **shard.record(), "sha256": sha256(path)}, skipped
 
 

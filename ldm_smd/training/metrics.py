@@ -21,7 +21,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["images_seen"] <= images_seen]
-        self._file = open(self.path, "w", encoding="utf-8")
+        self._file = self.path.open("w", encoding="utf-8")
         for line in kept:
             self._write(line)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen)

@@ -1,0 +1,134 @@
+"""Tiny real parts, made once: pictures, an autoencoder, latent shards and a trained run."""
+
+import sys
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw
+
+from ldm_smd.cli import run_tool
+from ldm_smd.config import EncodeConfig, TrainConfig, load_config
+from ldm_smd.data.shards import encode
+from ldm_smd.training.loop import train
+
+torch.set_num_threads(2)
+
+TINY_MODEL = [
+    "model.block_out_channels=[16,32]",
+    "model.layers_per_block=1",
+    "model.attention_head_dim=8",
+    "model.norm_num_groups=4",
+    "model.latent_channels=8",
+    "model.identifier_channels=8",
+    "model.hypernetwork_width=8",
+]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 22 pictures in two classes: discs and squares of different colours and sizes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index in range(22):
+        name = "disc" if index % 2 else "square"
+        image = Image.new("RGB", (40 + index, 48), "white")
+        draw = ImageDraw.Draw(image)
+        shape = draw.ellipse if name == "disc" else draw.rectangle
+        shape((8, 8 + index % 5, 30 + index % 7, 40), fill=(11 * index, 255 - 9 * index, 60 + 5 * index))
+        (folder / name).mkdir(exist_ok=True)
+        image.save(folder / name / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """An untrained AutoencoderKL, 16x16 pixels -> 4x8x8 latents."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.7,
+        shift_factor=0.1,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory, pictures, vae_folder):
+    """Latent shards of the pictures, with mirrored encodings; the last shard is shorter."""
+    output = tmp_path_factory.mktemp("latents") / "shards"
+    encode(
+        load_config(
+            EncodeConfig,
+            None,
+            [
+                f"images.source={pictures}",
+                "images.resolution=16",
+                f"autoencoder={vae_folder}",
+                f"output={output}",
+                "shard_size=8",
+                "batch_size=4",
+                "num_workers=0",
+            ],
+        )
+    )
+    return output
+
+
+@pytest.fixture
+def train_config(shards, vae_folder, tmp_path):
+    """A function from overrides to the TrainConfig of a tiny run in tmp_path/run."""
+
+    def build(*overrides):
+        settings = [
+            f"shards={shards}",
+            f"autoencoder={vae_folder}",
+            f"output={tmp_path / 'run'}",
+            "images_total=64",
+            "batch_size=8",
+            "objective.draws=2",
+            "warmup_images=16",
+            "ema_halflife_images=32",
+            "log_every_images=16",
+            "sample_every_images=1000000",
+            "checkpoint_every_images=32",
+            "sample_steps=2",
+        ]
+        return load_config(TrainConfig, None, settings + TINY_MODEL + list(overrides))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, shards, vae_folder):
+    """The pipeline folder of a short real run."""
+    settings = [
+        f"shards={shards}",
+        f"autoencoder={vae_folder}",
+        f"output={tmp_path_factory.mktemp('run') / 'run'}",
+        "images_total=64",
+        "batch_size=16",
+        "objective.draws=2",
+        "sample_steps=2",
+    ]
+    return train(load_config(TrainConfig, None, settings + TINY_MODEL))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a tool in this process as its command line would: (exit code, standard output, last line of standard error)."""
+
+    def call(schema, main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+        code = run_tool(schema, main, "a tool")
+        out, err = capsys.readouterr()
+        lines = err.strip().splitlines()
+        return code, out, lines[-1] if lines else ""
+
+    return call

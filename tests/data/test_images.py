@@ -1,0 +1,135 @@
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+
+from ldm_smd.config import ImagesConfig
+from ldm_smd.data.images import decode, list_entries, load_pixels, read_pictures
+from ldm_smd.errors import UserError
+
+CONFIG = ImagesConfig(source="unused", resolution=16)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def centre(data):
+    return decode(data, CONFIG)[:, 8, 8].tolist()
+
+
+def test_cmyk_is_converted():
+    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert np.allclose(centre(encoded(red, "TIFF")), [255, 0, 0], atol=3)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    half = Image.fromarray(np.full((16, 16), 32768, dtype=np.uint16))
+    assert np.allclose(centre(encoded(half)), [127.5] * 3, atol=1)
+
+
+def test_palette_with_transparency_shows_the_background():
+    image = Image.new("P", (16, 16), 0)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    assert centre(encoded(image, transparency=0)) == [255, 255, 255]
+    assert centre(encoded(image)) == [255, 0, 0]
+
+
+def test_alpha_is_composited():
+    half = Image.new("RGBA", (16, 16), (255, 0, 0, 128))
+    assert np.allclose(centre(encoded(half)), [255, 127, 127], atol=1)
+    black = ImagesConfig(source="unused", resolution=16, background="black")
+    assert np.allclose(decode(encoded(half), black)[:, 8, 8], [128, 0, 0], atol=1)
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("blue", "red")]
+    assert centre(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == [0, 0, 255]
+
+
+def test_exif_rotation_is_applied():
+    image = Image.new("RGB", (32, 16), "white")
+    image.paste("red", (0, 0, 16, 16))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees clockwise": left goes up
+    pixels = decode(encoded(image, exif=exif), ImagesConfig(source="unused", resolution=16, crop="pad"))
+    assert pixels[:, 2, 8].tolist() == [255, 0, 0]
+    assert pixels[:, 13, 8].tolist() == [255, 255, 255]
+
+
+def test_crop_and_pad():
+    wide = Image.new("RGB", (64, 16), "red")
+    assert decode(encoded(wide), CONFIG).unique().tolist() == [0, 255]
+    padded = decode(encoded(wide), ImagesConfig(source="unused", resolution=16, crop="pad", background="blue"))
+    assert padded[:, 0, 8].tolist() == [0, 0, 255] and padded[:, 8, 8].tolist() == [255, 0, 0]
+
+
+def test_folder_zip_and_tars_give_the_same_pictures(pictures, tmp_path):
+    files = sorted(pictures.rglob("*.png"))
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for file in files:
+            archive.write(file, file.relative_to(pictures).as_posix())
+    with wds.TarWriter(str(tmp_path / "part-0.tar")) as tar:
+        for file in files:
+            label = ("disc", "square").index(file.parent.name)
+            tar.write({"__key__": f"{file.parent.name}/{file.stem}", "png": file.read_bytes(), "cls": str(label)})
+    (tmp_path / "classes.json").write_text('["disc", "square"]')
+    results = [
+        load_pixels(ImagesConfig(source=str(source), resolution=16))
+        for source in (pictures, tmp_path / "all.zip", tmp_path / "part-*.tar")
+    ]
+    for pixels, labels, classes in results:
+        assert torch.equal(pixels, results[0][0])
+        assert labels == results[0][1] and classes == ["disc", "square"]
+
+
+def test_keys_are_unique_and_without_dots(tmp_path):
+    for name in ("a.b.png", "a_b.png", "c.png", "c.jpg"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    keys = [entry.key for entry in list_entries(ImagesConfig(source=str(tmp_path)))[0]]
+    assert len(set(keys)) == 4 and not any("." in key for key in keys)
+
+
+def test_unreadable_pictures_are_listed_or_stop(tmp_path):
+    whole = encoded(Image.effect_noise((64, 64), 50))
+    (tmp_path / "a.png").write_bytes(whole)
+    (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    (tmp_path / "d.png").write_bytes(b"")
+    config = ImagesConfig(source=str(tmp_path), resolution=16)
+    entries, _ = list_entries(config)
+    [(good, bad)] = read_pictures(entries, config, batch_size=8)
+    assert [picture.key for picture in good] == ["a"]
+    assert [picture.key for picture in bad] == ["b", "c", "d"] and all(picture.error for picture in bad)
+    config.strict = True
+    with pytest.raises(UserError, match=r"images\.strict: expected every picture to be readable, found .*b\.png"):
+        list(read_pictures(entries, config, batch_size=8))
+
+
+def test_too_many_pixels_count_as_unreadable():
+    with pytest.raises(ValueError, match="max_pixels=100"):
+        decode(encoded(Image.new("RGB", (16, 16))), ImagesConfig(source="unused", max_pixels=100))
+
+
+def test_missing_and_empty_sources(tmp_path):
+    for source, message in (
+        (tmp_path / "none", "found nothing at"),
+        (tmp_path / "none.zip", "found no file"),
+        (tmp_path, "found none in"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list_entries(ImagesConfig(source=str(source)))
+
+
+def test_labels_outside_the_classes(tmp_path):
+    with wds.TarWriter(str(tmp_path / "a.tar")) as tar:
+        tar.write({"__key__": "one", "png": encoded(Image.new("RGB", (8, 8))), "cls": "7"})
+    (tmp_path / "classes.json").write_text('["a", "b"]')
+    with pytest.raises(UserError, match="expected a label from 0 to 1"):
+        list_entries(ImagesConfig(source=str(tmp_path / "a.tar")))

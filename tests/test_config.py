@@ -1,0 +1,60 @@
+import pytest
+
+from ldm_smd.config import EncodeConfig, SampleConfig, TrainConfig, dump_config, load_config
+from ldm_smd.errors import UserError
+
+GIVEN = ["shards=a", "autoencoder=b", "output=c"]
+
+
+def test_file_and_overrides_are_merged_in_order(tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text("shards: a\nautoencoder: b\noutput: c\nbatch_size: 8\nmodel: {latent_channels: 4}\n")
+    config = load_config(TrainConfig, file, ["model.latent_channels=6"])
+    assert (config.batch_size, config.model.latent_channels, config.model.placement) == (8, 6, "up")
+
+
+def test_dump_loads_back_to_the_same(tmp_path):
+    config = load_config(TrainConfig, None, [*GIVEN, "objective.patches=[0,3]"])
+    (tmp_path / "dump.yaml").write_text(dump_config(config))
+    assert load_config(TrainConfig, tmp_path / "dump.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["bath_size=8"], "'bath_size'; the nearest known key is 'batch_size'"),
+        (["model.latent_chanels=8"], "the nearest known key is 'model.latent_channels'"),
+        (["batch_size=many"], "batch_size"),
+        (["batch_size=0"], "batch_size: expected at least 1, found 0"),
+        (["model.placement=down"], "model.placement: expected one of in_out, up, all, found 'down'"),
+        (["objective.draws=1"], "objective.draws: expected at least 2, found 1"),
+        (["model.latent_channels=0"], "objective.name: expected mse for a Gaussian model"),
+        (["model.block_out_channels=[30,60]"], "model.block_out_channels: expected multiples of norm_num_groups"),
+        (["batch_size"], "override: expected key=value, found 'batch_size'"),
+        (["output=???"], "output: expected a value"),
+    ],
+)
+def test_mistakes_are_named(overrides, message):
+    with pytest.raises(UserError) as error:
+        load_config(TrainConfig, None, GIVEN + overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    for content in ("a: [", "- a\n- b\n", "\x00"):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(UserError, match="--config: expected a YAML"):
+            load_config(TrainConfig, tmp_path / "bad.yaml")
+    with pytest.raises(UserError, match="found no file"):
+        load_config(TrainConfig, tmp_path / "none.yaml")
+
+
+def test_command_line_exit_codes(run):
+    seen = []
+    code, out, _ = run(SampleConfig, seen.append, "model=m", "output=o", "--dry-run", "steps=3")
+    assert (code, seen) == (0, []) and "steps: 3" in out
+    code, _, err = run(EncodeConfig, seen.append, "outptu=o")
+    assert code == 2 and err.startswith("tool: error: ") and "nearest known key is 'output'" in err
+    code, _, _ = run(SampleConfig, seen.append, "model=m", "output=o")
+    assert code == 0 and seen[0].model == "m"
