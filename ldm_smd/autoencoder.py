@@ -48,7 +48,7 @@ class FrozenAutoencoder(nn.Module):
         if Path(source).exists() and not (Path(source) / "config.json").is_file():
             raise UserError(f"autoencoder: expected a diffusers model folder, found no config.json in {source}")
         try:
-            model = AutoModel.from_pretrained(source, revision=revision, use_safetensors=True)
+            model = AutoModel.from_pretrained(str(source), revision=revision, use_safetensors=True)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

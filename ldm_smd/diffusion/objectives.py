@@ -1,7 +1,7 @@
 """Training objectives: what M draws of the prediction are compared with the target by.
 
 All take ``predictions`` (B, M, C, H, W), one for each draw of eta, and ``target`` (B, C, H, W), and return (B,) losses in
-float32. All act in the space of the prediction; for v that is the distance between x_0 and its prediction divided by s_t.
+float32 or better. All act in the space of the prediction; for v that is the distance of x_0 from its prediction over s_t.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def mse(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     eta is independent of the target given x_t, so the minimiser is the posterior mean for every eta: it collapses to a
     Gaussian model. It is here for comparison, and for Gaussian models.
     """
-    return (predictions.float() - target.float().unsqueeze(1)).square().flatten(1).mean(dim=1)
+    return (exact(predictions) - exact(target).unsqueeze(1)).square().flatten(1).mean(dim=1)
 
 
 def energy(
@@ -56,7 +56,7 @@ def energy(
         diversity: lambda of the paper, in [0, 1]; with 0 it is the distance alone.
         patches: sides of the patches the distance is taken over, 0 for the whole picture.
     """
-    predictions, target = predictions.float(), target.float()
+    predictions, target = exact(predictions), exact(target)
     draws = predictions.shape[1]
     if draws < 2:
         raise ValueError(f"draws: expected at least 2 for the energy score, found {draws}")
@@ -64,6 +64,11 @@ def energy(
     to_target = distance(predictions, target.unsqueeze(1).expand_as(predictions), beta, patches).mean(dim=1)
     between = distance(predictions[:, first], predictions[:, second], beta, patches).mean(dim=1)
     return to_target - 0.5 * diversity * between
+
+
+def exact(x: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def distance(a: torch.Tensor, b: torch.Tensor, beta: float, patches: Sequence[int]) -> torch.Tensor:

@@ -21,6 +21,7 @@ def set_attention_backend(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"attention: expected one of {', '.join(BACKENDS)}, found {name!r}")
     _backend = name
+    xformers_runs.cache_clear()  # so that a choice that cannot be kept is warned of
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -28,7 +29,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
     The layout is xformers' (B, M, H, K); torch's function wants (B, heads, length, d), so that branch transposes.
     """
-    if _backend != "sdpa" and xformers_runs(query.device.type, query.dtype, query.shape[-1]):
+    if _wants_xformers(query.device.type) and xformers_runs(query.device.type, query.dtype, query.shape[-1]):
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(query, key, value)
@@ -49,8 +50,12 @@ def xformers_runs(device: str, dtype: torch.dtype, head_dim: int) -> bool:
         probe = torch.zeros(1, 4, 1, head_dim, device=device, dtype=dtype, requires_grad=True)
         with torch.enable_grad():
             memory_efficient_attention(probe, probe, probe).sum().backward()
-    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         if _backend == "xformers":
             logger.warning("attention: xformers does not run here (%s); using torch's own", type(error).__name__)
         return False
     return True
+
+
+def _wants_xformers(device: str) -> bool:
+    return _backend == "xformers" or (_backend == "auto" and device == "cuda")

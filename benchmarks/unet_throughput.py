@@ -1,0 +1,169 @@
+"""Training throughput of SMDUNet2DModel against diffusers.UNet2DModel of equal parameters: forward, backward and AdamW step.
+
+Each model gets the same batch. Rounds go through the models in turn, so that a slow spell of the machine hits all alike, and
+the ratio is taken round by round; its median is the result.
+
+    python benchmarks/unet_throughput.py            # 8x8x16 latents and 32x32x4 latents, some minutes
+    python benchmarks/unet_throughput.py --quick
+
+Writes benchmarks/results/unet_throughput.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+
+from ldm_smd.diffusion.objectives import energy, mse
+from ldm_smd.models.unet import SMDUNet2DModel
+
+RESULT = Path(__file__).parent / "results" / "unet_throughput.json"
+CLASSES = 10
+PARAMETER_TOLERANCE = 0.02
+
+# Each case: latent shape, batch, and block_out_channels of the three models. Widths are chosen so that the parameters agree
+# within 2 %; depth, attention (the lower level and the middle) and head width are the same for all.
+CASES = {
+    "8x8x16": {"shape": (16, 8, 8), "batch": 32, "smd": (96, 192), "vanilla": (96, 200), "diffusers": (96, 192)},
+    "32x32x4": {"shape": (4, 32, 32), "batch": 4, "smd": (96, 192), "vanilla": (96, 200), "diffusers": (96, 192)},
+}
+COMMON = {"layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 8}
+DRAWS = 2
+
+
+def build(case: dict) -> dict[str, torch.nn.Module]:
+    channels, height, width = case["shape"]
+    ours = {
+        "sample_size": height,
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_classes": CLASSES,
+        "attention_levels": (1,),
+        **COMMON,
+    }
+    theirs = UNet2DModel(
+        sample_size=height,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=case["diffusers"],
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=CLASSES,
+        resnet_time_scale_shift="scale_shift",
+        **COMMON,
+    )
+    return {
+        "diffusers": theirs,
+        "vanilla": SMDUNet2DModel(block_out_channels=case["vanilla"], latent_channels=0, **ours),
+        "smd": SMDUNet2DModel(block_out_channels=case["smd"], latent_channels=32, **ours),
+    }
+
+
+class Trainee:
+    """One model with its optimizer; ``seconds()`` of one training step."""
+
+    def __init__(self, name: str, model: torch.nn.Module, case: dict, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.model = model.to(device).train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        generator = torch.Generator().manual_seed(0)
+        batch = case["batch"]
+        self.x = torch.randn(batch, *case["shape"], generator=generator).to(device)
+        self.target = torch.randn(batch, *case["shape"], generator=generator).to(device)
+        self.t = torch.randint(0, 1000, (batch,), generator=generator).to(device)
+        self.labels = torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
+        self.eta = torch.randn(batch * DRAWS, *case["shape"], generator=generator).to(device)
+
+    def seconds(self) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        if self.name == "smd":
+            prediction = self.model(self.x, self.t, self.labels, self.eta).sample
+            loss = energy(prediction.unflatten(0, (len(self.x), DRAWS)), self.target).mean()
+        else:
+            loss = mse(self.model(self.x, self.t, self.labels).sample.unsqueeze(1), self.target).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(case: dict, rounds: int, device: torch.device) -> dict:
+    models = build(case)
+    parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    apart = max(parameters.values()) / min(parameters.values()) - 1
+    if apart > PARAMETER_TOLERANCE:
+        raise SystemExit(f"parameters: expected within {PARAMETER_TOLERANCE:.0%} of each other, found {parameters}")
+    trainees = [Trainee(name, model, case, device) for name, model in models.items()]
+    for trainee in trainees:
+        trainee.seconds()
+    rows = [{trainee.name: trainee.seconds() for trainee in trainees} for _ in range(rounds)]
+    ratios = {name: statistics.median(row["diffusers"] / row[name] for row in rows) for name in models if name != "diffusers"}
+    images = {name: case["batch"] / statistics.median(row[name] for row in rows) for name in models}
+    return {
+        "latents": list(case["shape"]),
+        "batch": case["batch"],
+        "block_out_channels": {name: list(case[name]) for name in models},
+        "parameters": parameters,
+        "images_per_second": images,
+        "ratio_to_diffusers": ratios,
+        "seconds_per_step": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds; the result says that it was quick")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rounds = 5 if arguments.quick else 40
+    cases = {}
+    for name, case in CASES.items():
+        cases[name] = measure(case, rounds, device)
+        print(name, {model: round(ratio, 3) for model, ratio in cases[name]["ratio_to_diffusers"].items()}, flush=True)
+    result = {
+        "command": " ".join(["python", "benchmarks/unet_throughput.py", *sys.argv[1:]]),
+        "quick": arguments.quick,
+        "machine": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "diffusers": version("diffusers"),
+        },
+        "seeds": [0],
+        "draws": DRAWS,
+        "cases": cases,
+        "targets": [
+            {
+                "name": f"vanilla against diffusers.UNet2DModel, training images/s, {name}",
+                "target": ">= 1.0",
+                "measured": round(case["ratio_to_diffusers"]["vanilla"], 3),
+                "holds": case["ratio_to_diffusers"]["vanilla"] >= 1.0,
+            }
+            for name, case in cases.items()
+        ],
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_smd.data.shards import Manifest
+from ldm_smd.data.stream import LatentStream, latent_loader
+from ldm_smd.errors import UserError
+
+
+@pytest.fixture
+def manifest(shards):
+    return Manifest.load(shards)
+
+
+def batches(manifest, **options):
+    return list(latent_loader(LatentStream(manifest, **options), num_workers=0))
+
+
+def test_every_sample_once_per_epoch_in_a_new_order(manifest):
+    stream = LatentStream(manifest, batch_size=4, images_total=44)
+    keys = [key for position in range(0, 44, 4) for key in stream.keys_at(position)]
+    first, second = keys[:22], keys[22:]
+    assert len(set(first)) == len(set(second)) == 22
+    assert first != second
+
+
+def test_batches_hold_the_samples_of_their_keys(manifest):
+    stream = LatentStream(manifest, batch_size=22, images_total=22)
+    batch, keys = stream.batch_at(0), stream.keys_at(0)
+    by_key = {key: (s, i) for s, shard in enumerate(stream.shards) for i, key in enumerate(shard.keys)}
+    for row, key in enumerate(keys):
+        shard, index = by_key[key]
+        expected = np.empty(stream.shape, stream.dtype)
+        stream.shards[shard].read(index, False, expected)
+        assert torch.equal(batch.moments[row], torch.from_numpy(expected))
+        assert batch.labels[row] == ["disc", "square"].index(key.split("/")[0])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_are_one_process(manifest, world_size):
+    """For any number of processes: the same global batches, equal steps, each sample to one rank."""
+    alone = batches(manifest, batch_size=8, images_total=48, seed=3)
+    ranks = [
+        batches(manifest, batch_size=8, images_total=48, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    assert {len(of_rank) for of_rank in ranks} == {len(alone)} == {6}
+    for step, batch in enumerate(alone):
+        assert torch.equal(torch.cat([of_rank[step].moments for of_rank in ranks]), batch.moments)
+
+
+def test_resume_anywhere_is_the_rest(manifest):
+    whole = batches(manifest, batch_size=4, images_total=60, mirror=True)
+    for done in (0, 5, 7, 15):
+        rest = batches(manifest, batch_size=4, images_total=60, mirror=True, images_seen=4 * done)
+        assert len(rest) == len(whole) - done
+        for a, b in zip(rest, whole[done:]):
+            assert torch.equal(a.moments, b.moments) and torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_change_the_order(manifest, workers):
+    stream = LatentStream(manifest, batch_size=4, images_total=30)
+    plain = list(latent_loader(stream, 0))
+    for a, b in zip(latent_loader(stream, workers), plain, strict=True):
+        assert torch.equal(a.moments, b.moments)
+
+
+def test_mirror_takes_the_mirrored_encoding_for_half(manifest):
+    plain = LatentStream(manifest, batch_size=22, images_total=22 * 20)
+    mirrored = LatentStream(manifest, batch_size=22, images_total=22 * 20, mirror=True)
+    count = 0
+    for epoch in range(20):
+        a, b = plain.batch_at(22 * epoch), mirrored.batch_at(22 * epoch)
+        assert torch.equal(a.labels, b.labels)
+        count += int((a.moments != b.moments).flatten(1).any(dim=1).sum())
+    assert 0.4 < count / 440 < 0.6
+
+
+def test_impossible_world_size_is_refused(manifest):
+    with pytest.raises(UserError, match="batch_size: expected a multiple of the 3 processes, found 8"):
+        LatentStream(manifest, batch_size=8, images_total=8, world_size=3)
+
+
+def test_damaged_shards_are_named(shards, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(shards, folder)
+    path = folder / "latents-00000.tar"
+    whole = path.read_bytes()
+    for damaged, message in (
+        (whole[:2000], "shards: expected"),
+        (b"nothing like a tar" * 100, "shards: expected a tar"),
+        (whole[: len(whole) // 2], "shards: expected"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=message):
+            LatentStream(Manifest.load(folder), batch_size=2, images_total=2)
+
+
+def test_labels_outside_the_classes(shards, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(shards, folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["metadata"]["classes"] = ["only one"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="shards: expected labels from 0 to 0, found 1"):
+        LatentStream(Manifest.load(folder), batch_size=2, images_total=2)

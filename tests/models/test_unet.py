@@ -1,0 +1,203 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ldm_smd.models.attention import attention, set_attention_backend, xformers_runs
+from ldm_smd.models.hypernetwork import HyperNetwork
+from ldm_smd.models.unet import PLACEMENTS, SMDUNet2DModel, repeat
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    "num_classes": 3,
+    "latent_channels": 8,
+    "identifier_channels": 8,
+    "hypernetwork_width": 8,
+}
+
+
+def model(**changes):
+    """A model with every weight moved, also those that start at zero."""
+    torch.manual_seed(0)
+    unet = SMDUNet2DModel(**{**TINY, **changes})
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return unet.eval()
+
+
+def inputs(batch=2, draws=1, side=(8, 8)):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, *side, generator=generator)
+    eta = torch.randn(batch * draws, 4, *side, generator=generator)
+    return x, torch.tensor([900, 20])[:batch], torch.tensor([0, 2])[:batch], eta
+
+
+@pytest.mark.parametrize("side", [(8, 8), (7, 9), (5, 5), (1, 3), (16, 12)])
+@pytest.mark.parametrize("latent_channels", [0, 8])
+def test_any_size_goes_through(side, latent_channels):
+    x, t, labels, eta = inputs(side=side)
+    assert model(latent_channels=latent_channels)(x, t, labels, eta).sample.shape == x.shape
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_draws_share_what_they_may(placement):
+    """M draws in one call are the M predictions of M calls, for every placement."""
+    unet = model(placement=placement)
+    x, t, labels, eta = inputs(draws=3)
+    together = unet(x, t, labels, eta).sample
+    one_by_one = unet(repeat(x, 3), repeat(t, 3), repeat(labels, 3), eta).sample
+    assert together.shape == (6, 4, 8, 8)
+    assert torch.allclose(together, one_by_one, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_new_mixture_is_the_gaussian_model_it_extends(placement):
+    torch.manual_seed(0)
+    mixture = SMDUNet2DModel(**TINY, placement=placement)
+    torch.nn.init.normal_(mixture.conv_out.weight)  # it starts at zero; all else as it starts
+    gaussian = SMDUNet2DModel(**{**TINY, "latent_channels": 0})
+    size = gaussian.modulation.out_features
+    shared = {k: v for k, v in mixture.state_dict().items() if not k.startswith(("identifier", "hyper"))}
+    # The mixture's modulation has rows for the identifier's blocks as well; they come where the identifier is registered.
+    rows = torch.cat([torch.arange(b.modulation_slice.start, b.modulation_slice.stop) for b in trunk_blocks(mixture)])
+    shared |= {f"modulation.{name}": mixture.state_dict()[f"modulation.{name}"][rows] for name in ("weight", "bias")}
+    assert len(rows) == size
+    gaussian.load_state_dict(shared)
+    x, t, labels, eta = inputs()
+    assert torch.allclose(mixture(x, t, labels, eta).sample, gaussian(x, t, labels).sample, atol=1e-6)
+
+
+def trunk_blocks(unet):
+    blocks = [(name, module) for name, module in unet.named_modules() if hasattr(module, "modulation_slice")]
+    return [module for name, module in blocks if not name.startswith("identifier")]
+
+
+def test_gaussian_model_does_not_read_eta():
+    unet = model(latent_channels=0)
+    x, t, labels, eta = inputs()
+    assert not unet.is_mixture
+    assert torch.equal(unet(x, t, labels, eta).sample, unet(x, t, labels).sample)
+
+
+def test_labels_and_the_null_class():
+    unet = model()
+    x, t, labels, eta = inputs()
+    null = torch.full_like(labels, 3)
+    assert torch.equal(unet(x, t, null, eta).sample, unet(x, t, None, eta).sample)
+    assert not torch.allclose(unet(x, t, labels, eta).sample, unet(x, t, None, eta).sample)
+    with pytest.raises(ValueError, match="class_labels: expected None"):
+        model(num_classes=None)(x, t, labels, eta)
+
+
+def test_every_parameter_learns():
+    unet = model().train()
+    x, t, labels, eta = inputs(draws=2)
+    unet(x, t, labels, eta).sample.square().mean().backward()
+    assert [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_wrong_shapes_are_named():
+    x, t, labels, eta = inputs()
+    with pytest.raises(ValueError, match="eta: expected"):
+        model()(x, t, labels, eta[:1])
+    with pytest.raises(ValueError, match="placement: expected one of"):
+        SMDUNet2DModel(**TINY, placement="middle")
+
+
+def test_hypernetwork_is_its_formula():
+    """The matrices W_l = v_l v_l^T / sqrt(width) + softplus(c_l) I, built and multiplied at one place."""
+    torch.manual_seed(0)
+    network = HyperNetwork(channels=6, latent_channels=5, width=4, groups=2).double()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter)
+    h, z = torch.randn(1, 6, 3, 3).double(), torch.randn(1, 5, 3, 3).double()
+    at = (0, slice(None), 1, 2)
+    y = network.linear_in(network.norm(h))[at]
+    for v, c in zip(network.linear_v(z)[at].chunk(2), torch.nn.functional.softplus(network.c)):
+        y = (torch.outer(v, v) / 2.0 + c * torch.eye(4)) @ y
+    expected = h[at] + network.linear_out.weight[:, :, 0, 0] @ y + network.linear_out.bias
+    assert torch.allclose(network(h, z)[at], expected)
+
+
+def test_round_trip_in_a_fresh_process(tmp_path):
+    unet = model(num_classes=None, placement="all")
+    unet.save_pretrained(tmp_path / "unet")
+    x, t, _, eta = inputs()
+    torch.save({"x": x, "t": t, "eta": eta}, tmp_path / "in.pt")
+    program = f"""
+import torch
+from ldm_smd.models.unet import SMDUNet2DModel
+unet = SMDUNet2DModel.from_pretrained({str(tmp_path / "unet")!r})
+i = torch.load({str(tmp_path / "in.pt")!r}, weights_only=True)
+torch.save(unet(i["x"], i["t"], None, i["eta"]).sample.detach(), {str(tmp_path / "out.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    expected = unet(x, t, None, eta).sample
+    assert torch.allclose(torch.load(tmp_path / "out.pt", weights_only=True), expected, atol=1e-5)
+    names = {path.name for path in (tmp_path / "unet").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert json.loads((tmp_path / "unet/config.json").read_text())["placement"] == "all"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+@pytest.fixture
+def backend():
+    yield set_attention_backend
+    set_attention_backend("auto")
+
+
+def reference(q, k, v):
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def test_attention_is_its_formula():
+    q, k, v = torch.randn(3, 2, 7, 4, 8).unbind(0)
+    assert torch.allclose(attention(q, k, v), reference(q, k, v), atol=1e-5)
+
+
+def test_xformers_where_it_runs_else_torch(backend, caplog):
+    """Where xformers has kernels its result is torch's; where it has none, torch answers and one warning says so."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = torch.randn(3, 2, 7, 4, 8, device=device).unbind(0)
+    backend("sdpa")
+    expected = attention(q, k, v)
+    backend("xformers")
+    runs = xformers_runs(device, q.dtype, 8)
+    assert torch.allclose(attention(q, k, v), expected, atol=1e-4)
+    attention(q, k, v)
+    assert len([r for r in caplog.records if "xformers does not run here" in r.message]) == (0 if runs else 1)
+
+
+def test_xformers_layout(backend, monkeypatch):
+    """The xformers branch hands over (B, M, H, K) as it is: an operator of that layout gives the same result."""
+    import types
+
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    operators = types.ModuleType("xformers.ops")
+    operators.memory_efficient_attention = reference
+    monkeypatch.setitem(sys.modules, "xformers.ops", operators)
+    backend("xformers")
+    q, k, v = torch.randn(3, 2, 7, 4, 8).unbind(0)
+    assert xformers_runs("cpu", q.dtype, 8)
+    through = attention(q, k, v)
+    backend("sdpa")
+    assert torch.allclose(through, attention(q, k, v), atol=1e-5)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="attention: expected one of auto, sdpa, xformers"):
+        set_attention_backend("flash")

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DModel
+
+from ldm_smd.autoencoder import FrozenAutoencoder, latent_affine, sample_latents
+from ldm_smd.data.shards import Manifest
+from ldm_smd.errors import UserError
+
+
+def tiny():
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+
+
+def dc():
+    return AutoencoderDC(
+        in_channels=3,
+        latent_channels=6,
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        scaling_factor=0.41,
+    )
+
+
+@pytest.mark.parametrize("make", [tiny, dc])
+def test_deterministic_autoencoders(make):
+    """The face says what the diffusers class says, in its own constants."""
+    torch.manual_seed(0)
+    model = make().eval()
+    frozen = FrozenAutoencoder(model)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        encoded = model.encode(pixels / 127.5 - 1)
+        z = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+        decoded = model.decode(z).sample.clamp(-1, 1)
+    moments = frozen.encode_moments(pixels)
+    assert moments.shape == (2, 1, *z.shape[1:]) and torch.allclose(moments[:, 0], z, atol=1e-5)
+    latents = frozen.normalise(sample_latents(moments))
+    assert torch.allclose(latents, z * model.config.scaling_factor, atol=1e-5)
+    assert torch.allclose(frozen.decode(latents), decoded, atol=1e-4)
+
+
+def test_kl_autoencoder(vae_folder):
+    model = AutoencoderKL.from_pretrained(vae_folder).eval()
+    frozen = FrozenAutoencoder.from_pretrained(vae_folder)
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        posterior = model.encode(pixels / 127.5 - 1).latent_dist
+        decoded = model.decode(posterior.mean).sample.clamp(-1, 1)
+    moments = frozen.encode_moments(pixels)
+    assert torch.allclose(moments, torch.stack((posterior.mean, posterior.logvar), 1), atol=1e-5)
+    latents = frozen.normalise(moments[:, 0])
+    assert torch.allclose(latents, (posterior.mean - 0.1) * 0.7, atol=1e-5)
+    assert torch.allclose(frozen.decode(latents), decoded, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+def test_sampled_latents_have_the_posteriors_moments():
+    moments = torch.stack((torch.full((4000, 1, 2, 2), 3.0), torch.full((4000, 1, 2, 2), -1.0)), dim=1)
+    z = sample_latents(moments.half(), torch.Generator().manual_seed(0))
+    assert z.dtype == torch.float32
+    assert z.mean().item() == pytest.approx(3, abs=0.03) and z.var().item() == pytest.approx(0.3679, rel=0.05)
+
+
+def test_both_conventions_of_latent_constants():
+    shift, scale = latent_affine({"scaling_factor": 0.5, "shift_factor": 0.2})
+    assert (shift.item(), scale.item()) == (pytest.approx(0.2), 0.5)
+    shift, scale = latent_affine({"scaling_factor": 2.0, "latents_mean": [1.0, 2.0], "latents_std": [4.0, 8.0]})
+    assert shift.flatten().tolist() == [1, 2] and scale.flatten().tolist() == [0.5, 0.25]
+    shift, scale = latent_affine({"scaling_factor": 0.3, "shift_factor": None, "latents_mean": None})
+    assert (shift.item(), scale.item()) == (0, pytest.approx(0.3))
+
+
+def test_force_upcast_keeps_float32(vae_folder):
+    half = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float16)
+    assert FrozenAutoencoder(half).dtype == torch.float32  # AutoencoderKL's default is force_upcast=True
+    assert FrozenAutoencoder(tiny().half()).dtype == torch.float16
+
+
+def test_other_models_are_refused(tmp_path):
+    with pytest.raises(UserError, match="autoencoder: expected one of AutoencoderKL"):
+        FrozenAutoencoder(
+            UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+        )
+    with pytest.raises(UserError, match=r"found no config\.json"):
+        FrozenAutoencoder.from_pretrained(tmp_path)
+
+
+def test_a_mismatch_with_the_shards_names_the_field(shards, vae_folder):
+    manifest = Manifest.load(shards)
+    model = AutoencoderKL.from_pretrained(vae_folder)
+    manifest.check_autoencoder(FrozenAutoencoder(model, "same"))
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    with pytest.raises(UserError, match="weights_sha256 differs"):
+        manifest.check_autoencoder(FrozenAutoencoder(model, "changed"))
+    model = AutoencoderKL.from_pretrained(vae_folder, scaling_factor=0.5)
+    with pytest.raises(UserError, match="scale differs"):
+        manifest.check_autoencoder(FrozenAutoencoder(model, "other scale"))
+    with pytest.raises(UserError, match="class differs"):
+        manifest.check_autoencoder(FrozenAutoencoder(tiny(), "tiny"))

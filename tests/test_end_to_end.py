@@ -1,0 +1,123 @@
+"""The tools one after another on pictures, as the README has them; and the demo, tiny."""
+
+import json
+
+import pytest
+import yaml
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from ldm_smd.config import DemoConfig, EncodeConfig, SampleConfig, TrainAutoencoderConfig, TrainConfig, load_config
+from ldm_smd.data.shards import encode
+from ldm_smd.demo import demo
+from ldm_smd.sampling import sample
+from ldm_smd.training.autoencoder import train_autoencoder
+from ldm_smd.training.loop import train
+from ldm_smd.training.metrics import read_metrics
+from tests.conftest import TINY_MODEL
+
+
+def test_pictures_in_pictures_out(run, pictures, tmp_path):
+    vae, latents, training, samples = (tmp_path / name for name in ("vae", "latents", "training", "samples"))
+    images = [f"images.source={pictures}", "images.resolution=16"]
+    code, out, _ = run(
+        TrainAutoencoderConfig,
+        train_autoencoder,
+        *images,
+        f"held_out.source={pictures}",
+        "held_out.resolution=16",
+        f"output={vae}",
+        f"work={tmp_path / 'work'}",
+        "model.block_out_channels=[8,8]",
+        "model.latent_channels=4",
+        "model.norm_num_groups=4",
+        "images_total=1200",
+        "batch_size=16",
+        "checkpoint_every_images=640",
+        "warmup_images=100",
+        "learning_rate=3e-3",
+    )
+    assert code == 0 and "held-out PSNR" in out
+    measured = [line["held_out_psnr"] for line in read_metrics(tmp_path / "work/metrics.jsonl") if "held_out_psnr" in line]
+    assert float(out.split("PSNR ")[1].split()[0]) > 12 and len(measured) == 1
+    assert len(AutoencoderKL.from_pretrained(vae).config.latents_mean) == 4
+
+    code, out, _ = run(EncodeConfig, encode, *images, f"autoencoder={vae}", f"output={latents}", "num_workers=0")
+    assert code == 0 and "22 pictures in 1 shards" in out
+    given = [f"shards={latents}", f"autoencoder={vae}", f"output={training}", "images_total=96", "batch_size=16"]
+    code, _, _ = run(TrainConfig, train, *given, *TINY_MODEL, "objective.draws=2", "sample_steps=2")
+    assert code == 0
+    code, _, _ = run(SampleConfig, sample, f"model={training / 'model'}", f"output={samples}", "per_class=2", "steps=2")
+    assert code == 0
+    with Image.open(samples / "class0001-seed00000003.png") as picture:
+        assert picture.size == (16, 16) and picture.mode == "RGB"
+
+
+def test_autoencoder_training_resumes(pictures, tmp_path):
+    settings = [
+        f"images.source={pictures}",
+        "images.resolution=16",
+        f"held_out.source={pictures}",
+        "held_out.resolution=16",
+        "model.block_out_channels=[8,8]",
+        "model.latent_channels=4",
+        "model.norm_num_groups=4",
+        "images_total=128",
+        "checkpoint_every_images=64",
+    ]
+    weights = []
+    for name in ("straight", "stopped"):
+        places = [f"output={tmp_path / name}", f"work={tmp_path / f'work-{name}'}"]
+        config = load_config(TrainAutoencoderConfig, None, settings + places)
+        train_autoencoder(config)
+        if name == "stopped":
+            # Back to the checkpoint in the middle, as a kill after it would leave things.
+            newest = max((tmp_path / "work-stopped/checkpoints").iterdir())
+            assert newest.name == "images-000000000128"
+        weights.append((tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("missing", ["shards", "autoencoder"])
+def test_missing_parts_exit_with_two(run, train_config, tmp_path, missing):
+    config = train_config()
+    given = {name: getattr(config, name) for name in ("shards", "autoencoder", "output")}
+    given[missing] = tmp_path / "none"
+    code, _, err = run(TrainConfig, train, *[f"{name}={value}" for name, value in given.items()])
+    assert code == 2 and f"{missing}: expected" in err and not (tmp_path / "run").exists()
+
+
+def test_demo(pictures, vae_folder, train_config, tmp_path):
+    """The demo's own code on tiny parts: both models, every table and picture of the report."""
+    runs = []
+    for name, changes in (("smd", []), ("vanilla", ["model.latent_channels=0", "objective.name=mse"])):
+        config = train_config(*changes, f"output={tmp_path / 'shipped' / name}", "log_every_images=16")
+        folder = train(config)
+        settings = tmp_path / f"{name}.yaml"
+        overrides = {"model": {}, "objective": {"draws": 2}}
+        for override in [*TINY_MODEL, *changes]:
+            key, value = override.split("=")
+            section, inner = key.split(".")
+            overrides[section][inner] = yaml.safe_load(value)
+        shared = {"shards": "unused", "autoencoder": "unused", "output": "unused", "batch_size": 8}
+        settings.write_text(yaml.safe_dump({**shared, **overrides}))
+        (folder / "unet/metrics.jsonl").write_text((tmp_path / "shipped" / name / "metrics.jsonl").read_text())
+        runs.append({"name": name, "config": str(settings), "checkpoint": str(folder / "unet")})
+    encoding = {"images": {"source": str(pictures), "resolution": 16}, "autoencoder": str(vae_folder), "num_workers": 0}
+    (tmp_path / "encode.yaml").write_text(yaml.safe_dump({**encoding, "output": "unused"}))
+    content = {
+        "output": str(tmp_path / "demo"),
+        "encode": str(tmp_path / "encode.yaml"),
+        "held_out": encoding["images"],
+        "runs": runs,
+        "images": 32,
+        "steps": [2, 3],
+    }
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(content))
+    page = demo(load_config(DemoConfig, tmp_path / "demo.yaml")).read_text()
+    report = json.loads((tmp_path / "demo/report.json").read_text())
+    assert set(report["distance"]) == {"floor", "smd, DDPM", "vanilla, DDPM"}
+    assert set(report["distance"]["smd, DDPM"]) == {"2", "3"} and report["distance"]["floor"] < 1e-6
+    assert set(report["spread"]["vanilla"].values()) == {0.0}
+    assert {t["name"] for t in report["targets"]} >= {"demo, peak memory", "parameters of the models, apart by"}
+    assert page.count("data:image/png;base64,") == 6

@@ -1,0 +1,136 @@
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+
+from ldm_smd.config import SampleConfig
+from ldm_smd.errors import UserError
+from ldm_smd.pipelines import load_pipeline, seeded_generators
+from ldm_smd.sampling import make_scheduler, sample
+
+SCHEDULERS = [
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+]
+
+
+@pytest.fixture
+def pipeline(model_folder):
+    pipeline = load_pipeline(model_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    # A short run's output is close to zero; move the weights so that labels, noise and eta all show.
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in pipeline.unet.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return pipeline
+
+
+def latents(pipeline, labels, seeds, **options):
+    options = {"num_inference_steps": 3, "output_type": "latent", **options}
+    return pipeline(labels, generator=seeded_generators(seeds), **options).images
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_any_scheduler_and_the_same_picture_in_any_batch(pipeline, name):
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler)
+    together = latents(pipeline, [0, 1, 0], [5, 6, 7], guidance_scale=1.5)
+    alone = latents(pipeline, [1], [6], guidance_scale=1.5)
+    assert together.shape == (3, 4, 8, 8) and together.isfinite().all()
+    assert torch.allclose(together[1], alone[0], rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
+    assert not torch.allclose(together[0], together[2], atol=1e-2)
+
+
+def test_guidance_is_its_formula(pipeline):
+    """One step of prediction x0-free algebra: guidance 1 is conditional, 0 unconditional, w linear in between."""
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor(500)
+    labels, eta = torch.tensor([0, 1]), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        cond, uncond, guided = (pipeline._predict(x, t, labels, eta, w) for w in (1.0, 0.0, 3.0))
+        assert torch.allclose(uncond, pipeline.unet(x, t, None, eta).sample, atol=1e-4)
+    assert torch.allclose(guided, uncond + 3 * (cond - uncond), atol=1e-3)
+
+
+def test_unconditional_and_output_types(pipeline):
+    free = latents(pipeline, None, [1, 2], batch_size=2)
+    null = latents(pipeline, [2, 2], [1, 2])
+    assert torch.allclose(free, null, atol=1e-4)
+    for kind, shape in (("np", (2, 16, 16, 3)), ("pt", (2, 3, 16, 16))):
+        images = latents(pipeline, None, [1, 2], batch_size=2, output_type=kind)
+        assert images.shape == shape and images.min() >= 0 and images.max() <= 1
+    assert latents(pipeline, [0], [1], output_type="pil")[0].size == (16, 16)
+
+
+def test_eta_matters_to_a_mixture_and_given_noise_is_used(pipeline):
+    start = torch.randn(1, 4, 8, 8)
+    pipeline.scheduler = make_scheduler("DDIMScheduler", pipeline.scheduler)  # no noise but eta's
+    a, b = (latents(pipeline, [0], [seed], latents=start) for seed in (1, 2))
+    assert not torch.allclose(a, b, atol=1e-2)
+
+
+def test_callback(pipeline):
+    seen = []
+
+    def zero(pipe, index, timestep, tensors):
+        seen.append((index, int(timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    assert not latents(pipeline, [0], [1], callback_on_step_end=zero).any()
+    assert seen[0] == (0, 999) and len(seen) == 3
+
+
+def test_mistakes_are_named(pipeline, model_folder, tmp_path):
+    with pytest.raises(ValueError, match="class_labels: expected 0 to 2"):
+        pipeline([3])
+    with pytest.raises(ValueError, match="generator: expected one per picture"):
+        pipeline([0, 1], generator=seeded_generators([1]))
+    with pytest.raises(UserError, match="classes: expected one of disc, square, found 'cat'"):
+        pipeline.label_of("cat")
+    with pytest.raises(UserError, match="scheduler: expected a diffusers scheduler class"):
+        make_scheduler("UNet2DModel", pipeline.scheduler)
+    with pytest.raises(UserError, match="model: expected a model folder"):
+        load_pipeline(tmp_path)
+
+
+def test_save_and_load_in_a_fresh_process(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "model")
+    program = f"""
+import torch
+from ldm_smd.pipelines import SMDPipeline, seeded_generators
+pipeline = SMDPipeline.from_pretrained({str(tmp_path / "model")!r})
+assert pipeline.label_of("square") == 1
+images = pipeline([0, 1], num_inference_steps=3, generator=seeded_generators([1, 2]), output_type="pt").images
+torch.save(images, {str(tmp_path / "out.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    here = latents(pipeline, [0, 1], [1, 2], output_type="pt")
+    assert torch.allclose(torch.load(tmp_path / "out.pt", weights_only=True), here, atol=1e-4)
+
+
+def test_our_unet_in_a_diffusers_pipeline(model_folder):
+    """DDPMPipeline calls model(x, t).sample: what diffusers expects of a UNet."""
+    ours = load_pipeline(model_folder)
+    theirs = diffusers.DDPMPipeline(ours.unet, ours.scheduler)
+    theirs.set_progress_bar_config(disable=True)
+    assert theirs(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 4)
+
+
+def test_sample_tool(run, model_folder, tmp_path):
+    options = [f"model={model_folder}", "per_class=3", "steps=2"]
+    code, out, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'a'}", "classes=[square,0]", "batch_size=2")
+    assert code == 0 and "6 pictures" in out
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(names) == 7 and names[0] == "class0000-seed00000003.png" and names[-1] == "grid.png"
+    code, _, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'free'}", "classes=[]")
+    assert code == 0 and len(list((tmp_path / "free").glob("picture-*.png"))) == 3
+    code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'a'}")
+    assert code == 2 and "output: expected a new or empty folder" in err
+    code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'b'}", "classes=[cat]")
+    assert code == 2 and "found 'cat'" in err and not (tmp_path / "b").exists()

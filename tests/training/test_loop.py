@@ -1,0 +1,160 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.data.shards import Manifest
+from ldm_smd.data.stream import LatentBatch, LatentStream
+from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.errors import UserError
+from ldm_smd.training.checkpoint import checkpoints
+from ldm_smd.training.ema import EMA
+from ldm_smd.training.loop import TrainingStep, build_model, build_scheduler, learning_rate_at, train
+from ldm_smd.training.metrics import MetricsLog, read_metrics
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.latent_channels=0", "objective.name=mse"],
+        ["objective.name=mse"],
+        ["objective.name=energy", "objective.patches=[0,2]"],
+    ],
+)
+def test_one_batch_can_be_overfitted(train_config, overrides):
+    """Every kind of model and objective learns two pictures: the loss falls far below where it began."""
+    config = train_config(*overrides, "label_dropout=0", "model.block_out_channels=[32,32]")
+    manifest, vae = Manifest.load(config.shards), FrozenAutoencoder.from_pretrained(config.autoencoder)
+    torch.manual_seed(0)
+    model = build_model(config, manifest)
+    step = TrainingStep(config, model, DiffusionProcess(build_scheduler(config.diffusion).alphas_cumprod), vae)
+    two = LatentStream(manifest, 2, 2).batch_at(0)
+    moments = two.moments.repeat(16, 1, 1, 1, 1)
+    moments[:, 1] = -20.0  # no posterior noise: the two pictures and nothing else
+    batch = LatentBatch(moments, two.labels.repeat(16))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(150):
+        loss = step(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
+    assert last < 0.35 * first
+
+
+def test_resume_is_bit_equal_to_no_stop(train_config, tmp_path):
+    """32 images, stop, 32 more, against 64 in one go: weights, EMA, optimizer and log."""
+    straight = train_config(f"output={tmp_path / 'straight'}")
+    train(straight)
+    # The schedule depends on images_total through the cool-down only, and there is none here.
+    train(train_config(f"output={tmp_path / 'stopped'}", "images_total=32"))
+    train(train_config(f"output={tmp_path / 'stopped'}"))
+    a, b = (checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("straight", "stopped"))
+    assert a.name == b.name == "images-000000000064"
+    for part in ("model/diffusion_pytorch_model", "ema/diffusion_pytorch_model", "optimizer"):
+        first, second = load_file(a / f"{part}.safetensors"), load_file(b / f"{part}.safetensors")
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    logs = [
+        [(line["images_seen"], line["loss"]) for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
+        for name in ("straight", "stopped")
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def test_the_same_seed_gives_the_same_model_and_another_does_not(train_config, tmp_path):
+    folders = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folders.append(train(train_config(f"output={tmp_path / name}", f"seed={seed}", "images_total=16")) / "unet")
+    a, b, c = map(weights, folders)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_a_run_leaves_what_it_says(train_config, tmp_path):
+    train(train_config("sample_every_images=32", "keep_checkpoints=1"))
+    run = tmp_path / "run"
+    assert [path.name for path in checkpoints(run / "checkpoints")] == ["images-000000000064"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["000000000032.png", "000000000064.png"]
+    assert {path.name for path in (run / "model").iterdir()} >= {"model_index.json", "unet", "vae", "scheduler", "README.md"}
+    assert any((run / "tensorboard").iterdir())
+    lines = read_metrics(run / "metrics.jsonl")
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert {"spread/99", "spread/999"} <= {key for line in lines for key in line}
+
+
+def test_init_from_starts_at_those_weights(train_config, model_folder):
+    config = train_config(f"init_from={model_folder / 'unet'}", "images_total=8", "learning_rate=1e-12", "weight_decay=0")
+    before, after = weights(model_folder / "unet"), weights(train(config) / "unet")
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    with pytest.raises(UserError, match="init_from: expected the weights of the configured model"):
+        train(train_config(f"init_from={model_folder / 'unet'}", "model.latent_channels=6"))
+    with pytest.raises(UserError, match="init_from: expected a model folder"):
+        train(train_config(f"init_from={model_folder}"))
+
+
+def test_unlabelled_and_unconditional(train_config):
+    folder = train(train_config("class_conditional=false", "images_total=16"))
+    assert not any(name.startswith("class_embedding") for name in weights(folder / "unet"))
+
+
+def test_a_non_finite_loss_stops_with_the_keys_and_keeps_the_last_checkpoint(train_config, tmp_path, monkeypatch):
+    train(train_config("images_total=32"))
+    monkeypatch.setattr("ldm_smd.training.loop.TrainingStep.__call__", lambda self, batch: poisoned(self.model))
+
+    def poisoned(model):
+        return sum(parameter.sum() for parameter in model.parameters()) * float("nan")
+
+    with pytest.raises(UserError, match=r"loss: expected a finite number, found nan at 48 images; last batch: (disc|square)/"):
+        train(train_config())
+    newest = checkpoints(tmp_path / "run/checkpoints")[-1]
+    assert newest.name == "images-000000000032"
+    assert all(value.isfinite().all() for value in weights(newest / "model").values())
+
+
+def test_another_autoencoder_is_refused(train_config, model_folder, tmp_path):
+    config = train_config()
+    with pytest.raises(UserError, match="autoencoder: expected"):
+        train(dataclasses.replace(config, autoencoder=str(tmp_path)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_learning_rate(train_config):
+    config = train_config("images_total=100", "batch_size=10", "warmup_images=20", "cooldown_images=40", "learning_rate=1")
+    rates = [round(learning_rate_at(config, seen), 3) for seen in range(0, 100, 10)]
+    assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+
+
+def test_ema_follows_its_formula():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    ema = EMA(model, halflife_images=8, ramp=False)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update(model, batch_images=8, images_seen=8)
+    assert torch.allclose(ema.model.weight, start + 0.5)
+    ema.update(model, batch_images=16, images_seen=24)
+    assert torch.allclose(ema.model.weight, start + 0.875)
+
+
+def test_log_lines_after_the_checkpoint_are_dropped(tmp_path):
+    log = MetricsLog(tmp_path)
+    for images in (10, 20, 30):
+        log.log(images, {"loss": images / 10})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"images_seen": 40, "lo')
+    log = MetricsLog(tmp_path, images_seen=20)
+    log.log(30, {"loss": 9.0})
+    log.close()
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 9.0]
