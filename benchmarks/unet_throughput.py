@@ -42,7 +42,7 @@ DRAWS = 2
 
 
 def build(case: dict) -> dict[str, torch.nn.Module]:
-    channels, height, width = case["shape"]
+    channels, height, _ = case["shape"]
     ours = {
         "sample_size": height,
         "in_channels": channels,

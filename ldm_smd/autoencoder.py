@@ -101,7 +101,7 @@ class FrozenAutoencoder(nn.Module):
         """What a latent depends on, for manifests: two autoencoders with equal identities give equal latents."""
         return {
             "class": type(self.model).__name__,
-            "weights_sha256": weights_sha256(self.model),
+            "encoder_sha256": encoder_sha256(self.model),
             "latent_channels": self.latent_channels,
             "input_range": list(INPUT_RANGE),
             "shift": self.shift.flatten().tolist(),
@@ -133,10 +133,15 @@ def latent_affine(config: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return shift.float().view(1, -1, 1, 1), scale.float().view(1, -1, 1, 1)
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Hash of all parameters and buffers by name; the file they were stored in does not matter."""
+def encoder_sha256(model: nn.Module) -> str:
+    """Hash of the parameters and buffers that latents depend on, by name: of all but the decoder's.
+
+    The file they are stored in does not matter, and a decoder may be trained on without making latents void.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(("decoder.", "post_quant_conv.")):
+            continue
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -88,12 +88,18 @@ class TrainAutoencoderConfig:
     work: str = "outputs/autoencoder"
     """Folder for checkpoints, metrics and reconstructions of the run; an interrupted run goes on from here."""
     model: AutoencoderModelConfig = field(default_factory=AutoencoderModelConfig)
+    init_from: Optional[str] = None
+    """Start from the weights of this AutoencoderKL folder instead of random ones."""
+    train_encoder: bool = True
+    """false: train the decoder only, so that latents encoded before stay valid (as sd-vae-ft-mse did)."""
     images_total: int = 100_000
     batch_size: int = 16
     learning_rate: float = 1e-3
     warmup_images: int = 2_000
     kl_weight: float = 1e-6
     """Weight of the KL term, per latent number, against the reconstruction error per pixel value."""
+    squared_weight: float = 0.0
+    """Weight of the squared error, which PSNR counts, beside the absolute one."""
     gradient_weight: float = 0.1
     """Weight of the error between image gradients (finite differences): keeps edges from blurring."""
     ema_halflife_images: int = 10_000
@@ -105,6 +111,7 @@ class TrainAutoencoderConfig:
         check(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
         check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
+        check(self.train_encoder or self.init_from is not None, "init_from", "a folder where train_encoder is false", None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

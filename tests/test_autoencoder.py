@@ -19,7 +19,7 @@ def tiny():
 def dc():
     return AutoencoderDC(
         in_channels=3,
-        latent_channels=6,
+        latent_channels=8,
         encoder_block_out_channels=(8, 16),
         decoder_block_out_channels=(8, 16),
         encoder_layers_per_block=(1, 1),
@@ -99,8 +99,11 @@ def test_a_mismatch_with_the_shards_names_the_field(shards, vae_folder):
     model = AutoencoderKL.from_pretrained(vae_folder)
     manifest.check_autoencoder(FrozenAutoencoder(model, "same"))
     with torch.no_grad():
-        next(model.parameters()).add_(1e-3)
-    with pytest.raises(UserError, match="weights_sha256 differs"):
+        next(model.decoder.parameters()).add_(1e-3)
+    manifest.check_autoencoder(FrozenAutoencoder(model, "another decoder"))
+    with torch.no_grad():
+        next(model.encoder.parameters()).add_(1e-3)
+    with pytest.raises(UserError, match="encoder_sha256 differs"):
         manifest.check_autoencoder(FrozenAutoencoder(model, "changed"))
     model = AutoencoderKL.from_pretrained(vae_folder, scaling_factor=0.5)
     with pytest.raises(UserError, match="scale differs"):

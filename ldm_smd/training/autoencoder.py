@@ -16,7 +16,7 @@ from ..data.images import load_pixels
 from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_folder
-from .checkpoint import resume, save_checkpoint
+from .checkpoint import load_weights, resume, save_checkpoint
 from .ema import EMA
 from .metrics import MetricsLog, crossed, progress
 
@@ -49,15 +49,16 @@ def autoencoder_loss(
     """Terms and weighted total, each a scalar.
 
     l1       = mean |x' - x|
+    l2       = mean (x' - x)^2
     gradient = mean |dx' - dx| over horizontal and vertical differences
     kl       = mean over latent numbers of (mean^2 + var - 1 - log var) / 2
     """
     error = reconstruction - x
-    l1 = error.abs().mean()
+    l1, l2 = error.abs().mean(), error.square().mean()
     gradient = 0.5 * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-    total = l1 + config.gradient_weight * gradient + config.kl_weight * kl
-    return {"loss": total, "l1": l1, "gradient": gradient, "kl": kl}
+    total = l1 + config.squared_weight * l2 + config.gradient_weight * gradient + config.kl_weight * kl
+    return {"loss": total, "l1": l1, "l2": l2, "gradient": gradient, "kl": kl}
 
 
 def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
@@ -66,9 +67,16 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     torch.manual_seed(config.seed)
     pixels, _, _ = load_pixels(config.images)
     held_out, _, _ = load_pixels(config.held_out)
-    model = build(config).to(device)
-    ema = EMA(model, config.ema_halflife_images)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    model = build(config)
+    if config.init_from:
+        load_weights(model, Path(config.init_from), "init_from")
+        initial = model.load_config(config.init_from)
+        model.register_to_config(latents_mean=initial.get("latents_mean"), latents_std=initial.get("latents_std"))
+    model.encoder.requires_grad_(config.train_encoder)
+    model.to(device)
+    ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
 
     work = Path(config.work)
     images_seen = resume(work / "checkpoints", model, ema, optimizer, device)
@@ -87,7 +95,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
         terms = autoencoder_loss(reconstruction, x, mean, logvar, config)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
         before = images_seen
@@ -112,7 +120,8 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     bar.close()
     log.close()
 
-    set_latent_statistics(ema.model, pixels)
+    if config.train_encoder:
+        set_latent_statistics(ema.model, pixels)
     frozen = FrozenAutoencoder(ema.model)
     measured = measure(frozen, held_out)
     save_comparison(frozen, held_out[:24], work / "reconstructions.png")
@@ -200,6 +209,8 @@ def save_comparison(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, path: 
 def model_card(config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, pictures: int) -> str:
     """README.md of the model folder."""
     parameters = sum(parameter.numel() for parameter in autoencoder.model.parameters())
+    part = "" if config.train_encoder else " by the decoder alone"
+    start = f"{part} after those of `{config.init_from}`" if config.init_from else ""
     return f"""---
 library_name: diffusers
 license: apache-2.0
@@ -207,8 +218,8 @@ license: apache-2.0
 # A small AutoencoderKL
 
 Trained by `tools/train_autoencoder.py` on {pictures:,} pictures of `{config.images.source}` at \
-{config.images.resolution}x{config.images.resolution}, {config.images_total:,} images seen, {parameters / 1e6:.2f} million \
-parameters.
+{config.images.resolution}x{config.images.resolution}, {config.images_total:,} images seen{start}, \
+{parameters / 1e6:.2f} million parameters.
 
 | measured on `{config.held_out.source}` | dB |
 |---|---|

@@ -60,7 +60,7 @@ def test_resume_anywhere_is_the_rest(manifest):
             assert torch.equal(a.moments, b.moments) and torch.equal(a.labels, b.labels)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_the_order(manifest, workers):
     stream = LatentStream(manifest, batch_size=4, images_total=30)
     plain = list(latent_loader(stream, 0))
