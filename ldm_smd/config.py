@@ -208,12 +208,15 @@ class DiffusionConfig:
     """The forward process, in diffusers' words."""
 
     num_train_timesteps: int = 1000
-    beta_schedule: str = "squaredcos_cap_v2"
+    beta_schedule: str = "cosine"
+    """cosine: squaredcos_cap_v2 but for its last step, which ends at sigma = 1,300 and not 20,000, where float32 schedulers
+    that work in sigma (EulerAncestralDiscreteScheduler) give NaN. Or squaredcos_cap_v2, linear, scaled_linear."""
     prediction_type: str = "v_prediction"
     """v_prediction, epsilon or sample (x_0)."""
 
     def __post_init__(self) -> None:
-        one_of("diffusion.beta_schedule", self.beta_schedule, ("squaredcos_cap_v2", "linear", "scaled_linear"))
+        schedules = ("cosine", "squaredcos_cap_v2", "linear", "scaled_linear")
+        one_of("diffusion.beta_schedule", self.beta_schedule, schedules)
         one_of("diffusion.prediction_type", self.prediction_type, ("v_prediction", "epsilon", "sample"))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import FrozenAutoencoder, sample_latents
@@ -32,6 +33,7 @@ from .metrics import MetricsLog, crossed, progress
 
 SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
 PREVIEW_PICTURES = 40
+COSINE_MAX_BETA = 0.75
 
 
 def train(config: TrainConfig) -> Path:
@@ -168,9 +170,14 @@ def build_scheduler(config: DiffusionConfig) -> DDPMScheduler:
 
     "trailing" spacing starts few-step sampling at the noisiest timestep (arXiv 2305.08891).
     """
+    if config.beta_schedule == "cosine":
+        betas = betas_for_alpha_bar(config.num_train_timesteps, max_beta=COSINE_MAX_BETA)
+        noise = {"trained_betas": betas.tolist()}
+    else:
+        noise = {"beta_schedule": config.beta_schedule}
     return DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
+        **noise,
         prediction_type=config.prediction_type,
         variance_type="fixed_small",
         timestep_spacing="trailing",
