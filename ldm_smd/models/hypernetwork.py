@@ -14,14 +14,14 @@ from .blocks import AttentionBlock, Downsample, ResidualBlock, upsample
 class MixtureIdentifier(nn.Module):
     """z = g_xi(eta, x_t, t): the latent variable of the mixture, a map with ``latent_channels`` channels.
 
-    A small UNet with one lower level and attention, so that a choice can be made for the whole picture. Which mode a
-    *picture* takes is a global choice, and i.i.d. noise has little to say about it that a few convolutions could find:
-    so the network also reads ``eta``'s mean over all places, scaled back to unit variance, at every place.
+    A small UNet with one lower level and attention. Which mode a *picture* takes is a global choice, but an i.i.d. map of
+    noise, as in the paper, lets every place choose alone: the draws fall into blobs that do not agree. So of ``eta`` the
+    network reads the mean over all places, scaled back to unit variance, the same numbers at every place.
     """
 
     def __init__(self, in_channels: int, channels: int, latent_channels: int, groups: int, head_dim: int) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3 * in_channels, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(2 * in_channels, channels, 3, padding=1)
         self.encode = ResidualBlock(channels, channels, groups)
         self.down = Downsample(channels)
         self.middle1 = ResidualBlock(channels, 2 * channels, groups)
@@ -35,7 +35,7 @@ class MixtureIdentifier(nn.Module):
         """eta, x_t (B, C, H, W), modulation (B, total) from the embedding of t -> z (B, latent_channels, H, W)."""
         places = eta.shape[2] * eta.shape[3]
         overall = (eta.mean(dim=(2, 3), keepdim=True) * math.sqrt(places)).expand_as(eta)
-        fine = self.encode(self.conv_in(torch.cat((x_t, eta, overall), dim=1)), modulation)
+        fine = self.encode(self.conv_in(torch.cat((x_t, overall), dim=1)), modulation)
         coarse = self.middle1(self.down(fine), modulation)
         coarse = self.middle2(self.attention(coarse), modulation)
         h = self.decode(torch.cat((upsample(coarse, fine), fine), dim=1), modulation)
