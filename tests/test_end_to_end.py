@@ -120,4 +120,5 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
     assert set(report["distance"]["smd, DDPM"]) == {"2", "3"} and report["distance"]["floor"] < 1e-6
     assert set(report["spread"]["vanilla"].values()) == {0.0}
     assert {t["name"] for t in report["targets"]} >= {"demo, peak memory", "parameters of the models, apart by"}
+    assert (tmp_path / "demo/comparison.png").stat().st_size > 10_000
     assert page.count("data:image/png;base64,") == 6

@@ -24,7 +24,7 @@ def write_report(
     grids: dict[str, dict[int, torch.Tensor]],
     curves: dict[str, list[tuple[int, float]]],
 ) -> Path:
-    """Write ``folder``/report.json and report.html; returns the path of the page.
+    """Write ``folder``/report.json, report.html and comparison.png (all grids); returns the path of the page.
 
     Args:
         report: the content of report.json: targets, seconds, distance, spread, parameters (see DESIGN, "Benchmark result").
@@ -41,6 +41,8 @@ def write_report(
         curve=figure_uri(curve_figure(curves)),
         spread=figure_uri(spread_figure(report["spread"])),
     )
+    with atomic_file(folder / "comparison.png") as path:
+        path.write_bytes(figure_png(comparison_figure(grids)))
     with atomic_file(folder / "report.html") as path:
         path.write_text(page, encoding="utf-8")
     return folder / "report.html"
@@ -64,20 +66,36 @@ def spread_figure(spread: dict[str, dict[int, float]]) -> plt.Figure:
     return figure
 
 
-def figure_uri(figure: plt.Figure) -> str:
-    """The figure as a data: URI; closes it."""
+def comparison_figure(grids: dict[str, dict[int, torch.Tensor]]) -> plt.Figure:
+    """A row per number of steps, a column per model."""
+    steps = sorted({n for by_steps in grids.values() for n in by_steps})
+    figure, axes = plt.subplots(len(steps), len(grids), figsize=(4.2 * len(grids), 2.8 * len(steps)), squeeze=False)
+    for column, (name, by_steps) in zip(axes.T, grids.items()):
+        for axis, n in zip(column, steps):
+            axis.imshow(by_steps[n].clamp(0, 1).permute(1, 2, 0), interpolation="lanczos")
+            axis.set(title=f"{name}, {n} steps")
+            axis.axis("off")
+    return figure
+
+
+def figure_png(figure: plt.Figure) -> bytes:
+    """The figure as a PNG file; closes it."""
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    return data_uri(buffer)
+    return buffer.getvalue()
+
+
+def figure_uri(figure: plt.Figure) -> str:
+    return data_uri(figure_png(figure))
 
 
 def grid_uri(grid: torch.Tensor) -> str:
     buffer = io.BytesIO()
     to_pil_image(grid.clamp(0, 1)).save(buffer, format="png")
-    return data_uri(buffer)
+    return data_uri(buffer.getvalue())
 
 
-def data_uri(buffer: io.BytesIO) -> str:
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
