@@ -51,6 +51,7 @@ def build(case: dict) -> dict[str, torch.nn.Module]:
         "attention_levels": (1,),
         **COMMON,
     }
+    # In its faster layout, which ours takes by itself.
     theirs = UNet2DModel(
         sample_size=height,
         in_channels=channels,
@@ -61,7 +62,7 @@ def build(case: dict) -> dict[str, torch.nn.Module]:
         num_class_embeds=CLASSES,
         resnet_time_scale_shift="scale_shift",
         **COMMON,
-    )
+    ).to(memory_format=torch.channels_last)
     return {
         "diffusers": theirs,
         "vanilla": SMDUNet2DModel(block_out_channels=case["vanilla"], latent_channels=0, **ours),
@@ -87,11 +88,12 @@ class Trainee:
     def seconds(self) -> float:
         self.synchronize()
         start = time.perf_counter()
+        x = self.x.contiguous(memory_format=torch.channels_last)
         if self.name == "smd":
-            prediction = self.model(self.x, self.t, self.labels, self.eta).sample
-            loss = energy(prediction.unflatten(0, (len(self.x), DRAWS)), self.target).mean()
+            prediction = self.model(x, self.t, self.labels, self.eta).sample
+            loss = energy(prediction.unflatten(0, (len(x), DRAWS)), self.target).mean()
         else:
-            loss = mse(self.model(self.x, self.t, self.labels).sample.unsqueeze(1), self.target).mean()
+            loss = mse(self.model(x, self.t, self.labels).sample.unsqueeze(1), self.target).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

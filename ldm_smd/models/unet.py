@@ -162,6 +162,9 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             The prediction (B * M, C, H, W), rows as in ``eta``; (B, C, H, W) for a Gaussian model.
         """
         modulation = self.modulation(F.silu(self._embed(sample, timestep, class_labels)))
+        # The layout of the input is that of every feature map after it. Channels last is what GPUs' tensor cores want, and
+        # on CPUs it is 1.1 times faster in training, as attention needs no copies (benchmarks/unet_throughput.py).
+        sample = sample.contiguous(memory_format=torch.channels_last)
         if not self.is_mixture:
             h, kept = self._way_down(sample, modulation, None)
             return self._output(self._way_up(h, kept, modulation, None), return_dict)
@@ -227,7 +230,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         return self.hyper[place](h, z) if z is not None and place in self.hyper else h
 
     def _output(self, h: torch.Tensor, return_dict: bool) -> UNet2DOutput | tuple[torch.Tensor]:
-        prediction = self.conv_out(F.silu(self.norm_out(h)))
+        prediction = self.conv_out(F.silu(self.norm_out(h))).contiguous()
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
 
