@@ -35,7 +35,8 @@ class MixtureIdentifier(nn.Module):
         """eta, x_t (B, C, H, W), modulation (B, total) from the embedding of t -> z (B, latent_channels, H, W)."""
         places = eta.shape[2] * eta.shape[3]
         overall = (eta.mean(dim=(2, 3), keepdim=True) * math.sqrt(places)).expand_as(eta)
-        fine = self.encode(self.conv_in(torch.cat((x_t, overall), dim=1)), modulation)
+        joined = torch.cat((x_t, overall), dim=1).contiguous(memory_format=torch.channels_last)
+        fine = self.encode(self.conv_in(joined), modulation)
         coarse = self.middle1(self.down(fine), modulation)
         coarse = self.middle2(self.attention(coarse), modulation)
         h = self.decode(torch.cat((upsample(coarse, fine), fine), dim=1), modulation)

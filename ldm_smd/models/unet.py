@@ -252,4 +252,8 @@ class Stage(nn.Module):
 
 def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:
     """(B, ...) -> (B * draws, ...), the copies of a picture in consecutive rows."""
-    return x if draws == 1 else x.repeat_interleave(draws, dim=0)
+    if draws == 1:
+        return x
+    if x.ndim == 4:  # repeat_interleave alone would lose the channels-last layout
+        return x.permute(0, 2, 3, 1).repeat_interleave(draws, dim=0).permute(0, 3, 1, 2)
+    return x.repeat_interleave(draws, dim=0)
