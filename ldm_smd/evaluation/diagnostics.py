@@ -38,5 +38,5 @@ def spread_over_eta(
             spread[t] = 0.0
             continue
         x0 = process.to_x0(prediction, repeat(x_t, draws), repeat(steps, draws), prediction_type)
-        spread[t] = float(x0.view(len(latents), draws, -1).var(dim=1).mean().sqrt())
+        spread[t] = float(x0.unflatten(0, (len(latents), draws)).var(dim=1).mean().sqrt())
     return spread
