@@ -191,7 +191,7 @@ class ObjectiveConfig:
     """M, predictions per picture (energy: at least 2)."""
     beta: float = 1.0
     diversity: float = 1.0
-    patches: list[int] = field(default_factory=lambda: [0, 2])
+    patches: list[int] = field(default_factory=lambda: [0, 4, 2, 1])
     """Sides of the patches, in latent places, that the energy score measures distances over; 0: the whole picture."""
 
     def __post_init__(self) -> None:
