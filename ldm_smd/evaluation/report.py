@@ -54,6 +54,7 @@ def curve_figure(curves: dict[str, list[tuple[int, float]]]) -> plt.Figure:
         axis.plot([images for images, _ in points], [loss for _, loss in points], linewidth=1)
         # The losses are not of one kind (energy score and squared error), so each has its own axis.
         axis.set(title=name, xlabel="images seen", ylabel="training loss")
+        axis.locator_params(axis="x", nbins=5)
     return figure
 
 
