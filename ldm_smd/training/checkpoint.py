@@ -66,8 +66,9 @@ def load_weights(model: ModelMixin, folder: Path, key: str) -> None:
         found = tuple(weights[name].shape) if name in weights else "nothing"
         wanted = tuple(expected[name].shape) if name in expected else "nothing"
         if found != wanted:
-            raise UserError(f"{key}: expected the weights of the configured model, found {folder} with {name}: "
-                            f"{found} instead of {wanted}")  # fmt: skip
+            raise UserError(
+                f"{key}: expected the weights of the configured model, with {name} {wanted}, found {found} in {folder}"
+            )
     model.load_state_dict(weights)
 
 
@@ -82,7 +83,8 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of ``optimizer_tensors``."""
     parameters = dict(model.named_parameters())
+    fused = bool(optimizer.defaults.get("fused"))
     for flat, tensor in tensors.items():
         name, _, entry = flat.rpartition("/")
-        # AdamW keeps its step counter on the CPU unless it is fused or capturable.
-        optimizer.state[parameters[name]][entry] = tensor.cpu() if entry == "step" else tensor
+        # AdamW keeps its step counters on the CPU unless it is fused; then they lie beside the parameters.
+        optimizer.state[parameters[name]][entry] = tensor.cpu() if entry == "step" and not fused else tensor

@@ -106,6 +106,18 @@ def test_every_parameter_learns():
     assert [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_bf16_autocast_is_close_to_float32(placement):
+    unet = model(placement=placement)
+    x, t, labels, eta = inputs(draws=2)
+    exact = unet(x, t, labels, eta).sample
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = unet(x, t, labels, eta).sample
+    rough.float().square().mean().backward()
+    assert (rough.float() - exact).abs().max() < 0.1 * exact.abs().max()
+    assert all(parameter.grad.isfinite().all() for parameter in unet.parameters())
+
+
 def test_wrong_shapes_are_named():
     x, t, labels, eta = inputs()
     with pytest.raises(ValueError, match="eta: expected"):
