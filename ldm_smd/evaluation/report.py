@@ -27,7 +27,7 @@ def write_report(
     """Write ``folder``/report.json, report.html and comparison.png (all grids); returns the path of the page.
 
     Args:
-        report: the content of report.json: targets, seconds, distance, spread, parameters (see DESIGN, "Benchmark result").
+        report: the content of report.json: targets, seconds, distance, spread, parameters.
         grids: {model: {steps: picture grid, float (3, H, W) in [0, 1]}}.
         curves: {model: [(images seen, training loss)]}.
     """

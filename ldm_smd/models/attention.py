@@ -42,7 +42,7 @@ def xformers_runs(device: str, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether xformers' operator works here, found by running it once, forward and backward.
 
     Importing is not enough: a wheel built for another torch imports with a warning and has no operator, and on CPUs there
-    is none at all (DESIGN: xformers 0.0.35 has kernels for torch 2.10 with CUDA 12.8).
+    is none at all (xformers 0.0.35 has kernels for torch 2.10 with CUDA 12.8).
     """
     try:
         from xformers.ops import memory_efficient_attention
