@@ -17,15 +17,25 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from .diffusion.objectives import OBJECTIVES
+from .diffusion.process import PREDICTION_TYPES
 from .errors import UserError
 
 Config = TypeVar("Config")
+
+PLACEMENTS = ("in_out", "up", "all")
+ATTENTION_BACKENDS = ("auto", "sdpa", "xformers")
 
 
 def check(condition: bool, key: str, expected: str, found: object) -> None:
     """Raise UserError "key: expected ..., found ..." unless ``condition`` holds."""
     if not condition:
         raise UserError(f"{key}: expected {expected}, found {found!r}")
+
+
+def at_least(key: str, value: float, least: float) -> None:
+    """Raise UserError unless ``value >= least``."""
+    check(value >= least, key, f"at least {least}", value)
 
 
 def one_of(key: str, value: object, allowed: typing.Collection) -> None:
@@ -57,7 +67,7 @@ class ImagesConfig:
     """A picture with more pixels than this counts as unreadable (a decompression bomb, or a mistake)."""
 
     def __post_init__(self) -> None:
-        check(self.resolution >= 8, "images.resolution", "at least 8", self.resolution)
+        at_least("images.resolution", self.resolution, 8)
         one_of("images.crop", self.crop, ("center", "pad"))
 
 
@@ -108,7 +118,7 @@ class TrainAutoencoderConfig:
     checkpoint_every_images: int = 10_000
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        at_least("batch_size", self.batch_size, 1)
         check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
         check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
         check(self.train_encoder or self.init_from is not None, "init_from", "a folder where train_encoder is false", None)
@@ -137,8 +147,8 @@ class EncodeConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check(self.shard_size >= 1, "shard_size", "at least 1", self.shard_size)
-        check(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        at_least("shard_size", self.shard_size, 1)
+        at_least("batch_size", self.batch_size, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +173,7 @@ class ModelConfig:
     """Where the hypernetwork acts: in_out (the paper), up (the trunk runs once for all draws), all."""
 
     def __post_init__(self) -> None:
-        one_of("model.placement", self.placement, ("in_out", "up", "all"))
+        one_of("model.placement", self.placement, PLACEMENTS)
         levels = len(self.block_out_channels)
         for level, channels in enumerate(self.block_out_channels):
             check(
@@ -195,9 +205,9 @@ class ObjectiveConfig:
     """Sides of the patches, in latent places, that the energy score measures distances over; 0: the whole picture."""
 
     def __post_init__(self) -> None:
-        one_of("objective.name", self.name, ("mse", "energy"))
+        one_of("objective.name", self.name, OBJECTIVES)
         least = 2 if self.name == "energy" else 1
-        check(self.draws >= least, "objective.draws", f"at least {least}", self.draws)
+        at_least("objective.draws", self.draws, least)
         check(0 < self.beta < 2, "objective.beta", "more than 0 and less than 2", self.beta)
         check(0 <= self.diversity <= 1, "objective.diversity", "from 0 to 1", self.diversity)
         check(len(self.patches) > 0, "objective.patches", "at least one side", self.patches)
@@ -217,7 +227,7 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         schedules = ("cosine", "squaredcos_cap_v2", "linear", "scaled_linear")
         one_of("diffusion.beta_schedule", self.beta_schedule, schedules)
-        one_of("diffusion.prediction_type", self.prediction_type, ("v_prediction", "epsilon", "sample"))
+        one_of("diffusion.prediction_type", self.prediction_type, PREDICTION_TYPES)
 
 
 @dataclass
@@ -267,14 +277,14 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        at_least("batch_size", self.batch_size, 1)
         check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
         check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
         check(self.gradient_clip > 0, "gradient_clip", "more than 0", self.gradient_clip)
         check(0 <= self.label_dropout <= 1, "label_dropout", "from 0 to 1", self.label_dropout)
-        check(self.keep_checkpoints >= 1, "keep_checkpoints", "at least 1", self.keep_checkpoints)
+        at_least("keep_checkpoints", self.keep_checkpoints, 1)
         one_of("precision", self.precision, ("auto", "no", "bf16"))
-        one_of("attention", self.attention, ("auto", "sdpa", "xformers"))
+        one_of("attention", self.attention, ATTENTION_BACKENDS)
         check(
             self.model.latent_channels > 0 or self.objective.name == "mse",
             "objective.name",
@@ -294,7 +304,7 @@ class SampleConfig:
     model: str = MISSING
     """A model folder as tools/train.py writes it (RUN/model)."""
     output: str = MISSING
-    """Folder for the pictures: SEED.png each, and grid.png."""
+    """Folder for the pictures: one PNG each, named by class and seed, and grid.png."""
     classes: Optional[list[str]] = None
     """Names or numbers of the classes, ``per_class`` pictures each. null: all classes. []: unconditional."""
     per_class: int = 8
@@ -310,10 +320,10 @@ class SampleConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check(self.per_class >= 1, "per_class", "at least 1", self.per_class)
-        check(self.steps >= 1, "steps", "at least 1", self.steps)
-        check(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
-        check(self.guidance_scale >= 0, "guidance_scale", "at least 0", self.guidance_scale)
+        at_least("per_class", self.per_class, 1)
+        at_least("steps", self.steps, 1)
+        at_least("batch_size", self.batch_size, 1)
+        at_least("guidance_scale", self.guidance_scale, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

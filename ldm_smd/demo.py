@@ -24,6 +24,7 @@ from .errors import UserError
 from .evaluation.diagnostics import spread_over_eta
 from .evaluation.metrics import PixelPCA, frechet_distance
 from .evaluation.report import write_report
+from .models.unet import known_labels
 from .pipelines import SMDPipeline, load_pipeline
 from .sampling import make_scheduler, sample_pixels
 from .training.autoencoder import measure
@@ -165,7 +166,8 @@ def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest
     latents = FrozenAutoencoder(pipeline.vae).normalise(sample_latents(batch.moments, generator))
     process = DiffusionProcess(pipeline.scheduler.alphas_cumprod)
     kind = pipeline.scheduler.config.prediction_type
-    return spread_over_eta(pipeline.unet, process, kind, latents, batch.labels, SPREAD_TIMESTEPS, seed=config.seed)
+    labels = known_labels(batch.labels, pipeline.unet.config.num_classes)
+    return spread_over_eta(pipeline.unet, process, kind, latents, labels, SPREAD_TIMESTEPS, seed=config.seed)
 
 
 def training_curve(output: Path, run: DemoRunConfig) -> list[tuple[int, float]]:

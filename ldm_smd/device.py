@@ -8,7 +8,7 @@ from .errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU where there is one."""
+    """The device called ``name``; for "auto" the GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import UserError
+
 
 @contextmanager
 def atomic_file(final: Path) -> Iterator[Path]:
@@ -22,6 +24,12 @@ def atomic_file(final: Path) -> Iterator[Path]:
         _fsync(final.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_unused(output: Path) -> None:
+    """Raise UserError where a tool's output folder has files in it already."""
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"output: expected a new or empty folder, found files in {output}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -137,7 +138,7 @@ class SMDPipeline(DiffusionPipeline):
 
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict:
         """Schedulers differ in whether ``step`` takes a generator."""
-        accepted = self.scheduler.step.__code__.co_varnames[: self.scheduler.step.__code__.co_argcount]
+        accepted = inspect.signature(self.scheduler.step).parameters
         return {"generator": generator} if "generator" in accepted else {}
 
 

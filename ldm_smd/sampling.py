@@ -13,16 +13,15 @@ from PIL import Image, ImageDraw, ImageFont
 from .config import SampleConfig
 from .device import pick_device
 from .errors import UserError
-from .files import atomic_folder
+from .files import atomic_folder, require_unused
 from .pipelines import SMDPipeline, load_pipeline, seeded_generators
-from .training.metrics import progress
+from .progress import progress
 
 
 def sample(config: SampleConfig) -> Path:
     """Sample and decode; writes ``output`` with one PNG per picture (named by class and seed) and grid.png."""
     output = Path(config.output)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output: expected a new or empty folder, found files in {output}")
+    require_unused(output)
     pipeline = load_pipeline(config.model).to(pick_device(config.device))
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)

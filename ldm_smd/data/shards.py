@@ -24,8 +24,8 @@ from ..autoencoder import FrozenAutoencoder
 from ..config import EncodeConfig
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file, atomic_folder
-from ..training.metrics import progress
+from ..files import atomic_file, atomic_folder, require_unused
+from ..progress import progress
 from .images import Entry, Picture, list_entries, read_pictures
 
 MANIFEST = "manifest.json"
@@ -91,8 +91,7 @@ def _short(value: object) -> str:
 def encode(config: EncodeConfig) -> Manifest:
     """Encode a picture source into latent shards under ``config.output``; the folder appears when all is done."""
     output = Path(config.output)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output: expected a new or empty folder, found files in {output}")
+    require_unused(output)
     entries, classes = list_entries(config.images)
     autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(pick_device(config.device))
     slices = [entries[start : start + config.shard_size] for start in range(0, len(entries), config.shard_size)]

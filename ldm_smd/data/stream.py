@@ -114,6 +114,7 @@ class LatentStream(IterableDataset):
             if len(shard) != item["count"]:
                 raise UserError(f"shards: expected {item['count']} samples in {item['name']}, found {len(shard)}")
         self.count = sum(map(len, self.shards))
+        self._cached_epoch, self._order = -1, (np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=bool))
         classes = len(manifest.classes)
         for shard, item in zip(self.shards, manifest.shards):
             if classes and len(shard) and not 0 <= shard.labels.min() <= shard.labels.max() < classes:
@@ -131,27 +132,30 @@ class LatentStream(IterableDataset):
     def batch_at(self, position: int) -> LatentBatch:
         """This rank's slice of the global batch that begins at ``position``."""
         size = self.batch_size // self.world_size
-        start = position + self.rank * size
         moments = np.empty((size, *self.shape), dtype=self.dtype)
         labels = np.empty(size, dtype=np.int64)
-        for row, place in enumerate(range(start, start + size)):
-            epoch, within = divmod(place, self.count)
-            order, mirrored = self._epoch(epoch)
-            shard, index = order[within]
-            self.shards[shard].read(index, mirrored[within], moments[row])
-            labels[row] = self.shards[shard].labels[index]
+        for row, (shard, index, mirrored) in enumerate(self._places(position)):
+            shard.read(index, mirrored, moments[row])
+            labels[row] = shard.labels[index]
         return LatentBatch(torch.from_numpy(moments), torch.from_numpy(labels))
 
     def keys_at(self, position: int) -> list[str]:
         """The keys of this rank's slice of the batch that begins at ``position``, for messages."""
+        return [shard.keys[index] for shard, index, _ in self._places(position)]
+
+    def _places(self, position: int) -> Iterator[tuple[Shard, int, bool]]:
+        """(shard, index in it, whether mirrored) of each sample of this rank's slice."""
         size = self.batch_size // self.world_size
         start = position + self.rank * size
-        places = [divmod(place, self.count) for place in range(start, start + size)]
-        return [self.shards[shard].keys[index] for e, w in places for shard, index in [self._epoch(e)[0][w]]]
+        for place in range(start, start + size):
+            epoch, within = divmod(place, self.count)
+            order, mirrored = self._epoch(epoch)
+            shard, index = order[within]
+            yield self.shards[shard], index, mirrored[within]
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(N, 2) pairs (shard, index) in the order of this epoch, and (N,) whether mirrored."""
-        if getattr(self, "_cached_epoch", None) != epoch:
+        if self._cached_epoch != epoch:
             rng = np.random.default_rng((self.seed, epoch))
             parts = []
             for shard in rng.permutation(len(self.shards)):
@@ -169,7 +173,6 @@ def latent_loader(stream: LatentStream, num_workers: int) -> DataLoader:
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=False,
     )
 
 

@@ -26,6 +26,8 @@ def spread_over_eta(
     0 says that the mixture has collapsed to a Gaussian; 1 that a component says no more of the picture than the data's
     own spread. The true value falls from about 1 at the noisiest t to 0 at t = 0.
     """
+    if not model.is_mixture:
+        return dict.fromkeys(timesteps, 0.0)
     generator = torch.Generator(latents.device).manual_seed(seed)
     spread = {}
     for t in timesteps:
@@ -34,9 +36,6 @@ def spread_over_eta(
         x_t = process.noise(latents, eps, steps)
         eta = torch.randn((len(latents) * draws, *latents.shape[1:]), generator=generator, device=latents.device)
         prediction = model(x_t, steps, labels, eta).sample.float()
-        if not model.is_mixture:
-            spread[t] = 0.0
-            continue
         x0 = process.to_x0(prediction, repeat(x_t, draws), repeat(steps, draws), prediction_type)
         spread[t] = float(x0.unflatten(0, (len(latents), draws)).var(dim=1).mean().sqrt())
     return spread

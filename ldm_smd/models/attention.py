@@ -8,9 +8,10 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from ..config import ATTENTION_BACKENDS
+
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "sdpa", "xformers")
 _backend = "auto"
 
 
@@ -18,8 +19,8 @@ def set_attention_backend(name: str) -> None:
     """Choose for the whole process. "auto": xformers on GPUs where it runs, else sdpa. "xformers": the same, with a warning
     where it does not run. "sdpa": always torch."""
     global _backend
-    if name not in BACKENDS:
-        raise ValueError(f"attention: expected one of {', '.join(BACKENDS)}, found {name!r}")
+    if name not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention: expected one of {', '.join(ATTENTION_BACKENDS)}, found {name!r}")
     _backend = name
     xformers_runs.cache_clear()  # so that a choice that cannot be kept is warned of
 

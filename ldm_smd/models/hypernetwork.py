@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import AttentionBlock, Downsample, ResidualBlock, upsample
+from .blocks import AttentionBlock, Downsample, ResidualBlock, upsample, zero_init
 
 
 class MixtureIdentifier(nn.Module):
@@ -61,9 +61,7 @@ class HyperNetwork(nn.Module):
         self.linear_in = nn.Conv2d(channels, width, 1)
         self.linear_v = nn.Conv2d(latent_channels, self.LAYERS * width, 1)
         self.c = nn.Parameter(torch.full((self.LAYERS,), math.log(math.e - 1.0)))  # softplus(c) = 1
-        self.linear_out = nn.Conv2d(width, channels, 1)
-        nn.init.zeros_(self.linear_out.weight)
-        nn.init.zeros_(self.linear_out.bias)
+        self.linear_out = zero_init(nn.Conv2d(width, channels, 1))
 
     def forward(self, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """h (B, channels, H', W'), z (B, latent_channels, H, W) -> (B, channels, H', W')."""

@@ -10,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from ..config import PLACEMENTS
 from .blocks import (
     AttentionBlock,
     Downsample,
@@ -19,8 +20,6 @@ from .blocks import (
     zero_init,
 )
 from .hypernetwork import HyperNetwork, MixtureIdentifier
-
-PLACEMENTS = ("in_out", "up", "all")
 
 
 class SMDUNet2DModel(ModelMixin, ConfigMixin):
@@ -248,6 +247,11 @@ class Stage(nn.Module):
         groups = block.norm2.num_groups
         self.blocks.append(block)
         self.attentions.append(AttentionBlock(channels, head_dim, groups) if level in attention_levels else nn.Identity())
+
+
+def known_labels(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor | None:
+    """The labels of latent shards as the model takes them: the null class for -1; None for an unconditional model."""
+    return None if num_classes is None else torch.where(labels < 0, num_classes, labels)
 
 
 def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,14 +10,17 @@ from diffusers import AutoencoderKL
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import INPUT_RANGE, FrozenAutoencoder
-from ..config import TrainAutoencoderConfig, config_as_dict
+from ..config import TrainAutoencoderConfig
 from ..data.images import load_pixels
+from ..data.shards import ChannelStatistics
 from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_folder
+from ..progress import progress
+from .card import card
 from .checkpoint import load_weights, resume, save_checkpoint
 from .ema import EMA
-from .metrics import MetricsLog, crossed, progress
+from .metrics import MetricsLog, crossed
 
 REPORT_EVERY_IMAGES = 1_000
 
@@ -186,16 +188,10 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def set_latent_statistics(model: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 64) -> None:
     """Store the per-channel mean and deviation of the latents of ``pixels`` in the model's config, so that normalised
     latents have mean 0 and variance 1."""
-    frozen = FrozenAutoencoder(model)
-    count, total, squares = 0, 0.0, 0.0
+    frozen, statistics = FrozenAutoencoder(model), ChannelStatistics()
     for batch in pixels.split(batch_size):
-        moments = frozen.encode_moments(batch).double()
-        mean, variance = moments[:, 0], moments[:, 1].exp()
-        count += mean[:, 0].numel()
-        total = total + mean.sum(dim=(0, 2, 3))
-        squares = squares + (mean.square() + variance).sum(dim=(0, 2, 3))
-    mean = total / count
-    model.register_to_config(latents_mean=mean.tolist(), latents_std=(squares / count - mean.square()).sqrt().tolist())
+        statistics.add(frozen.encode_moments(batch).cpu().numpy())
+    model.register_to_config(latents_mean=statistics.mean.tolist(), latents_std=statistics.std.tolist())
 
 
 def save_comparison(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, path: Path) -> None:
@@ -211,12 +207,7 @@ def model_card(config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, m
     parameters = sum(parameter.numel() for parameter in autoencoder.model.parameters())
     part = "" if config.train_encoder else " by the decoder alone"
     start = f"{part} after those of `{config.init_from}`" if config.init_from else ""
-    return f"""---
-library_name: diffusers
-license: apache-2.0
----
-# A small AutoencoderKL
-
+    text = f"""\
 Trained by `tools/train_autoencoder.py` on {pictures:,} pictures of `{config.images.source}` at \
 {config.images.resolution}x{config.images.resolution}, {config.images_total:,} images seen{start}, \
 {parameters / 1e6:.2f} million parameters.
@@ -226,9 +217,5 @@ Trained by `tools/train_autoencoder.py` on {pictures:,} pictures of `{config.ima
 | PSNR, mean over pictures | {measured["psnr"]:.2f} |
 | PSNR of the mean squared error | {measured["psnr_of_mean"]:.2f} |
 
-Latents are normalised by `latents_mean` and `latents_std` in `config.json`, measured on the training pictures.
-
-```json
-{json.dumps(config_as_dict(config), indent=2)}
-```
-"""
+Latents are normalised by `latents_mean` and `latents_std` in `config.json`, measured on the training pictures."""
+    return card("A small AutoencoderKL", text, config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,13 @@ from ..errors import UserError
 from ..evaluation.diagnostics import spread_over_eta
 from ..files import atomic_folder
 from ..models.attention import set_attention_backend
-from ..models.unet import SMDUNet2DModel
+from ..models.unet import SMDUNet2DModel, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
+from ..progress import progress
+from .card import card
 from .checkpoint import load_weights, resume, save_checkpoint
 from .ema import EMA
-from .metrics import MetricsLog, crossed, progress
+from .metrics import MetricsLog, crossed
 
 SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
 PREVIEW_PICTURES = 40
@@ -145,10 +146,11 @@ class TrainingStep:
 
     def _labels(self, labels: torch.Tensor) -> torch.Tensor | None:
         """Labels with some replaced by the null class, which also stands for unlabelled pictures (-1)."""
-        if self.null_class is None:
+        known = known_labels(labels, self.null_class)
+        if known is None:
             return None
         dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
-        return torch.where(dropped | (labels < 0), self.null_class, labels)
+        return torch.where(dropped, self.null_class, known)
 
 
 def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel:
@@ -227,7 +229,7 @@ def preview(
     if unet.is_mixture:
         batch = stream.batch_at(0).to(unet.device)
         latents = autoencoder.normalise(batch.moments[:16, 0].float())
-        known = None if classes is None else torch.where(batch.labels < 0, classes, batch.labels)[:16]
+        known = known_labels(batch.labels[:16], classes)
         process = DiffusionProcess(scheduler.alphas_cumprod).to(unet.device)
         prediction_type = config.diffusion.prediction_type
         steps = [t for t in SPREAD_TIMESTEPS if t < process.num_timesteps]
@@ -262,19 +264,10 @@ def model_card(config: TrainConfig, unet: SMDUNet2DModel, manifest: Manifest, im
     """README.md of a model folder: what it is and the settings that made it."""
     kind = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
     start = f", starting from `{config.init_from}`" if config.init_from else ""
-    return f"""---
-library_name: diffusers
-license: apache-2.0
----
-# SMDUNet2DModel, {kind}
-
+    text = f"""\
 {unet.num_parameters() / 1e6:.2f} million parameters, EMA weights after {images_seen:,} images{start}; \
 {manifest.count:,} pictures, {len(manifest.classes)} classes, {manifest.metadata["resolution"]} pixels, latents \
 {"x".join(map(str, manifest.latent_shape))}.
 
-Made by `tools/train.py` with these settings:
-
-```json
-{json.dumps(config_as_dict(config), indent=2)}
-```
-"""
+Made by `tools/train.py` with these settings:"""
+    return card(f"SMDUNet2DModel, {kind}", text, config)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: one JSON line and one TensorBoard entry per report, and a progress bar in images."""
+"""Where a run's numbers go: one JSON line and one TensorBoard entry per report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 
 class MetricsLog:
@@ -55,11 +54,6 @@ def read_metrics(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-def progress(total_images: int, images_seen: int, description: str, disable: bool = False) -> tqdm:
-    """A bar that counts images: rate in images/s and the time left."""
-    return tqdm(total=total_images, initial=images_seen, desc=description, unit="img", disable=disable, dynamic_ncols=True)
 
 
 def crossed(before: int, after: int, every: int) -> bool:

@@ -1,0 +1,23 @@
+"""README.md of a model folder."""
+
+from __future__ import annotations
+
+import json
+
+from ..config import config_as_dict
+
+
+def card(title: str, text: str, config: object) -> str:
+    """Front matter of the hub, the title, the text, and the settings of the run that made the model."""
+    return f"""---
+library_name: diffusers
+license: apache-2.0
+---
+# {title}
+
+{text}
+
+```json
+{json.dumps(config_as_dict(config), indent=2)}
+```
+"""
