@@ -241,7 +241,8 @@ class TrainConfig:
     output: str = MISSING
     """Folder of the run: checkpoints, metrics, sample grids, and model/ (the pipeline, EMA weights) at the end."""
     init_from: Optional[str] = None
-    """Start from the weights of this SMDUNet2DModel folder instead of random ones."""
+    """Start from the weights of this SMDUNet2DModel folder instead of random ones. A Gaussian model's weights will do for a
+    mixture model with the same blocks, which then equals it at first."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ..diffusion.process import DiffusionProcess
-from ..models.unet import SMDUNet2DModel, repeat
+from ..models.blocks import repeat
+from ..models.unet import SMDUNet2DModel
 
 
 @torch.no_grad()

@@ -16,9 +16,15 @@ class ResidualBlock(nn.Module):
 
     ``modulation`` in ``forward`` holds the scales and shifts of *all* blocks of the network, (B, total); this block's are
     at ``self.modulation_slice``. So one matrix product serves every block, where one each is the usual way.
+
+    With ``skip_channels`` the block also takes in a feature map kept on the way down. Its norm and convolutions are its own
+    and their result is added, where the usual way is one convolution of the concatenation: so that M draws of a picture,
+    which differ in ``x`` alone, share the work on ``skip``.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, dropout: float = 0.0, skip_channels: int = 0
+    ) -> None:
         super().__init__()
         self.out_channels = out_channels
         self.modulation_slice = slice(0, 0)
@@ -27,13 +33,22 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-5, affine=False)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        if skip_channels:
+            self.norm_skip = nn.GroupNorm(groups, skip_channels, eps=1e-5)
+            self.conv_skip = nn.Conv2d(skip_channels, out_channels, 3, padding=1, bias=False)
+            self.shortcut_skip = nn.Conv2d(skip_channels, out_channels, 1, bias=False)
 
-    def forward(self, x: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, modulation: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B * M, in, H, W), modulation (B * M, total), skip (B, skip_channels, H, W) -> (B * M, out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
+        shortcut = self.shortcut(x)
+        if skip is not None:
+            h = add_shared(h, self.conv_skip(F.silu(self.norm_skip(skip))))
+            shortcut = add_shared(shortcut, self.shortcut_skip(skip))
         scale, shift = modulation[:, self.modulation_slice, None, None].float().chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm2(h), 1.0 + scale)
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        return shortcut + self.conv2(self.dropout(F.silu(h)))
 
 
 class AttentionBlock(nn.Module):
@@ -72,6 +87,22 @@ def upsample(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     whole network's time.
     """
     return F.interpolate(x, size=like.shape[2:], mode="nearest")
+
+
+def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:
+    """(B, ...) -> (B * draws, ...), the copies of a picture in consecutive rows."""
+    if draws == 1:
+        return x
+    if x.ndim == 4:  # repeat_interleave alone would lose the channels-last layout
+        return x.permute(0, 2, 3, 1).repeat_interleave(draws, dim=0).permute(0, 3, 1, 2)
+    return x.repeat_interleave(draws, dim=0)
+
+
+def add_shared(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """x (B * M, ...) + shared (B, ...), the M rows of a picture consecutive in x."""
+    if len(x) == len(shared):
+        return x + shared
+    return (x.unflatten(0, (len(shared), -1)) + shared.unsqueeze(1)).flatten(0, 1)
 
 
 def assign_modulation_slices(root: nn.Module) -> int:

@@ -8,39 +8,61 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import AttentionBlock, Downsample, ResidualBlock, upsample, zero_init
+from .blocks import AttentionBlock, ResidualBlock, add_shared, assign_modulation_slices, repeat, zero_init
 
 
 class MixtureIdentifier(nn.Module):
     """z = g_xi(eta, x_t, t): the latent variable of the mixture, a map with ``latent_channels`` channels.
 
-    A small UNet with one lower level and attention. Which mode a *picture* takes is a global choice, but an i.i.d. map of
-    noise, as in the paper, lets every place choose alone: the draws fall into blobs that do not agree. So of ``eta`` the
-    network reads the mean over all places, scaled back to unit variance, the same numbers at every place.
+    What g_xi must know of x_t the trunk of the UNet knows already: it reads the trunk's features, once for all draws, and
+    only what mixes them with eta is done for every draw. Of eta it reads two scales, each with unit variance: the mean over
+    all places, the same numbers everywhere, for what the whole picture must agree on; and the map at its own resolution,
+    for what may differ from place to place. (An i.i.d. map alone, as in the paper, lets every place choose alone.)
+
+    Args:
+        feature_channels: channels of the trunk's features.
+        stride: 1, or 2 where the features are at full resolution and z is to have half the sides.
+        eta_channels: channels of eta.
+        embedding_dim: length of the embedding of t and class.
     """
 
-    def __init__(self, in_channels: int, channels: int, latent_channels: int, groups: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        feature_channels: int,
+        stride: int,
+        eta_channels: int,
+        embedding_dim: int,
+        channels: int,
+        latent_channels: int,
+        groups: int,
+        head_dim: int,
+    ) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(2 * in_channels, channels, 3, padding=1)
-        self.encode = ResidualBlock(channels, channels, groups)
-        self.down = Downsample(channels)
-        self.middle1 = ResidualBlock(channels, 2 * channels, groups)
-        self.attention = AttentionBlock(2 * channels, head_dim, groups)
-        self.middle2 = ResidualBlock(2 * channels, 2 * channels, groups)
-        self.decode = ResidualBlock(3 * channels, channels, groups)
+        self.from_features = nn.Conv2d(feature_channels, channels, 2 * stride - 1, stride=stride, padding=stride - 1)
+        self.from_eta = nn.Conv2d(2 * eta_channels, channels, 1)
+        self.block = ResidualBlock(channels, channels, groups)
+        self.attention = AttentionBlock(channels, head_dim, groups)
         self.norm_out = nn.GroupNorm(groups, channels)
-        self.conv_out = nn.Conv2d(channels, latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, latent_channels, 1)
+        self.modulation = nn.Linear(embedding_dim, assign_modulation_slices(self))
 
-    def forward(self, eta: torch.Tensor, x_t: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
-        """eta, x_t (B, C, H, W), modulation (B, total) from the embedding of t -> z (B, latent_channels, H, W)."""
-        places = eta.shape[2] * eta.shape[3]
-        overall = (eta.mean(dim=(2, 3), keepdim=True) * math.sqrt(places)).expand_as(eta)
-        joined = torch.cat((x_t, overall), dim=1).contiguous(memory_format=torch.channels_last)
-        fine = self.encode(self.conv_in(joined), modulation)
-        coarse = self.middle1(self.down(fine), modulation)
-        coarse = self.middle2(self.attention(coarse), modulation)
-        h = self.decode(torch.cat((upsample(coarse, fine), fine), dim=1), modulation)
+    def forward(self, eta: torch.Tensor, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """eta (B * M, C, H, W), features (B, feature_channels, h, w), embedding (B, embedding_dim), M rows a picture ->
+        z (B * M, latent_channels, h / stride, w / stride)."""
+        features = self.from_features(features)
+        modulation = repeat(self.modulation(embedding), len(eta) // len(features))
+        h = add_shared(self.from_eta(self._scales(eta, features.shape[2:])), features)
+        h = self.attention(self.block(h, modulation))
         return self.conv_out(F.silu(self.norm_out(h)))
+
+    @staticmethod
+    def _scales(eta: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """(B, C, H, W) of N(0, 1) -> (B, 2 C, *size): the map averaged down and the mean over all places, each number again
+        N(0, 1) where the sides are multiples of ``size``."""
+        places = eta.shape[2] * eta.shape[3]
+        coarse = F.adaptive_avg_pool2d(eta, size) * math.sqrt(places / (size[0] * size[1]))
+        overall = eta.mean(dim=(2, 3), keepdim=True) * math.sqrt(places)
+        return torch.cat((coarse, overall.expand_as(coarse)), dim=1).contiguous(memory_format=torch.channels_last)
 
 
 class HyperNetwork(nn.Module):
@@ -64,11 +86,15 @@ class HyperNetwork(nn.Module):
         self.linear_out = zero_init(nn.Conv2d(width, channels, 1))
 
     def forward(self, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """h (B, channels, H', W'), z (B, latent_channels, H, W) -> (B, channels, H', W')."""
-        if z.shape[2:] != h.shape[2:]:
-            z = F.adaptive_avg_pool2d(z, h.shape[2:])
-        y = self.linear_in(self.norm(h))
-        for v, c in zip(self.linear_v(z).chunk(self.LAYERS, dim=1), F.softplus(self.c)):
-            projection = (v * y).sum(dim=1, keepdim=True) / math.sqrt(self.width)
-            y = torch.addcmul(c * y, v, projection)
-        return h + self.linear_out(y)
+        """h (B, channels, H', W') or (B * M, ...), z (B * M, latent_channels, H, W) -> (B * M, channels, H', W')."""
+        size = h.shape[2:]
+        if z.shape[2] > size[0] or z.shape[3] > size[1]:
+            z = F.adaptive_avg_pool2d(z, size)
+        v = self.linear_v(z)
+        if v.shape[2:] != size:
+            v = F.interpolate(v, size=size, mode="nearest")
+        y = repeat(self.linear_in(self.norm(h)), len(z) // len(h))
+        for v_l, c in zip(v.chunk(self.LAYERS, dim=1), F.softplus(self.c)):
+            projection = (v_l * y).sum(dim=1, keepdim=True) / math.sqrt(self.width)
+            y = torch.addcmul(c * y, v_l, projection)
+        return add_shared(self.linear_out(y), h)

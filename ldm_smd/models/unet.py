@@ -16,10 +16,14 @@ from .blocks import (
     Downsample,
     ResidualBlock,
     assign_modulation_slices,
+    repeat,
     upsample,
     zero_init,
 )
 from .hypernetwork import HyperNetwork, MixtureIdentifier
+
+MIXTURE_PARTS = ("identifier.", "hyper.")
+"""Where the names of the weights begin that a mixture model has and the Gaussian model it extends has not."""
 
 
 class SMDUNet2DModel(ModelMixin, ConfigMixin):
@@ -44,7 +48,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         identifier_channels: width of g_xi, which makes z (MixtureIdentifier).
         hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
         placement: where f_phi acts. "in_out" (the paper): after the first and before the last convolution. "up": before
-            each level on the way up and before the last convolution, so that the way down and the middle run once for
+            the last level on the way up and before the last convolution, so that all before it, the trunk, runs once for
             any number of draws. "all": "in_out" and before each level both ways.
     """
 
@@ -106,35 +110,46 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         )
 
         # Way up, coarsest level first.
-        up_inputs = []
         self.up = nn.ModuleList()
         for level in reversed(range(levels)):
             stage, out = Stage(), block_out_channels[level]
-            up_inputs.append(channels)
+            if level < levels - 1:
+                # Before the upsampling, where it costs a quarter: the blocks after it then work on fewer channels.
+                stage.project = nn.Conv2d(channels, out, 1)
             for _ in range(layers_per_block + 1):
-                block = ResidualBlock(channels + kept.pop(), out, groups, dropout)
+                block = ResidualBlock(out, out, groups, dropout, skip_channels=kept.pop())
                 stage.add(block, out, level, attention_levels, attention_head_dim)
-                channels = out
+            channels = out
             self.up.append(stage)
         self.norm_out = nn.GroupNorm(groups, first)
         self.conv_out = zero_init(nn.Conv2d(first, out_channels, 3, padding=1))
+
+        self.modulation = nn.Linear(embedding_dim, assign_modulation_slices(self))
 
         # The mixture: z = g_xi(eta, x_t, t), and f_phi(z) at the places of its choice.
         self.identifier = None
         self.hyper = nn.ModuleDict()
         if latent_channels > 0:
-            self.identifier = MixtureIdentifier(in_channels, identifier_channels, latent_channels, groups, attention_head_dim)
             places = {"out": first}
-            if placement in ("in_out", "all"):
+            if placement == "up":
+                places[f"up{levels - 1}"] = first
+            else:
                 places["in"] = first
             if placement == "all":
-                places |= {f"down{i}": c for i, c in enumerate((first, *block_out_channels[:-1]))}
-            if placement in ("up", "all"):
-                places |= {f"up{i}": c for i, c in enumerate(up_inputs)}
+                places |= {f"down{level}": block_out_channels[level - 1] for level in range(1, levels)}
+                places |= {f"up{index}": out for index, out in enumerate(reversed(block_out_channels))}
             for name, width in places.items():
                 self.hyper[name] = HyperNetwork(width, latent_channels, hypernetwork_width, groups)
-
-        self.modulation = nn.Linear(embedding_dim, assign_modulation_slices(self))
+            self.identifier = MixtureIdentifier(
+                feature_channels=first,
+                stride=1 if placement == "up" and levels > 1 else 2,
+                eta_channels=in_channels,
+                embedding_dim=embedding_dim,
+                channels=identifier_channels,
+                latent_channels=latent_channels,
+                groups=groups,
+                head_dim=attention_head_dim,
+            )
 
     @property
     def is_mixture(self) -> bool:
@@ -160,31 +175,41 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         Returns:
             The prediction (B * M, C, H, W), rows as in ``eta``; (B, C, H, W) for a Gaussian model.
         """
-        modulation = self.modulation(F.silu(self._embed(sample, timestep, class_labels)))
+        embedding = F.silu(self._embed(sample, timestep, class_labels))
+        modulation = self.modulation(embedding)
         # The layout of the input is that of every feature map after it. Channels last is what GPUs' tensor cores want, and
         # on CPUs it is 1.1 times faster in training, as attention needs no copies (benchmarks/unet_throughput.py).
-        sample = sample.contiguous(memory_format=torch.channels_last)
-        if not self.is_mixture:
-            h, kept = self._way_down(sample, modulation, None)
-            return self._output(self._way_up(h, kept, modulation, None), return_dict)
+        h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
+        z = None
+        if self.is_mixture:
+            eta = self._check_eta(eta, sample)
+            if self.config.placement != "up":
+                z = self.identifier(eta, h, embedding)
+                modulation = repeat(modulation, len(eta) // len(sample))
+        h, kept = self._way_down(self._hyper("in", h, z), modulation, z)
+        for index, stage in enumerate(self.up):
+            if stage.project is not None:
+                h = stage.project(h)
+            if self.is_mixture and self.config.placement == "up" and stage is self.up[-1]:
+                z = self.identifier(eta, h, embedding)  # from here on there are M rows a picture
+                modulation = repeat(modulation, len(eta) // len(sample))
+            h = self._hyper(f"up{index}", upsample(h, kept[-1]), z)
+            for block, attend in zip(stage.blocks, stage.attentions):
+                h = attend(block(h, modulation, kept.pop()))
+        h = self._hyper("out", h, z)
+        prediction = self.conv_out(F.silu(self.norm_out(h))).contiguous()
+        return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
+    def _check_eta(self, eta: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
+        """eta, drawn where it is None; (B * M, C, H, W) for a sample (B, C, H, W)."""
         if eta is None:
-            eta = torch.randn_like(sample)
-        draws = eta.shape[0] // sample.shape[0]
-        if eta.shape[1:] != sample.shape[1:] or eta.shape[0] != draws * sample.shape[0]:
+            return torch.randn_like(sample)
+        if eta.shape[1:] != sample.shape[1:] or len(eta) == 0 or len(eta) % len(sample):
             raise ValueError(
-                f"eta: expected (B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {sample.shape[0]}, "
+                f"eta: expected (B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {len(sample)}, "
                 f"found {tuple(eta.shape)}"
             )
-        modulation_draws = repeat(modulation, draws)
-        sample_draws = repeat(sample, draws)
-        z = self.identifier(eta, sample_draws, modulation_draws)
-        if self.config.placement == "up":
-            h, kept = self._way_down(sample, modulation, None)
-            h, kept = repeat(h, draws), [repeat(skip, draws) for skip in kept]
-        else:
-            h, kept = self._way_down(sample_draws, modulation_draws, z)
-        return self._output(self._way_up(h, kept, modulation_draws, z), return_dict)
+        return eta
 
     def _embed(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None
@@ -201,9 +226,9 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         return embedding + self.class_embedding(class_labels)
 
     def _way_down(
-        self, x: torch.Tensor, modulation: torch.Tensor, z: torch.Tensor | None
+        self, h: torch.Tensor, modulation: torch.Tensor, z: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        h = self._hyper("in", self.conv_in(x), z)
+        """The output of the middle, and what is kept for the way up."""
         kept = [h]
         for index, stage in enumerate(self.down):
             h = self._hyper(f"down{index}", h, z)
@@ -216,32 +241,20 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         first, attend, second = self.middle
         return second(attend(first(h, modulation)), modulation), kept
 
-    def _way_up(
-        self, h: torch.Tensor, kept: list[torch.Tensor], modulation: torch.Tensor, z: torch.Tensor | None
-    ) -> torch.Tensor:
-        for index, stage in enumerate(self.up):
-            h = self._hyper(f"up{index}", upsample(h, kept[-1]) if index else h, z)
-            for block, attend in zip(stage.blocks, stage.attentions):
-                h = attend(block(torch.cat((h, kept.pop()), dim=1), modulation))
-        return self._hyper("out", h, z)
-
     def _hyper(self, place: str, h: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
-        return self.hyper[place](h, z) if z is not None and place in self.hyper else h
-
-    def _output(self, h: torch.Tensor, return_dict: bool) -> UNet2DOutput | tuple[torch.Tensor]:
-        prediction = self.conv_out(F.silu(self.norm_out(h))).contiguous()
-        return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
+        return self.hyper[place](h, z) if place in self.hyper else h
 
 
 class Stage(nn.Module):
     """One level, one way: residual blocks, each followed by attention or nothing; on the way down, what halves the sides
-    at the end, or None."""
+    at the end, or None; on the way up, what brings the channels to the level's at the start, or None."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
         self.attentions = nn.ModuleList()
         self.downsample: nn.Module | None = None
+        self.project: nn.Module | None = None
 
     def add(self, block: ResidualBlock, channels: int, level: int, attention_levels: tuple[int, ...], head_dim: int) -> None:
         groups = block.norm2.num_groups
@@ -252,12 +265,3 @@ class Stage(nn.Module):
 def known_labels(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor | None:
     """The labels of latent shards as the model takes them: the null class for -1; None for an unconditional model."""
     return None if num_classes is None else torch.where(labels < 0, num_classes, labels)
-
-
-def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:
-    """(B, ...) -> (B * draws, ...), the copies of a picture in consecutive rows."""
-    if draws == 1:
-        return x
-    if x.ndim == 4:  # repeat_interleave alone would lose the channels-last layout
-        return x.permute(0, 2, 3, 1).repeat_interleave(draws, dim=0).permute(0, 3, 1, 2)
-    return x.repeat_interleave(draws, dim=0)

@@ -55,13 +55,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("images-*") if PATTERN.fullmatch(path.name))
 
 
-def load_weights(model: ModelMixin, folder: Path, key: str) -> None:
-    """Copy the weights of a diffusers model folder into ``model``; ``key`` is the setting a mismatch is blamed on."""
+def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...] = ()) -> None:
+    """Copy the weights of a diffusers model folder into ``model``; ``key`` is the setting a mismatch is blamed on.
+
+    Parts of the model whose names start with one of ``new`` stay as they are where the folder has nothing of them: so a
+    mixture model starts from a Gaussian one.
+    """
     path = folder / "diffusion_pytorch_model.safetensors"
     if not path.is_file():
         raise UserError(f"{key}: expected a model folder with {path.name}, found none in {folder}")
     weights = load_file(path)
     expected = model.state_dict()
+    if not any(name.startswith(new) for name in weights):
+        expected = {name: value for name, value in expected.items() if not name.startswith(new)}
     for name in sorted(expected.keys() | weights.keys()):
         found = tuple(weights[name].shape) if name in weights else "nothing"
         wanted = tuple(expected[name].shape) if name in expected else "nothing"
@@ -69,7 +75,7 @@ def load_weights(model: ModelMixin, folder: Path, key: str) -> None:
             raise UserError(
                 f"{key}: expected the weights of the configured model, with {name} {wanted}, found {found} in {folder}"
             )
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=len(expected) == len(model.state_dict()))
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

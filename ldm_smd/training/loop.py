@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..evaluation.diagnostics import spread_over_eta
 from ..files import atomic_folder
 from ..models.attention import set_attention_backend
-from ..models.unet import SMDUNet2DModel, known_labels
+from ..models.unet import MIXTURE_PARTS, SMDUNet2DModel, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
 from .card import card
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> Path:
     torch.manual_seed(config.seed)
     model = build_model(config, manifest)
     if config.init_from:
-        load_weights(model, Path(config.init_from), "init_from")
+        load_weights(model, Path(config.init_from), "init_from", new=MIXTURE_PARTS)
     model.to(device)
     ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
     optimizer = torch.optim.AdamW(
