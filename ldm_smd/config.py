@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from .diffusion.objectives import OBJECTIVES
+from .diffusion.objectives import OBJECTIVES, WEIGHTINGS
 from .diffusion.process import PREDICTION_TYPES
 from .errors import UserError
 
@@ -125,6 +125,47 @@ class TrainAutoencoderConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tools/train_classifier.py
+
+
+@dataclass
+class ClassifierSetConfig:
+    """One set of labelled pictures."""
+
+    name: str = MISSING
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    held_out: ImagesConfig = field(default_factory=ImagesConfig)
+    """Pictures that are only measured (accuracy), never trained on."""
+    batch_size: int = 64
+    mirror: bool = False
+    """Mirror half of the pictures. Not for letters or flags."""
+
+
+@dataclass
+class TrainClassifierConfig:
+    """tools/train_classifier.py"""
+
+    sets: list[ClassifierSetConfig] = field(default_factory=list)
+    """Every step takes a batch of each."""
+    output: str = MISSING
+    """Model folder to write (diffusers layout and a model card)."""
+    block_out_channels: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
+    """Of the stem, then of each stage; the last are the features."""
+    images_total: int = 400_000
+    """Of all sets together."""
+    learning_rate: float = 0.2
+    """Of SGD with momentum, at its peak."""
+    weight_decay: float = 5e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(len(self.sets) > 0, "sets", "at least one set of pictures", len(self.sets))
+        per_step = sum(entry.batch_size for entry in self.sets)
+        check(self.images_total >= per_step, "images_total", f"at least one step of {per_step}", self.images_total)
+        check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tools/encode.py
 
 
@@ -196,21 +237,30 @@ class ObjectiveConfig:
     """What the draws of the prediction are compared with the target by (ldm_smd/diffusion/objectives.py)."""
 
     name: str = "energy"
-    """energy: a strictly proper score, learns the mixture. mse: the paper's loss; the one for Gaussian models."""
+    """energy: a strictly proper score, learns the mixture. mixture_nll: likelihood of the draws' mixture. mse: the paper's
+    loss, which collapses; the one for Gaussian models."""
     draws: int = 4
     """M, predictions per picture (energy: at least 2)."""
     beta: float = 1.0
+    """Exponent of the energy score's distance: smaller is sharper and noisier."""
     diversity: float = 1.0
+    """Weight of the distance between draws; below 1 the mixture is narrower than the data."""
     patches: list[int] = field(default_factory=lambda: [0, 4, 2, 1])
-    """Sides of the patches, in latent places, that the energy score measures distances over; 0: the whole picture."""
+    """Sides of the patches, in latent places, that energy and mixture_nll measure distances over; 0: the whole picture."""
+    bandwidth: float = 0.2
+    """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""
+    weighting: str = "prediction"
+    """Of the timesteps: the space in which an error counts the same at each. prediction, v, epsilon, x0; or min_snr."""
 
     def __post_init__(self) -> None:
         one_of("objective.name", self.name, OBJECTIVES)
+        one_of("objective.weighting", self.weighting, WEIGHTINGS)
         least = 2 if self.name == "energy" else 1
         at_least("objective.draws", self.draws, least)
         check(0 < self.beta < 2, "objective.beta", "more than 0 and less than 2", self.beta)
         check(0 <= self.diversity <= 1, "objective.diversity", "from 0 to 1", self.diversity)
         check(len(self.patches) > 0, "objective.patches", "at least one side", self.patches)
+        check(self.bandwidth > 0, "objective.bandwidth", "more than 0", self.bandwidth)
 
 
 @dataclass

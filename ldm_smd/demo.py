@@ -167,7 +167,8 @@ def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest
     process = DiffusionProcess(pipeline.scheduler.alphas_cumprod)
     kind = pipeline.scheduler.config.prediction_type
     labels = known_labels(batch.labels, pipeline.unet.config.num_classes)
-    return spread_over_eta(pipeline.unet, process, kind, latents, labels, SPREAD_TIMESTEPS, seed=config.seed)
+    spread = spread_over_eta(pipeline.unet, process, kind, latents, labels, SPREAD_TIMESTEPS, seed=config.seed)
+    return {t: at.over_eta for t, at in spread.items()}
 
 
 def training_curve(output: Path, run: DemoRunConfig) -> list[tuple[int, float]]:

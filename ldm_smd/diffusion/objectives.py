@@ -6,25 +6,55 @@ float32 or better. All act in the space of the prediction; for v that is the dis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-OBJECTIVES = ("mse", "energy")
+from .process import DiffusionProcess
+
+OBJECTIVES = ("mse", "energy", "mixture_nll")
+WEIGHTINGS = ("prediction", "v", "epsilon", "x0", "min_snr")
+MIN_SNR_GAMMA = 5.0
 EPSILON = 1e-8
 """Under the square root of squared distances per number: its gradient stays finite where two draws agree."""
 
 
 def objective(
-    name: str, beta: float = 1.0, diversity: float = 1.0, patches: Sequence[int] = (0,)
+    name: str, beta: float = 1.0, diversity: float = 1.0, patches: Sequence[int] = (0,), bandwidth: float = 0.2
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The objective called ``name``, as a function of (predictions, target)."""
     if name == "mse":
         return mse
     if name == "energy":
         return lambda predictions, target: energy(predictions, target, beta, diversity, patches)
+    if name == "mixture_nll":
+        return lambda predictions, target: mixture_nll(predictions, target, bandwidth, patches)
     raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {name!r}")
+
+
+def timestep_weight(
+    weighting: str, exponent: float, process: DiffusionProcess, t: torch.Tensor, prediction_type: str
+) -> torch.Tensor:
+    """What the loss at t is to be multiplied with, (B,), where it is the ``exponent``-th power of a prediction's error.
+
+    A proper score stays proper under any positive weight of t. "prediction" is 1. The others say in which space the error
+    counts, whatever the network predicts; with x_0's error e_0 they are
+
+        v: e_0 / s_t,    epsilon: e_0 a_t / s_t,    x0: e_0,    min_snr: e_0 min(snr, 5)^(1/2)  (arXiv 2303.09556)
+    """
+    if weighting == "prediction":
+        return torch.ones_like(process.alphas_cumprod[t])
+    a, s = process.signal_and_noise(t, t)
+    per_prediction = {"v_prediction": s, "epsilon": s / a, "sample": torch.ones_like(s)}[prediction_type]  # e_0 / error
+    factor = {
+        "v": 1.0 / s,
+        "epsilon": a / s,
+        "x0": torch.ones_like(s),
+        "min_snr": (a / s).clamp_max(MIN_SNR_GAMMA**0.5),
+    }[weighting]
+    return (factor * per_prediction) ** exponent
 
 
 def mse(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -39,7 +69,7 @@ def mse(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def energy(
     predictions: torch.Tensor,
     target: torch.Tensor,
-    beta: float = 1.0,
+    beta: float,
     diversity: float = 1.0,
     patches: Sequence[int] = (0,),
 ) -> torch.Tensor:
@@ -52,7 +82,9 @@ def energy(
     sizes are averaged. A sum of proper scores is proper, and with the whole picture among them strictly so.
 
     Args:
-        beta: exponent of the distance.
+        beta: exponent of the distance. In the Fourier transform of the error of the distribution the score weighs frequency
+            f with |f|^-(D + beta): the smaller, the sharper the modes it can tell from what lies between them
+            (benchmarks/gmm_lab.py), and the noisier its gradients.
         diversity: lambda of the paper, in [0, 1]; with 0 it is the distance alone.
         patches: sides of the patches the distance is taken over, 0 for the whole picture.
     """
@@ -66,6 +98,31 @@ def energy(
     return to_target - 0.5 * diversity * between
 
 
+def mixture_nll(
+    predictions: torch.Tensor, target: torch.Tensor, bandwidth: float, patches: Sequence[int] = (0,)
+) -> torch.Tensor:
+    """Negative log likelihood of the target y under the mixture of M Gaussians around the draws p_j:
+
+        - (2 h^2 / n) log( 1/M sum_j exp( - |y - p_j|^2 / (2 h^2) ) )
+
+    for the n numbers of the picture or patch (as in ``energy``, averaged over patches): per number and up to a constant,
+    scaled so that h -> infinity gives the squared error. It is the likelihood of SMD's own equation, with the step's
+    standard deviation as h. With few draws it is a bound, and in many dimensions one draw takes all the weight.
+
+    Args:
+        bandwidth: h, in units of the prediction.
+    """
+    predictions, target = exact(predictions), exact(target)
+    draws, channels = predictions.shape[1:3]
+    squared = (predictions - target.unsqueeze(1)).square().sum(dim=2)  # (B, M, H, W), sum over channels
+    total = 0.0
+    for side in patches:
+        sums, places = patch_sums(squared, side)
+        log_mean = (-sums / (2 * bandwidth**2)).logsumexp(dim=1) - math.log(draws)
+        total = total - 2 * bandwidth**2 / (places * channels) * log_mean.mean(dim=(1, 2))
+    return total / len(patches)
+
+
 def exact(x: torch.Tensor) -> torch.Tensor:
     """Half precision as float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -76,9 +133,13 @@ def distance(a: torch.Tensor, b: torch.Tensor, beta: float, patches: Sequence[in
     squared = (a - b).square().mean(dim=2)  # (B, M, H, W), mean over channels
     total = 0.0
     for side in patches:
-        if side == 0:
-            means = squared.mean(dim=(2, 3), keepdim=True)
-        else:
-            means = F.avg_pool2d(squared, min(side, *squared.shape[2:]), stride=1)
-        total = total + (means + EPSILON).pow(0.5 * beta).mean(dim=(2, 3))
+        sums, places = patch_sums(squared, side)
+        total = total + (sums / places + EPSILON).pow(0.5 * beta).mean(dim=(2, 3))
     return total / len(patches)
+
+
+def patch_sums(x: torch.Tensor, side: int) -> tuple[torch.Tensor, int]:
+    """Sums of (B, M, H, W) over every side x side window, or the whole for side 0; and the number of places in one."""
+    height, width = (side, side) if side else x.shape[2:]
+    kernel = (min(height, x.shape[2]), min(width, x.shape[3]))
+    return F.avg_pool2d(x, kernel, stride=1, divisor_override=1), kernel[0] * kernel[1]

@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ..diffusion.process import DiffusionProcess
 from ..models.blocks import repeat
 from ..models.unet import SMDUNet2DModel
+
+
+COLLAPSED = 0.1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far the components of the mixture are apart at one timestep.
+
+    Attributes:
+        over_eta: root of the mean, over pictures and numbers, of Var_eta[x_0(x_t, eta)], in units of the normalised latents.
+            The true value, the spread of the posterior q(x_0 | x_t), falls from about 1 at the noisiest t to 0 at t = 0.
+        share: ``over_eta`` as a share of the posterior's spread. The latter is not known for pictures, but the error of its
+            mean is: E|x_0 - E[x_0 | x_t]|^2 is the posterior's variance. So with the mean over M draws for E[x_0 | x_t],
+
+                share^2 = (1 + 1/M) E Var_eta / E|x_0 - mean_j x_0j|^2
+
+            1 for a calibrated model, 0 for one that has collapsed to a Gaussian.
+    """
+
+    over_eta: float
+    share: float
 
 
 @torch.no_grad()
@@ -21,14 +44,10 @@ def spread_over_eta(
     timesteps: Sequence[int],
     draws: int = 8,
     seed: int = 0,
-) -> dict[int, float]:
-    """{t: root of the mean, over pictures and numbers, of Var_eta[x_0(x_t, eta)]}, in units of the normalised latents.
-
-    0 says that the mixture has collapsed to a Gaussian; 1 that a component says no more of the picture than the data's
-    own spread. The true value falls from about 1 at the noisiest t to 0 at t = 0.
-    """
+) -> dict[int, Spread]:
+    """The spread at each of ``timesteps``, from ``draws`` draws for each of the latents (B, C, H, W)."""
     if not model.is_mixture:
-        return dict.fromkeys(timesteps, 0.0)
+        return dict.fromkeys(timesteps, Spread(0.0, 0.0))
     generator = torch.Generator(latents.device).manual_seed(seed)
     spread = {}
     for t in timesteps:
@@ -38,5 +57,13 @@ def spread_over_eta(
         eta = torch.randn((len(latents) * draws, *latents.shape[1:]), generator=generator, device=latents.device)
         prediction = model(x_t, steps, labels, eta).sample.float()
         x0 = process.to_x0(prediction, repeat(x_t, draws), repeat(steps, draws), prediction_type)
-        spread[t] = float(x0.unflatten(0, (len(latents), draws)).var(dim=1).mean().sqrt())
+        x0 = x0.unflatten(0, (len(latents), draws))
+        variance, error = x0.var(dim=1).mean(), (x0.mean(dim=1) - latents).square().mean()
+        share = ((1 + 1 / draws) * variance / error).sqrt()
+        spread[t] = Spread(float(variance.sqrt()), float(share))
     return spread
+
+
+def has_collapsed(spread: dict[int, Spread]) -> bool:
+    """Whether the draws agree at every timestep: the mixture is a Gaussian model in all but name."""
+    return all(at.share < COLLAPSED for at in spread.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ from ..config import DiffusionConfig, TrainConfig, config_as_dict, dump_config
 from ..data.shards import Manifest
 from ..data.stream import LatentBatch, LatentStream, latent_loader
 from ..device import pick_precision
-from ..diffusion.objectives import objective
+from ..diffusion.objectives import objective, timestep_weight
 from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
-from ..evaluation.diagnostics import spread_over_eta
+from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder
 from ..models.attention import set_attention_backend
 from ..models.unet import MIXTURE_PARTS, SMDUNet2DModel, known_labels
@@ -31,6 +32,8 @@ from .card import card
 from .checkpoint import load_weights, resume, save_checkpoint
 from .ema import EMA
 from .metrics import MetricsLog, crossed
+
+logger = logging.getLogger(__name__)
 
 SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
 PREVIEW_PICTURES = 40
@@ -129,7 +132,8 @@ class TrainingStep:
 
     def __post_init__(self) -> None:
         o = self.config.objective
-        self.objective = objective(o.name, o.beta, o.diversity, o.patches)
+        self.objective = objective(o.name, o.beta, o.diversity, o.patches, o.bandwidth)
+        self.exponent = o.beta if o.name == "energy" else 2.0
         self.null_class = getattr(self.model, "module", self.model).config.num_classes
 
     def __call__(self, batch: LatentBatch) -> torch.Tensor:
@@ -142,7 +146,9 @@ class TrainingStep:
         x_t = self.process.noise(x0, eps, t)
         target = self.process.target(x0, eps, t, self.config.diffusion.prediction_type)
         prediction = self.model(x_t, t, self._labels(batch.labels), eta, return_dict=False)[0]
-        return self.objective(prediction.unflatten(0, (len(x0), -1)), target).mean()
+        losses = self.objective(prediction.unflatten(0, (len(x0), -1)), target)
+        weighting, prediction_type = self.config.objective.weighting, self.config.diffusion.prediction_type
+        return (losses * timestep_weight(weighting, self.exponent, self.process, t, prediction_type)).mean()
 
     def _labels(self, labels: torch.Tensor) -> torch.Tensor | None:
         """Labels with some replaced by the null class, which also stands for unlabelled pictures (-1)."""
@@ -234,7 +240,14 @@ def preview(
         prediction_type = config.diffusion.prediction_type
         steps = [t for t in SPREAD_TIMESTEPS if t < process.num_timesteps]
         spread = spread_over_eta(unet, process, prediction_type, latents, known, steps)
-        log.log(images_seen, {f"spread/{t}": value for t, value in spread.items()})
+        over_eta = {f"spread/{t}": at.over_eta for t, at in spread.items()}
+        log.log(images_seen, over_eta | {f"spread_share/{t}": at.share for t, at in spread.items()})
+        if has_collapsed(spread):
+            logger.warning(
+                "the mixture has collapsed: at no timestep do its draws differ by %.0f %% of the posterior's spread%s",
+                100 * COLLAPSED,
+                "; the mse objective does that, use energy" if config.objective.name == "mse" else "",
+            )
 
 
 def build_pipeline(

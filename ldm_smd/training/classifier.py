@@ -1,0 +1,137 @@
+"""Train the small classifier whose features ldm_smd measures pictures in: several picture sets, one trunk, one head each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..config import ClassifierSetConfig, TrainClassifierConfig
+from ..data.images import load_pixels
+from ..device import pick_device
+from ..errors import UserError
+from ..evaluation.features import FeatureNetwork
+from ..files import atomic_folder, require_unused
+from ..progress import progress
+from .card import card
+
+REPORT_EVERY_BATCHES = 50
+
+
+@dataclass
+class LabelledPictures:
+    """uint8 (N, 3, R, R) and class numbers (N,), in memory."""
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+
+    @classmethod
+    def load(cls, config: ClassifierSetConfig, part: str) -> tuple[LabelledPictures, list[str]]:
+        """The "images" or "held_out" part, and the class names."""
+        pixels, labels, classes = load_pixels(getattr(config, part))
+        if any(label is None for label in labels):
+            raise UserError(f"sets.{config.name}.{part}: expected a class for every picture, found some without")
+        return cls(pixels, torch.tensor(labels)), classes
+
+
+def train_classifier(config: TrainClassifierConfig) -> Path:
+    """Train on all sets, measure the accuracy on the held-out parts, write the model folder; returns it."""
+    output = Path(config.output)
+    require_unused(output)
+    device = pick_device("auto")
+    torch.manual_seed(config.seed)
+    training, held_out, classes = {}, {}, {}
+    for entry in config.sets:
+        training[entry.name], classes[entry.name] = LabelledPictures.load(entry, "images")
+        held_out[entry.name], _ = LabelledPictures.load(entry, "held_out")
+    counts = {name: len(names) for name, names in classes.items()}
+    model = FeatureNetwork(tuple(config.block_out_channels), counts).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)
+
+    per_step = sum(entry.batch_size for entry in config.sets)
+    steps = config.images_total // per_step
+    bar = progress(steps * per_step, 0, output.name)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(config.learning_rate, step / steps)
+        optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for entry in config.sets:
+            x, y = augmented_batch(training[entry.name], entry)
+            logits = model.heads[entry.name](model(x.to(device)))
+            losses.append(F.cross_entropy(logits, y.to(device), label_smoothing=0.1))
+            losses[-1].backward()
+        optimizer.step()
+        bar.update(per_step)
+        if step % REPORT_EVERY_BATCHES == 0:
+            bar.set_postfix({entry.name: f"{float(loss.detach()):.3f}" for entry, loss in zip(config.sets, losses)})
+    bar.close()
+
+    model.eval()
+    measured = {name: accuracy(model, name, pictures, device) for name, pictures in held_out.items()}
+    with atomic_folder(output) as folder:
+        model.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(config, model, training, held_out, measured), encoding="utf-8")
+    print(", ".join(f"{name}: {share:.1%} of held-out pictures right" for name, share in measured.items()) + f"; wrote {output}")
+    return output
+
+
+def augmented_batch(pictures: LabelledPictures, config: ClassifierSetConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random batch in [-1, 1], shifted by up to an eighth of the side, half of it mirrored where the set allows it."""
+    index = torch.randint(len(pictures.labels), (config.batch_size,))
+    x = pictures.pixels[index].float() / 127.5 - 1.0
+    if config.mirror:
+        x = torch.where((torch.rand(len(x)) < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
+    side = x.shape[-1]
+    margin = side // 8
+    padded = F.pad(x, (margin,) * 4, mode="replicate")
+    top, left = torch.randint(2 * margin + 1, (2, len(x), 1))
+    rows, columns = top + torch.arange(side), left + torch.arange(side)
+    # One gather for the whole batch, every picture with its own shift.
+    shifted = padded[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return shifted.permute(0, 3, 1, 2), pictures.labels[index]
+
+
+def learning_rate_at(peak: float, done: float) -> float:
+    """Linear up over the first 15 %, then a half cosine to zero."""
+    return peak * done / 0.15 if done < 0.15 else peak * 0.5 * (1 + math.cos(math.pi * (done - 0.15) / 0.85))
+
+
+@torch.no_grad()
+def accuracy(model: FeatureNetwork, name: str, pictures: LabelledPictures, device: torch.device) -> float:
+    """Share of the pictures whose most likely class is theirs."""
+    right = 0
+    for pixels, labels in zip(pictures.pixels.split(256), pictures.labels.split(256)):
+        logits = model.heads[name](model(pixels.to(device).float() / 127.5 - 1.0))
+        right += int((logits.argmax(dim=1).cpu() == labels).sum())
+    return right / len(pictures.labels)
+
+
+def model_card(
+    config: TrainClassifierConfig,
+    model: FeatureNetwork,
+    training: dict[str, LabelledPictures],
+    held_out: dict[str, LabelledPictures],
+    measured: dict[str, float],
+) -> str:
+    """README.md of the model folder."""
+    rows = "\n".join(
+        f"| {entry.name} | {model.config.classes[entry.name]} | {len(training[entry.name].labels):,} of "
+        f"`{entry.images.source}` | {len(held_out[entry.name].labels):,} of `{entry.held_out.source}` | "
+        f"{measured[entry.name]:.1%} |"
+        for entry in config.sets
+    )
+    text = f"""\
+{model.num_parameters() / 1e6:.2f} million parameters, {config.images_total:,} images seen, of the training parts only. Its \
+{config.block_out_channels[-1]} pooled features are what the project measures distances between sets of pictures in: such a \
+distance compares models on these picture sets, and is not an FID.
+
+| set | classes | trained on | measured on | right |
+|---|---|---|---|---|
+{rows}
+
+Made by `tools/train_classifier.py` with these settings:"""
+    return card("A small classifier, for features", text, config)
