@@ -2,11 +2,14 @@
 
 All take ``predictions`` (B, M, C, H, W), one for each draw of eta, and ``target`` (B, C, H, W), and return (B,) losses in
 float32 or better. All act in the space of the prediction; for v that is the distance of x_0 from its prediction over s_t.
+
+Where the mixture has K components with weights that the network gives, the M = K R draws are R of each component, a
+component's in consecutive columns, and ``log_weights`` (B, K) are the weights' logarithms: the sums over components are then
+exact, where independent draws would estimate them. One component of weight 1, the default, is M independent draws.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -69,13 +72,20 @@ def mse(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def energy(
     predictions: torch.Tensor,
     target: torch.Tensor,
-    beta: float,
+    beta: float = 1.0,
     diversity: float = 1.0,
     patches: Sequence[int] = (0,),
+    log_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Energy score of the draws p_j for the target y (De Bortoli et al., arXiv 2502.02483):
 
         1/M sum_j d(y, p_j) - diversity / (2 M (M - 1)) sum_{j != k} d(p_j, p_k),     d(a, b) = rms(a - b)^beta
+
+    and with R draws p_kr of each of K components of weight w_k
+
+        sum_k w_k/R sum_r d(y, p_kr) - diversity/2 sum_{(k,r) != (l,q)} w_k w_l c_kl d(p_kr, p_lq)
+
+    with c_kl = 1/R^2, and c_kk = 1/(R (R - 1)).
 
     Strictly proper for 0 < beta < 2 and diversity = 1: only the true conditional distribution minimises it. The root mean
     square is taken over the whole picture (patch size 0) or over every n x n patch, then averaged over patches; several
@@ -92,18 +102,42 @@ def energy(
     draws = predictions.shape[1]
     if draws < 2:
         raise ValueError(f"draws: expected at least 2 for the energy score, found {draws}")
+    weights = component_weights(log_weights, predictions)
+    components = weights.shape[1]
+    each = draws // components
     first, second = torch.triu_indices(draws, draws, offset=1, device=predictions.device)
-    to_target = distance(predictions, target.unsqueeze(1).expand_as(predictions), beta, patches).mean(dim=1)
-    between = distance(predictions[:, first], predictions[:, second], beta, patches).mean(dim=1)
-    return to_target - 0.5 * diversity * between
+    same = first // each == second // each
+    if each == 1:  # a component has no distance from itself
+        first, second, same = first[~same], second[~same], same[~same]
+    pairs = torch.where(same, 1.0 / max(each * (each - 1), 1), 1.0 / each**2)
+    to_target = distance(predictions, target.unsqueeze(1).expand_as(predictions), beta, patches)
+    between = distance(predictions[:, first], predictions[:, second], beta, patches)
+    near = (weights.repeat_interleave(each, dim=1) * to_target).sum(dim=1) / each
+    return near - diversity * (pairs * weights[:, first // each] * weights[:, second // each] * between).sum(dim=1)
+
+
+def component_weights(log_weights: torch.Tensor | None, predictions: torch.Tensor) -> torch.Tensor:
+    """(B, K), checked; one component of weight 1 where there are none."""
+    if log_weights is None:
+        return predictions.new_ones(len(predictions), 1)
+    if len(log_weights) != len(predictions) or predictions.shape[1] % log_weights.shape[1]:
+        raise ValueError(
+            f"log_weights: expected (B, K) with B = {len(predictions)} and K a divisor of {predictions.shape[1]} draws, "
+            f"found {tuple(log_weights.shape)}"
+        )
+    return exact(log_weights).exp()
 
 
 def mixture_nll(
-    predictions: torch.Tensor, target: torch.Tensor, bandwidth: float, patches: Sequence[int] = (0,)
+    predictions: torch.Tensor,
+    target: torch.Tensor,
+    bandwidth: float,
+    patches: Sequence[int] = (0,),
+    log_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Negative log likelihood of the target y under the mixture of M Gaussians around the draws p_j:
 
-        - (2 h^2 / n) log( 1/M sum_j exp( - |y - p_j|^2 / (2 h^2) ) )
+        - (2 h^2 / n) log( sum_j w_j exp( - |y - p_j|^2 / (2 h^2) ) )
 
     for the n numbers of the picture or patch (as in ``energy``, averaged over patches): per number and up to a constant,
     scaled so that h -> infinity gives the squared error. It is the likelihood of SMD's own equation, with the step's
@@ -114,12 +148,15 @@ def mixture_nll(
     """
     predictions, target = exact(predictions), exact(target)
     draws, channels = predictions.shape[1:3]
+    weights = component_weights(log_weights, predictions)
+    each = draws // weights.shape[1]
+    log_shares = (weights / each).log().repeat_interleave(each, dim=1)[..., None, None]
     squared = (predictions - target.unsqueeze(1)).square().sum(dim=2)  # (B, M, H, W), sum over channels
     total = 0.0
     for side in patches:
         sums, places = patch_sums(squared, side)
-        log_mean = (-sums / (2 * bandwidth**2)).logsumexp(dim=1) - math.log(draws)
-        total = total - 2 * bandwidth**2 / (places * channels) * log_mean.mean(dim=(1, 2))
+        log_density = (log_shares - sums / (2 * bandwidth**2)).logsumexp(dim=1)
+        total = total - 2 * bandwidth**2 / (places * channels) * log_density.mean(dim=(1, 2))
     return total / len(patches)
 
 
