@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ldm_smd.diffusion.objectives import EPSILON, energy, mse, objective
+from ldm_smd.diffusion.objectives import EPSILON, WEIGHTINGS, energy, mixture_nll, mse, objective, timestep_weight
+from ldm_smd.diffusion.process import DiffusionProcess
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -38,7 +39,7 @@ def test_energy_over_patches_is_the_mean_over_windows():
     assert torch.isfinite(energy(predictions, target, patches=[9])).all()  # larger than the picture: the whole picture
 
 
-@pytest.mark.parametrize("name", ["mse", "energy"])
+@pytest.mark.parametrize("name", ["mse", "energy", "mixture_nll"])
 def test_gradients(name):
     loss = objective(name, beta=1.0, diversity=1.0, patches=[0, 2])
     predictions, target = draw(2, 3, 2, 3, 3).requires_grad_(), draw(2, 2, 3, 3, seed=1)
@@ -63,8 +64,97 @@ def test_energy_prefers_the_mixture_and_mse_its_mean():
     assert mse(collapsed, target).mean() < mse(mixture, target).mean() - 0.5
 
 
+def test_energy_of_weighted_components_is_its_formula():
+    """Two components with three draws each, the double sums written out."""
+    predictions, target = draw(2, 6, 3, 2, 2), draw(2, 3, 2, 2, seed=1)
+    log_weights = draw(2, 2, seed=2).log_softmax(dim=1)
+    expected = []
+    for p, y, w in zip(predictions, target, log_weights.exp()):
+
+        def d(a, b):
+            return ((a - b).square().mean() + EPSILON) ** 0.25
+
+        near = sum(w[j // 3] / 3 * d(p[j], y) for j in range(6))
+        far = 0.0
+        for j in range(6):
+            for k in range(6):
+                if j != k:
+                    far += w[j // 3] * w[k // 3] * (1 / 6 if j // 3 == k // 3 else 1 / 9) * d(p[j], p[k])
+        expected.append(near - 0.4 * far)
+    assert torch.allclose(energy(predictions, target, 0.5, 0.8, log_weights=log_weights), torch.stack(expected))
+
+
+def test_energy_of_components_is_what_their_draws_estimate():
+    """The exact sum over components is the expectation of the score of independent draws from the mixture."""
+    generator = torch.Generator().manual_seed(0)
+    places, target = draw(1, 3, 2, 1, 1), draw(1, 2, 1, 1, seed=1)
+    log_weights = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64).log()
+    exact = energy(places, target, log_weights=log_weights)
+    which = torch.multinomial(log_weights.exp().expand(100_000, -1), 2, replacement=True, generator=generator)
+    sampled = energy(places[0, which], target.expand(100_000, -1, -1, -1))
+    assert exact.item() == pytest.approx(sampled.mean().item(), abs=4 * sampled.std().item() / 100_000**0.5)
+
+
+def test_true_weights_minimise_the_energy_score():
+    target = torch.tensor([-1.0] * 250 + [1.0] * 750, dtype=torch.float64).view(-1, 1, 1, 1)
+    places = torch.tensor([-1.0, 1.0], dtype=torch.float64).view(1, 2, 1, 1, 1).expand(1000, -1, -1, -1, -1)
+    logit = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logit], max_iter=50, tolerance_grad=1e-10)
+
+    def closure():
+        optimizer.zero_grad()
+        log_weights = torch.cat((-logit, logit)).log_softmax(0).expand(1000, -1)
+        value = energy(places, target, log_weights=log_weights).mean()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    assert torch.sigmoid(2 * logit).item() == pytest.approx(0.75, abs=1e-4)
+
+
+def test_mixture_nll_is_its_formula():
+    predictions, target = draw(2, 4, 3, 2, 2), draw(2, 3, 2, 2, seed=1)
+    h, n = 0.7, 12
+    log_weights = draw(2, 2, seed=2).log_softmax(dim=1)
+    squares = (predictions - target[:, None]).square().sum(dim=(2, 3, 4))
+    shares = log_weights.exp().repeat_interleave(2, dim=1) / 2
+    expected = -(2 * h**2 / n) * (shares * torch.exp(-squares / (2 * h**2))).sum(1).log()
+    assert torch.allclose(mixture_nll(predictions, target, h, log_weights=log_weights), expected)
+    flat = -(2 * h**2 / n) * torch.exp(-squares / (2 * h**2)).mean(1).log()
+    assert torch.allclose(mixture_nll(predictions, target, h), flat)
+    assert torch.allclose(mixture_nll(predictions, target, 1e4), mse(predictions, target), rtol=1e-6)
+
+
+def test_mixture_nll_survives_far_targets_in_half_precision():
+    predictions = torch.zeros(1, 2, 16, 8, 8, dtype=torch.bfloat16, requires_grad=True)
+    loss = mixture_nll(predictions, torch.full((1, 16, 8, 8), 100.0, dtype=torch.bfloat16), 0.05, patches=[0, 2])
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(predictions.grad).all()
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_a_weighting_is_the_same_for_every_prediction_type(weighting, prediction_type):
+    """The weighted error of the same x_0, whatever the network predicts; "prediction" is the error itself."""
+    process = DiffusionProcess(torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64))
+    t = torch.tensor([0, 1, 2])
+    x0, eps, off = draw(3, 4), draw(3, 4, seed=1), 0.3
+    x_t = process.noise(x0, eps, t)
+    a, s = process.signal_and_noise(t, x0)
+    wrong_eps = (x_t - a * (x0 + off)) / s  # what goes with the wrong x_0
+    errors = process.target(x0 + off, wrong_eps, t, prediction_type) - process.target(x0, eps, t, prediction_type)
+    error = errors.square().mean(dim=1).sqrt()
+    weighted = timestep_weight(weighting, 1.5, process, t, prediction_type) * error**1.5
+    a, s = a.flatten(), s.flatten()
+    expected = {"v": off / s, "epsilon": off * a / s, "x0": off * torch.ones(3), "prediction": error}
+    expected["min_snr"] = off * (a / s).clamp_max(5**0.5)
+    assert torch.allclose(weighted, expected[weighting].double() ** 1.5)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="draws: expected at least 2"):
         energy(draw(1, 1, 2, 3, 3), draw(1, 2, 3, 3))
-    with pytest.raises(ValueError, match="objective: expected one of mse, energy"):
+    with pytest.raises(ValueError, match="objective: expected one of mse, energy, mixture_nll"):
         objective("likelihood")
+    with pytest.raises(ValueError, match="log_weights: expected"):
+        energy(draw(1, 4, 2, 3, 3), draw(1, 2, 3, 3), log_weights=torch.zeros(1, 3))

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm_smd.config import TrainClassifierConfig, load_config
+from ldm_smd.errors import UserError
+from ldm_smd.evaluation.features import FeatureNetwork, load_extractor
+from ldm_smd.training.classifier import train_classifier
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, pictures):
+    """A classifier of the two shapes, really trained, at 16 pixels; and what training printed."""
+    folder = tmp_path_factory.mktemp("classifier")
+    text = f"""\
+output: {folder / "model"}
+sets:
+  - name: shapes
+    images: {{source: {pictures}, resolution: 16}}
+    held_out: {{source: {pictures}, resolution: 16}}
+    batch_size: 16
+block_out_channels: [8, 16, 16]
+images_total: 800
+learning_rate: 0.05
+"""
+    (folder / "classifier.yaml").write_text(text)
+    return train_classifier(load_config(TrainClassifierConfig, folder / "classifier.yaml", []))
+
+
+def test_classifier_learns_and_says_so_on_its_card(classifier):
+    card = (classifier / "README.md").read_text()
+    row = next(line for line in card.splitlines() if line.startswith("| shapes"))
+    assert float(row.split("|")[-2].strip().rstrip("%")) >= 80
+    assert FeatureNetwork.from_pretrained(classifier).config.classes == {"shapes": 2}
+
+
+def test_features_of_any_size_do_not_depend_on_the_batch(classifier):
+    extractor = load_extractor(str(classifier), device="cpu")
+    assert extractor.name == "model"
+    pixels = torch.randint(256, (7, 3, 24, 24), dtype=torch.uint8)
+    features = extractor(pixels)
+    assert features.shape == (7, 16) and features.dtype == torch.float64
+    assert torch.allclose(extractor(pixels, batch_size=2), features, atol=1e-5)
+
+
+def test_open_clip_features_from_a_weights_file(tmp_path):
+    """The real OpenCLIP code path, with a model that is built without pretrained weights and saved."""
+    import open_clip
+
+    torch.manual_seed(0)
+    architecture = "ViT-S-32-alt"
+    model = open_clip.create_model(architecture).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    extractor = load_extractor(f"open_clip:{architecture}:{tmp_path / 'weights.safetensors'}", device="cpu")
+    pixels = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    features = extractor(pixels)
+    assert torch.allclose(features.norm(dim=1), torch.ones(2).double(), atol=1e-5)
+    side = model.visual.image_size[0]
+    resized = torch.nn.functional.interpolate(pixels / 255.0, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (model.visual.image_mean, model.visual.image_std))
+    with torch.no_grad():
+        expected = model.encode_image((resized - mean) / std, normalize=True)
+    assert torch.allclose(features.float(), expected, atol=1e-4)
+    assert extractor.name == f"OpenCLIP {architecture}"
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ("nowhere", "features: expected a FeatureNetwork folder"),
+        ("open_clip:ViT-B-32:weights.pt", "features: expected a .safetensors file of OpenCLIP ViT-B-32"),
+        ("inception:nowhere.pth", "features: expected the"),
+    ],
+)
+def test_mistakes_are_named(weights, message):
+    with pytest.raises(UserError, match=message):
+        load_extractor(weights)
+
+
+def test_pictures_without_a_class_are_refused(tmp_path, pictures):
+    (tmp_path / "c.yaml").write_text(
+        f"output: {tmp_path / 'out'}\nsets:\n- name: x\n  batch_size: 4\n"
+        f"  images: {{source: {pictures / 'disc'}, resolution: 16}}\n"
+        f"  held_out: {{source: {pictures / 'disc'}, resolution: 16}}\n"
+    )
+    with pytest.raises(UserError, match=r"sets.x.images: expected a class for every picture"):
+        train_classifier(load_config(TrainClassifierConfig, tmp_path / "c.yaml", []))
