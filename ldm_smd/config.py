@@ -202,6 +202,8 @@ class ModelConfig:
 
     block_out_channels: list[int] = field(default_factory=lambda: [128, 256])
     layers_per_block: int = 2
+    up_layers_per_block: int = 1
+    """Residual blocks of a level on the way up, which M draws repeat; not more than layers_per_block."""
     attention_levels: list[int] = field(default_factory=lambda: [1])
     attention_head_dim: int = 32
     norm_num_groups: int = 16
@@ -291,8 +293,9 @@ class TrainConfig:
     output: str = MISSING
     """Folder of the run: checkpoints, metrics, sample grids, and model/ (the pipeline, EMA weights) at the end."""
     init_from: Optional[str] = None
-    """Start from the weights of this SMDUNet2DModel folder instead of random ones. A Gaussian model's weights will do for a
-    mixture model with the same blocks, which then equals it at first."""
+    """Start from the weights of this model folder instead of random ones. A Gaussian SMDUNet2DModel's will do for a mixture
+    with the same blocks, which then equals it at first. A UNet2DModel of diffusers is extended to a mixture, with its own
+    blocks; of ``model``, latent_channels, identifier_channels and hypernetwork_width count."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

@@ -13,11 +13,12 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .autoencoder import FrozenAutoencoder
 from .errors import UserError
+from .models.extended import ExtendedUNet2DModel
 from .models.unet import SMDUNet2DModel
 
 
 class SMDPipeline(DiffusionPipeline):
-    """Class-conditional and unconditional sampling from an SMDUNet2DModel in the latent space of a frozen autoencoder.
+    """Class-conditional and unconditional sampling in the latent space of a frozen autoencoder.
 
     Every evaluation of a mixture draws its own eta for each picture: with x_0 = D(x_t, eta) the scheduler's ordinary step
     is then a draw from the mixture, and with DDPMScheduler's posterior variance exact ancestral sampling of it.
@@ -34,7 +35,7 @@ class SMDPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: SMDUNet2DModel,
+        unet: SMDUNet2DModel | ExtendedUNet2DModel,
         vae: ModelMixin,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,

@@ -17,6 +17,7 @@ torch.set_num_threads(2)
 TINY_MODEL = [
     "model.block_out_channels=[16,32]",
     "model.layers_per_block=1",
+    "model.up_layers_per_block=1",
     "model.attention_head_dim=8",
     "model.norm_num_groups=4",
     "model.latent_channels=8",

@@ -11,13 +11,16 @@ from torch import nn
 from .blocks import AttentionBlock, ResidualBlock, add_shared, assign_modulation_slices, repeat, zero_init
 
 
+GLOBAL_SIDE = 2
+
+
 class MixtureIdentifier(nn.Module):
     """z = g_xi(eta, x_t, t): the latent variable of the mixture, a map with ``latent_channels`` channels.
 
     What g_xi must know of x_t the trunk of the UNet knows already: it reads the trunk's features, once for all draws, and
-    only what mixes them with eta is done for every draw. Of eta it reads two scales, each with unit variance: the mean over
-    all places, the same numbers everywhere, for what the whole picture must agree on; and the map at its own resolution,
-    for what may differ from place to place. (An i.i.d. map alone, as in the paper, lets every place choose alone.)
+    only what mixes them with eta is done for every draw. Which mode a *picture* takes is a global choice, and an i.i.d. map
+    of noise, as in the paper, lets every place choose alone: the draws fall into blobs that do not agree. So eta is read as
+    one vector, its means over 2 x 2 quarters scaled back to unit variance, the same numbers at every place.
 
     Args:
         feature_channels: channels of the trunk's features.
@@ -34,12 +37,14 @@ class MixtureIdentifier(nn.Module):
         embedding_dim: int,
         channels: int,
         latent_channels: int,
-        groups: int,
         head_dim: int,
     ) -> None:
         super().__init__()
+        groups = 1  # eta's part is the same at every place: norms over a few channels each would take much of it out
         self.from_features = nn.Conv2d(feature_channels, channels, 2 * stride - 1, stride=stride, padding=stride - 1)
-        self.from_eta = nn.Conv2d(2 * eta_channels, channels, 1)
+        self.from_eta = nn.Sequential(
+            nn.Linear(GLOBAL_SIDE**2 * eta_channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, channels)
+        )
         self.block = ResidualBlock(channels, channels, groups)
         self.attention = AttentionBlock(channels, head_dim, groups)
         self.norm_out = nn.GroupNorm(groups, channels)
@@ -50,19 +55,12 @@ class MixtureIdentifier(nn.Module):
         """eta (B * M, C, H, W), features (B, feature_channels, h, w), embedding (B, embedding_dim), M rows a picture ->
         z (B * M, latent_channels, h / stride, w / stride)."""
         features = self.from_features(features)
-        modulation = repeat(self.modulation(embedding), len(eta) // len(features))
-        h = add_shared(self.from_eta(self._scales(eta, features.shape[2:])), features)
-        h = self.attention(self.block(h, modulation))
+        draws = len(eta) // len(features)
+        places = eta.shape[2] * eta.shape[3] / GLOBAL_SIDE**2
+        quarters = F.adaptive_avg_pool2d(eta, GLOBAL_SIDE).flatten(1) * math.sqrt(places)
+        h = repeat(features, draws) + self.from_eta(quarters)[..., None, None]
+        h = self.attention(self.block(h, repeat(self.modulation(embedding), draws)))
         return self.conv_out(F.silu(self.norm_out(h)))
-
-    @staticmethod
-    def _scales(eta: torch.Tensor, size: torch.Size) -> torch.Tensor:
-        """(B, C, H, W) of N(0, 1) -> (B, 2 C, *size): the map averaged down and the mean over all places, each number again
-        N(0, 1) where the sides are multiples of ``size``."""
-        places = eta.shape[2] * eta.shape[3]
-        coarse = F.adaptive_avg_pool2d(eta, size) * math.sqrt(places / (size[0] * size[1]))
-        overall = eta.mean(dim=(2, 3), keepdim=True) * math.sqrt(places)
-        return torch.cat((coarse, overall.expand_as(coarse)), dim=1).contiguous(memory_format=torch.channels_last)
 
 
 class HyperNetwork(nn.Module):

@@ -37,7 +37,9 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         sample_size: side of the latents in training; others work too.
         in_channels, out_channels: channels of the latents.
         block_out_channels: channels of each level; every level but the last halves the sides.
-        layers_per_block: residual blocks of a level on the way down; one more on the way up.
+        layers_per_block: residual blocks of a level on the way down.
+        up_layers_per_block: residual blocks of a level on the way up, not more than on the way down. With "up" the way up is
+            what M draws repeat, so few blocks there make draws cheap.
         attention_levels: the levels (0 is the finest) with attention after each residual block. The middle always has it.
         attention_head_dim: channels per attention head.
         num_classes: number of classes, or None for an unconditional model. A label equal to ``num_classes`` is the null
@@ -48,8 +50,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         identifier_channels: width of g_xi, which makes z (MixtureIdentifier).
         hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
         placement: where f_phi acts. "in_out" (the paper): after the first and before the last convolution. "up": before
-            the last level on the way up and before the last convolution, so that all before it, the trunk, runs once for
-            any number of draws. "all": "in_out" and before each level both ways.
+            each level on the way up, so that the way down and the middle, the trunk, run once for any number of draws.
+            "all": "in_out" and before each level both ways. Everywhere z also shifts the modulation of the way up.
     """
 
     @register_to_config
@@ -60,6 +62,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         out_channels: int = 16,
         block_out_channels: tuple[int, ...] = (128, 256),
         layers_per_block: int = 2,
+        up_layers_per_block: int = 1,
         attention_levels: tuple[int, ...] = (1,),
         attention_head_dim: int = 32,
         num_classes: int | None = None,
@@ -73,6 +76,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         if placement not in PLACEMENTS:
             raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, found {placement!r}")
+        if not 1 <= up_layers_per_block <= layers_per_block:
+            raise ValueError(f"up_layers_per_block: expected 1 to layers_per_block={layers_per_block}, found {up_layers_per_block}")
         if any(channels % norm_num_groups for channels in block_out_channels):
             raise ValueError(
                 f"block_out_channels: expected multiples of norm_num_groups={norm_num_groups}, found {list(block_out_channels)}"
@@ -85,9 +90,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         self.time_embedding = TimestepEmbedding(first, embedding_dim)
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_dim)
 
-        # Way down. Every feature map made there is kept for the way up.
+        # Way down. The outputs of the residual blocks are kept for the way up.
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
-        kept = [first]
         channels = first
         self.down = nn.ModuleList()
         for level, out in enumerate(block_out_channels):
@@ -95,10 +99,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             for _ in range(layers_per_block):
                 stage.add(ResidualBlock(channels, out, groups, dropout), out, level, attention_levels, attention_head_dim)
                 channels = out
-                kept.append(channels)
             if level < levels - 1:
                 stage.downsample = Downsample(channels)
-                kept.append(channels)
             self.down.append(stage)
 
         self.middle = nn.ModuleList(
@@ -116,8 +118,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             if level < levels - 1:
                 # Before the upsampling, where it costs a quarter: the blocks after it then work on fewer channels.
                 stage.project = nn.Conv2d(channels, out, 1)
-            for _ in range(layers_per_block + 1):
-                block = ResidualBlock(out, out, groups, dropout, skip_channels=kept.pop())
+            for _ in range(up_layers_per_block):
+                block = ResidualBlock(out, out, groups, dropout, skip_channels=out)
                 stage.add(block, out, level, attention_levels, attention_head_dim)
             channels = out
             self.up.append(stage)
@@ -130,26 +132,23 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         self.identifier = None
         self.hyper = nn.ModuleDict()
         if latent_channels > 0:
-            places = {"out": first}
-            if placement == "up":
-                places[f"up{levels - 1}"] = first
-            else:
-                places["in"] = first
-            if placement == "all":
-                places |= {f"down{level}": block_out_channels[level - 1] for level in range(1, levels)}
-                places |= {f"up{index}": out for index, out in enumerate(reversed(block_out_channels))}
+            ups = {f"up{index}": out for index, out in enumerate(reversed(block_out_channels))}
+            downs = {f"down{level}": block_out_channels[level - 1] for level in range(1, levels)}
+            ends = {"in": first, "out": first}
+            places = {"in_out": ends, "up": ups, "all": ends | downs | ups}[placement]
             for name, width in places.items():
                 self.hyper[name] = HyperNetwork(width, latent_channels, hypernetwork_width, groups)
             self.identifier = MixtureIdentifier(
-                feature_channels=first,
+                feature_channels=last if placement == "up" else first,
                 stride=1 if placement == "up" and levels > 1 else 2,
                 eta_channels=in_channels,
                 embedding_dim=embedding_dim,
                 channels=identifier_channels,
                 latent_channels=latent_channels,
-                groups=groups,
                 head_dim=attention_head_dim,
             )
+            self.up_modulation = self.up[0].blocks[0].modulation_slice.start
+            self.hyper["modulation"] = zero_init(nn.Linear(latent_channels, self.modulation.out_features - self.up_modulation))
 
     @property
     def is_mixture(self) -> bool:
@@ -182,34 +181,27 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         z = None
         if self.is_mixture:
-            eta = self._check_eta(eta, sample)
-            if self.config.placement != "up":
-                z = self.identifier(eta, h, embedding)
-                modulation = repeat(modulation, len(eta) // len(sample))
+            eta = check_eta(eta, sample)
+        if self.is_mixture and self.config.placement != "up":
+            z = self.identifier(eta, h, embedding)
+            modulation = repeat(modulation, len(eta) // len(sample))
         h, kept = self._way_down(self._hyper("in", h, z), modulation, z)
-        for index, stage in enumerate(self.up):
-            if stage.project is not None:
-                h = stage.project(h)
-            if self.is_mixture and self.config.placement == "up" and stage is self.up[-1]:
+        if self.is_mixture:
+            if z is None:
                 z = self.identifier(eta, h, embedding)  # from here on there are M rows a picture
                 modulation = repeat(modulation, len(eta) // len(sample))
-            h = self._hyper(f"up{index}", upsample(h, kept[-1]), z)
-            for block, attend in zip(stage.blocks, stage.attentions):
-                h = attend(block(h, modulation, kept.pop()))
+            shift = self.hyper["modulation"](z.mean(dim=(2, 3)))
+            modulation = torch.cat((modulation[:, : self.up_modulation], modulation[:, self.up_modulation :] + shift), dim=1)
+        for index, stage in enumerate(self.up):
+            skips = kept.pop()
+            if stage.project is not None:
+                h = upsample(stage.project(h), skips[0])
+            h = self._hyper(f"up{index}", h, z)
+            for block, attend, skip in zip(stage.blocks, stage.attentions, reversed(skips)):
+                h = attend(block(h, modulation, skip))
         h = self._hyper("out", h, z)
         prediction = self.conv_out(F.silu(self.norm_out(h))).contiguous()
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
-
-    def _check_eta(self, eta: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
-        """eta, drawn where it is None; (B * M, C, H, W) for a sample (B, C, H, W)."""
-        if eta is None:
-            return torch.randn_like(sample)
-        if eta.shape[1:] != sample.shape[1:] or len(eta) == 0 or len(eta) % len(sample):
-            raise ValueError(
-                f"eta: expected (B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {len(sample)}, "
-                f"found {tuple(eta.shape)}"
-            )
-        return eta
 
     def _embed(
         self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None
@@ -227,17 +219,17 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
 
     def _way_down(
         self, h: torch.Tensor, modulation: torch.Tensor, z: torch.Tensor | None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The output of the middle, and what is kept for the way up."""
-        kept = [h]
+    ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+        """The output of the middle, and of each level what its blocks put out."""
+        kept = []
         for index, stage in enumerate(self.down):
             h = self._hyper(f"down{index}", h, z)
+            kept.append([])
             for block, attend in zip(stage.blocks, stage.attentions):
                 h = attend(block(h, modulation))
-                kept.append(h)
+                kept[-1].append(h)
             if stage.downsample is not None:
                 h = stage.downsample(h)
-                kept.append(h)
         first, attend, second = self.middle
         return second(attend(first(h, modulation)), modulation), kept
 
@@ -260,6 +252,18 @@ class Stage(nn.Module):
         groups = block.norm2.num_groups
         self.blocks.append(block)
         self.attentions.append(AttentionBlock(channels, head_dim, groups) if level in attention_levels else nn.Identity())
+
+
+def check_eta(eta: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
+    """eta, drawn where it is None; (B * M, C, H, W) for a sample (B, C, H, W)."""
+    if eta is None:
+        return torch.randn_like(sample)
+    if eta.shape[1:] != sample.shape[1:] or len(eta) == 0 or len(eta) % len(sample):
+        raise ValueError(
+            f"eta: expected (B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {len(sample)}, "
+            f"found {tuple(eta.shape)}"
+        )
+    return eta
 
 
 def known_labels(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor | None:

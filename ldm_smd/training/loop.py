@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import FrozenAutoencoder, sample_latents
-from ..config import DiffusionConfig, TrainConfig, config_as_dict, dump_config
+from ..config import DiffusionConfig, TrainConfig, check, config_as_dict, dump_config
 from ..data.shards import Manifest
 from ..data.stream import LatentBatch, LatentStream, latent_loader
 from ..device import pick_precision
@@ -25,6 +26,7 @@ from ..errors import UserError
 from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder
 from ..models.attention import set_attention_backend
+from ..models.extended import ExtendedUNet2DModel
 from ..models.unet import MIXTURE_PARTS, SMDUNet2DModel, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
@@ -51,10 +53,7 @@ def train(config: TrainConfig) -> Path:
     scheduler = build_scheduler(config.diffusion)
 
     torch.manual_seed(config.seed)
-    model = build_model(config, manifest)
-    if config.init_from:
-        load_weights(model, Path(config.init_from), "init_from", new=MIXTURE_PARTS)
-    model.to(device)
+    model = build_model(config, manifest).to(device)
     ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
@@ -159,18 +158,55 @@ class TrainingStep:
         return torch.where(dropped, self.null_class, known)
 
 
-def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel:
-    """The configured UNet for the latents and classes of the shards, untrained."""
+def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | ExtendedUNet2DModel:
+    """The configured UNet for the latents and classes of the shards, untrained or with the weights of ``init_from``; the
+    extension of ``init_from`` to a mixture where that is a UNet2DModel of diffusers."""
+    if config.init_from and class_of(config.init_from) in ("UNet2DModel", "ExtendedUNet2DModel"):
+        return extended_model(config, manifest)
     channels, height, width = manifest.latent_shape
     classes = len(manifest.classes) if config.class_conditional else 0
     shape = config_as_dict(config.model)
-    return SMDUNet2DModel(
+    model = SMDUNet2DModel(
         sample_size=max(height, width),
         in_channels=channels,
         out_channels=channels,
         num_classes=classes or None,
         **{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()},
     )
+    if config.init_from:
+        load_weights(model, Path(config.init_from), "init_from", new=MIXTURE_PARTS)
+    return model
+
+
+def class_of(folder: str) -> str | None:
+    """The class that a diffusers model folder says it holds."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
+
+
+def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DModel:
+    """``init_from``, extended; its own blocks, and the sizes of the mixture from ``config.model``."""
+    shape = config.model
+    if class_of(config.init_from) == "ExtendedUNet2DModel":
+        model = ExtendedUNet2DModel.from_pretrained(config.init_from, use_safetensors=True)
+    elif shape.latent_channels == 0 or shape.placement != "up":
+        raise UserError(
+            "init_from: expected a mixture, model.latent_channels > 0 and model.placement=up, to extend a diffusers "
+            f"UNet2DModel to, found {shape.latent_channels} and {shape.placement}"
+        )
+    else:
+        model = ExtendedUNet2DModel.from_unet(
+            config.init_from,
+            latent_channels=shape.latent_channels,
+            identifier_channels=shape.identifier_channels,
+            hypernetwork_width=shape.hypernetwork_width,
+        )
+    channels, classes = manifest.latent_shape[0], len(manifest.classes)
+    check(model.config.in_channels == channels, "init_from", f"{channels} channels, as the latents", model.config.in_channels)
+    if model.config.num_classes is not None:
+        what = f"{classes + 1} class embeddings, {classes} classes and no label"
+        check(model.config.num_classes == classes, "init_from", what, model.config.num_classes + 1)
+    return model
 
 
 def build_scheduler(config: DiffusionConfig) -> DDPMScheduler:
@@ -207,7 +243,7 @@ def learning_rate_at(config: TrainConfig, images_seen: int) -> float:
 
 def preview(
     config: TrainConfig,
-    unet: SMDUNet2DModel,
+    unet: SMDUNet2DModel | ExtendedUNet2DModel,
     autoencoder: FrozenAutoencoder,
     scheduler: DDPMScheduler,
     manifest: Manifest,
@@ -251,7 +287,7 @@ def preview(
 
 
 def build_pipeline(
-    unet: SMDUNet2DModel, autoencoder: FrozenAutoencoder, scheduler: DDPMScheduler, manifest: Manifest
+    unet: SMDUNet2DModel | ExtendedUNet2DModel, autoencoder: FrozenAutoencoder, scheduler: DDPMScheduler, manifest: Manifest
 ) -> SMDPipeline:
     labels = {str(number): name for number, name in enumerate(manifest.classes)} if unet.config.num_classes else None
     return SMDPipeline(unet, autoencoder.model, scheduler, labels)
@@ -259,7 +295,7 @@ def build_pipeline(
 
 def save_model_folder(
     config: TrainConfig,
-    unet: SMDUNet2DModel,
+    unet: SMDUNet2DModel | ExtendedUNet2DModel,
     autoencoder: FrozenAutoencoder,
     scheduler: DDPMScheduler,
     manifest: Manifest,
@@ -273,7 +309,7 @@ def save_model_folder(
         (folder / "unet" / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(config: TrainConfig, unet: SMDUNet2DModel, manifest: Manifest, images_seen: int) -> str:
+def model_card(config: TrainConfig, unet: SMDUNet2DModel | ExtendedUNet2DModel, manifest: Manifest, images_seen: int) -> str:
     """README.md of a model folder: what it is and the settings that made it."""
     kind = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
     start = f", starting from `{config.init_from}`" if config.init_from else ""
@@ -283,4 +319,4 @@ def model_card(config: TrainConfig, unet: SMDUNet2DModel, manifest: Manifest, im
 {"x".join(map(str, manifest.latent_shape))}.
 
 Made by `tools/train.py` with these settings:"""
-    return card(f"SMDUNet2DModel, {kind}", text, config)
+    return card(f"{type(unet).__name__}, {kind}", text, config)

@@ -16,6 +16,7 @@ TINY = {
     "out_channels": 4,
     "block_out_channels": (16, 32),
     "layers_per_block": 1,
+    "up_layers_per_block": 1,
     "attention_head_dim": 8,
     "norm_num_groups": 4,
     "num_classes": 3,

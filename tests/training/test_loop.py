@@ -1,8 +1,10 @@
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from ldm_smd.autoencoder import FrozenAutoencoder
@@ -10,6 +12,7 @@ from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentBatch, LatentStream
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.errors import UserError
+from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.ema import EMA
 from ldm_smd.training.loop import TrainingStep, build_model, build_scheduler, learning_rate_at, train
@@ -101,6 +104,51 @@ def test_init_from_starts_at_those_weights(train_config, model_folder):
         train(train_config(f"init_from={model_folder / 'unet'}", "model.latent_channels=6"))
     with pytest.raises(UserError, match="init_from: expected a model folder"):
         train(train_config(f"init_from={model_folder}"))
+
+
+def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
+    gaussian = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8")
+    start = train(train_config(*gaussian)) / "unet"
+    still = ("learning_rate=1e-12", "weight_decay=0", "images_total=8")
+    after = weights(train(train_config(f"init_from={start}", *still)) / "unet")
+    before = weights(start)
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"identifier", "hyper"}
+
+
+def test_a_diffusers_unet_starts_a_mixture(train_config, tmp_path):
+    """UNet2DModel -> mixture -> training, resumed -> a pipeline that samples -> training from that."""
+    UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=3,
+    ).save_pretrained(tmp_path / "unet")
+    start = f"init_from={tmp_path / 'unet'}"
+    train(train_config(start, "images_total=32"))
+    folder = train(train_config(start, "images_total=64"))
+    assert json.loads((folder / "unet/config.json").read_text())["_class_name"] == "ExtendedUNet2DModel"
+    assert load_pipeline(folder)([0, 1], num_inference_steps=2, output_type="pt").images.isfinite().all()
+    train(train_config(f"init_from={folder / 'unet'}", f"output={tmp_path / 'again'}", "images_total=8"))
+    with pytest.raises(UserError, match="init_from: expected a mixture"):
+        train(train_config(start, "model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'x'}"))
+
+
+def test_a_collapsed_mixture_is_reported(train_config, caplog):
+    train(train_config("objective.name=mse", "images_total=16"))
+    assert any("the mixture has collapsed" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("setting", ["objective.name=mixture_nll", "objective.weighting=min_snr", "objective.beta=0.5"])
+def test_objectives_train(train_config, tmp_path, setting):
+    train(train_config(setting, "images_total=32"))
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
 
 
 def test_unlabelled_and_unconditional(train_config):

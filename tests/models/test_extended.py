@@ -1,0 +1,89 @@
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from ldm_smd.models.blocks import repeat
+from ldm_smd.models.extended import ExtendedUNet2DModel
+
+MIXTURE = {"latent_channels": 8, "identifier_channels": 8, "hypernetwork_width": 8}
+
+
+def gaussian(**changes):
+    torch.manual_seed(0)
+    return UNet2DModel(
+        **{
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "attention_head_dim": 8,
+            "num_class_embeds": 4,
+            **changes,
+        }
+    ).eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    gaussian().save_pretrained(tmp_path / "gaussian")
+    return tmp_path / "gaussian"
+
+
+def inputs(draws=1, side=8):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 4, side, side, generator=generator)
+    eta = torch.randn(2 * draws, 4, side, side, generator=generator)
+    return x, torch.tensor([900, 20]), torch.tensor([0, 3]), eta
+
+
+def test_starts_as_the_unet_it_extends(folder):
+    x, t, labels, eta = inputs(draws=3)
+    model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE).eval()
+    expected = repeat(gaussian()(x, t, labels).sample, 3)
+    assert torch.allclose(model(x, t, labels, eta).sample, expected, atol=1e-5)
+    assert model.config.num_classes == 3 and model.is_mixture
+
+
+def test_draws_differ_and_share_the_trunk(folder):
+    model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE).eval()
+    with torch.no_grad():
+        for parameter in (*model.hyper.parameters(), *model.identifier.parameters()):
+            parameter += 0.3 * torch.randn_like(parameter)
+    x, t, labels, eta = inputs(draws=3)
+    together = model(x, t, labels, eta).sample
+    one_by_one = model(repeat(x, 3), repeat(t, 3), repeat(labels, 3), eta).sample
+    assert torch.allclose(together, one_by_one, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+    null = torch.full_like(labels, 3)
+    assert torch.equal(model(x, t, None, eta).sample, model(x, t, null, eta).sample)
+
+
+def test_every_part_of_the_mixture_learns(folder):
+    model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE)
+    for parameter in (*model.hyper.parameters(), *model.identifier.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, t, labels, eta = inputs(draws=2)
+    model(x, t, labels, eta).sample.square().mean().backward()
+    parts = (*model.identifier.named_parameters(), *model.hyper.named_parameters())
+    assert [name for name, p in parts if p.grad is None or not p.grad.any()] == []
+
+
+def test_round_trip(folder, tmp_path):
+    model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE).eval()
+    model.save_pretrained(tmp_path / "saved")
+    again = ExtendedUNet2DModel.from_pretrained(tmp_path / "saved").eval()
+    x, t, labels, eta = inputs()
+    assert torch.allclose(again(x, t, labels, eta).sample, model(x, t, labels, eta).sample, atol=1e-6)
+    again.unet.save_pretrained(tmp_path / "plain")
+    plain = UNet2DModel.from_pretrained(tmp_path / "plain").eval()
+    assert torch.allclose(plain(x, t, labels).sample, gaussian()(x, t, labels).sample, atol=1e-6)
+
+
+def test_what_cannot_be_extended_is_refused(tmp_path):
+    gaussian(time_embedding_type="fourier").save_pretrained(tmp_path / "fourier")
+    with pytest.raises(ValueError, match="unet: expected positional time embedding"):
+        ExtendedUNet2DModel.from_unet(tmp_path / "fourier", **MIXTURE)
