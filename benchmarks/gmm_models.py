@@ -68,7 +68,8 @@ class PointDenoiser(nn.Module):
         dimensions: of the points.
         eta_dimensions: of eta; 0 for a Gaussian model.
         components: K. With K > 1 the identifier also reads which of K components was chosen, with weights the trunk gives:
-            a mixture of K, each spread by eta.
+            a mixture of K, each spread by eta. Each starts at a place of its own, so that the components need not be told
+            apart first.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class PointDenoiser(nn.Module):
         if components > 1:
             self.to_logits = StackedLinear(models, width, components, zero=True)
             self.component = nn.Parameter(torch.randn(models, components, width))
+            self.place = nn.Parameter(torch.randn(models, components, dimensions))
 
     @property
     def is_mixture(self) -> bool:
@@ -130,7 +132,10 @@ class PointDenoiser(nn.Module):
             z = self.to_z(F.silu(z))
         for index, block in enumerate(self.head):
             h = block(self.hyper[index](h, z) if self.is_mixture else h)
-        return self.out(h)
+        x0 = self.out(h)
+        if self.components > 1:
+            x0 = x0 + self.place.gather(1, component[..., None].expand_as(x0))
+        return x0
 
     def draw(self, x_t: torch.Tensor, time: torch.Tensor, draws: int, generator: torch.Generator) -> torch.Tensor:
         """``draws`` draws of x_0 for every point, (E, N * draws, D); one for all where the model is Gaussian."""

@@ -30,9 +30,7 @@ class GaussianMixture:
     bases: torch.Tensor
 
     @classmethod
-    def from_covariances(
-        cls, weights: torch.Tensor, means: torch.Tensor, covariances: torch.Tensor
-    ) -> GaussianMixture:
+    def from_covariances(cls, weights: torch.Tensor, means: torch.Tensor, covariances: torch.Tensor) -> GaussianMixture:
         """From full covariances (K, D, D). Raises ValueError for weights that do not sum to 1, or covariances that are not
         positive semidefinite."""
         if weights.min() <= 0 or abs(float(weights.sum()) - 1.0) > 1e-6:
@@ -169,8 +167,6 @@ class ConditionalMixture:
         """(N, count, D)"""
         rows, _, dimensions = self.means.shape
         which = torch.multinomial(self.weights, count, replacement=True, generator=generator)
-        noise = torch.randn(
-            (rows, count, dimensions), generator=generator, dtype=self.means.dtype, device=self.means.device
-        )
+        noise = torch.randn((rows, count, dimensions), generator=generator, dtype=self.means.dtype, device=self.means.device)
         means = self.means.gather(1, which[..., None].expand(-1, -1, dimensions))
         return means + torch.einsum("nmde,nme->nmd", self.bases[which], self.variances[which].sqrt() * noise)

@@ -11,7 +11,6 @@ from ..diffusion.process import DiffusionProcess
 from ..models.blocks import repeat
 from ..models.unet import SMDUNet2DModel
 
-
 COLLAPSED = 0.1
 
 

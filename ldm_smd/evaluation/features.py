@@ -29,9 +29,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(
-        self, block_out_channels: tuple[int, ...] = (16, 32, 64, 128), classes: dict[str, int] | None = None
-    ) -> None:
+    def __init__(self, block_out_channels: tuple[int, ...] = (16, 32, 64, 128), classes: dict[str, int] | None = None) -> None:
         super().__init__()
         first, *rest = block_out_channels
         self.stem = nn.Conv2d(3, first, 3, padding=1, bias=False)

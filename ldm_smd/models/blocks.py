@@ -22,9 +22,7 @@ class ResidualBlock(nn.Module):
     which differ in ``x`` alone, share the work on ``skip``.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, groups: int, dropout: float = 0.0, skip_channels: int = 0
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float = 0.0, skip_channels: int = 0) -> None:
         super().__init__()
         self.out_channels = out_channels
         self.modulation_slice = slice(0, 0)

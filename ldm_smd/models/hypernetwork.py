@@ -10,7 +10,6 @@ from torch import nn
 
 from .blocks import AttentionBlock, ResidualBlock, add_shared, assign_modulation_slices, repeat, zero_init
 
-
 GLOBAL_SIDE = 2
 
 

@@ -77,7 +77,9 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         if placement not in PLACEMENTS:
             raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, found {placement!r}")
         if not 1 <= up_layers_per_block <= layers_per_block:
-            raise ValueError(f"up_layers_per_block: expected 1 to layers_per_block={layers_per_block}, found {up_layers_per_block}")
+            raise ValueError(
+                f"up_layers_per_block: expected 1 to layers_per_block={layers_per_block}, found {up_layers_per_block}"
+            )
         if any(channels % norm_num_groups for channels in block_out_channels):
             raise ValueError(
                 f"block_out_channels: expected multiples of norm_num_groups={norm_num_groups}, found {list(block_out_channels)}"
@@ -260,8 +262,7 @@ def check_eta(eta: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
         return torch.randn_like(sample)
     if eta.shape[1:] != sample.shape[1:] or len(eta) == 0 or len(eta) % len(sample):
         raise ValueError(
-            f"eta: expected (B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {len(sample)}, "
-            f"found {tuple(eta.shape)}"
+            f"eta: expected (B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {len(sample)}, found {tuple(eta.shape)}"
         )
     return eta
 

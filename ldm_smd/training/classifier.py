@@ -75,7 +75,7 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
     with atomic_folder(output) as folder:
         model.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(config, model, training, held_out, measured), encoding="utf-8")
-    print(", ".join(f"{name}: {share:.1%} of held-out pictures right" for name, share in measured.items()) + f"; wrote {output}")
+    print("held-out pictures right: " + ", ".join(f"{name} {share:.1%}" for name, share in measured.items()))
     return output
 
 
