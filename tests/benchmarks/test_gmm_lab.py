@@ -1,0 +1,71 @@
+import gmm_lab
+import pytest
+import torch
+from gmm_lab import Budget, Model, Problem, components, energy_distance, kernel, modes, sliced_w2, train
+from gmm_models import PointDenoiser
+
+
+class Oracle:
+    """Draws from the exact posterior q(x_0 | x_t)."""
+
+    models = 2
+
+    def __init__(self, problem):
+        self.problem = problem
+
+    def draw(self, x_t, time, draws, generator):
+        t = round(float(time.flatten()[0]) * (self.problem.steps - 1))
+        a, s = (float(v) for v in self.problem.process.signal_and_noise(torch.tensor([t]), torch.zeros(1)))
+        posterior = self.problem.normalised.posterior(x_t.flatten(0, 1).double(), a, s)
+        return posterior.sample(draws, generator).float().view(len(x_t), -1, self.problem.dimensions)
+
+
+@pytest.mark.parametrize("data", ["ring of 8", "mixture in 16-D"])
+def test_the_exact_posterior_is_perfect_under_every_measure(data):
+    """Sampled by the exact kernel, and compared by it: no bias in the sampler, the distances or the spread."""
+    problem = Problem(data, 3)
+    distances, shares = kernel(problem, Oracle(problem))
+    assert max(map(abs, distances)) < 5e-3
+    assert shares == pytest.approx([1, 1], abs=0.02)
+    generator = torch.Generator().manual_seed(0)
+    samples = gmm_lab.sample(problem, Oracle(problem), 4000, generator)[0]
+    data = problem.mixture.sample(4000, generator)
+    assert abs(float(energy_distance(samples, data))) < 0.01
+    found = modes(problem.mixture, samples)
+    assert found["in_mode"] > 0.995 and found["modes_covered"] == len(problem.mixture.weights)
+    assert found["worst_mode"] < 0.3
+
+
+def test_sliced_w2_of_a_shift():
+    """In two dimensions a shift of length 1 has mean squared projection 1/2."""
+    x = torch.randn(500, 2, dtype=torch.float64)
+    assert sliced_w2(x, x + torch.tensor([1.0, 0.0], dtype=torch.float64), 4000) == pytest.approx(0.5**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        gmm_lab.GAUSSIAN,
+        gmm_lab.PAPER,
+        gmm_lab.FROZEN,
+        Model("nll", "mixture_nll", 2),
+        Model("energy", draws=2),
+        components(3),
+    ],
+    ids=lambda model: model.name,
+)
+def test_every_model_trains(model):
+    problem = Problem("ring of 8", 2)
+    network = train(problem, model, Budget(5, batch=16), seeds=2)
+    samples = gmm_lab.sample(problem, network, 10, torch.Generator().manual_seed(0))
+    assert samples.shape == (2, 10, 2) and samples.isfinite().all()
+
+
+def test_models_of_a_stack_are_independent():
+    torch.manual_seed(0)
+    network = PointDenoiser(3, 2, eta_dimensions=4)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x_t, time, eta = torch.randn(3, 5, 2), torch.rand(3, 5), torch.randn(3, 10, 4)
+    network.predict(network.features(x_t, time), eta)[1].sum().backward()
+    assert all(p.grad.movedim(1 if p.ndim == 4 else 0, 0)[[0, 2]].abs().sum() == 0 for p in network.parameters())
