@@ -51,7 +51,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
         placement: where f_phi acts. "in_out" (the paper): after the first and before the last convolution. "up": before
             each level on the way up, so that the way down and the middle, the trunk, run once for any number of draws.
-            "all": "in_out" and before each level both ways. Everywhere z also shifts the modulation of the way up.
+            "all": "in_out" and before each level both ways. With "up" and "all" z also shifts the modulation of the way up.
     """
 
     @register_to_config
@@ -149,7 +149,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
                 latent_channels=latent_channels,
                 head_dim=attention_head_dim,
             )
-            self.up_modulation = self.up[0].blocks[0].modulation_slice.start
+        self.up_modulation = self.up[0].blocks[0].modulation_slice.start
+        if latent_channels > 0 and placement != "in_out":
             self.hyper["modulation"] = zero_init(nn.Linear(latent_channels, self.modulation.out_features - self.up_modulation))
 
     @property
@@ -192,6 +193,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             if z is None:
                 z = self.identifier(eta, h, embedding)  # from here on there are M rows a picture
                 modulation = repeat(modulation, len(eta) // len(sample))
+        if "modulation" in self.hyper:
             shift = self.hyper["modulation"](z.mean(dim=(2, 3)))
             modulation = torch.cat((modulation[:, : self.up_modulation], modulation[:, self.up_modulation :] + shift), dim=1)
         for index, stage in enumerate(self.up):
