@@ -69,7 +69,7 @@ GAUSSIAN = Model("Gaussian", "mse", 1, mixture=False)
 PAPER = Model("SMD, squared error (the paper)", "mse", 1)
 FROZEN = Model("SMD, z frozen", "mse", 1, frozen=True)
 SMD = Model("SMD, energy, beta 0.25, M = 4")
-SWEEP, SHORT, LONG = Budget(800), Budget(800), Budget(2800)
+SWEEP, SHORT = Budget(800), Budget(800)
 
 
 def components(count: int) -> Model:
@@ -122,21 +122,26 @@ DATA = {
     "mixture in 64-D": lambda: random_mixture(64),
     "one Gaussian": one_gaussian,
 }
-# Of the targets: components, a few more than the data have modes, and points a batch, fewer where there are more of them.
-COMPONENTS = {"ring of 8": (10, 512), "5x5 grid": (28, 256), "mixture in 64-D": (20, 128), "one Gaussian": (2, 512)}
+# Of the targets: components, a few more than the data have modes; and updates and points, fewer where components are many.
+TARGETS = {
+    ("ring of 8", 2): (10, Budget(2800)),
+    ("ring of 8", 5): (10, Budget(2800)),
+    ("mixture in 64-D", 5): (20, Budget(1200, batch=128)),
+    ("one Gaussian", 5): (2, Budget(2800)),
+    ("5x5 grid", 5): (28, Budget(1800, batch=256)),
+}
 
 
 def cells(part: str) -> list[tuple[str, int, Model, Budget]]:
     """(data, T, model, budget) of one part of the benchmark."""
     if part == "quick":
-        return [("ring of 8", 2, model, LONG) for model in (GAUSSIAN, PAPER, SMD, components(10))]
+        return [("ring of 8", 2, model, Budget(1500)) for model in (GAUSSIAN, PAPER, SMD, components(10))]
     if part == "targets":
-        chosen = [("one Gaussian", 5), ("mixture in 64-D", 5), ("ring of 8", 5), ("ring of 8", 2), ("5x5 grid", 5)]
-        found = []
-        for name, steps in chosen:
-            count, batch = COMPONENTS[name]
-            found += [(name, steps, model, replace(LONG, batch=batch)) for model in (GAUSSIAN, components(count))]
-        return found
+        return [
+            (name, steps, model, budget)
+            for (name, steps), (count, budget) in TARGETS.items()
+            for model in (GAUSSIAN, components(count))
+        ]
     if part == "objectives":
         # At T = 5 only some: the others cost as much and say the same.
         few = [model for model in OBJECTIVES if model.draws in (1, 5) or model.components > 1]
@@ -349,10 +354,15 @@ def measure(problem: Problem, network: PointDenoiser, seconds: float) -> dict[st
     return rows
 
 
-def run(part: str, seeds: int) -> dict:
-    """Train and measure every cell of a part; the cells as JSON, and the trained networks of the plots."""
-    done, pictures = [], {}
+def run(part: str, seeds: int, resume: bool) -> None:
+    """Train and measure every cell of a part; write the results and the plot."""
+    path = RESULTS / f"gmm_lab-{part}.json"
+    done = json.loads(path.read_text(encoding="utf-8"))["cells"] if resume and path.is_file() else []
+    known = {(entry["data"], entry["T"], entry["model"], entry["updates"], entry["batch"]) for entry in done}
+    pictures = {}
     for name, steps, model, budget in cells(part):
+        if (name, steps, model.name, budget.updates, budget.batch) in known:
+            continue
         problem = Problem(name, steps)
         started = time.perf_counter()
         network = train(problem, model, budget, seeds)
@@ -373,7 +383,6 @@ def run(part: str, seeds: int) -> dict:
             pictures[(name, steps, model.name)] = (problem, network)
         write(part, seeds, done)
     plot(part, pictures)
-    return {"cells": done}
 
 
 def write(part: str, seeds: int, done: list[dict]) -> None:
@@ -494,10 +503,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the ring at T = 2, one seed")
     parser.add_argument("--part", choices=("targets", "objectives", "sweep"), help="all three where it is not given")
+    parser.add_argument("--resume", action="store_true", help="keep the cells of the result file (made with the same code)")
     arguments = parser.parse_args()
     parts = ["quick"] if arguments.quick else [arguments.part] if arguments.part else ["targets", "objectives", "sweep"]
     for part in parts:
-        run(part, seeds=1 if arguments.quick else SEEDS)
+        run(part, 1 if arguments.quick else SEEDS, arguments.resume)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def energy(
         first, second, same = first[~same], second[~same], same[~same]
     pairs = torch.where(same, 1.0 / max(each * (each - 1), 1), 1.0 / each**2)
     to_target = distance(predictions, target.unsqueeze(1).expand_as(predictions), beta, patches)
-    between = distance(predictions[:, first], predictions[:, second], beta, patches)
+    between = pair_distance(predictions, first, second, beta, patches)
     near = (weights.repeat_interleave(each, dim=1) * to_target).sum(dim=1) / each
     return near - diversity * (pairs * weights[:, first // each] * weights[:, second // each] * between).sum(dim=1)
 
@@ -172,6 +172,22 @@ def distance(a: torch.Tensor, b: torch.Tensor, beta: float, patches: Sequence[in
     for side in patches:
         sums, places = patch_sums(squared, side)
         total = total + (sums / places + EPSILON).pow(0.5 * beta).mean(dim=(2, 3))
+    return total / len(patches)
+
+
+def pair_distance(
+    predictions: torch.Tensor, first: torch.Tensor, second: torch.Tensor, beta: float, patches: Sequence[int]
+) -> torch.Tensor:
+    """d between the draws ``first`` and ``second`` (P,) of each row -> (B, P), averaged over patch sizes."""
+    total = 0.0
+    for side in patches:
+        if side == 0:
+            # All pairs at once: their differences, larger than the draws by M / 2, are never stored.
+            flat = predictions.flatten(2)
+            apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")[:, first, second]
+            total = total + (apart.square() / flat.shape[2] + EPSILON).pow(0.5 * beta)
+        else:
+            total = total + distance(predictions[:, first], predictions[:, second], beta, (side,))
     return total / len(patches)
 
 
