@@ -189,10 +189,9 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             z = self.identifier(eta, h, embedding)
             modulation = repeat(modulation, len(eta) // len(sample))
         h, kept = self._way_down(self._hyper("in", h, z), modulation, z)
-        if self.is_mixture:
-            if z is None:
-                z = self.identifier(eta, h, embedding)  # from here on there are M rows a picture
-                modulation = repeat(modulation, len(eta) // len(sample))
+        if self.is_mixture and z is None:
+            z = self.identifier(eta, h, embedding)  # from here on there are M rows a picture
+            modulation = repeat(modulation, len(eta) // len(sample))
         if "modulation" in self.hyper:
             shift = self.hyper["modulation"](z.mean(dim=(2, 3)))
             modulation = torch.cat((modulation[:, : self.up_modulation], modulation[:, self.up_modulation :] + shift), dim=1)
