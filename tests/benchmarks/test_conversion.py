@@ -11,7 +11,7 @@ from ldm_smd.training.loop import train
 
 
 def test_conversion_end_to_end(train_config, pictures, tmp_path, monkeypatch, run):
-    gaussian = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8")
+    gaussian = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8", "seed=1")
     start = train(train_config(*gaussian)) / "unet"
     (tmp_path / "smd.yaml").write_text(dump_config(train_config(f"init_from={start}")))
     torch.manual_seed(0)
