@@ -49,7 +49,7 @@ class FewStepsConfig:
     smd: str = MISSING
     gaussian: str = MISSING
     """Model folders (RUN/model)."""
-    smd_schedulers: list[str] = field(default_factory=lambda: ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+    smd_schedulers: list[str] = field(default_factory=lambda: ["DDPMScheduler", "DDIMScheduler"])
     gaussian_schedulers: list[str] = field(
         default_factory=lambda: [
             "DDPMScheduler",
