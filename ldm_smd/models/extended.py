@@ -14,6 +14,7 @@ from torch import nn
 
 from .blocks import repeat, zero_init
 from .hypernetwork import HyperNetwork, MixtureIdentifier
+from .noise import PosteriorNoise
 from .unet import check_eta
 
 HEAD_DIM = 8
@@ -32,7 +33,8 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
         sample_size, in_channels: of the UNet.
         num_classes: number of classes, one less than the UNet's ``num_class_embeds``, whose last is "no label"; None for an
             unconditional UNet.
-        latent_channels, identifier_channels, hypernetwork_width: as in SMDUNet2DModel; identifier_channels a multiple of 8.
+        latent_channels, identifier_channels, hypernetwork_width, noise_rank, noise_timesteps: as in SMDUNet2DModel;
+            identifier_channels a multiple of 8.
     """
 
     @register_to_config
@@ -45,6 +47,8 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
         latent_channels: int = 32,
         identifier_channels: int = 32,
         hypernetwork_width: int = 64,
+        noise_rank: int = 32,
+        noise_timesteps: int = 1000,
     ) -> None:
         super().__init__()
         self.unet = UNet2DModel.from_config(unet_config)
@@ -56,7 +60,7 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
         self.identifier = MixtureIdentifier(
             feature_channels=last,
             stride=1,
-            eta_channels=in_channels,
+            noise_channels=in_channels,
             embedding_dim=embedding_dim,
             channels=identifier_channels,
             latent_channels=latent_channels,
@@ -71,6 +75,9 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
             }
         )
         self.hyper["embedding"] = zero_init(nn.Linear(latent_channels, embedding_dim))
+        self.hyper["noise"] = PosteriorNoise(in_channels, sample_size, noise_rank, noise_timesteps)
+        self.hyper["draft"] = zero_init(nn.Conv2d(in_channels, widths[-1], 1, bias=False))
+        self.hyper["gate"] = zero_init(nn.Linear(embedding_dim, config.out_channels))
 
     @classmethod
     def from_unet(cls, folder: str | Path, **mixture: int) -> ExtendedUNet2DModel:
@@ -120,14 +127,20 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
         if unet.mid_block is not None:
             h = unet.mid_block(h, embedding)
 
-        z = self.identifier(eta, h, F.silu(embedding))  # from here on there are M rows a picture
+        noise = self.hyper["noise"](eta, timesteps)
+        gate = repeat(self.hyper["gate"](F.silu(embedding)), draws)
+        z = self.identifier(noise, h, F.silu(embedding))  # from here on there are M rows a picture
         embedding = repeat(embedding, draws) + self.hyper["embedding"](z.mean(dim=(2, 3)))
         for index, block in enumerate(unet.up_blocks):
             count = len(block.resnets)
             skips = tuple(repeat(skip, draws) for skip in kept[-count:])
             del kept[-count:]
-            h = block(self.hyper[f"up{index}"](h, z), skips, embedding)
+            h = self.hyper[f"up{index}"](h, z)
+            if index == len(unet.up_blocks) - 1:
+                h = h + self.hyper["draft"](noise)
+            h = block(h, skips, embedding)
         prediction = unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).contiguous()
+        prediction = torch.addcmul(prediction, gate[..., None, None], noise)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
 

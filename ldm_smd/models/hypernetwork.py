@@ -10,21 +10,17 @@ from torch import nn
 
 from .blocks import AttentionBlock, ResidualBlock, add_shared, assign_modulation_slices, repeat, zero_init
 
-GLOBAL_SIDE = 2
-
 
 class MixtureIdentifier(nn.Module):
-    """z = g_xi(eta, x_t, t): the latent variable of the mixture, a map with ``latent_channels`` channels.
+    """z = g_xi(e, x_t, t): the latent variable of the mixture, a map with ``latent_channels`` channels.
 
     What g_xi must know of x_t the trunk of the UNet knows already: it reads the trunk's features, once for all draws, and
-    only what mixes them with eta is done for every draw. Which mode a *picture* takes is a global choice, and an i.i.d. map
-    of noise, as in the paper, lets every place choose alone: the draws fall into blobs that do not agree. So eta is read as
-    one vector, its means over 2 x 2 quarters scaled back to unit variance, the same numbers at every place.
+    only what mixes them with the noise is done for every draw.
 
     Args:
         feature_channels: channels of the trunk's features.
         stride: 1, or 2 where the features are at full resolution and z is to have half the sides.
-        eta_channels: channels of eta.
+        noise_channels: channels of the noise e (PosteriorNoise).
         embedding_dim: length of the embedding of t and class.
     """
 
@@ -32,32 +28,28 @@ class MixtureIdentifier(nn.Module):
         self,
         feature_channels: int,
         stride: int,
-        eta_channels: int,
+        noise_channels: int,
         embedding_dim: int,
         channels: int,
         latent_channels: int,
         head_dim: int,
     ) -> None:
         super().__init__()
-        groups = 1  # eta's part is the same at every place: norms over a few channels each would take much of it out
         self.from_features = nn.Conv2d(feature_channels, channels, 2 * stride - 1, stride=stride, padding=stride - 1)
-        self.from_eta = nn.Sequential(
-            nn.Linear(GLOBAL_SIDE**2 * eta_channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, channels)
-        )
-        self.block = ResidualBlock(channels, channels, groups)
-        self.attention = AttentionBlock(channels, head_dim, groups)
-        self.norm_out = nn.GroupNorm(groups, channels)
+        self.from_noise = nn.Conv2d(noise_channels, channels, 3, padding=1)
+        self.mix = nn.Conv2d(channels, channels, 1)
+        self.block = ResidualBlock(channels, channels, groups=1)
+        self.attention = AttentionBlock(channels, head_dim, groups=1)
+        self.norm_out = nn.GroupNorm(1, channels)
         self.conv_out = nn.Conv2d(channels, latent_channels, 1)
         self.modulation = nn.Linear(embedding_dim, assign_modulation_slices(self))
 
-    def forward(self, eta: torch.Tensor, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """eta (B * M, C, H, W), features (B, feature_channels, h, w), embedding (B, embedding_dim), M rows a picture ->
+    def forward(self, noise: torch.Tensor, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """e (B * M, C, H, W), features (B, feature_channels, h, w), embedding (B, embedding_dim), M rows a picture ->
         z (B * M, latent_channels, h / stride, w / stride)."""
         features = self.from_features(features)
-        draws = len(eta) // len(features)
-        places = eta.shape[2] * eta.shape[3] / GLOBAL_SIDE**2
-        quarters = F.adaptive_avg_pool2d(eta, GLOBAL_SIDE).flatten(1) * math.sqrt(places)
-        h = repeat(features, draws) + self.from_eta(quarters)[..., None, None]
+        draws = len(noise) // len(features)
+        h = add_shared(self.mix(F.adaptive_avg_pool2d(F.silu(self.from_noise(noise)), features.shape[2:])), features)
         h = self.attention(self.block(h, repeat(self.modulation(embedding), draws)))
         return self.conv_out(F.silu(self.norm_out(h)))
 

@@ -21,6 +21,7 @@ from .blocks import (
     zero_init,
 )
 from .hypernetwork import HyperNetwork, MixtureIdentifier
+from .noise import PosteriorNoise
 
 MIXTURE_PARTS = ("identifier.", "hyper.")
 """Where the names of the weights begin that a mixture model has and the Gaussian model it extends has not."""
@@ -49,9 +50,14 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         latent_channels: channels of the mixture's latent map z; 0 for a Gaussian model.
         identifier_channels: width of g_xi, which makes z (MixtureIdentifier).
         hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
+        noise_rank: principal components of the latents that a draw chooses in (PosteriorNoise; ``hyper["noise"].fit`` comes
+            before training); 0: white noise, the paper's.
+        noise_timesteps: of the noise schedule it is fitted for.
         placement: where f_phi acts. "in_out" (the paper): after the first and before the last convolution. "up": before
             each level on the way up, so that the way down and the middle, the trunk, run once for any number of draws.
             "all": "in_out" and before each level both ways. With "up" and "all" z also shifts the modulation of the way up.
+
+    Beside z, the noise itself enters before the last level on the way up and, through a gate by t and class, at the output.
     """
 
     @register_to_config
@@ -72,6 +78,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         identifier_channels: int = 32,
         hypernetwork_width: int = 64,
         placement: str = "up",
+        noise_rank: int = 32,
+        noise_timesteps: int = 1000,
     ) -> None:
         super().__init__()
         if placement not in PLACEMENTS:
@@ -130,7 +138,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
 
         self.modulation = nn.Linear(embedding_dim, assign_modulation_slices(self))
 
-        # The mixture: z = g_xi(eta, x_t, t), and f_phi(z) at the places of its choice.
+        # The mixture: noise e from eta, z = g_xi(e, x_t, t), and f_phi(z) at the places of its choice.
         self.identifier = None
         self.hyper = nn.ModuleDict()
         if latent_channels > 0:
@@ -143,12 +151,15 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             self.identifier = MixtureIdentifier(
                 feature_channels=last if placement == "up" else first,
                 stride=1 if placement == "up" and levels > 1 else 2,
-                eta_channels=in_channels,
+                noise_channels=in_channels,
                 embedding_dim=embedding_dim,
                 channels=identifier_channels,
                 latent_channels=latent_channels,
                 head_dim=attention_head_dim,
             )
+            self.hyper["noise"] = PosteriorNoise(in_channels, sample_size, noise_rank, noise_timesteps)
+            self.hyper["draft"] = zero_init(nn.Conv2d(in_channels, first, 1, bias=False))
+            self.hyper["gate"] = zero_init(nn.Linear(embedding_dim, out_channels))
         self.up_modulation = self.up[0].blocks[0].modulation_slice.start
         if latent_channels > 0 and placement != "in_out":
             self.hyper["modulation"] = zero_init(nn.Linear(latent_channels, self.modulation.out_features - self.up_modulation))
@@ -177,6 +188,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         Returns:
             The prediction (B * M, C, H, W), rows as in ``eta``; (B, C, H, W) for a Gaussian model.
         """
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         embedding = F.silu(self._embed(sample, timestep, class_labels))
         modulation = self.modulation(embedding)
         # The layout of the input is that of every feature map after it. Channels last is what GPUs' tensor cores want, and
@@ -184,14 +196,14 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         z = None
         if self.is_mixture:
-            eta = check_eta(eta, sample)
+            noise = self.hyper["noise"](check_eta(eta, sample), timestep)
         if self.is_mixture and self.config.placement != "up":
-            z = self.identifier(eta, h, embedding)
-            modulation = repeat(modulation, len(eta) // len(sample))
+            z = self.identifier(noise, h, embedding)
+            modulation = repeat(modulation, len(noise) // len(sample))
         h, kept = self._way_down(self._hyper("in", h, z), modulation, z)
         if self.is_mixture and z is None:
-            z = self.identifier(eta, h, embedding)  # from here on there are M rows a picture
-            modulation = repeat(modulation, len(eta) // len(sample))
+            z = self.identifier(noise, h, embedding)  # from here on there are M rows a picture
+            modulation = repeat(modulation, len(noise) // len(sample))
         if "modulation" in self.hyper:
             shift = self.hyper["modulation"](z.mean(dim=(2, 3)))
             modulation = torch.cat((modulation[:, : self.up_modulation], modulation[:, self.up_modulation :] + shift), dim=1)
@@ -200,18 +212,22 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             if stage.project is not None:
                 h = upsample(stage.project(h), skips[0])
             h = self._hyper(f"up{index}", h, z)
+            if self.is_mixture and index == len(self.up) - 1:
+                h = h + self.hyper["draft"](noise)
             for block, attend, skip in zip(stage.blocks, stage.attentions, reversed(skips)):
                 h = attend(block(h, modulation, skip))
         h = self._hyper("out", h, z)
         prediction = self.conv_out(F.silu(self.norm_out(h))).contiguous()
+        if self.is_mixture:
+            gate = repeat(self.hyper["gate"](embedding), len(noise) // len(sample))
+            prediction = torch.addcmul(prediction, gate[..., None, None], noise)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
     def _embed(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float | int, class_labels: torch.Tensor | None
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
         batch = sample.shape[0]
-        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
-        embedding = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
+        embedding = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels: expected None, this model has num_classes=None")

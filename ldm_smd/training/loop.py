@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
 PREVIEW_PICTURES = 40
+NOISE_LATENTS = 16_384
 COSINE_MAX_BETA = 0.75
 
 
@@ -53,7 +54,10 @@ def train(config: TrainConfig) -> Path:
     scheduler = build_scheduler(config.diffusion)
 
     torch.manual_seed(config.seed)
-    model = build_model(config, manifest).to(device)
+    model = build_model(config, manifest)
+    if model.is_mixture and not model.hyper["noise"].is_fitted:
+        fit_noise(model, config, manifest, autoencoder, scheduler)
+    model.to(device)
     ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
@@ -171,11 +175,26 @@ def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | Ext
         in_channels=channels,
         out_channels=channels,
         num_classes=classes or None,
+        noise_timesteps=config.diffusion.num_train_timesteps,
         **{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()},
     )
     if config.init_from:
         load_weights(model, Path(config.init_from), "init_from", new=MIXTURE_PARTS)
     return model
+
+
+def fit_noise(
+    model: SMDUNet2DModel | ExtendedUNet2DModel,
+    config: TrainConfig,
+    manifest: Manifest,
+    autoencoder: FrozenAutoencoder,
+    scheduler: DDPMScheduler,
+) -> None:
+    """Colour the mixture's noise as the first latents of the stream, the same on every process."""
+    count = min(sum(item["count"] for item in manifest.shards), NOISE_LATENTS)
+    moments = LatentStream(manifest, count, count, seed=config.seed, mirror=config.mirror).batch_at(0).moments
+    latents = autoencoder.normalise(sample_latents(moments.to(autoencoder.device)))
+    model.hyper["noise"].fit(latents.cpu(), scheduler.alphas_cumprod)
 
 
 def class_of(folder: str) -> str | None:
@@ -200,6 +219,8 @@ def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DMod
             latent_channels=shape.latent_channels,
             identifier_channels=shape.identifier_channels,
             hypernetwork_width=shape.hypernetwork_width,
+            noise_rank=shape.noise_rank,
+            noise_timesteps=config.diffusion.num_train_timesteps,
         )
     channels, classes = manifest.latent_shape[0], len(manifest.classes)
     check(model.config.in_channels == channels, "init_from", f"{channels} channels, as the latents", model.config.in_channels)
