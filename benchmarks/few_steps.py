@@ -152,16 +152,19 @@ def measure(features: torch.Tensor, per_seed: list[torch.Tensor], reference: tor
 
 
 def targets(models: dict) -> list[dict]:
-    """SMD's own scheduler, DDPM, against the Gaussian model's best one."""
-    smd = models["smd"]["distance"]["DDPMScheduler"]
-    rivals = models["gaussian"]["distance"]
+    """Each model with the best of its own schedulers."""
+
+    def best(model: str, steps: int | None = None) -> float:
+        schedulers = models[model]["distance"].values()
+        return min(cell["frechet"] for cells in schedulers for n, cell in cells.items() if steps in (None, n))
+
+    steps = {n for cells in models["smd"]["distance"].values() for n in cells}
     found = []
-    if 4 in smd:
-        ratio = smd[4]["frechet"] / min(by_steps[4]["frechet"] for by_steps in rivals.values())
+    if 4 in steps:
+        ratio = best("smd", 4) / best("gaussian", 4)
         found.append(target("4 steps: SMD / best Gaussian scheduler at 4 steps", "<= 0.5", ratio, ratio <= 0.5))
-    if 8 in smd:
-        best = min(cell["frechet"] for by_steps in rivals.values() for cell in by_steps.values())
-        ratio = smd[8]["frechet"] / best
+    if 8 in steps:
+        ratio = best("smd", 8) / best("gaussian")
         found.append(target("8 steps: SMD / best Gaussian at any steps", "<= 1", ratio, ratio <= 1))
     return found
 

@@ -23,9 +23,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 from gmm_models import PointDenoiser, parameters_per_model, repeat
 from scipy.stats import chi2
+from sklearn.cluster import kmeans_plusplus
 
 from ldm_smd.diffusion.gaussian import GaussianMixture
 from ldm_smd.diffusion.objectives import energy, mixture_nll, mse, timestep_weight
@@ -39,6 +41,10 @@ RESULTS = Path(__file__).parent / "results"
 SEEDS = 3
 ALL_STEPS = (2, 5, 10, 50, 100, 500)
 IN_MODE = chi2.cdf(16.0, 2)  # within 4 standard deviations in two dimensions, and as rare outside it in more
+PLACE_POINTS = 2000
+WEIGHTS_FIRST = 0.2
+"""Share of the updates in which the components stay at their places: else they all move after x_t, before the network can tell
+which of them x_t belongs to, and few of them end up with all the weight."""
 KERNEL_POINTS, KERNEL_DRAWS, KERNEL_STEPS = 48, 256, 5
 
 
@@ -61,15 +67,15 @@ class Model:
 @dataclass(frozen=True)
 class Budget:
     updates: int
-    batch: int = 512
-    learning_rate: float = 2e-3
+    batch: int = 128
+    learning_rate: float = 4e-3
 
 
 GAUSSIAN = Model("Gaussian", "mse", 1, mixture=False)
 PAPER = Model("SMD, squared error (the paper)", "mse", 1)
 FROZEN = Model("SMD, z frozen", "mse", 1, frozen=True)
 SMD = Model("SMD, energy, beta 0.25, M = 4")
-SWEEP, SHORT = Budget(800), Budget(800)
+SWEEP, SHORT = Budget(1200), Budget(1500)
 
 
 def components(count: int) -> Model:
@@ -122,13 +128,13 @@ DATA = {
     "mixture in 64-D": lambda: random_mixture(64),
     "one Gaussian": one_gaussian,
 }
-# Of the targets: components, a few more than the data have modes; and updates and points, fewer where components are many.
+# Of the targets: components, a few more than the data have modes; and small batches where components are many.
 TARGETS = {
-    ("ring of 8", 2): (10, Budget(2800)),
-    ("ring of 8", 5): (10, Budget(2800)),
-    ("mixture in 64-D", 5): (20, Budget(1200, batch=128)),
-    ("one Gaussian", 5): (2, Budget(2800)),
-    ("5x5 grid", 5): (28, Budget(1800, batch=256)),
+    ("ring of 8", 2): (10, Budget(3000)),
+    ("ring of 8", 5): (10, Budget(3000)),
+    ("5x5 grid", 5): (28, Budget(5000)),
+    ("mixture in 64-D", 5): (20, Budget(6000, batch=32, learning_rate=5e-3)),
+    ("one Gaussian", 5): (2, Budget(3000)),
 }
 
 
@@ -199,8 +205,14 @@ def train(problem: Problem, model: Model, budget: Budget, seeds: int) -> PointDe
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network = build(problem, model, seeds)
+    if model.components > 1:
+        points = problem.sample(PLACE_POINTS, generator).numpy()
+        places = [kmeans_plusplus(points, model.components, random_state=seed)[0] for seed in range(seeds)]
+        network.place.data = torch.from_numpy(np.stack(places))
     ema = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=budget.learning_rate, betas=(0.9, 0.99), weight_decay=0, fused=True)
+    movers = network.movers()
+    others = [p for p in network.parameters() if all(p is not mover for mover in movers)]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": movers}], betas=(0.9, 0.99), weight_decay=0, fused=True)
     shape = (seeds, budget.batch)
     count = model.draws * model.components
     which = None
@@ -211,17 +223,19 @@ def train(problem: Problem, model: Model, budget: Budget, seeds: int) -> PointDe
         rate = min(1.0, (update + 1) / 200) * 0.5 * (1 + math.cos(math.pi * update / budget.updates))
         for group in optimizer.param_groups:
             group["lr"] = budget.learning_rate * rate
+        if model.components > 1 and update < WEIGHTS_FIRST * budget.updates:
+            optimizer.param_groups[1]["lr"] = 0.0
         x0 = problem.sample(seeds * budget.batch, generator)
         t = torch.randint(problem.steps, (len(x0),), generator=generator)
-        x_t = problem.process.noise(x0, torch.randn(x0.shape, generator=generator), t)
-        features = network.features(x_t.view(*shape, -1), problem.times(t).view(shape))
+        x_t = problem.process.noise(x0, torch.randn(x0.shape, generator=generator), t).view(*shape, -1)
+        features = network.features(x_t, problem.times(t).view(shape))
         eta, log_weights = None, None
         if model.mixture:
             eta = torch.randn(seeds, budget.batch * count, network.eta_dimensions, generator=generator)
             eta = torch.zeros_like(eta) if model.frozen else eta
         if model.components > 1:
             log_weights = network.log_weights(features).flatten(0, 1)
-        predictions = network.predict(features, eta, which).view(len(x0), -1, problem.dimensions, 1, 1)
+        predictions = network.predict(x_t, features, eta, which).view(len(x0), -1, problem.dimensions, 1, 1)
         losses = loss(model, predictions, x0[..., None, None], log_weights)
         exponent = model.beta if model.objective == "energy" else 2.0
         weight = timestep_weight("v", exponent, problem.process, t, "sample")
@@ -379,10 +393,13 @@ def run(part: str, seeds: int, resume: bool) -> None:
             }
         )
         print(line(done[-1]), flush=True)
-        if problem.dimensions == 2 and (part != "sweep") and model.objective != "mixture_nll" and len(pictures) < 8:
+        if problem.dimensions == 2 and part != "sweep" and model.objective != "mixture_nll" and len(pictures) < 8:
             pictures[(name, steps, model.name)] = (problem, network)
         write(part, seeds, done)
-    plot(part, pictures)
+    if part == "sweep":
+        plot_sweep(done)
+    else:
+        plot(part, pictures)
 
 
 def write(part: str, seeds: int, done: list[dict]) -> None:
@@ -496,6 +513,31 @@ def plot(part: str, pictures: dict) -> None:
         above.set_ylim(-limit, limit)
     figure.tight_layout()
     figure.savefig(RESULTS / f"gmm_lab-{part}.png", dpi=80)
+    plt.close(figure)
+
+
+def plot_sweep(done: list[dict]) -> None:
+    """The samples' distance and the one-step kernel's against T, for every data set."""
+    figure, axes = plt.subplots(2, len(DATA), figsize=(2.9 * len(DATA), 5.2), sharex=True, squeeze=False)
+    for (above, below), data in zip(axes.T, DATA):
+        for model in (GAUSSIAN, SMD):
+            entries = sorted((e for e in done if (e["data"], e["model"]) == (data, model.name)), key=lambda e: e["T"])
+            for axis, name in ((above, "sliced_w2_over_floor"), (below, "kernel_energy_distance")):
+                values = [entry["measures"][name] for entry in entries]
+                means = [statistics.mean(v) for v in values]
+                deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+                axis.errorbar([e["T"] for e in entries], means, deviations, marker="o", markersize=3, label=model.name)
+        above.set_title(data, fontsize=9)
+        above.set_yscale("log")
+        above.axhline(1.0, color="gray", linewidth=0.5)
+        below.set_yscale("symlog", linthresh=1e-3)
+        below.set_xscale("log")
+        below.set_xlabel("T")
+    axes[0, 0].set_ylabel("sliced W2 / floor")
+    axes[1, 0].set_ylabel("kernel's energy distance")
+    axes[0, 0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "gmm_lab-sweep.png", dpi=80)
     plt.close(figure)
 
 

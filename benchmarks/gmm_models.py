@@ -66,10 +66,10 @@ class PointDenoiser(nn.Module):
     Args:
         models: E.
         dimensions: of the points.
-        eta_dimensions: of eta; 0 for a Gaussian model.
+        eta_dimensions: of eta, at least ``dimensions``; 0 for a Gaussian model.
         components: K. With K > 1 the identifier also reads which of K components was chosen, with weights the trunk gives:
-            a mixture of K, each spread by eta. Each starts at a place of its own, so that the components need not be told
-            apart first.
+            a mixture of K, each spread by eta. Each has a ``place`` of its own, which training starts at the data
+            (gmm_lab.train): components that start together have to be told apart first.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class PointDenoiser(nn.Module):
         self.trunk = nn.ModuleList(StackedBlock(models, width) for _ in range(trunk_blocks))
         self.head = nn.ModuleList(StackedBlock(models, width) for _ in range(head_blocks))
         self.out = StackedLinear(models, width, dimensions, zero=True)
+        self.gate = StackedLinear(models, width, 1 + (dimensions if eta_dimensions else 0), zero=True)
         if self.is_mixture:
             self.identify = StackedLinear(models, width + eta_dimensions, width)
             self.to_z = StackedLinear(models, width, latent_channels)
@@ -100,11 +101,16 @@ class PointDenoiser(nn.Module):
         if components > 1:
             self.to_logits = StackedLinear(models, width, components, zero=True)
             self.component = nn.Parameter(torch.randn(models, components, width))
-            self.place = nn.Parameter(torch.randn(models, components, dimensions))
+            self.place = nn.Parameter(torch.zeros(models, components, dimensions))
 
     @property
     def is_mixture(self) -> bool:
         return self.eta_dimensions > 0
+
+    def movers(self) -> list[nn.Parameter]:
+        """What takes a component from its place."""
+        moving = [*self.out.parameters(), *self.gate.parameters()]
+        return [*moving, self.place] if self.components > 1 else moving
 
     def features(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """x_t (E, N, D), time (E, N) in [0, 1] -> (E, N, width)."""
@@ -120,9 +126,14 @@ class PointDenoiser(nn.Module):
         return self.to_logits(features).log_softmax(dim=-1)
 
     def predict(
-        self, features: torch.Tensor, eta: torch.Tensor | None = None, component: torch.Tensor | None = None
+        self,
+        x_t: torch.Tensor,
+        features: torch.Tensor,
+        eta: torch.Tensor | None = None,
+        component: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x_0 for every draw: features (E, N, width), eta (E, N * M, .), component (E, N * M) -> (E, N * M, D)."""
+        """x_0 for every draw: x_t (E, N, D), features (E, N, width), eta (E, N * M, .), component (E, N * M) ->
+        (E, N * M, D)."""
         h = features
         if self.is_mixture:
             h = repeat(h, eta.shape[1] // h.shape[1])
@@ -132,7 +143,12 @@ class PointDenoiser(nn.Module):
             z = self.to_z(F.silu(z))
         for index, block in enumerate(self.head):
             h = block(self.hyper[index](h, z) if self.is_mixture else h)
-        x0 = self.out(h)
+        # How much of x_t and of eta is in x_0 are numbers the network gives: what has passed norms and nonlinearities would
+        # have to undo them, for a mode's Gaussian shape as for the last step, where x_0 is almost x_t.
+        share, *deviation = self.gate(h).split((1, self.dimensions) if self.is_mixture else (1,), dim=-1)
+        x0 = torch.addcmul(self.out(h), share, repeat(x_t, h.shape[1] // x_t.shape[1]))
+        if self.is_mixture:
+            x0 = torch.addcmul(x0, deviation[0], eta[..., : self.dimensions])
         if self.components > 1:
             x0 = x0 + self.place.gather(1, component[..., None].expand_as(x0))
         return x0
@@ -141,14 +157,14 @@ class PointDenoiser(nn.Module):
         """``draws`` draws of x_0 for every point, (E, N * draws, D); one for all where the model is Gaussian."""
         h = self.features(x_t, time)
         if not self.is_mixture:
-            return repeat(self.predict(h), draws)
+            return repeat(self.predict(x_t, h), draws)
         models, points, _ = x_t.shape
         eta = torch.randn(models, points * draws, self.eta_dimensions, generator=generator)
         component = None
         if self.components > 1:
             weights = self.log_weights(h).exp().flatten(0, 1)
             component = torch.multinomial(weights, draws, replacement=True, generator=generator).view(models, -1)
-        return self.predict(h, eta, component)
+        return self.predict(x_t, h, eta, component)
 
 
 def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:

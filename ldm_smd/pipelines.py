@@ -21,7 +21,9 @@ class SMDPipeline(DiffusionPipeline):
     """Class-conditional and unconditional sampling in the latent space of a frozen autoencoder.
 
     Every evaluation of a mixture draws its own eta for each picture: with x_0 = D(x_t, eta) the scheduler's ordinary step
-    is then a draw from the mixture, and with DDPMScheduler's posterior variance exact ancestral sampling of it.
+    is then a draw from the mixture: exact ancestral sampling with the posterior variance of DDPMScheduler. It is exact with
+    DDIMScheduler too, at any variance: (x_t, x_0) being a true pair, (x_t - a_t x_0) / s_t is noise that belongs to x_0, as good
+    as fresh.
 
     Args:
         unet: the denoiser.

@@ -1,6 +1,7 @@
 import gmm_lab
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler
 from gmm_lab import Budget, Model, Problem, components, energy_distance, kernel, modes, sliced_w2, train
 from gmm_models import PointDenoiser
 
@@ -36,6 +37,24 @@ def test_the_exact_posterior_is_perfect_under_every_measure(data):
     assert found["worst_mode"] < 0.3
 
 
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
+def test_two_schedulers_of_diffusers_sample_the_data_from_exact_draws(scheduler):
+    """DDIM as DDPM: with x_0 a draw of q(x_0 | x_t), (x_t - a_t x_0) / s_t is independent noise. 3 steps of the ring."""
+    problem = Problem("ring of 8", 3)
+    alphas = problem.process.alphas_cumprod
+    betas = 1 - alphas / torch.cat((torch.ones(1), alphas[:-1]))
+    sampler = scheduler(3, trained_betas=betas.tolist(), prediction_type="sample", clip_sample=False)
+    sampler.set_timesteps(3)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 2, generator=generator)
+    for t in sampler.timesteps:
+        x0 = Oracle(problem).draw(x[None].expand(2, -1, -1), problem.times(t[None]), 1, generator)[0]
+        x = sampler.step(x0, t, x, generator=generator).prev_sample
+    samples = x.double() * problem.scale + problem.mean
+    assert abs(float(energy_distance(samples, problem.mixture.sample(4000, generator)))) < 0.01
+    assert modes(problem.mixture, samples)["in_mode"] > 0.995
+
+
 def test_sliced_w2_of_a_shift():
     """In two dimensions a shift of length 1 has mean squared projection 1/2."""
     x = torch.randn(500, 2, dtype=torch.float64)
@@ -67,5 +86,5 @@ def test_models_of_a_stack_are_independent():
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x_t, time, eta = torch.randn(3, 5, 2), torch.rand(3, 5), torch.randn(3, 10, 4)
-    network.predict(network.features(x_t, time), eta)[1].sum().backward()
+    network.predict(x_t, network.features(x_t, time), eta)[1].sum().backward()
     assert all(p.grad.movedim(1 if p.ndim == 4 else 0, 0)[[0, 2]].abs().sum() == 0 for p in network.parameters())

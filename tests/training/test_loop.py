@@ -114,6 +114,7 @@ def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
     before = weights(start)
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"identifier", "hyper"}
+    assert after["hyper.noise.alphas_cumprod"].any()
 
 
 def test_a_diffusers_unet_starts_a_mixture(train_config, tmp_path):
