@@ -11,6 +11,8 @@ from .blocks import repeat
 GRID = 8
 """Side of the grid on which the covariance of the latents is known: 64 numbers a channel, whatever the size of the latents."""
 
+SMALLEST = 1e-6
+
 
 class PosteriorNoise(nn.Module):
     """White eta -> e, what x_t leaves open about the leading principal components of the latents.
@@ -62,9 +64,10 @@ class PosteriorNoise(nn.Module):
             return eta
         cell = eta.shape[2] * eta.shape[3] / self.side**2
         on_grid = eta if cell == 1 else F.adaptive_avg_pool2d(eta, self.side) * cell**0.5  # of unit variance again
-        # s_t^2 / cell is the noise in the mean of ``cell`` numbers.
+        # s_t^2 / cell is the noise in the mean of ``cell`` numbers. In float16 it may be 0, as may the variance of a component.
         alphabar = self.alphas_cumprod[timestep.long()][:, None]
-        gain = (self.variances / (alphabar * cell * self.variances + 1.0 - alphabar)).sqrt()
+        noise = 1.0 - alphabar
+        gain = (self.variances / (alphabar * cell * self.variances + noise).clamp_min(SMALLEST)).sqrt()
         components = (on_grid.flatten(1) @ self.basis.T) * repeat(gain, len(eta) // len(timestep))
         drafts = (components @ self.basis).view_as(on_grid)
         return drafts if cell == 1 else F.interpolate(drafts, size=eta.shape[2:], mode="bilinear")
