@@ -130,11 +130,11 @@ DATA = {
 }
 # Of the targets: components, a few more than the data have modes; and small batches where components are many.
 TARGETS = {
-    ("ring of 8", 2): (10, Budget(3000)),
-    ("ring of 8", 5): (10, Budget(3000)),
-    ("5x5 grid", 5): (28, Budget(5000)),
-    ("mixture in 64-D", 5): (20, Budget(6000, batch=32, learning_rate=5e-3)),
-    ("one Gaussian", 5): (2, Budget(3000)),
+    ("ring of 8", 2): (10, Budget(2000)),
+    ("ring of 8", 5): (10, Budget(4500)),
+    ("5x5 grid", 5): (28, Budget(3500)),
+    ("mixture in 64-D", 5): (20, Budget(5000, batch=32, learning_rate=5e-3)),
+    ("one Gaussian", 5): (2, Budget(2000)),
 }
 
 
@@ -227,19 +227,19 @@ def train(problem: Problem, model: Model, budget: Budget, seeds: int) -> PointDe
         rate = min(1.0, (update + 1) / 200) * 0.5 * (1 + math.cos(math.pi * update / budget.updates))
         for group in optimizer.param_groups:
             group["lr"] = budget.learning_rate * rate
-        if model.components > 1 and update < WEIGHTS_FIRST * budget.updates:
+        if update < WEIGHTS_FIRST * budget.updates:
             optimizer.param_groups[1]["lr"] = 0.0
         x0 = problem.sample(seeds * budget.batch, generator)
         t = torch.randint(problem.steps, (len(x0),), generator=generator)
-        x_t = problem.process.noise(x0, torch.randn(x0.shape, generator=generator), t).view(*shape, -1)
-        features = network.features(x_t, problem.times(t).view(shape))
+        x_t = problem.process.noise(x0, torch.randn(x0.shape, generator=generator), t)
+        features = network.features(x_t.view(*shape, -1), problem.times(t).view(shape))
         eta, log_weights = None, None
         if model.mixture:
             eta = torch.randn(seeds, budget.batch * count, network.eta_dimensions, generator=generator)
             eta = torch.zeros_like(eta) if model.frozen else eta
         if model.components > 1:
             log_weights = network.log_weights(features).flatten(0, 1)
-        predictions = network.predict(x_t, features, eta, which).view(len(x0), -1, problem.dimensions, 1, 1)
+        predictions = network.predict(features, eta, which).view(len(x0), -1, problem.dimensions, 1, 1)
         losses = loss(model, predictions, x0[..., None, None], log_weights)
         exponent = model.beta if model.objective == "energy" else 2.0
         weight = timestep_weight("v", exponent, problem.process, t, "sample")

@@ -91,10 +91,10 @@ class PointDenoiser(nn.Module):
         self.trunk = nn.ModuleList(StackedBlock(models, width) for _ in range(trunk_blocks))
         self.head = nn.ModuleList(StackedBlock(models, width) for _ in range(head_blocks))
         self.out = StackedLinear(models, width, dimensions, zero=True)
-        self.gate = StackedLinear(models, width, 1 + (dimensions if eta_dimensions else 0), zero=True)
         if self.is_mixture:
             self.identify = StackedLinear(models, width + eta_dimensions, width)
             self.to_z = StackedLinear(models, width, latent_channels)
+            self.deviation = StackedLinear(models, width, dimensions, zero=True)
             self.hyper = nn.ModuleList(
                 StackedHyperNetwork(models, width, latent_channels, hypernetwork_width) for _ in range(head_blocks)
             )
@@ -109,8 +109,7 @@ class PointDenoiser(nn.Module):
 
     def movers(self) -> list[nn.Parameter]:
         """What takes a component from its place."""
-        moving = [*self.out.parameters(), *self.gate.parameters()]
-        return [*moving, self.place] if self.components > 1 else moving
+        return [*self.out.parameters(), *self.deviation.parameters(), self.place] if self.components > 1 else []
 
     def features(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """x_t (E, N, D), time (E, N) in [0, 1] -> (E, N, width)."""
@@ -126,14 +125,9 @@ class PointDenoiser(nn.Module):
         return self.to_logits(features).log_softmax(dim=-1)
 
     def predict(
-        self,
-        x_t: torch.Tensor,
-        features: torch.Tensor,
-        eta: torch.Tensor | None = None,
-        component: torch.Tensor | None = None,
+        self, features: torch.Tensor, eta: torch.Tensor | None = None, component: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x_0 for every draw: x_t (E, N, D), features (E, N, width), eta (E, N * M, .), component (E, N * M) ->
-        (E, N * M, D)."""
+        """x_0 for every draw: features (E, N, width), eta (E, N * M, .), component (E, N * M) -> (E, N * M, D)."""
         h = features
         if self.is_mixture:
             h = repeat(h, eta.shape[1] // h.shape[1])
@@ -143,12 +137,10 @@ class PointDenoiser(nn.Module):
             z = self.to_z(F.silu(z))
         for index, block in enumerate(self.head):
             h = block(self.hyper[index](h, z) if self.is_mixture else h)
-        # How much of x_t and of eta is in x_0 are numbers the network gives: what has passed norms and nonlinearities would
-        # have to undo them, for a mode's Gaussian shape as for the last step, where x_0 is almost x_t.
-        share, *deviation = self.gate(h).split((1, self.dimensions) if self.is_mixture else (1,), dim=-1)
-        x0 = torch.addcmul(self.out(h), share, repeat(x_t, h.shape[1] // x_t.shape[1]))
+        x0 = self.out(h)
         if self.is_mixture:
-            x0 = torch.addcmul(x0, deviation[0], eta[..., : self.dimensions])
+            # A mode's Gaussian shape, which eta would lose on its way through norms and nonlinearities.
+            x0 = torch.addcmul(x0, self.deviation(h), eta[..., : self.dimensions])
         if self.components > 1:
             x0 = x0 + self.place.gather(1, component[..., None].expand_as(x0))
         return x0
@@ -157,14 +149,14 @@ class PointDenoiser(nn.Module):
         """``draws`` draws of x_0 for every point, (E, N * draws, D); one for all where the model is Gaussian."""
         h = self.features(x_t, time)
         if not self.is_mixture:
-            return repeat(self.predict(x_t, h), draws)
+            return repeat(self.predict(h), draws)
         models, points, _ = x_t.shape
         eta = torch.randn(models, points * draws, self.eta_dimensions, generator=generator)
         component = None
         if self.components > 1:
             weights = self.log_weights(h).exp().flatten(0, 1)
             component = torch.multinomial(weights, draws, replacement=True, generator=generator).view(models, -1)
-        return self.predict(x_t, h, eta, component)
+        return self.predict(h, eta, component)
 
 
 def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:

@@ -86,5 +86,5 @@ def test_models_of_a_stack_are_independent():
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x_t, time, eta = torch.randn(3, 5, 2), torch.rand(3, 5), torch.randn(3, 10, 4)
-    network.predict(x_t, network.features(x_t, time), eta)[1].sum().backward()
+    network.predict(network.features(x_t, time), eta)[1].sum().backward()
     assert all(p.grad.movedim(1 if p.ndim == 4 else 0, 0)[[0, 2]].abs().sum() == 0 for p in network.parameters())
