@@ -22,8 +22,7 @@ class SMDPipeline(DiffusionPipeline):
 
     Every evaluation of a mixture draws its own eta for each picture: with x_0 = D(x_t, eta) the scheduler's ordinary step
     is then a draw from the mixture: exact ancestral sampling with the posterior variance of DDPMScheduler. It is exact with
-    DDIMScheduler too, at any variance: (x_t, x_0) being a true pair, (x_t - a_t x_0) / s_t is noise that belongs to x_0, as good
-    as fresh.
+    DDIMScheduler too, at any variance: (x_t, x_0) being a true pair, (x_t - a_t x_0) / s_t is as good as fresh noise.
 
     Args:
         unet: the denoiser.

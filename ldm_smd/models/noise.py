@@ -20,7 +20,8 @@ class PosteriorNoise(nn.Module):
     If the data were one Gaussian of covariance Sigma = U diag(lambda) U^T, then (the Gaussian approximation of the score,
     arXiv 2412.09726)
 
-        Cov(x_0 | x_t) = s_t^2 Sigma (a_t^2 Sigma + s_t^2)^-1,    so    e = U diag( lambda / (a_t^2 lambda + s_t^2) )^(1/2) U^T eta
+        Cov(x_0 | x_t) = s_t^2 Sigma (a_t^2 Sigma + s_t^2)^-1,
+        e = U diag(lambda / (a_t^2 lambda + s_t^2))^(1/2) U^T eta,
 
     and E[x_0 | x_t] + s_t e would be a draw of x_0. Taken over the first ``rank`` components, e is a draft of the picture in
     whose layout and colours all places agree, where from the paper's i.i.d. map each chooses its mode alone. What a few

@@ -223,9 +223,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             prediction = torch.addcmul(prediction, gate[..., None, None], noise)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
-    def _embed(
-        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _embed(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
         batch = sample.shape[0]
         embedding = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
         if self.class_embedding is None:
