@@ -128,8 +128,9 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
             h = unet.mid_block(h, embedding)
 
         noise = self.hyper["noise"](eta, timesteps)
-        gate = repeat(self.hyper["gate"](F.silu(embedding)), draws)
-        z = self.identifier(noise, h, F.silu(embedding))  # from here on there are M rows a picture
+        activated = F.silu(embedding)
+        gate = repeat(self.hyper["gate"](activated), draws)
+        z = self.identifier(noise, h, activated)  # from here on there are M rows a picture
         embedding = repeat(embedding, draws) + self.hyper["embedding"](z.mean(dim=(2, 3)))
         for index, block in enumerate(unet.up_blocks):
             count = len(block.resnets)
