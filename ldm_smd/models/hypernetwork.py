@@ -49,6 +49,7 @@ class MixtureIdentifier(nn.Module):
         z (B * M, latent_channels, h / stride, w / stride)."""
         features = self.from_features(features)
         draws = len(noise) // len(features)
+        noise = noise.contiguous(memory_format=torch.channels_last)
         h = add_shared(self.mix(F.adaptive_avg_pool2d(F.silu(self.from_noise(noise)), features.shape[2:])), features)
         h = self.attention(self.block(h, repeat(self.modulation(embedding), draws)))
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -31,7 +31,7 @@ from ..models.unet import MIXTURE_PARTS, SMDUNet2DModel, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
 from .card import card
-from .checkpoint import load_weights, resume, save_checkpoint
+from .checkpoint import checkpoints, load_weights, resume, save_checkpoint
 from .ema import EMA
 from .metrics import MetricsLog, crossed
 
@@ -55,14 +55,14 @@ def train(config: TrainConfig) -> Path:
 
     torch.manual_seed(config.seed)
     model = build_model(config, manifest)
-    if model.is_mixture and not model.hyper["noise"].is_fitted:
+    output = Path(config.output)
+    if model.is_mixture and not model.hyper["noise"].is_fitted and not checkpoints(output / "checkpoints"):
         fit_noise(model, config, manifest, autoencoder, scheduler)
     model.to(device)
     ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
-    output = Path(config.output)
     images_seen = resume(output / "checkpoints", model, ema, optimizer, device)
     stream = LatentStream(
         manifest, config.batch_size, config.images_total, images_seen, config.seed, config.mirror, rank, world
@@ -191,7 +191,7 @@ def fit_noise(
     scheduler: DDPMScheduler,
 ) -> None:
     """Colour the mixture's noise as the first latents of the stream, the same on every process."""
-    count = min(sum(item["count"] for item in manifest.shards), NOISE_LATENTS)
+    count = min(manifest.count, NOISE_LATENTS)
     moments = LatentStream(manifest, count, count, seed=config.seed, mirror=config.mirror).batch_at(0).moments
     latents = autoencoder.normalise(sample_latents(moments.to(autoencoder.device)))
     model.hyper["noise"].fit(latents.cpu(), scheduler.alphas_cumprod)
