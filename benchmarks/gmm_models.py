@@ -67,8 +67,6 @@ class PointDenoiser(nn.Module):
         models: E.
         dimensions: of the points.
         eta_dimensions: of eta, at least ``dimensions``; 0 for a Gaussian model.
-        skip: add x_t at the output, each number in as much as the network says. A mode's posterior mean is linear in x_t, which
-            in many dimensions a narrow network cannot carry through.
         components: K. With K > 1 the identifier also reads which of K components was chosen, with weights the trunk gives:
             a mixture of K, each spread by eta. Each has a ``place`` of its own, which training starts at the data
             (gmm_lab.train): components that start together have to be told apart first.
@@ -81,7 +79,6 @@ class PointDenoiser(nn.Module):
         width: int = 64,
         trunk_blocks: int = 3,
         head_blocks: int = 1,
-        skip: bool = False,
         eta_dimensions: int = 0,
         components: int = 1,
         latent_channels: int = 32,
@@ -94,7 +91,6 @@ class PointDenoiser(nn.Module):
         self.trunk = nn.ModuleList(StackedBlock(models, width) for _ in range(trunk_blocks))
         self.head = nn.ModuleList(StackedBlock(models, width) for _ in range(head_blocks))
         self.out = StackedLinear(models, width, dimensions, zero=True)
-        self.skip = StackedLinear(models, width, dimensions, zero=True) if skip else None
         if self.is_mixture:
             self.identify = StackedLinear(models, width + eta_dimensions, width)
             self.to_z = StackedLinear(models, width, latent_channels)
@@ -104,6 +100,7 @@ class PointDenoiser(nn.Module):
             )
         if components > 1:
             self.to_logits = StackedLinear(models, width, components, zero=True)
+            self.likeness = StackedLinear(models, width, 1, zero=True)
             self.component = nn.Parameter(torch.randn(models, components, width))
             self.place = nn.Parameter(torch.zeros(models, components, dimensions))
 
@@ -113,10 +110,7 @@ class PointDenoiser(nn.Module):
 
     def movers(self) -> list[nn.Parameter]:
         """What takes a component from its place."""
-        if self.components == 1:
-            return []
-        outputs = (self.out, self.deviation) if self.skip is None else (self.out, self.deviation, self.skip)
-        return [*(parameter for layer in outputs for parameter in layer.parameters()), self.place]
+        return [*self.out.parameters(), *self.deviation.parameters(), self.place] if self.components > 1 else []
 
     def features(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """x_t (E, N, D), time (E, N) in [0, 1] -> (E, N, width)."""
@@ -127,18 +121,16 @@ class PointDenoiser(nn.Module):
             h = block(h)
         return h
 
-    def log_weights(self, features: torch.Tensor) -> torch.Tensor:
-        """Of the components, (E, N, K)."""
-        return self.to_logits(features).log_softmax(dim=-1)
+    def log_weights(self, x_t: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Of the components, (E, N, K): log w_k = b_k(features) + c(features) <x_t, place_k> + const, the form they have where
+        the data are modes of one covariance sigma^2 at the places, with c = a_t / (a_t^2 sigma^2 + s_t^2)."""
+        likeness = self.likeness(features) * (x_t @ self.place.mT)
+        return (self.to_logits(features) + likeness).log_softmax(dim=-1)
 
     def predict(
-        self,
-        x_t: torch.Tensor,
-        features: torch.Tensor,
-        eta: torch.Tensor | None = None,
-        component: torch.Tensor | None = None,
+        self, features: torch.Tensor, eta: torch.Tensor | None = None, component: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """For every draw: x_t (E, N, D), features (E, N, width), eta (E, N * M, .), component (E, N * M) -> x_0, as eta."""
+        """x_0 for every draw: features (E, N, width), eta (E, N * M, .), component (E, N * M) -> (E, N * M, D)."""
         h = features
         if self.is_mixture:
             h = repeat(h, eta.shape[1] // h.shape[1])
@@ -149,8 +141,6 @@ class PointDenoiser(nn.Module):
         for index, block in enumerate(self.head):
             h = block(self.hyper[index](h, z) if self.is_mixture else h)
         x0 = self.out(h)
-        if self.skip is not None:
-            x0 = torch.addcmul(x0, self.skip(h), repeat(x_t, h.shape[1] // x_t.shape[1]))
         if self.is_mixture:
             # A mode's Gaussian shape, which eta would lose on its way through norms and nonlinearities.
             x0 = torch.addcmul(x0, self.deviation(h), eta[..., : self.dimensions])
@@ -162,14 +152,14 @@ class PointDenoiser(nn.Module):
         """``draws`` draws of x_0 for every point, (E, N * draws, D); one for all where the model is Gaussian."""
         h = self.features(x_t, time)
         if not self.is_mixture:
-            return repeat(self.predict(x_t, h), draws)
+            return repeat(self.predict(h), draws)
         models, points, _ = x_t.shape
         eta = torch.randn(models, points * draws, self.eta_dimensions, generator=generator)
         component = None
         if self.components > 1:
-            weights = self.log_weights(h).exp().flatten(0, 1)
+            weights = self.log_weights(x_t, h).exp().flatten(0, 1)
             component = torch.multinomial(weights, draws, replacement=True, generator=generator).view(models, -1)
-        return self.predict(x_t, h, eta, component)
+        return self.predict(h, eta, component)
 
 
 def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:

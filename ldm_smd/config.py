@@ -214,8 +214,10 @@ class ModelConfig:
     hypernetwork_width: int = 64
     placement: str = "up"
     """Where the hypernetwork acts: in_out (the paper), up (the trunk runs once for all draws), all."""
-    noise_rank: int = 32
+    noise_rank: int = 128
     """Principal components of the latents that a draw chooses in (ldm_smd/models/noise.py). 0: white noise (the paper)."""
+    noise_modes: int = 256
+    """Modes of the Gaussian mixture that the latents are taken to be from, in those directions. 1: one Gaussian."""
 
     def __post_init__(self) -> None:
         one_of("model.placement", self.placement, PLACEMENTS)

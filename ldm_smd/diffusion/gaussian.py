@@ -92,9 +92,13 @@ class GaussianMixture:
         """x (N, D) -> (N,)"""
         return self._joint(x).logsumexp(dim=1)
 
+    def responsibilities(self, x: torch.Tensor) -> torch.Tensor:
+        """r_k(x) = w_k N(x; m_k, S_k) / p(x), x (N, D) -> (N, K)"""
+        return self._joint(x).softmax(dim=1)
+
     def score(self, x: torch.Tensor) -> torch.Tensor:
         """grad log p(x) = sum_k r_k(x) S_k^-1 (m_k - x), with the responsibilities r_k; (N, D) -> (N, D)."""
-        shares = self._joint(x).softmax(dim=1)
+        shares = self.responsibilities(x)
         return -torch.einsum("nk,kde,nke->nd", shares, self.bases, self._rotated(x) / self.variances)
 
     def posterior(self, x: torch.Tensor, a: float | torch.Tensor, s: float | torch.Tensor) -> ConditionalMixture:
@@ -109,9 +113,7 @@ class GaussianMixture:
         marginal = self.diffused(a, s)
         gain = a * self.variances / marginal.variances
         means = self.means + torch.einsum("kde,nke->nkd", self.bases, gain * marginal._rotated(x))
-        return ConditionalMixture(
-            marginal._joint(x).softmax(dim=1), means, s**2 * self.variances / marginal.variances, self.bases
-        )
+        return ConditionalMixture(marginal.responsibilities(x), means, s**2 * self.variances / marginal.variances, self.bases)
 
     def reverse(
         self, x_t: torch.Tensor, a_t: torch.Tensor, s_t: torch.Tensor, a_s: torch.Tensor, s_s: torch.Tensor

@@ -33,8 +33,8 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
         sample_size, in_channels: of the UNet.
         num_classes: number of classes, one less than the UNet's ``num_class_embeds``, whose last is "no label"; None for an
             unconditional UNet.
-        latent_channels, identifier_channels, hypernetwork_width, noise_rank, noise_timesteps: as in SMDUNet2DModel;
-            identifier_channels a multiple of 8.
+        latent_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in
+            SMDUNet2DModel; identifier_channels a multiple of 8.
     """
 
     @register_to_config
@@ -47,7 +47,8 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
         latent_channels: int = 32,
         identifier_channels: int = 32,
         hypernetwork_width: int = 64,
-        noise_rank: int = 32,
+        noise_rank: int = 128,
+        noise_modes: int = 256,
         noise_timesteps: int = 1000,
     ) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
             }
         )
         self.hyper["embedding"] = zero_init(nn.Linear(latent_channels, embedding_dim))
-        self.hyper["noise"] = PosteriorNoise(in_channels, sample_size, noise_rank, noise_timesteps)
+        self.hyper["noise"] = PosteriorNoise(in_channels, sample_size, noise_rank, noise_modes, num_classes, noise_timesteps)
         self.hyper["draft"] = zero_init(nn.Conv2d(in_channels, widths[-1], 1, bias=False))
         self.hyper["gate"] = zero_init(nn.Linear(embedding_dim, config.out_channels))
 
@@ -110,9 +111,10 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
         unet, batch = self.unet, len(sample)
         eta = check_eta(eta, sample)
         draws = len(eta) // batch
+        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
+        noise = self.hyper["noise"](eta, sample, timesteps, class_labels)
         if unet.config.center_input_sample:
             sample = 2 * sample - 1
-        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
         embedding = unet.time_embedding(unet.time_proj(timesteps).to(sample.dtype))
         if unet.class_embedding is not None:
             if class_labels is None:
@@ -127,9 +129,8 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
         if unet.mid_block is not None:
             h = unet.mid_block(h, embedding)
 
-        noise = self.hyper["noise"](eta, timesteps)
         activated = F.silu(embedding)
-        gate = repeat(self.hyper["gate"](activated), draws)
+        gate = repeat(1.0 + self.hyper["gate"](activated), draws)
         z = self.identifier(noise, h, activated)  # from here on there are M rows a picture
         embedding = repeat(embedding, draws) + self.hyper["embedding"](z.mean(dim=(2, 3)))
         for index, block in enumerate(unet.up_blocks):

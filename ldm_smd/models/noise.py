@@ -4,71 +4,140 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from sklearn.mixture import GaussianMixture
 from torch import nn
 
-from .blocks import repeat
-
 GRID = 8
-"""Side of the grid on which the covariance of the latents is known: 64 numbers a channel, whatever the size of the latents."""
+"""Side of the grid on which the distribution of the latents is known: 64 numbers a channel, whatever the latents' size."""
 
-SMALLEST = 1e-6
+SMALLEST = 1e-4
+FLOOR = 0.05
+"""Added to the variances inside the modes, as a share of the mean variance of the principal components taken."""
 
 
 class PosteriorNoise(nn.Module):
-    """White eta -> e, what x_t leaves open about the leading principal components of the latents.
+    """White eta -> e, a draw of what x_t leaves open about the leading principal components of the latents.
 
-    If the data were one Gaussian of covariance Sigma = U diag(lambda) U^T, then (the Gaussian approximation of the score,
-    arXiv 2412.09726)
+    The components c of x_0, ``rank`` of them, are taken to be from a Gaussian mixture whose modes share a covariance and have
+    weights w_ky that are known for every class y:
 
-        Cov(x_0 | x_t) = s_t^2 Sigma (a_t^2 Sigma + s_t^2)^-1,
-        e = U diag(lambda / (a_t^2 lambda + s_t^2))^(1/2) U^T eta,
+        p(c | y) = sum_k w_ky N(c; m_k, diag(v)).
 
-    and E[x_0 | x_t] + s_t e would be a draw of x_0. Taken over the first ``rank`` components, e is a draft of the picture in
-    whose layout and colours all places agree, where from the paper's i.i.d. map each chooses its mode alone. What a few
-    components cannot say, texture and edges, is the same for every draw of a step, and left to the steps after it.
+    Then q(c | x_t, y) is a mixture in closed form. With u the components of x_t = a_t x_0 + s_t eps,
 
-    U is known on latents averaged to GRID x GRID places. Before ``fit``, or loaded weights, it is a random basis with unit
-    variances.
+        r_k ~ w_ky N(u; a_t m_k, a_t^2 v + s_t^2),    k drawn from r,    mbar = sum_k r_k m_k,
+        e = s_t (m_k - mbar) / (a_t^2 v + s_t^2) + (v / (a_t^2 v + s_t^2))^(1/2) eta,
+
+    and E[c | x_t] + s_t e is a draw of q(c | x_t). Back among the latents it is a draft of the picture in whose layout and
+    colours all places agree, where from the paper's i.i.d. map each chooses its mode alone; what a few components cannot say,
+    texture and edges, is the same for every draw of a step and left to the steps after it. With one mode it is the Gaussian
+    approximation of the score (arXiv 2412.09726), Cov(e) = Sigma (a_t^2 Sigma + s_t^2)^-1.
+
+    e is returned in the space of the network's prediction: added to the Gaussian model's, it makes a mixture of it.
+
+    The components are those of latents averaged to GRID x GRID places. Before ``fit``, or loaded weights, they are random
+    directions with unit variances, at t without signal, for v-prediction.
 
     Args:
         channels, side: of the latents.
         rank: principal components; 0 for e = eta, as in the SMD paper.
+        modes: K.
+        num_classes: None for an unconditional model.
         timesteps: of the noise schedule.
     """
 
-    def __init__(self, channels: int, side: int, rank: int, timesteps: int) -> None:
+    def __init__(self, channels: int, side: int, rank: int, modes: int, num_classes: int | None, timesteps: int) -> None:
         super().__init__()
         self.side = min(GRID, side)
         numbers = channels * self.side**2
-        self.rank = min(rank, numbers)
-        self.register_buffer("basis", nn.init.orthogonal_(torch.empty(self.rank, numbers)) if rank else torch.empty(0, numbers))
-        self.register_buffer("variances", torch.ones(self.rank))
+        self.rank = rank = min(rank, numbers - 1)
+        # The last direction is for what chooses among the modes.
+        self.register_buffer("basis", nn.init.orthogonal_(torch.empty(rank + 1, numbers)) if rank else torch.empty(0, numbers))
+        self.register_buffer("centre", torch.zeros(numbers))
+        self.register_buffer("log_weights", torch.zeros((num_classes or 0) + 1, modes).log_softmax(dim=1))
+        self.register_buffer("means", torch.zeros(modes, rank))
+        self.register_buffer("variances", torch.ones(rank))
         self.register_buffer("alphas_cumprod", torch.zeros(timesteps))
+        self.register_buffer("scale", torch.full((timesteps,), -1.0))
 
     @property
     def is_fitted(self) -> bool:
         return self.rank == 0 or bool(self.alphas_cumprod.any())
 
     @torch.no_grad()
-    def fit(self, latents: torch.Tensor, alphas_cumprod: torch.Tensor) -> None:
-        """Take the components from latents (N, C, H, W), normalised as in training, and the noise schedule (T,)."""
-        pooled = F.adaptive_avg_pool2d(latents, self.side).flatten(1).double()
-        pooled = pooled - pooled.mean(dim=0)
-        variances, basis = torch.linalg.eigh(pooled.T @ pooled / len(pooled))  # ascending
-        self.variances.copy_(variances.flip(0)[: self.rank].clamp_min(0))
-        self.basis.copy_(basis.flip(1)[:, : self.rank].T)
-        self.alphas_cumprod.copy_(alphas_cumprod)
+    def fit(
+        self, latents: torch.Tensor, labels: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str = "v_prediction"
+    ) -> None:
+        """Take the principal components and their mixture from data.
 
-    def forward(self, eta: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """eta (B * M, C, H, W), timestep (B,) -> e, as eta."""
+        Args:
+            latents: (N, C, H, W), normalised as in training, N at least the number of modes.
+            labels: (N,), -1 for unlabelled.
+            alphas_cumprod: of the noise schedule, (T,).
+            prediction_type: of the network; "v_prediction", "epsilon" or "sample".
+        """
+        if len(latents) < len(self.means):
+            raise ValueError(f"latents: expected at least one for each of {len(self.means)} modes, found {len(latents)}")
+        pooled = self._on_grid(latents).double()
+        centre = pooled.mean(dim=0)
+        pooled = pooled - centre
+        variances, basis = torch.linalg.eigh(pooled.T @ pooled / len(pooled))  # ascending
+        basis = basis.flip(1)[:, : self.rank + 1].T
+        points = pooled @ basis[:-1].T
+        floor = FLOOR * float(variances[-self.rank :].mean()) + SMALLEST
+        estimator = GaussianMixture(len(self.means), covariance_type="tied", reg_covar=floor, max_iter=50, random_state=0)
+        shares = torch.from_numpy(estimator.fit(points.numpy()).predict_proba(points.numpy()))
+        # w_ky, with one picture's worth of the weights of all; these are the last row, of no class.
+        weights = torch.from_numpy(estimator.weights_).repeat(len(self.log_weights), 1)
+        for label in range(len(weights) - 1):
+            weights[label] += shares[labels == label].sum(dim=0)
+        # The basis turned to the axes of the modes' covariance.
+        variances, axes = torch.linalg.eigh(torch.from_numpy(estimator.covariances_))
+        self.log_weights.copy_((weights / weights.sum(dim=1, keepdim=True)).log())
+        self.basis.copy_(torch.cat((axes.T @ basis[:-1], basis[-1:])))
+        self.centre.copy_(centre)
+        self.means.copy_(torch.from_numpy(estimator.means_) @ axes)
+        self.variances.copy_(variances)
+        self.alphas_cumprod.copy_(alphas_cumprod)
+        a, s = alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt()
+        self.scale.copy_({"v_prediction": -torch.ones_like(a), "epsilon": -a, "sample": s}[prediction_type])
+
+    @torch.no_grad()
+    def forward(
+        self, eta: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """eta (B * M, C, H, W), x_t (B, C, H, W), timestep (B,), class_labels (B,) -> e, as eta."""
         if self.rank == 0:
             return eta
-        cell = eta.shape[2] * eta.shape[3] / self.side**2
-        on_grid = eta if cell == 1 else F.adaptive_avg_pool2d(eta, self.side) * cell**0.5  # of unit variance again
-        # s_t^2 / cell is the noise in the mean of ``cell`` numbers. In float16 it may be 0, as may the variance of a component.
-        alphabar = self.alphas_cumprod[timestep.long()][:, None]
-        noise = 1.0 - alphabar
-        gain = (self.variances / (alphabar * cell * self.variances + noise).clamp_min(SMALLEST)).sqrt()
-        components = (on_grid.flatten(1) @ self.basis.T) * repeat(gain, len(eta) // len(timestep))
-        drafts = (components @ self.basis).view_as(on_grid)
-        return drafts if cell == 1 else F.interpolate(drafts, size=eta.shape[2:], mode="bilinear")
+        # Exponents of sums of squares: not for half precision.
+        with torch.autocast(eta.device.type, enabled=False):
+            cell = (eta.shape[2] * eta.shape[3]) ** 0.5 / self.side  # numbers in a mean: its square
+            drafts = self._drafts(self._on_grid(eta) * cell, self._on_grid(sample), timestep.long(), class_labels, cell)
+        drafts = drafts.view(-1, eta.shape[1], self.side, self.side).to(eta.dtype)
+        return drafts if drafts.shape == eta.shape else F.interpolate(drafts, size=eta.shape[2:], mode="bilinear")
+
+    def _on_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C * side * side), float32."""
+        return (x if x.shape[2:] == (self.side, self.side) else F.adaptive_avg_pool2d(x, self.side)).flatten(1).float()
+
+    def _drafts(
+        self, eta: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, cell: float
+    ) -> torch.Tensor:
+        """eta (B * M, N), white, and x_t (B, N) on the grid, its noise s_t / cell -> e (B * M, N)."""
+        basis, means = self.basis.float(), self.means.float()
+        alphabar = self.alphas_cumprod[timestep, None].float()
+        a, s = alphabar.sqrt(), (1.0 - alphabar).clamp_min(SMALLEST).sqrt()  # (B, 1)
+        precision = 1.0 / (alphabar * self.variances + (s / cell) ** 2)  # of u given the mode, (B, rank)
+        known = (x_t - a * self.centre) @ basis[:-1].T
+        prior = self.log_weights[-1:] if class_labels is None else self.log_weights[class_labels]
+        likelihood = (a * precision * known) @ means.T - 0.5 * (alphabar * precision) @ means.square().T
+        shares = (prior + likelihood).softmax(dim=1)  # (B, K)
+        expected = shares @ means
+
+        rows = torch.arange(len(eta), device=eta.device) // (len(eta) // len(x_t))
+        white = eta @ basis.T  # independent standard normals, of which the last chooses the mode
+        chosen = torch.searchsorted(shares.cumsum(dim=1)[rows], torch.special.ndtr(white[:, -1:])).clamp_max(len(means) - 1)
+        between = (s / cell**2 * precision)[rows] * (means[chosen[:, 0]] - expected[rows])
+        within = ((self.variances * precision).sqrt() / cell)[rows] * white[:, :-1]
+        scale = self.scale[timestep, None].float()[rows]
+        return scale * (between + within) @ basis[:-1]

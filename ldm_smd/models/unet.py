@@ -52,6 +52,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
         noise_rank: principal components of the latents that a draw chooses in (PosteriorNoise; ``hyper["noise"].fit`` comes
             before training); 0: white noise, the paper's.
+        noise_modes: of the Gaussian mixture that the latents are taken to be from in those directions.
         noise_timesteps: of the noise schedule it is fitted for.
         placement: where f_phi acts. "in_out" (the paper): after the first and before the last convolution. "up": before
             each level on the way up, so that the way down and the middle, the trunk, run once for any number of draws.
@@ -78,7 +79,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         identifier_channels: int = 32,
         hypernetwork_width: int = 64,
         placement: str = "up",
-        noise_rank: int = 32,
+        noise_rank: int = 128,
+        noise_modes: int = 256,
         noise_timesteps: int = 1000,
     ) -> None:
         super().__init__()
@@ -157,7 +159,9 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
                 latent_channels=latent_channels,
                 head_dim=attention_head_dim,
             )
-            self.hyper["noise"] = PosteriorNoise(in_channels, sample_size, noise_rank, noise_timesteps)
+            self.hyper["noise"] = PosteriorNoise(
+                in_channels, sample_size, noise_rank, noise_modes, num_classes, noise_timesteps
+            )
             self.hyper["draft"] = zero_init(nn.Conv2d(in_channels, first, 1, bias=False))
             self.hyper["gate"] = zero_init(nn.Linear(embedding_dim, out_channels))
         self.up_modulation = self.up[0].blocks[0].modulation_slice.start
@@ -196,7 +200,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         z = None
         if self.is_mixture:
-            noise = self.hyper["noise"](check_eta(eta, sample), timestep)
+            noise = self.hyper["noise"](check_eta(eta, sample), sample, timestep, class_labels)
         if self.is_mixture and self.config.placement != "up":
             z = self.identifier(noise, h, embedding)
             modulation = repeat(modulation, len(noise) // len(sample))
@@ -219,7 +223,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         h = self._hyper("out", h, z)
         prediction = self.conv_out(F.silu(self.norm_out(h))).contiguous()
         if self.is_mixture:
-            gate = repeat(self.hyper["gate"](embedding), len(noise) // len(sample))
+            gate = repeat(1.0 + self.hyper["gate"](embedding), len(noise) // len(sample))
             prediction = torch.addcmul(prediction, gate[..., None, None], noise)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
 PREVIEW_PICTURES = 40
 NOISE_LATENTS = 16_384
+LATENTS_PER_MODE = 8
 COSINE_MAX_BETA = 0.75
 
 
@@ -170,6 +171,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | Ext
     channels, height, width = manifest.latent_shape
     classes = len(manifest.classes) if config.class_conditional else 0
     shape = config_as_dict(config.model)
+    shape["noise_modes"] = noise_modes(config, manifest)
     model = SMDUNet2DModel(
         sample_size=max(height, width),
         in_channels=channels,
@@ -183,6 +185,11 @@ def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | Ext
     return model
 
 
+def noise_modes(config: TrainConfig, manifest: Manifest) -> int:
+    """Modes of the mixture's noise: fewer than configured where there are few pictures."""
+    return max(1, min(config.model.noise_modes, manifest.count // LATENTS_PER_MODE))
+
+
 def fit_noise(
     model: SMDUNet2DModel | ExtendedUNet2DModel,
     config: TrainConfig,
@@ -192,9 +199,9 @@ def fit_noise(
 ) -> None:
     """Colour the mixture's noise as the first latents of the stream, the same on every process."""
     count = min(manifest.count, NOISE_LATENTS)
-    moments = LatentStream(manifest, count, count, seed=config.seed, mirror=config.mirror).batch_at(0).moments
-    latents = autoencoder.normalise(sample_latents(moments.to(autoencoder.device)))
-    model.hyper["noise"].fit(latents.cpu(), scheduler.alphas_cumprod)
+    batch = LatentStream(manifest, count, count, seed=config.seed, mirror=config.mirror).batch_at(0)
+    latents = autoencoder.normalise(sample_latents(batch.moments.to(autoencoder.device)))
+    model.hyper["noise"].fit(latents.cpu(), batch.labels, scheduler.alphas_cumprod, config.diffusion.prediction_type)
 
 
 def class_of(folder: str) -> str | None:
@@ -220,6 +227,7 @@ def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DMod
             identifier_channels=shape.identifier_channels,
             hypernetwork_width=shape.hypernetwork_width,
             noise_rank=shape.noise_rank,
+            noise_modes=noise_modes(config, manifest),
             noise_timesteps=config.diffusion.num_train_timesteps,
         )
     channels, classes = manifest.latent_shape[0], len(manifest.classes)

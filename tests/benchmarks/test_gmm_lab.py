@@ -69,8 +69,7 @@ def test_sliced_w2_of_a_shift():
         gmm_lab.FROZEN,
         Model("nll", "mixture_nll", 2),
         Model("energy", draws=2),
-        gmm_lab.GAUSSIAN_SKIP,
-        components(3, skip=True),
+        components(3),
     ],
     ids=lambda model: model.name,
 )
@@ -83,9 +82,9 @@ def test_every_model_trains(model):
 
 def test_models_of_a_stack_are_independent():
     torch.manual_seed(0)
-    network = PointDenoiser(3, 2, skip=True, eta_dimensions=4)
+    network = PointDenoiser(3, 2, eta_dimensions=4)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x_t, time, eta = torch.randn(3, 5, 2), torch.rand(3, 5), torch.randn(3, 10, 4)
-    network.predict(x_t, network.features(x_t, time), eta)[1].sum().backward()
+    network.predict(network.features(x_t, time), eta)[1].sum().backward()
     assert all(p.grad.movedim(1 if p.ndim == 4 else 0, 0)[[0, 2]].abs().sum() == 0 for p in network.parameters())
