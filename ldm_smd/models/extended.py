@@ -130,7 +130,7 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
             h = unet.mid_block(h, embedding)
 
         activated = F.silu(embedding)
-        gate = repeat(1.0 + self.hyper["gate"](activated), draws)
+        gate = repeat(self.hyper["noise"].start + self.hyper["gate"](activated), draws)
         z = self.identifier(noise, h, activated)  # from here on there are M rows a picture
         embedding = repeat(embedding, draws) + self.hyper["embedding"](z.mean(dim=(2, 3)))
         for index, block in enumerate(unet.up_blocks):

@@ -61,6 +61,11 @@ class PosteriorNoise(nn.Module):
         self.register_buffer("scale", torch.full((timesteps,), -1.0))
 
     @property
+    def start(self) -> float:
+        """What a new mixture adds of e to the Gaussian model's prediction: all of a draft, nothing of white noise."""
+        return 1.0 if self.rank else 0.0
+
+    @property
     def is_fitted(self) -> bool:
         return self.rank == 0 or bool(self.alphas_cumprod.any())
 

@@ -223,7 +223,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         h = self._hyper("out", h, z)
         prediction = self.conv_out(F.silu(self.norm_out(h))).contiguous()
         if self.is_mixture:
-            gate = repeat(1.0 + self.hyper["gate"](embedding), len(noise) // len(sample))
+            gate = repeat(self.hyper["noise"].start + self.hyper["gate"](embedding), len(noise) // len(sample))
             prediction = torch.addcmul(prediction, gate[..., None, None], noise)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 

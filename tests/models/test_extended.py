@@ -43,7 +43,7 @@ def inputs(draws=1, side=8):
 def test_starts_as_the_unet_it_extends(folder):
     x, t, labels, eta = inputs(draws=3)
     model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE).eval()
-    expected = repeat(gaussian()(x, t, labels).sample, 3)
+    expected = repeat(gaussian()(x, t, labels).sample, 3) + model.hyper["noise"](eta, x, t, labels)
     assert torch.allclose(model(x, t, labels, eta).sample, expected, atol=1e-5)
     assert model.config.num_classes == 3 and model.is_mixture
 

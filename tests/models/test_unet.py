@@ -63,15 +63,20 @@ def test_draws_share_what_they_may(placement):
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_new_mixture_is_the_gaussian_model_it_extends(placement):
+@pytest.mark.parametrize("noise_rank", [0, 5])
+def test_a_new_mixture_is_the_gaussian_model_it_extends(placement, noise_rank):
+    """Exactly, where its noise is white; else with the noise, which is 0 in the mean, added."""
     torch.manual_seed(0)
-    mixture = SMDUNet2DModel(**TINY, placement=placement)
+    mixture = SMDUNet2DModel(**TINY, placement=placement, noise_rank=noise_rank)
     gaussian = SMDUNet2DModel(**{**TINY, "latent_channels": 0})
     torch.nn.init.normal_(gaussian.conv_out.weight)  # it starts at zero; all else as it starts
     added = mixture.load_state_dict(gaussian.state_dict(), strict=False)
     assert not added.unexpected_keys and all(name.startswith(("identifier.", "hyper.")) for name in added.missing_keys)
     x, t, labels, eta = inputs()
-    assert torch.allclose(mixture(x, t, labels, eta).sample, gaussian(x, t, labels).sample, atol=1e-6)
+    expected = gaussian(x, t, labels).sample
+    if noise_rank:
+        expected = expected + mixture.hyper["noise"](eta, x, t, labels)
+    assert torch.allclose(mixture(x, t, labels, eta).sample, expected, atol=1e-5)
 
 
 def test_gaussian_model_does_not_read_eta():
