@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from sklearn.mixture import GaussianMixture
 from torch import nn
+
+from ..diffusion.gaussian import fit_shared
 
 GRID = 8
 """Side of the grid on which the distribution of the latents is known: 64 numbers a channel, whatever the latents' size."""
@@ -90,18 +91,17 @@ class PosteriorNoise(nn.Module):
         basis = basis.flip(1)[:, : self.rank + 1].T
         points = pooled @ basis[:-1].T
         floor = FLOOR * float(variances[-self.rank :].mean()) + SMALLEST
-        estimator = GaussianMixture(len(self.means), covariance_type="tied", reg_covar=floor, max_iter=50, random_state=0)
-        shares = torch.from_numpy(estimator.fit(points.numpy()).predict_proba(points.numpy()))
+        weights, means, covariance, shares = fit_shared(points, len(self.means), floor)
         # w_ky, with one picture's worth of the weights of all; these are the last row, of no class.
-        weights = torch.from_numpy(estimator.weights_).repeat(len(self.log_weights), 1)
-        for label in range(len(weights) - 1):
-            weights[label] += shares[labels == label].sum(dim=0)
+        by_class = weights.repeat(len(self.log_weights), 1)
+        for label in range(len(by_class) - 1):
+            by_class[label] += shares[labels == label].sum(dim=0)
         # The basis turned to the axes of the modes' covariance.
-        variances, axes = torch.linalg.eigh(torch.from_numpy(estimator.covariances_))
-        self.log_weights.copy_((weights / weights.sum(dim=1, keepdim=True)).log())
+        variances, axes = torch.linalg.eigh(covariance)
+        self.log_weights.copy_((by_class / by_class.sum(dim=1, keepdim=True)).clamp_min(SMALLEST**2).log())
         self.basis.copy_(torch.cat((axes.T @ basis[:-1], basis[-1:])))
         self.centre.copy_(centre)
-        self.means.copy_(torch.from_numpy(estimator.means_) @ axes)
+        self.means.copy_(means @ axes)
         self.variances.copy_(variances)
         self.alphas_cumprod.copy_(alphas_cumprod)
         a, s = alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt()
