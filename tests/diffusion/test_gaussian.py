@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ldm_smd.diffusion.gaussian import GaussianMixture
+from ldm_smd.diffusion.gaussian import GaussianMixture, fit_shared
 from ldm_smd.diffusion.process import DiffusionProcess
 
 GRID = torch.linspace(-9, 9, 361, dtype=torch.float64)
@@ -115,3 +115,18 @@ def test_mistakes_are_named(mixture):
         GaussianMixture.from_covariances(torch.ones(1), torch.zeros(1, 2), torch.tensor([[[1.0, 2.0], [2.0, 1.0]]]))
     with pytest.raises(ValueError, match="points: expected at least as many as components"):
         GaussianMixture.fit(torch.zeros(2, 2), components=3)
+
+
+def test_modes_of_one_covariance_are_found_again():
+    """EM finds the mixture the points are from, and its responsibilities are the exact ones."""
+    covariance = torch.tensor([[0.05, 0.03], [0.03, 0.04]], dtype=torch.float64)
+    places = torch.tensor([[0.0, 0.0], [1.5, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    truth = GaussianMixture.from_covariances(weights, places, covariance.expand(3, -1, -1))
+    points = truth.sample(20_000, torch.Generator().manual_seed(0))
+    found_weights, means, found, shares = fit_shared(points, 3, floor=0.0, iterations=30)
+    order = torch.cdist(places, means).argmin(dim=1)
+    assert torch.allclose(means[order], places, atol=0.02)
+    assert torch.allclose(found_weights[order], weights, atol=0.02)
+    assert torch.allclose(found, covariance, atol=0.005)
+    assert (shares[:, order] - truth.responsibilities(points)).abs().mean() < 0.01
