@@ -221,6 +221,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         one_of("model.placement", self.placement, PLACEMENTS)
+        at_least("model.noise_rank", self.noise_rank, 0)
+        at_least("model.noise_modes", self.noise_modes, 1)
         levels = len(self.block_out_channels)
         for level, channels in enumerate(self.block_out_channels):
             check(
