@@ -231,8 +231,7 @@ def train(problem: Problem, model: Model, budget: Budget, seeds: int) -> PointDe
             optimizer.param_groups[1]["lr"] = 0.0
         x0 = problem.sample(seeds * budget.batch, generator)
         t = torch.randint(problem.steps, (len(x0),), generator=generator)
-        x_t = problem.process.noise(x0, torch.randn(x0.shape, generator=generator), t)
-        x_t = x_t.view(*shape, -1)
+        x_t = problem.process.noise(x0, torch.randn(x0.shape, generator=generator), t).view(*shape, -1)
         features = network.features(x_t, problem.times(t).view(shape))
         eta, log_weights = None, None
         if model.mixture:
