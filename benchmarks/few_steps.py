@@ -34,6 +34,15 @@ from ldm_smd.sampling import make_scheduler, sample_pixels
 
 RESULTS = Path(__file__).parent / "results"
 GRID_PICTURES, GRID_STEPS = 16, (1, 2, 4, 8, 32)
+SCHEDULERS = {
+    "DDPM": "DDPMScheduler",
+    "DDIM": "DDIMScheduler",
+    "DPM-Solver++": "DPMSolverMultistepScheduler",
+    "SDE-DPM-Solver++": "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++",
+    "UniPC": "UniPCMultistepScheduler",
+    "Euler ancestral": "EulerAncestralDiscreteScheduler",
+}
+"""The names in the tables; of the multistep solvers, second order."""
 
 
 @dataclass
@@ -49,16 +58,9 @@ class FewStepsConfig:
     smd: str = MISSING
     gaussian: str = MISSING
     """Model folders (RUN/model)."""
-    smd_schedulers: list[str] = field(default_factory=lambda: ["DDPMScheduler", "DDIMScheduler"])
-    gaussian_schedulers: list[str] = field(
-        default_factory=lambda: [
-            "DDPMScheduler",
-            "DDIMScheduler",
-            "DPMSolverMultistepScheduler",
-            "UniPCMultistepScheduler",
-            "EulerAncestralDiscreteScheduler",
-        ]
-    )
+    smd_schedulers: list[str] = field(default_factory=lambda: ["DDPM", "DDIM", "SDE-DPM-Solver++"])
+    gaussian_schedulers: list[str] = field(default_factory=lambda: list(SCHEDULERS))
+    """Of SCHEDULERS."""
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 100])
     samples: int = 1000
     """Per scheduler and number of steps, over all sampling seeds together."""
@@ -72,6 +74,9 @@ class FewStepsConfig:
         at_least("sampling_seeds", self.sampling_seeds, 1)
         check(self.samples % self.sampling_seeds == 0, "samples", "a multiple of sampling_seeds", self.samples)
         at_least("samples", self.samples, 2 * GRID_PICTURES)
+        for key in ("smd_schedulers", "gaussian_schedulers"):
+            unknown = set(getattr(self, key)) - set(SCHEDULERS)
+            check(not unknown, key, f"some of {', '.join(SCHEDULERS)}", ", ".join(sorted(unknown)))
 
 
 def few_steps(config: FewStepsConfig) -> Path:
@@ -102,10 +107,11 @@ def few_steps(config: FewStepsConfig) -> Path:
         ("gaussian", config.gaussian, config.gaussian_schedulers),
     ):
         pipeline = load_pipeline(folder)
+        own = pipeline.scheduler
         cells: dict[str, dict[int, dict]] = {}
         result["models"][model] = {"parameters": pipeline.unet.num_parameters(), "distance": cells}
         for name in schedulers:
-            pipeline.scheduler = make_scheduler(name, pipeline.scheduler)
+            pipeline.scheduler = make_scheduler(SCHEDULERS[name], own)
             cells[name] = {}
             for steps in config.steps:
                 per_seed = config.samples // config.sampling_seeds
@@ -118,14 +124,14 @@ def few_steps(config: FewStepsConfig) -> Path:
                         guidance_scale=1.0,
                         seed=seed * per_seed,
                         batch_size=125,
-                        description=f"{model}, {name.removesuffix('Scheduler')}, {steps} steps",
+                        description=f"{model}, {name}, {steps} steps",
                     )
                     for seed in range(config.sampling_seeds)
                 ]
                 features = [extractor((part * 255).round().to(torch.uint8)) for part in pixels]
                 cells[name][steps] = measure(torch.cat(features), features, reference)
                 print(f"{model} {name} {steps}: {cells[name][steps]['frechet']:.3f}", flush=True)
-                if name == "DDPMScheduler" and steps in GRID_STEPS:
+                if name == "DDPM" and steps in GRID_STEPS:
                     rows.append(pixels[0][:GRID_PICTURES])
     result["targets"] = targets(result["models"])
     result["seconds"] = round(time.perf_counter() - started)
@@ -186,7 +192,7 @@ def table(config: FewStepsConfig, result: dict) -> str:
     for model, entry in result["models"].items():
         for scheduler, cells in entry["distance"].items():
             values = [f"{cells[n]['frechet']:.2f} ± {1.96 * cells[n]['frechet_sd']:.2f}" for n in config.steps]
-            lines.append(f"| {model}, {scheduler.removesuffix('Scheduler')} | " + " | ".join(values) + " |")
+            lines.append(f"| {model}, {scheduler} | " + " | ".join(values) + " |")
     lines += ["", "| target | wanted | measured |", "|---|---|---|"]
     lines += [f"| {entry['name']} | {entry['target']} | {entry['measured']} |" for entry in result["targets"]]
     return "\n".join(lines) + "\n"

@@ -371,7 +371,8 @@ class SampleConfig:
     """Pictures per class; of an unconditional run, pictures in all."""
     steps: int = 8
     scheduler: Optional[str] = None
-    """Any diffusers scheduler class, as DDIMScheduler. null: the model folder's own."""
+    """Any diffusers scheduler class, as DDIMScheduler, with settings of its own where wanted, as
+    DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is none."""
     seed: int = 0

@@ -69,9 +69,10 @@ def demo(config: DemoConfig) -> Path:
     with timed(seconds, "sample"):
         for run in config.runs:
             pipeline = pipelines[run.name]
+            own = pipeline.scheduler
             for scheduler in run.schedulers:
                 title = f"{run.name}, {scheduler.removesuffix('Scheduler')}"
-                pipeline.scheduler = make_scheduler(scheduler, pipeline.scheduler)
+                pipeline.scheduler = make_scheduler(scheduler, own)
                 distance[title], grids[title] = {}, {}
                 for steps in config.steps:
                     pixels = sample_pixels(

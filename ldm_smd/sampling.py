@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from omegaconf import OmegaConf
 from PIL import Image, ImageDraw, ImageFont
 
 from .config import SampleConfig
@@ -74,12 +76,21 @@ def sample_pixels(
 
 
 def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
-    """The diffusers scheduler class called ``name`` with the noise schedule of ``current``."""
+    """The diffusers scheduler class called ``name`` with the noise schedule of ``current``.
+
+    ``name`` may go on with settings of the class: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
+    """
+    name, _, settings = name.partition(":")
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         near = ", ".join(sorted(kind.__name__ for kind in current.compatibles))
         raise UserError(f"scheduler: expected a diffusers scheduler class ({near}), found {name!r}")
-    return kind.from_config(current.config)
+    options = OmegaConf.to_container(OmegaConf.from_dotlist(settings.split(","))) if settings else {}
+    known = inspect.signature(kind.__init__).parameters
+    for option in options:
+        if option not in known:
+            raise UserError(f"scheduler: expected a setting of {name} ({', '.join(list(known)[1:])}), found {option!r}")
+    return kind.from_config(current.config, **options)
 
 
 def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | None:

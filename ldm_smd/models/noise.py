@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..diffusion.gaussian import fit_shared
+from .blocks import repeat
 
 GRID = 8
 """Side of the grid on which the distribution of the latents is known: 64 numbers a channel, whatever the latents' size."""
@@ -52,8 +53,7 @@ class PosteriorNoise(nn.Module):
         self.side = min(GRID, side)
         numbers = channels * self.side**2
         self.rank = rank = min(rank, numbers - 1)
-        # The last direction is for what chooses among the modes.
-        self.register_buffer("basis", nn.init.orthogonal_(torch.empty(rank + 1, numbers)) if rank else torch.empty(0, numbers))
+        self.register_buffer("basis", nn.init.orthogonal_(torch.empty(rank, numbers)) if rank else torch.empty(0, numbers))
         self.register_buffer("centre", torch.zeros(numbers))
         self.register_buffer("log_weights", torch.zeros((num_classes or 0) + 1, modes).log_softmax(dim=1))
         self.register_buffer("means", torch.zeros(modes, rank))
@@ -88,8 +88,8 @@ class PosteriorNoise(nn.Module):
         centre = pooled.mean(dim=0)
         pooled = pooled - centre
         variances, basis = torch.linalg.eigh(pooled.T @ pooled / len(pooled))  # ascending
-        basis = basis.flip(1)[:, : self.rank + 1].T
-        points = pooled @ basis[:-1].T
+        basis = basis.flip(1)[:, : self.rank].T
+        points = pooled @ basis.T
         floor = FLOOR * float(variances[-self.rank :].mean()) + SMALLEST
         weights, means, covariance, shares = fit_shared(points, len(self.means), floor)
         # w_ky, with one picture's worth of the weights of all; these are the last row, of no class.
@@ -99,7 +99,7 @@ class PosteriorNoise(nn.Module):
         # The basis turned to the axes of the modes' covariance.
         variances, axes = torch.linalg.eigh(covariance)
         self.log_weights.copy_((by_class / by_class.sum(dim=1, keepdim=True)).clamp_min(SMALLEST**2).log())
-        self.basis.copy_(torch.cat((axes.T @ basis[:-1], basis[-1:])))
+        self.basis.copy_(axes.T @ basis)
         self.centre.copy_(centre)
         self.means.copy_(means @ axes)
         self.variances.copy_(variances)
@@ -111,14 +111,17 @@ class PosteriorNoise(nn.Module):
     def forward(
         self, eta: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """eta (B * M, C, H, W), x_t (B, C, H, W), timestep (B,), class_labels (B,) -> e, as eta."""
+        """eta (B * M, C, H, W), x_t (B, C, H, W), timestep (B,), class_labels (B,) -> e, as eta, channels last."""
         if self.rank == 0:
-            return eta
+            return eta.contiguous(memory_format=torch.channels_last)
+        # Any rank + 1 numbers of white noise are as good as any others; maps too small to have as many say some twice.
+        white = eta.flatten(1)
+        white = white.repeat(1, self.rank // white.shape[1] + 1)[:, : self.rank + 1].float()
         # Exponents of sums of squares: not for half precision.
         with torch.autocast(eta.device.type, enabled=False):
             cell = (eta.shape[2] * eta.shape[3]) ** 0.5 / self.side  # numbers in a mean: its square
-            drafts = self._drafts(self._on_grid(eta) * cell, self._on_grid(sample), timestep.long(), class_labels, cell)
-        drafts = drafts.view(-1, eta.shape[1], self.side, self.side).to(eta.dtype)
+            drafts = self._drafts(white, self._on_grid(sample), timestep.long(), class_labels, cell)
+        drafts = drafts.view(-1, eta.shape[1], self.side, self.side).to(eta.dtype, memory_format=torch.channels_last)
         return drafts if drafts.shape == eta.shape else F.interpolate(drafts, size=eta.shape[2:], mode="bilinear")
 
     def _on_grid(self, x: torch.Tensor) -> torch.Tensor:
@@ -126,23 +129,24 @@ class PosteriorNoise(nn.Module):
         return (x if x.shape[2:] == (self.side, self.side) else F.adaptive_avg_pool2d(x, self.side)).flatten(1).float()
 
     def _drafts(
-        self, eta: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, cell: float
+        self, white: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, cell: float
     ) -> torch.Tensor:
-        """eta (B * M, N), white, and x_t (B, N) on the grid, its noise s_t / cell -> e (B * M, N)."""
+        """white noise (B * M, rank + 1), the last for the choice of the mode, and x_t (B, N) on the grid, its noise s_t / cell
+        -> e (B * M, N)."""
         basis, means = self.basis.float(), self.means.float()
         alphabar = self.alphas_cumprod[timestep, None].float()
         a, s = alphabar.sqrt(), (1.0 - alphabar).clamp_min(SMALLEST).sqrt()  # (B, 1)
         precision = 1.0 / (alphabar * self.variances + (s / cell) ** 2)  # of u given the mode, (B, rank)
-        known = (x_t - a * self.centre) @ basis[:-1].T
+        known = (x_t - a * self.centre) @ basis.T
         prior = self.log_weights[-1:] if class_labels is None else self.log_weights[class_labels]
         likelihood = (a * precision * known) @ means.T - 0.5 * (alphabar * precision) @ means.square().T
         shares = (prior + likelihood).softmax(dim=1)  # (B, K)
-        expected = shares @ means
 
-        rows = torch.arange(len(eta), device=eta.device) // (len(eta) // len(x_t))
-        white = eta @ basis.T  # independent standard normals, of which the last chooses the mode
-        chosen = torch.searchsorted(shares.cumsum(dim=1)[rows], torch.special.ndtr(white[:, -1:])).clamp_max(len(means) - 1)
-        between = (s / cell**2 * precision)[rows] * (means[chosen[:, 0]] - expected[rows])
-        within = ((self.variances * precision).sqrt() / cell)[rows] * white[:, :-1]
-        scale = self.scale[timestep, None].float()[rows]
-        return scale * (between + within) @ basis[:-1]
+        draws = len(white) // len(x_t)
+        # Both factors of e for one unit of scale: s_t / cell^2 of the means apart, 1 / cell of the deviation inside a mode.
+        scale = self.scale[timestep, None].float() / cell
+        apart, inside = scale * (s / cell) * precision, scale * (self.variances * precision).sqrt()
+        uniform = torch.special.ndtr(white[:, -1:])
+        mode = torch.searchsorted(repeat(shares.cumsum(dim=1), draws), uniform).clamp_max(len(means) - 1).squeeze(1)
+        moved = repeat(apart, draws) * (means[mode] - repeat(shares @ means, draws))
+        return torch.addcmul(moved, repeat(inside, draws), white[:, :-1]) @ basis

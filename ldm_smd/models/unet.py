@@ -14,6 +14,7 @@ from ..config import PLACEMENTS
 from .blocks import (
     AttentionBlock,
     Downsample,
+    Pointwise,
     ResidualBlock,
     assign_modulation_slices,
     repeat,
@@ -25,6 +26,9 @@ from .noise import PosteriorNoise
 
 MIXTURE_PARTS = ("identifier.", "hyper.")
 """Where the names of the weights begin that a mixture model has and the Gaussian model it extends has not."""
+
+FITTED_PARTS = ("hyper.noise.",)
+"""Those of them that are fitted to the latents at hand and not trained."""
 
 
 class SMDUNet2DModel(ModelMixin, ConfigMixin):
@@ -55,8 +59,9 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         noise_modes: of the Gaussian mixture that the latents are taken to be from in those directions.
         noise_timesteps: of the noise schedule it is fitted for.
         placement: where f_phi acts. "in_out" (the paper): after the first and before the last convolution. "up": before
-            each level on the way up, so that the way down and the middle, the trunk, run once for any number of draws.
-            "all": "in_out" and before each level both ways. With "up" and "all" z also shifts the modulation of the way up.
+            each level on the way up but the last, so that the way down and the middle, the trunk, run once for any number of
+            draws. "all": "in_out", "up" and before each level on the way down. With "up" and "all" z also shifts the
+            modulation of the way up.
 
     Beside z, the noise itself enters before the last level on the way up and, through a gate by t and class, at the output.
     """
@@ -144,7 +149,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         self.identifier = None
         self.hyper = nn.ModuleDict()
         if latent_channels > 0:
-            ups = {f"up{index}": out for index, out in enumerate(reversed(block_out_channels))}
+            # Before the last level the noise itself enters; but a single level is not left without z.
+            ups = {f"up{index}": out for index, out in enumerate(reversed(block_out_channels[1:] or block_out_channels))}
             downs = {f"down{level}": block_out_channels[level - 1] for level in range(1, levels)}
             ends = {"in": first, "out": first}
             places = {"in_out": ends, "up": ups, "all": ends | downs | ups}[placement]
@@ -157,12 +163,11 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
                 embedding_dim=embedding_dim,
                 channels=identifier_channels,
                 latent_channels=latent_channels,
-                head_dim=attention_head_dim,
             )
             self.hyper["noise"] = PosteriorNoise(
                 in_channels, sample_size, noise_rank, noise_modes, num_classes, noise_timesteps
             )
-            self.hyper["draft"] = zero_init(nn.Conv2d(in_channels, first, 1, bias=False))
+            self.hyper["draft"] = zero_init(Pointwise(in_channels, first, bias=False))
             self.hyper["gate"] = zero_init(nn.Linear(embedding_dim, out_channels))
         self.up_modulation = self.up[0].blocks[0].modulation_slice.start
         if latent_channels > 0 and placement != "in_out":

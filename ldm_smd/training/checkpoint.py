@@ -55,17 +55,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("images-*") if PATTERN.fullmatch(path.name))
 
 
-def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...] = ()) -> None:
+def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> None:
     """Copy the weights of a diffusers model folder into ``model``; ``key`` is the setting a mismatch is blamed on.
 
     Parts of the model whose names start with one of ``new`` stay as they are where the folder has nothing of them: so a
-    mixture model starts from a Gaussian one.
+    mixture model starts from a Gaussian one. Those whose names start with one of ``kept`` stay as they are in any case.
     """
     path = folder / "diffusion_pytorch_model.safetensors"
     if not path.is_file():
         raise UserError(f"{key}: expected a model folder with {path.name}, found none in {folder}")
-    weights = load_file(path)
-    expected = model.state_dict()
+    weights = {name: value for name, value in load_file(path).items() if not name.startswith(kept)}
+    expected = {name: value for name, value in model.state_dict().items() if not name.startswith(kept)}
     if not any(name.startswith(new) for name in weights):
         expected = {name: value for name, value in expected.items() if not name.startswith(new)}
     for name in sorted(expected.keys() | weights.keys()):
