@@ -58,14 +58,19 @@ class DiffusionProcess:
     def posterior(
         self, x_t: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, s: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance of q(x_s | x_t, x_0) for s < t.
+        """Mean c_t x_t + c_0 x_0 and variance v of q(x_s | x_t, x_0) for s < t."""
+        c_t, c_0, variance = self.posterior_coefficients(t, s, x_t)
+        return c_t * x_t + c_0 * x0, variance
 
-        With a_ts = a_t / a_s and beta_ts = s_t^2 - a_ts^2 s_s^2:
-            mean = (a_ts s_s^2 x_t + a_s beta_ts x_0) / s_t^2,    variance = s_s^2 beta_ts / s_t^2
+    def posterior_coefficients(
+        self, t: torch.Tensor, s: torch.Tensor, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(c_t, c_0, v), shaped as by ``signal_and_noise``. With a_ts = a_t / a_s and beta_ts = s_t^2 - a_ts^2 s_s^2:
+
+        c_t = a_ts s_s^2 / s_t^2,    c_0 = a_s beta_ts / s_t^2,    v = s_s^2 beta_ts / s_t^2
         """
-        a_t, s_t = self.signal_and_noise(t, x_t)
-        a_s, s_s = self.signal_and_noise(s, x_t)
+        a_t, s_t = self.signal_and_noise(t, like)
+        a_s, s_s = self.signal_and_noise(s, like)
         a_ts = a_t / a_s
         beta_ts = s_t**2 - a_ts**2 * s_s**2
-        mean = (a_ts * s_s**2 * x_t + a_s * beta_ts * x0) / s_t**2
-        return mean, s_s**2 * beta_ts / s_t**2
+        return a_ts * s_s**2 / s_t**2, a_s * beta_ts / s_t**2, s_s**2 * beta_ts / s_t**2

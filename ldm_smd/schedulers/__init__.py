@@ -1,0 +1,1 @@
+"""Samplers in the form of diffusers schedulers."""

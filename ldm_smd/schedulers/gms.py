@@ -1,0 +1,123 @@
+"""GMSScheduler: ancestral sampling with a kernel of two Gaussians in place of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..diffusion.moments import WEIGHT, Moments, reverse_moments, two_gaussians, x0_moments
+from ..diffusion.process import DiffusionProcess
+
+
+class GMSScheduler(DDPMScheduler):
+    """Gaussian mixture solver (arXiv 2311.00941): x_s ~ 1/3 N(m_1, var) + 2/3 N(m_2, var), elementwise, with the mean, the
+    variance and the third central moment of q(x_s | x_t). The paper fits the kernel in 70 iterations of an optimizer at
+    every step; here it is solved (diffusion/moments.py).
+
+    A scheduler of diffusers otherwise: ``set_timesteps``, ``add_noise``, ``from_config`` of any other's configuration. But
+    ``step`` takes three outputs of the network where others take one, the prediction and two moments, as
+    MomentHeads.predict returns them; SMDPipeline with its ``moments`` part does so by itself.
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, timestep_spacing,
+        steps_offset, clip_sample, clip_sample_range, rescale_betas_zero_snr: as in DDPMScheduler.
+        num_moments: 3; or 2 for one Gaussian with the variance of q(x_s | x_t), as in Extended Analytic-DPM (arXiv 2206.07309).
+        picture_draws: choose one of the two components for a whole picture, and not for each number of it.
+        inside_share: the variance of the two components is v, that of q(x_s | x_t, x_0), and at least this share of what
+            x_0 adds to it; the rest may be between them. The paper's floor is v / 10, although x_s given x_t is a sum with a
+            normal term of variance v; with it the kernel is worse than one Gaussian (tests/schedulers/test_gms.py).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "trailing",
+        steps_offset: int = 0,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        rescale_betas_zero_snr: bool = False,
+        num_moments: int = 3,
+        picture_draws: bool = False,
+        inside_share: float = 0.2,
+    ) -> None:
+        if num_moments not in (2, 3):
+            raise ValueError(f"num_moments: expected 2 or 3, found {num_moments}")
+        if not 0.0 <= inside_share <= 1.0:
+            raise ValueError(f"inside_share: expected 0 to 1, found {inside_share}")
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            prediction_type=prediction_type,
+            timestep_spacing=timestep_spacing,
+            steps_offset=steps_offset,
+            clip_sample=clip_sample,
+            clip_sample_range=clip_sample_range,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One step, to the next timestep of ``set_timesteps``; the last is to the mean of x_0.
+
+        Args:
+            model_output: (B, 3 C, H, W): the network's prediction, and of v given x_t the variance and the third central
+                moment.
+            sample: x_t, (B, C, H, W).
+        """
+        channels = sample.shape[1]
+        if model_output.shape[1] != 3 * channels:
+            raise ValueError(
+                f"model_output: expected {3 * channels} channels, a prediction and two moments of {channels} each, found "
+                f"{model_output.shape[1]}; tools/train_moments.py makes the moments part of a model folder"
+            )
+        process = DiffusionProcess(self.alphas_cumprod.to(sample.device))
+        x_t = sample.float()
+        prediction, variance, third = model_output.float().chunk(3, dim=1)
+        t = torch.as_tensor(timestep, device=sample.device).reshape(1)
+        s = torch.as_tensor(self.previous_timestep(timestep), device=sample.device).reshape(1)
+        x0 = x0_moments(process, prediction, variance.clamp_min(0.0), third, x_t, t, self.config.prediction_type)
+        if self.config.clip_sample:
+            x0.mean = x0.mean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        if s < 0:
+            drawn = x0.mean
+        else:
+            moments, v = reverse_moments(process, x0, x_t, t, s)
+            drawn = self._draw(moments, v + self.config.inside_share * (moments.variance - v), generator)
+        drawn = drawn.to(sample.dtype)
+        if not return_dict:
+            return drawn, x0.mean
+        return DDPMSchedulerOutput(prev_sample=drawn, pred_original_sample=x0.mean)
+
+    def _draw(
+        self, moments: Moments, floor: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+    ) -> torch.Tensor:
+        """From the kernel of these moments."""
+        shape, place = moments.mean.shape, {"device": moments.mean.device, "dtype": moments.mean.dtype}
+        noise = randn_tensor(shape, generator=generator, **place)
+        if self.config.num_moments == 2:
+            return moments.mean + moments.variance.sqrt() * noise
+        first, second, variance = two_gaussians(moments, floor)
+        # A standard normal is below this as often as the first component is to be chosen.
+        below = torch.special.ndtri(torch.tensor(WEIGHT, **place))
+        choice = randn_tensor((shape[0], *[1] * (len(shape) - 1)) if self.config.picture_draws else shape, generator, **place)
+        return torch.where(choice < below, first, second) + variance.sqrt() * noise

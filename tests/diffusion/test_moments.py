@@ -1,0 +1,91 @@
+"""Moments and kernels against Gaussian mixtures, where q(x_s | x_t) is known."""
+
+import pytest
+import torch
+
+from ldm_smd.config import DiffusionConfig
+from ldm_smd.diffusion.gaussian import GaussianMixture
+from ldm_smd.diffusion.moments import Moments, reverse_moments, two_gaussians, x0_moments
+from ldm_smd.diffusion.process import PREDICTION_TYPES, DiffusionProcess
+from ldm_smd.training.loop import build_scheduler
+
+PROCESS = DiffusionProcess(build_scheduler(DiffusionConfig()).alphas_cumprod.double())
+MIXTURE = GaussianMixture.isotropic(torch.tensor([[-1.2], [0.3], [1.0]]).double(), 0.1, torch.tensor([0.5, 0.2, 0.3]).double())
+GRID = torch.linspace(-7, 7, 400_001, dtype=torch.float64)
+
+
+def quadrature(log_density):
+    """The moments of a density on GRID."""
+    weights = torch.softmax(log_density, 0)
+    mean = (weights * GRID).sum()
+    centred = GRID - mean
+    return Moments(mean, (weights * centred**2).sum(), (weights * centred**3).sum())
+
+
+def exact_x0(x_t, t):
+    """q(x_0 | x_t) by Bayes' rule."""
+    a, s = PROCESS.signal_and_noise(t, x_t)
+    return quadrature(MIXTURE.log_prob(GRID[:, None]) - (x_t - a * GRID).square().flatten() / (2 * s.item() ** 2))
+
+
+def exact_xs(x_t, t, s):
+    """q(x_s | x_t) by Bayes' rule."""
+    (a_t, s_t), (a_s, s_s) = (tuple(v.item() for v in PROCESS.signal_and_noise(time, x_t)) for time in (t, s))
+    a_ts = a_t / a_s
+    beta = s_t**2 - a_ts**2 * s_s**2
+    prior = MIXTURE.diffused(a_s, s_s).log_prob(GRID[:, None])
+    return quadrature(prior - (x_t.item() - a_ts * GRID).square() / (2 * beta))
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("t, s", [(999, 700), (700, 400), (400, 100), (100, 20)])
+def test_moments_of_a_step_are_those_of_its_distribution(kind, t, s):
+    t, s, x_t = torch.tensor([t]), torch.tensor([s]), torch.tensor([[0.35]], dtype=torch.float64)
+    known = exact_x0(x_t, t)
+    a_t, s_t = PROCESS.signal_and_noise(t, x_t)
+    mean = known.mean.view(1, 1)
+    prediction = PROCESS.target(mean, (x_t - a_t * mean) / s_t, t, kind)
+    x0 = x0_moments(PROCESS, prediction, known.variance / s_t**2, -known.third / s_t**3, x_t, t, kind)
+    found, _ = reverse_moments(PROCESS, x0, x_t, t, s)
+    wanted = exact_xs(x_t, t, s)
+    for name in ("mean", "variance", "third"):
+        assert getattr(found, name).item() == pytest.approx(getattr(wanted, name).item(), rel=1e-6, abs=1e-8), name
+
+
+def of_kernel(first, second, variance):
+    mean = first / 3 + 2 * second / 3
+    d1, d2 = first - mean, second - mean
+    return mean, variance + d1**2 / 3 + 2 * d2**2 / 3, (d1**3 + 3 * d1 * variance) / 3 + 2 * (d2**3 + 3 * d2 * variance) / 3
+
+
+def random_moments(count=2000):
+    generator = torch.Generator().manual_seed(0)
+    mean, third = torch.randn(2, count, generator=generator, dtype=torch.float64)
+    return Moments(mean, 0.05 + torch.rand(count, generator=generator, dtype=torch.float64), third)
+
+
+def test_two_gaussians_have_the_moments():
+    moments = random_moments()
+    first, second, variance = two_gaussians(moments, torch.zeros(()).double())
+    mean, spread, third = of_kernel(first, second, variance)
+    assert torch.allclose(mean, moments.mean, atol=1e-13) and torch.allclose(spread, moments.variance, atol=1e-13)
+    reachable = moments.third.abs() < moments.variance**1.5 / 2**0.5
+    assert 0.2 < reachable.double().mean() < 0.9
+    assert torch.allclose(third[reachable], moments.third[reachable], atol=1e-13)
+    # Beyond that it is two points, as skewed as numbers with these weights can be.
+    assert torch.allclose(third[~reachable].abs(), moments.variance[~reachable] ** 1.5 / 2**0.5)
+    assert (variance >= 0).all() and (variance[~reachable] < 1e-12).all()
+
+
+def test_a_floor_keeps_mean_and_variance():
+    moments, floor = random_moments(), torch.tensor(0.3).double()
+    first, second, variance = two_gaussians(moments, floor)
+    mean, spread, _ = of_kernel(first, second, variance)
+    assert torch.allclose(mean, moments.mean) and variance.min() >= floor - 1e-12
+    assert torch.allclose(spread, torch.maximum(moments.variance, floor))
+
+
+def test_no_skew_is_one_gaussian():
+    moments = Moments(torch.ones(3), torch.full((3,), 2.0), torch.zeros(3))
+    first, second, variance = two_gaussians(moments, torch.zeros(()))
+    assert torch.equal(first, second) and torch.equal(variance, moments.variance)

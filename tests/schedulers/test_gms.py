@@ -1,0 +1,161 @@
+"""GMSScheduler on a Gaussian mixture, every moment known."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from ldm_smd.config import DiffusionConfig
+from ldm_smd.diffusion.gaussian import GaussianMixture
+from ldm_smd.diffusion.moments import reverse_moments, two_gaussians, x0_moments
+from ldm_smd.diffusion.process import PREDICTION_TYPES, DiffusionProcess
+from ldm_smd.schedulers.gms import GMSScheduler
+from ldm_smd.training.loop import build_scheduler
+
+SCHEDULER = build_scheduler(DiffusionConfig())
+MIXTURE = GaussianMixture.isotropic(torch.tensor([[-1.2], [0.3], [1.0]]).double(), 0.1)
+
+
+def scheduler(**options):
+    return GMSScheduler.from_config(SCHEDULER.config, **options)
+
+
+def exact_output(x_t, t, kind="v_prediction"):
+    """What a perfect network and its heads say of x_t (B, 1, 1, 1): (B, 3, 1, 1)."""
+    process = DiffusionProcess(SCHEDULER.alphas_cumprod.double())
+    points = x_t.flatten(1).double()
+    time = torch.as_tensor(t).reshape(1)
+    a, s = (v.item() for v in process.signal_and_noise(time, points))
+    posterior = MIXTURE.posterior(points, a, s)
+    mean = posterior.mean()
+    apart = posterior.means[..., 0] - mean
+    variance = (posterior.weights * (apart**2 + posterior.variances[:, 0])).sum(dim=1)
+    third = (posterior.weights * (apart**3 + 3 * apart * posterior.variances[:, 0])).sum(dim=1)
+    prediction = process.target(mean, (points - a * mean) / s, time, kind)
+    output = torch.stack((prediction[:, 0], variance / s**2, -third / s**3), dim=1)
+    return output[..., None, None].to(x_t.dtype)
+
+
+def kernel_error(steps, variance_of):
+    """Mean over a chain's steps and over x_t of the energy distance 2 integral (F - G)^2 between kernel and q(x_s | x_t)."""
+    process, grid = DiffusionProcess(SCHEDULER.alphas_cumprod.double()), torch.linspace(-5, 5, 2001).double()
+    chain = scheduler()
+    chain.set_timesteps(steps)
+    errors = []
+    for t, s in zip(chain.timesteps[:-1], chain.timesteps[1:]):
+        t, s = t.view(1), s.view(1)
+        like = torch.zeros(1, 1).double()
+        (a_t, s_t), (a_s, s_s) = (tuple(v.flatten()[0] for v in process.signal_and_noise(time, like)) for time in (t, s))
+        x_t = MIXTURE.diffused(a_t, s_t).sample(200, torch.Generator().manual_seed(0))
+        exact = MIXTURE.reverse(x_t, a_t, s_t, a_s, s_s)
+        prediction, variance, third = exact_output(x_t[..., None, None], t)[..., 0, 0].split(1, dim=1)
+        x0 = x0_moments(process, prediction, variance, third, x_t, t, "v_prediction")
+        moments, v = reverse_moments(process, x0, x_t, t, s)
+        weights, means, variances = variance_of(moments, v)
+        learned = cdf(grid, weights, means, variances)
+        wanted = cdf(grid, exact.weights, exact.means[..., 0], exact.variances[:, 0].expand_as(exact.weights))
+        errors.append(2 * (learned - wanted).square().sum(dim=1).mean() * (grid[1] - grid[0]))
+    return float(torch.stack(errors).mean())
+
+
+def cdf(grid, weights, means, variances):
+    """Of Gaussian mixtures (N, K) on the grid, (N, points)."""
+    return (weights[..., None] * torch.special.ndtr((grid - means[..., None]) / variances[..., None].sqrt())).sum(dim=1)
+
+
+def one_gaussian(share):
+    """Kernels N(M, v + share (C - v)): 0 is DDPM's, 1 has the exact variance."""
+    return lambda moments, v: (torch.ones_like(moments.mean), moments.mean, v + share * (moments.variance - v))
+
+
+def two_gaussians_above(floor):
+    def kernel(moments, v):
+        first, second, variance = two_gaussians(moments, floor(moments, v))
+        weights = torch.tensor([1 / 3, 2 / 3]).double().expand(len(first), 2)
+        return weights, torch.cat((first, second), dim=1), variance.expand(-1, 2)
+
+    return kernel
+
+
+@pytest.mark.parametrize("steps", [5, 10, 25])
+def test_two_gaussians_are_nearer_the_exact_step_than_one(steps):
+    """And with the scheduler's floor nearer than with others; the paper's is worse than one Gaussian."""
+    share = scheduler().config.inside_share
+    ours = kernel_error(steps, two_gaussians_above(lambda moments, v: v + share * (moments.variance - v)))
+    least = kernel_error(steps, two_gaussians_above(lambda moments, v: v))
+    papers = kernel_error(steps, two_gaussians_above(lambda moments, v: 0.1 * v))
+    exact_variance, ddpm = (kernel_error(steps, one_gaussian(s)) for s in (1.0, 0.0))
+    assert ours < least < exact_variance < papers < ddpm
+
+
+def test_samples_are_nearer_the_data_than_ddpms():
+    count = 20_000
+    data = MIXTURE.sample(count, torch.Generator().manual_seed(1)).flatten()
+    ancestral = sample(DDPMScheduler.from_config(SCHEDULER.config), 10, count, outputs=1)
+    ours = sample(scheduler(), 10, count)
+    distance = [(x.sort().values - data.sort().values).abs().mean() for x in (ours, ancestral)]
+    assert distance[0] < 0.5 * distance[1]
+
+
+def sample(chain, steps, count, outputs=3):
+    chain.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 1, 1, 1, generator=generator)
+    for t in chain.timesteps:
+        x = chain.step(exact_output(x, t)[:, :outputs], t, x, generator=generator).prev_sample
+    return x.flatten().double()
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_a_step_has_the_moments_for_every_prediction_type(kind):
+    t, s, count = 900, 700, 400_000
+    chain = GMSScheduler.from_config(SCHEDULER.config, prediction_type=kind, inside_share=0.0)
+    chain.set_timesteps(timesteps=[t, s])
+    x_t = torch.full((count, 1, 1, 1), 0.35)
+    output = exact_output(x_t[:1], t, kind).expand(count, -1, -1, -1)
+    drawn = chain.step(output, t, x_t, generator=torch.Generator().manual_seed(0)).prev_sample.double().flatten()
+    process = DiffusionProcess(SCHEDULER.alphas_cumprod.double())
+    (a_t, s_t), (a_s, s_s) = (process.signal_and_noise(torch.tensor([v]), x_t.double()[:1]) for v in (t, s))
+    at = (v.flatten()[0] for v in (a_t, s_t, a_s, s_s))
+    exact = MIXTURE.reverse(x_t[:1].flatten(1).double(), *at).sample(count, torch.Generator().manual_seed(1))[0, :, 0]
+    for power in (1, 2, 3):
+        centre = 0.0 if power == 1 else exact.mean()
+        wanted = (exact - centre).pow(power)
+        error = (drawn - centre).pow(power).mean() - wanted.mean()
+        assert error.abs() < 8 * wanted.std() / count**0.5, power
+
+
+def test_a_picture_does_not_depend_on_its_batch():
+    chain = scheduler()
+    chain.set_timesteps(4)
+    x_t, t = torch.randn(3, 2, 4, 4), chain.timesteps[1]
+    output = torch.cat((torch.randn(3, 2, 4, 4), torch.rand(3, 2, 4, 4), torch.randn(3, 2, 4, 4)), dim=1)
+
+    def step(rows):
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return chain.step(output[rows], t, x_t[rows], generator=generators, return_dict=False)[0]
+
+    assert torch.equal(step([0, 1, 2])[1:], step([1, 2]))
+
+
+def test_picture_draws_choose_once():
+    """With two points as components and no noise, all numbers of a picture are on the same side of their means."""
+    chain = scheduler(picture_draws=True, inside_share=0.0)
+    chain.set_timesteps(timesteps=[999, 0])
+    output = torch.cat((torch.zeros(64, 1, 4, 4), torch.full((64, 1, 4, 4), 0.5), torch.full((64, 1, 4, 4), 50.0)), dim=1)
+    t = chain.timesteps[0]
+    moved = chain.step(output, t, torch.zeros(64, 1, 4, 4), generator=torch.Generator().manual_seed(0)).prev_sample
+    alike = (moved > 0).flatten(1).double().mean(dim=1)
+    assert ((alike < 0.25) | (alike > 0.75)).double().mean() > 0.9
+
+
+def test_saves_and_loads_and_names_mistakes(tmp_path):
+    scheduler(num_moments=2).save_pretrained(tmp_path)
+    again = GMSScheduler.from_pretrained(tmp_path)
+    assert again.config.num_moments == 2 and torch.equal(again.alphas_cumprod, SCHEDULER.alphas_cumprod)
+    assert DDIMScheduler.from_config(again.config).config.prediction_type == "v_prediction"
+    with pytest.raises(ValueError, match=r"expected 6 channels.*found 2; tools/train_moments.py"):
+        again.step(torch.zeros(1, 2, 4, 4), 999, torch.zeros(1, 2, 4, 4))
+    with pytest.raises(ValueError, match="num_moments: expected 2 or 3"):
+        scheduler(num_moments=4)
+    with pytest.raises(ValueError, match="inside_share: expected 0 to 1"):
+        scheduler(inside_share=2.0)
