@@ -13,6 +13,7 @@ Writes benchmarks/results/few_steps-NAME.json, .md and .jpg.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -69,6 +70,8 @@ class FewStepsConfig:
     """Feature network: a FeatureNetwork folder, open_clip:ARCHITECTURE:FILE.safetensors or inception:FILE."""
     reference: int = 10_000
     """Training pictures compared with, at most."""
+    resume: bool = False
+    """Keep what the result file has of the same weights, pictures, features and numbers of samples."""
 
     def __post_init__(self) -> None:
         at_least("sampling_seeds", self.sampling_seeds, 1)
@@ -91,6 +94,8 @@ def few_steps(config: FewStepsConfig) -> Path:
     sampled_labels = [labels[order[index % len(order)]] for index in range(config.samples)]
 
     floor_features = extractor(held_out[order[: config.samples]], description="floor")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"few_steps-{config.name}.json"
     result = {
         "command": " ".join(["python", "benchmarks/few_steps.py", *sys.argv[1:]]),
         "distance": f"Frechet distance and KID in the features of {extractor.name}",
@@ -101,6 +106,7 @@ def few_steps(config: FewStepsConfig) -> Path:
         "threads": torch.get_num_threads(),
         "models": {},
     }
+    before = json.loads(path.read_text(encoding="utf-8")) if config.resume and path.is_file() else {}
     rows: list[torch.Tensor] = []
     for model, folder, schedulers in (
         ("smd", config.smd, config.smd_schedulers),
@@ -108,42 +114,52 @@ def few_steps(config: FewStepsConfig) -> Path:
     ):
         pipeline = load_pipeline(folder)
         own = pipeline.scheduler
-        cells: dict[str, dict[int, dict]] = {}
-        result["models"][model] = {"parameters": pipeline.unet.num_parameters(), "distance": cells}
-        for name in schedulers:
+
+        def sampled(name: str, steps: int, start: int, count: int, pipeline=pipeline, own=own, model=model) -> torch.Tensor:
+            """Pictures of the seeds from ``start`` on."""
             pipeline.scheduler = make_scheduler(SCHEDULERS[name], own)
-            cells[name] = {}
+            chosen, title = sampled_labels[start : start + count], f"{model}, {name}, {steps} steps"
+            return sample_pixels(pipeline, chosen, count, steps, 1.0, start, 125, title)
+
+        rows.extend(sampled("DDPM", steps, 0, GRID_PICTURES) for steps in GRID_STEPS)
+        entry = {"parameters": pipeline.unet.num_parameters(), "weights_sha256": weights_sha256(folder), "distance": {}}
+        result["models"][model] = entry
+        for name in schedulers:
+            cells = entry["distance"][name] = {}
             for steps in config.steps:
-                per_seed = config.samples // config.sampling_seeds
-                pixels = [
-                    sample_pixels(
-                        pipeline,
-                        sampled_labels[seed * per_seed : (seed + 1) * per_seed],
-                        per_seed,
-                        steps,
-                        guidance_scale=1.0,
-                        seed=seed * per_seed,
-                        batch_size=125,
-                        description=f"{model}, {name}, {steps} steps",
-                    )
-                    for seed in range(config.sampling_seeds)
-                ]
-                features = [extractor((part * 255).round().to(torch.uint8)) for part in pixels]
-                cells[name][steps] = measure(torch.cat(features), features, reference)
-                print(f"{model} {name} {steps}: {cells[name][steps]['frechet']:.3f}", flush=True)
-                if name == "DDPM" and steps in GRID_STEPS:
-                    rows.append(pixels[0][:GRID_PICTURES])
+                cells[steps] = known_cell(before, result, model, name, steps)
+                if cells[steps] is None:
+                    per_seed = config.samples // config.sampling_seeds
+                    parts = [sampled(name, steps, seed * per_seed, per_seed) for seed in range(config.sampling_seeds)]
+                    features = [extractor((part * 255).round().to(torch.uint8)) for part in parts]
+                    cells[steps] = measure(torch.cat(features), features, reference)
+                print(f"{model} {name} {steps}: {cells[steps]['frechet']:.3f}", flush=True)
+                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")  # for resume
     result["targets"] = targets(result["models"])
     result["seconds"] = round(time.perf_counter() - started)
 
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"few_steps-{config.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(table(config, result), encoding="utf-8")
     grid = make_grid(torch.cat(rows), nrow=GRID_PICTURES, padding=2, pad_value=0.8)
     to_pil_image(grid).save(path.with_suffix(".jpg"), quality=88)
     print(table(config, result))
     return path
+
+
+def weights_sha256(folder: str) -> str:
+    """Of the UNet of a model folder."""
+    return hashlib.sha256((Path(folder) / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+
+
+def known_cell(before: dict, result: dict, model: str, name: str, steps: int) -> dict | None:
+    """What an earlier result has of this cell, if it was made of the same."""
+    same = ("distance", "reference_pictures", "floor", "samples", "sampling_seeds")
+    if any(before.get(key) != result[key] for key in same):
+        return None
+    entry = before["models"].get(model, {})
+    if entry.get("weights_sha256") != result["models"][model]["weights_sha256"]:
+        return None
+    return entry["distance"].get(name, {}).get(str(steps))
 
 
 def measure(features: torch.Tensor, per_seed: list[torch.Tensor], reference: torch.Tensor) -> dict:

@@ -22,3 +22,19 @@ def test_few_steps_end_to_end(model_folder, pictures, tmp_path, monkeypatch, run
     assert [target["target"] for target in result["targets"]] == ["<= 0.5", "<= 1"]
     assert "| smd, DDPM |" in (tmp_path / "few_steps-shapes.md").read_text()
     assert (tmp_path / "few_steps-shapes.jpg").stat().st_size > 1000
+
+    # Again with one more number of steps: the rest is taken from the file, where the pictures and weights are the same.
+    def again(*settings):
+        settings = ("name=shapes", "samples=32", "steps=[1,2]", "resume=true", "smd_schedulers=[DDPM]", *settings)
+        code, _, error = run(FewStepsConfig, few_steps.few_steps, *settings, "gaussian_schedulers=[DDIM]", *source, *models)
+        assert code == 0, error
+        models_found = json.loads((tmp_path / "few_steps-shapes.json").read_text())["models"]
+        return models_found["smd"]["distance"]["DDPM"], models_found["gaussian"]["distance"]["DDIM"]
+
+    result["models"]["smd"]["distance"]["DDPM"]["1"]["frechet"] = 123.0
+    result["models"]["gaussian"]["weights_sha256"] = "other"
+    result["models"]["gaussian"]["distance"]["DDIM"]["1"]["frechet"] = 123.0
+    (tmp_path / "few_steps-shapes.json").write_text(json.dumps(result))
+    smd, gaussian = again()
+    assert smd["1"]["frechet"] == 123.0 and smd["2"]["frechet"] != 123.0 and gaussian["1"]["frechet"] != 123.0
+    assert again("sampling_seeds=4")[0]["1"]["frechet"] != 123.0
