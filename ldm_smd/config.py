@@ -300,8 +300,8 @@ class TrainConfig:
     """Folder of the run: checkpoints, metrics, sample grids, and model/ (the pipeline, EMA weights) at the end."""
     init_from: Optional[str] = None
     """Start from the weights of this model folder instead of random ones. A Gaussian SMDUNet2DModel's will do for a mixture
-    with the same blocks, which then equals it at first. A UNet2DModel of diffusers is extended to a mixture, with its own
-    blocks; of ``model``, latent_channels, identifier_channels and hypernetwork_width count."""
+    with the same blocks, which then equals it in the mean of its draws. A UNet2DModel of diffusers is extended to a mixture,
+    with its own blocks; of ``model``, latent_channels, identifier_channels, hypernetwork_width and noise_* count."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -354,6 +354,40 @@ class TrainConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tools/train_moments.py
+
+
+@dataclass
+class TrainMomentsConfig:
+    """tools/train_moments.py. All counts are in images."""
+
+    model: str = MISSING
+    """Model folder with a Gaussian UNet: RUN/model of tools/train.py."""
+    shards: str = MISSING
+    """The latent shards it was trained on."""
+    output: str = MISSING
+    """New model folder: the same with a moments part, and GMSScheduler as its scheduler."""
+    images_total: int = 50_000
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    """Of AdamW; up over the first 5 %, then a half cosine to zero."""
+    third_weight: float = 0.1
+    """Of the squared error of r^3, whose own spread is that much larger than that of r^2."""
+    ema_halflife_images: int = 5_000
+    label_dropout: float = 0.1
+    """Share of labels replaced by the null class."""
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        at_least("batch_size", self.batch_size, 1)
+        check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
+        check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
+        check(self.third_weight > 0, "third_weight", "more than 0", self.third_weight)
+        check(0 <= self.label_dropout <= 1, "label_dropout", "from 0 to 1", self.label_dropout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tools/sample.py
 
 
@@ -371,7 +405,7 @@ class SampleConfig:
     """Pictures per class; of an unconditional run, pictures in all."""
     steps: int = 8
     scheduler: Optional[str] = None
-    """Any diffusers scheduler class, as DDIMScheduler, with settings of its own where wanted, as
+    """Any scheduler class of diffusers, as DDIMScheduler, or GMSScheduler; with settings of its own where wanted, as
     DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is none."""

@@ -14,7 +14,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from .autoencoder import FrozenAutoencoder
 from .errors import UserError
 from .models.extended import ExtendedUNet2DModel
+from .models.moments import MomentHeads
 from .models.unet import SMDUNet2DModel
+from .schedulers.gms import GMSScheduler
 
 
 class SMDPipeline(DiffusionPipeline):
@@ -29,9 +31,11 @@ class SMDPipeline(DiffusionPipeline):
         vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
         scheduler: any diffusers scheduler.
         id2label: class names by number (as a string, as JSON has it).
+        moments: what GMSScheduler needs of a Gaussian unet beside its prediction (tools/train_moments.py).
     """
 
-    model_cpu_offload_seq = "unet->vae"
+    model_cpu_offload_seq = "unet->moments->vae"
+    _optional_components = ["moments"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -40,9 +44,10 @@ class SMDPipeline(DiffusionPipeline):
         vae: ModelMixin,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,
+        moments: MomentHeads | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler, moments=moments)
         self.register_to_config(id2label=id2label)
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
 
@@ -132,11 +137,27 @@ class SMDPipeline(DiffusionPipeline):
         guidance_scale: float,
     ) -> torch.Tensor:
         if labels is None or guidance_scale == 1.0:
-            return self.unet(x_t, timestep, labels, eta, return_dict=False)[0]
+            return self._evaluate(x_t, timestep, labels, eta)
         null = torch.full_like(labels, self.unet.config.num_classes)
         both = (torch.cat((x_t, x_t)), timestep, torch.cat((labels, null)), None if eta is None else torch.cat((eta, eta)))
-        cond, uncond = self.unet(*both, return_dict=False)[0].chunk(2)
-        return uncond + guidance_scale * (cond - uncond)
+        cond, uncond = self._evaluate(*both).chunk(2)
+        # Guidance moves the mean; the other moments, where there are any, stay those of the class.
+        channels = x_t.shape[1]
+        guided = uncond[:, :channels] + guidance_scale * (cond[:, :channels] - uncond[:, :channels])
+        return torch.cat((guided, cond[:, channels:]), dim=1)
+
+    def _evaluate(
+        self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, eta: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The prediction, and for GMSScheduler two moments as further channels."""
+        if not isinstance(self.scheduler, GMSScheduler):
+            return self.unet(x_t, timestep, labels, eta, return_dict=False)[0]
+        if self.moments is None:
+            raise UserError(
+                "scheduler: expected a model folder with a moments part for GMSScheduler, found none; "
+                "tools/train_moments.py makes it"
+            )
+        return self.moments.predict(self.unet, x_t, timestep, labels)
 
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict:
         """Schedulers differ in whether ``step`` takes a generator."""

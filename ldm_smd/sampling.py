@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw, ImageFont
 
+from . import schedulers
 from .config import SampleConfig
 from .device import pick_device
 from .errors import UserError
@@ -76,12 +77,12 @@ def sample_pixels(
 
 
 def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
-    """The diffusers scheduler class called ``name`` with the noise schedule of ``current``.
+    """The scheduler class called ``name``, of diffusers or ours, with the noise schedule of ``current``.
 
     ``name`` may go on with settings of the class: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
     """
     name, _, settings = name.partition(":")
-    kind = getattr(diffusers, name, None)
+    kind = getattr(schedulers, name, getattr(diffusers, name, None))
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         near = ", ".join(sorted(kind.__name__ for kind in current.compatibles))
         raise UserError(f"scheduler: expected a diffusers scheduler class ({near}), found {name!r}")

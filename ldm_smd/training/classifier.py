@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,10 @@ from ..evaluation.features import FeatureNetwork
 from ..files import atomic_folder, require_unused
 from ..progress import progress
 from .card import card
+from .rates import warmup_cosine
 
 REPORT_EVERY_BATCHES = 50
+WARMUP = 0.15
 
 
 @dataclass
@@ -56,7 +57,7 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
     bar = progress(steps * per_step, 0, output.name)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(config.learning_rate, step / steps)
+            group["lr"] = warmup_cosine(config.learning_rate, step / steps, WARMUP)
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for entry in config.sets:
@@ -93,11 +94,6 @@ def augmented_batch(pictures: LabelledPictures, config: ClassifierSetConfig) -> 
     # One gather for the whole batch, every picture with its own shift.
     shifted = padded[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return shifted.permute(0, 3, 1, 2), pictures.labels[index]
-
-
-def learning_rate_at(peak: float, done: float) -> float:
-    """Linear up over the first 15 %, then a half cosine to zero."""
-    return peak * done / 0.15 if done < 0.15 else peak * 0.5 * (1 + math.cos(math.pi * (done - 0.15) / 0.85))
 
 
 @torch.no_grad()

@@ -1,0 +1,133 @@
+"""Train MomentHeads on a frozen, Gaussian UNet: the variance and skew of what its prediction leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..autoencoder import FrozenAutoencoder, sample_latents
+from ..config import TrainMomentsConfig
+from ..data.shards import Manifest
+from ..data.stream import LatentBatch, LatentStream, latent_loader
+from ..device import pick_device
+from ..diffusion.process import DiffusionProcess
+from ..errors import UserError
+from ..files import atomic_folder, require_unused
+from ..models.moments import MomentHeads
+from ..models.unet import known_labels
+from ..pipelines import SMDPipeline, load_pipeline
+from ..progress import progress
+from ..schedulers.gms import GMSScheduler
+from .card import card
+from .ema import EMA
+from .rates import warmup_cosine
+
+REPORT_EVERY_BATCHES = 50
+WARMUP = 0.05
+CALIBRATION_TIMESTEPS = (99, 249, 499, 749, 999)
+CALIBRATION_PICTURES = 512
+
+
+def train_moments(config: TrainMomentsConfig) -> Path:
+    """Train, then write the model folder with the heads in it; returns it."""
+    output = Path(config.output)
+    require_unused(output)
+    device = pick_device(config.device)
+    pipeline = load_pipeline(config.model).to(device)
+    if pipeline.unet.is_mixture:
+        raise UserError(
+            f"model: expected a Gaussian UNet, whose steps have moments to learn, found a mixture in {config.model}"
+        )
+    pipeline.unet.eval().requires_grad_(False)
+    manifest = Manifest.load(config.shards)
+    autoencoder = FrozenAutoencoder(pipeline.vae, config.model)
+    manifest.check_autoencoder(autoencoder)
+
+    torch.manual_seed(config.seed)
+    heads = MomentHeads.for_unet(pipeline.unet).to(device)
+    ema = EMA(heads, config.ema_halflife_images)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+    errors = PredictionErrors(pipeline, autoencoder, config.label_dropout)
+    stream = LatentStream(manifest, config.batch_size, config.images_total, seed=config.seed)
+    bar, images_seen = progress(config.images_total, 0, output.name), 0
+    for index, batch in enumerate(latent_loader(stream, num_workers=0)):
+        for group in optimizer.param_groups:
+            group["lr"] = warmup_cosine(config.learning_rate, images_seen / config.images_total, WARMUP)
+        variance, third, error = errors(heads, batch.to(device))
+        loss = (variance - error**2).square().mean() + config.third_weight * (third - error**3).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
+        optimizer.step()
+        images_seen += config.batch_size
+        ema.update(heads, config.batch_size, images_seen)
+        bar.update(config.batch_size)
+        if index % REPORT_EVERY_BATCHES == 0:
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+    bar.close()
+
+    few = LatentStream(manifest, CALIBRATION_PICTURES, CALIBRATION_PICTURES, seed=config.seed).batch_at(0).to(device)
+    shares = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few)
+    pipeline.register_modules(moments=ema.model, scheduler=GMSScheduler.from_config(pipeline.scheduler.config))
+    with atomic_folder(output) as folder:
+        pipeline.save_pretrained(folder)
+        text = moments_card(config, ema.model, images_seen, shares)
+        for path in (folder, folder / "moments"):
+            (path / "README.md").write_text(text, encoding="utf-8")
+    print("predicted variance over that found: " + ", ".join(f"{share:.2f} at t = {t}" for t, share in shares.items()))
+    return output
+
+
+@dataclass
+class PredictionErrors:
+    """From a batch to what the heads say of the error of the network's v, and that error."""
+
+    pipeline: SMDPipeline
+    autoencoder: FrozenAutoencoder
+    label_dropout: float
+
+    def __call__(
+        self, heads: MomentHeads, batch: LatentBatch, t: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(variance, third, error), each (B, C, H, W), at timesteps (B,), random where there are none.
+
+        v = (a_t x_t - x_0) / s_t, so the error of v is that of x_0 over -s_t, whatever the network predicts.
+        """
+        unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
+        x0 = self.autoencoder.normalise(sample_latents(batch.moments))
+        process = DiffusionProcess(scheduler.alphas_cumprod.to(x0.device))
+        if t is None:
+            t = torch.randint(process.num_timesteps, (len(x0),), device=x0.device)
+        labels = known_labels(batch.labels, unet.config.num_classes)
+        if labels is not None:
+            dropped = torch.rand(labels.shape, device=x0.device) < self.label_dropout
+            labels = torch.where(dropped, unet.config.num_classes, labels)
+        x_t = process.noise(x0, torch.randn_like(x0), t)
+        prediction, variance, third = heads.predict(unet, x_t, t, labels).chunk(3, dim=1)
+        _, s = process.signal_and_noise(t, x0)
+        error = (process.to_x0(prediction, x_t, t, scheduler.config.prediction_type) - x0) / s
+        return variance, third, error
+
+
+@torch.no_grad()
+def calibration(errors: PredictionErrors, heads: MomentHeads, batch: LatentBatch) -> dict[int, float]:
+    """At some timesteps the mean of the predicted variance over the mean of the squared error: 1 where it is right."""
+    shares = {}
+    for t in CALIBRATION_TIMESTEPS:
+        if t < errors.pipeline.scheduler.config.num_train_timesteps:
+            variance, _, error = errors(heads, batch, torch.full((len(batch.labels),), t, device=batch.moments.device))
+            shares[t] = float(variance.mean() / error.square().mean())
+    return shares
+
+
+def moments_card(config: TrainMomentsConfig, heads: MomentHeads, images_seen: int, shares: dict[int, float]) -> str:
+    """README.md of the model folder and of its moments part."""
+    measured = ", ".join(f"{share:.2f} at t = {t}" for t, share in shares.items())
+    text = f"""\
+{heads.num_parameters() / 1e6:.2f} million parameters beside the UNet of `{config.model}`, which is unchanged; EMA weights \
+after {images_seen:,} images. Predicted variance over the squared error: {measured}.
+
+Made by `tools/train_moments.py` with these settings:"""
+    return card("Variance and skew of the step, for GMSScheduler", text, config)

@@ -1,0 +1,48 @@
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from ldm_smd.models.moments import MomentHeads
+from ldm_smd.models.unet import SMDUNet2DModel
+
+
+def ours():
+    return SMDUNet2DModel(4, 2, 2, (8, 16), num_classes=3, norm_num_groups=4, attention_head_dim=8, latent_channels=0)
+
+
+def theirs():
+    return UNet2DModel(
+        sample_size=4,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        num_class_embeds=4,
+    )
+
+
+@pytest.mark.parametrize("build", [ours, theirs])
+def test_one_pass_gives_the_prediction_and_two_moments(build):
+    torch.manual_seed(0)
+    unet = build()
+    heads = MomentHeads.for_unet(unet)
+    x, t, labels = torch.randn(3, 2, 4, 4), torch.tensor([1, 500, 999]), torch.tensor([0, 1, 2])
+    calls = []
+    unet.conv_out.register_forward_hook(lambda *_: calls.append(1))
+    output = heads.predict(unet, x, t, labels)
+    assert len(calls) == 1 and output.shape == (3, 6, 4, 4)
+    assert torch.equal(output[:, :2], unet(x, t, labels).sample)
+    # Untrained: the variance of v for white data, and no skew.
+    assert torch.allclose(output[:, 2:4], torch.ones(3, 2, 4, 4)) and not output[:, 4:].any()
+    assert not unet.conv_out._forward_pre_hooks
+
+
+def test_saves_and_loads(tmp_path):
+    heads = MomentHeads.for_unet(ours())
+    torch.nn.init.normal_(heads.conv_out.weight)
+    heads.save_pretrained(tmp_path)
+    again = MomentHeads.from_pretrained(tmp_path)
+    features, t = torch.randn(2, 8, 4, 4), torch.tensor([3, 700])
+    assert all(torch.equal(a, b) for a, b in zip(heads(features, t), again(features, t)))
