@@ -409,6 +409,10 @@ class SampleConfig:
     DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
     guidance_scale: float = 1.0
     """Classifier-free guidance; 1 is none."""
+    image: Optional[str] = None
+    """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
+    strength: float = 0.6
+    """With ``image``, the share of the steps that are done: 1 leaves nothing of it."""
     seed: int = 0
     """Picture i has seed ``seed + i``: it is the same at any batch size."""
     batch_size: int = 64
@@ -419,6 +423,7 @@ class SampleConfig:
         at_least("steps", self.steps, 1)
         at_least("batch_size", self.batch_size, 1)
         at_least("guidance_scale", self.guidance_scale, 0)
+        check(0 < self.strength <= 1, "strength", "more than 0, to 1", self.strength)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from .autoencoder import FrozenAutoencoder
@@ -60,6 +60,8 @@ class SMDPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        image: PipelineImageInput | None = None,
+        strength: float = 0.6,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
@@ -73,6 +75,9 @@ class SMDPipeline(DiffusionPipeline):
             guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond), both with the same eta; 1 is none.
             generator: one for all, or a list with one per picture: then a picture does not depend on its batch.
             latents: starting noise (B, C, h, w) of unit variance, instead of a draw.
+            image: start from these pictures, noised, and not from pure noise (SDEdit, arXiv 2108.01073): one for each sample,
+                or one for all; PIL, or arrays or tensors of floats in [0, 1], as diffusers' image processor takes them.
+            strength: of that noise, as the share of the steps that are done, more than 0 to 1; not read without ``image``.
             output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
             callback_on_step_end: as in diffusers; may return {"latents": ...}.
         """
@@ -86,11 +91,18 @@ class SMDPipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        timesteps = self.scheduler.timesteps
+        if image is None:
+            latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        else:
+            timesteps = self._last_timesteps(num_inference_steps, strength)
+            latents = self.scheduler.add_noise(
+                self._encode(image, batch_size).to(dtype), latents.to(device, dtype), timesteps[:1].repeat(batch_size)
+            )
         step_options = self._step_options(generator)
 
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as bar:
-            for index, timestep in enumerate(self.scheduler.timesteps):
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for index, timestep in enumerate(timesteps):
                 x_t = self.scheduler.scale_model_input(latents, timestep).to(dtype)
                 eta = None
                 if self.unet.is_mixture:
@@ -116,6 +128,29 @@ class SMDPipeline(DiffusionPipeline):
                 return number
         known = ", ".join(self.id2label.values()) or "none"
         raise UserError(f"classes: expected one of {known}, found {name!r}")
+
+    def _last_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:
+        """Those of the last steps, ``strength`` of them all."""
+        if not 0.0 < strength <= 1.0:
+            raise ValueError(f"strength: expected more than 0, to 1, found {strength}")
+        skipped = num_inference_steps - max(1, round(num_inference_steps * strength))
+        # A step of a second-order scheduler has two timesteps, as diffusers counts them.
+        begin = skipped * self.scheduler.order
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(begin)
+        return self.scheduler.timesteps[begin:]
+
+    def _encode(self, image: PipelineImageInput, batch_size: int) -> torch.Tensor:
+        """Normalised latents of pictures, one for each sample."""
+        autoencoder = FrozenAutoencoder(self.vae)
+        pixels = ((VaeImageProcessor(do_resize=False).preprocess(image) + 1.0) * 127.5).round().to(torch.uint8)
+        if len(pixels) not in (1, batch_size):
+            raise ValueError(f"image: expected one picture, or one for each of {batch_size} samples, found {len(pixels)}")
+        latents = autoencoder.normalise(autoencoder.encode_moments(pixels)[:, 0])
+        wanted = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
+        if latents.shape[1:] != wanted:
+            raise ValueError(f"image: expected pictures with latents {wanted}, found {tuple(latents.shape[1:])}")
+        return latents.expand(batch_size, -1, -1, -1)
 
     def _labels(self, class_labels: Sequence[int] | torch.Tensor | None) -> torch.Tensor | None:
         if class_labels is None:

@@ -11,9 +11,12 @@ from diffusers import SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from omegaconf import OmegaConf
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
 
 from . import schedulers
-from .config import SampleConfig
+from .autoencoder import FrozenAutoencoder
+from .config import ImagesConfig, SampleConfig
+from .data.images import decode
 from .device import pick_device
 from .errors import UserError
 from .files import atomic_folder, require_unused
@@ -30,8 +33,9 @@ def sample(config: SampleConfig) -> Path:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     labels = choose_labels(config, pipeline)
     count = config.per_class if labels is None else len(labels)
+    start = {} if config.image is None else {"image": starting_picture(config, pipeline), "strength": config.strength}
     pixels = sample_pixels(
-        pipeline, labels, count, config.steps, config.guidance_scale, config.seed, config.batch_size, "sample"
+        pipeline, labels, count, config.steps, config.guidance_scale, config.seed, config.batch_size, "sample", **start
     )
     pictures = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
     with atomic_folder(output) as folder:
@@ -54,8 +58,10 @@ def sample_pixels(
     seed: int,
     batch_size: int,
     description: str,
+    **options: object,
 ) -> torch.Tensor:
-    """``count`` pictures, float (N, 3, H, W) in [0, 1]; picture i has seed ``seed + i`` at any batch size."""
+    """``count`` pictures, float (N, 3, H, W) in [0, 1]; picture i has seed ``seed + i`` at any batch size. ``options`` are the
+    pipeline's."""
     pipeline.set_progress_bar_config(disable=True)
     bar = progress(count, 0, description)
     parts = []
@@ -69,11 +75,23 @@ def sample_pixels(
                 guidance_scale=guidance_scale,
                 generator=seeded_generators(range(seed + start, seed + stop)),
                 output_type="pt",
+                **options,
             ).images.cpu()
         )
         bar.update(stop - start)
     bar.close()
     return torch.cat(parts)
+
+
+def starting_picture(config: SampleConfig, pipeline: SMDPipeline) -> Image.Image:
+    """``config.image`` at the size of the pictures that the model makes."""
+    shape = (1, pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
+    side = FrozenAutoencoder(pipeline.vae).decode(torch.zeros(shape)).shape[-1]
+    try:
+        pixels = decode(Path(config.image).read_bytes(), ImagesConfig(resolution=side))
+    except (OSError, ValueError) as error:
+        raise UserError(f"image: expected a picture, found {config.image}: {error}") from error
+    return to_pil_image(pixels)
 
 
 def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:

@@ -5,6 +5,7 @@ import diffusers
 import pytest
 import torch
 
+from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import SampleConfig
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
@@ -47,6 +48,35 @@ def test_any_scheduler_and_the_same_picture_in_any_batch(pipeline, name):
     assert together.shape == (3, 4, 8, 8) and together.isfinite().all()
     assert torch.allclose(together[1], alone[0], rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
     assert not torch.allclose(together[0], together[2], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_image_to_image(pipeline, name):
+    """Only the last steps are done, from the noised picture: little of it changes at little strength, all of it at 1."""
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler)
+    image = torch.rand(2, 3, 16, 16)
+    autoencoder = FrozenAutoencoder(pipeline.vae)
+    start = autoencoder.normalise(autoencoder.encode_moments((image * 255).round().to(torch.uint8))[:, 0])
+    evaluations, distances = [], []
+    pipeline.unet.register_forward_hook(lambda *_: evaluations.append(1))
+    for strength in (0.1, 0.5, 1.0):
+        evaluations.clear()
+        moved = latents(pipeline, [0, 1], [5, 6], num_inference_steps=10, image=image, strength=strength)
+        alone = latents(pipeline, [1], [6], num_inference_steps=10, image=image[1:], strength=strength)
+        assert torch.allclose(moved[1], alone[0], rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
+        expected = round(10 * strength)
+        assert len(evaluations) == 2 * (2 * expected - 1 if name == "HeunDiscreteScheduler" else expected)
+        distances.append(float((moved - start).square().mean()))
+    assert distances[0] < distances[1] < distances[2]
+
+
+def test_image_to_image_names_mistakes(pipeline):
+    with pytest.raises(ValueError, match="strength: expected more than 0"):
+        pipeline([0], image=torch.rand(1, 3, 16, 16), strength=0.0)
+    with pytest.raises(ValueError, match="image: expected one picture, or one for each of 3 samples, found 2"):
+        pipeline([0, 1, 0], image=torch.rand(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"image: expected pictures with latents \(4, 8, 8\), found \(4, 16, 16\)"):
+        pipeline([0], image=torch.rand(1, 3, 32, 32))
 
 
 def test_guidance_is_its_formula(pipeline):
@@ -141,6 +171,11 @@ def test_sample_tool(run, model_folder, tmp_path):
     assert len(names) == 7 and names[0] == "class0000-seed00000003.png" and names[-1] == "grid.png"
     code, _, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'free'}", "classes=[]")
     assert code == 0 and len(list((tmp_path / "free").glob("picture-*.png"))) == 3
+    sketch = [f"image={tmp_path / 'a' / names[0]}", "strength=0.5"]
+    code, _, _ = run(SampleConfig, sample, *options, *sketch, f"output={tmp_path / 'sketch'}", "classes=[0]")
+    assert code == 0 and len(list((tmp_path / "sketch").glob("class0000-*.png"))) == 3
+    code, _, err = run(SampleConfig, sample, *options, f"image={tmp_path / 'none.png'}", f"output={tmp_path / 'b'}")
+    assert code == 2 and "image: expected a picture, found" in err
     code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'a'}")
     assert code == 2 and "output: expected a new or empty folder" in err
     code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'b'}", "classes=[cat]")
