@@ -5,7 +5,8 @@ examples:
   python tools/sample.py model=outputs/demo/smd/model output=outputs/flags classes=[Flags,Symbols] per_class=16 steps=4
   python tools/sample.py model=outputs/demo/smd/model output=outputs/free classes=[] per_class=64
   python tools/sample.py model=outputs/demo/vanilla/model output=outputs/ddim scheduler=DDIMScheduler guidance_scale=2
-  python tools/sample.py model=outputs/demo/smd/model output=outputs/sde steps=16 scheduler=DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/sde steps=16 \\
+      scheduler=DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++
   python tools/sample.py model=outputs/demo/smd/model output=outputs/from-sketch image=sketch.png strength=0.6 steps=16
 """
 
