@@ -388,6 +388,39 @@ class TrainMomentsConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tools/fit_gaussian.py
+
+
+@dataclass
+class FitGaussianConfig:
+    """tools/fit_gaussian.py"""
+
+    model: str = MISSING
+    """Model folder: RUN/model of tools/train.py."""
+    shards: str = MISSING
+    """The latent shards it was trained on."""
+    output: str = MISSING
+    """New model folder: the same with a gaussian part, and TeleportScheduler as its scheduler."""
+    components: int = 1
+    """1: a Gaussian for each class and one for all, each with its own covariance. More: a mixture of so many that share one,
+    with weights by class."""
+    rank: int = 128
+    """Eigenvectors of a covariance that are kept; the other directions share their mean variance."""
+    sigma_skip: float = 5.0
+    """Noise over signal that TeleportScheduler starts at."""
+    batch_size: int = 512
+    mirror: bool = False
+    """Take the mirrored encodings too (shards made with mirror: true)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("components", self.components, 1)
+        at_least("rank", self.rank, 1)
+        at_least("batch_size", self.batch_size, 1)
+        check(self.sigma_skip > 0, "sigma_skip", "more than 0", self.sigma_skip)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tools/sample.py
 
 

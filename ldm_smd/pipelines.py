@@ -14,9 +14,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from .autoencoder import FrozenAutoencoder
 from .errors import UserError
 from .models.extended import ExtendedUNet2DModel
+from .models.gaussian import LatentGaussians
 from .models.moments import MomentHeads
 from .models.unet import SMDUNet2DModel
-from .schedulers.gms import GMSScheduler
+from .schedulers import GMSScheduler, TeleportScheduler
 
 
 class SMDPipeline(DiffusionPipeline):
@@ -32,10 +33,11 @@ class SMDPipeline(DiffusionPipeline):
         scheduler: any diffusers scheduler.
         id2label: class names by number (as a string, as JSON has it).
         moments: what GMSScheduler needs of a Gaussian unet beside its prediction (tools/train_moments.py).
+        gaussian: the distribution of the latents that TeleportScheduler starts from (tools/fit_gaussian.py).
     """
 
-    model_cpu_offload_seq = "unet->moments->vae"
-    _optional_components = ["moments"]
+    model_cpu_offload_seq = "gaussian->unet->moments->vae"
+    _optional_components = ["moments", "gaussian"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -45,9 +47,10 @@ class SMDPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,
         moments: MomentHeads | None = None,
+        gaussian: LatentGaussians | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, vae=vae, scheduler=scheduler, moments=moments)
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler, moments=moments, gaussian=gaussian)
         self.register_to_config(id2label=id2label)
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
 
@@ -92,12 +95,15 @@ class SMDPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         timesteps = self.scheduler.timesteps
-        if image is None:
-            latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        latents = latents.to(device, dtype)
+        if image is None and isinstance(self.scheduler, TeleportScheduler):
+            latents = self.scheduler.start(latents, self._part("gaussian", "fit_gaussian"), labels, generator)
+        elif image is None:
+            latents = latents * self.scheduler.init_noise_sigma
         else:
             timesteps = self._last_timesteps(num_inference_steps, strength)
             latents = self.scheduler.add_noise(
-                self._encode(image, batch_size).to(dtype), latents.to(device, dtype), timesteps[:1].repeat(batch_size)
+                self._encode(image, batch_size).to(dtype), latents, timesteps[:1].repeat(batch_size)
             )
         step_options = self._step_options(generator)
 
@@ -185,18 +191,23 @@ class SMDPipeline(DiffusionPipeline):
         self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, eta: torch.Tensor | None
     ) -> torch.Tensor:
         """The prediction, and for GMSScheduler two moments as further channels."""
-        if not isinstance(self.scheduler, GMSScheduler):
+        solver = self.scheduler.rest if isinstance(self.scheduler, TeleportScheduler) else self.scheduler
+        if not isinstance(solver, GMSScheduler):
             return self.unet(x_t, timestep, labels, eta, return_dict=False)[0]
-        if self.moments is None:
-            raise UserError(
-                "scheduler: expected a model folder with a moments part for GMSScheduler, found none; "
-                "tools/train_moments.py makes it"
-            )
-        return self.moments.predict(self.unet, x_t, timestep, labels)
+        return self._part("moments", "train_moments").predict(self.unet, x_t, timestep, labels)
+
+    def _part(self, name: str, tool: str) -> ModelMixin:
+        """The component that the scheduler needs."""
+        part = getattr(self, name)
+        if part is None:
+            needs = type(self.scheduler).__name__
+            raise UserError(f"scheduler: expected a {name} part of the model for {needs}, found none; tools/{tool}.py makes it")
+        return part
 
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict:
         """Schedulers differ in whether ``step`` takes a generator."""
-        accepted = inspect.signature(self.scheduler.step).parameters
+        solver = self.scheduler.rest if isinstance(self.scheduler, TeleportScheduler) else self.scheduler
+        accepted = inspect.signature(solver.step).parameters
         return {"generator": generator} if "generator" in accepted else {}
 
 

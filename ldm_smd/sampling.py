@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from omegaconf import OmegaConf
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
-from . import schedulers
 from .autoencoder import FrozenAutoencoder
 from .config import ImagesConfig, SampleConfig
 from .data.images import decode
@@ -22,6 +17,7 @@ from .errors import UserError
 from .files import atomic_folder, require_unused
 from .pipelines import SMDPipeline, load_pipeline, seeded_generators
 from .progress import progress
+from .schedulers import make_scheduler
 
 
 def sample(config: SampleConfig) -> Path:
@@ -92,24 +88,6 @@ def starting_picture(config: SampleConfig, pipeline: SMDPipeline) -> Image.Image
     except (OSError, ValueError) as error:
         raise UserError(f"image: expected a picture, found {config.image}: {error}") from error
     return to_pil_image(pixels)
-
-
-def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler class called ``name``, of diffusers or ours, with the noise schedule of ``current``.
-
-    ``name`` may go on with settings of the class: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
-    """
-    name, _, settings = name.partition(":")
-    kind = getattr(schedulers, name, getattr(diffusers, name, None))
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        near = ", ".join(sorted(kind.__name__ for kind in current.compatibles))
-        raise UserError(f"scheduler: expected a diffusers scheduler class ({near}), found {name!r}")
-    options = OmegaConf.to_container(OmegaConf.from_dotlist(settings.split(","))) if settings else {}
-    known = inspect.signature(kind.__init__).parameters
-    for option in options:
-        if option not in known:
-            raise UserError(f"scheduler: expected a setting of {name} ({', '.join(list(known)[1:])}), found {option!r}")
-    return kind.from_config(current.config, **options)
 
 
 def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | None:

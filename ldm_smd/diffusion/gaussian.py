@@ -166,6 +166,17 @@ def fit_shared(
     return weights, means, covariance, shares
 
 
+def weights_by_class(weights: torch.Tensor, shares: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Of the components (K,) of a mixture, for every class and, in the last row, for no class: (classes + 1, K).
+
+    The mean responsibilities (N, K) of a class's points, with one point's worth of the weights of all.
+    """
+    rows = weights.repeat(classes + 1, 1)
+    for label in range(classes):
+        rows[label] += shares[labels == label].sum(dim=0)
+    return rows / rows.sum(dim=1, keepdim=True)
+
+
 @dataclass
 class ConditionalMixture:
     """One Gaussian mixture for each of N rows; only the weights and means differ between the rows.

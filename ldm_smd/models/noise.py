@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..diffusion.gaussian import fit_shared
+from ..diffusion.gaussian import fit_shared, weights_by_class
 from .blocks import repeat
 
 GRID = 8
@@ -92,13 +92,10 @@ class PosteriorNoise(nn.Module):
         points = pooled @ basis.T
         floor = FLOOR * float(variances[-self.rank :].mean()) + SMALLEST
         weights, means, covariance, shares = fit_shared(points, len(self.means), floor)
-        # w_ky, with one picture's worth of the weights of all; these are the last row, of no class.
-        by_class = weights.repeat(len(self.log_weights), 1)
-        for label in range(len(by_class) - 1):
-            by_class[label] += shares[labels == label].sum(dim=0)
+        by_class = weights_by_class(weights, shares, labels, len(self.log_weights) - 1)
         # The basis turned to the axes of the modes' covariance.
         variances, axes = torch.linalg.eigh(covariance)
-        self.log_weights.copy_((by_class / by_class.sum(dim=1, keepdim=True)).clamp_min(SMALLEST**2).log())
+        self.log_weights.copy_(by_class.clamp_min(SMALLEST**2).log())
         self.basis.copy_(axes.T @ basis)
         self.centre.copy_(centre)
         self.means.copy_(means @ axes)

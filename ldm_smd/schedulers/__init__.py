@@ -1,5 +1,17 @@
 """Samplers in the form of diffusers schedulers."""
 
-from .gms import GMSScheduler
+from diffusers import SchedulerMixin
 
-__all__ = ["GMSScheduler"]
+from .factory import scheduler_from
+from .gms import GMSScheduler
+from .teleport import TeleportScheduler
+
+__all__ = ["GMSScheduler", "TeleportScheduler", "make_scheduler"]
+
+
+def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler class called ``name``, of diffusers or ours, with the noise schedule of ``current``.
+
+    ``name`` may go on with settings of the class: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
+    """
+    return scheduler_from(name, current.config, {"GMSScheduler": GMSScheduler, "TeleportScheduler": TeleportScheduler})

@@ -1,0 +1,30 @@
+"""A scheduler by the name of its class, with the noise schedule of another."""
+
+from __future__ import annotations
+
+import inspect
+
+import diffusers
+from diffusers import SchedulerMixin
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from omegaconf import OmegaConf
+
+from ..errors import UserError
+
+
+def scheduler_from(name: str, config: dict, ours: dict[str, type[SchedulerMixin]]) -> SchedulerMixin:
+    """The scheduler class called ``name``, of diffusers or of ``ours``, with the noise schedule of a scheduler's ``config``.
+
+    ``name`` may go on with settings of the class: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
+    """
+    name, _, settings = name.partition(":")
+    kind = ours.get(name, getattr(diffusers, name, None))
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        near = ", ".join(sorted({*ours, *(known.name for known in KarrasDiffusionSchedulers)}))
+        raise UserError(f"scheduler: expected a scheduler class ({near}), found {name!r}")
+    options = OmegaConf.to_container(OmegaConf.from_dotlist(settings.split(","))) if settings else {}
+    known = inspect.signature(kind.__init__).parameters
+    for option in options:
+        if option not in known:
+            raise UserError(f"scheduler: expected a setting of {name} ({', '.join(list(known)[1:])}), found {option!r}")
+    return kind.from_config(config, **options)

@@ -1,0 +1,127 @@
+"""TeleportScheduler: the first part of the way in closed form, the rest by any scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..models.gaussian import LatentGaussians
+from .factory import scheduler_from
+from .gms import GMSScheduler
+
+
+class TeleportScheduler(SchedulerMixin, ConfigMixin):
+    """Analytical teleportation (arXiv 2412.09726): from pure noise to ``sigma_skip`` = s_t / a_t by the closed-form flow of a
+    Gaussian (LatentGaussians), then any other scheduler with all its steps on what remains.
+
+    A scheduler of diffusers otherwise, but for ``start``, which takes the noise to where ``timesteps`` begin. SMDPipeline with
+    its ``gaussian`` part does so by itself.
+
+    Args:
+        scheduler: class of diffusers, or GMSScheduler, that goes on; with settings as make_scheduler takes them.
+        sigma_skip: noise over signal to jump to; the nearest timestep below it.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, rescale_betas_zero_snr: as in
+            DDPMScheduler.
+    """
+
+    _compatibles = [known.name for known in KarrasDiffusionSchedulers]
+
+    @register_to_config
+    def __init__(
+        self,
+        scheduler: str = "UniPCMultistepScheduler",
+        sigma_skip: float = 5.0,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        rescale_betas_zero_snr: bool = False,
+    ) -> None:
+        whole = DDPMScheduler(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
+        self.betas, self.alphas_cumprod = whole.betas, whole.alphas_cumprod
+        sigmas = ((1.0 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        kept = int((sigmas <= sigma_skip).sum())
+        if kept == 0:
+            raise ValueError(f"sigma_skip: expected at least the least of the schedule, {sigmas[0]:.3g}, found {sigma_skip}")
+        # On a schedule that ends there, every scheduler spaces its steps by its own rule, and says the timesteps that the
+        # network knows.
+        rest = {
+            "num_train_timesteps": kept,
+            "trained_betas": self.betas[:kept].tolist(),
+            "prediction_type": prediction_type,
+            "timestep_spacing": "trailing",
+            "clip_sample": False,
+        }
+        self.rest = scheduler_from(scheduler, rest, {"GMSScheduler": GMSScheduler})
+
+    @property
+    def timesteps(self) -> torch.Tensor:
+        return self.rest.timesteps
+
+    @property
+    def order(self) -> int:
+        return self.rest.order
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """1: what ``start`` returns needs no scaling."""
+        return 1.0
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """As many steps as said, all after the jump."""
+        self.rest.set_timesteps(num_inference_steps, device=device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        if hasattr(self.rest, "set_begin_index"):
+            self.rest.set_begin_index(begin_index)
+
+    def start(
+        self,
+        noise: torch.Tensor,
+        gaussians: LatentGaussians,
+        class_labels: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """Unit noise (B, C, H, W), at the end of the whole schedule -> the sample for the first of ``timesteps``, in the units
+        of the scheduler that goes on.
+
+        Args:
+            gaussians: of the latents.
+            class_labels: (B,), or None for no class.
+            generator: of what chooses the component where the Gaussians are a mixture.
+        """
+        normal = randn_tensor((len(noise), 1), generator=generator, device=noise.device, dtype=torch.float32)
+        uniform = torch.special.ndtr(normal).squeeze(1)
+        # The flow at t of the whole schedule's end; its noise is all but pure.
+        ends = [float(self.alphas_cumprod[index]) for index in (-1, int(self.timesteps[0]))]
+        (a_t, s_t), (a_s, s_s) = ((alphabar**0.5, (1.0 - alphabar) ** 0.5) for alphabar in ends)
+        x_s = gaussians.transport(noise, (a_t, s_t), (a_s, s_s), class_labels, uniform).to(noise.dtype)
+        # add_noise says in which units a scheduler keeps its sample: a x_0 + s eps, or x_0 + (s / a) eps.
+        return self.rest.add_noise(torch.zeros_like(x_s), x_s / s_s, self.timesteps[:1].repeat(len(x_s)))
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return self.rest.add_noise(original_samples, noise, timesteps)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.rest.scale_model_input(sample, timestep)
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **options: object):
+        """As the scheduler that goes on."""
+        return self.rest.step(model_output, timestep, sample, **options)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps

@@ -1,0 +1,172 @@
+"""Fit LatentGaussians to latent shards in one pass, for TeleportScheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..autoencoder import FrozenAutoencoder, sample_latents
+from ..config import FitGaussianConfig
+from ..data.shards import Manifest
+from ..data.stream import LatentStream
+from ..diffusion.gaussian import fit_shared, weights_by_class
+from ..errors import UserError
+from ..files import atomic_folder, require_unused
+from ..models.gaussian import LatentGaussians
+from ..pipelines import load_pipeline
+from ..progress import progress
+from ..schedulers import TeleportScheduler
+from .card import card
+
+MIXTURE_LATENTS = 16_384
+LATENTS_PER_COMPONENT = 8
+MEMORY_LIMIT = 4 * 2**30
+"""Bytes for the sums of products; more is refused before the pass."""
+FLOOR = 1e-4
+
+
+@dataclass
+class LatentSums:
+    """Of the normalised latents of every class, and last of those without one: what mean and covariance are made of. Float64;
+    sums of parts are the sums of all.
+
+    Attributes:
+        counts: (rows,).
+        sums: (rows, D).
+        products: (rows, D, D).
+    """
+
+    counts: torch.Tensor
+    sums: torch.Tensor
+    products: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: int, numbers: int) -> LatentSums:
+        return cls(*(torch.zeros(rows, *[numbers] * power, dtype=torch.float64) for power in range(3)))
+
+    def add(self, means: torch.Tensor, variances: torch.Tensor, labels: torch.Tensor) -> None:
+        """Latents drawn from N(means, diag(variances)), both (N, D), with labels (N,), -1 for none: their exact second
+        moments, with no draw."""
+        for label in labels.unique().tolist():
+            chosen = labels == label
+            x = means[chosen].double()
+            self.counts[label] += len(x)
+            self.sums[label] += x.sum(dim=0)
+            self.products[label].addmm_(x.T, x)
+            self.products[label].diagonal().add_(variances[chosen].double().sum(dim=0))
+
+    def merge(self, other: LatentSums) -> None:
+        for mine, theirs in zip((self.counts, self.sums, self.products), (other.counts, other.sums, other.products)):
+            mine += theirs
+
+    def pooled(self) -> LatentSums:
+        return LatentSums(*(total.sum(dim=0, keepdim=True) for total in (self.counts, self.sums, self.products)))
+
+    def moments(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (D,) and covariance (D, D)."""
+        mean = self.sums[row] / self.counts[row]
+        return mean, self.products[row] / self.counts[row] - torch.outer(mean, mean)
+
+
+def fit_gaussian(config: FitGaussianConfig) -> Path:
+    """Fit, then write the model folder with the Gaussians in it; returns it."""
+    output = Path(config.output)
+    require_unused(output)
+    pipeline = load_pipeline(config.model)
+    manifest = Manifest.load(config.shards)
+    autoencoder = FrozenAutoencoder(pipeline.vae, config.model)
+    manifest.check_autoencoder(autoencoder)
+    classes = pipeline.unet.config.num_classes or 0
+    sums = latent_sums(config, manifest, autoencoder, classes if config.components == 1 else 0)
+    if config.components == 1:
+        gaussians = class_gaussians(sums, manifest.latent_shape, config.rank, classes)
+    else:
+        gaussians = shared_gaussians(config, sums, manifest, autoencoder, classes)
+    scheduler = TeleportScheduler.from_config(pipeline.scheduler.config, sigma_skip=config.sigma_skip)
+    pipeline.register_modules(gaussian=gaussians, scheduler=scheduler)
+    with atomic_folder(output) as folder:
+        pipeline.save_pretrained(folder)
+        text = gaussian_card(config, gaussians, int(sums.counts.sum()))
+        for path in (folder, folder / "gaussian"):
+            (path / "README.md").write_text(text, encoding="utf-8")
+    print(f"{len(gaussians.means)} Gaussians of {int(sums.counts.sum()):,} latents; wrote {output}")
+    return output
+
+
+def latent_sums(config: FitGaussianConfig, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int) -> LatentSums:
+    """Of all latents of the shards, by class; and of their mirror images with ``config.mirror``."""
+    channels, height, width = manifest.latent_shape
+    numbers = channels * height * width
+    if 8 * (classes + 1) * numbers**2 > MEMORY_LIMIT:
+        raise UserError(
+            f"shards: expected latents whose covariances fit into {MEMORY_LIMIT / 2**30:.0f} GB, found {numbers} numbers and "
+            f"{classes} classes; components=256 has one covariance for all"
+        )
+    sums = LatentSums.empty(classes + 1, numbers)
+    bar = progress(manifest.count, 0, "fit")
+    for start in range(0, manifest.count, config.batch_size):
+        size = min(config.batch_size, manifest.count - start)
+        stream = LatentStream(manifest, size, manifest.count, seed=config.seed, mirror=config.mirror)
+        batch = stream.batch_at(start)
+        moments = batch.moments.float()
+        means = autoencoder.normalise(moments[:, 0])
+        variances = torch.zeros_like(means) if moments.shape[1] == 1 else moments[:, 1].exp() * autoencoder.scale**2
+        labels = batch.labels if classes else torch.full_like(batch.labels, -1)
+        sums.add(means.flatten(1), variances.flatten(1), labels)
+        bar.update(size)
+    bar.close()
+    return sums
+
+
+def class_gaussians(sums: LatentSums, shape: tuple[int, int, int], rank: int, classes: int) -> LatentGaussians:
+    """One for each class, and one for all. A class without latents gets that of all."""
+    rank = min(rank, sums.sums.shape[1] - 1)
+    gaussians = LatentGaussians(*shape, rank, classes + 1, num_classes=classes or None)
+    pooled = sums.pooled()
+    for row in range(classes + 1):
+        whole = row == classes or sums.counts[row] == 0
+        mean, covariance = pooled.moments(0) if whole else sums.moments(row)
+        gaussians.log_weights[row, row] = 0.0
+        gaussians.means[row] = mean
+        gaussians.vectors[row], gaussians.variances[row], gaussians.tails[row] = leading(covariance, rank)
+    return gaussians
+
+
+def leading(covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eigenvectors (rank, D) and eigenvalues (rank,), largest first, and the mean of the other eigenvalues."""
+    variances, vectors = torch.linalg.eigh(covariance)
+    variances = variances.clamp_min(0.0)
+    return vectors[:, -rank:].flip(1).T, variances[-rank:].flip(0), variances[:-rank].mean()
+
+
+def shared_gaussians(
+    config: FitGaussianConfig, sums: LatentSums, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int
+) -> LatentGaussians:
+    """A mixture with one covariance, fitted in the leading components of the covariance of all."""
+    count = min(manifest.count, MIXTURE_LATENTS)
+    components = min(config.components, count // LATENTS_PER_COMPONENT)
+    rank = min(config.rank, sums.sums.shape[1] - 1)
+    batch = LatentStream(manifest, count, count, seed=config.seed, mirror=config.mirror).batch_at(0)
+    latents = autoencoder.normalise(sample_latents(batch.moments, torch.Generator().manual_seed(config.seed))).flatten(1)
+    mean, covariance = sums.pooled().moments(0)
+    vectors, _, tail = leading(covariance, rank)
+    weights, means, within, shares = fit_shared((latents.double() - mean) @ vectors.T, components, FLOOR)
+    variances, axes = torch.linalg.eigh(within)
+    gaussians = LatentGaussians(*manifest.latent_shape, rank, components, shared=True, num_classes=classes or None)
+    gaussians.log_weights.copy_(weights_by_class(weights, shares, batch.labels, classes).log())
+    gaussians.means.copy_(mean + means @ vectors)
+    gaussians.vectors[0], gaussians.variances[0], gaussians.tails[0] = axes.T @ vectors, variances, tail
+    return gaussians
+
+
+def gaussian_card(config: FitGaussianConfig, gaussians: LatentGaussians, count: int) -> str:
+    """README.md of the model folder and of its gaussian part."""
+    kind = "a mixture with one covariance" if gaussians.config.shared else "one for each class and one for all"
+    text = f"""\
+{len(gaussians.means)} Gaussians of {count:,} latents, {kind}; {gaussians.config.rank} directions each. The rest is that of \
+`{config.model}`, unchanged.
+
+Made by `tools/fit_gaussian.py` with these settings:"""
+    return card("Gaussians of the latents, for TeleportScheduler", text, config)
