@@ -16,7 +16,7 @@ def test_few_steps_end_to_end(model_folder, pictures, tmp_path, monkeypatch, run
     code, _, error = run(FewStepsConfig, few_steps.few_steps, "name=shapes", "samples=32", "steps=[1,4,8]", *source, *models)
     assert code == 0, error
     result = json.loads((tmp_path / "few_steps-shapes.json").read_text())
-    assert list(result["models"]["gaussian"]["distance"]) == list(few_steps.SCHEDULERS)
+    assert list(result["models"]["gaussian"]["distance"]) == FewStepsConfig().gaussian_schedulers
     cell = result["models"]["smd"]["distance"]["DDPM"]["4"]
     assert cell["frechet"] > 0 and cell["frechet_sd"] > 0 and len(cell["frechet_per_seed"]) == 2
     assert [target["target"] for target in result["targets"]] == ["<= 0.5", "<= 1"]
