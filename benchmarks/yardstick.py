@@ -1,0 +1,132 @@
+"""What the picture benchmarks share: the same labels and seeds for every model and scheduler, and the distance to training
+pictures in the features of a network."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+
+from ldm_smd.config import ImagesConfig, at_least, check
+from ldm_smd.data.images import load_pixels
+from ldm_smd.evaluation.features import load_extractor
+from ldm_smd.evaluation.metrics import bootstrap_deviation, frechet_distance, kernel_distance
+from ldm_smd.pipelines import SMDPipeline
+from ldm_smd.sampling import sample_pixels
+
+BATCH_SIZE = 125
+SCHEDULERS = {
+    "DDPM": "DDPMScheduler",
+    "DDIM": "DDIMScheduler",
+    "DPM-Solver++": "DPMSolverMultistepScheduler",
+    "SDE-DPM-Solver++": "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++",
+    "UniPC": "UniPCMultistepScheduler",
+    "Euler ancestral": "EulerAncestralDiscreteScheduler",
+    "GMS": "GMSScheduler",
+    "GMS, two moments": "GMSScheduler:num_moments=2",
+    "GMS, a component for the picture": "GMSScheduler:picture_draws=true",
+}
+"""The names in the tables; of the multistep solvers, second order."""
+
+
+@dataclass
+class YardstickConfig:
+    name: str = MISSING
+    """Of the picture set; names the result files."""
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    """The pictures the models were trained on."""
+    held_out: ImagesConfig = field(default_factory=ImagesConfig)
+    """Real pictures no model has seen: their distance is the floor, and their labels are the labels sampled."""
+    samples: int = 1000
+    """Per scheduler and number of steps, over all sampling seeds together."""
+    sampling_seeds: int = 2
+    features: str = "checkpoints/classifier"
+    """Feature network: a FeatureNetwork folder, open_clip:ARCHITECTURE:FILE.safetensors or inception:FILE."""
+    reference: int = 10_000
+    """Training pictures compared with, at most."""
+
+    def __post_init__(self) -> None:
+        at_least("sampling_seeds", self.sampling_seeds, 1)
+        check(self.samples % self.sampling_seeds == 0, "samples", "a multiple of sampling_seeds", self.samples)
+
+
+class Yardstick:
+    """Measures samples of a pipeline, with the labels of the held-out pictures in one shuffled order."""
+
+    def __init__(self, config: YardstickConfig) -> None:
+        self.samples, self.seeds = config.samples, config.sampling_seeds
+        self.extractor = load_extractor(config.features)
+        training, _, _ = load_pixels(config.images)
+        held_out, labels, _ = load_pixels(config.held_out)
+        chosen = torch.randperm(len(training), generator=torch.Generator().manual_seed(0))[: config.reference]
+        self.reference = self.extractor(training[chosen], description="reference")
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+        self.labels = [labels[order[index % len(order)]] for index in range(config.samples)]
+        floor = self.extractor(held_out[order[: config.samples]], description="floor")
+        self.about = {
+            "distance": f"Frechet distance and KID in the features of {self.extractor.name}",
+            "reference_pictures": len(self.reference),
+            "floor": self._measure(floor, [floor]) | {"pictures": len(floor)},
+            "samples": self.samples,
+            "sampling_seeds": self.seeds,
+            "threads": torch.get_num_threads(),
+        }
+
+    def pictures(
+        self, pipeline: SMDPipeline, steps: int, start: int, count: int, title: str, **options: object
+    ) -> torch.Tensor:
+        """Of the labels and seeds from ``start`` on, with the scheduler that the pipeline has; (count, 3, H, W) in [0, 1]."""
+        chosen = self.labels[start : start + count]
+        return sample_pixels(pipeline, chosen, count, steps, 1.0, start, BATCH_SIZE, title, **options)
+
+    def cell(self, pipeline: SMDPipeline, steps: int, title: str) -> dict:
+        """The distance of all samples with so many steps."""
+        count = self.samples // self.seeds
+        parts = [self.pictures(pipeline, steps, seed * count, count, title) for seed in range(self.seeds)]
+        features = [self.extractor((part * 255).round().to(torch.uint8)) for part in parts]
+        return self._measure(torch.cat(features), features)
+
+    def _measure(self, features: torch.Tensor, per_seed: list[torch.Tensor]) -> dict:
+        """Both distances, their bootstrap deviations, and the Frechet distance of each sampling seed alone."""
+        return {
+            "frechet": round(frechet_distance(features, self.reference), 4),
+            "frechet_sd": round(bootstrap_deviation(frechet_distance, features, self.reference, rounds=20), 4),
+            "kid": round(kernel_distance(features, self.reference), 5),
+            "kid_sd": round(bootstrap_deviation(kernel_distance, features, self.reference, rounds=5), 5),
+            "frechet_per_seed": [round(frechet_distance(part, self.reference), 4) for part in per_seed],
+        }
+
+
+def weights_sha256(folder: str) -> str:
+    """Of the UNet of a model folder."""
+    return hashlib.sha256((Path(folder) / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+
+
+def known_cell(before: dict, result: dict, model: str, name: str, steps: int) -> dict | None:
+    """What an earlier result has of a cell, if it was made of the same weights, pictures and numbers of samples."""
+    same = ("distance", "reference_pictures", "floor", "samples", "sampling_seeds")
+    if any(before.get(key) != result[key] for key in same):
+        return None
+    entry = before["models"].get(model, {})
+    if entry.get("weights_sha256") != result["models"][model]["weights_sha256"]:
+        return None
+    return entry["distance"].get(name, {}).get(str(steps))
+
+
+def distance_table(result: dict, title: str, steps: list[int]) -> list[str]:
+    """The Frechet distances as Markdown, with the bootstrap's 95 % interval: a row for each model and scheduler."""
+    lines = [
+        f"{result['distance']}, {title}: {result['samples']} samples against {result['reference_pictures']} training pictures; "
+        f"{result['floor']['pictures']} held-out pictures are at {result['floor']['frechet']:.2f} (`{result['command']}`)",
+        "",
+        "| | " + " | ".join(f"{n} steps" for n in steps) + " |",
+        "|---" * (len(steps) + 1) + "|",
+    ]
+    for model, entry in result["models"].items():
+        for scheduler, cells in entry["distance"].items():
+            values = [f"{cells[n]['frechet']:.2f} ± {1.96 * cells[n]['frechet_sd']:.2f}" for n in steps]
+            lines.append(f"| {model}, {scheduler} | " + " | ".join(values) + " |")
+    return lines
