@@ -1,7 +1,7 @@
 """How many images a Gaussian model takes to become a mixture, against a mixture trained from scratch.
 
 Trains the same configuration twice, with and without ``init_from``, and measures the EMA weights of every checkpoint at a few
-steps: Frechet distance in classifier features, and the spread over eta. The images the Gaussian model has seen before are
+steps, and before the first: Frechet distance in classifier features, DDPM. The images the Gaussian model has seen before are
 stated, not counted: who has a trained model has paid for them.
 
 examples:
@@ -21,52 +21,42 @@ from pathlib import Path
 
 import torch
 from omegaconf import MISSING
+from yardstick import Yardstick, YardstickConfig
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.cli import run_tool
-from ldm_smd.config import ImagesConfig, TrainConfig, at_least, check, load_config
-from ldm_smd.data.images import load_pixels
+from ldm_smd.config import TrainConfig, at_least, check, load_config
 from ldm_smd.data.shards import Manifest
-from ldm_smd.evaluation.features import load_extractor
-from ldm_smd.evaluation.metrics import frechet_distance
 from ldm_smd.models.unet import SMDUNet2DModel
-from ldm_smd.sampling import sample_pixels
 from ldm_smd.training.checkpoint import checkpoints
-from ldm_smd.training.loop import build_pipeline, build_scheduler, train
+from ldm_smd.training.loop import build_model, build_pipeline, build_scheduler, fit_noise, train
 
 RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
-class ConversionConfig:
+class ConversionConfig(YardstickConfig):
     """benchmarks/conversion.py"""
 
-    name: str = MISSING
     train: str = MISSING
-    """Training config of the mixture, with ``init_from``."""
-    images: ImagesConfig = field(default_factory=ImagesConfig)
-    """The pictures of its shards."""
+    """Training config of the mixture, with ``init_from``; ``images`` are the pictures of its shards."""
     output: str = "outputs/conversion"
     """Folder for the two runs."""
-    images_total: int = 64_000
+    images_total: int = 32_000
     every_images: int = 8_000
     """Between two measurements."""
     steps: list[int] = field(default_factory=lambda: [2, 4, 8])
     samples: int = 500
-    features: str = "checkpoints/classifier"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("every_images", self.every_images, 1)
         check(self.images_total >= self.every_images, "images_total", "at least every_images", self.images_total)
 
 
 def conversion(config: ConversionConfig) -> Path:
     """Both runs, measured at every checkpoint; returns the JSON file."""
-    extractor = load_extractor(config.features)
-    pixels, labels, _ = load_pixels(config.images)
-    reference = extractor(pixels, description="reference")
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
-    sampled_labels = [labels[order[index % len(order)]] for index in range(config.samples)]
+    yardstick = Yardstick(config)
     converted = load_config(TrainConfig, config.train)
     check(converted.init_from is not None, "train", "a config with init_from", config.train)
 
@@ -81,17 +71,22 @@ def conversion(config: ConversionConfig) -> Path:
             checkpoint_every_images=config.every_images,
             keep_checkpoints=config.images_total // config.every_images + 1,
         )
-        train(run)
         manifest, scheduler = Manifest.load(run.shards), build_scheduler(run.diffusion)
         autoencoder = FrozenAutoencoder.from_pretrained(run.autoencoder)
-        curves[name] = []
+        torch.manual_seed(run.seed)
+        untrained = build_model(run, manifest)
+        fit_noise(untrained, run, manifest, autoencoder, scheduler)
+        models = {0: untrained.eval()}
+        train(run)
         for checkpoint in checkpoints(Path(run.output) / "checkpoints"):
-            pipeline = build_pipeline(SMDUNet2DModel.from_pretrained(checkpoint / "ema"), autoencoder, scheduler, manifest)
-            point = {"images": json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["images_seen"]}
+            images = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["images_seen"]
+            models[images] = SMDUNet2DModel.from_pretrained(checkpoint / "ema")
+        curves[name] = []
+        for images, model in models.items():
+            pipeline = build_pipeline(model, autoencoder, scheduler, manifest)
+            point = {"images": images}
             for steps in config.steps:
-                samples = sample_pixels(pipeline, sampled_labels, config.samples, steps, 1.0, 0, 125, f"{name}, {steps} steps")
-                eight_bit = (samples * 255).round().to(torch.uint8)
-                point[f"frechet_{steps}_steps"] = round(frechet_distance(extractor(eight_bit), reference), 4)
+                point[f"frechet_{steps}_steps"] = yardstick.cell(pipeline, steps, f"{name}, {steps} steps")["frechet"]
             curves[name].append(point)
             print(name, point, flush=True)
 
@@ -99,9 +94,8 @@ def conversion(config: ConversionConfig) -> Path:
     path = RESULTS / f"conversion-{config.name}.json"
     result = {
         "command": " ".join(["python", "benchmarks/conversion.py", *sys.argv[1:]]),
-        "distance": f"Frechet distance in the features of {extractor.name}",
+        **yardstick.about,
         "gaussian_model": converted.init_from,
-        "samples": config.samples,
         "curves": curves,
     }
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
