@@ -128,7 +128,7 @@ DATA = {
     "mixture in 64-D": lambda: random_mixture(64),
     "one Gaussian": one_gaussian,
 }
-# Of the targets: components, a few more than the data have modes; and small batches where components are many. The grid is given
+# Of the targets: components, a few more than the data have modes; and small batches where components are many. The grid has
 # 12,000 updates: with 3,000 its 25 modes' shares were off by as much again as those of 20,000 samples are by chance.
 TARGETS = {
     ("ring of 8", 2): (components(10), Budget(2000)),
