@@ -112,8 +112,9 @@ class PosteriorNoise(nn.Module):
         if self.rank == 0:
             return eta.contiguous(memory_format=torch.channels_last)
         # Any rank + 1 numbers of white noise are as good as any others; maps too small to have as many say some twice.
-        white = eta.flatten(1)
-        white = white.repeat(1, self.rank // white.shape[1] + 1)[:, : self.rank + 1].float()
+        white = eta.flatten(1)[:, : self.rank + 1].float()
+        if white.shape[1] <= self.rank:
+            white = white.repeat(1, self.rank // white.shape[1] + 1)[:, : self.rank + 1]
         # Exponents of sums of squares: not for half precision.
         with torch.autocast(eta.device.type, enabled=False):
             cell = (eta.shape[2] * eta.shape[3]) ** 0.5 / self.side  # numbers in a mean: its square
