@@ -191,10 +191,14 @@ class SMDPipeline(DiffusionPipeline):
         self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, eta: torch.Tensor | None
     ) -> torch.Tensor:
         """The prediction, and for GMSScheduler two moments as further channels."""
-        solver = self.scheduler.rest if isinstance(self.scheduler, TeleportScheduler) else self.scheduler
-        if not isinstance(solver, GMSScheduler):
+        if not isinstance(self._solver, GMSScheduler):
             return self.unet(x_t, timestep, labels, eta, return_dict=False)[0]
         return self._part("moments", "train_moments").predict(self.unet, x_t, timestep, labels)
+
+    @property
+    def _solver(self) -> SchedulerMixin:
+        """What takes the steps."""
+        return self.scheduler.rest if isinstance(self.scheduler, TeleportScheduler) else self.scheduler
 
     def _part(self, name: str, tool: str) -> ModelMixin:
         """The component that the scheduler needs."""
@@ -206,8 +210,7 @@ class SMDPipeline(DiffusionPipeline):
 
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict:
         """Schedulers differ in whether ``step`` takes a generator."""
-        solver = self.scheduler.rest if isinstance(self.scheduler, TeleportScheduler) else self.scheduler
-        accepted = inspect.signature(solver.step).parameters
+        accepted = inspect.signature(self._solver.step).parameters
         return {"generator": generator} if "generator" in accepted else {}
 
 
@@ -225,7 +228,9 @@ def load_pipeline(folder: str | Path) -> SMDPipeline:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model: expected a readable model folder, found {folder}: {reason}") from error
-    missing = [name for name, parameter in pipeline.unet.named_parameters() if parameter.is_meta]
-    if missing:
-        raise UserError(f"model: expected weights for every part of {folder}/unet, found none for {missing[0]}")
+    for part in ("unet", "moments", "gaussian"):
+        module = getattr(pipeline, part)
+        missing = [] if module is None else [name for name, value in module.state_dict().items() if value.is_meta]
+        if missing:
+            raise UserError(f"model: expected weights for every part of {folder}/{part}, found none for {missing[0]}")
     return pipeline
