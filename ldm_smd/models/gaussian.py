@@ -57,6 +57,12 @@ class LatentGaussians(ModelMixin, ConfigMixin):
             class_labels: (B,); None for no class.
             uniform: (B,) numbers from [0, 1) that choose the components of a mixture; not read otherwise.
         """
+        shape = (self.config.channels, self.config.height, self.config.width)
+        if tuple(x_t.shape[1:]) != shape:
+            raise ValueError(
+                f"x_t: expected (B, {', '.join(map(str, shape))}), the latents these Gaussians are of, found {tuple(x_t.shape)}; "
+                "tools/fit_gaussian.py fits others"
+            )
         (a_t, s_t), (a_s, s_s) = t, s
         x = x_t.flatten(1).to(torch.promote_types(x_t.dtype, torch.float32))
         which = torch.full((len(x),), len(self.log_weights) - 1, device=x.device) if class_labels is None else class_labels

@@ -65,6 +65,12 @@ class MomentHeads(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """All that GMSScheduler takes, in one pass of the UNet: (B, 3 C, H, W), its prediction and the two moments."""
+        wanted, found = (self.config.feature_channels, self.config.channels), (unet.conv_out.in_channels, sample.shape[1])
+        if wanted != found:
+            raise ValueError(
+                f"unet: expected the one these heads were trained on, with (features, latents) of {wanted} channels, found "
+                f"{found}; tools/train_moments.py makes those of another"
+            )
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         read: list[torch.Tensor] = []
         hook = unet.conv_out.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
