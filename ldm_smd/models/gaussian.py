@@ -60,7 +60,7 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         shape = (self.config.channels, self.config.height, self.config.width)
         if tuple(x_t.shape[1:]) != shape:
             raise ValueError(
-                f"x_t: expected (B, {', '.join(map(str, shape))}), the latents these Gaussians are of, found {tuple(x_t.shape)}; "
+                f"x_t: expected (B, {', '.join(map(str, shape))}), the latents of these Gaussians, found {tuple(x_t.shape)}; "
                 "tools/fit_gaussian.py fits others"
             )
         (a_t, s_t), (a_s, s_s) = t, s
