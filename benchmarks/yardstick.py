@@ -75,12 +75,10 @@ class Yardstick:
             "threads": torch.get_num_threads(),
         }
 
-    def pictures(
-        self, pipeline: SMDPipeline, steps: int, start: int, count: int, title: str, **options: object
-    ) -> torch.Tensor:
+    def pictures(self, pipeline: SMDPipeline, steps: int, start: int, count: int, title: str) -> torch.Tensor:
         """Of the labels and seeds from ``start`` on, with the scheduler that the pipeline has; (count, 3, H, W) in [0, 1]."""
         chosen = self.labels[start : start + count]
-        return sample_pixels(pipeline, chosen, count, steps, 1.0, start, BATCH_SIZE, title, **options)
+        return sample_pixels(pipeline, chosen, count, steps, 1.0, start, BATCH_SIZE, title)
 
     def cell(self, pipeline: SMDPipeline, steps: int, title: str) -> dict:
         """The distance of all samples with so many steps."""

@@ -410,7 +410,7 @@ class FitGaussianConfig:
     """Noise over signal that TeleportScheduler starts at."""
     batch_size: int = 512
     mirror: bool = False
-    """Take the mirrored encodings too (shards made with mirror: true)."""
+    """Take the mirrored encoding for half of the pictures (shards made with mirror: true)."""
     seed: int = 0
 
     def __post_init__(self) -> None:

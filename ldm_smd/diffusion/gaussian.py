@@ -135,6 +135,13 @@ class GaussianMixture:
         return constants - 0.5 * squares.sum(dim=2)
 
 
+def leading(covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of a covariance (D, D): eigenvectors (rank, D) and eigenvalues (rank,), largest first, and the mean of the others."""
+    variances, vectors = torch.linalg.eigh(covariance)
+    variances = variances.clamp_min(0.0)
+    return vectors[:, -rank:].flip(1).T, variances[-rank:].flip(0), variances[:-rank].mean()
+
+
 def fit_shared(
     points: torch.Tensor, modes: int, floor: float, iterations: int = 10, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -164,6 +171,22 @@ def fit_shared(
         directions = torch.linalg.solve(covariance, means.T)  # (D, K)
         shares = (weights.log() + points @ directions - 0.5 * (means.T * directions).sum(dim=0)).softmax(dim=1)
     return weights, means, covariance, shares
+
+
+def shared_responsibilities(
+    log_weights: torch.Tensor, means: torch.Tensor, linear: torch.Tensor, quadratic: torch.Tensor
+) -> torch.Tensor:
+    """r_k ~ w_k exp(linear . m_k - quadratic . m_k^2 / 2), the posterior of the components where they share a covariance, in
+    coordinates in which it is diagonal: log_weights (N, K), means (K, D), linear (N, D), quadratic (N, D) or (D,) -> (N, K).
+
+    For u = a c + s eps with c ~ N(m_k, diag(v)), linear is a u / (a^2 v + s^2) and quadratic a^2 / (a^2 v + s^2).
+    """
+    return (log_weights + (linear @ means.T - 0.5 * quadratic @ means.square().T)).softmax(dim=1)
+
+
+def choose(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """A component for every row of shares (N, K), by a uniform number each, (N, 1) -> (N,)."""
+    return torch.searchsorted(shares.cumsum(dim=1), uniform).clamp_max(shares.shape[1] - 1).squeeze(1)
 
 
 def weights_by_class(weights: torch.Tensor, shares: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:

@@ -6,6 +6,8 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..diffusion.gaussian import choose, shared_responsibilities
+
 
 class LatentGaussians(ModelMixin, ConfigMixin):
     """n Gaussians N(m_i, U_b diag(lam_b) U_b^T + tail_b (I - U_b U_b^T)) of normalised latents, b the basis of i, and their
@@ -93,7 +95,6 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         vectors, means = self.vectors[0].to(x.dtype), self.means.to(x.dtype)
         precision = 1.0 / (a**2 * self.variances[0].to(x.dtype) + s**2)
         apart = x @ vectors.T
-        known = means @ vectors.T
-        likelihood = (a * precision * apart) @ known.T - 0.5 * a**2 * known.square() @ precision
-        shares = (self.log_weights.to(x.dtype)[row] + likelihood).softmax(dim=1)
-        return torch.searchsorted(shares.cumsum(dim=1), uniform.to(x.dtype)[:, None]).squeeze(1).clamp_max(len(means) - 1)
+        log_weights = self.log_weights.to(x.dtype)[row]
+        shares = shared_responsibilities(log_weights, means @ vectors.T, a * precision * apart, a**2 * precision)
+        return choose(shares, uniform.to(x.dtype)[:, None])

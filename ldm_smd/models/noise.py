@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..diffusion.gaussian import fit_shared, weights_by_class
+from ..diffusion.gaussian import choose, fit_shared, leading, shared_responsibilities, weights_by_class
 from .blocks import repeat
 
 GRID = 8
@@ -87,10 +87,9 @@ class PosteriorNoise(nn.Module):
         pooled = self._on_grid(latents).double()
         centre = pooled.mean(dim=0)
         pooled = pooled - centre
-        variances, basis = torch.linalg.eigh(pooled.T @ pooled / len(pooled))  # ascending
-        basis = basis.flip(1)[:, : self.rank].T
+        basis, variances, _ = leading(pooled.T @ pooled / len(pooled), self.rank)
         points = pooled @ basis.T
-        floor = FLOOR * float(variances[-self.rank :].mean()) + SMALLEST
+        floor = FLOOR * float(variances.mean()) + SMALLEST
         weights, means, covariance, shares = fit_shared(points, len(self.means), floor)
         by_class = weights_by_class(weights, shares, labels, len(self.log_weights) - 1)
         # The basis turned to the axes of the modes' covariance.
@@ -137,14 +136,12 @@ class PosteriorNoise(nn.Module):
         precision = 1.0 / (alphabar * self.variances + (s / cell) ** 2)  # of u given the mode, (B, rank)
         known = (x_t - a * self.centre) @ basis.T
         prior = self.log_weights[-1:] if class_labels is None else self.log_weights[class_labels]
-        likelihood = (a * precision * known) @ means.T - 0.5 * (alphabar * precision) @ means.square().T
-        shares = (prior + likelihood).softmax(dim=1)  # (B, K)
+        shares = shared_responsibilities(prior, means, a * precision * known, alphabar * precision)  # (B, K)
 
         draws = len(white) // len(x_t)
         # Both factors of e for one unit of scale: s_t / cell^2 of the means apart, 1 / cell of the deviation inside a mode.
         scale = self.scale[timestep, None].float() / cell
         apart, inside = scale * (s / cell) * precision, scale * (self.variances * precision).sqrt()
-        uniform = torch.special.ndtr(white[:, -1:])
-        mode = torch.searchsorted(repeat(shares.cumsum(dim=1), draws), uniform).clamp_max(len(means) - 1).squeeze(1)
+        mode = choose(repeat(shares, draws), torch.special.ndtr(white[:, -1:]))
         moved = repeat(apart, draws) * (means[mode] - repeat(shares @ means, draws))
         return torch.addcmul(moved, repeat(inside, draws), white[:, :-1]) @ basis

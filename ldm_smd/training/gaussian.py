@@ -11,7 +11,7 @@ from ..autoencoder import FrozenAutoencoder, sample_latents
 from ..config import FitGaussianConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
-from ..diffusion.gaussian import fit_shared, weights_by_class
+from ..diffusion.gaussian import fit_shared, leading, weights_by_class
 from ..errors import UserError
 from ..files import atomic_folder, require_unused
 from ..models.gaussian import LatentGaussians
@@ -20,7 +20,8 @@ from ..progress import progress
 from ..schedulers import TeleportScheduler
 from .card import card
 
-MIXTURE_LATENTS = 16_384
+FITTING_LATENTS = 16_384
+"""A mixture is fitted to so many at most."""
 LATENTS_PER_COMPONENT = 8
 MEMORY_LIMIT = 4 * 2**30
 """Bytes for the sums of products; more is refused before the pass."""
@@ -96,7 +97,7 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
 
 
 def latent_sums(config: FitGaussianConfig, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int) -> LatentSums:
-    """Of all latents of the shards, by class; and of their mirror images with ``config.mirror``."""
+    """Of all latents of the shards, by class; with ``config.mirror`` half of them mirrored."""
     channels, height, width = manifest.latent_shape
     numbers = channels * height * width
     if 8 * (classes + 1) * numbers**2 > MEMORY_LIMIT:
@@ -105,17 +106,17 @@ def latent_sums(config: FitGaussianConfig, manifest: Manifest, autoencoder: Froz
             f"{classes} classes; components=256 has one covariance for all"
         )
     sums = LatentSums.empty(classes + 1, numbers)
+    size = min(config.batch_size, manifest.count)
+    stream = LatentStream(manifest, size, manifest.count, seed=config.seed, mirror=config.mirror)
     bar = progress(manifest.count, 0, "fit")
-    for start in range(0, manifest.count, config.batch_size):
-        size = min(config.batch_size, manifest.count - start)
-        stream = LatentStream(manifest, size, manifest.count, seed=config.seed, mirror=config.mirror)
+    for start in range(0, manifest.count, size):
         batch = stream.batch_at(start)
-        moments = batch.moments.float()
+        once = manifest.count - start  # the last batch goes on with the next epoch's
+        moments, labels = batch.moments[:once].float(), batch.labels[:once]
         means = autoencoder.normalise(moments[:, 0])
         variances = torch.zeros_like(means) if moments.shape[1] == 1 else moments[:, 1].exp() * autoencoder.scale**2
-        labels = batch.labels if classes else torch.full_like(batch.labels, -1)
-        sums.add(means.flatten(1), variances.flatten(1), labels)
-        bar.update(size)
+        sums.add(means.flatten(1), variances.flatten(1), labels if classes else torch.full_like(labels, -1))
+        bar.update(len(labels))
     bar.close()
     return sums
 
@@ -134,31 +135,33 @@ def class_gaussians(sums: LatentSums, shape: tuple[int, int, int], rank: int, cl
     return gaussians
 
 
-def leading(covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Eigenvectors (rank, D) and eigenvalues (rank,), largest first, and the mean of the other eigenvalues."""
-    variances, vectors = torch.linalg.eigh(covariance)
-    variances = variances.clamp_min(0.0)
-    return vectors[:, -rank:].flip(1).T, variances[-rank:].flip(0), variances[:-rank].mean()
-
-
 def shared_gaussians(
     config: FitGaussianConfig, sums: LatentSums, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int
 ) -> LatentGaussians:
     """A mixture with one covariance, fitted in the leading components of the covariance of all."""
-    count = min(manifest.count, MIXTURE_LATENTS)
-    components = min(config.components, count // LATENTS_PER_COMPONENT)
+    generator = torch.Generator().manual_seed(config.seed)
+    latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror, generator)
+    components = min(config.components, len(latents) // LATENTS_PER_COMPONENT)
     rank = min(config.rank, sums.sums.shape[1] - 1)
-    batch = LatentStream(manifest, count, count, seed=config.seed, mirror=config.mirror).batch_at(0)
-    latents = autoencoder.normalise(sample_latents(batch.moments, torch.Generator().manual_seed(config.seed))).flatten(1)
     mean, covariance = sums.pooled().moments(0)
     vectors, _, tail = leading(covariance, rank)
-    weights, means, within, shares = fit_shared((latents.double() - mean) @ vectors.T, components, FLOOR)
+    weights, means, within, shares = fit_shared((latents.flatten(1).double() - mean) @ vectors.T, components, FLOOR)
     variances, axes = torch.linalg.eigh(within)
     gaussians = LatentGaussians(*manifest.latent_shape, rank, components, shared=True, num_classes=classes or None)
-    gaussians.log_weights.copy_(weights_by_class(weights, shares, batch.labels, classes).log())
+    gaussians.log_weights.copy_(weights_by_class(weights, shares, labels, classes).log())
     gaussians.means.copy_(mean + means @ vectors)
     gaussians.vectors[0], gaussians.variances[0], gaussians.tails[0] = axes.T @ vectors, variances, tail
     return gaussians
+
+
+def fitting_latents(
+    manifest: Manifest, autoencoder: FrozenAutoencoder, seed: int, mirror: bool, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a mixture of the latents is fitted to: the first normalised latents of the stream and their labels, on the CPU."""
+    count = min(manifest.count, FITTING_LATENTS)
+    batch = LatentStream(manifest, count, count, seed=seed, mirror=mirror).batch_at(0)
+    latents = autoencoder.normalise(sample_latents(batch.moments.to(autoencoder.device), generator))
+    return latents.cpu(), batch.labels
 
 
 def gaussian_card(config: FitGaussianConfig, gaussians: LatentGaussians, count: int) -> str:

@@ -33,14 +33,13 @@ from ..progress import progress
 from .card import card
 from .checkpoint import checkpoints, load_weights, resume, save_checkpoint
 from .ema import EMA
+from .gaussian import LATENTS_PER_COMPONENT, fitting_latents
 from .metrics import MetricsLog, crossed
 
 logger = logging.getLogger(__name__)
 
 SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
 PREVIEW_PICTURES = 40
-NOISE_LATENTS = 16_384
-LATENTS_PER_MODE = 8
 COSINE_MAX_BETA = 0.75
 
 
@@ -187,7 +186,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | Ext
 
 def noise_modes(config: TrainConfig, manifest: Manifest) -> int:
     """Modes of the mixture's noise: fewer than configured where there are few pictures."""
-    return max(1, min(config.model.noise_modes, manifest.count // LATENTS_PER_MODE))
+    return max(1, min(config.model.noise_modes, manifest.count // LATENTS_PER_COMPONENT))
 
 
 def fit_noise(
@@ -198,10 +197,8 @@ def fit_noise(
     scheduler: DDPMScheduler,
 ) -> None:
     """Colour the mixture's noise as the first latents of the stream, the same on every process."""
-    count = min(manifest.count, NOISE_LATENTS)
-    batch = LatentStream(manifest, count, count, seed=config.seed, mirror=config.mirror).batch_at(0)
-    latents = autoencoder.normalise(sample_latents(batch.moments.to(autoencoder.device)))
-    model.hyper["noise"].fit(latents.cpu(), batch.labels, scheduler.alphas_cumprod, config.diffusion.prediction_type)
+    latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror)
+    model.hyper["noise"].fit(latents, labels, scheduler.alphas_cumprod, config.diffusion.prediction_type)
 
 
 def class_of(folder: str) -> str | None:
