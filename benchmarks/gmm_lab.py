@@ -133,7 +133,7 @@ DATA = {
 TARGETS = {
     ("ring of 8", 2): (components(10), Budget(2000)),
     ("ring of 8", 5): (components(10), Budget(3000)),
-    ("5x5 grid", 5): (components(28), Budget(12_000, batch=64)),
+    ("5x5 grid", 5): (components(28), Budget(20_000, batch=64)),
     ("mixture in 64-D", 5): (components(20), Budget(5000, batch=32, learning_rate=5e-3)),
     ("one Gaussian", 5): (components(2), Budget(2000)),
 }

@@ -1,6 +1,6 @@
 """What SMDUNet2DModel costs: as a Gaussian model against diffusers.UNet2DModel of equal parameters, and as a mixture against
 itself as a Gaussian model. A training step is forward, backward and AdamW, with 4 draws of the mixture; a sampling step is the
-forward pass with one.
+forward pass with one, at one t for the whole batch.
 
 Each model gets the same batch. Rounds go through the models in turn, so that a slow spell of the machine hits all alike, and
 the ratio is taken round by round; its median is the result.
@@ -33,12 +33,14 @@ RESULT = Path(__file__).parent / "results" / "unet_throughput.json"
 CLASSES = 10
 PARAMETER_TOLERANCE = 0.02
 
-# Each case: latent shape, batch, and block_out_channels of the three models. Widths are chosen so that the parameters agree
-# within 2 %; depth, attention (the lower level and the middle) and head width are the same for all.
+# Each case: latent shape, batches, and block_out_channels of the three models; small latents are sampled in the default batch of
+# tools/sample.py. Widths are chosen so that the parameters agree within 2 %; depth, attention (the lower level and the middle)
+# and head width are the same for all.
 CASES = {
-    "8x8x16": {"shape": (16, 8, 8), "batch": 32, "smd": (96, 192), "vanilla": (96, 192), "diffusers": (88, 184)},
-    "32x32x4": {"shape": (4, 32, 32), "batch": 4, "smd": (96, 192), "vanilla": (96, 192), "diffusers": (88, 184)},
+    "8x8x16": {"shape": (16, 8, 8), "batch": 32, "sampling_batch": 64},
+    "32x32x4": {"shape": (4, 32, 32), "batch": 4, "sampling_batch": 4},
 }
+WIDTHS = {"diffusers": (88, 184), "vanilla": (96, 192), "smd": (96, 192)}
 COMMON = {"norm_num_groups": 8, "attention_head_dim": 8}
 DRAWS = 4
 
@@ -60,7 +62,7 @@ def build(case: dict) -> dict[str, torch.nn.Module]:
         sample_size=height,
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=case["diffusers"],
+        block_out_channels=WIDTHS["diffusers"],
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         num_class_embeds=CLASSES,
@@ -70,8 +72,8 @@ def build(case: dict) -> dict[str, torch.nn.Module]:
     ).to(memory_format=torch.channels_last)
     return {
         "diffusers": theirs,
-        "vanilla": SMDUNet2DModel(block_out_channels=case["vanilla"], latent_channels=0, **ours),
-        "smd": SMDUNet2DModel(block_out_channels=case["smd"], latent_channels=32, hypernetwork_width=40, **ours),
+        "vanilla": SMDUNet2DModel(block_out_channels=WIDTHS["vanilla"], latent_channels=0, **ours),
+        "smd": SMDUNet2DModel(block_out_channels=WIDTHS["smd"], latent_channels=32, hypernetwork_width=40, **ours),
     }
 
 
@@ -89,12 +91,15 @@ class Trainee:
         self.t = torch.randint(0, 1000, (batch,), generator=generator).to(device)
         self.labels = torch.randint(0, CLASSES, (batch,), generator=generator).to(device)
         self.eta = torch.randn(batch * DRAWS, *case["shape"], generator=generator).to(device)
+        many = case["sampling_batch"]
+        self.noise = torch.randn(many, *case["shape"], generator=generator).to(device)
+        self.noise_labels = torch.randint(0, CLASSES, (many,), generator=generator).to(device)
 
     def sampling_seconds(self) -> float:
         self.synchronize()
         start = time.perf_counter()
         with torch.no_grad():
-            self.model(self.x, self.t, self.labels)
+            self.model(self.noise, self.t[0], self.noise_labels)
         self.synchronize()
         return time.perf_counter() - start
 
@@ -132,7 +137,8 @@ def measure(case: dict, rounds: int, device: torch.device) -> dict:
     return {
         "latents": list(case["shape"]),
         "batch": case["batch"],
-        "block_out_channels": {name: list(case[name]) for name in models},
+        "sampling_batch": case["sampling_batch"],
+        "block_out_channels": {name: list(WIDTHS[name]) for name in models},
         "parameters": parameters,
         "training_images_per_second": {
             name: case["batch"] / statistics.median(row[name] for row in training) for name in models

@@ -107,7 +107,7 @@ class PosteriorNoise(nn.Module):
     def forward(
         self, eta: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """eta (B * M, C, H, W), x_t (B, C, H, W), timestep (B,), class_labels (B,) -> e, as eta, channels last."""
+        """eta (B * M, C, H, W), x_t (B, C, H, W), timestep (B,) or (1,), class_labels (B,) -> e, as eta, channels last."""
         if self.rank == 0:
             return eta.contiguous(memory_format=torch.channels_last)
         # Any rank + 1 numbers of white noise are as good as any others; maps too small to have as many say some twice.
@@ -132,8 +132,8 @@ class PosteriorNoise(nn.Module):
         -> e (B * M, N)."""
         basis, means = self.basis.float(), self.means.float()
         alphabar = self.alphas_cumprod[timestep, None].float()
-        a, s = alphabar.sqrt(), (1.0 - alphabar).clamp_min(SMALLEST).sqrt()  # (B, 1)
-        precision = 1.0 / (alphabar * self.variances + (s / cell) ** 2)  # of u given the mode, (B, rank)
+        a, s = alphabar.sqrt(), (1.0 - alphabar).clamp_min(SMALLEST).sqrt()  # (B, 1), or (1, 1) where all have one t
+        precision = 1.0 / (alphabar * self.variances + (s / cell) ** 2)  # of u given the mode, (B or 1, rank)
         known = (x_t - a * self.centre) @ basis.T
         prior = self.log_weights[-1:] if class_labels is None else self.log_weights[class_labels]
         shares = shared_responsibilities(prior, means, a * precision * known, alphabar * precision)  # (B, K)
@@ -142,6 +142,8 @@ class PosteriorNoise(nn.Module):
         # Both factors of e for one unit of scale: s_t / cell^2 of the means apart, 1 / cell of the deviation inside a mode.
         scale = self.scale[timestep, None].float() / cell
         apart, inside = scale * (s / cell) * precision, scale * (self.variances * precision).sqrt()
+        if len(timestep) > 1:
+            apart, inside = repeat(apart, draws), repeat(inside, draws)
         mode = choose(repeat(shares, draws), torch.special.ndtr(white[:, -1:]))
-        moved = repeat(apart, draws) * (means[mode] - repeat(shares @ means, draws))
-        return torch.addcmul(moved, repeat(inside, draws), white[:, :-1]) @ basis
+        moved = apart * (means[mode] - repeat(shares @ means, draws))
+        return torch.addcmul(moved, inside, white[:, :-1]) @ basis

@@ -197,7 +197,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         Returns:
             The prediction (B * M, C, H, W), rows as in ``eta``; (B, C, H, W) for a Gaussian model.
         """
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # one number stays one: less work
         embedding = F.silu(self._embed(sample, timestep, class_labels))
         modulation = self.modulation(embedding)
         # The layout of the input is that of every feature map after it. Channels last is what GPUs' tensor cores want, and
@@ -233,14 +233,13 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
     def _embed(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
-        batch = sample.shape[0]
-        embedding = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
+        embedding = self.time_embedding(self.time_proj(timestep).to(sample.dtype)).expand(len(sample), -1)
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels: expected None, this model has num_classes=None")
             return embedding
         if class_labels is None:
-            class_labels = torch.full((batch,), self.config.num_classes, device=sample.device)
+            class_labels = torch.full((len(sample),), self.config.num_classes, device=sample.device)
         return embedding + self.class_embedding(class_labels)
 
     def _way_down(
