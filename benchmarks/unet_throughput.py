@@ -33,9 +33,8 @@ RESULT = Path(__file__).parent / "results" / "unet_throughput.json"
 CLASSES = 10
 PARAMETER_TOLERANCE = 0.02
 
-# Each case: latent shape, batches, and block_out_channels of the three models; small latents are sampled in the default batch of
-# tools/sample.py. Widths are chosen so that the parameters agree within 2 %; depth, attention (the lower level and the middle)
-# and head width are the same for all.
+# Each case: latent shape and batches; small latents are sampled in the default batch of tools/sample.py. Widths are chosen so
+# that the parameters agree within 2 %; depth, attention (the lower level and the middle) and head width are the same for all.
 CASES = {
     "8x8x16": {"shape": (16, 8, 8), "batch": 32, "sampling_batch": 64},
     "32x32x4": {"shape": (4, 32, 32), "batch": 4, "sampling_batch": 4},
