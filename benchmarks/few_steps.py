@@ -13,9 +13,7 @@ Writes benchmarks/results/few_steps-NAME.json, .md and .jpg.
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import torch
 from omegaconf import MISSING
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-from yardstick import SCHEDULERS, Yardstick, YardstickConfig, distance_table, known_cell, weights_sha256
+from yardstick import SCHEDULERS, Results, Yardstick, YardstickConfig, distance_table
 
 from ldm_smd.cli import run_tool
 from ldm_smd.config import at_least, check
@@ -60,13 +58,8 @@ class FewStepsConfig(YardstickConfig):
 
 def few_steps(config: FewStepsConfig) -> Path:
     """Run all cells; returns the JSON file."""
-    started = time.perf_counter()
     yardstick = Yardstick(config)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"few_steps-{config.name}.json"
-    command = " ".join(["python", "benchmarks/few_steps.py", *sys.argv[1:]])
-    result = {"command": command, **yardstick.about, "models": {}}
-    before = json.loads(path.read_text(encoding="utf-8")) if config.resume and path.is_file() else {}
+    results = Results(RESULTS / f"few_steps-{config.name}.json", yardstick, config.resume)
     rows: list[torch.Tensor] = []
     for model, folder, schedulers in (
         ("smd", config.smd, config.smd_schedulers),
@@ -76,26 +69,16 @@ def few_steps(config: FewStepsConfig) -> Path:
         own = pipeline.scheduler
         pipeline.scheduler = make_scheduler(SCHEDULERS["DDPM"], own)
         rows.extend(yardstick.pictures(pipeline, steps, 0, GRID_PICTURES, f"{model}, grid") for steps in GRID_STEPS)
-        entry = {"parameters": pipeline.unet.num_parameters(), "weights_sha256": weights_sha256(folder), "distance": {}}
-        result["models"][model] = entry
+        results.add_model(model, folder, pipeline)
         for name in schedulers:
-            cells = entry["distance"][name] = {}
             pipeline.scheduler = make_scheduler(SCHEDULERS[name], own)
             for steps in config.steps:
-                cells[steps] = known_cell(before, result, model, name, steps) or yardstick.cell(
-                    pipeline, steps, f"{model}, {name}, {steps} steps"
-                )
-                print(f"{model} {name} {steps}: {cells[steps]['frechet']:.3f}", flush=True)
-                path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")  # for resume
-    result["targets"] = targets(result["models"])
-    result["seconds"] = round(time.perf_counter() - started)
+                results.cell(model, name, pipeline, steps)
+    results.content["targets"] = targets(results.content["models"])
 
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".md").write_text(table(config, result), encoding="utf-8")
     grid = make_grid(torch.cat(rows), nrow=GRID_PICTURES, padding=2, pad_value=0.8)
-    to_pil_image(grid).save(path.with_suffix(".jpg"), quality=88)
-    print(table(config, result))
-    return path
+    to_pil_image(grid).save(results.path.with_suffix(".jpg"), quality=88)
+    return results.finish(table(config, results.content))
 
 
 def targets(models: dict) -> list[dict]:
@@ -120,10 +103,9 @@ def target(name: str, wanted: str, measured: float, holds: bool) -> dict:
     return {"name": name, "target": wanted, "measured": round(measured, 3), "holds": holds}
 
 
-def table(config: FewStepsConfig, result: dict) -> str:
+def table(config: FewStepsConfig, result: dict) -> list[str]:
     lines = [*distance_table(result, config.name, config.steps), "", "| target | wanted | measured |", "|---|---|---|"]
-    lines += [f"| {entry['name']} | {entry['target']} | {entry['measured']} |" for entry in result["targets"]]
-    return "\n".join(lines) + "\n"
+    return lines + [f"| {entry['name']} | {entry['target']} | {entry['measured']} |" for entry in result["targets"]]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ pictures in the features of a network."""
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +28,7 @@ SCHEDULERS = {
     "SDE-DPM-Solver++": "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++",
     "UniPC": "UniPCMultistepScheduler",
     "Euler ancestral": "EulerAncestralDiscreteScheduler",
+    "Heun": "HeunDiscreteScheduler",
     "GMS": "GMSScheduler",
     "GMS, two moments": "GMSScheduler:num_moments=2",
     "GMS, a component for the picture": "GMSScheduler:picture_draws=true",
@@ -98,20 +102,63 @@ class Yardstick:
         }
 
 
+class Results:
+    """The distances of several models, in a JSON file that grows cell by cell, so that a stopped run can be resumed.
+
+    Attributes:
+        content: what is written, with ``models``: name -> parameters, weights_sha256, distance: scheduler -> steps -> cell.
+    """
+
+    SAME = ("distance", "reference_pictures", "floor", "samples", "sampling_seeds")
+    """What an earlier file must agree in for its cells to be kept."""
+
+    def __init__(self, path: Path, yardstick: Yardstick, resume: bool) -> None:
+        self.path, self.yardstick, self.started = path, yardstick, time.perf_counter()
+        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        self.content = {"command": command, **yardstick.about, "models": {}}
+        before = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else {}
+        same = all(before.get(key) == self.content[key] for key in self.SAME)
+        self.before = before.get("models", {}) if same else {}
+
+    def add_model(self, model: str, folder: str, pipeline: SMDPipeline) -> None:
+        entry = {"parameters": pipeline.unet.num_parameters(), "weights_sha256": weights_sha256(folder), "distance": {}}
+        self.content["models"][model] = entry
+
+    def cell(self, model: str, scheduler: str, pipeline: SMDPipeline, steps: int) -> dict:
+        """Measured with the scheduler that the pipeline has, or kept from the file, if that was made of the same weights."""
+        entry, earlier = self.content["models"][model], self.before.get(model, {})
+        cell = None
+        if earlier.get("weights_sha256") == entry["weights_sha256"]:
+            cell = earlier["distance"].get(scheduler, {}).get(str(steps))
+        if cell is None:
+            cell = self.yardstick.cell(pipeline, steps, f"{model}, {scheduler}, {steps} steps")
+        entry["distance"].setdefault(scheduler, {})[steps] = cell
+        print(f"{model}, {scheduler}, {steps} steps: {cell['frechet']:.3f}", flush=True)
+        self.write()
+        return cell
+
+    def write(self) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+
+    def finish(self, lines: list[str]) -> Path:
+        """Also the seconds of the run, and Markdown beside the JSON; returns the JSON's path."""
+        self.content["seconds"] = round(time.perf_counter() - self.started)
+        self.write()
+        text = "\n".join(lines) + "\n"
+        self.path.with_suffix(".md").write_text(text, encoding="utf-8")
+        print(text)
+        return self.path
+
+
 def weights_sha256(folder: str) -> str:
-    """Of the UNet of a model folder."""
-    return hashlib.sha256((Path(folder) / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-
-
-def known_cell(before: dict, result: dict, model: str, name: str, steps: int) -> dict | None:
-    """What an earlier result has of a cell, if it was made of the same weights, pictures and numbers of samples."""
-    same = ("distance", "reference_pictures", "floor", "samples", "sampling_seeds")
-    if any(before.get(key) != result[key] for key in same):
-        return None
-    entry = before["models"].get(model, {})
-    if entry.get("weights_sha256") != result["models"][model]["weights_sha256"]:
-        return None
-    return entry["distance"].get(name, {}).get(str(steps))
+    """Of what a model folder has beside the autoencoder."""
+    digest = hashlib.sha256()
+    for part in ("unet", "moments", "gaussian"):
+        path = Path(folder) / part / "diffusion_pytorch_model.safetensors"
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def distance_table(result: dict, title: str, steps: list[int]) -> list[str]:
@@ -125,6 +172,6 @@ def distance_table(result: dict, title: str, steps: list[int]) -> list[str]:
     ]
     for model, entry in result["models"].items():
         for scheduler, cells in entry["distance"].items():
-            values = [f"{cells[n]['frechet']:.2f} ± {1.96 * cells[n]['frechet_sd']:.2f}" for n in steps]
+            values = [f"{cells[n]['frechet']:.2f} ± {1.96 * cells[n]['frechet_sd']:.2f}" if n in cells else "" for n in steps]
             lines.append(f"| {model}, {scheduler} | " + " | ".join(values) + " |")
     return lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -59,42 +61,63 @@ class LatentGaussians(ModelMixin, ConfigMixin):
             class_labels: (B,); None for no class.
             uniform: (B,) numbers from [0, 1) that choose the components of a mixture; not read otherwise.
         """
+        x, row = self._rows(x_t, class_labels)
+        which = self._choose(x, t, row, uniform) if self.config.shared else row
+        (a_t, s_t), (a_s, s_s) = t, s
+        means = self.means.to(x.dtype)[which]
+        moved = self._scale(x - a_t * means, row, lambda lam: ((a_s**2 * lam + s_s**2) / (a_t**2 * lam + s_t**2)).sqrt())
+        return (a_s * means + moved).view_as(x_t)
+
+    def expected_x0(self, x_t: torch.Tensor, t: tuple[float, float], class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        """E[x_0 | x_t], (B, C, H, W), were the latents from these Gaussians. With r_i the posterior of the components,
+
+            E[x_0 | x_t] = mbar + U diag( a lam / (a^2 lam + s^2) ) U^T (x_t - a mbar),    mbar = sum_i r_i m_i,
+
+        and the score is (a E[x_0 | x_t] - x_t) / s^2.
+
+        Args:
+            t: (a, s), signal and noise of x_t.
+            class_labels: (B,); None for no class.
+        """
+        x, row = self._rows(x_t, class_labels)
+        means = self.means.to(x.dtype)
+        means = self._shares(x, t, row) @ means if self.config.shared else means[row]
+        a, s = t
+        return (means + self._scale(x - a * means, row, lambda lam: a * lam / (a**2 * lam + s**2))).view_as(x_t)
+
+    def _rows(self, x_t: torch.Tensor, class_labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_t as (B, D), in float32 or better, and for each the row of ``log_weights``, (B,)."""
         shape = (self.config.channels, self.config.height, self.config.width)
         if tuple(x_t.shape[1:]) != shape:
             raise ValueError(
                 f"x_t: expected (B, {', '.join(map(str, shape))}), the latents of these Gaussians, found {tuple(x_t.shape)}; "
                 "tools/fit_gaussian.py fits others"
             )
-        (a_t, s_t), (a_s, s_s) = t, s
         x = x_t.flatten(1).to(torch.promote_types(x_t.dtype, torch.float32))
-        which = torch.full((len(x),), len(self.log_weights) - 1, device=x.device) if class_labels is None else class_labels
-        basis = torch.zeros_like(which) if self.config.shared else which
-        if self.config.shared:
-            which = self._choose(x, t, which, uniform)
-        means, vectors = self.means.to(x.dtype)[which], self.vectors.to(x.dtype)
-        variances, tails = self.variances.to(x.dtype)[basis], self.tails.to(x.dtype)[basis, None]
+        return x, torch.full((len(x),), len(self.log_weights) - 1, device=x.device) if class_labels is None else class_labels
 
-        def stretch(variance: torch.Tensor) -> torch.Tensor:
-            return ((a_s**2 * variance + s_s**2) / (a_t**2 * variance + s_t**2)).sqrt()
-
-        apart = x - a_t * means
+    def _scale(self, x: torch.Tensor, row: torch.Tensor, factor: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """x (B, D), times ``factor`` of the variance in each direction."""
+        basis = torch.zeros_like(row) if self.config.shared else row
+        vectors = self.vectors.to(x.dtype)
+        other = factor(self.tails.to(x.dtype)[basis, None])
+        more = factor(self.variances.to(x.dtype)[basis]) - other
         if self.config.shared:
-            inside = apart @ vectors[0].T
-            turned = ((stretch(variances) - stretch(tails)) * inside) @ vectors[0]
+            inside = (more * (x @ vectors[0].T)) @ vectors[0]
         else:
-            inside = torch.einsum("bd,brd->br", apart, vectors[basis])
-            turned = torch.einsum("br,brd->bd", (stretch(variances) - stretch(tails)) * inside, vectors[basis])
-        return (a_s * means + turned + stretch(tails) * apart).view_as(x_t)
+            inside = torch.einsum("br,brd->bd", more * torch.einsum("bd,brd->br", x, vectors[basis]), vectors[basis])
+        return inside + other * x
 
     def _choose(self, x: torch.Tensor, t: tuple[float, float], row: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
-        """A component for every row of x (B, D), drawn from r_i ~ w_i N(x; a m_i, a^2 S + s^2 I); the means differ in the
-        leading directions of S alone."""
+        """A component for every row of x (B, D), drawn from its posterior."""
         if uniform is None:
             raise ValueError("uniform: expected a number for each sample, to choose among components, found None")
+        return choose(self._shares(x, t, row), uniform.to(x.dtype)[:, None])
+
+    def _shares(self, x: torch.Tensor, t: tuple[float, float], row: torch.Tensor) -> torch.Tensor:
+        """r_i ~ w_i N(x; a m_i, a^2 S + s^2 I), (B, n); the means differ in the leading directions of S alone."""
         a, s = t
         vectors, means = self.vectors[0].to(x.dtype), self.means.to(x.dtype)
         precision = 1.0 / (a**2 * self.variances[0].to(x.dtype) + s**2)
-        apart = x @ vectors.T
         log_weights = self.log_weights.to(x.dtype)[row]
-        shares = shared_responsibilities(log_weights, means @ vectors.T, a * precision * apart, a**2 * precision)
-        return choose(shares, uniform.to(x.dtype)[:, None])
+        return shared_responsibilities(log_weights, means @ vectors.T, a * precision * (x @ vectors.T), a**2 * precision)

@@ -1,25 +1,17 @@
 import json
 
 import conversion
-import torch
 from conversion import ConversionConfig
 from safetensors.torch import load_file
 
 from ldm_smd.config import dump_config
-from ldm_smd.evaluation.features import FeatureNetwork
-from ldm_smd.training.loop import train
 
 
-def test_conversion_end_to_end(train_config, pictures, tmp_path, monkeypatch, run):
-    gaussian = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8", "seed=1")
-    start = train(train_config(*gaussian)) / "unet"
+def test_conversion_end_to_end(train_config, gaussian_folder, yardstick_settings, tmp_path, monkeypatch, run):
+    start = gaussian_folder / "unet"
     (tmp_path / "smd.yaml").write_text(dump_config(train_config(f"init_from={start}")))
-    torch.manual_seed(0)
-    FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")
     monkeypatch.setattr(conversion, "RESULTS", tmp_path)
-    settings = ["name=shapes", f"train={tmp_path / 'smd.yaml'}", f"images.source={pictures}", "images.resolution=16"]
-    settings += [f"held_out.source={pictures}", "held_out.resolution=16"]
-    settings += [f"output={tmp_path / 'runs'}", f"features={tmp_path / 'features'}"]
+    settings = [*yardstick_settings, f"train={tmp_path / 'smd.yaml'}", f"output={tmp_path / 'runs'}"]
     settings += ["images_total=16", "every_images=8", "steps=[1,2]", "samples=24"]
     code, _, error = run(ConversionConfig, conversion.conversion, *settings)
     assert code == 0, error

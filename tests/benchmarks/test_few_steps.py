@@ -1,19 +1,13 @@
 import json
 
 import few_steps
-import torch
 from few_steps import FewStepsConfig
 
-from ldm_smd.evaluation.features import FeatureNetwork
 
-
-def test_few_steps_end_to_end(model_folder, pictures, tmp_path, monkeypatch, run):
-    torch.manual_seed(0)
-    FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")
+def test_few_steps_end_to_end(model_folder, yardstick_settings, tmp_path, monkeypatch, run):
     monkeypatch.setattr(few_steps, "RESULTS", tmp_path)
-    source = [f"images.source={pictures}", f"held_out.source={pictures}", "images.resolution=16", "held_out.resolution=16"]
-    models = [f"smd={model_folder}", f"gaussian={model_folder}", f"features={tmp_path / 'features'}"]
-    code, _, error = run(FewStepsConfig, few_steps.few_steps, "name=shapes", "samples=32", "steps=[1,4,8]", *source, *models)
+    common = [*yardstick_settings, f"smd={model_folder}", f"gaussian={model_folder}", "samples=32"]
+    code, _, error = run(FewStepsConfig, few_steps.few_steps, *common, "steps=[1,4,8]")
     assert code == 0, error
     result = json.loads((tmp_path / "few_steps-shapes.json").read_text())
     assert list(result["models"]["gaussian"]["distance"]) == FewStepsConfig().gaussian_schedulers
@@ -25,8 +19,8 @@ def test_few_steps_end_to_end(model_folder, pictures, tmp_path, monkeypatch, run
 
     # Again with one more number of steps: the rest is taken from the file, where the pictures and weights are the same.
     def again(*settings):
-        settings = ("name=shapes", "samples=32", "steps=[1,2]", "resume=true", "smd_schedulers=[DDPM]", *settings)
-        code, _, error = run(FewStepsConfig, few_steps.few_steps, *settings, "gaussian_schedulers=[DDIM]", *source, *models)
+        settings = ("steps=[1,2]", "resume=true", "smd_schedulers=[DDPM]", "gaussian_schedulers=[DDIM]", *settings)
+        code, _, error = run(FewStepsConfig, few_steps.few_steps, *common, *settings)
         assert code == 0, error
         models_found = json.loads((tmp_path / "few_steps-shapes.json").read_text())["models"]
         return models_found["smd"]["distance"]["DDPM"], models_found["gaussian"]["distance"]["DDIM"]

@@ -95,3 +95,24 @@ def test_saves_and_loads(tmp_path):
         part.transport(torch.zeros(1, 2, 4, 4), at(9.0), at(1.0))
     with pytest.raises(ValueError, match="count: expected one for each class and one for all, 3, found 2"):
         LatentGaussians(*SHAPE, 3, 2, num_classes=2)
+
+
+def test_the_expected_x0_is_that_of_the_posterior():
+    """Against the closed form of diffusion/gaussian.py: a Gaussian for each class, and a mixture."""
+    part, covariances = gaussians()
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(2)).double()
+    found = part.expected_x0(x, at(0.7), torch.tensor([0, 1, 2])).flatten(1)
+    for row in range(3):
+        data = GaussianMixture.from_covariances(torch.ones(1).double(), part.means[row : row + 1], covariances[row : row + 1])
+        assert torch.allclose(found[row : row + 1], data.posterior(x[row : row + 1].flatten(1), *at(0.7)).mean(), atol=1e-10)
+
+    places = torch.tensor([[2.0, 0], [-2, 0], [0, 2.5]]).double()
+    part = LatentGaussians(2, 1, 1, rank=2, count=3, shared=True).double()
+    weights = torch.tensor([0.7, 0.1, 0.2]).double()
+    part.log_weights[0] = weights.log()
+    part.means.copy_(places)
+    part.vectors[0], part.variances[0] = torch.eye(2), torch.tensor([0.05, 0.1])
+    data = GaussianMixture.from_covariances(weights, places, torch.diag(part.variances[0]).expand(3, 2, 2))
+    x = data.diffused(*at(0.7)).sample(50, torch.Generator().manual_seed(3))
+    found = part.expected_x0(x[..., None, None], at(0.7)).flatten(1)
+    assert torch.allclose(found, data.posterior(x, *at(0.7)).mean(), atol=1e-10)

@@ -1,0 +1,254 @@
+"""Analytical teleportation: distance against network evaluations with and without it, on a Gaussian model.
+
+Each solver starts from pure noise, and from sigma_skip by the closed form of each fit of the latents (tools/fit_gaussian.py).
+Beside that, with UniPC: the choice of sigma_skip; controls that shorten the noise range alike, with less of the latents'
+distribution; and of the learned score, how much the fits explain at each noise level.
+
+examples:
+  python benchmarks/teleport.py --config configs/benchmarks/teleport-emoji.yaml
+  python benchmarks/teleport.py --config configs/benchmarks/teleport-emoji.yaml resume=true sigma_skip=5
+
+Writes benchmarks/results/teleport-NAME.json, .md and .png.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import torch
+from omegaconf import MISSING
+from yardstick import SCHEDULERS, Results, Yardstick, YardstickConfig, distance_table
+
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.cli import run_tool
+from ldm_smd.config import check
+from ldm_smd.data.shards import Manifest
+from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.models.gaussian import LatentGaussians
+from ldm_smd.models.unet import known_labels
+from ldm_smd.pipelines import SMDPipeline, load_pipeline
+from ldm_smd.sampling import make_scheduler
+from ldm_smd.schedulers import TeleportScheduler
+from ldm_smd.training.gaussian import fitting_latents
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+CHOOSING = "UniPC"
+WITHIN = 1.02
+"""A distance counts as that of the full run up to this share of it."""
+SCORE_PICTURES = 1024
+PLAIN = "pure noise"
+
+
+@dataclass
+class TeleportBenchmarkConfig(YardstickConfig):
+    """benchmarks/teleport.py"""
+
+    gaussian: str = MISSING
+    """Model folder of a Gaussian UNet."""
+    shards: str = MISSING
+    """Its latent shards, for the score study."""
+    fits: dict[str, str] = field(default_factory=dict)
+    """Name -> the model folder with a gaussian part (tools/fit_gaussian.py). The first is what the controls are made of."""
+    solvers: list[str] = field(default_factory=lambda: ["UniPC", "DPM-Solver++", "Heun", "DDIM"])
+    """Of yardstick.SCHEDULERS."""
+    steps: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 8, 12, 16, 25, 50])
+    sigma_skip: float = 2.5
+    """For the solvers and the controls."""
+    sigmas: list[float] = field(default_factory=lambda: [1.25, 2.5, 5.0, 10.0, 20.0])
+    """To choose from, with these numbers of steps:"""
+    choosing_steps: list[int] = field(default_factory=lambda: [2, 5, 12])
+    resume: bool = False
+    """Keep what the result file has of the same weights, pictures, features and numbers of samples."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = set(self.solvers) - set(SCHEDULERS)
+        check(not unknown, "solvers", f"some of {', '.join(SCHEDULERS)}", ", ".join(sorted(unknown)))
+        check(bool(self.fits), "fits", "at least one", "none")
+
+
+def teleport(config: TeleportBenchmarkConfig) -> Path:
+    """Run all cells; returns the JSON file."""
+    results = Results(RESULTS / f"teleport-{config.name}.json", Yardstick(config), config.resume)
+    pipeline = load_pipeline(config.gaussian)
+    own = pipeline.scheduler
+    results.add_model(PLAIN, config.gaussian, pipeline)
+    for solver in config.solvers:
+        pipeline.scheduler = make_scheduler(SCHEDULERS[solver], own)
+        for steps in config.steps:
+            count_evaluations(results.cell(PLAIN, solver, pipeline, steps), pipeline, steps)
+
+    fits = {}
+    for fit, folder in config.fits.items():
+        jumping = load_pipeline(folder)
+        fits[fit] = jumping.gaussian
+        results.add_model(fit, folder, jumping)
+        for solver in config.solvers:
+            for steps in config.steps:
+                jump(results, fit, solver, jumping, own, config.sigma_skip, steps)
+        for sigma in config.sigmas:
+            for steps in config.choosing_steps:
+                jump(results, fit, CHOOSING, jumping, own, sigma, steps)
+
+    first = next(iter(config.fits))
+    for name, part in controls(fits[first]).items():
+        jumping = load_pipeline(config.fits[first])
+        jumping.register_modules(gaussian=part)
+        results.add_model(name, config.fits[first], jumping)
+        for steps in config.choosing_steps:
+            jump(results, name, CHOOSING, jumping, own, config.sigma_skip, steps)
+
+    results.content["score"] = score_study(config, pipeline, own, fits)
+    results.content["savings"] = [
+        entry for fit in fits for solver in config.solvers for entry in savings(results.content["models"], fit, solver, config)
+    ]
+    draw(config, results.content, results.path.with_suffix(".png"))
+    return results.finish(table(config, results.content))
+
+
+def title(solver: str, sigma: float) -> str:
+    return f"{solver} from {sigma:g}"
+
+
+def jump(results: Results, fit: str, solver: str, pipeline: SMDPipeline, own: object, sigma: float, steps: int) -> None:
+    """The cell of one solver with so many steps, all after the jump."""
+    pipeline.scheduler = TeleportScheduler.from_config(own.config, scheduler=SCHEDULERS[solver], sigma_skip=sigma)
+    count_evaluations(results.cell(fit, title(solver, sigma), pipeline, steps), pipeline, steps)
+
+
+def count_evaluations(cell: dict, pipeline: SMDPipeline, steps: int) -> None:
+    """Second-order schedulers evaluate the network twice a step."""
+    pipeline.scheduler.set_timesteps(steps)
+    cell["evaluations"] = len(pipeline.scheduler.timesteps)
+
+
+def controls(gaussian: LatentGaussians) -> dict[str, LatentGaussians]:
+    """Starts at the same noise level that know less: nothing at all of the latents, their mean, and their total variance."""
+    config = dict(gaussian.config)
+    settings = {key: config[key] for key in ("channels", "height", "width", "count", "num_classes")}
+    found = {}
+    for name in ("control: plain noise", "control: mean alone", "control: mean and total variance"):
+        part = LatentGaussians(rank=1, **settings)
+        part.log_weights.copy_(gaussian.log_weights)
+        part.variances.zero_()
+        part.tails.zero_()
+        if name != "control: plain noise":
+            part.means.copy_(gaussian.means)
+        if name == "control: mean and total variance":
+            numbers, rank = gaussian.means.shape[1], gaussian.variances.shape[1]
+            total = (gaussian.variances.sum(dim=1) + (numbers - rank) * gaussian.tails) / numbers
+            part.tails.copy_(total)
+            part.variances.copy_(total[:, None])
+        found[name] = part
+    return found
+
+
+@torch.no_grad()
+def score_study(config: TeleportBenchmarkConfig, pipeline: SMDPipeline, own: object, fits: dict[str, LatentGaussians]) -> dict:
+    """The share of the variance of the learned score, and of the learned E[x_0 | x_t], that is explained by each fit's:
+
+        1 - E |score - score_fit|^2 / E |score - mean score|^2,    score = (a E[x_0 | x_t] - x_t) / s^2.
+
+    The score of nearly all noise is nearly -x_t / s, which any fit knows; of x_0 nothing comes for free.
+    """
+    manifest = Manifest.load(config.shards)
+    latents, labels = fitting_latents(manifest, FrozenAutoencoder(pipeline.vae), seed=0, mirror=False)
+    x0, labels = latents[:SCORE_PICTURES], known_labels(labels[:SCORE_PICTURES], pipeline.unet.config.num_classes)
+    process = DiffusionProcess(own.alphas_cumprod)
+    generator = torch.Generator().manual_seed(0)
+    rows = {"sigma": [], "score": {fit: [] for fit in fits}, "x0": {fit: [] for fit in fits}}
+    for timestep in range(own.config.num_train_timesteps - 1, 0, -own.config.num_train_timesteps // 25):
+        t = torch.full((len(x0),), timestep)
+        a, s = (float(value.flatten()[0]) for value in process.signal_and_noise(t[:1], x0))
+        x_t = process.noise(x0, torch.randn(x0.shape, generator=generator), t)
+        parts = zip(x_t.split(128), t.split(128), [None] * len(x0) if labels is None else labels.split(128))
+        prediction = torch.cat([pipeline.unet(*part, return_dict=False)[0] for part in parts])
+        learned = process.to_x0(prediction, x_t, t, own.config.prediction_type)
+        rows["sigma"].append(s / a)
+        for fit, gaussian in fits.items():
+            expected = gaussian.expected_x0(x_t, (a, s), labels)
+            rows["x0"][fit].append(explained(learned, expected))
+            rows["score"][fit].append(explained((a * learned - x_t) / s**2, (a * expected - x_t) / s**2))
+    return rows
+
+
+def explained(learned: torch.Tensor, fitted: torch.Tensor) -> float:
+    rest = (learned - fitted).square().mean() / (learned - learned.mean(dim=0)).square().mean()
+    return round(1.0 - float(rest), 5)
+
+
+def savings(models: dict, fit: str, solver: str, config: TeleportBenchmarkConfig) -> list[dict]:
+    """For each full run of the solver, from pure noise, the fewest evaluations after a jump that come within 2 % of it."""
+    after = models[fit]["distance"][title(solver, config.sigma_skip)].values()
+    found = []
+    for full in models[PLAIN]["distance"][solver].values():
+        enough = [cell["evaluations"] for cell in after if cell["frechet"] <= WITHIN * full["frechet"]]
+        fewest = min(enough, default=None)
+        saved = None if fewest is None else round(1.0 - fewest / full["evaluations"], 3)
+        found.append({"fit": fit, "solver": solver, "full": full["evaluations"], "with": fewest, "saved": saved})
+    return found
+
+
+def draw(config: TeleportBenchmarkConfig, result: dict, path: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4))
+    for index, solver in enumerate(config.solvers):
+        for style, model in zip((":", "--", "-"), (PLAIN, *config.fits)):
+            name = solver if model == PLAIN else title(solver, config.sigma_skip)
+            cells = result["models"][model]["distance"][name].values()
+            points = sorted((cell["evaluations"], cell["frechet"]) for cell in cells)
+            axes[0].plot(*zip(*points), style, color=f"C{index}", label=f"{solver}, {model}", marker=".")
+    axes[0].set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Frechet distance")
+    axes[0].legend(fontsize=6)
+    for style, fit in zip(("--", "-"), config.fits):
+        cells = result["models"][fit]["distance"]
+        for index, steps in enumerate(config.choosing_steps):
+            values = [cells[title(CHOOSING, sigma)][steps]["frechet"] for sigma in config.sigmas]
+            axes[1].plot(config.sigmas, values, style, color=f"C{index}", label=f"{steps} steps, {fit}", marker=".")
+    axes[1].set(xscale="log", yscale="log", xlabel=f"sigma_skip, {CHOOSING}", ylabel="Frechet distance")
+    axes[1].legend(fontsize=6)
+    score = result["score"]
+    for style, what in (("-", "score"), ("--", "x0")):
+        for index, fit in enumerate(config.fits):
+            axes[2].plot(score["sigma"], score[what][fit], style, color=f"C{index}", label=f"{what}, {fit}")
+    axes[2].set(xscale="log", xlim=(0.02, 100), ylim=(-0.1, 1.02), xlabel="sigma", ylabel="explained variance")
+    axes[2].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def table(config: TeleportBenchmarkConfig, result: dict) -> list[str]:
+    steps = sorted({*config.steps, *config.choosing_steps})
+    lines = [*distance_table(result, config.name, steps), ""]
+    lines += [
+        "The fewest evaluations after a jump that come within 2 % of the distance of a full run, and what is saved:",
+        "",
+        "| | " + " | ".join(f"{n} steps" for n in config.steps) + " |",
+        "|---" * (len(config.steps) + 1) + "|",
+    ]
+    for fit in config.fits:
+        for solver in config.solvers:
+            entries = [entry for entry in result["savings"] if (entry["fit"], entry["solver"]) == (fit, solver)]
+            cells = [
+                f"{e['full']}: none" if e["with"] is None else f"{e['full']}: {e['with']} ({e['saved']:.0%})" for e in entries
+            ]
+            lines.append(f"| {solver}, {fit} from {config.sigma_skip:g} | " + " | ".join(cells) + " |")
+    score = result["score"]
+    chosen = range(0, len(score["sigma"]), 3)
+    lines += ["", "Explained of the learned score, and of the learned E[x_0 | x_t], by noise level:", ""]
+    lines.append("| sigma | " + " | ".join(f"{score['sigma'][i]:.2g}" for i in chosen) + " |")
+    lines.append("|---" * (len(chosen) + 1) + "|")
+    for what in ("score", "x0"):
+        for fit in config.fits:
+            lines.append(f"| {what}, {fit} | " + " | ".join(f"{score[what][fit][i]:.3f}" for i in chosen) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(TeleportBenchmarkConfig, teleport, __doc__))

@@ -1,0 +1,23 @@
+"""What the picture benchmarks are tested with."""
+
+import pytest
+import torch
+
+from ldm_smd.evaluation.features import FeatureNetwork
+from ldm_smd.training.loop import train
+
+
+@pytest.fixture
+def yardstick_settings(pictures, tmp_path):
+    """The settings of YardstickConfig: the tiny pictures, and features of an untrained network."""
+    torch.manual_seed(0)
+    FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")
+    sources = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={pictures}", "resolution=16")]
+    return ["name=shapes", f"features={tmp_path / 'features'}", *sources]
+
+
+@pytest.fixture
+def gaussian_folder(train_config, tmp_path):
+    """The pipeline folder of a Gaussian model."""
+    gaussian = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8", "seed=1")
+    return train(train_config(*gaussian))
