@@ -87,7 +87,10 @@ class Yardstick:
     def cell(self, pipeline: SMDPipeline, steps: int, title: str) -> dict:
         """The distance of all samples with so many steps."""
         count = self.samples // self.seeds
-        parts = [self.pictures(pipeline, steps, seed * count, count, title) for seed in range(self.seeds)]
+        return self.measure([self.pictures(pipeline, steps, seed * count, count, title) for seed in range(self.seeds)])
+
+    def measure(self, parts: list[torch.Tensor]) -> dict:
+        """The distance of pictures (N, 3, H, W) in [0, 1], one part for each sampling seed."""
         features = [self.extractor((part * 255).round().to(torch.uint8)) for part in parts]
         return self._measure(torch.cat(features), features)
 

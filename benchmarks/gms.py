@@ -1,0 +1,159 @@
+"""Gaussian mixture solvers on pictures: the distance at equal network evaluations, against the schedulers that need no moments
+and the Gaussian kernel of two; and pictures from strokes, how near to the stroke against how near to real pictures.
+
+All sample the same Gaussian UNet; a model folder with its moments is made by tools/train_moments.py.
+
+examples:
+  python benchmarks/gms.py --config configs/benchmarks/gms-emoji.yaml
+  python benchmarks/gms.py --config configs/benchmarks/gms-cifar10.yaml resume=true samples=2000
+
+Writes benchmarks/results/gms-NAME.json, .md and .png.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from omegaconf import MISSING
+from torchvision.utils import make_grid
+from yardstick import BATCH_SIZE, SCHEDULERS, Results, Yardstick, YardstickConfig, distance_table
+
+from ldm_smd.cli import run_tool
+from ldm_smd.config import at_least, check
+from ldm_smd.data.images import load_pixels
+from ldm_smd.pipelines import SMDPipeline, load_pipeline
+from ldm_smd.sampling import make_scheduler, sample_pixels
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = "gaussian"
+SHOWN = 10
+
+
+@dataclass
+class GMSConfig(YardstickConfig):
+    """benchmarks/gms.py"""
+
+    model: str = MISSING
+    """Model folder with a moments part."""
+    schedulers: list[str] = field(
+        default_factory=lambda: [
+            "DDPM",
+            "GMS, two moments",
+            "GMS",
+            "GMS, a component for the picture",
+            "DDIM",
+            "DPM-Solver++",
+            "SDE-DPM-Solver++",
+        ]
+    )
+    """Of yardstick.SCHEDULERS."""
+    steps: list[int] = field(default_factory=lambda: [5, 10, 15, 25, 50, 100])
+    stroke_schedulers: list[str] = field(default_factory=lambda: ["DDPM", "GMS, two moments", "GMS", "DDIM"])
+    stroke_steps: int = 20
+    """Of a whole run; a strength takes the last of them."""
+    strengths: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7, 0.9])
+    stroke_side: int = 4
+    """Strokes are held-out pictures averaged to so many patches a side,"""
+    stroke_colours: int = 6
+    """with so many values of each colour channel."""
+    resume: bool = False
+    """Keep what the result file has of the same weights, pictures, features and numbers of samples."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("stroke_side", self.stroke_side, 1)
+        at_least("stroke_colours", self.stroke_colours, 2)
+        for key in ("schedulers", "stroke_schedulers"):
+            unknown = set(getattr(self, key)) - set(SCHEDULERS)
+            check(not unknown, key, f"some of {', '.join(SCHEDULERS)}", ", ".join(sorted(unknown)))
+
+
+def gms(config: GMSConfig) -> Path:
+    """Run all cells; returns the JSON file."""
+    yardstick = Yardstick(config)
+    results = Results(RESULTS / f"gms-{config.name}.json", yardstick, config.resume)
+    pipeline = load_pipeline(config.model)
+    own = pipeline.scheduler
+    results.add_model(MODEL, config.model, pipeline)
+    for name in config.schedulers:
+        pipeline.scheduler = make_scheduler(SCHEDULERS[name], own)
+        for steps in config.steps:
+            results.cell(MODEL, name, pipeline, steps)
+
+    pictures, labels, _ = load_pixels(config.held_out)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: config.samples]
+    strokes = stroke(pictures[order], config.stroke_side, config.stroke_colours)
+    labels = [labels[index] for index in order]
+    shown = [strokes[:SHOWN]]
+    results.content["strokes"] = {}
+    for name in config.stroke_schedulers:
+        pipeline.scheduler = make_scheduler(SCHEDULERS[name], own)
+        points = results.content["strokes"][name] = []
+        for strength in config.strengths:
+            made = from_strokes(pipeline, strokes, labels, strength, config.stroke_steps)
+            faithful = (made - strokes).square().mean(dim=(1, 2, 3)).sqrt().mean()
+            distance = yardstick.measure([made])["frechet"]
+            points.append({"strength": strength, "rms_to_stroke": round(float(faithful), 4), "frechet": distance})
+            print(f"strokes, {name}: {points[-1]}", flush=True)
+            results.write()
+            shown.append(made[:SHOWN])
+    draw(config, results.content, shown, results.path.with_suffix(".png"))
+    return results.finish(table(config, results.content))
+
+
+def stroke(pictures: torch.Tensor, side: int, colours: int) -> torch.Tensor:
+    """Pictures (N, 3, H, W), uint8, as one might sketch them: patches of few colours; floats in [0, 1]."""
+    patches = F.adaptive_avg_pool2d(pictures.float() / 255, side)
+    patches = (patches * (colours - 1)).round() / (colours - 1)
+    return F.interpolate(patches, size=pictures.shape[2:], mode="nearest")
+
+
+def from_strokes(pipeline: SMDPipeline, strokes: torch.Tensor, labels: list[int], strength: float, steps: int) -> torch.Tensor:
+    """A picture from each stroke, floats in [0, 1]."""
+    parts = []
+    for start in range(0, len(strokes), BATCH_SIZE):
+        chosen, part = labels[start : start + BATCH_SIZE], strokes[start : start + BATCH_SIZE]
+        title = f"strokes, {strength}"
+        options = {"image": part, "strength": strength}
+        parts.append(sample_pixels(pipeline, chosen, len(part), steps, 1.0, start, BATCH_SIZE, title, **options))
+    return torch.cat(parts)
+
+
+def draw(config: GMSConfig, result: dict, shown: list[torch.Tensor], path: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5.5), width_ratios=(1, 1, 1.1))
+    for name, cells in result["models"][MODEL]["distance"].items():
+        axes[0].plot(list(cells), [cell["frechet"] for cell in cells.values()], label=name, marker=".")
+    axes[0].set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance")
+    axes[0].legend(fontsize=7)
+    for name, points in result["strokes"].items():
+        axes[1].plot([p["rms_to_stroke"] for p in points], [p["frechet"] for p in points], label=name, marker=".")
+    axes[1].set(xlabel="rms distance to the stroke", ylabel="Frechet distance", title="from strokes, by strength")
+    axes[1].legend(fontsize=7)
+    axes[2].imshow(make_grid(torch.cat(shown), nrow=SHOWN, pad_value=0.8).permute(1, 2, 0))
+    axes[2].axis("off")
+    axes[2].set_title("strokes, and by scheduler and strength", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def table(config: GMSConfig, result: dict) -> list[str]:
+    lines = [*distance_table(result, config.name, config.steps), ""]
+    lines += [f"From strokes, {config.stroke_steps} steps in all, Frechet distance / rms distance to the stroke:", ""]
+    lines.append("| strength | " + " | ".join(map(str, config.strengths)) + " |")
+    lines.append("|---" * (len(config.strengths) + 1) + "|")
+    for name, points in result["strokes"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{p['frechet']:.2f} / {p['rms_to_stroke']:.3f}" for p in points) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(GMSConfig, gms, __doc__))
