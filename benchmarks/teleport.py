@@ -28,7 +28,7 @@ from ldm_smd.config import check
 from ldm_smd.data.shards import Manifest
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.models.gaussian import LatentGaussians
-from ldm_smd.models.unet import known_labels
+from ldm_smd.models.unet import known_labels, num_classes, predict
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.sampling import make_scheduler
 from ldm_smd.schedulers import TeleportScheduler
@@ -159,7 +159,7 @@ def score_study(config: TeleportBenchmarkConfig, pipeline: SMDPipeline, own: obj
     """
     manifest = Manifest.load(config.shards)
     latents, labels = fitting_latents(manifest, FrozenAutoencoder(pipeline.vae), seed=0, mirror=False)
-    x0, labels = latents[:SCORE_PICTURES], known_labels(labels[:SCORE_PICTURES], pipeline.unet.config.num_classes)
+    x0, labels = latents[:SCORE_PICTURES], known_labels(labels[:SCORE_PICTURES], num_classes(pipeline.unet))
     process = DiffusionProcess(own.alphas_cumprod)
     generator = torch.Generator().manual_seed(0)
     rows = {"sigma": [], "score": {fit: [] for fit in fits}, "x0": {fit: [] for fit in fits}}
@@ -168,7 +168,7 @@ def score_study(config: TeleportBenchmarkConfig, pipeline: SMDPipeline, own: obj
         a, s = (float(value.flatten()[0]) for value in process.signal_and_noise(t[:1], x0))
         x_t = process.noise(x0, torch.randn(x0.shape, generator=generator), t)
         parts = zip(x_t.split(128), t.split(128), [None] * len(x0) if labels is None else labels.split(128))
-        prediction = torch.cat([pipeline.unet(*part, return_dict=False)[0] for part in parts])
+        prediction = torch.cat([predict(pipeline.unet, *part) for part in parts])
         learned = process.to_x0(prediction, x_t, t, own.config.prediction_type)
         rows["sigma"].append(s / a)
         for fit, gaussian in fits.items():

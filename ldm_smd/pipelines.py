@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -16,7 +16,7 @@ from .errors import UserError
 from .models.extended import ExtendedUNet2DModel
 from .models.gaussian import LatentGaussians
 from .models.moments import MomentHeads
-from .models.unet import SMDUNet2DModel
+from .models.unet import SMDUNet2DModel, is_mixture, num_classes, predict
 from .schedulers import GMSScheduler, TeleportScheduler
 
 
@@ -28,7 +28,7 @@ class SMDPipeline(DiffusionPipeline):
     DDIMScheduler too, at any variance: (x_t, x_0) being a true pair, (x_t - a_t x_0) / s_t is as good as fresh noise.
 
     Args:
-        unet: the denoiser.
+        unet: the denoiser; a plain UNet2DModel is a Gaussian one, the last of its class embeddings that of no class.
         vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
         scheduler: any diffusers scheduler.
         id2label: class names by number (as a string, as JSON has it).
@@ -42,7 +42,7 @@ class SMDPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: SMDUNet2DModel | ExtendedUNet2DModel,
+        unet: SMDUNet2DModel | ExtendedUNet2DModel | UNet2DModel,
         vae: ModelMixin,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,
@@ -111,7 +111,7 @@ class SMDPipeline(DiffusionPipeline):
             for index, timestep in enumerate(timesteps):
                 x_t = self.scheduler.scale_model_input(latents, timestep).to(dtype)
                 eta = None
-                if self.unet.is_mixture:
+                if is_mixture(self.unet):
                     eta = randn_tensor(x_t.shape, generator=generator, device=device, dtype=dtype)
                 prediction = self._predict(x_t, timestep, labels, eta, guidance_scale)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
@@ -161,7 +161,7 @@ class SMDPipeline(DiffusionPipeline):
     def _labels(self, class_labels: Sequence[int] | torch.Tensor | None) -> torch.Tensor | None:
         if class_labels is None:
             return None
-        classes = self.unet.config.num_classes
+        classes = num_classes(self.unet)
         if classes is None:
             raise ValueError("class_labels: expected None, this model is unconditional")
         labels = torch.as_tensor(class_labels, dtype=torch.long)
@@ -179,7 +179,7 @@ class SMDPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         if labels is None or guidance_scale == 1.0:
             return self._evaluate(x_t, timestep, labels, eta)
-        null = torch.full_like(labels, self.unet.config.num_classes)
+        null = torch.full_like(labels, num_classes(self.unet))
         both = (torch.cat((x_t, x_t)), timestep, torch.cat((labels, null)), None if eta is None else torch.cat((eta, eta)))
         cond, uncond = self._evaluate(*both).chunk(2)
         # Guidance moves the mean; the other moments, where there are any, stay those of the class.
@@ -192,7 +192,7 @@ class SMDPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """The prediction, and for GMSScheduler two moments as further channels."""
         if not isinstance(self._solver, GMSScheduler):
-            return self.unet(x_t, timestep, labels, eta, return_dict=False)[0]
+            return predict(self.unet, x_t, timestep, labels, eta)
         return self._part("moments", "train_moments").predict(self.unet, x_t, timestep, labels)
 
     @property

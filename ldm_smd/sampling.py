@@ -15,6 +15,7 @@ from .data.images import decode
 from .device import pick_device
 from .errors import UserError
 from .files import atomic_folder, require_unused
+from .models.unet import num_classes
 from .pipelines import SMDPipeline, load_pipeline, seeded_generators
 from .progress import progress
 from .schedulers import make_scheduler
@@ -92,7 +93,7 @@ def starting_picture(config: SampleConfig, pipeline: SMDPipeline) -> Image.Image
 
 def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | None:
     """One class number per picture; None for unconditional sampling."""
-    classes = pipeline.unet.config.num_classes
+    classes = num_classes(pipeline.unet)
     if classes is None:
         if config.classes:
             raise UserError(f"classes: expected none, {config.model} is unconditional, found {config.classes}")

@@ -122,6 +122,13 @@ def model_folder(tmp_path_factory, shards, vae_folder):
 
 
 @pytest.fixture
+def gaussian_folder(train_config, tmp_path):
+    """The pipeline folder of a Gaussian model after one step."""
+    gaussian = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8", "seed=1")
+    return train(train_config(*gaussian))
+
+
+@pytest.fixture
 def run(monkeypatch, capsys):
     """Run a tool in this process as its command line would: (exit code, standard output, last line of standard error)."""
 

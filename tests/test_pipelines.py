@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import SampleConfig
+from ldm_smd.config import FitGaussianConfig, SampleConfig, TrainMomentsConfig
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler, sample
+from ldm_smd.schedulers import TeleportScheduler
+from ldm_smd.training.gaussian import fit_gaussian
+from ldm_smd.training.moments import train_moments
 
 SCHEDULERS = [
     "DDPMScheduler",
@@ -161,6 +164,44 @@ def test_our_unet_in_a_diffusers_pipeline(model_folder):
     theirs = diffusers.DDPMPipeline(ours.unet, ours.scheduler)
     theirs.set_progress_bar_config(disable=True)
     assert theirs(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 4)
+
+
+def test_a_plain_unet_of_diffusers_in_our_pipeline(model_folder, shards, tmp_path, run):
+    """From a UNet2DModel trained elsewhere to its moments, its Gaussians and pictures with both."""
+    ours = load_pipeline(model_folder)
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        num_class_embeds=3,
+    )
+    ours.register_modules(unet=unet)
+    ours.save_pretrained(tmp_path / "plain")
+    plain = load_pipeline(tmp_path / "plain")
+    assert torch.equal(latents(plain, None, [1]), latents(plain, [2], [1]))  # the last embedding is that of no class
+    with pytest.raises(ValueError, match="class_labels: expected 0 to 2"):
+        plain([3])
+
+    common = [f"model={tmp_path / 'plain'}", f"shards={shards}"]
+    few = ["images_total=16", "batch_size=8"]
+    code, _, error = run(TrainMomentsConfig, train_moments, *common, *few, f"output={tmp_path / 'moments'}")
+    assert code == 0, error
+    common[0] = f"model={tmp_path / 'moments'}"
+    code, _, error = run(FitGaussianConfig, fit_gaussian, *common, "rank=4", f"output={tmp_path / 'both'}")
+    assert code == 0, error
+    options = [f"model={tmp_path / 'both'}", "per_class=2", "steps=3", "guidance_scale=2", "scheduler=GMSScheduler"]
+    code, _, error = run(SampleConfig, sample, *options, f"output={tmp_path / 'pictures'}")
+    assert code == 0, error
+    assert len(list((tmp_path / "pictures").glob("class*.png"))) == 4
+    both = load_pipeline(tmp_path / "both")
+    assert isinstance(both.scheduler, TeleportScheduler)
+    assert latents(both, [0, 1], [1, 2]).isfinite().all()
 
 
 def test_sample_tool(run, model_folder, tmp_path):

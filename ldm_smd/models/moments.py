@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .blocks import ResidualBlock, assign_modulation_slices, zero_init
-from .unet import SMDUNet2DModel
+from .unet import SMDUNet2DModel, predict
 
 START = 0.5413248546129181
 """softplus of it is 1."""
@@ -75,7 +75,7 @@ class MomentHeads(ModelMixin, ConfigMixin):
         read: list[torch.Tensor] = []
         hook = unet.conv_out.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         try:
-            prediction = unet(sample, timestep, class_labels, return_dict=False)[0]
+            prediction = predict(unet, sample, timestep, class_labels)
         finally:
             hook.remove()
         variance, third = self(read[0], timestep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -288,6 +289,35 @@ def check_eta(eta: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
             f"eta: expected (B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {len(sample)}, found {tuple(eta.shape)}"
         )
     return eta
+
+
+def is_mixture(unet: ModelMixin) -> bool:
+    """Of any denoiser, also a plain UNet2DModel of diffusers."""
+    return getattr(unet, "is_mixture", False)
+
+
+def num_classes(unet: ModelMixin) -> int | None:
+    """Of any denoiser; the last class embedding of a plain UNet2DModel is taken for "no label"."""
+    if isinstance(unet, UNet2DModel):
+        embeds = unet.config.num_class_embeds
+        return None if embeds is None else embeds - 1
+    return unet.config.num_classes
+
+
+def predict(
+    unet: ModelMixin,
+    sample: torch.Tensor,
+    timestep: torch.Tensor | float | int,
+    class_labels: torch.Tensor | None = None,
+    eta: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The prediction of any denoiser, as SMDUNet2DModel.forward; a plain UNet2DModel reads no eta and has no default label."""
+    if not isinstance(unet, UNet2DModel):
+        return unet(sample, timestep, class_labels, eta, return_dict=False)[0]
+    classes = num_classes(unet)
+    if class_labels is None and classes is not None:
+        class_labels = torch.full((len(sample),), classes, device=sample.device)
+    return unet(sample, timestep, class_labels, return_dict=False)[0]
 
 
 def known_labels(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from ..diffusion.gaussian import fit_shared, leading, weights_by_class
 from ..errors import UserError
 from ..files import atomic_folder, require_unused
 from ..models.gaussian import LatentGaussians
+from ..models.unet import num_classes
 from ..pipelines import load_pipeline
 from ..progress import progress
 from ..schedulers import TeleportScheduler
@@ -79,7 +80,7 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
     manifest = Manifest.load(config.shards)
     autoencoder = FrozenAutoencoder(pipeline.vae, config.model)
     manifest.check_autoencoder(autoencoder)
-    classes = pipeline.unet.config.num_classes or 0
+    classes = num_classes(pipeline.unet) or 0
     sums = latent_sums(config, manifest, autoencoder, classes if config.components == 1 else 0)
     if config.components == 1:
         gaussians = class_gaussians(sums, manifest.latent_shape, config.rank, classes)

@@ -16,7 +16,7 @@ from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
 from ..files import atomic_folder, require_unused
 from ..models.moments import MomentHeads
-from ..models.unet import known_labels
+from ..models.unet import is_mixture, known_labels, num_classes
 from ..pipelines import SMDPipeline, load_pipeline
 from ..progress import progress
 from ..schedulers.gms import GMSScheduler
@@ -36,7 +36,7 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     require_unused(output)
     device = pick_device(config.device)
     pipeline = load_pipeline(config.model).to(device)
-    if pipeline.unet.is_mixture:
+    if is_mixture(pipeline.unet):
         raise UserError(
             f"model: expected a Gaussian UNet, whose steps have moments to learn, found a mixture in {config.model}"
         )
@@ -100,10 +100,11 @@ class PredictionErrors:
         process = DiffusionProcess(scheduler.alphas_cumprod.to(x0.device))
         if t is None:
             t = torch.randint(process.num_timesteps, (len(x0),), device=x0.device)
-        labels = known_labels(batch.labels, unet.config.num_classes)
+        classes = num_classes(unet)
+        labels = known_labels(batch.labels, classes)
         if labels is not None:
             dropped = torch.rand(labels.shape, device=x0.device) < self.label_dropout
-            labels = torch.where(dropped, unet.config.num_classes, labels)
+            labels = torch.where(dropped, classes, labels)
         x_t = process.noise(x0, torch.randn_like(x0), t)
         prediction, variance, third = heads.predict(unet, x_t, t, labels).chunk(3, dim=1)
         _, s = process.signal_and_noise(t, x0)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ldm_smd.evaluation.features import FeatureNetwork
-from ldm_smd.training.loop import train
 
 
 @pytest.fixture
@@ -14,10 +13,3 @@ def yardstick_settings(pictures, tmp_path):
     FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")
     sources = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={pictures}", "resolution=16")]
     return ["name=shapes", f"features={tmp_path / 'features'}", *sources]
-
-
-@pytest.fixture
-def gaussian_folder(train_config, tmp_path):
-    """The pipeline folder of a Gaussian model."""
-    gaussian = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8", "seed=1")
-    return train(train_config(*gaussian))

@@ -5,14 +5,7 @@ from ldm_smd.config import TrainMomentsConfig
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler
-from ldm_smd.training.loop import train
 from ldm_smd.training.moments import train_moments
-
-
-@pytest.fixture
-def gaussian_folder(train_config, tmp_path):
-    settings = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8")
-    return train(train_config(*settings))
 
 
 def test_moments_end_to_end(gaussian_folder, shards, tmp_path, run):
