@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 
 from ..autoencoder import FrozenAutoencoder, sample_latents
 from ..config import FitGaussianConfig
@@ -25,7 +27,8 @@ FITTING_LATENTS = 16_384
 """A mixture is fitted to so many at most."""
 LATENTS_PER_COMPONENT = 8
 MEMORY_LIMIT = 4 * 2**30
-"""Bytes for the sums of products; more is refused before the pass."""
+"""Bytes for the sums of products. Whole covariances that take more are sketched, and what is more even so is refused."""
+OVERSAMPLING = 4
 FLOOR = 1e-4
 
 
@@ -36,17 +39,29 @@ class LatentSums:
 
     Attributes:
         counts: (rows,).
-        sums: (rows, D).
-        products: (rows, D, D).
+        sums: (rows, D), of the encoder's means.
+        squares: (rows,), of all numbers of these.
+        spreads: (rows, D), of the encoder's variances.
+        products: (rows, D, D), of the means, sum x x^T; or (rows, D, L), that times ``probes``, where latents are too large.
+        probes: (D, L) of white noise, or None.
     """
 
     counts: torch.Tensor
     sums: torch.Tensor
+    squares: torch.Tensor
+    spreads: torch.Tensor
     products: torch.Tensor
+    probes: torch.Tensor | None
 
     @classmethod
-    def empty(cls, rows: int, numbers: int) -> LatentSums:
-        return cls(*(torch.zeros(rows, *[numbers] * power, dtype=torch.float64) for power in range(3)))
+    def empty(cls, rows: int, numbers: int, sketch: int | None = None, seed: int = 0) -> LatentSums:
+        """``sketch``: L, or None for the whole of the products."""
+        probes = None
+        if sketch is not None:
+            generator = torch.Generator().manual_seed(seed)
+            probes = torch.randn(numbers, sketch, generator=generator, dtype=torch.float64)
+        shapes = ((rows,), (rows, numbers), (rows,), (rows, numbers), (rows, numbers, sketch or numbers))
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes), probes)
 
     def add(self, means: torch.Tensor, variances: torch.Tensor, labels: torch.Tensor) -> None:
         """Latents drawn from N(means, diag(variances)), both (N, D), with labels (N,), -1 for none: their exact second
@@ -56,20 +71,42 @@ class LatentSums:
             x = means[chosen].double()
             self.counts[label] += len(x)
             self.sums[label] += x.sum(dim=0)
-            self.products[label].addmm_(x.T, x)
-            self.products[label].diagonal().add_(variances[chosen].double().sum(dim=0))
+            self.squares[label] += x.square().sum()
+            self.spreads[label] += variances[chosen].double().sum(dim=0)
+            self.products[label].addmm_(x.T, x if self.probes is None else x @ self.probes)
 
-    def merge(self, other: LatentSums) -> None:
-        for mine, theirs in zip((self.counts, self.sums, self.products), (other.counts, other.sums, other.products)):
-            mine += theirs
+    def of_all_processes(self) -> LatentSums:
+        """The sum over the processes of this run; all have the same."""
+        return LatentSums(*(reduce(total, reduction="sum") for total in self._totals()), self.probes)
 
     def pooled(self) -> LatentSums:
-        return LatentSums(*(total.sum(dim=0, keepdim=True) for total in (self.counts, self.sums, self.products)))
+        return LatentSums(*(total.sum(dim=0, keepdim=True) for total in self._totals()), self.probes)
 
-    def moments(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean (D,) and covariance (D, D)."""
-        mean = self.sums[row] / self.counts[row]
-        return mean, self.products[row] / self.counts[row] - torch.outer(mean, mean)
+    def principal(self, row: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean (D,), leading eigenvectors (rank, D) and eigenvalues (rank,) of the covariance, and the mean of the others.
+
+        Of latents too large, the covariance C of the encoder's means is found from C Omega, Omega the probes, as
+        C Omega (Omega^T C Omega)^-1 (C Omega)^T (Nystroem), with the small shift that makes it stable in algorithm 3 of arXiv
+        1706.05736; exact where C has no more than L directions, and for the encoder's variances their mean is taken.
+        """
+        mean, spread = self.sums[row] / self.counts[row], self.spreads[row] / self.counts[row]
+        second = self.products[row] / self.counts[row]
+        if self.probes is None:
+            return mean, *leading(second - torch.outer(mean, mean) + torch.diag(spread), rank)
+        product = second - torch.outer(mean, mean @ self.probes)
+        shift = torch.finfo(torch.float64).eps * product.norm()
+        product = product + shift * self.probes
+        inner = self.probes.T @ product
+        lower = torch.linalg.cholesky(0.5 * (inner + inner.T))
+        root = torch.linalg.solve_triangular(lower, product.T, upper=False).T
+        vectors, roots, _ = torch.linalg.svd(root, full_matrices=False)
+        variances = (roots.square() - shift).clamp_min(0.0)[:rank]
+        total = self.squares[row] / self.counts[row] - mean.square().sum()
+        tail = ((total - variances.sum()) / (len(mean) - rank)).clamp_min(0.0)
+        return mean, vectors[:, :rank].T, variances + spread.mean(), tail + spread.mean()
+
+    def _totals(self) -> tuple[torch.Tensor, ...]:
+        return self.counts, self.sums, self.squares, self.spreads, self.products
 
 
 def fit_gaussian(config: FitGaussianConfig) -> Path:
@@ -82,6 +119,8 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
     manifest.check_autoencoder(autoencoder)
     classes = num_classes(pipeline.unet) or 0
     sums = latent_sums(config, manifest, autoencoder, classes if config.components == 1 else 0)
+    if not PartialState().is_main_process:
+        return output
     if config.components == 1:
         gaussians = class_gaussians(sums, manifest.latent_shape, config.rank, classes)
     else:
@@ -101,16 +140,21 @@ def latent_sums(config: FitGaussianConfig, manifest: Manifest, autoencoder: Froz
     """Of all latents of the shards, by class; with ``config.mirror`` half of them mirrored."""
     channels, height, width = manifest.latent_shape
     numbers = channels * height * width
+    sketch = None
     if 8 * (classes + 1) * numbers**2 > MEMORY_LIMIT:
-        raise UserError(
-            f"shards: expected latents whose covariances fit into {MEMORY_LIMIT / 2**30:.0f} GB, found {numbers} numbers and "
-            f"{classes} classes; components=256 has one covariance for all"
-        )
-    sums = LatentSums.empty(classes + 1, numbers)
+        sketch = min(OVERSAMPLING * config.rank, numbers)
+        if 8 * (classes + 1) * numbers * sketch > MEMORY_LIMIT:
+            raise UserError(
+                f"shards: expected latents of which {sketch} directions fit in {MEMORY_LIMIT / 2**30:.0f} GB, found {numbers} "
+                f"numbers and {classes} classes; a smaller rank, or components=256 with one covariance for all"
+            )
+    sums = LatentSums.empty(classes + 1, numbers, sketch, config.seed)
     size = min(config.batch_size, manifest.count)
     stream = LatentStream(manifest, size, manifest.count, seed=config.seed, mirror=config.mirror)
-    bar = progress(manifest.count, 0, "fit")
-    for start in range(0, manifest.count, size):
+    state = PartialState(cpu=not torch.cuda.is_available())
+    starts = range(0, manifest.count, size)[state.process_index :: state.num_processes]
+    bar = progress(size * len(starts), 0, "fit")
+    for start in starts:
         batch = stream.batch_at(start)
         once = manifest.count - start  # the last batch goes on with the next epoch's
         moments, labels = batch.moments[:once].float(), batch.labels[:once]
@@ -119,7 +163,7 @@ def latent_sums(config: FitGaussianConfig, manifest: Manifest, autoencoder: Froz
         sums.add(means.flatten(1), variances.flatten(1), labels if classes else torch.full_like(labels, -1))
         bar.update(len(labels))
     bar.close()
-    return sums
+    return sums.of_all_processes()
 
 
 def class_gaussians(sums: LatentSums, shape: tuple[int, int, int], rank: int, classes: int) -> LatentGaussians:
@@ -129,10 +173,10 @@ def class_gaussians(sums: LatentSums, shape: tuple[int, int, int], rank: int, cl
     pooled = sums.pooled()
     for row in range(classes + 1):
         whole = row == classes or sums.counts[row] == 0
-        mean, covariance = pooled.moments(0) if whole else sums.moments(row)
+        mean, vectors, variances, tail = pooled.principal(0, rank) if whole else sums.principal(row, rank)
         gaussians.log_weights[row, row] = 0.0
         gaussians.means[row] = mean
-        gaussians.vectors[row], gaussians.variances[row], gaussians.tails[row] = leading(covariance, rank)
+        gaussians.vectors[row], gaussians.variances[row], gaussians.tails[row] = vectors, variances, tail
     return gaussians
 
 
@@ -144,8 +188,7 @@ def shared_gaussians(
     latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror, generator)
     components = min(config.components, len(latents) // LATENTS_PER_COMPONENT)
     rank = min(config.rank, sums.sums.shape[1] - 1)
-    mean, covariance = sums.pooled().moments(0)
-    vectors, _, tail = leading(covariance, rank)
+    mean, vectors, _, tail = sums.pooled().principal(0, rank)
     weights, means, within, shares = fit_shared((latents.flatten(1).double() - mean) @ vectors.T, components, FLOOR)
     variances, axes = torch.linalg.eigh(within)
     gaussians = LatentGaussians(*manifest.latent_shape, rank, components, shared=True, num_classes=classes or None)

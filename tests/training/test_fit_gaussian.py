@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,26 +12,43 @@ from ldm_smd.data.stream import LatentStream
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler
+from ldm_smd.training import gaussian
 from ldm_smd.training.gaussian import LatentSums, class_gaussians, fit_gaussian
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def test_sums_are_the_moments_of_the_draws_and_merge():
+
+def test_sums_are_the_moments_of_the_draws():
     generator = torch.Generator().manual_seed(0)
     means, spread = torch.randn(300, 6, generator=generator), torch.rand(300, 6, generator=generator)
     labels = torch.randint(-1, 2, (300,), generator=generator)
-    whole, a, b = (LatentSums.empty(3, 6) for _ in range(3))
-    whole.add(means, spread**2, labels)
-    a.add(means[:100], spread[:100] ** 2, labels[:100])
-    b.add(means[100:], spread[100:] ** 2, labels[100:])
-    a.merge(b)
+    sums = LatentSums.empty(3, 6)
+    sums.add(means, spread**2, labels)
     draws = means + spread * torch.randn(3000, 300, 6, generator=generator)
     for row, chosen in ((0, labels == 0), (2, labels == -1)):
-        mean, covariance = whole.moments(row)
+        mean, vectors, variances, tail = sums.principal(row, 5)
         found = draws[:, chosen].reshape(-1, 6).double()
         assert torch.allclose(mean, means[chosen].double().mean(dim=0))
-        assert torch.allclose(covariance, torch.cov(found.T, correction=0), atol=0.01)
-        assert all(torch.allclose(x, y) for x, y in zip(whole.moments(row), a.moments(row)))
-    assert torch.allclose(whole.pooled().moments(0)[0], means.double().mean(dim=0))
+        covariance = torch.cov(found.T, correction=0)
+        assert torch.allclose((vectors @ covariance * vectors).sum(dim=1), variances, atol=0.01)
+        assert variances.sum() + tail == pytest.approx(covariance.trace().item(), rel=0.01)
+    assert torch.allclose(sums.pooled().principal(0, 5)[0], means.double().mean(dim=0))
+
+
+def test_a_sketch_is_exact_where_the_covariance_has_few_directions_and_close_otherwise():
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(500, 4, generator=generator).double() @ torch.randn(4, 40, generator=generator).double() + 1.0
+    decay = torch.randn(2000, 40, generator=generator).double() * 0.7 ** torch.arange(40)
+    for points, spread, tolerance in ((few, 0.0, 1e-8), (decay, 0.01, 0.05)):
+        whole, sketched = LatentSums.empty(1, 40), LatentSums.empty(1, 40, sketch=16)
+        for sums in (whole, sketched):
+            sums.add(points[:100], torch.full_like(points[:100], spread), torch.full((100,), -1))
+            sums.add(points[100:], torch.full_like(points[100:], spread), torch.full((len(points) - 100,), -1))
+        (mean, vectors, variances, tail), found = whole.principal(0, 4), sketched.principal(0, 4)
+        assert torch.allclose(found[0], mean)
+        assert torch.allclose(found[2], variances, rtol=tolerance)
+        assert (found[1] * vectors).sum(dim=1).abs().min() > 1 - tolerance
+        assert found[3].item() == pytest.approx(tail.item(), rel=tolerance, abs=1e-9)
 
 
 def test_class_gaussians_keep_the_leading_directions():
@@ -68,3 +89,35 @@ def test_fit_end_to_end(model_folder, shards, tmp_path, run, components):
         sample([0], [1])
     pipeline.scheduler = make_scheduler("DDIMScheduler", pipeline.scheduler)
     assert sample([0], [1]).isfinite().all()
+
+
+def test_latents_too_large_for_a_covariance_are_sketched(model_folder, shards, tmp_path, run, monkeypatch):
+    settings = [f"model={model_folder}", f"shards={shards}", "rank=16"]
+    fitted = {}
+    for name, limit in (("whole", 2**30), ("sketch", 8 * 3 * 256 * 64), ("none", 1000)):
+        monkeypatch.setattr(gaussian, "MEMORY_LIMIT", limit)
+        code, _, error = run(FitGaussianConfig, fit_gaussian, *settings, f"output={tmp_path / name}")
+        if name == "none":
+            assert code == 2 and "shards: expected latents of which 64 directions fit" in error
+        else:
+            assert code == 0, error
+            fitted[name] = load_pipeline(tmp_path / name).gaussian
+    assert torch.allclose(fitted["whole"].means, fitted["sketch"].means, atol=1e-5)
+    # The encoder's variances are not the same everywhere, which the sketch takes them to be.
+    assert torch.allclose(fitted["whole"].variances[:, :2], fitted["sketch"].variances[:, :2], rtol=0.1)
+
+
+def test_two_processes_fit_what_one_does(model_folder, shards, tmp_path):
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29531"]
+        settings = [
+            f"model={model_folder}",
+            f"shards={shards}",
+            f"output={tmp_path / str(processes)}",
+            "batch_size=4",
+            "rank=8",
+        ]
+        subprocess.run([*command, "tools/fit_gaussian.py", *settings], check=True, timeout=120, cwd=ROOT)
+    one, two = (load_pipeline(tmp_path / name).gaussian for name in ("1", "2"))
+    assert torch.allclose(one.means, two.means, atol=1e-6)
+    assert torch.allclose(one.variances, two.variances, rtol=1e-4)
