@@ -484,6 +484,8 @@ class DemoConfig:
     encode: str = "configs/encode/emoji.yaml"
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
     """Pictures never trained on: the floor of the distance, and the labels to sample."""
+    features: str = "checkpoints/classifier"
+    """Feature network of the distance: a FeatureNetwork folder, open_clip:ARCHITECTURE:FILE.safetensors or inception:FILE."""
     runs: list[DemoRunConfig] = field(default_factory=list)
     images: int = 3_000
     """Images each model is trained on, from its checkpoint on."""

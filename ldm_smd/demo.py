@@ -22,7 +22,8 @@ from .data.stream import LatentStream
 from .diffusion.process import DiffusionProcess
 from .errors import UserError
 from .evaluation.diagnostics import spread_over_eta
-from .evaluation.metrics import PixelPCA, frechet_distance
+from .evaluation.features import load_extractor
+from .evaluation.metrics import frechet_distance
 from .evaluation.report import write_report
 from .models.unet import known_labels
 from .pipelines import SMDPipeline, load_pipeline
@@ -59,9 +60,9 @@ def demo(config: DemoConfig) -> Path:
         with timed(seconds, f"train {run.name}"):
             pipelines[run.name] = load_pipeline(train(run_config(config, run, encode_config.autoencoder)))
 
-    pca = PixelPCA.fit(training_pixels)
-    reference = pca(training_pixels)
-    distance: dict = {"floor": frechet_distance(pca(held_out), reference)}
+    extractor = load_extractor(config.features)
+    reference = extractor(training_pixels, description="reference")
+    distance: dict = {"floor": frechet_distance(extractor(held_out, description="floor"), reference)}
     grids: dict[str, dict[int, torch.Tensor]] = {}
     # The labels of the held-out pictures, shuffled so that the grid shows all classes, and the same for every model.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))
@@ -86,7 +87,7 @@ def demo(config: DemoConfig) -> Path:
                         description=f"{title}, {steps} steps",
                     )
                     eight_bit = (pixels * 255).round().to(torch.uint8)
-                    distance[title][steps] = frechet_distance(pca(eight_bit), reference)
+                    distance[title][steps] = frechet_distance(extractor(eight_bit), reference)
                     shown = pixels[: GRID_COLUMNS * GRID_ROWS]
                     grids[title][steps] = make_grid(shown, nrow=GRID_COLUMNS, padding=2, pad_value=0.8)
 
@@ -110,7 +111,7 @@ def demo(config: DemoConfig) -> Path:
             target("demo, peak memory", f"<= {allowed:g} GB", memory, memory <= allowed),
         ],
         "seconds": {**seconds, "total": total},
-        "distance_name": "Frechet distance in 64 principal components of the pixels, fitted on the training pictures",
+        "distance_name": f"Frechet distance in the features of {extractor.name}",
         "distance": distance,
         "spread": spread,
         "parameters": parameters,

@@ -10,6 +10,7 @@ from PIL import Image
 from ldm_smd.config import DemoConfig, EncodeConfig, SampleConfig, TrainAutoencoderConfig, TrainConfig, load_config
 from ldm_smd.data.shards import encode
 from ldm_smd.demo import demo
+from ldm_smd.evaluation.features import FeatureNetwork
 from ldm_smd.sampling import sample
 from ldm_smd.training.autoencoder import train_autoencoder
 from ldm_smd.training.loop import train
@@ -105,8 +106,10 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
         runs.append({"name": name, "config": str(settings), "checkpoint": str(folder / "unet")})
     encoding = {"images": {"source": str(pictures), "resolution": 16}, "autoencoder": str(vae_folder), "num_workers": 0}
     (tmp_path / "encode.yaml").write_text(yaml.safe_dump({**encoding, "output": "unused"}))
+    FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")
     content = {
         "output": str(tmp_path / "demo"),
+        "features": str(tmp_path / "features"),
         "encode": str(tmp_path / "encode.yaml"),
         "held_out": encoding["images"],
         "runs": runs,

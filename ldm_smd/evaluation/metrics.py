@@ -3,39 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-
-
-@dataclass
-class PixelPCA:
-    """The first principal components of pixel values, fitted on reference pictures: features that need no network.
-
-    They see layout, colour and coarse shape, and nothing finer; a distance in them is for comparing models of one data
-    set with each other, and is not an FID.
-    """
-
-    mean: torch.Tensor
-    components: torch.Tensor
-
-    @classmethod
-    def fit(cls, pixels: torch.Tensor, components: int = 64) -> PixelPCA:
-        """``pixels`` uint8 (N, 3, H, W), or floats in [0, 1]; N > components."""
-        x = as_vectors(pixels)
-        mean = x.mean(dim=0)
-        _, _, directions = torch.svd_lowrank(x - mean, q=components + 16, niter=8)
-        return cls(mean, directions[:, :components])
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) -> float64 features (N, components)."""
-        return (as_vectors(pixels) - self.mean) @ self.components
-
-
-def as_vectors(pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures as float64 rows with values in [0, 1]."""
-    x = pixels.flatten(1).double()
-    return x / 255.0 if pixels.dtype == torch.uint8 else x
 
 
 def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -3,7 +3,7 @@ import torch
 
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.evaluation.diagnostics import has_collapsed, spread_over_eta
-from ldm_smd.evaluation.metrics import PixelPCA, bootstrap_deviation, frechet_distance, kernel_distance
+from ldm_smd.evaluation.metrics import bootstrap_deviation, frechet_distance, kernel_distance
 
 
 def test_frechet_distance_of_commuting_gaussians():
@@ -20,17 +20,6 @@ def test_frechet_distance_of_commuting_gaussians():
 def test_frechet_distance_is_symmetric_and_survives_singular_covariances():
     a, b = torch.randn(10, 30).double(), torch.randn(12, 30).double() * 2
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
-
-
-def test_pixel_pca_finds_the_directions_of_variance():
-    torch.manual_seed(0)
-    directions = torch.linalg.qr(torch.randn(48, 3).double()).Q
-    x = 0.5 + (torch.randn(400, 3).double() * torch.tensor([0.3, 0.2, 0.1])) @ directions.T
-    pictures = x.view(400, 3, 4, 4)
-    features = PixelPCA.fit(pictures, components=3)(pictures)
-    assert features.var(dim=0).sum().item() == pytest.approx(x.var(dim=0).sum().item(), rel=1e-6)
-    as_bytes = (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
-    assert torch.allclose(PixelPCA.fit(pictures, 3)(as_bytes), PixelPCA.fit(pictures, 3)(as_bytes / 255.0), atol=1e-6)
 
 
 def test_kernel_distance_is_the_unbiased_mmd():
