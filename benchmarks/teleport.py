@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
 import matplotlib
 import torch
@@ -43,6 +44,7 @@ WITHIN = 1.02
 """A distance counts as that of the full run up to this share of it."""
 SCORE_PICTURES = 1024
 PLAIN = "pure noise"
+SMD, SMD_SOLVER = "SMD", "SDE-DPM-Solver++"
 
 
 @dataclass
@@ -55,6 +57,8 @@ class TeleportBenchmarkConfig(YardstickConfig):
     """Its latent shards, for the score study."""
     fits: dict[str, str] = field(default_factory=dict)
     """Name -> the model folder with a gaussian part (tools/fit_gaussian.py). The first is what the controls are made of."""
+    smd: Optional[str] = None
+    """Model folder of a mixture UNet with a gaussian part, for the same with SDE-DPM-Solver++."""
     solvers: list[str] = field(default_factory=lambda: ["UniPC", "DPM-Solver++", "Heun", "DDIM"])
     """Of yardstick.SCHEDULERS."""
     steps: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 8, 12, 16, 25, 50])
@@ -103,6 +107,15 @@ def teleport(config: TeleportBenchmarkConfig) -> Path:
         results.add_model(name, config.fits[first], jumping)
         for steps in config.choosing_steps:
             jump(results, name, CHOOSING, jumping, own, config.sigma_skip, steps)
+
+    if config.smd is not None:
+        mixture = load_pipeline(config.smd)
+        results.add_model(SMD, config.smd, mixture)
+        for steps in config.choosing_steps:
+            mixture.scheduler = make_scheduler(SCHEDULERS[SMD_SOLVER], own)
+            count_evaluations(results.cell(SMD, SMD_SOLVER, mixture, steps), mixture, steps)
+            for sigma in config.sigmas:
+                jump(results, SMD, SMD_SOLVER, mixture, own, sigma, steps)
 
     results.content["score"] = score_study(config, pipeline, own, fits)
     results.content["savings"] = [

@@ -8,13 +8,19 @@ from ldm_smd.config import FitGaussianConfig, load_config
 from ldm_smd.training.gaussian import fit_gaussian
 
 
-def test_teleport_end_to_end(gaussian_folder, shards, yardstick_settings, tmp_path, monkeypatch, run):
-    for name, components in (("classes", 1), ("mixture", 3)):
-        settings = [f"model={gaussian_folder}", f"shards={shards}", f"output={tmp_path / name}", "rank=8"]
+def test_teleport_end_to_end(gaussian_folder, model_folder, shards, yardstick_settings, tmp_path, monkeypatch, run):
+    for name, model, components in (("classes", gaussian_folder, 1), ("mixture", gaussian_folder, 3), ("smd", model_folder, 3)):
+        settings = [f"model={model}", f"shards={shards}", f"output={tmp_path / name}", "rank=8"]
         fit_gaussian(load_config(FitGaussianConfig, None, [*settings, f"components={components}"]))
     monkeypatch.setattr(teleport, "RESULTS", tmp_path)
     settings = [f"gaussian={gaussian_folder}", f"shards={shards}", f"fits.one={tmp_path / 'classes'}"]
-    settings += [f"fits.many={tmp_path / 'mixture'}", "solvers=[UniPC,Heun]", "steps=[2,3]", "sigmas=[2.5,10]"]
+    settings += [
+        f"fits.many={tmp_path / 'mixture'}",
+        f"smd={tmp_path / 'smd'}",
+        "solvers=[UniPC,Heun]",
+        "steps=[2,3]",
+        "sigmas=[2.5,10]",
+    ]
     settings += ["choosing_steps=[2]", "samples=24"]
     code, _, error = run(TeleportBenchmarkConfig, teleport.teleport, *yardstick_settings, *settings)
     assert code == 0, error
@@ -23,6 +29,7 @@ def test_teleport_end_to_end(gaussian_folder, shards, yardstick_settings, tmp_pa
     assert models[PLAIN]["distance"]["Heun"]["3"]["evaluations"] == 5
     assert set(models["many"]["distance"]) == {"UniPC from 2.5", "Heun from 2.5", "UniPC from 10"}
     assert models["control: plain noise"]["distance"]["UniPC from 2.5"]["2"]["frechet"] > 0
+    assert set(models["SMD"]["distance"]) == {"SDE-DPM-Solver++", "SDE-DPM-Solver++ from 2.5", "SDE-DPM-Solver++ from 10"}
     # The score of nearly all noise is -x_t / s, whatever the latents are.
     assert result["score"]["score"]["one"][0] == pytest.approx(1.0, abs=0.01)
     assert len(result["savings"]) == 2 * 2 * 2
