@@ -13,15 +13,9 @@ def test_teleport_end_to_end(gaussian_folder, model_folder, shards, yardstick_se
         settings = [f"model={model}", f"shards={shards}", f"output={tmp_path / name}", "rank=8"]
         fit_gaussian(load_config(FitGaussianConfig, None, [*settings, f"components={components}"]))
     monkeypatch.setattr(teleport, "RESULTS", tmp_path)
-    settings = [f"gaussian={gaussian_folder}", f"shards={shards}", f"fits.one={tmp_path / 'classes'}"]
-    settings += [
-        f"fits.many={tmp_path / 'mixture'}",
-        f"smd={tmp_path / 'smd'}",
-        "solvers=[UniPC,Heun]",
-        "steps=[2,3]",
-        "sigmas=[2.5,10]",
-    ]
-    settings += ["choosing_steps=[2]", "samples=24"]
+    parts = [f"fits.one={tmp_path / 'classes'}", f"fits.many={tmp_path / 'mixture'}", f"smd={tmp_path / 'smd'}"]
+    settings = [f"gaussian={gaussian_folder}", f"shards={shards}", "solvers=[UniPC,Heun]", "steps=[2,3]", "sigmas=[2.5,10]"]
+    settings += [*parts, "choosing_steps=[2]", "samples=24"]
     code, _, error = run(TeleportBenchmarkConfig, teleport.teleport, *yardstick_settings, *settings)
     assert code == 0, error
     result = json.loads((tmp_path / "teleport-shapes.json").read_text())
