@@ -108,6 +108,19 @@ def test_draws_of_a_picture_are_in_consecutive_rows():
     assert torch.allclose(noise(eta, x_t, t, y)[3:], noise(eta[3:], x_t[1:], t[1:], y[1:]), atol=1e-6)
 
 
+def test_one_timestep_for_all_is_the_same_for_each():
+    latents, labels, _, _ = two_classes(500)
+    noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels)
+    eta, x_t, y = torch.randn(6, 1, 2, 2), torch.randn(2, 1, 2, 2), torch.tensor([0, 1])
+    assert torch.allclose(noise(eta, x_t, torch.tensor([1]), y), noise(eta, x_t, torch.tensor([1, 1]), y), atol=1e-6)
+    for classes in (None, 2):
+        torch.manual_seed(0)
+        model = SMDUNet2DModel(4, 2, 2, (8, 8), num_classes=classes, norm_num_groups=4, attention_head_dim=8, noise_modes=2)
+        eta, x_t, labels = torch.randn(6, 2, 4, 4), torch.randn(2, 2, 4, 4), None if classes is None else y
+        one, each = model(x_t, 500, labels, eta).sample, model(x_t, torch.tensor([500, 500]), labels, eta).sample
+        assert torch.allclose(one, each, atol=1e-6)
+
+
 def test_rank_zero_is_white():
     eta = torch.randn(4, 2, 4, 4)
     noise = PosteriorNoise(2, 4, 0, 1, None, timesteps=3)
