@@ -106,10 +106,10 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """As SMDUNet2DModel.forward: sample (B, C, H, W), eta (B * M, C, H, W) -> (B * M, C, H, W)."""
         unet, batch = self.unet, len(sample)
-        eta = check_eta(eta, sample)
-        draws = len(eta) // batch
+        check_eta(eta, sample)
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
         noise = self.hyper["noise"](eta, sample, timesteps, class_labels)
+        draws = len(noise) // batch
         if unet.config.center_input_sample:
             sample = 2 * sample - 1
         embedding = unet.time_embedding(unet.time_proj(timesteps).to(sample.dtype))
@@ -137,7 +137,7 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
             if f"up{index}" in self.hyper:
                 h = self.hyper[f"up{index}"](h, z)
             if index == len(unet.up_blocks) - 1:
-                h = h + self.hyper["draft"](noise)
+                h = self.hyper["draft"].added_to(h, noise)
             h = block(h, skips, embedding)
         prediction = unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).contiguous()
         prediction = torch.addcmul(prediction, gate[..., None, None], noise)

@@ -105,21 +105,27 @@ class PosteriorNoise(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, eta: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
+        self, eta: torch.Tensor | None, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """eta (B * M, C, H, W), x_t (B, C, H, W), timestep (B,) or (1,), class_labels (B,) -> e, as eta, channels last."""
+        """eta (B * M, C, H, W), or None for one draw each, x_t (B, C, H, W), timestep (B,) or (1,), class_labels (B,) -> e, as
+        eta, channels last."""
         if self.rank == 0:
+            eta = torch.randn_like(sample) if eta is None else eta
             return eta.contiguous(memory_format=torch.channels_last)
-        # Any rank + 1 numbers of white noise are as good as any others; maps too small to have as many say some twice.
-        white = eta.flatten(1)[:, : self.rank + 1].float()
-        if white.shape[1] <= self.rank:
-            white = white.repeat(1, self.rank // white.shape[1] + 1)[:, : self.rank + 1]
+        if eta is None:
+            white = torch.randn(len(sample), self.rank + 1, device=sample.device)
+        else:
+            # Any rank + 1 numbers of white noise are as good as any others; maps too small to have as many say some twice.
+            white = eta.flatten(1)[:, : self.rank + 1].float()
+            if white.shape[1] <= self.rank:
+                white = white.repeat(1, self.rank // white.shape[1] + 1)[:, : self.rank + 1]
         # Exponents of sums of squares: not for half precision.
-        with torch.autocast(eta.device.type, enabled=False):
-            cell = (eta.shape[2] * eta.shape[3]) ** 0.5 / self.side  # numbers in a mean: its square
+        with torch.autocast(sample.device.type, enabled=False):
+            cell = (sample.shape[2] * sample.shape[3]) ** 0.5 / self.side  # numbers in a mean: its square
             drafts = self._drafts(white, self._on_grid(sample), timestep.long(), class_labels, cell)
-        drafts = drafts.view(-1, eta.shape[1], self.side, self.side).to(eta.dtype, memory_format=torch.channels_last)
-        return drafts if drafts.shape == eta.shape else F.interpolate(drafts, size=eta.shape[2:], mode="bilinear")
+        drafts = drafts.view(-1, sample.shape[1], self.side, self.side).to(sample.dtype, memory_format=torch.channels_last)
+        same = drafts.shape[2:] == sample.shape[2:]
+        return drafts if same else F.interpolate(drafts, size=sample.shape[2:], mode="bilinear")
 
     def _on_grid(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C * side * side), float32."""

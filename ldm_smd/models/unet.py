@@ -206,7 +206,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         z = None
         if self.is_mixture:
-            noise = self.hyper["noise"](check_eta(eta, sample), sample, timestep, class_labels)
+            check_eta(eta, sample)
+            noise = self.hyper["noise"](eta, sample, timestep, class_labels)
         if self.is_mixture and self.config.placement != "up":
             z = self.identifier(noise, h, embedding)
             modulation = repeat(modulation, len(noise) // len(sample))
@@ -223,7 +224,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
                 h = upsample(stage.project(h), skips[0])
             h = self._hyper(f"up{index}", h, z)
             if self.is_mixture and index == len(self.up) - 1:
-                h = h + self.hyper["draft"](noise)
+                h = self.hyper["draft"].added_to(h, noise)
             for block, attend, skip in zip(stage.blocks, stage.attentions, reversed(skips)):
                 h = attend(block(h, modulation, skip))
         h = self._hyper("out", h, z)
@@ -280,15 +281,12 @@ class Stage(nn.Module):
         self.attentions.append(AttentionBlock(channels, head_dim, groups) if level in attention_levels else nn.Identity())
 
 
-def check_eta(eta: torch.Tensor | None, sample: torch.Tensor) -> torch.Tensor:
-    """eta, drawn where it is None; (B * M, C, H, W) for a sample (B, C, H, W)."""
-    if eta is None:
-        return torch.randn_like(sample)
-    if eta.shape[1:] != sample.shape[1:] or len(eta) == 0 or len(eta) % len(sample):
+def check_eta(eta: torch.Tensor | None, sample: torch.Tensor) -> None:
+    """Raise ValueError unless it is None, or (B * M, C, H, W) for a sample (B, C, H, W)."""
+    if eta is not None and (eta.shape[1:] != sample.shape[1:] or len(eta) == 0 or len(eta) % len(sample)):
         raise ValueError(
             f"eta: expected (B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {len(sample)}, found {tuple(eta.shape)}"
         )
-    return eta
 
 
 def is_mixture(unet: ModelMixin) -> bool:
