@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import MISSING
-from yardstick import Yardstick, YardstickConfig
+from yardstick import RESULTS, Yardstick, YardstickConfig
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.cli import run_tool
@@ -30,8 +30,6 @@ from ldm_smd.data.shards import Manifest
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import build_model, build_pipeline, build_scheduler, fit_noise, train
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass

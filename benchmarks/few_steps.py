@@ -21,19 +21,18 @@ import torch
 from omegaconf import MISSING
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-from yardstick import SCHEDULERS, Results, Yardstick, YardstickConfig, distance_table
+from yardstick import SCHEDULERS, Results, ResultsConfig, distance_table
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import at_least, check
+from ldm_smd.config import at_least
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.sampling import make_scheduler
 
-RESULTS = Path(__file__).parent / "results"
 GRID_PICTURES, GRID_STEPS = 16, (1, 2, 4, 8, 32)
 
 
 @dataclass
-class FewStepsConfig(YardstickConfig):
+class FewStepsConfig(ResultsConfig):
     """benchmarks/few_steps.py"""
 
     smd: str = MISSING
@@ -45,21 +44,16 @@ class FewStepsConfig(YardstickConfig):
     )
     """Of yardstick.SCHEDULERS."""
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 100])
-    resume: bool = False
-    """Keep what the result file has of the same weights, pictures, features and numbers of samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("samples", self.samples, 2 * GRID_PICTURES)
-        for key in ("smd_schedulers", "gaussian_schedulers"):
-            unknown = set(getattr(self, key)) - set(SCHEDULERS)
-            check(not unknown, key, f"some of {', '.join(SCHEDULERS)}", ", ".join(sorted(unknown)))
+        self.check_schedulers("smd_schedulers", "gaussian_schedulers")
 
 
 def few_steps(config: FewStepsConfig) -> Path:
     """Run all cells; returns the JSON file."""
-    yardstick = Yardstick(config)
-    results = Results(RESULTS / f"few_steps-{config.name}.json", yardstick, config.resume)
+    results = Results("few_steps", config)
     rows: list[torch.Tensor] = []
     for model, folder, schedulers in (
         ("smd", config.smd, config.smd_schedulers),
@@ -68,7 +62,7 @@ def few_steps(config: FewStepsConfig) -> Path:
         pipeline = load_pipeline(folder)
         own = pipeline.scheduler
         pipeline.scheduler = make_scheduler(SCHEDULERS["DDPM"], own)
-        rows.extend(yardstick.pictures(pipeline, steps, 0, GRID_PICTURES, f"{model}, grid") for steps in GRID_STEPS)
+        rows.extend(results.yardstick.pictures(pipeline, steps, 0, GRID_PICTURES, f"{model}, grid") for steps in GRID_STEPS)
         results.add_model(model, folder, pipeline)
         for name in schedulers:
             pipeline.scheduler = make_scheduler(SCHEDULERS[name], own)

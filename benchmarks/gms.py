@@ -21,24 +21,22 @@ import torch
 import torch.nn.functional as F
 from omegaconf import MISSING
 from torchvision.utils import make_grid
-from yardstick import BATCH_SIZE, SCHEDULERS, Results, Yardstick, YardstickConfig, distance_table
+from yardstick import BATCH_SIZE, SCHEDULERS, Results, ResultsConfig, distance_table
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import at_least, check
-from ldm_smd.data.images import load_pixels
-from ldm_smd.pipelines import SMDPipeline, load_pipeline
+from ldm_smd.config import at_least
+from ldm_smd.pipelines import load_pipeline
 from ldm_smd.sampling import make_scheduler, sample_pixels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 MODEL = "gaussian"
 SHOWN = 10
 
 
 @dataclass
-class GMSConfig(YardstickConfig):
+class GMSConfig(ResultsConfig):
     """benchmarks/gms.py"""
 
     model: str = MISSING
@@ -64,22 +62,17 @@ class GMSConfig(YardstickConfig):
     """Strokes are held-out pictures averaged to so many patches a side,"""
     stroke_colours: int = 6
     """with so many values of each colour channel."""
-    resume: bool = False
-    """Keep what the result file has of the same weights, pictures, features and numbers of samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("stroke_side", self.stroke_side, 1)
         at_least("stroke_colours", self.stroke_colours, 2)
-        for key in ("schedulers", "stroke_schedulers"):
-            unknown = set(getattr(self, key)) - set(SCHEDULERS)
-            check(not unknown, key, f"some of {', '.join(SCHEDULERS)}", ", ".join(sorted(unknown)))
+        self.check_schedulers("schedulers", "stroke_schedulers")
 
 
 def gms(config: GMSConfig) -> Path:
     """Run all cells; returns the JSON file."""
-    yardstick = Yardstick(config)
-    results = Results(RESULTS / f"gms-{config.name}.json", yardstick, config.resume)
+    results = Results("gms", config)
     pipeline = load_pipeline(config.model)
     own = pipeline.scheduler
     results.add_model(MODEL, config.model, pipeline)
@@ -88,17 +81,18 @@ def gms(config: GMSConfig) -> Path:
         for steps in config.steps:
             results.cell(MODEL, name, pipeline, steps)
 
-    pictures, labels, _ = load_pixels(config.held_out)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: config.samples]
-    strokes = stroke(pictures[order], config.stroke_side, config.stroke_colours)
-    labels = [labels[index] for index in order]
+    yardstick = results.yardstick
+    strokes = stroke(yardstick.held_out, config.stroke_side, config.stroke_colours)
+    labels = yardstick.labels[: len(strokes)]
     shown = [strokes[:SHOWN]]
     results.content["strokes"] = {}
     for name in config.stroke_schedulers:
         pipeline.scheduler = make_scheduler(SCHEDULERS[name], own)
         points = results.content["strokes"][name] = []
         for strength in config.strengths:
-            made = from_strokes(pipeline, strokes, labels, strength, config.stroke_steps)
+            made = sample_pixels(
+                pipeline, labels, len(labels), config.stroke_steps, 1.0, 0, BATCH_SIZE, f"strokes, {name}", strokes, strength
+            )
             faithful = (made - strokes).square().mean(dim=(1, 2, 3)).sqrt().mean()
             distance = yardstick.measure([made])["frechet"]
             points.append({"strength": strength, "rms_to_stroke": round(float(faithful), 4), "frechet": distance})
@@ -114,17 +108,6 @@ def stroke(pictures: torch.Tensor, side: int, colours: int) -> torch.Tensor:
     patches = F.adaptive_avg_pool2d(pictures.float() / 255, side)
     patches = (patches * (colours - 1)).round() / (colours - 1)
     return F.interpolate(patches, size=pictures.shape[2:], mode="nearest")
-
-
-def from_strokes(pipeline: SMDPipeline, strokes: torch.Tensor, labels: list[int], strength: float, steps: int) -> torch.Tensor:
-    """A picture from each stroke, floats in [0, 1]."""
-    parts = []
-    for start in range(0, len(strokes), BATCH_SIZE):
-        chosen, part = labels[start : start + BATCH_SIZE], strokes[start : start + BATCH_SIZE]
-        title = f"strokes, {strength}"
-        options = {"image": part, "strength": strength}
-        parts.append(sample_pixels(pipeline, chosen, len(part), steps, 1.0, start, BATCH_SIZE, title, **options))
-    return torch.cat(parts)
 
 
 def draw(config: GMSConfig, result: dict, shown: list[torch.Tensor], path: Path) -> None:

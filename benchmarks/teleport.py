@@ -21,7 +21,7 @@ from typing import Optional
 import matplotlib
 import torch
 from omegaconf import MISSING
-from yardstick import SCHEDULERS, Results, Yardstick, YardstickConfig, distance_table
+from yardstick import SCHEDULERS, Results, ResultsConfig, distance_table
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.cli import run_tool
@@ -38,7 +38,6 @@ from ldm_smd.training.gaussian import fitting_latents
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 CHOOSING = "UniPC"
 WITHIN = 1.02
 """A distance counts as that of the full run up to this share of it."""
@@ -48,7 +47,7 @@ SMD, SMD_SOLVER = "SMD", "SDE-DPM-Solver++"
 
 
 @dataclass
-class TeleportBenchmarkConfig(YardstickConfig):
+class TeleportBenchmarkConfig(ResultsConfig):
     """benchmarks/teleport.py"""
 
     gaussian: str = MISSING
@@ -67,19 +66,16 @@ class TeleportBenchmarkConfig(YardstickConfig):
     sigmas: list[float] = field(default_factory=lambda: [1.25, 2.5, 5.0, 10.0, 20.0])
     """To choose from, with these numbers of steps:"""
     choosing_steps: list[int] = field(default_factory=lambda: [2, 5, 12])
-    resume: bool = False
-    """Keep what the result file has of the same weights, pictures, features and numbers of samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = set(self.solvers) - set(SCHEDULERS)
-        check(not unknown, "solvers", f"some of {', '.join(SCHEDULERS)}", ", ".join(sorted(unknown)))
+        self.check_schedulers("solvers")
         check(bool(self.fits), "fits", "at least one", "none")
 
 
 def teleport(config: TeleportBenchmarkConfig) -> Path:
     """Run all cells; returns the JSON file."""
-    results = Results(RESULTS / f"teleport-{config.name}.json", Yardstick(config), config.resume)
+    results = Results("teleport", config)
     pipeline = load_pipeline(config.gaussian)
     own = pipeline.scheduler
     results.add_model(PLAIN, config.gaussian, pipeline)

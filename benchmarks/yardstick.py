@@ -20,6 +20,7 @@ from ldm_smd.evaluation.metrics import bootstrap_deviation, frechet_distance, ke
 from ldm_smd.pipelines import SMDPipeline
 from ldm_smd.sampling import sample_pixels
 
+RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 125
 SCHEDULERS = {
     "DDPM": "DDPMScheduler",
@@ -57,8 +58,26 @@ class YardstickConfig:
         check(self.samples % self.sampling_seeds == 0, "samples", "a multiple of sampling_seeds", self.samples)
 
 
+@dataclass
+class ResultsConfig(YardstickConfig):
+    """Of a benchmark with Results."""
+
+    resume: bool = False
+    """Keep what the result file has of the same weights, pictures, features and numbers of samples."""
+
+    def check_schedulers(self, *keys: str) -> None:
+        for key in keys:
+            unknown = set(getattr(self, key)) - set(SCHEDULERS)
+            check(not unknown, key, f"some of {', '.join(SCHEDULERS)}", ", ".join(sorted(unknown)))
+
+
 class Yardstick:
-    """Measures samples of a pipeline, with the labels of the held-out pictures in one shuffled order."""
+    """Measures samples of a pipeline, with the labels of the held-out pictures in one shuffled order.
+
+    Attributes:
+        held_out: those pictures in that order, uint8 (N, 3, H, W), at most ``samples``.
+        labels: of the samples; over again where there are fewer pictures.
+    """
 
     def __init__(self, config: YardstickConfig) -> None:
         self.samples, self.seeds = config.samples, config.sampling_seeds
@@ -69,7 +88,8 @@ class Yardstick:
         self.reference = self.extractor(training[chosen], description="reference")
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
         self.labels = [labels[order[index % len(order)]] for index in range(config.samples)]
-        floor = self.extractor(held_out[order[: config.samples]], description="floor")
+        self.held_out = held_out[order[: config.samples]]
+        floor = self.extractor(self.held_out, description="floor")
         self.about = {
             "distance": f"Frechet distance and KID in the features of {self.extractor.name}",
             "reference_pictures": len(self.reference),
@@ -108,6 +128,9 @@ class Yardstick:
 class Results:
     """The distances of several models, in a JSON file that grows cell by cell, so that a stopped run can be resumed.
 
+    Args:
+        benchmark: with the config's ``name`` it names the files.
+
     Attributes:
         content: what is written, with ``models``: name -> parameters, weights_sha256, distance: scheduler -> steps -> cell.
     """
@@ -115,11 +138,12 @@ class Results:
     SAME = ("distance", "reference_pictures", "floor", "samples", "sampling_seeds")
     """What an earlier file must agree in for its cells to be kept."""
 
-    def __init__(self, path: Path, yardstick: Yardstick, resume: bool) -> None:
-        self.path, self.yardstick, self.started = path, yardstick, time.perf_counter()
-        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-        self.content = {"command": command, **yardstick.about, "models": {}}
-        before = json.loads(path.read_text(encoding="utf-8")) if resume and path.is_file() else {}
+    def __init__(self, benchmark: str, config: ResultsConfig) -> None:
+        self.started = time.perf_counter()
+        self.path, self.yardstick = RESULTS / f"{benchmark}-{config.name}.json", Yardstick(config)
+        command = " ".join(["python", f"benchmarks/{benchmark}.py", *sys.argv[1:]])
+        self.content = {"command": command, **self.yardstick.about, "models": {}}
+        before = json.loads(self.path.read_text(encoding="utf-8")) if config.resume and self.path.is_file() else {}
         same = all(before.get(key) == self.content[key] for key in self.SAME)
         self.before = before.get("models", {}) if same else {}
 

@@ -30,10 +30,9 @@ def sample(config: SampleConfig) -> Path:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     labels = choose_labels(config, pipeline)
     count = config.per_class if labels is None else len(labels)
-    start = {} if config.image is None else {"image": starting_picture(config, pipeline), "strength": config.strength}
-    pixels = sample_pixels(
-        pipeline, labels, count, config.steps, config.guidance_scale, config.seed, config.batch_size, "sample", **start
-    )
+    image = None if config.image is None else starting_picture(config, pipeline)
+    options = (config.guidance_scale, config.seed, config.batch_size, "sample", image, config.strength)
+    pixels = sample_pixels(pipeline, labels, count, config.steps, *options)
     pictures = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
     with atomic_folder(output) as folder:
         for index, picture in enumerate(pictures):
@@ -55,10 +54,11 @@ def sample_pixels(
     seed: int,
     batch_size: int,
     description: str,
-    **options: object,
+    image: Image.Image | torch.Tensor | None = None,
+    strength: float = 1.0,
 ) -> torch.Tensor:
-    """``count`` pictures, float (N, 3, H, W) in [0, 1]; picture i has seed ``seed + i`` at any batch size. ``options`` are the
-    pipeline's."""
+    """``count`` pictures, float (N, 3, H, W) in [0, 1]; picture i has seed ``seed + i`` at any batch size. ``image``: where
+    they start, one for all, or a tensor (N, 3, H, W) with one for each."""
     pipeline.set_progress_bar_config(disable=True)
     bar = progress(count, 0, description)
     parts = []
@@ -72,7 +72,8 @@ def sample_pixels(
                 guidance_scale=guidance_scale,
                 generator=seeded_generators(range(seed + start, seed + stop)),
                 output_type="pt",
-                **options,
+                image=image[start:stop] if isinstance(image, torch.Tensor) else image,
+                strength=strength,
             ).images.cpu()
         )
         bar.update(stop - start)

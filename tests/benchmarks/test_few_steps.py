@@ -1,11 +1,12 @@
 import json
 
 import few_steps
+import yardstick
 from few_steps import FewStepsConfig
 
 
 def test_few_steps_end_to_end(model_folder, yardstick_settings, tmp_path, monkeypatch, run):
-    monkeypatch.setattr(few_steps, "RESULTS", tmp_path)
+    monkeypatch.setattr(yardstick, "RESULTS", tmp_path)
     common = [*yardstick_settings, f"smd={model_folder}", f"gaussian={model_folder}", "samples=32"]
     code, _, error = run(FewStepsConfig, few_steps.few_steps, *common, "steps=[1,4,8]")
     assert code == 0, error

@@ -2,6 +2,7 @@ import json
 
 import gms
 import torch
+import yardstick
 from gms import GMSConfig, stroke
 
 from ldm_smd.config import TrainMomentsConfig, load_config
@@ -11,7 +12,7 @@ from ldm_smd.training.moments import train_moments
 def test_gms_end_to_end(gaussian_folder, shards, yardstick_settings, tmp_path, monkeypatch, run):
     settings = [f"model={gaussian_folder}", f"shards={shards}", f"output={tmp_path / 'moments'}", "images_total=16"]
     folder = train_moments(load_config(TrainMomentsConfig, None, [*settings, "batch_size=8"]))
-    monkeypatch.setattr(gms, "RESULTS", tmp_path)
+    monkeypatch.setattr(yardstick, "RESULTS", tmp_path)
     settings = [f"model={folder}", "schedulers=[DDPM,GMS]", "steps=[2,3]", "samples=22", "stroke_steps=4"]
     code, _, error = run(GMSConfig, gms.gms, *yardstick_settings, *settings, "strengths=[0.25,1]", "stroke_schedulers=[GMS]")
     assert code == 0, error

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import teleport
+import yardstick
 from teleport import PLAIN, TeleportBenchmarkConfig
 
 from ldm_smd.config import FitGaussianConfig, load_config
@@ -12,7 +13,7 @@ def test_teleport_end_to_end(gaussian_folder, model_folder, shards, yardstick_se
     for name, model, components in (("classes", gaussian_folder, 1), ("mixture", gaussian_folder, 3), ("smd", model_folder, 3)):
         settings = [f"model={model}", f"shards={shards}", f"output={tmp_path / name}", "rank=8"]
         fit_gaussian(load_config(FitGaussianConfig, None, [*settings, f"components={components}"]))
-    monkeypatch.setattr(teleport, "RESULTS", tmp_path)
+    monkeypatch.setattr(yardstick, "RESULTS", tmp_path)
     parts = [f"fits.one={tmp_path / 'classes'}", f"fits.many={tmp_path / 'mixture'}", f"smd={tmp_path / 'smd'}"]
     settings = [f"gaussian={gaussian_folder}", f"shards={shards}", "solvers=[UniPC,Heun]", "steps=[2,3]", "sigmas=[2.5,10]"]
     settings += [*parts, "choosing_steps=[2]", "samples=24"]
