@@ -15,8 +15,8 @@ def test_teleport_end_to_end(gaussian_folder, model_folder, shards, yardstick_se
         fit_gaussian(load_config(FitGaussianConfig, None, [*settings, f"components={components}"]))
     monkeypatch.setattr(yardstick, "RESULTS", tmp_path)
     parts = [f"fits.one={tmp_path / 'classes'}", f"fits.many={tmp_path / 'mixture'}", f"smd={tmp_path / 'smd'}"]
-    settings = [f"gaussian={gaussian_folder}", f"shards={shards}", "solvers=[UniPC,Heun]", "steps=[2,3]", "sigmas=[2.5,10]"]
-    settings += [*parts, "choosing_steps=[2]", "samples=24"]
+    settings = [f"gaussian={gaussian_folder}", f"shards={shards}", "solvers=[UniPC,Heun]", "steps=[2,3]", "full_steps=4"]
+    settings += [*parts, "sigmas=[2.5,10]", "choosing_steps=[2]", "samples=24"]
     code, _, error = run(TeleportBenchmarkConfig, teleport.teleport, *yardstick_settings, *settings)
     assert code == 0, error
     result = json.loads((tmp_path / "teleport-shapes.json").read_text())
@@ -27,7 +27,7 @@ def test_teleport_end_to_end(gaussian_folder, model_folder, shards, yardstick_se
     assert set(models["SMD"]["distance"]) == {"SDE-DPM-Solver++", "SDE-DPM-Solver++ from 2.5", "SDE-DPM-Solver++ from 10"}
     # The score of nearly all noise is -x_t / s, whatever the latents are.
     assert result["score"]["score"]["one"][0] == pytest.approx(1.0, abs=0.01)
-    assert len(result["savings"]) == 2 * 2 * 2
+    assert len(result["savings"]) == 2 * 2 * 3
     assert "| UniPC, many from 2.5 |" in (tmp_path / "teleport-shapes.md").read_text()
     assert (tmp_path / "teleport-shapes.png").stat().st_size > 1000
 
