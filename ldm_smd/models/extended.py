@@ -15,7 +15,6 @@ from torch import nn
 from .blocks import Pointwise, repeat, zero_init
 from .hypernetwork import HyperNetwork, MixtureIdentifier
 from .noise import PosteriorNoise
-from .unet import check_eta
 
 
 class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
@@ -106,7 +105,6 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """As SMDUNet2DModel.forward: sample (B, C, H, W), eta (B * M, C, H, W) -> (B * M, C, H, W)."""
         unet, batch = self.unet, len(sample)
-        check_eta(eta, sample)
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
         noise = self.hyper["noise"](eta, sample, timesteps, class_labels)
         draws = len(noise) // batch

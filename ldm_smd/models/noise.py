@@ -109,6 +109,9 @@ class PosteriorNoise(nn.Module):
     ) -> torch.Tensor:
         """eta (B * M, C, H, W), or None for one draw each, x_t (B, C, H, W), timestep (B,) or (1,), class_labels (B,) -> e, as
         eta, channels last."""
+        if eta is not None and (eta.shape[1:] != sample.shape[1:] or len(eta) == 0 or len(eta) % len(sample)):
+            wanted = f"(B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {len(sample)}"
+            raise ValueError(f"eta: expected {wanted}, found {tuple(eta.shape)}")
         if self.rank == 0:
             eta = torch.randn_like(sample) if eta is None else eta
             return eta.contiguous(memory_format=torch.channels_last)

@@ -206,7 +206,6 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         z = None
         if self.is_mixture:
-            check_eta(eta, sample)
             noise = self.hyper["noise"](eta, sample, timestep, class_labels)
         if self.is_mixture and self.config.placement != "up":
             z = self.identifier(noise, h, embedding)
@@ -279,14 +278,6 @@ class Stage(nn.Module):
         groups = block.norm2.num_groups
         self.blocks.append(block)
         self.attentions.append(AttentionBlock(channels, head_dim, groups) if level in attention_levels else nn.Identity())
-
-
-def check_eta(eta: torch.Tensor | None, sample: torch.Tensor) -> None:
-    """Raise ValueError unless it is None, or (B * M, C, H, W) for a sample (B, C, H, W)."""
-    if eta is not None and (eta.shape[1:] != sample.shape[1:] or len(eta) == 0 or len(eta) % len(sample)):
-        raise ValueError(
-            f"eta: expected (B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {len(sample)}, found {tuple(eta.shape)}"
-        )
 
 
 def is_mixture(unet: ModelMixin) -> bool:
