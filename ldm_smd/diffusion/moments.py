@@ -14,6 +14,7 @@ from .process import DiffusionProcess
 
 WEIGHT = 1 / 3
 """Of the first of the two components."""
+PAPER_ITERATIONS = 70
 
 
 @dataclass
@@ -71,3 +72,41 @@ def two_gaussians(moments: Moments, floor: torch.Tensor) -> tuple[torch.Tensor, 
     widest = (4.5 * (variance - floor)).sqrt()
     d = moments.third.sign() * torch.minimum((13.5 * moments.third.abs()) ** (1 / 3), widest)
     return moments.mean + 2 * d / 3, moments.mean - d / 3, torch.maximum(variance - 2 * d**2 / 9, floor)
+
+
+def moments_of(first: torch.Tensor, second: torch.Tensor, variance: torch.Tensor) -> Moments:
+    """Of 1/3 N(first, variance) + 2/3 N(second, variance)."""
+    mean, d = first / 3 + 2 * second / 3, first - second
+    return Moments(mean, variance + 2 * d**2 / 9, 2 * d**3 / 27)
+
+
+def fit_two_gaussians(
+    moments: Moments, floor: torch.Tensor, iterations: int = PAPER_ITERATIONS, apart: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mixture of ``two_gaussians`` as the paper finds it, to compare with: (m_1, m_2, var).
+
+    Adan, learning rate 0.06, on the squared errors of the first three raw moments, from m_1 = M, m_2 = M - 0.001, var = C;
+    there the gradient of the skew is all but zero. With ``apart`` the means start so many standard deviations from
+    each other, to the side of the skew.
+    """
+    from timm.optim import Adan  # not above: it brings all of timm's models
+
+    with torch.enable_grad():
+        d = apart * moments.variance.sqrt() * moments.third.sign()
+        first = (moments.mean + 2 * d / 3).requires_grad_()
+        second = (moments.mean - (d / 3 if apart else 1e-3)).requires_grad_()
+        variance = (moments.variance - 2 * d**2 / 9).requires_grad_()
+        optimizer = Adan([first, second, variance], lr=0.06)
+        wanted = _raw(moments)
+        for _ in range(iterations):
+            optimizer.zero_grad()
+            sum((a - b).square().sum() for a, b in zip(_raw(moments_of(first, second, variance)), wanted)).backward()
+            optimizer.step()
+            with torch.no_grad():
+                variance.copy_(torch.maximum(variance, floor))
+    return first.detach(), second.detach(), variance.detach()
+
+
+def _raw(moments: Moments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mean, variance, third = moments.mean, moments.variance, moments.third
+    return mean, mean**2 + variance, mean**3 + 3 * mean * variance + third

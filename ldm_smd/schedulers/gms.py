@@ -10,14 +10,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..diffusion.moments import WEIGHT, Moments, reverse_moments, two_gaussians, x0_moments
+from ..diffusion.moments import WEIGHT, Moments, fit_two_gaussians, reverse_moments, two_gaussians, x0_moments
 from ..diffusion.process import DiffusionProcess
 
 
 class GMSScheduler(DDPMScheduler):
     """Gaussian mixture solver (arXiv 2311.00941): x_s ~ 1/3 N(m_1, var) + 2/3 N(m_2, var), elementwise, with the mean, the
     variance and the third central moment of q(x_s | x_t). The paper fits the kernel in 70 iterations of an optimizer at
-    every step; here it is solved (diffusion/moments.py).
+    every step; here it is solved (diffusion/moments.py), unless one asks for the fit.
 
     A scheduler of diffusers otherwise: ``set_timesteps``, ``add_noise``, ``from_config`` of any other's configuration. But
     ``step`` takes three outputs of the network where others take one, the prediction and two moments, as
@@ -31,6 +31,7 @@ class GMSScheduler(DDPMScheduler):
         inside_share: the variance of the two components is v, that of q(x_s | x_t, x_0), and at least this share of what
             x_0 adds to it; the rest may be between them. The paper's floor is v / 10, although x_s given x_t is a sum with a
             normal term of variance v; with it the kernel is worse than one Gaussian (tests/schedulers/test_gms.py).
+        fit_iterations: 0 to solve the kernel; or of the paper's fit, to compare with.
     """
 
     @register_to_config
@@ -50,11 +51,14 @@ class GMSScheduler(DDPMScheduler):
         num_moments: int = 3,
         picture_draws: bool = False,
         inside_share: float = 0.2,
+        fit_iterations: int = 0,
     ) -> None:
         if num_moments not in (2, 3):
             raise ValueError(f"num_moments: expected 2 or 3, found {num_moments}")
         if not 0.0 <= inside_share <= 1.0:
             raise ValueError(f"inside_share: expected 0 to 1, found {inside_share}")
+        if fit_iterations < 0:
+            raise ValueError(f"fit_iterations: expected 0 or more, found {fit_iterations}")
         super().__init__(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
@@ -116,7 +120,10 @@ class GMSScheduler(DDPMScheduler):
         noise = randn_tensor(shape, generator=generator, **place)
         if self.config.num_moments == 2:
             return moments.mean + moments.variance.sqrt() * noise
-        first, second, variance = two_gaussians(moments, floor)
+        if self.config.fit_iterations:
+            first, second, variance = fit_two_gaussians(moments, floor, self.config.fit_iterations)
+        else:
+            first, second, variance = two_gaussians(moments, floor)
         # A standard normal is below this as often as the first component is to be chosen.
         below = torch.special.ndtri(torch.tensor(WEIGHT, **place))
         choice = randn_tensor((shape[0], *[1] * (len(shape) - 1)) if self.config.picture_draws else shape, generator, **place)

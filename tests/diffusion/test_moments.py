@@ -5,7 +5,7 @@ import torch
 
 from ldm_smd.config import DiffusionConfig
 from ldm_smd.diffusion.gaussian import GaussianMixture
-from ldm_smd.diffusion.moments import Moments, reverse_moments, two_gaussians, x0_moments
+from ldm_smd.diffusion.moments import Moments, fit_two_gaussians, moments_of, reverse_moments, two_gaussians, x0_moments
 from ldm_smd.diffusion.process import PREDICTION_TYPES, DiffusionProcess
 from ldm_smd.training.loop import build_scheduler
 
@@ -52,22 +52,35 @@ def test_moments_of_a_step_are_those_of_its_distribution(kind, t, s):
         assert getattr(found, name).item() == pytest.approx(getattr(wanted, name).item(), rel=1e-6, abs=1e-8), name
 
 
-def of_kernel(first, second, variance):
-    mean = first / 3 + 2 * second / 3
-    d1, d2 = first - mean, second - mean
-    return mean, variance + d1**2 / 3 + 2 * d2**2 / 3, (d1**3 + 3 * d1 * variance) / 3 + 2 * (d2**3 + 3 * d2 * variance) / 3
-
-
 def random_moments(count=2000):
     generator = torch.Generator().manual_seed(0)
     mean, third = torch.randn(2, count, generator=generator, dtype=torch.float64)
     return Moments(mean, 0.05 + torch.rand(count, generator=generator, dtype=torch.float64), third)
 
 
+def test_moments_of_two_gaussians_are_those_of_their_density():
+    first, second, variance = torch.tensor([0.7, -0.4, 0.3], dtype=torch.float64)
+    known = quadrature(
+        torch.logsumexp(
+            torch.stack(
+                [
+                    w.log() - (GRID - m).square() / (2 * variance)
+                    for w, m in ((torch.tensor(1 / 3), first), (torch.tensor(2 / 3), second))
+                ]
+            ),
+            dim=0,
+        )
+    )
+    found = moments_of(first, second, variance)
+    for name in ("mean", "variance", "third"):
+        assert getattr(found, name).item() == pytest.approx(getattr(known, name).item(), rel=1e-6), name
+
+
 def test_two_gaussians_have_the_moments():
     moments = random_moments()
     first, second, variance = two_gaussians(moments, torch.zeros(()).double())
-    mean, spread, third = of_kernel(first, second, variance)
+    found = moments_of(first, second, variance)
+    mean, spread, third = found.mean, found.variance, found.third
     assert torch.allclose(mean, moments.mean, atol=1e-13) and torch.allclose(spread, moments.variance, atol=1e-13)
     reachable = moments.third.abs() < moments.variance**1.5 / 2**0.5
     assert 0.2 < reachable.double().mean() < 0.9
@@ -80,12 +93,23 @@ def test_two_gaussians_have_the_moments():
 def test_a_floor_keeps_mean_and_variance():
     moments, floor = random_moments(), torch.tensor(0.3).double()
     first, second, variance = two_gaussians(moments, floor)
-    mean, spread, _ = of_kernel(first, second, variance)
-    assert torch.allclose(mean, moments.mean) and variance.min() >= floor - 1e-12
-    assert torch.allclose(spread, torch.maximum(moments.variance, floor))
+    found = moments_of(first, second, variance)
+    assert torch.allclose(found.mean, moments.mean) and variance.min() >= floor - 1e-12
+    assert torch.allclose(found.variance, torch.maximum(moments.variance, floor))
 
 
 def test_no_skew_is_one_gaussian():
     moments = Moments(torch.ones(3), torch.full((3,), 2.0), torch.zeros(3))
     first, second, variance = two_gaussians(moments, torch.zeros(()))
     assert torch.equal(first, second) and torch.equal(variance, moments.variance)
+
+
+def test_the_papers_fit_comes_near_with_its_means_apart_and_stays_one_gaussian_from_its_start():
+    first, second = torch.tensor([1.0, -0.8, 0.5]), torch.tensor([-0.2, 0.4, 0.1])
+    wanted = moments_of(first, second, torch.tensor(0.3))
+    floor = torch.tensor(0.01)
+    found = moments_of(*fit_two_gaussians(wanted, floor, iterations=2000, apart=1.0))
+    for name in ("mean", "variance", "third"):
+        assert torch.allclose(getattr(found, name), getattr(wanted, name), atol=2e-2), name
+    stuck = moments_of(*fit_two_gaussians(wanted, floor))
+    assert stuck.third.abs().max() < 1e-3 < 0.1 * wanted.third.abs().max()

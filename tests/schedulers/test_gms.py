@@ -105,6 +105,14 @@ def sample(chain, steps, count, outputs=3):
     return x.flatten().double()
 
 
+def exact_step(x_t, t, s, count):
+    """Draws from q(x_s | x_t) of one x_t (1, 1, 1, 1)."""
+    process = DiffusionProcess(SCHEDULER.alphas_cumprod.double())
+    both = (process.signal_and_noise(torch.tensor([time]), x_t.double()) for time in (t, s))
+    at = (value.flatten()[0] for pair in both for value in pair)
+    return MIXTURE.reverse(x_t.flatten(1).double(), *at).sample(count, torch.Generator().manual_seed(1))[0, :, 0]
+
+
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_a_step_has_the_moments_for_every_prediction_type(kind):
     t, s, count = 900, 700, 400_000
@@ -113,10 +121,7 @@ def test_a_step_has_the_moments_for_every_prediction_type(kind):
     x_t = torch.full((count, 1, 1, 1), 0.35)
     output = exact_output(x_t[:1], t, kind).expand(count, -1, -1, -1)
     drawn = chain.step(output, t, x_t, generator=torch.Generator().manual_seed(0)).prev_sample.double().flatten()
-    process = DiffusionProcess(SCHEDULER.alphas_cumprod.double())
-    (a_t, s_t), (a_s, s_s) = (process.signal_and_noise(torch.tensor([v]), x_t.double()[:1]) for v in (t, s))
-    at = (v.flatten()[0] for v in (a_t, s_t, a_s, s_s))
-    exact = MIXTURE.reverse(x_t[:1].flatten(1).double(), *at).sample(count, torch.Generator().manual_seed(1))[0, :, 0]
+    exact = exact_step(x_t[:1], t, s, count)
     for power in (1, 2, 3):
         centre = 0.0 if power == 1 else exact.mean()
         wanted = (exact - centre).pow(power)
@@ -148,6 +153,19 @@ def test_picture_draws_choose_once():
     assert ((alike < 0.25) | (alike > 0.75)).double().mean() > 0.9
 
 
+def test_the_papers_fit_is_farther_from_the_moments():
+    t, s, count = 900, 400, 100_000
+    x_t = torch.full((count, 1, 1, 1), 0.35)
+    output = exact_output(x_t[:1], t).expand(count, -1, -1, -1)
+    exact = exact_step(x_t[:1], t, s, count)
+    errors = []
+    for chain in (scheduler(), scheduler(fit_iterations=70)):
+        chain.set_timesteps(timesteps=[t, s])
+        drawn = chain.step(output, t, x_t, generator=torch.Generator().manual_seed(0)).prev_sample.double().flatten()
+        errors.append((float((drawn.mean() - exact.mean()).abs()), float((drawn.var() - exact.var()).abs())))
+    assert max(errors[0]) < 0.01 < max(errors[1]) < 0.1, errors
+
+
 def test_saves_and_loads_and_names_mistakes(tmp_path):
     scheduler(num_moments=2).save_pretrained(tmp_path)
     again = GMSScheduler.from_pretrained(tmp_path)
@@ -157,5 +175,7 @@ def test_saves_and_loads_and_names_mistakes(tmp_path):
         again.step(torch.zeros(1, 2, 4, 4), 999, torch.zeros(1, 2, 4, 4))
     with pytest.raises(ValueError, match="num_moments: expected 2 or 3"):
         scheduler(num_moments=4)
+    with pytest.raises(ValueError, match="fit_iterations: expected 0 or more"):
+        scheduler(fit_iterations=-1)
     with pytest.raises(ValueError, match="inside_share: expected 0 to 1"):
         scheduler(inside_share=2.0)
