@@ -42,6 +42,8 @@ CASES = {
 WIDTHS = {"diffusers": (88, 184), "vanilla": (96, 192), "smd": (96, 192)}
 COMMON = {"norm_num_groups": 8, "attention_head_dim": 8}
 DRAWS = 4
+SAMPLING_ROUNDS = 10
+"""For each of training: a step is short, and two of its kind differ by 5 % on a machine that others use too."""
 
 
 def build(case: dict) -> dict[str, torch.nn.Module]:
@@ -132,7 +134,7 @@ def measure(case: dict, rounds: int, device: torch.device) -> dict:
     for trainee in trainees:
         trainee.training_seconds()
     training = [{trainee.name: trainee.training_seconds() for trainee in trainees} for _ in range(rounds)]
-    sampling = [{trainee.name: trainee.sampling_seconds() for trainee in trainees} for _ in range(2 * rounds)]
+    sampling = [{trainee.name: trainee.sampling_seconds() for trainee in trainees} for _ in range(SAMPLING_ROUNDS * rounds)]
     return {
         "latents": list(case["shape"]),
         "batch": case["batch"],

@@ -14,7 +14,7 @@ class ResidualBlock(nn.Module):
 
         h = norm(h) * (1 + scale) + shift
 
-    ``modulation`` in ``forward`` holds the scales and shifts of *all* blocks of the network, (B, total); this block's are
+    ``modulation`` in ``forward`` holds the scales and shifts of many blocks of the network, (B, total); this block's are
     at ``self.modulation_slice``. So one matrix product serves every block, where one each is the usual way.
 
     With ``skip_channels`` the block also takes in a feature map kept on the way down. Its norm and convolutions are its own

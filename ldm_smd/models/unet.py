@@ -144,7 +144,9 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         self.norm_out = nn.GroupNorm(groups, first)
         self.conv_out = zero_init(nn.Conv2d(first, out_channels, 3, padding=1))
 
-        self.modulation = nn.Linear(embedding_dim, assign_modulation_slices(self))
+        ways = (nn.ModuleList((self.down, self.middle)), self.up)
+        self.modulation_sizes = [assign_modulation_slices(way) for way in ways]
+        self.modulation = nn.Linear(embedding_dim, sum(self.modulation_sizes))
 
         # The mixture: noise e from eta, z = g_xi(e, x_t, t), and f_phi(z) at the places of its choice.
         self.identifier = None
@@ -170,9 +172,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             )
             self.hyper["draft"] = zero_init(Pointwise(in_channels, first, bias=False))
             self.hyper["gate"] = zero_init(nn.Linear(embedding_dim, out_channels))
-        self.up_modulation = self.up[0].blocks[0].modulation_slice.start
         if latent_channels > 0 and placement != "in_out":
-            self.hyper["modulation"] = zero_init(nn.Linear(latent_channels, self.modulation.out_features - self.up_modulation))
+            self.hyper["modulation"] = zero_init(nn.Linear(latent_channels, self.modulation_sizes[1]))
 
     @property
     def is_mixture(self) -> bool:
@@ -200,23 +201,23 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # one number stays one: less work
         embedding = F.silu(self._embed(sample, timestep, class_labels))
-        modulation = self.modulation(embedding)
+        modulation, up_modulation = self.modulation(embedding).split(self.modulation_sizes, dim=1)
         # The layout of the input is that of every feature map after it. Channels last is what GPUs' tensor cores want, and
         # on CPUs it is 1.1 times faster in training, as attention needs no copies (benchmarks/unet_throughput.py).
         h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
-        z = None
+        z, draws = None, 1
         if self.is_mixture:
             noise = self.hyper["noise"](eta, sample, timestep, class_labels)
+            draws = len(noise) // len(sample)
         if self.is_mixture and self.config.placement != "up":
             z = self.identifier(noise, h, embedding)
-            modulation = repeat(modulation, len(noise) // len(sample))
+            modulation = repeat(modulation, draws)
         h, kept = self._way_down(self._hyper("in", h, z), modulation, z)
         if self.is_mixture and z is None:
             z = self.identifier(noise, h, embedding)  # from here on there are M rows a picture
-            modulation = repeat(modulation, len(noise) // len(sample))
+        up_modulation = repeat(up_modulation, draws)
         if "modulation" in self.hyper:
-            shift = self.hyper["modulation"](z.mean(dim=(2, 3)))
-            modulation = torch.cat((modulation[:, : self.up_modulation], modulation[:, self.up_modulation :] + shift), dim=1)
+            up_modulation = up_modulation + self.hyper["modulation"](z.mean(dim=(2, 3)))
         for index, stage in enumerate(self.up):
             skips = kept.pop()
             if stage.project is not None:
@@ -225,11 +226,11 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             if self.is_mixture and index == len(self.up) - 1:
                 h = self.hyper["draft"].added_to(h, noise)
             for block, attend, skip in zip(stage.blocks, stage.attentions, reversed(skips)):
-                h = attend(block(h, modulation, skip))
+                h = attend(block(h, up_modulation, skip))
         h = self._hyper("out", h, z)
         prediction = self.conv_out(F.silu(self.norm_out(h))).contiguous()
         if self.is_mixture:
-            gate = repeat(self.hyper["noise"].start + self.hyper["gate"](embedding), len(noise) // len(sample))
+            gate = repeat(self.hyper["noise"].start + self.hyper["gate"](embedding), draws)
             prediction = torch.addcmul(prediction, gate[..., None, None], noise)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
