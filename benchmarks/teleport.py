@@ -2,7 +2,7 @@
 
 Each solver starts from pure noise, and from sigma_skip by the closed form of each fit of the latents (tools/fit_gaussian.py).
 Beside that, with UniPC: the choice of sigma_skip; controls that shorten the noise range alike, with less of the latents'
-distribution; and of the learned score, how much the fits explain at each noise level.
+distribution; whether training pictures come out again; and of the learned score, how much the fits explain at each noise level.
 
 examples:
   python benchmarks/teleport.py --config configs/benchmarks/teleport-emoji.yaml
@@ -21,7 +21,7 @@ from typing import Optional
 import matplotlib
 import torch
 from omegaconf import MISSING
-from yardstick import SCHEDULERS, Results, ResultsConfig, distance_table
+from yardstick import SCHEDULERS, Results, ResultsConfig, Yardstick, distance_table
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.cli import run_tool
@@ -98,6 +98,7 @@ def teleport(config: TeleportBenchmarkConfig) -> Path:
             for steps in config.choosing_steps:
                 jump(results, fit, CHOOSING, jumping, own, sigma, steps)
 
+    results.content["nearest"] = nearest(config, results.yardstick, pipeline, own)
     first = next(iter(config.fits))
     for name, part in controls(fits[first]).items():
         jumping = load_pipeline(config.fits[first])
@@ -157,6 +158,21 @@ def controls(gaussian: LatentGaussians) -> dict[str, LatentGaussians]:
             part.tails.copy_(total)
             part.variances.copy_(total[:, None])
         found[name] = part
+    return found
+
+
+def nearest(config: TeleportBenchmarkConfig, yardstick: Yardstick, pipeline: SMDPipeline, own: object) -> dict[str, float]:
+    """How near samples are to training pictures (Yardstick.nearest): of the longest run, and of a short one by each fit."""
+    steps, found = config.choosing_steps[len(config.choosing_steps) // 2], {}
+    for name, folder in {PLAIN: config.gaussian, **config.fits}.items():
+        chosen = pipeline if name == PLAIN else load_pipeline(folder)
+        chosen.scheduler = make_scheduler(SCHEDULERS[CHOOSING], own)
+        if name != PLAIN:
+            options = {"scheduler": SCHEDULERS[CHOOSING], "sigma_skip": config.sigma_skip}
+            chosen.scheduler = TeleportScheduler.from_config(own.config, **options)
+        taken = config.full_steps if name == PLAIN else steps
+        made = yardstick.pictures(chosen, taken, 0, config.samples // config.sampling_seeds, f"{name}, nearest")
+        found[f"{name}, {taken} steps"] = yardstick.nearest((made * 255).round().to(torch.uint8))
     return found
 
 
@@ -251,6 +267,8 @@ def table(config: TeleportBenchmarkConfig, result: dict) -> list[str]:
                 f"{e['full']}: none" if e["with"] is None else f"{e['full']}: {e['with']} ({e['saved']:.0%})" for e in entries
             ]
             lines.append(f"| {solver}, {fit} from {config.sigma_skip:g} | " + " | ".join(cells) + " |")
+    lines += ["", "Median distance to the nearest training picture, over that of held-out pictures: "]
+    lines[-1] += "; ".join(f"{name} {value:.2f}" for name, value in result["nearest"].items())
     score = result["score"]
     chosen = range(0, len(score["sigma"]), 3)
     lines += ["", "Explained of the learned score, and of the learned E[x_0 | x_t], by noise level:", ""]

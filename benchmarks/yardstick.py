@@ -114,6 +114,15 @@ class Yardstick:
         features = [self.extractor((part * 255).round().to(torch.uint8)) for part in parts]
         return self._measure(torch.cat(features), features)
 
+    def nearest(self, pictures: torch.Tensor) -> float:
+        """Median distance of pictures (N, 3, H, W), uint8, to the nearest training picture, over that of the held-out pictures:
+        near 0 where training pictures come out again, 1 where what comes out is as new as pictures never trained on."""
+        found, new = (
+            torch.cdist(self.extractor(part).double(), self.reference.double()).min(dim=1).values.median()
+            for part in (pictures, self.held_out)
+        )
+        return round(float(found / new), 3)
+
     def _measure(self, features: torch.Tensor, per_seed: list[torch.Tensor]) -> dict:
         """Both distances, their bootstrap deviations, and the Frechet distance of each sampling seed alone."""
         return {

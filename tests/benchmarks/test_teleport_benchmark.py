@@ -27,6 +27,8 @@ def test_teleport_end_to_end(gaussian_folder, model_folder, shards, yardstick_se
     assert set(models["SMD"]["distance"]) == {"SDE-DPM-Solver++", "SDE-DPM-Solver++ from 2.5", "SDE-DPM-Solver++ from 10"}
     # The score of nearly all noise is -x_t / s, whatever the latents are.
     assert result["score"]["score"]["one"][0] == pytest.approx(1.0, abs=0.01)
+    assert set(result["nearest"]) == {f"{PLAIN}, 4 steps", "one, 2 steps", "many, 2 steps"}
+    assert all(value > 0 for value in result["nearest"].values())
     assert len(result["savings"]) == 2 * 2 * 3
     assert "| UniPC, many from 2.5 |" in (tmp_path / "teleport-shapes.md").read_text()
     assert (tmp_path / "teleport-shapes.png").stat().st_size > 1000
