@@ -177,7 +177,10 @@ class EncodeConfig:
     autoencoder: str = MISSING
     """A local diffusers model folder or a hub id ("stabilityai/sd-vae-ft-mse")."""
     output: str = MISSING
-    """Folder for the latent shards and manifest.json; must not hold any yet."""
+    """Folder for the latent shards and manifest.json; an unfinished one of the same run is gone on with."""
+    worker: Optional[str] = None
+    """i/n: do the shards of worker i of n, 0/n to n-1/n, as in an array job. null: all; or under torchrun and accelerate launch
+    those of this process."""
     mirror: bool = True
     """Store the encoding of the mirrored picture too (twice the work and size). Not for letters or flags."""
     shard_size: int = 1000
@@ -190,6 +193,7 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         at_least("shard_size", self.shard_size, 1)
         at_least("batch_size", self.batch_size, 1)
+        at_least("num_workers", self.num_workers, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

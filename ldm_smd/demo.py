@@ -16,8 +16,9 @@ from torchvision.utils import make_grid
 
 from .autoencoder import FrozenAutoencoder, sample_latents
 from .config import DemoConfig, DemoRunConfig, EncodeConfig, TrainConfig, load_config
+from .data.encode import encode
 from .data.images import load_pixels
-from .data.shards import Manifest, encode
+from .data.shards import Manifest
 from .data.stream import LatentStream
 from .diffusion.process import DiffusionProcess
 from .errors import UserError

@@ -12,11 +12,14 @@ from .errors import UserError
 
 
 @contextmanager
-def atomic_file(final: Path) -> Iterator[Path]:
-    """A temporary path beside ``final`` to write to; fsynced and renamed when the block ends without an exception."""
+def atomic_file(final: Path, writer: str = "") -> Iterator[Path]:
+    """A temporary path beside ``final`` to write to; fsynced and renamed when the block ends without an exception.
+
+    ``writer`` tells apart processes that may write the same file at once.
+    """
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary = final.with_name(f".{final.name}.{writer}tmp")
     try:
         yield temporary
         _fsync(temporary)

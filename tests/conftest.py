@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from ldm_smd.cli import run_tool
 from ldm_smd.config import EncodeConfig, TrainConfig, load_config
-from ldm_smd.data.shards import encode
+from ldm_smd.data.encode import encode
 from ldm_smd.training.loop import train
 
 torch.set_num_threads(2)

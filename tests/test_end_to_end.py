@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from ldm_smd.config import DemoConfig, EncodeConfig, SampleConfig, TrainAutoencoderConfig, TrainConfig, load_config
-from ldm_smd.data.shards import encode
+from ldm_smd.data.encode import encode
 from ldm_smd.demo import demo
 from ldm_smd.evaluation.features import FeatureNetwork
 from ldm_smd.sampling import sample

@@ -11,7 +11,7 @@ import sys
 
 from ldm_smd.cli import run_tool
 from ldm_smd.config import EncodeConfig
-from ldm_smd.data.shards import encode
+from ldm_smd.data.encode import encode
 
 if __name__ == "__main__":
     sys.exit(run_tool(EncodeConfig, encode, __doc__))

@@ -1,8 +1,8 @@
 """Picture sources: a folder, a zip of one, or webdataset tars, as one map-style dataset; and the one crop and resize.
 
 A source is listed once, in sorted order, without decoding anything, so that picture ``i`` is the same for any number of
-workers or processes. Decoding happens in DataLoader workers. A picture that cannot be read does not raise there: it
-travels as a Picture with ``error`` set, so that the caller counts it, lists it, or stops.
+workers or processes. Decoding happens in DataLoader workers, a batch each. A picture that cannot be read does not raise
+there, so that the caller counts it, lists it, or stops.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -55,14 +55,17 @@ class Entry:
 
 
 @dataclass
-class Picture:
-    """One decoded picture: ``pixels`` uint8 (3, R, R), or None with the reason in ``error``."""
+class Pictures:
+    """A batch: ``pixels`` uint8 (b, 3, R, R), and of each its key and label. What could not be read stands apart, as dicts
+    with name and reason."""
 
-    key: str
-    label: int | None
-    name: str
-    pixels: torch.Tensor | None
-    error: str | None = None
+    pixels: torch.Tensor
+    keys: list[str]
+    labels: list[int | None]
+    unreadable: list[dict]
+
+    def pin_memory(self) -> Pictures:
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,50 +238,57 @@ def decode(data: bytes, config: ImagesConfig) -> torch.Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
-class PictureDataset(Dataset):
-    """Map-style dataset of Picture: what the DataLoader workers run."""
+class PictureBatches(Dataset):
+    """Map-style dataset of Pictures, one for each batch of indices: what the DataLoader workers run."""
 
-    def __init__(self, entries: list[Entry], config: ImagesConfig) -> None:
-        self.entries = entries
-        self.config = config
+    def __init__(self, entries: list[Entry], config: ImagesConfig, batches: Sequence[Sequence[int]]) -> None:
+        self.entries, self.config, self.batches = entries, config, batches
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> Picture:
-        entry = self.entries[index]
-        try:
-            pixels, error = decode(entry.read(), self.config), None
-        except Exception as reason:  # PIL's decoders raise many kinds (OSError, SyntaxError, struct.error, ...)
-            pixels, error = None, f"{type(reason).__name__}: {reason}"
-        return Picture(entry.key, entry.label, entry.name, pixels, error)
+    def __getitem__(self, index: int) -> Pictures:
+        found = Pictures(torch.empty(0, 3, self.config.resolution, self.config.resolution, dtype=torch.uint8), [], [], [])
+        pixels = []
+        for entry in (self.entries[place] for place in self.batches[index]):
+            try:
+                pixels.append(decode(entry.read(), self.config))
+            except Exception as reason:  # PIL's decoders raise many kinds (OSError, SyntaxError, struct.error, ...)
+                found.unreadable.append({"name": entry.name, "reason": f"{type(reason).__name__}: {reason}"})
+            else:
+                found.keys.append(entry.key)
+                found.labels.append(entry.label)
+        if pixels:
+            found.pixels = torch.stack(pixels)
+        return found
 
 
 def read_pictures(
-    entries: list[Entry], config: ImagesConfig, batch_size: int, num_workers: int = 0
-) -> Iterator[tuple[list[Picture], list[Picture]]]:
-    """(readable, unreadable) pictures, ``batch_size`` entries at a time, in the order of ``entries``.
+    entries: list[Entry], config: ImagesConfig, batches: Sequence[Sequence[int]], num_workers: int = 0
+) -> Iterator[Pictures]:
+    """The pictures of each batch of indices into ``entries``, in order.
 
     Raises UserError at the first unreadable picture where ``config.strict``.
     """
-    loader = DataLoader(PictureDataset(entries, config), batch_size=batch_size, num_workers=num_workers, collate_fn=_as_list)
+    loader = DataLoader(
+        PictureBatches(entries, config, batches),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
     for pictures in loader:
-        unreadable = [picture for picture in pictures if picture.error]
-        if unreadable and config.strict:
-            raise UserError(
-                f"images.strict: expected every picture to be readable, found {unreadable[0].name}: {unreadable[0].error}"
-            )
-        yield [picture for picture in pictures if not picture.error], unreadable
+        if pictures.unreadable and config.strict:
+            first = pictures.unreadable[0]
+            raise UserError(f"images.strict: expected every picture to be readable, found {first['name']}: {first['reason']}")
+        yield pictures
 
 
 def load_pixels(config: ImagesConfig, num_workers: int = 0) -> tuple[torch.Tensor, list[int | None], list[str]]:
     """All readable pictures of a source at once: uint8 (N, 3, R, R), labels, class names. For sets that fit in memory."""
     entries, classes = list_entries(config)
-    good = [p for batch, _ in read_pictures(entries, config, 256, num_workers) for p in batch]
-    if not good:
+    batches = [range(start, min(start + 256, len(entries))) for start in range(0, len(entries), 256)]
+    parts = list(read_pictures(entries, config, batches, num_workers))
+    pixels = torch.cat([part.pixels for part in parts])
+    if not len(pixels):
         raise UserError(f"images.source: expected readable pictures, found none of {len(entries)} in {config.source}")
-    return torch.stack([picture.pixels for picture in good]), [picture.label for picture in good], classes
-
-
-def _as_list(pictures: list[Picture]) -> list[Picture]:
-    return pictures
+    return pixels, [label for part in parts for label in part.labels], classes

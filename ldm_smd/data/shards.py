@@ -3,30 +3,20 @@
 A shard is a webdataset tar of samples ``KEY.moments.npy`` (float16, (2, C, h, w): mean and log-variance; (1, C, h, w) from
 a deterministic autoencoder), ``KEY.mirror.npy`` (the encoding of the mirrored picture) where asked for, and ``KEY.cls``
 (ASCII integer) where labelled. Beside the shards lies ``manifest.json``: what is in each shard, and all that the latents
-depend on. Shard k holds a fixed slice of the sorted entries and no times are written, so the same input gives the same
-bytes.
+depend on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import torch
-import webdataset as wds
 
 from ..autoencoder import FrozenAutoencoder
-from ..config import EncodeConfig
-from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file, atomic_folder, require_unused
-from ..progress import progress
-from .images import Entry, Picture, list_entries, read_pictures
 
 MANIFEST = "manifest.json"
 FORMAT = "ldm_smd latent shards 1"
@@ -45,7 +35,10 @@ class Manifest:
     def load(cls, folder: str | Path) -> Manifest:
         path = Path(folder) / MANIFEST
         if not path.is_file():
-            raise UserError(f"shards: expected a folder with {MANIFEST} (tools/encode.py writes it), found none in {folder}")
+            raise UserError(
+                f"shards: expected a folder with {MANIFEST}, found none in {folder} (tools/encode.py writes it when all shards "
+                "are there; run it again to go on)"
+            )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             metadata, shards, found = content["metadata"], content["shards"], content["format"]
@@ -82,95 +75,6 @@ class Manifest:
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 24 else text[:20] + "..."
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def encode(config: EncodeConfig) -> Manifest:
-    """Encode a picture source into latent shards under ``config.output``; the folder appears when all is done."""
-    output = Path(config.output)
-    require_unused(output)
-    entries, classes = list_entries(config.images)
-    autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(pick_device(config.device))
-    slices = [entries[start : start + config.shard_size] for start in range(0, len(entries), config.shard_size)]
-    width = max(5, len(str(len(slices) - 1)))
-
-    shards, skipped = [], []
-    statistics = ChannelStatistics()
-    bar = progress(len(entries), 0, "encode")
-    with atomic_folder(output) as folder:
-        for index, part in enumerate(slices):
-            path = folder / f"latents-{index:0{width}d}.tar"
-            shard, unreadable = write_shard(path, part, autoencoder, config, statistics, bar)
-            shards.append(shard)
-            skipped += [{"name": p.name, "reason": p.error} for p in unreadable]
-        if statistics.count == 0:
-            raise UserError(
-                f"images.source: expected readable pictures, found none of {len(entries)} in {config.images.source} "
-                f"(first: {skipped[0]['reason']})"
-            )
-        metadata = {
-            "autoencoder": {"source": autoencoder.name, **autoencoder.identity()},
-            "resolution": config.images.resolution,
-            "crop": config.images.crop,
-            "background": config.images.background,
-            "mirror": config.mirror,
-            "dtype": np.dtype(DTYPE).name,
-            "moments_shape": statistics.shape,
-            "channel_mean": statistics.mean.tolist(),
-            "channel_std": statistics.std.tolist(),
-            "classes": classes,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "pillow", "webdataset")},
-        }
-        content = {"format": FORMAT, "metadata": metadata, "shards": shards, "skipped": skipped}
-        (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    bar.close()
-    for item in skipped[:20]:
-        print(f"skipped {item['name']}: {item['reason']}", file=sys.stderr)
-    print(f"{statistics.count} pictures in {len(shards)} shards, {len(skipped)} skipped; wrote {output}")
-    return Manifest.load(output)
-
-
-def write_shard(
-    path: Path,
-    entries: list[Entry],
-    autoencoder: FrozenAutoencoder,
-    config: EncodeConfig,
-    statistics: ChannelStatistics,
-    bar,
-) -> tuple[dict, list[Picture]]:
-    """Encode ``entries`` into one tar; returns its record for the manifest and the pictures that were skipped."""
-    skipped: list[Picture] = []
-    shard = ShardStatistics()
-    with (
-        atomic_file(path) as temporary,
-        open(temporary, "wb") as stream,
-        wds.TarWriter(stream, mtime=0, user="", group="") as tar,
-    ):
-        for pictures, unreadable in read_pictures(entries, config.images, config.batch_size, config.num_workers):
-            skipped += unreadable
-            bar.update(len(pictures) + len(unreadable))
-            if not pictures:
-                continue
-            pixels = torch.stack([picture.pixels for picture in pictures])
-            moments = _encode(autoencoder, pixels)
-            mirrors = _encode(autoencoder, pixels.flip(3)) if config.mirror else None
-            statistics.add(moments)
-            shard.add(moments)
-            for row, picture in enumerate(pictures):
-                sample: dict = {"__key__": picture.key, "moments.npy": moments[row]}
-                if mirrors is not None:
-                    sample["mirror.npy"] = mirrors[row]
-                if picture.label is not None:
-                    sample["cls"] = str(picture.label)
-                tar.write(sample)
-    return {"name": path.name, **shard.record(), "sha256": sha256(path)}, skipped
-
-
-def _encode(autoencoder: FrozenAutoencoder, pixels: torch.Tensor) -> np.ndarray:
-    return autoencoder.encode_moments(pixels).cpu().numpy().astype(DTYPE)
 
 
 class ShardStatistics:
@@ -217,6 +121,24 @@ class ChannelStatistics:
         self._values += mean.size // mean.shape[1]
         self._total = self._total + mean.sum(axis=(0, 2, 3))
         self._squares = self._squares + (np.square(mean) + variance).sum(axis=(0, 2, 3))
+
+    def state(self) -> dict:
+        """For JSON; what ``merge`` takes."""
+        return {
+            "count": self.count,
+            "shape": self.shape,
+            "values": self._values,
+            "total": np.asarray(self._total).tolist(),
+            "squares": np.asarray(self._squares).tolist(),
+        }
+
+    def merge(self, state: dict) -> None:
+        """Add what another has seen."""
+        self.count += state["count"]
+        self.shape = state["shape"] or self.shape
+        self._values += state["values"]
+        self._total = self._total + np.array(state["total"])
+        self._squares = self._squares + np.array(state["squares"])
 
     @property
     def mean(self) -> np.ndarray:

@@ -1,5 +1,6 @@
 import io
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,12 +105,13 @@ def test_unreadable_pictures_are_listed_or_stop(tmp_path):
     (tmp_path / "d.png").write_bytes(b"")
     config = ImagesConfig(source=str(tmp_path), resolution=16)
     entries, _ = list_entries(config)
-    [(good, bad)] = read_pictures(entries, config, batch_size=8)
-    assert [picture.key for picture in good] == ["a"]
-    assert [picture.key for picture in bad] == ["b", "c", "d"] and all(picture.error for picture in bad)
+    [found] = read_pictures(entries, config, [range(4)])
+    assert found.keys == ["a"] and found.pixels.shape == (1, 3, 16, 16)
+    assert [Path(item["name"]).name for item in found.unreadable] == ["b.png", "c.png", "d.png"]
+    assert all(item["reason"] for item in found.unreadable)
     config.strict = True
     with pytest.raises(UserError, match=r"images\.strict: expected every picture to be readable, found .*b\.png"):
-        list(read_pictures(entries, config, batch_size=8))
+        list(read_pictures(entries, config, [range(4)]))
 
 
 def test_too_many_pixels_count_as_unreadable():

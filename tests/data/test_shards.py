@@ -7,30 +7,12 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import EncodeConfig, ImagesConfig, load_config
+from ldm_smd.config import ImagesConfig
 from ldm_smd.data.images import load_pixels
-from ldm_smd.data.shards import Manifest, encode
+from ldm_smd.data.shards import Manifest
 from ldm_smd.errors import UserError
-
-
-@pytest.fixture
-def encode_to(pictures, vae_folder, tmp_path):
-    def call(name, *overrides):
-        settings = [
-            f"images.source={pictures}",
-            "images.resolution=16",
-            f"autoencoder={vae_folder}",
-            f"output={tmp_path / name}",
-            "shard_size=8",
-            "batch_size=4",
-            "num_workers=0",
-        ]
-        return encode(load_config(EncodeConfig, None, settings + list(overrides)))
-
-    return call
 
 
 def test_shards_hold_what_the_encoder_said(shards, pictures, vae_folder):
@@ -70,44 +52,6 @@ def test_manifest_describes_every_shard(shards):
     assert np.allclose(metadata["channel_mean"], moments[:, 0].mean(axis=(0, 2, 3)))
     second = (moments[:, 0] ** 2 + np.exp(moments[:, 1])).mean(axis=(0, 2, 3))
     assert np.allclose(metadata["channel_std"], np.sqrt(second - moments[:, 0].mean(axis=(0, 2, 3)) ** 2))
-
-
-def test_same_input_same_bytes_at_any_number_of_workers(shards, encode_to, tmp_path):
-    encode_to("again", "num_workers=2")
-    for path in shards.glob("*.tar"):
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-
-
-def test_unreadable_pictures_are_skipped_counted_and_listed(encode_to, tmp_path, capsys):
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    Image.new("RGB", (16, 16), "red").save(folder / "a.png")
-    (folder / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    manifest = encode_to("out", f"images.source={folder}")
-    content = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert manifest.count == 1 and manifest.classes == []
-    assert [item["name"] for item in content["skipped"]] == [str(folder / "b.png")]
-    out, err = capsys.readouterr()
-    assert "1 skipped" in out and f"skipped {folder / 'b.png'}" in err
-
-
-def test_nothing_half_written_after_an_error(encode_to, tmp_path):
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    (folder / "b.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="expected readable pictures"):
-        encode_to("out", f"images.source={folder}")
-    with pytest.raises(UserError, match="strict"):
-        encode_to("out", f"images.source={folder}", "images.strict=true")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
-
-
-def test_an_output_in_use_is_refused(encode_to, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/keep.txt").write_text("mine")
-    with pytest.raises(UserError, match="output: expected a new or empty folder"):
-        encode_to("out")
-    assert (tmp_path / "out/keep.txt").read_text() == "mine"
 
 
 def test_bad_manifests_are_named(tmp_path):

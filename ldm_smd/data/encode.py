@@ -1,0 +1,251 @@
+"""tools/encode.py: pictures -> latent shards, by any number of processes, stopped and started again as often as need be.
+
+What is to be done follows from the input alone: shard k holds the k-th slice of the sorted pictures, and worker i of n takes
+the shards i, i + n, ... Workers never talk to each other. Each shard is written under a temporary name, synced, renamed, and
+then vouched for by a record beside it; who starts again finds the records, checks the hashes, and goes on with what is missing;
+who finds the records complete writes the manifest, whose content does not depend on who did what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import webdataset as wds
+from tqdm import tqdm
+
+from ..autoencoder import FrozenAutoencoder
+from ..config import EncodeConfig
+from ..device import pick_device
+from ..errors import UserError
+from ..files import atomic_file
+from ..progress import progress
+from .images import Entry, Pictures, list_entries, read_pictures
+from .shards import DTYPE, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, sha256
+
+Item = TypeVar("Item")
+
+PLAN = "plan.json"
+FIELDS = ("moments.npy", "mirror.npy")
+AHEAD = 2
+"""Batches that are encoded while one is written."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the shards depend on. ``settings`` goes to plan.json, so that no run goes on with another's shards."""
+
+    entries: list[Entry]
+    settings: dict
+    shard_size: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, config: EncodeConfig, autoencoder: FrozenAutoencoder) -> Plan:
+        entries, classes = list_entries(config.images)
+        digest = hashlib.sha256()
+        for entry in entries:
+            digest.update(repr((entry.key, entry.label, entry.name, entry.size)).encode())
+        settings = {
+            "format": FORMAT,
+            "pictures": len(entries),
+            "pictures_sha256": digest.hexdigest(),
+            "autoencoder": {"source": autoencoder.name, **autoencoder.identity()},
+            "resolution": config.images.resolution,
+            "crop": config.images.crop,
+            "background": config.images.background,
+            "mirror": config.mirror,
+            "shard_size": config.shard_size,
+            "batch_size": config.batch_size,
+            "device": autoencoder.device.type,
+            "classes": classes,
+            "versions": {name: version(name) for name in ("torch", "diffusers", "pillow", "webdataset")},
+        }
+        return cls(entries, settings, config.shard_size, config.batch_size)
+
+    @property
+    def shards(self) -> range:
+        return range(-(-len(self.entries) // self.shard_size))
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    def path(self, output: Path, shard: int) -> Path:
+        width = max(5, len(str(len(self.shards) - 1)))
+        return output / f"latents-{shard:0{width}d}.tar"
+
+    def batches(self, shard: int) -> list[range]:
+        """The entries of a shard, a batch at a time: no batch goes over its end, for who takes the next shard is open."""
+        start, stop = shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.entries))
+        return [range(first, min(first + self.batch_size, stop)) for first in range(start, stop, self.batch_size)]
+
+    def count(self, shard: int) -> int:
+        return sum(map(len, self.batches(shard)))
+
+
+def encode(config: EncodeConfig) -> Manifest | None:
+    """This worker's share of the shards under ``config.output``; the manifest too, and returned, where they are then all there.
+
+    Raises UserError where ``output`` holds something else, or a run with other settings.
+    """
+    worker, workers = which_worker(config.worker)
+    output = Path(config.output)
+    autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(pick_device(config.device))
+    plan = Plan.of(config, autoencoder)
+    claim(output, plan, worker)
+    mine = plan.shards[worker::workers]
+    missing = [shard for shard in mine if not finished(output, plan, shard)]
+    if len(missing) < len(mine):
+        print(f"{len(mine) - len(missing)} of {len(mine)} shards are there already", file=sys.stderr)
+    if missing:
+        try:
+            encode_shards(output, plan, missing, autoencoder, config)
+        except OSError as error:  # of writing: that a picture cannot be read is no exception
+            raise UserError(f"output: expected to write the shards to {output}, found {error}; run again to go on") from error
+    return merge(output, plan, worker)
+
+
+def which_worker(worker: str | None) -> tuple[int, int]:
+    """(i, n) of "i/n"; or else as torchrun and accelerate launch say in the environment; or else the only one."""
+    if worker is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    index, _, count = worker.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"worker: expected i/n with i from 0 to n - 1, as in 0/8, found {worker!r}")
+    return int(index), int(count)
+
+
+def claim(output: Path, plan: Plan, worker: int) -> None:
+    """Write plan.json into a new folder; in one that has it, check that it is this plan."""
+    if not (output / PLAN).is_file():
+        if output.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
+            raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
+        with atomic_file(output / PLAN, str(worker)) as temporary:
+            temporary.write_text(json.dumps(plan.settings, indent=1), encoding="utf-8")
+    there = read_json(output / PLAN)
+    for name, value in json.loads(json.dumps(plan.settings)).items():
+        if there.get(name) != value:
+            raise UserError(
+                f"output: expected a new folder, or one of the same run, found {output} with another {name} "
+                f"({json.dumps(there.get(name))[:80]} there, {json.dumps(value)[:80]} here)"
+            )
+
+
+def finished(output: Path, plan: Plan, shard: int) -> bool:
+    """Whether the shard is there as its record says."""
+    path = plan.path(output, shard)
+    record = read_json(path.with_suffix(".json"))
+    return record.get("plan") == plan.sha256 and path.is_file() and sha256(path) == record["shard"]["sha256"]
+
+
+def read_json(path: Path) -> dict:
+    """Empty where there is no readable one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def encode_shards(output: Path, plan: Plan, shards: list[int], autoencoder: FrozenAutoencoder, config: EncodeConfig) -> None:
+    """Three things at a time: processes decode pictures, a thread runs the autoencoder, and this one writes."""
+    bar = progress(sum(plan.count(shard) for shard in shards), 0, "encode", disable=int(os.environ.get("LOCAL_RANK", 0)) > 0)
+    batches = ahead(encoded(plan, shards, autoencoder, config), AHEAD)
+    for shard, group in groupby(batches, key=itemgetter(0)):
+        write_shard(plan, plan.path(output, shard), ((pictures, moments) for _, pictures, moments in group), bar)
+    bar.close()
+
+
+def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The same; a thread makes up to ``count`` of them while the caller works on one."""
+    iterator, done = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, iterator, done) for _ in range(count))
+        while (item := waiting.popleft().result()) is not done:
+            waiting.append(pool.submit(next, iterator, done))
+            yield item
+
+
+def encoded(
+    plan: Plan, shards: list[int], autoencoder: FrozenAutoencoder, config: EncodeConfig
+) -> Iterator[tuple[int, Pictures, list[np.ndarray]]]:
+    """The shard, the pictures, and their moments in the precision of the shards: as they are, and mirrored where asked for."""
+    todo = [(shard, batch) for shard in shards for batch in plan.batches(shard)]
+    parts = read_pictures(plan.entries, config.images, [batch for _, batch in todo], config.num_workers)
+    for (shard, _), pictures in zip(todo, parts):
+        pixels = pictures.pixels.to(autoencoder.device, non_blocking=True)
+        views = (pixels, pixels.flip(3)) if config.mirror else (pixels,)
+        moments = [autoencoder.encode_moments(view).half().cpu().numpy() for view in views] if len(pixels) else []
+        yield shard, pictures, moments
+
+
+def write_shard(plan: Plan, path: Path, batches: Iterable[tuple[Pictures, list[np.ndarray]]], bar: tqdm) -> None:
+    """The tar, and then the record that vouches for it."""
+    statistics, channels, skipped = ShardStatistics(), ChannelStatistics(), []
+    with (
+        atomic_file(path) as temporary,
+        open(temporary, "wb") as stream,
+        wds.TarWriter(stream, mtime=0, user="", group="") as tar,
+    ):
+        for pictures, encodings in batches:
+            skipped += pictures.unreadable
+            for encoding in encodings[:1]:
+                statistics.add(encoding)
+                channels.add(encoding)
+            for row, (key, label) in enumerate(zip(pictures.keys, pictures.labels)):
+                sample = {"__key__": key, **{name: encoding[row] for name, encoding in zip(FIELDS, encodings)}}
+                tar.write(sample if label is None else sample | {"cls": str(label)})
+            bar.update(len(pictures.keys) + len(pictures.unreadable))
+    record = {
+        "plan": plan.sha256,
+        "shard": {"name": path.name, **statistics.record(), "sha256": sha256(path)},
+        "channels": channels.state(),
+        "skipped": skipped,
+    }
+    with atomic_file(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(record), encoding="utf-8")
+
+
+def merge(output: Path, plan: Plan, worker: int) -> Manifest | None:
+    """manifest.json from the records of all shards; None while some are missing."""
+    records = [read_json(plan.path(output, shard).with_suffix(".json")) for shard in plan.shards]
+    missing = [shard for shard, record in zip(plan.shards, records) if record.get("plan") != plan.sha256]
+    if missing:
+        print(f"{len(missing)} of {len(plan.shards)} shards are still to come, first {missing[0]}: no manifest in {output} yet")
+        return None
+    statistics = ChannelStatistics()
+    for record in records:
+        statistics.merge(record["channels"])
+    skipped = [item for record in records for item in record["skipped"]]
+    if statistics.count == 0:
+        raise UserError(
+            f"images.source: expected readable pictures, found none of {len(plan.entries)} (first: {skipped[0]['reason']})"
+        )
+    metadata = {
+        **{key: value for key, value in plan.settings.items() if key not in ("format", "pictures")},
+        "dtype": np.dtype(DTYPE).name,
+        "moments_shape": statistics.shape,
+        "channel_mean": statistics.mean.tolist(),
+        "channel_std": statistics.std.tolist(),
+    }
+    content = {"format": FORMAT, "metadata": metadata, "shards": [record["shard"] for record in records], "skipped": skipped}
+    with atomic_file(output / MANIFEST, str(worker)) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    for item in skipped[:20]:
+        print(f"skipped {item['name']}: {item['reason']}", file=sys.stderr)
+    print(f"{statistics.count} pictures in {len(records)} shards, {len(skipped)} skipped; wrote {output}")
+    return Manifest.load(output)

@@ -1,0 +1,158 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.config import EncodeConfig, load_config
+from ldm_smd.data.encode import encode
+from ldm_smd.errors import UserError
+
+TOOL = Path(__file__).parents[2] / "tools" / "encode.py"
+
+
+@pytest.fixture
+def settings(pictures, vae_folder, tmp_path):
+    """Those of the ``shards`` fixture, into tmp_path/NAME."""
+    common = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}"]
+    return lambda name: [*common, f"output={tmp_path / name}", "shard_size=8", "batch_size=4", "num_workers=0"]
+
+
+@pytest.fixture
+def encode_to(settings):
+    return lambda name, *overrides: encode(load_config(EncodeConfig, None, [*settings(name), *overrides]))
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """The number of pictures of every batch that is encoded."""
+    calls, real = [], FrozenAutoencoder.encode_moments
+    monkeypatch.setattr(FrozenAutoencoder, "encode_moments", lambda self, x: calls.append(len(x)) or real(self, x))
+    return calls
+
+
+def assert_same(folder, shards):
+    """Shards and manifest to the byte, and no temporary file."""
+    names = sorted(path.name for path in shards.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
+        assert (folder / name).read_bytes() == (shards / name).read_bytes(), name
+
+
+def test_same_input_same_bytes_at_any_number_of_workers(shards, encode_to, tmp_path):
+    encode_to("again", "num_workers=2")
+    for path in shards.glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_unreadable_pictures_are_skipped_counted_and_listed(encode_to, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    Image.new("RGB", (16, 16), "red").save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    manifest = encode_to("out", f"images.source={folder}")
+    content = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest.count == 1 and manifest.classes == []
+    assert [item["name"] for item in content["skipped"]] == [str(folder / "b.png")]
+    out, err = capsys.readouterr()
+    assert "1 skipped" in out and f"skipped {folder / 'b.png'}" in err
+
+
+def test_no_manifest_without_a_readable_picture(encode_to, tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "b.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"images\.strict: expected every picture to be readable"):
+        encode_to("strict", f"images.source={folder}", "images.strict=true")
+    assert [path.name for path in (tmp_path / "strict").iterdir()] == ["plan.json"]
+    with pytest.raises(UserError, match="expected readable pictures"):
+        encode_to("out", f"images.source={folder}")
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_an_output_in_use_is_refused(encode_to, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/keep.txt").write_text("mine")
+    with pytest.raises(UserError, match="output: expected a new or empty folder"):
+        encode_to("out")
+    assert (tmp_path / "out/keep.txt").read_text() == "mine"
+
+
+def test_workers_share_the_shards_and_the_last_writes_the_manifest(shards, encode_to, tmp_path, evaluations):
+    assert encode_to("out", "worker=1/2") is None
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["latents-00001.tar"]
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert encode_to("out", "worker=0/2").count == 22
+    assert sum(evaluations) == 2 * 22  # each picture and its mirror image once
+    assert_same(tmp_path / "out", shards)
+
+
+def test_processes_of_a_launcher_are_workers(shards, encode_to, tmp_path, monkeypatch):
+    for rank in (2, 0, 1, 3):  # more processes than shards
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        found = encode_to("out")
+        assert (found is not None) == (rank in (1, 3))
+    assert_same(tmp_path / "out", shards)
+
+
+def test_a_restart_does_what_is_missing_or_damaged(shards, encode_to, tmp_path, evaluations):
+    encode_to("out")
+    (tmp_path / "out/manifest.json").unlink()
+    (tmp_path / "out/latents-00000.tar").unlink()
+    damaged = bytearray((tmp_path / "out/latents-00002.tar").read_bytes())
+    damaged[700] ^= 1
+    (tmp_path / "out/latents-00002.tar").write_bytes(damaged)
+    evaluations.clear()
+    encode_to("out")
+    assert sum(evaluations) == 2 * (8 + 6)
+    assert_same(tmp_path / "out", shards)
+    evaluations.clear()
+    assert encode_to("out").count == 22 and evaluations == []
+
+
+def test_a_killed_run_goes_on_where_it_was(shards, settings, encode_to, tmp_path):
+    process = subprocess.Popen([sys.executable, str(TOOL), *settings("out")], stderr=subprocess.DEVNULL, env=os.environ)
+    while process.poll() is None and not list(tmp_path.glob("out/.latents-*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out/manifest.json").exists()
+    encode_to("out")
+    assert_same(tmp_path / "out", shards)
+
+
+def test_other_settings_do_not_mix(encode_to, tmp_path):
+    encode_to("out", "worker=0/2")
+    with pytest.raises(UserError, match=r"another mirror \(true there, false here\)"):
+        encode_to("out", "mirror=false")
+    with pytest.raises(UserError, match="another shard_size"):
+        encode_to("out", "shard_size=9")
+    for worker in ("2/2", "one", "-1/2", "1"):
+        with pytest.raises(UserError, match="worker: expected i/n"):
+            encode_to("out", f"worker={worker}")
+
+
+def test_a_full_disk_is_one_line_and_costs_one_shard(shards, encode_to, tmp_path, monkeypatch):
+    real, left = wds.TarWriter.write, [10]
+
+    def write(self, sample):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        return real(self, sample)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wds.TarWriter, "write", write)
+        with pytest.raises(UserError, match=r"output: expected to write.*No space left.*run again"):
+            encode_to("out")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*latents*")) == ["latents-00000.json", "latents-00000.tar"]
+    encode_to("out")
+    assert_same(tmp_path / "out", shards)
