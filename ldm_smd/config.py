@@ -197,6 +197,28 @@ class EncodeConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tools/verify.py
+
+
+@dataclass
+class VerifyConfig:
+    """tools/verify.py"""
+
+    shards: str = MISSING
+    """Folder with latent shards and manifest.json (tools/encode.py)."""
+    sheet: Optional[str] = None
+    """PNG to write: some of the latents, from all over the shards, decoded. null: none."""
+    autoencoder: Optional[str] = None
+    """That decodes them; null: the one the manifest names."""
+    pictures: int = 64
+    """On the sheet."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        at_least("pictures", self.pictures, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tools/train.py
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from .errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called ``name``; for "auto" the GPU where there is one."""
+    """The device called ``name``; for "auto" the GPU where there is one, of several processes on a node each its own."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         return torch.device(name)
     except RuntimeError as error:

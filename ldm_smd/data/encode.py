@@ -58,7 +58,7 @@ class Plan:
         entries, classes = list_entries(config.images)
         digest = hashlib.sha256()
         for entry in entries:
-            digest.update(repr((entry.key, entry.label, entry.name, entry.size)).encode())
+            digest.update(repr((entry.key, entry.label, entry.size)).encode())
         settings = {
             "format": FORMAT,
             "pictures": len(entries),

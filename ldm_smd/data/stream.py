@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,10 @@ class Shard:
                 for member in tar:
                     key, _, extension = member.name.partition(".")
                     if extension in ("moments.npy", "mirror.npy"):
-                        places.setdefault(key, {})[extension] = member.offset_data + _npy_header(tar, member, shape, dtype)
+                        sample = places.setdefault(key, {})
+                        if extension in sample:
+                            raise ValueError(f"{member.name} is in it twice")
+                        sample[extension] = member.offset_data + _npy_header(tar, member, shape, dtype)
                     elif extension == "cls":
                         labels[key] = int(tar.extractfile(member).read(32))
         except (tarfile.TarError, OSError, ValueError) as error:
@@ -72,6 +75,13 @@ class Shard:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def moments(self, indices: Sequence[int]) -> np.ndarray:
+        """Of the pictures as they are, (n, ...)."""
+        out = np.empty((len(indices), *self.shape), dtype=self.dtype)
+        for row, index in enumerate(indices):
+            self.read(index, False, out[row])
+        return out
 
     def read(self, index: int, mirrored: bool, out: np.ndarray) -> None:
         start = self.offsets[index, int(mirrored)]
@@ -177,11 +187,15 @@ def latent_loader(stream: LatentStream, num_workers: int) -> DataLoader:
 
 
 def _npy_header(tar: tarfile.TarFile, member: tarfile.TarInfo, shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Length of an .npy header; raises ValueError unless it says this shape and dtype. Never unpickles."""
+    """Length of an .npy header; raises ValueError unless it says this shape and dtype, and these numbers follow. Never
+    unpickles."""
     file = io.BytesIO(tar.extractfile(member).read(min(member.size, 1024)))
     major, minor = np.lib.format.read_magic(file)
     reader = np.lib.format.read_array_header_1_0 if (major, minor) == (1, 0) else np.lib.format.read_array_header_2_0
     found_shape, fortran, found_dtype = reader(file)
     if found_shape != shape or found_dtype != dtype or fortran:
         raise ValueError(f"{member.name} is {found_shape} {found_dtype}")
+    wanted = file.tell() + int(np.prod(shape)) * dtype.itemsize
+    if member.size != wanted:
+        raise ValueError(f"{member.name} has {member.size} bytes and not {wanted}")
     return file.tell()

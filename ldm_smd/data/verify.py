@@ -1,0 +1,96 @@
+"""tools/verify.py: whether latent shards are what their manifest says, and a sheet of them to look at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from ..autoencoder import FrozenAutoencoder
+from ..config import VerifyConfig
+from ..device import pick_device
+from ..errors import UserError
+from ..files import atomic_file
+from ..progress import progress
+from .shards import Manifest, ShardStatistics, sha256
+from .stream import Shard
+
+READ = 256
+"""Samples in memory at once."""
+
+
+def verify(config: VerifyConfig) -> None:
+    """Read every shard; raises UserError, after a line for every finding, where there are any."""
+    manifest = Manifest.load(config.shards)
+    findings: list[str] = []
+    keys: Counter[str] = Counter()
+    bar = progress(manifest.count, 0, "verify")
+    for item in manifest.shards:
+        try:
+            shard = open_shard(manifest, item)
+        except (UserError, OSError) as error:
+            findings.append(str(error))
+        else:
+            keys.update(shard.keys)
+            findings += [f"{item['name']}: {finding}" for finding in check_shard(manifest, item, shard)]
+        bar.update(item["count"])
+    bar.close()
+    findings += [f"{key}: in the shards {count} times" for key, count in keys.items() if count > 1]
+    listed = {item["name"] for item in manifest.shards}
+    there = sorted(path.name for path in manifest.folder.glob("*.tar"))
+    findings += [f"{name}: not in the manifest" for name in there if name not in listed]
+    for finding in findings:
+        print(finding)
+    if findings:
+        raise UserError(f"shards: expected {manifest.folder} to be as its manifest says, found {len(findings)} differences")
+    if config.sheet is not None:
+        write_sheet(config, manifest)
+    print(f"{manifest.count} samples in {len(manifest.shards)} shards are as their manifest says")
+
+
+def open_shard(manifest: Manifest, item: dict) -> Shard:
+    mirror = bool(manifest.metadata["mirror"])
+    shape, dtype = tuple(manifest.metadata["moments_shape"]), np.dtype(manifest.metadata["dtype"])
+    return Shard(manifest.folder / item["name"], shape, dtype, mirror)
+
+
+def check_shard(manifest: Manifest, item: dict, shard: Shard) -> Iterator[str]:
+    """What differs from the shard's entry in the manifest."""
+    if sha256(manifest.folder / item["name"]) != item["sha256"]:
+        yield "another sha256"
+    statistics = ShardStatistics()
+    for start in range(0, len(shard), READ):
+        statistics.add(shard.moments(range(start, min(start + READ, len(shard)))))
+    for name, value in statistics.record().items():
+        # Sums of batches of another size differ in the last digits.
+        if not np.isclose(value, item.get(name, np.nan), rtol=1e-6, atol=1e-9):
+            yield f"{name} {value}, {item.get(name)} in the manifest"
+    if statistics.nonfinite:
+        yield f"{statistics.nonfinite} numbers are not finite"
+    classes = len(manifest.classes)
+    wrong = ~np.isin(shard.labels, np.arange(classes) if classes else [-1])
+    if wrong.any():
+        yield f"{wrong.sum()} labels are none of the {classes} classes, the first of {shard.keys[int(wrong.argmax())]}"
+
+
+def write_sheet(config: VerifyConfig, manifest: Manifest) -> None:
+    """Latents from all over the shards, decoded, in the order they lie in."""
+    autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder or manifest.metadata["autoencoder"]["source"])
+    manifest.check_autoencoder(autoencoder)
+    autoencoder = autoencoder.to(pick_device(config.device))
+    chosen = np.linspace(0, manifest.count - 1, min(config.pictures, manifest.count)).round().astype(int)
+    pictures, start = [], 0
+    for item in manifest.shards:
+        here = chosen[(chosen >= start) & (chosen < start + item["count"])] - start
+        start += item["count"]
+        if len(here):
+            latents = torch.from_numpy(open_shard(manifest, item).moments(here))[:, 0].float()
+            pictures += autoencoder.decode(autoencoder.normalise(latents.to(autoencoder.device))).cpu()
+    grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=int(np.ceil(len(pictures) ** 0.5)), padding=2, pad_value=1.0)
+    with atomic_file(Path(config.sheet)) as temporary:
+        to_pil_image(grid).save(temporary, format="PNG")

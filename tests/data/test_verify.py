@@ -1,0 +1,71 @@
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from ldm_smd.config import VerifyConfig
+from ldm_smd.data.shards import sha256
+from ldm_smd.data.verify import verify
+
+
+@pytest.fixture
+def copy(shards, tmp_path):
+    return shutil.copytree(shards, tmp_path / "copy")
+
+
+def rewrite(folder, change):
+    """The first shard, of the samples as ``change`` leaves them, and its new hash in the manifest."""
+    path = folder / "latents-00000.tar"
+    samples = [change(number, sample) for number, sample in enumerate(list(wds.WebDataset(str(path), shardshuffle=False)))]
+    with wds.TarWriter(str(path), mtime=0) as tar:
+        for sample in samples:
+            tar.write({key: value for key, value in sample.items() if not key.startswith("__") or key == "__key__"})
+    content = json.loads((folder / "manifest.json").read_text())
+    content["shards"][0]["sha256"] = sha256(path)
+    (folder / "manifest.json").write_text(json.dumps(content))
+
+
+def test_good_shards_and_a_sheet(run, shards, tmp_path):
+    code, out, _ = run(VerifyConfig, verify, f"shards={shards}", f"sheet={tmp_path / 'sheet.png'}", "pictures=9")
+    assert code == 0 and "22 samples in 3 shards are as their manifest says" in out
+    assert Image.open(tmp_path / "sheet.png").size == (3 * 18 + 2, 3 * 18 + 2)
+
+
+def test_every_difference_is_named(run, copy):
+    def damage(number, sample):
+        moments = np.load(io.BytesIO(sample["moments.npy"]))
+        if number == 1:
+            moments[0, 0, 0, 0] = np.nan
+        if number == 2:
+            sample["cls"] = b"7"
+        if number == 3:
+            sample["__key__"] = "square/20"  # of another shard
+        return sample | {"moments.npy": moments}
+
+    rewrite(copy, damage)
+    (copy / "latents-00001.tar").unlink()
+    shutil.copy(copy / "latents-00002.tar", copy / "latents-00003.tar")
+    code, out, error = run(VerifyConfig, verify, f"shards={copy}")
+    assert code == 2 and "differences" in error
+    for finding in (
+        "latents-00000.tar: nonfinite 1, 0 in the manifest",
+        "latents-00000.tar: 1 numbers are not finite",
+        "latents-00000.tar: 1 labels are none of the 2 classes",
+        "square/20: in the shards 2 times",
+        "latents-00001.tar",
+        "latents-00003.tar: not in the manifest",
+    ):
+        assert finding in out, finding
+    assert "another sha256" not in out
+
+
+def test_a_changed_byte_is_found(run, copy):
+    data = bytearray((copy / "latents-00002.tar").read_bytes())
+    data[-2000] ^= 1
+    (copy / "latents-00002.tar").write_bytes(data)
+    code, out, _ = run(VerifyConfig, verify, f"shards={copy}")
+    assert code == 2 and "latents-00002.tar: another sha256" in out
