@@ -109,12 +109,16 @@ class FrozenAutoencoder(nn.Module):
         }
 
 
-def sample_latents(moments: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw latents (B, C, h, w) from moments (B, 2 or 1, C, h, w): mean + exp(logvar / 2) * noise, in float32."""
+def sample_latents(
+    moments: torch.Tensor, generator: torch.Generator | None = None, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Draw latents (B, C, h, w) from moments (B, 2 or 1, C, h, w): mean + exp(logvar / 2) * noise, in float32. ``noise`` is
+    drawn where it is not given."""
     mean = moments[:, 0].float()
     if moments.shape[1] == 1:
         return mean
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    if noise is None:
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     return mean + torch.exp(0.5 * moments[:, 1].float()) * noise
 
 

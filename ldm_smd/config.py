@@ -334,6 +334,8 @@ class TrainConfig:
     images_total: int = 1_000_000
     batch_size: int = 256
     """Over all processes together; the number of processes must divide it."""
+    accumulate: int = 1
+    """Parts that a process takes its share of a batch in, one after the other, where memory is short; same results."""
     learning_rate: float = 3e-4
     """Of AdamW. The energy score can diverge above 1e-3."""
     warmup_images: int = 10_000
@@ -366,6 +368,7 @@ class TrainConfig:
         at_least("batch_size", self.batch_size, 1)
         check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
         check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
+        at_least("accumulate", self.accumulate, 1)
         check(self.gradient_clip > 0, "gradient_clip", "more than 0", self.gradient_clip)
         check(0 <= self.label_dropout <= 1, "label_dropout", "from 0 to 1", self.label_dropout)
         at_least("keep_checkpoints", self.keep_checkpoints, 1)

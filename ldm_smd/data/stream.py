@@ -35,6 +35,9 @@ class LatentBatch:
     def pin_memory(self) -> LatentBatch:
         return LatentBatch(self.moments.pin_memory(), self.labels.pin_memory())
 
+    def rows(self, start: int, stop: int) -> LatentBatch:
+        return LatentBatch(self.moments[start:stop], self.labels[start:stop])
+
     def to(self, device: torch.device) -> LatentBatch:
         return LatentBatch(self.moments.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
 

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``images-N`` with ``model/`` and ``ema/`` (diffusers layout), ``optimizer.safetensors`` and
 ``state.json``. It is written under another name and renamed at the end, so one that has its name is complete. Random
-numbers need no state: they are drawn from (seed, rank, images_seen) in every step.
+numbers need no state: they are drawn from (seed, images_seen) in every step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import UserError
@@ -24,30 +25,33 @@ PATTERN = re.compile(r"images-(\d{12})")
 
 
 def save_checkpoint(
-    folder: Path, model: ModelMixin, ema: EMA, optimizer: torch.optim.Optimizer, images_seen: int, keep: int
+    folder: Path, model: ModelMixin, ema: EMA, optimizer: torch.optim.Optimizer, state: dict, keep: int
 ) -> Path:
-    """Write ``folder/images-N`` and remove all but the newest ``keep``."""
-    path = folder / f"images-{images_seen:012d}"
-    with atomic_folder(path) as temporary:
-        model.save_pretrained(temporary / "model")
-        ema.model.save_pretrained(temporary / "ema")
-        save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"images_seen": images_seen}), encoding="utf-8")
+    """Write ``folder/images-N``, N the state's images_seen, and remove all but the newest ``keep``."""
+    path = folder / f"images-{state['images_seen']:012d}"
+    try:
+        with atomic_folder(path) as temporary:
+            model.save_pretrained(temporary / "model")
+            ema.model.save_pretrained(temporary / "ema")
+            save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"output: expected to write {path}, found {error}; the checkpoints before it are kept") from error
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return path
 
 
-def resume(folder: Path, model: ModelMixin, ema: EMA, optimizer: torch.optim.Optimizer, device: torch.device | str) -> int:
-    """Load the newest checkpoint under ``folder`` in place; returns its images_seen, 0 where there is none."""
+def resume(folder: Path, model: ModelMixin, ema: EMA, optimizer: torch.optim.Optimizer, device: torch.device | str) -> dict:
+    """Load the newest checkpoint under ``folder`` in place; returns its state, images_seen 0 where there is none."""
     found = checkpoints(folder)
     if not found:
-        return 0
+        return {"images_seen": 0}
     newest = found[-1]
     for module, name in ((model, "model"), (ema.model, "ema")):
         load_weights(module, newest / name, "output")
     load_optimizer(model, optimizer, load_file(newest / "optimizer.safetensors", device=str(device)))
-    return json.loads((newest / "state.json").read_text(encoding="utf-8"))["images_seen"]
+    return json.loads((newest / "state.json").read_text(encoding="utf-8"))
 
 
 def checkpoints(folder: Path) -> list[Path]:

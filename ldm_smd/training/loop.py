@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import sys
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
@@ -32,20 +35,41 @@ from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
 from .card import card
 from .checkpoint import checkpoints, load_weights, resume, save_checkpoint
+from .draws import Draws, draw, step_seed
 from .ema import EMA
 from .gaussian import LATENTS_PER_COMPONENT, fitting_latents
-from .metrics import MetricsLog, crossed
+from .metrics import MetricsLog, RunningMeans, crossed
+from .signals import EXIT_CODE, sigterm_flag
 
 logger = logging.getLogger(__name__)
 
 SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
 PREVIEW_PICTURES = 40
 COSINE_MAX_BETA = 0.75
+STOP_EVERY_STEPS = 10
+"""Several processes agree so often whether to stop."""
 
 
 def train(config: TrainConfig) -> Path:
-    """Train from latent shards; returns the model folder. Continues from the newest checkpoint of ``config.output``."""
-    accelerator = Accelerator(mixed_precision=pick_precision(config.precision))
+    """Train from latent shards; returns the model folder. Continues from the newest checkpoint of ``config.output``.
+
+    A SIGTERM ends it with a checkpoint and exit code 143.
+    """
+    # On CPUs several processes are a group only where one says that there is no GPU to look for.
+    no_gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision=pick_precision(config.precision), cpu=no_gpu)
+    with sigterm_flag() as stop:
+        stopped_at = run(config, accelerator, stop)
+    accelerator.end_training()
+    if stopped_at is not None:
+        if accelerator.is_main_process:
+            print(f"stopped by SIGTERM after {stopped_at} images; run it again to go on", file=sys.stderr)
+        sys.exit(EXIT_CODE)
+    return Path(config.output) / "model"
+
+
+def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) -> int | None:
+    """The training itself, to its end, or to the images returned where ``stop`` is set on any process."""
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     set_attention_backend(config.attention)
     manifest = Manifest.load(config.shards)
@@ -63,11 +87,14 @@ def train(config: TrainConfig) -> Path:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
-    images_seen = resume(output / "checkpoints", model, ema, optimizer, device)
+    state = resume(output / "checkpoints", model, ema, optimizer, device)
+    images_seen = state["images_seen"]
     stream = LatentStream(
         manifest, config.batch_size, config.images_total, images_seen, config.seed, config.mirror, rank, world
     )
-    step = TrainingStep(config, accelerator.prepare(model), DiffusionProcess(scheduler.alphas_cumprod).to(device), autoencoder)
+    step = TrainingStep(
+        config, accelerator, accelerator.prepare(model), DiffusionProcess(scheduler.alphas_cumprod).to(device), autoencoder
+    )
     optimizer = accelerator.prepare(optimizer)
 
     main = accelerator.is_main_process
@@ -75,60 +102,80 @@ def train(config: TrainConfig) -> Path:
     if main:
         (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     bar = progress(config.images_total, images_seen, output.name, disable=not main)
-    loss_total, norm_total, steps = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    means = RunningMeans(("loss", "gradient_norm"), device, state.get("means"))
+    stopping = False
     for batch in latent_loader(stream, config.num_workers):
-        # Random numbers are a function of (seed, rank, images_seen), so a resumed run draws what it would have drawn.
-        torch.manual_seed(step_seed(config.seed, rank, images_seen))
         learning_rate = learning_rate_at(config, images_seen)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = step(batch.to(device))
         optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
+        loss = step(batch.to(device), images_seen)
         norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
         optimizer.step()
 
         before = images_seen
         images_seen += config.batch_size
         ema.update(model, config.batch_size, images_seen)
-        loss_total, norm_total, steps = loss_total + loss.detach(), norm_total + norm.detach(), steps + 1
+        means.add(loss, norm)
         bar.update(config.batch_size)
         last = images_seen >= config.images_total
+        stopping = not last and stop_everywhere(accelerator, stop, images_seen // config.batch_size)
         sample_now = last or crossed(before, images_seen, config.sample_every_images)
-        save_now = last or crossed(before, images_seen, config.checkpoint_every_images)
+        save_now = last or stopping or crossed(before, images_seen, config.checkpoint_every_images)
         # Sums stay on the device between reports: reading them is the only time the host waits for it.
-        if sample_now or save_now or crossed(before, images_seen, config.log_every_images):
-            mean_loss = accelerator.reduce(loss_total / steps, "mean").item()
-            if not math.isfinite(mean_loss):
-                raise UserError(
-                    f"loss: expected a finite number, found {mean_loss} at {images_seen} images; last batch: "
-                    f"{', '.join(stream.keys_at(before)[:8])}. The last good checkpoint is kept; lower learning_rate "
-                    "or gradient_clip"
-                )
+        if last or crossed(before, images_seen, config.log_every_images):
+            values = means.read(accelerator)
+            check_finite(values["loss"], images_seen, stream.keys_at(before))
             if main:
-                values = {"loss": mean_loss, "gradient_norm": (norm_total / steps).item(), "learning_rate": learning_rate}
-                log.log(images_seen, values | {"images_per_second": bar.format_dict["rate"] or 0.0})
-                bar.set_postfix(loss=f"{mean_loss:.4f}")
-            loss_total, norm_total, steps = torch.zeros_like(loss_total), torch.zeros_like(norm_total), 0
+                log.log(
+                    images_seen,
+                    values | {"learning_rate": learning_rate, "images_per_second": bar.format_dict["rate"] or 0.0},
+                )
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
+            means.reset()
         if main and sample_now:
             preview(config, ema.model, autoencoder, scheduler, manifest, stream, images_seen, log)
-        if main and save_now:
-            save_checkpoint(output / "checkpoints", model, ema, optimizer.optimizer, images_seen, config.keep_checkpoints)
         if save_now:
+            state = {"images_seen": images_seen, "means": means.state(accelerator)}
+            check_finite(state["means"]["loss"], images_seen, stream.keys_at(before))
+            if main:
+                save_checkpoint(output / "checkpoints", model, ema, optimizer.optimizer, state, config.keep_checkpoints)
             accelerator.wait_for_everyone()
+        if stopping:
+            break
     bar.close()
     if main:
         log.close()
+    if stopping:
+        return images_seen
+    if main:
         save_model_folder(config, ema.model, autoencoder, scheduler, manifest, images_seen)
-    accelerator.end_training()
-    return output / "model"
+    return None
+
+
+def stop_everywhere(accelerator: Accelerator, stop: threading.Event, step: int) -> bool:
+    """Whether any process is to stop: the same answer on all, though a signal reaches each at its own time."""
+    if accelerator.num_processes == 1:
+        return stop.is_set()
+    if step % STOP_EVERY_STEPS:
+        return False
+    return accelerator.reduce(torch.tensor(float(stop.is_set()), device=accelerator.device), "sum").item() > 0
+
+
+def check_finite(loss: float, images_seen: int, keys: list[str]) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"loss: expected a finite number, found {loss} at {images_seen} images; last batch: {', '.join(keys[:8])}. "
+            "The last good checkpoint is kept; lower learning_rate or gradient_clip"
+        )
 
 
 @dataclass
 class TrainingStep:
-    """From a batch to its loss: draw latents, noise and eta; predict; compare."""
+    """From a batch to its loss and gradients: draw latents, noise and eta; predict; compare."""
 
     config: TrainConfig
+    accelerator: Accelerator
     model: torch.nn.Module
     process: DiffusionProcess
     autoencoder: FrozenAutoencoder
@@ -137,29 +184,47 @@ class TrainingStep:
         o = self.config.objective
         self.objective = objective(o.name, o.beta, o.diversity, o.patches, o.bandwidth)
         self.exponent = o.beta if o.name == "energy" else 2.0
-        self.null_class = getattr(self.model, "module", self.model).config.num_classes
+        self.null_class = self.accelerator.unwrap_model(self.model).config.num_classes
+        self.generator = torch.Generator(self.accelerator.device)
 
-    def __call__(self, batch: LatentBatch) -> torch.Tensor:
-        x0 = self.autoencoder.normalise(sample_latents(batch.moments))
-        t = torch.randint(self.process.num_timesteps, (len(x0),), device=x0.device)
-        eps = torch.randn_like(x0)
-        eta = None
-        if self.config.model.latent_channels > 0:
-            eta = torch.randn((len(x0) * self.config.objective.draws, *x0.shape[1:]), device=x0.device)
-        x_t = self.process.noise(x0, eps, t)
-        target = self.process.target(x0, eps, t, self.config.diffusion.prediction_type)
-        prediction = self.model(x_t, t, self._labels(batch.labels), eta, return_dict=False)[0]
+    def __call__(self, batch: LatentBatch, images_seen: int) -> torch.Tensor:
+        """Add the gradients of this process's part of a batch, in ``accumulate`` parts; returns its loss.
+
+        The random numbers are a function of (seed, images_seen): a resumed run draws what it would have drawn, and so do
+        processes of another number.
+        """
+        size, rank = len(batch.labels), self.accelerator.process_index
+        objective_draws = self.config.objective.draws if self.config.model.latent_channels > 0 else 0
+        self.generator.manual_seed(step_seed(self.config.seed, images_seen))
+        shape = (size * self.accelerator.num_processes, *batch.moments.shape[2:])
+        draws = draw(self.generator, shape, objective_draws, self.process.num_timesteps, self.config.label_dropout).rows(
+            rank * size, (rank + 1) * size
+        )
+        torch.manual_seed(step_seed(self.config.seed, images_seen, rank))  # for dropout inside the network
+        part = -(-size // self.config.accumulate)
+        total = torch.zeros((), device=batch.labels.device)
+        for start in range(0, size, part):
+            rows = (start, min(start + part, size))
+            # Processes exchange gradients once, with the last part.
+            with self.accelerator.no_sync(self.model) if rows[1] < size else nullcontext():
+                loss = self.losses(batch.rows(*rows), draws.rows(*rows)).sum() / size
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def losses(self, batch: LatentBatch, draws: Draws) -> torch.Tensor:
+        """Of each picture, (b,)."""
+        x0 = self.autoencoder.normalise(sample_latents(batch.moments, noise=draws.posterior))
+        t, eta = draws.t, draws.eta.flatten(0, 1) if draws.eta.shape[1] else None
+        prediction_type = self.config.diffusion.prediction_type
+        x_t = self.process.noise(x0, draws.eps, t)
+        target = self.process.target(x0, draws.eps, t, prediction_type)
+        labels = known_labels(batch.labels, self.null_class)
+        if labels is not None:
+            labels = torch.where(draws.dropped, self.null_class, labels)
+        prediction = self.model(x_t, t, labels, eta, return_dict=False)[0]
         losses = self.objective(prediction.unflatten(0, (len(x0), -1)), target)
-        weighting, prediction_type = self.config.objective.weighting, self.config.diffusion.prediction_type
-        return (losses * timestep_weight(weighting, self.exponent, self.process, t, prediction_type)).mean()
-
-    def _labels(self, labels: torch.Tensor) -> torch.Tensor | None:
-        """Labels with some replaced by the null class, which also stands for unlabelled pictures (-1)."""
-        known = known_labels(labels, self.null_class)
-        if known is None:
-            return None
-        dropped = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
-        return torch.where(dropped, self.null_class, known)
+        return losses * timestep_weight(self.config.objective.weighting, self.exponent, self.process, t, prediction_type)
 
 
 def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | ExtendedUNet2DModel:
@@ -253,11 +318,6 @@ def build_scheduler(config: DiffusionConfig) -> DDPMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
     )
-
-
-def step_seed(seed: int, rank: int, images_seen: int) -> int:
-    """A 64-bit seed for the random numbers of one step of one process."""
-    return int(np.random.SeedSequence((seed, rank, images_seen)).generate_state(1, np.uint64)[0])
 
 
 def learning_rate_at(config: TrainConfig, images_seen: int) -> float:

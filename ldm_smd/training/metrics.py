@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -41,6 +42,37 @@ class MetricsLog:
     def _write(self, line: dict) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+
+
+class RunningMeans:
+    """Means over the steps since the last report, on the device.
+
+    Args:
+        names: of the quantities.
+        state: of a run that was stopped between two reports.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device, state: dict | None = None) -> None:
+        self.names, self.device = names, device
+        self.reset()
+        if state:
+            self.steps = state["steps"]
+            self._totals = torch.tensor([state[name] for name in names], device=device)
+
+    def add(self, *values: torch.Tensor) -> None:
+        self._totals = self._totals + torch.stack([value.detach() for value in values])
+        self.steps += 1
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means, over all processes too."""
+        totals = accelerator.reduce(self._totals, "mean")
+        return dict(zip(self.names, (totals / max(self.steps, 1)).tolist()))
+
+    def state(self, accelerator: Accelerator) -> dict:
+        return {"steps": self.steps, **dict(zip(self.names, accelerator.reduce(self._totals, "mean").tolist()))}
+
+    def reset(self) -> None:
+        self.steps, self._totals = 0, torch.zeros(len(self.names), device=self.device)
 
 
 def read_metrics(path: Path) -> list[dict]:

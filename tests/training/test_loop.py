@@ -1,13 +1,21 @@
 import dataclasses
 import json
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.config import dump_config
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentBatch, LatentStream
 from ldm_smd.diffusion.process import DiffusionProcess
@@ -37,17 +45,17 @@ def test_one_batch_can_be_overfitted(train_config, overrides):
     manifest, vae = Manifest.load(config.shards), FrozenAutoencoder.from_pretrained(config.autoencoder)
     torch.manual_seed(0)
     model = build_model(config, manifest)
-    step = TrainingStep(config, model, DiffusionProcess(build_scheduler(config.diffusion).alphas_cumprod), vae)
+    process = DiffusionProcess(build_scheduler(config.diffusion).alphas_cumprod)
+    step = TrainingStep(config, Accelerator(cpu=True), model, process, vae)
     two = LatentStream(manifest, 2, 2).batch_at(0)
     moments = two.moments.repeat(4, 1, 1, 1, 1)
     moments[:, 1] = -20.0  # no posterior noise: the two pictures and nothing else
     batch = LatentBatch(moments, two.labels.repeat(4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(120):
-        loss = step(batch)
+    for number in range(120):
         optimizer.zero_grad()
-        loss.backward()
+        loss = step(batch, number)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
@@ -68,11 +76,83 @@ def test_resume_is_bit_equal_to_no_stop(train_config, tmp_path):
     for part in ("model/diffusion_pytorch_model", "ema/diffusion_pytorch_model", "optimizer"):
         first, second = load_file(a / f"{part}.safetensors"), load_file(b / f"{part}.safetensors")
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    logs = [
-        [(line["images_seen"], line["loss"]) for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
-        for name in ("straight", "stopped")
-    ]
+    logs = [logged_losses(tmp_path / name) for name in ("straight", "stopped")]
     assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def logged_losses(folder):
+    return [(line["images_seen"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+def test_sigterm_saves_and_a_resumed_run_is_bit_equal(train_config, tmp_path, monkeypatch):
+    """Also in its log, although the signal comes between two reports."""
+    train(train_config(f"output={tmp_path / 'straight'}"))
+    real, steps = TrainingStep.__call__, []
+
+    def interrupted(self, *arguments):
+        steps.append(0)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            train(train_config())
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [path.name for path in checkpoints(tmp_path / "run/checkpoints")] == ["images-000000000024"]
+    assert not (tmp_path / "run/model").exists()
+    train(train_config())
+    a, b = (checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("straight", "run"))
+    for part in ("model", "ema"):
+        first, second = weights(a / part), weights(b / part)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert logged_losses(tmp_path / "straight") == logged_losses(tmp_path / "run")
+
+
+def test_parts_of_a_batch_add_up(train_config, tmp_path):
+    """But for rounding: 3 parts of 3, 3 and 2 pictures."""
+    for name, accumulate in (("whole", 1), ("parts", 3)):
+        train(train_config(f"output={tmp_path / name}", f"accumulate={accumulate}"))
+    whole, parts = (dict(logged_losses(tmp_path / name)) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(parts[n] == pytest.approx(whole[n], rel=1e-4) for n in whole)
+
+
+def test_two_processes_learn_as_one_does(train_config, tmp_path):
+    """Same batches, same random numbers, same losses, in one process and in two; and a checkpoint of two goes on in one."""
+    one = train_config(f"output={tmp_path / 'one'}")
+    train(one)
+    two = dataclasses.replace(one, output=str(tmp_path / "two"), images_total=32)
+    (tmp_path / "two.yaml").write_text(dump_config(two))
+    tool = str(Path(__file__).parents[2] / "tools" / "train.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
+    found = subprocess.run(
+        [*launch, tool, "--config", str(tmp_path / "two.yaml")], env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    train(dataclasses.replace(two, images_total=64))
+    alone, shared = (dict(logged_losses(tmp_path / name)) for name in ("one", "two"))
+    assert alone.keys() == shared.keys() and all(shared[n] == pytest.approx(alone[n], rel=1e-4) for n in alone)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(train_config, tmp_path, monkeypatch):
+    train(train_config("images_total=32"))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ldm_smd.training.checkpoint.save_file", full)
+    with pytest.raises(UserError, match=r"output: expected to write .*images-000000000064, found .*No space left"):
+        train(train_config())
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["images-000000000032"]
 
 
 def test_the_same_seed_gives_the_same_model_and_another_does_not(train_config, tmp_path):
@@ -163,10 +243,10 @@ def test_unlabelled_and_unconditional(train_config):
 
 def test_a_non_finite_loss_stops_with_the_keys_and_keeps_the_last_checkpoint(train_config, tmp_path, monkeypatch):
     train(train_config("images_total=32"))
-    monkeypatch.setattr("ldm_smd.training.loop.TrainingStep.__call__", lambda self, batch: poisoned(self.model))
+    monkeypatch.setattr("ldm_smd.training.loop.TrainingStep.losses", lambda self, *_: poisoned(self.model))
 
     def poisoned(model):
-        return sum(parameter.sum() for parameter in model.parameters()) * float("nan")
+        return sum(parameter.sum() for parameter in model.parameters()) * torch.full((8,), float("nan"))
 
     with pytest.raises(UserError, match=r"loss: expected a finite number, found nan at 48 images; last batch: (disc|square)/"):
         train(train_config())
