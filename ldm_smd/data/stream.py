@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..errors import UserError
 from .shards import Manifest
 
+LARGEST_LABEL = 2**31
+
 
 @dataclass
 class LatentBatch:
@@ -52,6 +54,8 @@ class Shard:
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
+                    if not member.isreg():
+                        raise ValueError(f"{member.name} is no ordinary file")
                     key, _, extension = member.name.partition(".")
                     if extension in ("moments.npy", "mirror.npy"):
                         sample = places.setdefault(key, {})
@@ -60,6 +64,8 @@ class Shard:
                         sample[extension] = member.offset_data + _npy_header(tar, member, shape, dtype)
                     elif extension == "cls":
                         labels[key] = int(tar.extractfile(member).read(32))
+                        if abs(labels[key]) > LARGEST_LABEL:
+                            raise ValueError(f"{member.name} is {labels[key]}")
         except (tarfile.TarError, OSError, ValueError) as error:
             raise UserError(f"shards: expected a tar of moments {shape} {dtype}, found {path}: {error}") from error
         self.keys = list(places)

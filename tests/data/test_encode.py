@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import webdataset as wds
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import EncodeConfig, load_config
-from ldm_smd.data.encode import encode
+from ldm_smd.data.encode import Plan, encode
+from ldm_smd.data.images import Entry
 from ldm_smd.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "encode.py"
@@ -156,3 +160,18 @@ def test_a_full_disk_is_one_line_and_costs_one_shard(shards, encode_to, tmp_path
     assert sorted(path.name for path in (tmp_path / "out").glob("*latents*")) == ["latents-00000.json", "latents-00000.tar"]
     encode_to("out")
     assert_same(tmp_path / "out", shards)
+
+
+@hypothesis_settings(deadline=None)
+@given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 50), st.integers(1, 9))
+def test_every_picture_has_one_place_for_any_number_of_workers(pictures, shard_size, batch_size, workers):
+    plan = Plan([Entry(str(number), None, "") for number in range(pictures)], {}, shard_size, batch_size)
+    shared = [plan.shards[worker::workers] for worker in range(workers)]
+    assert sorted(shard for part in shared for shard in part) == list(plan.shards)
+    places = [place for shard in plan.shards for batch in plan.batches(shard) for place in batch]
+    assert places == list(range(pictures))
+    for shard in plan.shards:
+        batches = plan.batches(shard)
+        assert all(0 < len(batch) <= batch_size for batch in batches)
+        assert sum(map(len, batches)) == plan.count(shard) <= shard_size
+        assert len({plan.path(Path("out"), shard) for shard in plan.shards}) == len(plan.shards)

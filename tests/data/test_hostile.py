@@ -1,0 +1,144 @@
+"""Tars that somebody else made: nothing is executed, nothing is written, and what is wrong with them is one line."""
+
+import io
+import json
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+
+from ldm_smd.config import ImagesConfig
+from ldm_smd.data.images import list_entries
+from ldm_smd.data.shards import Manifest
+from ldm_smd.data.stream import LatentStream
+from ldm_smd.errors import UserError
+
+GOOD = np.zeros((2, 4, 8, 8), dtype=np.float16)
+
+
+@pytest.fixture
+def folder(shards, tmp_path):
+    """A folder of one shard, to be replaced, of one sample."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    content = json.loads((shards / "manifest.json").read_text())
+    content["shards"] = [content["shards"][0] | {"count": 1}]
+    (folder / "manifest.json").write_text(json.dumps(content))
+    return folder
+
+
+def npy(array, allow_pickle=False):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=allow_pickle)
+    return file.getvalue()
+
+
+def add(tar, name, data, **header):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for key, value in header.items():
+        setattr(member, key, value)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def refused(folder, message):
+    with pytest.raises(UserError, match=message):
+        LatentStream(Manifest.load(folder), 1, 1).batch_at(0)
+
+
+class Touch:
+    """What unpickling this does."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickles_are_not_loaded(folder, tmp_path):
+    evil = tmp_path / "evil"
+    array = np.array([Touch(evil)], dtype=object)
+    for data in (npy(array, allow_pickle=True), pickle.dumps(Touch(evil))):
+        with tarfile.open(folder / "latents-00000.tar", "w") as tar:
+            add(tar, "a.moments.npy", data)
+        refused(folder, "shards: expected a tar of moments")
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("name", ["../../evil.moments.npy", "/tmp/evil.moments.npy", "..moments.npy", "a/../../evil.png"])
+def test_names_lead_nowhere(folder, name, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    with tarfile.open(folder / "latents-00000.tar", "w") as tar:
+        add(tar, name, npy(GOOD))
+    try:
+        LatentStream(Manifest.load(folder), 1, 1).batch_at(0)
+    except UserError as error:
+        assert str(error).startswith(("shards: expected", "mirror: expected"))
+    assert set(tmp_path.rglob("*")) - before == {folder / "latents-00000.tar"}
+    entries, _ = list_pictures(tmp_path, name)
+    assert not any("." in entry.key for entry in entries)
+
+
+def list_pictures(folder, name):
+    with tarfile.open(folder / "pictures.tar", "w") as tar:
+        add(tar, name.replace("moments.npy", "png"), b"no picture")
+    try:
+        return list_entries(ImagesConfig(source=str(folder / "pictures.tar")))
+    except UserError:
+        return [], []
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (npy(GOOD[:1]), r"is \(1, 4, 8, 8\) float16"),
+        (npy(GOOD.astype(np.float32)), "float32"),
+        (npy(np.asfortranarray(GOOD)), "a.moments.npy is"),
+        (npy(GOOD)[:-2], "bytes and not"),
+        (npy(GOOD) + b"more", "bytes and not"),
+        (b"", "expected a tar of moments"),
+        (b"\x93NUMPY\x01\x00\xff\xff{" + b" " * 2000, "expected a tar of moments"),
+        (b"\x93NUMPY\x02\x00\xff\xff\xff\x7f{", "expected a tar of moments"),
+        (b"\x93NUMPY\x01\x00\x10\x00" + b"__import__(1)\n  ", "expected a tar of moments"),
+    ],
+)
+def test_other_arrays_are_refused(folder, data, message):
+    with tarfile.open(folder / "latents-00000.tar", "w") as tar:
+        add(tar, "a.moments.npy", data)
+    refused(folder, message)
+
+
+def test_links_twins_and_labels_are_refused(folder):
+    path = folder / "latents-00000.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "a.moments.npy", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+    refused(folder, "a.moments.npy is no ordinary file")
+    with tarfile.open(path, "w") as tar:
+        add(tar, "a.moments.npy", npy(GOOD))
+        add(tar, "a.moments.npy", npy(GOOD))
+    refused(folder, "a.moments.npy is in it twice")
+    for label in (b"one", b"9" * 10_000, b"\xff"):
+        with tarfile.open(path, "w") as tar:
+            add(tar, "a.moments.npy", npy(GOOD))
+            add(tar, "a.mirror.npy", npy(GOOD))
+            add(tar, "a.cls", label)
+        refused(folder, "shards: expected")
+
+
+def test_a_shard_cut_short_at_any_block_is_refused(shards, tmp_path):
+    """Or read as it was, where only the zeros after the last sample are gone."""
+    folder = shutil.copytree(shards, tmp_path / "copy")
+    path = folder / "latents-00002.tar"
+    data = path.read_bytes()
+    whole = LatentStream(Manifest.load(folder), 22, 22).batch_at(0).moments
+    with tarfile.open(path) as tar:
+        end = max(member.offset_data + member.size for member in tar)
+    for size in range(0, len(data), 512):
+        path.write_bytes(data[:size])
+        if size < end:
+            refused(folder, "(shards|mirror): expected")
+        else:
+            assert LatentStream(Manifest.load(folder), 22, 22).batch_at(0).moments.equal(whole)
