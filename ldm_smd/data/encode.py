@@ -34,12 +34,12 @@ from ..errors import UserError
 from ..files import atomic_file
 from ..progress import progress
 from .images import Entry, Pictures, list_entries, read_pictures
-from .shards import DTYPE, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, sha256
+from .shards import DTYPE, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json, sha256
+from .stream import index_tar
 
 Item = TypeVar("Item")
 
 PLAN = "plan.json"
-FIELDS = ("moments.npy", "mirror.npy")
 AHEAD = 2
 """Batches that are encoded while one is written."""
 
@@ -152,15 +152,6 @@ def finished(output: Path, plan: Plan, shard: int) -> bool:
     return record.get("plan") == plan.sha256 and path.is_file() and sha256(path) == record["shard"]["sha256"]
 
 
-def read_json(path: Path) -> dict:
-    """Empty where there is no readable one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def encode_shards(output: Path, plan: Plan, shards: list[int], autoencoder: FrozenAutoencoder, config: EncodeConfig) -> None:
     """Three things at a time: processes decode pictures, a thread runs the autoencoder, and this one writes."""
     bar = progress(sum(plan.count(shard) for shard in shards), 0, "encode", disable=int(os.environ.get("LOCAL_RANK", 0)) > 0)
@@ -215,6 +206,7 @@ def write_shard(plan: Plan, path: Path, batches: Iterable[tuple[Pictures, list[n
         "shard": {"name": path.name, **statistics.record(), "sha256": sha256(path)},
         "channels": channels.state(),
         "skipped": skipped,
+        "index": index_tar(path, tuple(channels.shape), np.dtype(DTYPE)),
     }
     with atomic_file(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(record), encoding="utf-8")

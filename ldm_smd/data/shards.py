@@ -2,8 +2,8 @@
 
 A shard is a webdataset tar of samples ``KEY.moments.npy`` (float16, (2, C, h, w): mean and log-variance; (1, C, h, w) from
 a deterministic autoencoder), ``KEY.mirror.npy`` (the encoding of the mirrored picture) where asked for, and ``KEY.cls``
-(ASCII integer) where labelled. Beside the shards lies ``manifest.json``: what is in each shard, and all that the latents
-depend on.
+(ASCII integer) where labelled. Beside a shard lies its record, a JSON file of the same name: what is in it, and where. Beside
+them all lies ``manifest.json``: what is in each shard, and all that the latents depend on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..errors import UserError
 MANIFEST = "manifest.json"
 FORMAT = "ldm_smd latent shards 1"
 DTYPE = np.float16
+FIELDS = ("moments.npy", "mirror.npy")
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,15 @@ class ChannelStatistics:
     @property
     def std(self) -> np.ndarray:
         return np.sqrt(np.maximum(self._squares / self._values - np.square(self.mean), 0.0))
+
+
+def read_json(path: Path) -> dict:
+    """Empty where there is no readable one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def sha256(path: Path) -> str:

@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import UserError
-from .shards import Manifest
+from .shards import FIELDS, Manifest, read_json
 
-LARGEST_LABEL = 2**31
+HEADER_BYTES, LABEL_BYTES, LARGEST_LABEL = 1024, 32, 2**31
+KEPT_SHARDS, KEPT_ORDERS = 64, 8
+"""Open at once, by each worker."""
 
 
 @dataclass
@@ -45,56 +49,34 @@ class LatentBatch:
 
 
 class Shard:
-    """One tar: where each sample's numbers lie in the memory-mapped file, and the labels."""
+    """One tar, memory-mapped: where each sample's numbers lie in it, and the labels.
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, mirror: bool) -> None:
-        self.shape, self.dtype = shape, dtype
-        places: dict[str, dict[str, int]] = {}
-        labels: dict[str, int] = {}
+    Args:
+        path, shape, dtype: the tar, and what its moments are.
+        index: of ``index_tar``.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, index: dict) -> None:
+        self.shape, self.dtype, self.nbytes = shape, dtype, int(np.prod(shape)) * dtype.itemsize
         try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    if not member.isreg():
-                        raise ValueError(f"{member.name} is no ordinary file")
-                    key, _, extension = member.name.partition(".")
-                    if extension in ("moments.npy", "mirror.npy"):
-                        sample = places.setdefault(key, {})
-                        if extension in sample:
-                            raise ValueError(f"{member.name} is in it twice")
-                        sample[extension] = member.offset_data + _npy_header(tar, member, shape, dtype)
-                    elif extension == "cls":
-                        labels[key] = int(tar.extractfile(member).read(32))
-                        if abs(labels[key]) > LARGEST_LABEL:
-                            raise ValueError(f"{member.name} is {labels[key]}")
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise UserError(f"shards: expected a tar of moments {shape} {dtype}, found {path}: {error}") from error
-        self.keys = list(places)
-        wanted = ("moments.npy", "mirror.npy") if mirror else ("moments.npy",)
-        try:
-            self.offsets = np.array([[places[key][name] for name in wanted] for key in self.keys], dtype=np.int64)
-        except KeyError as error:
-            raise UserError(
-                f"mirror: expected shards with mirrored encodings (tools/encode.py mirror=true), found none in {path}"
-            ) from error
-        self.labels = np.array([labels.get(key, -1) for key in self.keys], dtype=np.int64)
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
-        end = int(self.offsets.max(initial=0)) + int(np.prod(shape)) * dtype.itemsize
-        if end > len(self._bytes):
+            self.keys = index["keys"]
+            self.labels = np.array(index["labels"], dtype=np.int64).reshape(len(self.keys))
+            self.offsets = np.array(index["offsets"], dtype=np.int64).reshape(len(self.keys), -1)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"shards: expected an index of {path.name} in its record, found {error!r}") from error
+        self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        end = int(self.offsets.max(initial=0)) + self.nbytes
+        if end > len(self._bytes) or self.offsets.min(initial=0) < 0:
             raise UserError(f"shards: expected {end} bytes or more in {path}, found {len(self._bytes)} (cut short?)")
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def moments(self, indices: Sequence[int]) -> np.ndarray:
-        """Of the pictures as they are, (n, ...)."""
-        out = np.empty((len(indices), *self.shape), dtype=self.dtype)
-        for row, index in enumerate(indices):
-            self.read(index, False, out[row])
-        return out
-
-    def read(self, index: int, mirrored: bool, out: np.ndarray) -> None:
-        start = self.offsets[index, int(mirrored)]
-        out[:] = self._bytes[start : start + out.nbytes].view(self.dtype).reshape(self.shape)
+    def moments(self, indices: np.ndarray, mirrored: np.ndarray | int = 0) -> np.ndarray:
+        """(n, 2 or 1, C, h, w), of the mirrored pictures where ``mirrored`` (n,) is 1."""
+        # One copy for all of them: 18 times as fast as one after the other.
+        rows = sliding_window_view(self._bytes, self.nbytes)[self.offsets[indices, mirrored]]
+        return rows.view(self.dtype).reshape(-1, *self.shape)
 
 
 class LatentStream(IterableDataset):
@@ -125,20 +107,15 @@ class LatentStream(IterableDataset):
             raise UserError(f"batch_size: expected a multiple of the {world_size} processes, found {batch_size}")
         self.batch_size, self.images_seen, self.images_total = batch_size, images_seen, images_total
         self.seed, self.mirror, self.rank, self.world_size = seed, mirror, rank, world_size
-        shape = tuple(manifest.metadata["moments_shape"])
-        dtype = np.dtype(manifest.metadata["dtype"])
-        self.shape, self.dtype = shape, dtype
-        self.shards = [Shard(manifest.folder / item["name"], shape, dtype, mirror) for item in manifest.shards]
-        for shard, item in zip(self.shards, manifest.shards):
-            if len(shard) != item["count"]:
-                raise UserError(f"shards: expected {item['count']} samples in {item['name']}, found {len(shard)}")
-        self.count = sum(map(len, self.shards))
-        self._cached_epoch, self._order = -1, (np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=bool))
-        classes = len(manifest.classes)
-        for shard, item in zip(self.shards, manifest.shards):
-            if classes and len(shard) and not 0 <= shard.labels.min() <= shard.labels.max() < classes:
-                worst = shard.labels.max() if shard.labels.max() >= classes else shard.labels.min()
-                raise UserError(f"shards: expected labels from 0 to {classes - 1}, found {worst} in {item['name']}")
+        self.manifest, self.count = manifest, manifest.count
+        self.counts = np.array([item["count"] for item in manifest.shards])
+        for item in manifest.shards:
+            if not (manifest.folder / item["name"]).is_file():
+                raise UserError(
+                    f"shards: expected {item['name']} in {manifest.folder}, as its manifest says, found no such file"
+                )
+        self._shards: dict[int, Shard] = {}
+        self._orders: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
 
     def __iter__(self) -> Iterator[LatentBatch]:
         worker = get_worker_info()
@@ -150,39 +127,138 @@ class LatentStream(IterableDataset):
 
     def batch_at(self, position: int) -> LatentBatch:
         """This rank's slice of the global batch that begins at ``position``."""
-        size = self.batch_size // self.world_size
-        moments = np.empty((size, *self.shape), dtype=self.dtype)
-        labels = np.empty(size, dtype=np.int64)
-        for row, (shard, index, mirrored) in enumerate(self._places(position)):
-            shard.read(index, mirrored, moments[row])
-            labels[row] = shard.labels[index]
-        return LatentBatch(torch.from_numpy(moments), torch.from_numpy(labels))
+        parts = list(self._places(position))
+        moments = [shard.moments(indices, mirrored) for shard, indices, mirrored in parts]
+        labels = [shard.labels[indices] for shard, indices, _ in parts]
+        return LatentBatch(torch.from_numpy(np.concatenate(moments)), torch.from_numpy(np.concatenate(labels)))
 
     def keys_at(self, position: int) -> list[str]:
         """The keys of this rank's slice of the batch that begins at ``position``, for messages."""
-        return [shard.keys[index] for shard, index, _ in self._places(position)]
+        return [shard.keys[index] for shard, indices, _ in self._places(position) for index in indices]
 
-    def _places(self, position: int) -> Iterator[tuple[Shard, int, bool]]:
-        """(shard, index in it, whether mirrored) of each sample of this rank's slice."""
+    def _places(self, position: int) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
+        """This rank's slice in runs of one shard: the shard, the samples' indices in it, and whether mirrored (0 or 1)."""
         size = self.batch_size // self.world_size
-        start = position + self.rank * size
-        for place in range(start, start + size):
+        place = position + self.rank * size
+        stop = place + size
+        while place < stop:
             epoch, within = divmod(place, self.count)
-            order, mirrored = self._epoch(epoch)
-            shard, index = order[within]
-            yield self.shards[shard], index, mirrored[within]
+            order, ends = self._order(epoch)
+            slot = int(np.searchsorted(ends, within, side="right"))
+            shard, end = int(order[slot]), int(ends[slot])
+            first = within - (end - self.counts[shard])
+            length = min(stop - place, end - within)
+            indices, mirrored = (values[first : first + length] for values in self._order(epoch, shard))
+            yield self._shard(shard), indices, mirrored
+            place += length
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(N, 2) pairs (shard, index) in the order of this epoch, and (N,) whether mirrored."""
-        if self._cached_epoch != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            parts = []
-            for shard in rng.permutation(len(self.shards)):
-                index = rng.permutation(len(self.shards[shard]))
-                parts.append(np.stack((np.full_like(index, shard), index), axis=1))
-            mirrored = rng.random(self.count) < 0.5 if self.mirror else np.zeros(self.count, dtype=bool)
-            self._cached_epoch, self._order = epoch, (np.concatenate(parts), mirrored)
-        return self._order
+    def _order(self, epoch: int, shard: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Of an epoch: the order of the shards, and the place in the epoch at which each ends. Of a shard in it: the order of
+        its samples, and whether each is mirrored."""
+        if (epoch, shard) not in self._orders:
+            if shard is None:
+                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
+                found = order, self.counts[order].cumsum()
+            else:
+                rng = np.random.default_rng((self.seed, epoch, shard))
+                order = rng.permutation(self.counts[shard])
+                found = order, (rng.random(len(order)) < 0.5 if self.mirror else np.zeros(len(order))).astype(int)
+            keep_newest(self._orders, (epoch, shard), found, KEPT_ORDERS)
+        return self._orders[epoch, shard]
+
+    def _shard(self, number: int) -> Shard:
+        """Opened and checked when it is first read."""
+        if number not in self._shards:
+            item, classes = self.manifest.shards[number], len(self.manifest.classes)
+            shard = open_shard(self.manifest, item, self.mirror)
+            if len(shard) != item["count"]:
+                raise UserError(f"shards: expected {item['count']} samples in {item['name']}, found {len(shard)}")
+            if classes and not 0 <= shard.labels.min() <= shard.labels.max() < classes:
+                worst = shard.labels.max() if shard.labels.max() >= classes else shard.labels.min()
+                raise UserError(f"shards: expected labels from 0 to {classes - 1}, found {worst} in {item['name']}")
+            keep_newest(self._shards, number, shard, KEPT_SHARDS)
+        return self._shards[number]
+
+
+def open_shard(manifest: Manifest, item: dict, mirror: bool) -> Shard:
+    """A shard of the manifest, by the index in its record where that is of this very shard; with ``mirror`` the mirrored
+    encodings must be there."""
+    path, shape = manifest.folder / item["name"], tuple(manifest.metadata["moments_shape"])
+    dtype = np.dtype(manifest.metadata["dtype"])
+    record = read_json(path.with_suffix(".json"))
+    known = record.get("shard") == item
+    shard = Shard(path, shape, dtype, record.get("index") if known else index_tar(path, shape, dtype))
+    if mirror and len(shard) and shard.offsets.shape[1] < len(FIELDS):
+        raise UserError(f"mirror: expected shards with mirrored encodings (tools/encode.py mirror=true), found none in {path}")
+    return shard
+
+
+def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> dict:
+    """The keys of a shard in order, their labels (-1 for none), and where in the file the numbers of each of FIELDS begin.
+
+    Reads every header, which takes 0.1 ms a sample: tools/encode.py does it once and leaves it in the shard's record.
+    Raises UserError for anything but a tar of samples of these numbers, once each.
+    """
+    places: dict[str, dict[str, int]] = {}
+    labels: dict[str, int] = {}
+    headers: dict[bytes, int] = {}
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    raise ValueError(f"{member.name} is no ordinary file")
+                key, _, extension = member.name.partition(".")
+                if extension in FIELDS:
+                    sample = places.setdefault(key, {})
+                    if extension in sample:
+                        raise ValueError(f"{member.name} is in it twice")
+                    header = npy_header(read_at(file, member, HEADER_BYTES), member, shape, dtype, headers)
+                    sample[extension] = member.offset_data + header
+                elif extension == "cls":
+                    labels[key] = int(read_at(file, member, LABEL_BYTES))
+                    if abs(labels[key]) > LARGEST_LABEL:
+                        raise ValueError(f"{member.name} is {labels[key]}")
+        kinds = {frozenset(sample) for sample in places.values()}
+        if len(kinds) > 1 or any(FIELDS[0] not in kind for kind in kinds):
+            raise ValueError(f"of its samples some have {' and some '.join(' and '.join(sorted(kind)) for kind in kinds)}")
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UserError(f"shards: expected a tar of moments {shape} {dtype}, found {path}: {error}") from error
+    offsets = [[sample[name] for name in FIELDS if name in sample] for sample in places.values()]
+    return {"keys": list(places), "labels": [labels.get(key, -1) for key in places], "offsets": offsets}
+
+
+def read_at(file: BinaryIO, member: tarfile.TarInfo, most: int) -> bytes:
+    """The first bytes of a member; the place of the file stays."""
+    place = file.tell()
+    file.seek(member.offset_data)
+    data = file.read(min(member.size, most))
+    file.seek(place)
+    return data
+
+
+def npy_header(data: bytes, member: tarfile.TarInfo, shape: tuple[int, ...], dtype: np.dtype, known: dict[bytes, int]) -> int:
+    """Length of an .npy header; raises ValueError unless it says this shape and dtype, and these numbers follow. Never
+    unpickles. ``known``: headers that were good, and their lengths."""
+    length = next((length for header, length in known.items() if data.startswith(header)), None)
+    if length is None:
+        file = io.BytesIO(data)
+        major, minor = np.lib.format.read_magic(file)
+        reader = np.lib.format.read_array_header_1_0 if (major, minor) == (1, 0) else np.lib.format.read_array_header_2_0
+        found_shape, fortran, found_dtype = reader(file)
+        if found_shape != shape or found_dtype != dtype or fortran:
+            raise ValueError(f"{member.name} is {found_shape} {found_dtype}")
+        length = known[data[: file.tell()]] = file.tell()
+    wanted = length + int(np.prod(shape)) * dtype.itemsize
+    if member.size != wanted:
+        raise ValueError(f"{member.name} has {member.size} bytes and not {wanted}")
+    return length
+
+
+def keep_newest(cache: dict, key: object, value: object, count: int) -> None:
+    """Add to a cache, and drop what has been in it longest beyond ``count``."""
+    cache[key] = value
+    while len(cache) > count:
+        del cache[next(iter(cache))]
 
 
 def latent_loader(stream: LatentStream, num_workers: int) -> DataLoader:
@@ -193,18 +269,3 @@ def latent_loader(stream: LatentStream, num_workers: int) -> DataLoader:
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def _npy_header(tar: tarfile.TarFile, member: tarfile.TarInfo, shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Length of an .npy header; raises ValueError unless it says this shape and dtype, and these numbers follow. Never
-    unpickles."""
-    file = io.BytesIO(tar.extractfile(member).read(min(member.size, 1024)))
-    major, minor = np.lib.format.read_magic(file)
-    reader = np.lib.format.read_array_header_1_0 if (major, minor) == (1, 0) else np.lib.format.read_array_header_2_0
-    found_shape, fortran, found_dtype = reader(file)
-    if found_shape != shape or found_dtype != dtype or fortran:
-        raise ValueError(f"{member.name} is {found_shape} {found_dtype}")
-    wanted = file.tell() + int(np.prod(shape)) * dtype.itemsize
-    if member.size != wanted:
-        raise ValueError(f"{member.name} has {member.size} bytes and not {wanted}")
-    return file.tell()

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import atomic_file
 from ..progress import progress
 from .shards import Manifest, ShardStatistics, sha256
-from .stream import Shard
+from .stream import Shard, index_tar, open_shard
 
 READ = 256
 """Samples in memory at once."""
@@ -32,7 +32,7 @@ def verify(config: VerifyConfig) -> None:
     bar = progress(manifest.count, 0, "verify")
     for item in manifest.shards:
         try:
-            shard = open_shard(manifest, item)
+            shard = open_shard(manifest, item, manifest.metadata["mirror"])
         except (UserError, OSError) as error:
             findings.append(str(error))
         else:
@@ -53,19 +53,17 @@ def verify(config: VerifyConfig) -> None:
     print(f"{manifest.count} samples in {len(manifest.shards)} shards are as their manifest says")
 
 
-def open_shard(manifest: Manifest, item: dict) -> Shard:
-    mirror = bool(manifest.metadata["mirror"])
-    shape, dtype = tuple(manifest.metadata["moments_shape"]), np.dtype(manifest.metadata["dtype"])
-    return Shard(manifest.folder / item["name"], shape, dtype, mirror)
-
-
 def check_shard(manifest: Manifest, item: dict, shard: Shard) -> Iterator[str]:
-    """What differs from the shard's entry in the manifest."""
-    if sha256(manifest.folder / item["name"]) != item["sha256"]:
+    """What differs from the shard's entry in the manifest, and from its index."""
+    path = manifest.folder / item["name"]
+    if sha256(path) != item["sha256"]:
         yield "another sha256"
+    index = index_tar(path, shard.shape, shard.dtype)
+    if (index["keys"], index["labels"]) != (shard.keys, shard.labels.tolist()) or index["offsets"] != shard.offsets.tolist():
+        yield "another index in its record"
     statistics = ShardStatistics()
     for start in range(0, len(shard), READ):
-        statistics.add(shard.moments(range(start, min(start + READ, len(shard)))))
+        statistics.add(shard.moments(np.arange(start, min(start + READ, len(shard)))))
     for name, value in statistics.record().items():
         # Sums of batches of another size differ in the last digits.
         if not np.isclose(value, item.get(name, np.nan), rtol=1e-6, atol=1e-9):
@@ -89,7 +87,7 @@ def write_sheet(config: VerifyConfig, manifest: Manifest) -> None:
         here = chosen[(chosen >= start) & (chosen < start + item["count"])] - start
         start += item["count"]
         if len(here):
-            latents = torch.from_numpy(open_shard(manifest, item).moments(here))[:, 0].float()
+            latents = torch.from_numpy(open_shard(manifest, item, mirror=False).moments(here))[:, 0].float()
             pictures += autoencoder.decode(autoencoder.normalise(latents.to(autoencoder.device))).cpu()
     grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=int(np.ceil(len(pictures) ** 0.5)), padding=2, pad_value=1.0)
     with atomic_file(Path(config.sheet)) as temporary:

@@ -128,10 +128,13 @@ def test_links_twins_and_labels_are_refused(folder):
         refused(folder, "shards: expected")
 
 
-def test_a_shard_cut_short_at_any_block_is_refused(shards, tmp_path):
+@pytest.mark.parametrize("with_record", [True, False])
+def test_a_shard_cut_short_at_any_block_is_refused(shards, tmp_path, with_record):
     """Or read as it was, where only the zeros after the last sample are gone."""
     folder = shutil.copytree(shards, tmp_path / "copy")
     path = folder / "latents-00002.tar"
+    if not with_record:
+        path.with_suffix(".json").unlink()
     data = path.read_bytes()
     whole = LatentStream(Manifest.load(folder), 22, 22).batch_at(0).moments
     with tarfile.open(path) as tar:
@@ -142,3 +145,23 @@ def test_a_shard_cut_short_at_any_block_is_refused(shards, tmp_path):
             refused(folder, "(shards|mirror): expected")
         else:
             assert LatentStream(Manifest.load(folder), 22, 22).batch_at(0).moments.equal(whole)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        None,
+        {},
+        {"keys": ["a"], "labels": [0], "offsets": [[-1, 0]]},
+        {"keys": ["a"], "labels": [0], "offsets": [[10**9, 0]]},
+        {"keys": ["a"], "labels": [0], "offsets": [[10**99, 0]]},
+        {"keys": ["a"], "labels": ["one"], "offsets": [[0, 0]]},
+        {"keys": ["a"], "labels": [0, 1], "offsets": [[0, 0]]},
+        {"keys": ["a"], "labels": [7], "offsets": [[0, 0]]},
+    ],
+)
+def test_a_record_with_another_index_is_refused(shards, folder, index):
+    shutil.copy(shards / "latents-00000.tar", folder)
+    content = json.loads((folder / "manifest.json").read_text())
+    (folder / "latents-00000.json").write_text(json.dumps({"shard": content["shards"][0], "index": index}))
+    refused(folder, "shards: expected")
