@@ -183,6 +183,9 @@ class EncodeConfig:
     those of this process."""
     mirror: bool = True
     """Store the encoding of the mirrored picture too (twice the work and size). Not for letters or flags."""
+    shuffle: bool = True
+    """Mix the pictures over the shards, always alike: training goes through a shard before it opens the next, so one should be
+    as good as another. false: in the order of the source, where reading it in another is slow."""
     shard_size: int = 1000
     """Pictures in a shard."""
     batch_size: int = 32

@@ -56,6 +56,8 @@ class Plan:
     @classmethod
     def of(cls, config: EncodeConfig, autoencoder: FrozenAutoencoder) -> Plan:
         entries, classes = list_entries(config.images)
+        if config.shuffle:
+            entries = [entries[place] for place in np.random.default_rng(0).permutation(len(entries))]
         digest = hashlib.sha256()
         for entry in entries:
             digest.update(repr((entry.key, entry.label, entry.size)).encode())

@@ -36,6 +36,8 @@ def test_good_shards_and_a_sheet(run, shards, tmp_path):
 
 
 def test_every_difference_is_named(run, copy):
+    twin = json.loads((copy / "latents-00002.json").read_text())["index"]["keys"][0]
+
     def damage(number, sample):
         moments = np.load(io.BytesIO(sample["moments.npy"]))
         if number == 1:
@@ -43,7 +45,7 @@ def test_every_difference_is_named(run, copy):
         if number == 2:
             sample["cls"] = b"7"
         if number == 3:
-            sample["__key__"] = "square/20"  # of another shard
+            sample["__key__"] = twin  # of another shard
         return sample | {"moments.npy": moments}
 
     rewrite(copy, damage)
@@ -55,7 +57,7 @@ def test_every_difference_is_named(run, copy):
         "latents-00000.tar: nonfinite 1, 0 in the manifest",
         "latents-00000.tar: 1 numbers are not finite",
         "latents-00000.tar: 1 labels are none of the 2 classes",
-        "square/20: in the shards 2 times",
+        f"{twin}: in the shards 2 times",
         "latents-00001.tar",
         "latents-00003.tar: not in the manifest",
     ):
