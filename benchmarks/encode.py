@@ -1,0 +1,86 @@
+"""tools/encode.py, from pictures on disk to shards on disk, against the bare autoencoder on the same batches, decoded before.
+
+Rounds go through both in turn, so that a slow spell of the machine hits both alike; the ratio is taken round by round, and its
+median is the result.
+
+    python benchmarks/encode.py              # the demo pictures, some minutes
+    python benchmarks/encode.py --source 'my/tars/*.tar' --resolution 256 --autoencoder my/vae
+
+Writes benchmarks/results/encode.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.config import EncodeConfig, ImagesConfig
+from ldm_smd.data.encode import encode
+from ldm_smd.data.images import load_pixels
+from ldm_smd.device import pick_device
+
+RESULT = Path(__file__).parent / "results" / "encode.json"
+WANTED = 0.95
+
+
+def bare_seconds(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int) -> float:
+    """Every picture and its mirror image, as encode does."""
+    started = time.perf_counter()
+    for batch in pixels.split(batch_size):
+        for view in (batch, batch.flip(3)):
+            autoencoder.encode_moments(view).cpu()
+    return time.perf_counter() - started
+
+
+def tool_seconds(config: EncodeConfig) -> float:
+    with tempfile.TemporaryDirectory() as place:
+        config.output = str(Path(place) / "latents")
+        started = time.perf_counter()
+        encode(config)
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="data/emoji/train-*.tar")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--autoencoder", default="checkpoints/autoencoder-emoji")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    config = EncodeConfig(
+        images=ImagesConfig(source=arguments.source, resolution=arguments.resolution), autoencoder=arguments.autoencoder
+    )
+    autoencoder = FrozenAutoencoder.from_pretrained(arguments.autoencoder).to(pick_device("auto"))
+    pixels, _, _ = load_pixels(config.images)
+    rows = []
+    for _ in range(arguments.rounds):
+        bare, tool = bare_seconds(autoencoder, pixels, config.batch_size), tool_seconds(config)
+        rows.append({"bare": len(pixels) / bare, "tool": len(pixels) / tool})
+        print(rows[-1], flush=True)
+    ratio = statistics.median(row["tool"] / row["bare"] for row in rows)
+    result = {
+        "command": " ".join(["python", "benchmarks/encode.py", *sys.argv[1:]]),
+        "pictures": len(pixels),
+        "resolution": arguments.resolution,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": version("torch"),
+        "pictures_per_second": rows,
+        "target": {"name": "tool over bare", "target": f">= {WANTED}", "measured": round(ratio, 3), "holds": ratio >= WANTED},
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"tool over bare: {ratio:.3f} (>= {WANTED})")
+
+
+if __name__ == "__main__":
+    main()
