@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
+from ..files import atomic_file
+
 
 class MetricsLog:
     """Appends to ``folder/metrics.jsonl`` and ``folder/tensorboard``.
@@ -20,10 +22,10 @@ class MetricsLog:
     def __init__(self, folder: Path, images_seen: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self.path) if line["images_seen"] <= images_seen]
-        self._file = self.path.open("w", encoding="utf-8")
-        for line in kept:
-            self._write(line)
+        kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["images_seen"] <= images_seen]
+        with atomic_file(self.path) as temporary:  # a kill here must not cost the lines of hours
+            temporary.write_text("".join(kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen)
 
     def log(self, images_seen: int, values: dict[str, float]) -> None:
