@@ -34,6 +34,8 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
             SMDUNet2DModel.
     """
 
+    _supports_gradient_checkpointing = True  # of its UNet's blocks
+
     @register_to_config
     def __init__(
         self,

@@ -67,6 +67,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
     Beside z, the noise itself enters before the last level on the way up and, through a gate by t and class, at the output.
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,
@@ -90,6 +92,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         noise_timesteps: int = 1000,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = False
         if placement not in PLACEMENTS:
             raise ValueError(f"placement: expected one of {', '.join(PLACEMENTS)}, found {placement!r}")
         if not 1 <= up_layers_per_block <= layers_per_block:
@@ -226,7 +229,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             if self.is_mixture and index == len(self.up) - 1:
                 h = self.hyper["draft"].added_to(h, noise)
             for block, attend, skip in zip(stage.blocks, stage.attentions, reversed(skips)):
-                h = attend(block(h, up_modulation, skip))
+                h = self._run(block, attend, h, up_modulation, skip)
         h = self._hyper("out", h, z)
         prediction = self.conv_out(F.silu(self.norm_out(h))).contiguous()
         if self.is_mixture:
@@ -253,12 +256,21 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             h = self._hyper(f"down{index}", h, z)
             kept.append([])
             for block, attend in zip(stage.blocks, stage.attentions):
-                h = attend(block(h, modulation))
+                h = self._run(block, attend, h, modulation)
                 kept[-1].append(h)
             if stage.downsample is not None:
                 h = stage.downsample(h)
         first, attend, second = self.middle
-        return second(attend(first(h, modulation)), modulation), kept
+        return self._run(second, nn.Identity(), self._run(first, attend, h, modulation), modulation), kept
+
+    def _run(self, block: ResidualBlock, attend: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """Both, and with gradient checkpointing again on the way back, where else all they compute would have been kept."""
+
+        def both(*values: torch.Tensor) -> torch.Tensor:
+            return attend(block(*values))
+
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self._gradient_checkpointing_func(both, *inputs) if again else both(*inputs)
 
     def _hyper(self, place: str, h: torch.Tensor, z: torch.Tensor | None) -> torch.Tensor:
         return self.hyper[place](h, z) if place in self.hyper else h

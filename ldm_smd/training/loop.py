@@ -92,8 +92,15 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
     stream = LatentStream(
         manifest, config.batch_size, config.images_total, images_seen, config.seed, config.mirror, rank, world
     )
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    prepared = accelerator.prepare(model)
     step = TrainingStep(
-        config, accelerator, accelerator.prepare(model), DiffusionProcess(scheduler.alphas_cumprod).to(device), autoencoder
+        config,
+        accelerator,
+        torch.compile(prepared) if config.compile else prepared,
+        DiffusionProcess(scheduler.alphas_cumprod).to(device),
+        autoencoder,
     )
     optimizer = accelerator.prepare(optimizer)
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -116,6 +117,16 @@ def test_parts_of_a_batch_add_up(train_config, tmp_path):
         train(train_config(f"output={tmp_path / name}", f"accumulate={accumulate}"))
     whole, parts = (dict(logged_losses(tmp_path / name)) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(parts[n] == pytest.approx(whole[n], rel=1e-4) for n in whole)
+
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing=true", "compile=true"])
+def test_the_same_in_less_memory_or_time(train_config, tmp_path, setting, monkeypatch):
+    # The graph that torch.compile makes, run as it is: compiling takes minutes on a CPU.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    train(train_config(f"output={tmp_path / 'plain'}", "images_total=32"))
+    train(train_config(f"output={tmp_path / 'other'}", "images_total=32", setting))
+    plain, other = (dict(logged_losses(tmp_path / name)) for name in ("plain", "other"))
+    assert plain.keys() == other.keys() and all(other[n] == pytest.approx(plain[n], rel=1e-4) for n in plain)
 
 
 def test_two_processes_learn_as_one_does(train_config, tmp_path):
