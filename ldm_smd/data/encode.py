@@ -1,7 +1,7 @@
 """tools/encode.py: pictures -> latent shards, by any number of processes, stopped and started again as often as need be.
 
-What is to be done follows from the input alone: shard k holds the k-th slice of the sorted pictures, and worker i of n takes
-the shards i, i + n, ... Workers never talk to each other. Each shard is written under a temporary name, synced, renamed, and
+What is to be done follows from the input alone: shard k holds the k-th slice of the pictures, sorted and then mixed, always
+alike, and worker i of n takes the shards i, i + n, ... Workers never talk to each other. Each shard is written under a temporary name, synced, renamed, and
 then vouched for by a record beside it; who starts again finds the records, checks the hashes, and goes on with what is missing;
 who finds the records complete writes the manifest, whose content does not depend on who did what.
 """
@@ -46,7 +46,7 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the shards depend on. ``settings`` goes to plan.json, so that no run goes on with another's shards."""
+    """What is to be done. ``settings``, all that the shards depend on, go to plan.json, so that no run goes on with another's."""
 
     entries: list[Entry]
     settings: dict
@@ -134,7 +134,8 @@ def which_worker(worker: str | None) -> tuple[int, int]:
 def claim(output: Path, plan: Plan, worker: int) -> None:
     """Write plan.json into a new folder; in one that has it, check that it is this plan."""
     if not (output / PLAN).is_file():
-        if output.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
+        others = (path for path in output.glob("[!.]*") if path.name != PLAN)  # which another worker may just have written
+        if any(others):
             raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
         with atomic_file(output / PLAN, str(worker)) as temporary:
             temporary.write_text(json.dumps(plan.settings, indent=1), encoding="utf-8")
