@@ -1,9 +1,10 @@
 """tools/encode.py: pictures -> latent shards, by any number of processes, stopped and started again as often as need be.
 
 What is to be done follows from the input alone: shard k holds the k-th slice of the pictures, sorted and then mixed, always
-alike, and worker i of n takes the shards i, i + n, ... Workers never talk to each other. Each shard is written under a temporary name, synced, renamed, and
-then vouched for by a record beside it; who starts again finds the records, checks the hashes, and goes on with what is missing;
-who finds the records complete writes the manifest, whose content does not depend on who did what.
+alike, and worker i of n takes the shards i, i + n, ... Workers never talk to each other. Each shard is written under a
+temporary name, synced, renamed, and then vouched for by a record beside it; who starts again finds the records, checks the
+hashes, and goes on with what is missing; who finds the records complete writes the manifest, whose content does not depend on
+who did what.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done. ``settings``, all that the shards depend on, go to plan.json, so that no run goes on with another's."""
+    """What is to be done. ``settings``, all that the shards depend on, go to plan.json: no run goes on with another's."""
 
     entries: list[Entry]
     settings: dict
