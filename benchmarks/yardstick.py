@@ -173,18 +173,32 @@ class Results:
         self.write()
         return cell
 
-    def write(self) -> None:
+    def write(self, finished: bool = False) -> None:
+        """Until the run is finished, with what of the earlier file it has not come to yet: it may be stopped again."""
+        content = self.content
+        if not finished:
+            content = content | {"models": self.before | content["models"]}
+            for model, entry in content["models"].items():
+                earlier = self.before.get(model, {})
+                if earlier.get("weights_sha256") == entry["weights_sha256"]:
+                    content["models"][model] = entry | {"distance": joined(earlier["distance"], entry["distance"])}
         self.path.parent.mkdir(exist_ok=True)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def finish(self, lines: list[str]) -> Path:
         """Also the seconds of the run, and Markdown beside the JSON; returns the JSON's path."""
         self.content["seconds"] = round(time.perf_counter() - self.started)
-        self.write()
+        self.write(finished=True)
         text = "\n".join(lines) + "\n"
         self.path.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text)
         return self.path
+
+
+def joined(earlier: dict, now: dict) -> dict:
+    """Scheduler -> steps -> cell, of both; JSON has the steps as strings."""
+    new = {scheduler: {str(steps): cell for steps, cell in cells.items()} for scheduler, cells in now.items()}
+    return {scheduler: earlier.get(scheduler, {}) | new.get(scheduler, {}) for scheduler in earlier | new}
 
 
 def weights_sha256(folder: str) -> str:

@@ -33,3 +33,14 @@ def test_few_steps_end_to_end(model_folder, yardstick_settings, tmp_path, monkey
     smd, gaussian = again()
     assert smd["1"]["frechet"] == 123.0 and smd["2"]["frechet"] != 123.0 and gaussian["1"]["frechet"] != 123.0
     assert again("sampling_seeds=4")[0]["1"]["frechet"] != 123.0
+
+    # A resumed run that is stopped early loses nothing of the earlier one.
+    before = json.loads((tmp_path / "few_steps-shapes.json").read_text())
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(yardstick.Yardstick, "cell", stopped)
+    code, _, _ = run(FewStepsConfig, few_steps.few_steps, *common, "steps=[1,3]", "resume=true", "sampling_seeds=4")
+    assert code == 130
+    assert json.loads((tmp_path / "few_steps-shapes.json").read_text())["models"] == before["models"]
