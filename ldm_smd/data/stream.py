@@ -64,19 +64,19 @@ class Shard:
             self.offsets = np.array(index["offsets"], dtype=np.int64).reshape(len(self.keys), -1)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"shards: expected an index of {path.name} in its record, found {error!r}") from error
-        self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
-        end = int(self.offsets.max(initial=0)) + self.nbytes
-        if end > len(self._bytes) or self.offsets.min(initial=0) < 0:
-            raise UserError(f"shards: expected {end} bytes or more in {path}, found {len(self._bytes)} (cut short?)")
+        size, end = path.stat().st_size, int(self.offsets.max()) + self.nbytes if self.offsets.size else 0
+        if end > size or self.offsets.min(initial=0) < 0:
+            raise UserError(f"shards: expected {end} bytes or more in {path}, found {size} (cut short?)")
+        # Row i is the file's bytes from the i-th on: a copy of some rows is one call, as fast as of a plain array.
+        data = np.memmap(path, dtype=np.uint8, mode="r") if end else np.empty(self.nbytes, np.uint8)
+        self._rows = sliding_window_view(data, self.nbytes)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def moments(self, indices: np.ndarray, mirrored: np.ndarray | int = 0) -> np.ndarray:
         """(n, 2 or 1, C, h, w), of the mirrored pictures where ``mirrored`` (n,) is 1."""
-        # One copy for all of them: 18 times as fast as one after the other.
-        rows = sliding_window_view(self._bytes, self.nbytes)[self.offsets[indices, mirrored]]
-        return rows.view(self.dtype).reshape(-1, *self.shape)
+        return self._rows[self.offsets[indices, mirrored]].view(self.dtype).reshape(-1, *self.shape)
 
 
 class LatentStream(IterableDataset):
@@ -130,7 +130,7 @@ class LatentStream(IterableDataset):
         parts = list(self._places(position))
         moments = [shard.moments(indices, mirrored) for shard, indices, mirrored in parts]
         labels = [shard.labels[indices] for shard, indices, _ in parts]
-        return LatentBatch(torch.from_numpy(np.concatenate(moments)), torch.from_numpy(np.concatenate(labels)))
+        return LatentBatch(joined(moments), joined(labels))
 
     def keys_at(self, position: int) -> list[str]:
         """The keys of this rank's slice of the batch that begins at ``position``, for messages."""
@@ -252,6 +252,11 @@ def npy_header(data: bytes, member: tarfile.TarInfo, shape: tuple[int, ...], dty
     if member.size != wanted:
         raise ValueError(f"{member.name} has {member.size} bytes and not {wanted}")
     return length
+
+
+def joined(parts: list[np.ndarray]) -> torch.Tensor:
+    """One after the other; no copy where there is only one, as for most batches."""
+    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def keep_newest(cache: dict, key: object, value: object, count: int) -> None:

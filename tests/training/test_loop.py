@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,8 +116,7 @@ def test_parts_of_a_batch_add_up(train_config, tmp_path):
     """But for rounding: 3 parts of 3, 3 and 2 pictures."""
     for name, accumulate in (("whole", 1), ("parts", 3)):
         train(train_config(f"output={tmp_path / name}", f"accumulate={accumulate}"))
-    whole, parts = (dict(logged_losses(tmp_path / name)) for name in ("whole", "parts"))
-    assert whole.keys() == parts.keys() and all(parts[n] == pytest.approx(whole[n], rel=1e-4) for n in whole)
+    assert_same_losses(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("setting", ["gradient_checkpointing=true", "compile=true"])
@@ -125,27 +125,53 @@ def test_the_same_in_less_memory_or_time(train_config, tmp_path, setting, monkey
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     train(train_config(f"output={tmp_path / 'plain'}", "images_total=32"))
     train(train_config(f"output={tmp_path / 'other'}", "images_total=32", setting))
-    plain, other = (dict(logged_losses(tmp_path / name)) for name in ("plain", "other"))
-    assert plain.keys() == other.keys() and all(other[n] == pytest.approx(plain[n], rel=1e-4) for n in plain)
+    assert_same_losses(tmp_path / "plain", tmp_path / "other")
 
 
 def test_two_processes_learn_as_one_does(train_config, tmp_path):
-    """Same batches, same random numbers, same losses, in one process and in two; and a checkpoint of two goes on in one."""
+    """Same batches, same random numbers, same losses; and one process goes on from a checkpoint of two."""
     one = train_config(f"output={tmp_path / 'one'}")
     train(one)
     two = dataclasses.replace(one, output=str(tmp_path / "two"), images_total=32)
-    (tmp_path / "two.yaml").write_text(dump_config(two))
-    tool = str(Path(__file__).parents[2] / "tools" / "train.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    _, error = launch(two, tmp_path, 2).communicate()
+    assert checkpoints(tmp_path / "two/checkpoints"), error[-2000:]
+    train(dataclasses.replace(two, images_total=64))
+    assert_same_losses(tmp_path / "one", tmp_path / "two")
+
+
+def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config, tmp_path):
+    """And one process goes on to the losses of a run that was never stopped."""
+    one = train_config(f"output={tmp_path / 'one'}", "images_total=480", "checkpoint_every_images=480")
+    stopped = dataclasses.replace(one, output=str(tmp_path / "stopped"))
+    process = launch(stopped, tmp_path, 4)
+    while process.poll() is None and not read_metrics(tmp_path / "stopped/metrics.jsonl"):
+        time.sleep(0.01)
+    process.terminate()
+    _, error = process.communicate()
+    assert process.returncode and "stopped by SIGTERM after" in error, error[-2000:]
+    (saved,) = checkpoints(tmp_path / "stopped/checkpoints")
+    assert int(saved.name.removeprefix("images-")) % 80 == 0  # of the 8 pictures of 10 steps
+    train(one)
+    train(stopped)
+    assert_same_losses(tmp_path / "one", tmp_path / "stopped")
+
+
+def launch(config, folder, processes):
+    """tools/train.py on several processes of this machine."""
+    (folder / "several.yaml").write_text(dump_config(config))
+    tool = Path(__file__).parents[2] / "tools" / "train.py"
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
     # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
-    found = subprocess.run(
-        [*launch, tool, "--config", str(tmp_path / "two.yaml")], env=environment, capture_output=True, text=True
+    return subprocess.Popen(
+        [*launcher, str(tool), "--config", str(folder / "several.yaml")], env=environment, stderr=subprocess.PIPE, text=True
     )
-    assert found.returncode == 0, found.stderr[-2000:]
-    train(dataclasses.replace(two, images_total=64))
-    alone, shared = (dict(logged_losses(tmp_path / name)) for name in ("one", "two"))
-    assert alone.keys() == shared.keys() and all(shared[n] == pytest.approx(alone[n], rel=1e-4) for n in alone)
+
+
+def assert_same_losses(one, other):
+    """But for rounding."""
+    first, second = dict(logged_losses(one)), dict(logged_losses(other))
+    assert first.keys() == second.keys() and all(second[n] == pytest.approx(first[n], rel=1e-4) for n in first)
 
 
 def free_port():
