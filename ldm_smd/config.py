@@ -52,13 +52,20 @@ class ImagesConfig:
     """Where pictures come from and how they are brought to one size."""
 
     source: str = MISSING
-    """A folder (class = first sub-folder), a .zip of one, or webdataset tars ("data/train-*.tar", "{000..009}")."""
+    """A folder (class = first sub-folder), a .zip of one, webdataset tars ("data/train-*.tar", "{000..009}", also at https://
+    or s3:// URLs), or datasets:NAME, a Hugging Face dataset of the hub or of a folder."""
     resolution: int = 64
     """Side of the square pictures, in pixels."""
     crop: str = "center"
     """"center": scale the short side, crop the middle. "pad": scale the long side, pad with ``background``."""
     classes: Optional[str] = None
     """A JSON list of class names; found by itself where ``classes.json`` lies beside the tars."""
+    split: str = "train"
+    """Of a Hugging Face dataset."""
+    cache: str = "~/.cache/ldm_smd"
+    """Where tars from URLs are kept."""
+    allow_pipe: bool = False
+    """Run "pipe:COMMAND" sources, as webdataset does: any command, in a shell."""
     background: str = "white"
     """Colour under transparent pixels and in the padding."""
     strict: bool = False

@@ -34,8 +34,9 @@ from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_file
 from ..progress import progress
-from .images import Entry, Pictures, list_entries, read_pictures
+from .images import Pictures, read_pictures
 from .shards import DTYPE, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json, sha256
+from .sources import Entry, list_entries
 from .stream import index_tar
 
 Item = TypeVar("Item")

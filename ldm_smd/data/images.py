@@ -1,24 +1,15 @@
-"""Picture sources: a folder, a zip of one, or webdataset tars, as one map-style dataset; and the one crop and resize.
+"""The one crop and resize, and batches of decoded pictures of a source.
 
-A source is listed once, in sorted order, without decoding anything, so that picture ``i`` is the same for any number of
-workers or processes. Decoding happens in DataLoader workers, a batch each. A picture that cannot be read does not raise
-there, so that the caller counts it, lists it, or stops.
+Decoding happens in DataLoader workers, a batch each. A picture that cannot be read does not raise there, so that the caller
+counts it, lists it, or stops.
 """
 
 from __future__ import annotations
 
-import glob
 import io
-import json
-import os
-import tarfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path, PurePosixPath
 
-import braceexpand
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageOps
@@ -26,32 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import ImagesConfig
 from ..errors import UserError
-
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one encoded picture lies: ``size`` bytes at ``offset`` of ``path``, the whole file where ``size`` is None, or
-    the zip member ``member``."""
-
-    key: str
-    label: int | None
-    path: str
-    member: str | None = None
-    offset: int = 0
-    size: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.path}:{self.member}" if self.member else self.path
-
-    def read(self) -> bytes:
-        if self.path.endswith(".zip"):
-            return _zip(self.path, os.getpid()).read(self.member)
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            return file.read(-1 if self.size is None else self.size)
+from .sources import Entry, list_entries
 
 
 @dataclass
@@ -66,143 +32,6 @@ class Pictures:
 
     def pin_memory(self) -> Pictures:
         return replace(self, pixels=self.pixels.pin_memory())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Listing
-
-
-def list_entries(config: ImagesConfig) -> tuple[list[Entry], list[str]]:
-    """All pictures of the source in sorted order, and the class names ([] where the source has no labels).
-
-    Raises UserError where the source is missing or empty, or a label lies outside the classes.
-    """
-    source = config.source
-    if Path(source).is_dir():
-        entries, classes = _list_folder(Path(source))
-    elif source.endswith(".zip"):
-        entries, classes = _list_zip(Path(source))
-    else:
-        entries, classes = _list_tars(source, config.classes)
-    if not entries:
-        raise UserError(f"images.source: expected pictures ({', '.join(sorted(EXTENSIONS))}), found none in {source}")
-    if classes:
-        for entry in entries:
-            if entry.label is None or not 0 <= entry.label < len(classes):
-                raise UserError(
-                    f"images.source: expected a label from 0 to {len(classes) - 1} ({len(classes)} classes), "
-                    f"found {entry.label} for {entry.name} (key {entry.key})"
-                )
-    return _with_unique_keys(entries), classes
-
-
-def _list_folder(folder: Path) -> tuple[list[Entry], list[str]]:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    labels, classes = _labels_from_folders(names)
-    return [Entry(_key(n), label, str(p)) for n, label, p in zip(names, labels, paths)], classes
-
-
-def _list_zip(path: Path) -> tuple[list[Entry], list[str]]:
-    if not path.is_file():
-        raise UserError(f"images.source: expected a zip file, found no file {path}")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"images.source: expected a zip file, found something else in {path}")
-    members = sorted(
-        member.filename
-        for member in _zip(str(path), os.getpid()).infolist()
-        if not member.is_dir()
-        and PurePosixPath(member.filename).suffix.lower() in EXTENSIONS
-        and not member.filename.startswith("__MACOSX/")
-    )
-    labels, classes = _labels_from_folders(members)
-    return [Entry(_key(m), label, str(path), member=m) for m, label in zip(members, labels)], classes
-
-
-def _labels_from_folders(names: list[str]) -> tuple[list[int | None], list[str]]:
-    """Class = first folder of each name. Pictures that all lie at the top have no labels."""
-    tops = [PurePosixPath(name).parts[0] if "/" in name else None for name in names]
-    classes = sorted({top for top in tops if top is not None})
-    if not classes:
-        return [None] * len(names), []
-    return [classes.index(top) if top is not None else None for top in tops], classes
-
-
-def _list_tars(pattern: str, classes_path: str | None) -> tuple[list[Entry], list[str]]:
-    paths = [path for expanded in braceexpand.braceexpand(pattern) for path in sorted(glob.glob(expanded))]
-    if not paths:
-        raise UserError(f"images.source: expected a folder, a .zip or webdataset tars, found nothing at {pattern}")
-    entries = [entry for path in paths for entry in _list_tar(path)]
-    classes_file = Path(classes_path) if classes_path else Path(paths[0]).parent / "classes.json"
-    if classes_file.is_file():
-        classes = json.loads(classes_file.read_text(encoding="utf-8"))
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise UserError(f"images.classes: expected a JSON list of class names, found something else in {classes_file}")
-    elif classes_path:
-        raise UserError(f"images.classes: expected a JSON list of class names, found no file {classes_file}")
-    elif any(entry.label is not None for entry in entries):
-        highest = max(entry.label for entry in entries if entry.label is not None)
-        classes = [str(label) for label in range(highest + 1)]
-    else:
-        classes = []
-    if all(entry.label is None for entry in entries):
-        classes = []
-    return entries, classes
-
-
-def _list_tar(path: str) -> list[Entry]:
-    """Entries of one webdataset tar; only headers and the .cls members are read."""
-    pictures: dict[str, Entry] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    continue
-                # webdataset's rule: the key ends at the first dot of the base name
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if f".{extension.lower()}" in EXTENSIONS:
-                    pictures[key] = Entry(key, None, path, member.name, member.offset_data, member.size)
-                elif extension == "cls":
-                    text = tar.extractfile(member).read(64).strip()
-                    try:
-                        labels[key] = int(text)
-                    except ValueError:
-                        raise UserError(f"images.source: expected an integer in {path}:{member.name}, found {text!r}") from None
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"images.source: expected an uncompressed tar, found {path}: {error}") from error
-    return [Entry(e.key, labels.get(key), e.path, e.member, e.offset, e.size) for key, e in pictures.items()]
-
-
-def _key(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
-
-
-def _with_unique_keys(entries: list[Entry]) -> list[Entry]:
-    """Webdataset keys: no dots (a dot would split the key), no two alike. The first of a clash keeps its key."""
-    taken: set[str] = set()
-    unique = []
-    for entry in entries:
-        wanted = key = entry.key.replace(".", "_")
-        number = 2
-        while key in taken:
-            key = f"{wanted}-{number}"
-            number += 1
-        taken.add(key)
-        unique.append(Entry(key, entry.label, entry.path, entry.member, entry.offset, entry.size))
-    return unique
-
-
-@lru_cache(maxsize=8)
-def _zip(path: str, process: int) -> zipfile.ZipFile:
-    """An open zip, one per process: forked workers that shared a file position would read each other's bytes."""
-    return zipfile.ZipFile(path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:

@@ -16,7 +16,7 @@ from PIL import Image
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import EncodeConfig, load_config
 from ldm_smd.data.encode import Plan, encode
-from ldm_smd.data.images import Entry
+from ldm_smd.data.sources import Entry
 from ldm_smd.errors import UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "encode.py"

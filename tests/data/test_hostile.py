@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ldm_smd.config import ImagesConfig
-from ldm_smd.data.images import list_entries
 from ldm_smd.data.shards import Manifest
+from ldm_smd.data.sources import list_entries
 from ldm_smd.data.stream import LatentStream
 from ldm_smd.errors import UserError
 

@@ -1,15 +1,13 @@
 import io
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import webdataset as wds
 from PIL import Image
 
 from ldm_smd.config import ImagesConfig
-from ldm_smd.data.images import decode, list_entries, load_pixels, read_pictures
+from ldm_smd.data.images import decode, read_pictures
+from ldm_smd.data.sources import list_entries
 from ldm_smd.errors import UserError
 
 CONFIG = ImagesConfig(source="unused", resolution=16)
@@ -71,32 +69,6 @@ def test_crop_and_pad():
     assert padded[:, 0, 8].tolist() == [0, 0, 255] and padded[:, 8, 8].tolist() == [255, 0, 0]
 
 
-def test_folder_zip_and_tars_give_the_same_pictures(pictures, tmp_path):
-    files = sorted(pictures.rglob("*.png"))
-    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
-        for file in files:
-            archive.write(file, file.relative_to(pictures).as_posix())
-    with wds.TarWriter(str(tmp_path / "part-0.tar")) as tar:
-        for file in files:
-            label = ("disc", "square").index(file.parent.name)
-            tar.write({"__key__": f"{file.parent.name}/{file.stem}", "png": file.read_bytes(), "cls": str(label)})
-    (tmp_path / "classes.json").write_text('["disc", "square"]')
-    results = [
-        load_pixels(ImagesConfig(source=str(source), resolution=16))
-        for source in (pictures, tmp_path / "all.zip", tmp_path / "part-*.tar")
-    ]
-    for pixels, labels, classes in results:
-        assert torch.equal(pixels, results[0][0])
-        assert labels == results[0][1] and classes == ["disc", "square"]
-
-
-def test_keys_are_unique_and_without_dots(tmp_path):
-    for name in ("a.b.png", "a_b.png", "c.png", "c.jpg"):
-        Image.new("RGB", (16, 16)).save(tmp_path / name)
-    keys = [entry.key for entry in list_entries(ImagesConfig(source=str(tmp_path)))[0]]
-    assert len(set(keys)) == 4 and not any("." in key for key in keys)
-
-
 def test_unreadable_pictures_are_listed_or_stop(tmp_path):
     whole = encoded(Image.effect_noise((64, 64), 50))
     (tmp_path / "a.png").write_bytes(whole)
@@ -117,21 +89,3 @@ def test_unreadable_pictures_are_listed_or_stop(tmp_path):
 def test_too_many_pixels_count_as_unreadable():
     with pytest.raises(ValueError, match="max_pixels=100"):
         decode(encoded(Image.new("RGB", (16, 16))), ImagesConfig(source="unused", max_pixels=100))
-
-
-def test_missing_and_empty_sources(tmp_path):
-    for source, message in (
-        (tmp_path / "none", "found nothing at"),
-        (tmp_path / "none.zip", "found no file"),
-        (tmp_path, "found none in"),
-    ):
-        with pytest.raises(UserError, match=message):
-            list_entries(ImagesConfig(source=str(source)))
-
-
-def test_labels_outside_the_classes(tmp_path):
-    with wds.TarWriter(str(tmp_path / "a.tar")) as tar:
-        tar.write({"__key__": "one", "png": encoded(Image.new("RGB", (8, 8))), "cls": "7"})
-    (tmp_path / "classes.json").write_text('["a", "b"]')
-    with pytest.raises(UserError, match="expected a label from 0 to 1"):
-        list_entries(ImagesConfig(source=str(tmp_path / "a.tar")))

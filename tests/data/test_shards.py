@@ -10,8 +10,9 @@ import webdataset as wds
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import ImagesConfig
-from ldm_smd.data.images import list_entries, load_pixels
+from ldm_smd.data.images import load_pixels
 from ldm_smd.data.shards import Manifest
+from ldm_smd.data.sources import list_entries
 from ldm_smd.errors import UserError
 
 

@@ -1,0 +1,264 @@
+"""Picture sources: a folder, a zip of one, webdataset tars here or at a URL, or a Hugging Face dataset, listed alike.
+
+A source is listed once, in sorted order, without decoding anything, so that picture ``i`` is the same for any number of
+workers or processes.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import tarfile
+import zipfile
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import braceexpand
+from webdataset.gopen import Pipe, gopen, gopen_schemes
+
+from ..config import ImagesConfig
+from ..errors import UserError
+from ..files import atomic_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+HUGGING_FACE = "datasets:"
+CHUNK_BYTES = 2**20
+
+# As webdataset reads gs:// with gsutil; 1.0 has nothing for s3://.
+gopen_schemes.setdefault("s3", lambda url, mode, bufsize: Pipe(["aws", "s3", "cp", url, "-"], mode=mode, bufsize=bufsize))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one encoded picture lies: ``size`` bytes at ``offset`` of ``path``, the whole file where ``size`` is None, or
+    the zip member ``member``, or row ``offset`` of the Hugging Face dataset that ``path`` names, split ``member``."""
+
+    key: str
+    label: int | None
+    path: str
+    member: str | None = None
+    offset: int = 0
+    size: int | None = None
+
+    @property
+    def name(self) -> str:
+        if self.path.startswith(HUGGING_FACE):
+            return f"{self.path}, {self.member}, row {self.offset}"
+        return f"{self.path}:{self.member}" if self.member else self.path
+
+    def read(self) -> bytes:
+        if self.path.startswith(HUGGING_FACE):
+            picture = _dataset(self.path, self.member)[self.offset]["image"]
+            return picture["bytes"] or Path(picture["path"]).read_bytes()
+        if self.path.endswith(".zip"):
+            return _zip(self.path, os.getpid()).read(self.member)
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(-1 if self.size is None else self.size)
+
+
+def list_entries(config: ImagesConfig) -> tuple[list[Entry], list[str]]:
+    """All pictures of the source in sorted order, and the class names ([] where the source has no labels).
+
+    Raises UserError where the source is missing or empty, or a label lies outside the classes.
+    """
+    source = config.source
+    if source.startswith(HUGGING_FACE):
+        entries, classes = _list_dataset(source, config.split)
+    elif Path(source).is_dir():
+        entries, classes = _list_folder(Path(source))
+    elif source.endswith(".zip"):
+        entries, classes = _list_zip(Path(source))
+    else:
+        entries, classes = _list_tars(source, config)
+    if not entries:
+        raise UserError(f"images.source: expected pictures ({', '.join(sorted(EXTENSIONS))}), found none in {source}")
+    if classes:
+        for entry in entries:
+            if entry.label is None or not 0 <= entry.label < len(classes):
+                raise UserError(
+                    f"images.source: expected a label from 0 to {len(classes) - 1} ({len(classes)} classes), "
+                    f"found {entry.label} for {entry.name} (key {entry.key})"
+                )
+    return _with_unique_keys(entries), classes
+
+
+def _list_folder(folder: Path) -> tuple[list[Entry], list[str]]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    labels, classes = _labels_from_folders(names)
+    return [Entry(_key(n), label, str(p)) for n, label, p in zip(names, labels, paths)], classes
+
+
+def _list_zip(path: Path) -> tuple[list[Entry], list[str]]:
+    if not path.is_file():
+        raise UserError(f"images.source: expected a zip file, found no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"images.source: expected a zip file, found something else in {path}")
+    members = sorted(
+        member.filename
+        for member in _zip(str(path), os.getpid()).infolist()
+        if not member.is_dir()
+        and PurePosixPath(member.filename).suffix.lower() in EXTENSIONS
+        and not member.filename.startswith("__MACOSX/")
+    )
+    labels, classes = _labels_from_folders(members)
+    return [Entry(_key(m), label, str(path), member=m) for m, label in zip(members, labels)], classes
+
+
+def _labels_from_folders(names: list[str]) -> tuple[list[int | None], list[str]]:
+    """Class = first folder of each name. Pictures that all lie at the top have no labels."""
+    tops = [PurePosixPath(name).parts[0] if "/" in name else None for name in names]
+    classes = sorted({top for top in tops if top is not None})
+    if not classes:
+        return [None] * len(names), []
+    return [classes.index(top) if top is not None else None for top in tops], classes
+
+
+def _list_tars(pattern: str, config: ImagesConfig) -> tuple[list[Entry], list[str]]:
+    paths: list[str] = []
+    # A shell command may have braces of its own.
+    for expanded in [pattern] if pattern.startswith("pipe:") else braceexpand.braceexpand(pattern):
+        remote = expanded.startswith("pipe:") or urlsplit(expanded).scheme in gopen_schemes
+        paths += [str(_fetch(expanded, config))] if remote else sorted(glob.glob(expanded))
+    if not paths:
+        raise UserError(f"images.source: expected a folder, a .zip or webdataset tars, found nothing at {pattern}")
+    classes_path = config.classes
+    entries = [entry for path in paths for entry in _list_tar(path)]
+    classes_file = Path(classes_path) if classes_path else Path(paths[0]).parent / "classes.json"
+    if classes_file.is_file():
+        classes = json.loads(classes_file.read_text(encoding="utf-8"))
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise UserError(f"images.classes: expected a JSON list of class names, found something else in {classes_file}")
+    elif classes_path:
+        raise UserError(f"images.classes: expected a JSON list of class names, found no file {classes_file}")
+    elif any(entry.label is not None for entry in entries):
+        highest = max(entry.label for entry in entries if entry.label is not None)
+        classes = [str(label) for label in range(highest + 1)]
+    else:
+        classes = []
+    if all(entry.label is None for entry in entries):
+        classes = []
+    return entries, classes
+
+
+def _fetch(url: str, config: ImagesConfig) -> Path:
+    """The tar at a URL, as a file of ``config.cache``: whole, and fetched once."""
+    if url.startswith("pipe:") and not config.allow_pipe:
+        raise UserError(
+            f"images.source: expected files or URLs, found a shell command, {url!r}; images.allow_pipe=true has it run"
+        )
+    name = PurePosixPath(urlsplit(url).path).name if "://" in url else "pipe.tar"
+    path = Path(config.cache).expanduser() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    if path.is_file():
+        return path
+    print(f"fetching {url}", flush=True)
+    try:
+        with atomic_file(path, str(os.getpid())) as temporary, gopen(url) as stream, open(temporary, "wb") as file:
+            while chunk := stream.read(CHUNK_BYTES):
+                file.write(chunk)
+            stream.close()  # raises where the reader did not end well
+    except OSError as error:
+        raise UserError(f"images.source: expected a tar at {url}, found {' '.join(str(error).split())[:200]}") from error
+    return path
+
+
+def _list_tar(path: str) -> list[Entry]:
+    """Entries of one webdataset tar; only headers and the .cls members are read."""
+    pictures: dict[str, Entry] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isreg():
+                    continue
+                # webdataset's rule: the key ends at the first dot of the base name
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if f".{extension.lower()}" in EXTENSIONS:
+                    pictures[key] = Entry(key, None, path, member.name, member.offset_data, member.size)
+                elif extension == "cls":
+                    text = tar.extractfile(member).read(64).strip()
+                    try:
+                        labels[key] = int(text)
+                    except ValueError:
+                        raise UserError(f"images.source: expected an integer in {path}:{member.name}, found {text!r}") from None
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"images.source: expected an uncompressed tar, found {path}: {error}") from error
+    return [Entry(e.key, labels.get(key), e.path, e.member, e.offset, e.size) for key, e in pictures.items()]
+
+
+def _list_dataset(source: str, split: str) -> tuple[list[Entry], list[str]]:
+    """The first column of pictures, and the first of class labels."""
+    dataset = _dataset(source, split)
+    labels: list[int | None] = dataset["label"][:] if "label" in dataset.column_names else [None] * len(dataset)
+    classes = list(dataset.features["label"].names) if "label" in dataset.column_names else []
+    # The datasets have -1 for no label.
+    return [
+        Entry(f"{row:09d}", None if label == -1 else label, source, split, row) for row, label in enumerate(labels)
+    ], [] if all(label in (None, -1) for label in labels) else classes
+
+
+@lru_cache(maxsize=2)
+def _dataset(source: str, split: str) -> Dataset:
+    """Of columns image, not decoded, and label, if it has labels: a folder of ``save_to_disk``, or whatever ``load_dataset``
+    finds."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"images.source: expected the package datasets, to read {source}, found {error}") from error
+    name = source.removeprefix(HUGGING_FACE)
+    try:
+        if Path(name, "dataset_info.json").is_file():
+            dataset = datasets.load_from_disk(name)
+        else:
+            dataset = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library's own, of the hub's, and of whatever reads the files
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"images.source: expected a dataset with the split {split}, found {source}: {reason}") from error
+    kinds = {"image": datasets.Image, "label": datasets.ClassLabel}
+    columns = {
+        wanted: next((name for name, feature in dataset.features.items() if isinstance(feature, kind)), None)
+        for wanted, kind in kinds.items()
+    }
+    if columns["image"] is None:
+        raise UserError(f"images.source: expected a column of pictures, found {', '.join(dataset.column_names)} in {source}")
+    columns = {wanted: name for wanted, name in columns.items() if name}
+    dataset = dataset.select_columns(list(columns.values())).rename_columns({name: wanted for wanted, name in columns.items()})
+    return dataset.cast_column("image", datasets.Image(decode=False))
+
+
+def _key(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _with_unique_keys(entries: list[Entry]) -> list[Entry]:
+    """Webdataset keys: no dots (a dot would split the key), no two alike. The first of a clash keeps its key."""
+    taken: set[str] = set()
+    unique = []
+    for entry in entries:
+        wanted = key = entry.key.replace(".", "_")
+        number = 2
+        while key in taken:
+            key = f"{wanted}-{number}"
+            number += 1
+        taken.add(key)
+        unique.append(replace(entry, key=key))
+    return unique
+
+
+@lru_cache(maxsize=8)
+def _zip(path: str, process: int) -> zipfile.ZipFile:
+    """An open zip, one per process: forked workers that shared a file position would read each other's bytes."""
+    return zipfile.ZipFile(path)

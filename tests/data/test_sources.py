@@ -1,0 +1,130 @@
+"""What there is of pictures, wherever it lies."""
+
+import http.server
+import io
+import threading
+import zipfile
+from functools import partial
+
+import datasets
+import pytest
+import torch
+import webdataset as wds
+from datasets import ClassLabel, Dataset, Features, Value
+from PIL import Image
+
+from ldm_smd.config import ImagesConfig
+from ldm_smd.data.images import load_pixels
+from ldm_smd.data.sources import list_entries
+from ldm_smd.errors import UserError
+
+
+def test_every_kind_of_source_gives_the_same_pictures(pictures, tmp_path):
+    files = sorted(pictures.rglob("*.png"))
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for file in files:
+            archive.write(file, file.relative_to(pictures).as_posix())
+    with wds.TarWriter(str(tmp_path / "part-0.tar")) as tar:
+        for file in files:
+            label = ("disc", "square").index(file.parent.name)
+            tar.write({"__key__": f"{file.parent.name}/{file.stem}", "png": file.read_bytes(), "cls": str(label)})
+    (tmp_path / "classes.json").write_text('["disc", "square"]')
+    columns = {"number": range(len(files)), "picture": [str(file) for file in files]}
+    columns["kind"] = [("disc", "square").index(file.parent.name) for file in files]
+    features = {"number": Value("int32"), "picture": datasets.Image(), "kind": ClassLabel(names=["disc", "square"])}
+    Dataset.from_dict(columns, features=Features(features)).save_to_disk(tmp_path / "saved")
+    results = [
+        load_pixels(ImagesConfig(source=str(source), resolution=16))
+        for source in (pictures, tmp_path / "all.zip", tmp_path / "part-*.tar", f"datasets:{tmp_path / 'saved'}")
+    ]
+    for pixels, labels, classes in results:
+        assert torch.equal(pixels, results[0][0])
+        assert labels == results[0][1] and classes == ["disc", "square"]
+
+
+def test_keys_are_unique_and_without_dots(tmp_path):
+    for name in ("a.b.png", "a_b.png", "c.png", "c.jpg"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    keys = [entry.key for entry in list_entries(ImagesConfig(source=str(tmp_path)))[0]]
+    assert len(set(keys)) == 4 and not any("." in key for key in keys)
+
+
+def test_missing_and_empty_sources(tmp_path):
+    for source, message in (
+        (tmp_path / "none", "found nothing at"),
+        (tmp_path / "none.zip", "found no file"),
+        (tmp_path, "found none in"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list_entries(ImagesConfig(source=str(source)))
+
+
+def test_labels_outside_the_classes(tmp_path):
+    with wds.TarWriter(str(tmp_path / "a.tar")) as tar:
+        tar.write({"__key__": "one", "png": encoded(Image.new("RGB", (8, 8))), "cls": "7"})
+    (tmp_path / "classes.json").write_text('["a", "b"]')
+    with pytest.raises(UserError, match="expected a label from 0 to 1"):
+        list_entries(ImagesConfig(source=str(tmp_path / "a.tar")))
+
+
+@pytest.fixture
+def tar(tmp_path):
+    """Of three pictures, in a folder that is not the cache."""
+    path = tmp_path / "there" / "train-0.tar"
+    path.parent.mkdir()
+    with wds.TarWriter(str(path)) as writer:
+        for name in "abc":
+            writer.write({"__key__": name, "png": encoded(Image.new("RGB", (8, 8)))})
+    return path
+
+
+def keys(tmp_path, source, **options):
+    config = ImagesConfig(source=source, cache=str(tmp_path / "cache"), **options)
+    return [entry.key for entry in list_entries(config)[0]]
+
+
+def test_tars_at_a_url_are_fetched_once(tar, tmp_path):
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tar.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/train-{{0..0}}.tar"
+        assert keys(tmp_path, url) == ["a", "b", "c"]
+        with pytest.raises(UserError, match=r"images\.source: expected a tar at http.*train-1\.tar, found"):
+            keys(tmp_path, url.replace("0..0", "0..1"))
+        server.shutdown()
+    assert keys(tmp_path, url) == ["a", "b", "c"]
+    assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [tar.read_bytes()]
+
+
+def test_s3_is_read_by_the_aws_tool(tar, tmp_path, monkeypatch):
+    tool = tmp_path / "aws"
+    tool.write_text(f'#!/bin/sh\n[ "$*" = "s3 cp s3://bucket/some/train.tar -" ] && cat {tar}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert keys(tmp_path, "s3://bucket/some/train.tar") == ["a", "b", "c"]
+    with pytest.raises(UserError, match=r"images\.source: expected a tar at s3://bucket/other\.tar, found"):
+        keys(tmp_path, "s3://bucket/other.tar")
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_shell_command_runs_only_where_it_is_allowed(tar, tmp_path):
+    source = f"pipe:cat {tar}; touch {tmp_path}/ran"
+    with pytest.raises(UserError, match=r"found a shell command, .*; images\.allow_pipe=true has it run"):
+        keys(tmp_path, source)
+    assert not (tmp_path / "ran").exists()
+    assert keys(tmp_path, source, allow_pipe=True) == ["a", "b", "c"] and (tmp_path / "ran").exists()
+
+
+def test_datasets_without_pictures_or_the_split_are_refused(tmp_path):
+    Dataset.from_dict({"text": ["no picture"]}).save_to_disk(tmp_path / "texts")
+    with pytest.raises(UserError, match="expected a column of pictures, found text in"):
+        keys(tmp_path, f"datasets:{tmp_path / 'texts'}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "texts" / "a.png")
+    with pytest.raises(UserError, match="expected a dataset with the split test, found datasets:"):
+        keys(tmp_path, f"datasets:{tmp_path / 'none'}", split="test")
+
+
+def encoded(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
