@@ -68,6 +68,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResidualBlock", "AttentionBlock"]
 
     @register_to_config
     def __init__(

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import atomic_folder
 from ..progress import progress
 from .card import card
-from .checkpoint import load_weights, resume, save_checkpoint
+from .checkpoint import load_weights, optimizer_tensors, resume, resume_optimizer, save_checkpoint
 from .ema import EMA
 from .metrics import MetricsLog, crossed
 
@@ -81,7 +81,8 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
 
     work = Path(config.work)
-    images_seen = resume(work / "checkpoints", model, ema, optimizer, device)["images_seen"]
+    images_seen = resume(work / "checkpoints", model, ema)["images_seen"]
+    resume_optimizer(work / "checkpoints", model, optimizer)
     log = MetricsLog(work, images_seen)
     bar = progress(config.images_total, images_seen, "autoencoder")
     totals: dict[str, torch.Tensor] = {}
@@ -117,7 +118,8 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
             measured = measure(FrozenAutoencoder(ema.model), held_out)
             log.log(images_seen, {"held_out_psnr": measured["psnr"]})
             bar.write(f"{images_seen} images: held-out PSNR {measured['psnr']:.2f} dB")
-            save_checkpoint(work / "checkpoints", model, ema, optimizer, {"images_seen": images_seen}, keep=1)
+            tensors = optimizer_tensors(model, optimizer)
+            save_checkpoint(work / "checkpoints", model, ema.model, tensors, {"images_seen": images_seen}, keep=1)
             save_comparison(FrozenAutoencoder(ema.model), held_out[:24], work / "reconstructions.png")
     bar.close()
     log.close()

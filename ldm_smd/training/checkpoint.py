@@ -20,20 +20,24 @@ from safetensors.torch import load_file, save_file
 from ..errors import UserError
 from ..files import atomic_folder
 from .ema import EMA
+from .sharding import distribute_like, whole
 
 PATTERN = re.compile(r"images-(\d{12})")
 
 
 def save_checkpoint(
-    folder: Path, model: ModelMixin, ema: EMA, optimizer: torch.optim.Optimizer, state: dict, keep: int
+    folder: Path, model: ModelMixin, ema: ModelMixin, optimizer: dict[str, torch.Tensor], state: dict, keep: int
 ) -> Path:
-    """Write ``folder/images-N``, N the state's images_seen, and remove all but the newest ``keep``."""
+    """Write ``folder/images-N``, N the state's images_seen, and remove all but the newest ``keep``.
+
+    ``optimizer`` is of ``optimizer_tensors``.
+    """
     path = folder / f"images-{state['images_seen']:012d}"
     try:
         with atomic_folder(path) as temporary:
             model.save_pretrained(temporary / "model")
-            ema.model.save_pretrained(temporary / "ema")
-            save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+            ema.save_pretrained(temporary / "ema")
+            save_file(optimizer, temporary / "optimizer.safetensors")
             (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"output: expected to write {path}, found {error}; the checkpoints before it are kept") from error
@@ -42,16 +46,21 @@ def save_checkpoint(
     return path
 
 
-def resume(folder: Path, model: ModelMixin, ema: EMA, optimizer: torch.optim.Optimizer, device: torch.device | str) -> dict:
-    """Load the newest checkpoint under ``folder`` in place; returns its state, images_seen 0 where there is none."""
+def resume(folder: Path, model: ModelMixin, ema: EMA) -> dict:
+    """Load the newest checkpoint under ``folder`` in place, but for the optimizer; returns its state, images_seen 0 where there
+    is none."""
     found = checkpoints(folder)
     if not found:
         return {"images_seen": 0}
-    newest = found[-1]
     for module, name in ((model, "model"), (ema.model, "ema")):
-        load_weights(module, newest / name, "output")
-    load_optimizer(model, optimizer, load_file(newest / "optimizer.safetensors", device=str(device)))
-    return json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        load_weights(module, found[-1] / name, "output")
+    return json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+
+
+def resume_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Of the newest checkpoint, if there is one; after the parameters have been divided over the processes."""
+    for path in checkpoints(folder)[-1:]:
+        load_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -83,10 +92,12 @@ def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...]
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as one flat dictionary "parameter name/entry" -> tensor."""
+    """The optimizer's state as one flat dictionary "parameter name/entry" -> tensor, whole: for all processes to call."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}/{entry}": value for parameter, state in optimizer.state.items() for entry, value in state.items()
+        f"{names[parameter]}/{entry}": whole(value)
+        for parameter, state in optimizer.state.items()
+        for entry, value in state.items()
     }
 
 
@@ -97,4 +108,6 @@ def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ten
     for flat, tensor in tensors.items():
         name, _, entry = flat.rpartition("/")
         # AdamW keeps its step counters on the CPU unless it is fused; then they lie beside the parameters.
-        optimizer.state[parameters[name]][entry] = tensor.cpu() if entry == "step" and not fused else tensor
+        if entry != "step" or fused:
+            tensor = distribute_like(tensor.to(parameters[name].device), parameters[name])
+        optimizer.state[parameters[name]][entry] = tensor

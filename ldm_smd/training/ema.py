@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from .sharding import distribute_like, gather_into, local
+
 RAMP = 0.05
 """With ``ramp`` the half-life is at most this share of the images seen."""
 
@@ -26,12 +28,26 @@ class EMA:
         self.ramp = ramp
         self._averages = dict(self.model.named_parameters())
 
+    def divide_as(self, model: nn.Module) -> None:
+        """Keep of the averages what this process has of ``model`` (FSDP). ``self.model`` goes to the CPU, where ``gather``
+        brings it up to date; its buffers stay as they are."""
+        weights = dict(model.named_parameters())
+        self._averages = {name: distribute_like(average, weights[name]) for name, average in self._averages.items()}
+        self.model.to("cpu")
+
     @torch.no_grad()
     def update(self, model: nn.Module, batch_images: int, images_seen: int) -> None:
         """Move towards ``model`` after a step on ``batch_images`` images, the last of ``images_seen`` in all."""
         halflife = min(self.halflife_images, RAMP * images_seen) if self.ramp else self.halflife_images
         rate = 1.0 - 0.5 ** (batch_images / max(halflife, 1e-8))
         weights = dict(model.named_parameters())
-        torch._foreach_lerp_(list(self._averages.values()), [weights[name] for name in self._averages], rate)
+        averages = [local(average) for average in self._averages.values()]
+        torch._foreach_lerp_(averages, [local(weights[name]) for name in self._averages], rate)
         for average, buffer in zip(self.model.buffers(), model.buffers()):
-            average.copy_(buffer)
+            if average.device == buffer.device:
+                average.copy_(buffer)
+
+    def gather(self) -> nn.Module:
+        """``self.model``, also where the averages are divided over the processes: for all of them to call."""
+        gather_into(self.model, self._averages)
+        return self.model

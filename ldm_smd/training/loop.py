@@ -34,11 +34,12 @@ from ..models.unet import FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, known_lab
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
 from .card import card
-from .checkpoint import checkpoints, load_weights, resume, save_checkpoint
+from .checkpoint import checkpoints, load_weights, optimizer_tensors, resume, resume_optimizer, save_checkpoint
 from .draws import Draws, draw, step_seed
 from .ema import EMA
 from .gaussian import LATENTS_PER_COMPONENT, fitting_latents
 from .metrics import MetricsLog, RunningMeans, crossed
+from .sharding import gathered, is_divided, set_sharded_precision, whole
 from .signals import EXIT_CODE, sigterm_flag
 
 logger = logging.getLogger(__name__)
@@ -87,14 +88,18 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
-    state = resume(output / "checkpoints", model, ema, optimizer, device)
+    state = resume(output / "checkpoints", model, ema)
     images_seen = state["images_seen"]
     stream = LatentStream(
         manifest, config.batch_size, config.images_total, images_seen, config.seed, config.mirror, rank, world
     )
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    prepared = accelerator.prepare(model)
+    set_sharded_precision(accelerator)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    resume_optimizer(output / "checkpoints", model, optimizer.optimizer)
+    if is_divided(model):
+        ema.divide_as(model)
     step = TrainingStep(
         config,
         accelerator,
@@ -102,7 +107,6 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
         DiffusionProcess(scheduler.alphas_cumprod).to(device),
         autoencoder,
     )
-    optimizer = accelerator.prepare(optimizer)
 
     main = accelerator.is_main_process
     log = MetricsLog(output, images_seen) if main else None
@@ -117,7 +121,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
             group["lr"] = learning_rate
         optimizer.zero_grad(set_to_none=True)
         loss = step(batch.to(device), images_seen)
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip)
+        norm = whole(accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip))
         optimizer.step()
 
         before = images_seen
@@ -140,13 +144,17 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
                 )
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
             means.reset()
+        if sample_now or save_now:
+            averaged = ema.gather()
         if main and sample_now:
-            preview(config, ema.model, autoencoder, scheduler, manifest, stream, images_seen, log)
+            preview(config, averaged, autoencoder, scheduler, manifest, stream, images_seen, log)
         if save_now:
             state = {"images_seen": images_seen, "means": means.state(accelerator)}
             check_finite(state["means"]["loss"], images_seen, stream.keys_at(before))
+            tensors = optimizer_tensors(model, optimizer.optimizer)
+            weights = gathered(model, like=averaged)
             if main:
-                save_checkpoint(output / "checkpoints", model, ema, optimizer.optimizer, state, config.keep_checkpoints)
+                save_checkpoint(output / "checkpoints", weights, averaged, tensors, state, config.keep_checkpoints)
             accelerator.wait_for_everyone()
         if stopping:
             break
@@ -156,7 +164,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
     if stopping:
         return images_seen
     if main:
-        save_model_folder(config, ema.model, autoencoder, scheduler, manifest, images_seen)
+        save_model_folder(config, averaged, autoencoder, scheduler, manifest, images_seen)
     return None
 
 
@@ -229,7 +237,8 @@ class TrainingStep:
         labels = known_labels(batch.labels, self.null_class)
         if labels is not None:
             labels = torch.where(draws.dropped, self.null_class, labels)
-        prediction = self.model(x_t, t, labels, eta, return_dict=False)[0]
+        with self.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
+            prediction = self.model(x_t, t, labels, eta, return_dict=False)[0].float()
         losses = self.objective(prediction.unflatten(0, (len(x0), -1)), target)
         return losses * timestep_weight(self.config.objective.weighting, self.exponent, self.process, t, prediction_type)
 
@@ -345,7 +354,8 @@ def preview(
     log: MetricsLog,
 ) -> None:
     """A grid of samples from fixed seeds, and the spread over eta by timestep, both from the EMA weights."""
-    pipeline = build_pipeline(unet, autoencoder, scheduler, manifest)
+    home = unet.device  # the CPU, where the training weights are divided over the processes
+    pipeline = build_pipeline(unet.to(autoencoder.device), autoencoder, scheduler, manifest)
     pipeline.set_progress_bar_config(disable=True)
     classes = unet.config.num_classes
     labels = None if classes is None else [index % classes for index in range(PREVIEW_PICTURES)]
@@ -377,6 +387,7 @@ def preview(
                 100 * COLLAPSED,
                 "; the mse objective does that, use energy" if config.objective.name == "mse" else "",
             )
+    unet.to(home)
 
 
 def build_pipeline(

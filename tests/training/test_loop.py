@@ -133,8 +133,8 @@ def test_two_processes_learn_as_one_does(train_config, tmp_path):
     one = train_config(f"output={tmp_path / 'one'}")
     train(one)
     two = dataclasses.replace(one, output=str(tmp_path / "two"), images_total=32)
-    _, error = launch(two, tmp_path, 2).communicate()
-    assert checkpoints(tmp_path / "two/checkpoints"), error[-2000:]
+    _, error = launch(two, tmp_path, 2, "tools/train.py", "--config").communicate()
+    assert checkpoints(tmp_path / "two/checkpoints"), error[-6000:]
     train(dataclasses.replace(two, images_total=64))
     assert_same_losses(tmp_path / "one", tmp_path / "two")
 
@@ -143,12 +143,12 @@ def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config
     """And one process goes on to the losses of a run that was never stopped."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=480", "checkpoint_every_images=480")
     stopped = dataclasses.replace(one, output=str(tmp_path / "stopped"))
-    process = launch(stopped, tmp_path, 4)
+    process = launch(stopped, tmp_path, 4, "tools/train.py", "--config")
     while process.poll() is None and not read_metrics(tmp_path / "stopped/metrics.jsonl"):
         time.sleep(0.01)
     process.terminate()
     _, error = process.communicate()
-    assert process.returncode and "stopped by SIGTERM after" in error, error[-2000:]
+    assert process.returncode and "stopped by SIGTERM after" in error, error[-6000:]
     (saved,) = checkpoints(tmp_path / "stopped/checkpoints")
     assert int(saved.name.removeprefix("images-")) % 80 == 0  # of the 8 pictures of 10 steps
     train(one)
@@ -156,16 +156,35 @@ def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config
     assert_same_losses(tmp_path / "one", tmp_path / "stopped")
 
 
-def launch(config, folder, processes):
-    """tools/train.py on several processes of this machine."""
+def test_divided_parameters_learn_as_whole_ones(train_config, tmp_path):
+    """FSDP: checkpoints have whole tensors, those of one process but for rounding, and are gone on with."""
+    one = train_config(f"output={tmp_path / 'one'}", "images_total=48", "checkpoint_every_images=16", "keep_checkpoints=3")
+    train(one)
+    divided = dataclasses.replace(one, output=str(tmp_path / "divided"))
+    for settings in ({"images_total": 16}, {"images_total": 32}, {"precision": "bf16"}):
+        process = launch(dataclasses.replace(divided, **settings), tmp_path, 2, "tests/training/fsdp_run.py")
+        _, error = process.communicate()
+        assert process.returncode == 0, error[-6000:]
+    paths = [checkpoints(tmp_path / name / "checkpoints")[1] for name in ("one", "divided")]
+    for part in ("model/diffusion_pytorch_model", "ema/diffusion_pytorch_model", "optimizer"):
+        first, second = (load_file(path / f"{part}.safetensors") for path in paths)
+        assert first.keys() == second.keys()
+        assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-6) for name in first), part
+    assert weights(paths[0] / "model").keys() == load_pipeline(tmp_path / "divided/model").unet.state_dict().keys()
+    first, second = (logged_losses(tmp_path / name) for name in ("one", "divided"))
+    assert second[:2] == [(images, pytest.approx(loss, rel=1e-4)) for images, loss in first[:2]]
+    assert second[2:] == [(images, pytest.approx(loss, rel=0.02)) for images, loss in first[2:]]
+
+
+def launch(config, folder, processes, script, *arguments):
+    """A script of the repository, with the config as its last argument, on several processes of this machine."""
     (folder / "several.yaml").write_text(dump_config(config))
-    tool = Path(__file__).parents[2] / "tools" / "train.py"
+    root = Path(__file__).parents[2]
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
     # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
-    return subprocess.Popen(
-        [*launcher, str(tool), "--config", str(folder / "several.yaml")], env=environment, stderr=subprocess.PIPE, text=True
-    )
+    command = [*launcher, str(root / script), *arguments, str(folder / "several.yaml")]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def assert_same_losses(one, other):

@@ -1,0 +1,22 @@
+"""tools/train.py with the parameters divided over the processes, on CPUs. Accelerate does that on GPUs alone, where
+configs/accelerate/eight-gpus-fsdp.yaml asks for it; here it is told what it would find there."""
+
+import sys
+import threading
+
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+
+from ldm_smd.config import TrainConfig, load_config
+from ldm_smd.training.loop import run
+from ldm_smd.training.sharding import is_divided
+
+config = load_config(TrainConfig, sys.argv[1])
+accelerator = Accelerator(cpu=True, mixed_precision="no" if config.precision == "auto" else config.precision)
+accelerator.state.distributed_type = DistributedType.FSDP
+accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+    fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+)
+run(config, accelerator, threading.Event())
+assert is_divided(accelerator._models[0])
+accelerator.end_training()
