@@ -503,6 +503,54 @@ class SampleConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tools/evaluate.py
+
+
+@dataclass
+class EvaluateConfig:
+    """tools/evaluate.py"""
+
+    output: str = MISSING
+    """JSON file to write; the same as a table beside it, .md."""
+    reference: ImagesConfig = field(default_factory=ImagesConfig)
+    """Real pictures to compare with. Whatever else is compared is brought to the same size in the same way."""
+    held_out: Optional[str] = None
+    """Source of real pictures that no model has seen: their distance to the reference is the floor."""
+    pictures: Optional[str] = None
+    """Source of pictures to measure, as tools/sample.py or another program made them; or"""
+    model: Optional[str] = None
+    """a model folder to sample them from, with the settings below."""
+    count: int = 5000
+    """Pictures to sample."""
+    labels: str = "reference"
+    """Classes sampled. "reference": as often as among the reference; "balanced": each as often as the others; "random"."""
+    steps: int = 8
+    scheduler: Optional[str] = None
+    """As of tools/sample.py."""
+    guidance_scale: float = 1.0
+    seed: int = 0
+    """Picture i has seed ``seed + i``."""
+    batch_size: int = 64
+    features: list[str] = field(default_factory=lambda: ["checkpoints/classifier"])
+    """Feature networks: a FeatureNetwork folder; open_clip:ARCHITECTURE:FILE.safetensors; dinov2:ARCHITECTURE:FILE.safetensors
+    with timm's name; inception:FILE. A name of pretrained weights instead of a file is fetched: open_clip:ViT-L-14-336:openai,
+    dinov2:vit_large_patch14_dinov2:lvd142m. With #SHA256 after it the weights must have that hash."""
+    bootstrap: int = 20
+    """Resampled sets that the confidence of the distances is taken from."""
+    num_workers: int = 1
+    """Processes that decode pictures."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check((self.pictures is None) != (self.model is None), "pictures", "either these or a model", self.pictures)
+        one_of("labels", self.labels, ("reference", "balanced", "random"))
+        check(len(self.features) > 0, "features", "at least one feature network", self.features)
+        for name, least in (("count", 2), ("steps", 1), ("batch_size", 1), ("bootstrap", 2), ("num_workers", 0)):
+            at_least(name, getattr(self, name), least)
+        at_least("guidance_scale", self.guidance_scale, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tools/demo.py
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -59,26 +60,39 @@ def sample_pixels(
 ) -> torch.Tensor:
     """``count`` pictures, float (N, 3, H, W) in [0, 1]; picture i has seed ``seed + i`` at any batch size. ``image``: where
     they start, one for all, or a tensor (N, 3, H, W) with one for each."""
+    options = (steps, guidance_scale, seed, batch_size, description, image, strength)
+    return torch.cat(list(sample_batches(pipeline, labels, range(count), *options)))
+
+
+def sample_batches(
+    pipeline: SMDPipeline,
+    labels: list[int] | None,
+    indices: range,
+    steps: int,
+    guidance_scale: float,
+    seed: int,
+    batch_size: int,
+    description: str,
+    image: Image.Image | torch.Tensor | None = None,
+    strength: float = 1.0,
+) -> Iterator[torch.Tensor]:
+    """Those of ``indices``, as ``sample_pixels`` has them, a batch at a time."""
     pipeline.set_progress_bar_config(disable=True)
-    bar = progress(count, 0, description)
-    parts = []
-    for start in range(0, count, batch_size):
-        stop = min(start + batch_size, count)
-        parts.append(
-            pipeline(
-                None if labels is None else labels[start:stop],
-                batch_size=stop - start,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                generator=seeded_generators(range(seed + start, seed + stop)),
-                output_type="pt",
-                image=image[start:stop] if isinstance(image, torch.Tensor) else image,
-                strength=strength,
-            ).images.cpu()
-        )
+    bar = progress(len(indices), 0, description)
+    for start in range(indices.start, indices.stop, batch_size):
+        stop = min(start + batch_size, indices.stop)
+        yield pipeline(
+            None if labels is None else labels[start:stop],
+            batch_size=stop - start,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=seeded_generators(range(seed + start, seed + stop)),
+            output_type="pt",
+            image=image[start:stop] if isinstance(image, torch.Tensor) else image,
+            strength=strength,
+        ).images.cpu()
         bar.update(stop - start)
     bar.close()
-    return torch.cat(parts)
 
 
 def starting_picture(config: SampleConfig, pipeline: SMDPipeline) -> Image.Image:

@@ -15,16 +15,17 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
+import torch
 import webdataset as wds
 from tqdm import tqdm
 
@@ -32,18 +33,16 @@ from ..autoencoder import FrozenAutoencoder
 from ..config import EncodeConfig
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file
+from ..files import atomic_file, sha256
 from ..progress import progress
 from .images import Pictures, read_pictures
-from .shards import DTYPE, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json, sha256
+from .shards import DTYPE, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json
 from .sources import Entry, list_entries
 from .stream import index_tar
 
-Item = TypeVar("Item")
-
 PLAN = "plan.json"
 AHEAD = 2
-"""Batches that are encoded while one is written."""
+"""Batches that are encoded, or wait for that, while one is written."""
 
 
 @dataclass(frozen=True)
@@ -158,22 +157,11 @@ def finished(output: Path, plan: Plan, shard: int) -> bool:
 
 
 def encode_shards(output: Path, plan: Plan, shards: list[int], autoencoder: FrozenAutoencoder, config: EncodeConfig) -> None:
-    """Three things at a time: processes decode pictures, a thread runs the autoencoder, and this one writes."""
+    """Three things at a time: processes decode pictures, threads run the autoencoder, and this one writes."""
     bar = progress(sum(plan.count(shard) for shard in shards), 0, "encode", disable=int(os.environ.get("LOCAL_RANK", 0)) > 0)
-    batches = ahead(encoded(plan, shards, autoencoder, config), AHEAD)
-    for shard, group in groupby(batches, key=itemgetter(0)):
+    for shard, group in groupby(encoded(plan, shards, autoencoder, config), key=itemgetter(0)):
         write_shard(plan, plan.path(output, shard), ((pictures, moments) for _, pictures, moments in group), bar)
     bar.close()
-
-
-def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
-    """The same; a thread makes up to ``count`` of them while the caller works on one."""
-    iterator, done = iter(items), object()
-    with ThreadPoolExecutor(1) as pool:
-        waiting = deque(pool.submit(next, iterator, done) for _ in range(count))
-        while (item := waiting.popleft().result()) is not done:
-            waiting.append(pool.submit(next, iterator, done))
-            yield item
 
 
 def encoded(
@@ -182,11 +170,37 @@ def encoded(
     """The shard, the pictures, and their moments in the precision of the shards: as they are, and mirrored where asked for."""
     todo = [(shard, batch) for shard in shards for batch in plan.batches(shard)]
     parts = read_pictures(plan.entries, config.images, [batch for _, batch in todo], config.num_workers)
-    for (shard, _), pictures in zip(todo, parts):
+
+    def encode_batch(shard: int, pictures: Pictures) -> tuple[int, Pictures, list[np.ndarray]]:
         pixels = pictures.pixels.to(autoencoder.device, non_blocking=True)
         views = (pixels, pixels.flip(3)) if config.mirror else (pixels,)
         moments = [autoencoder.encode_moments(view).half().cpu().numpy() for view in views] if len(pixels) else []
-        yield shard, pictures, moments
+        return shard, pictures, moments
+
+    with batch_threads(autoencoder.device) as threads, ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future] = deque()
+        for (shard, _), pictures in zip(todo, parts):
+            waiting.append(pool.submit(encode_batch, shard, pictures))
+            if len(waiting) > threads + AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextmanager
+def batch_threads(device: torch.device) -> Iterator[int]:
+    """How many batches are encoded at a time. On a CPU as many as torch would have threads for one, each then with a single
+    thread: faster, as none waits for the others while pictures are decoded and written, and the result no longer depends on
+    their number, which convolutions round by."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu":
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_shard(plan: Plan, path: Path, batches: Iterable[tuple[Pictures, list[np.ndarray]]], bar: tqdm) -> None:

@@ -15,9 +15,9 @@ from ..autoencoder import FrozenAutoencoder
 from ..config import VerifyConfig
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file
+from ..files import atomic_file, sha256
 from ..progress import progress
-from .shards import Manifest, ShardStatistics, sha256
+from .shards import Manifest, ShardStatistics
 from .stream import Shard, index_tar, open_shard
 
 READ = 256

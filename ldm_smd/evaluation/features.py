@@ -1,11 +1,13 @@
-"""Features of pictures, for distances between sets of them: a small network the project ships, OpenCLIP or Inception.
+"""Features of pictures, for distances between sets of them: a small network the project ships, OpenCLIP, DINOv2 or Inception.
 
-A distance is named after the network it was measured in, and compares models under that network alone.
+A distance is named after the network it was measured in, and how pictures were brought to its size; it compares models under
+that network alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,10 @@ from torch import nn
 
 from ..device import pick_device
 from ..errors import UserError
+from ..files import sha256
 from ..progress import progress
+
+DINOV2_SIDE = 224
 
 
 class FeatureNetwork(ModelMixin, ConfigMixin):
@@ -72,11 +77,17 @@ class Extractor:
     Attributes:
         name: what a distance in these features is to be called by.
         network: pixels (N, 3, H, W) in [0, 1] -> features (N, D), on ``device``.
+        sha256: of the weights.
+        resize: how pictures are brought to the network's size.
+        unit_length: whether the features are image embeddings of length 1, as CMMD takes them.
     """
 
     name: str
     network: Callable[[torch.Tensor], torch.Tensor]
     device: torch.device
+    sha256: str
+    resize: str
+    unit_length: bool = False
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, batch_size: int = 128, description: str | None = None) -> torch.Tensor:
@@ -94,38 +105,64 @@ def load_extractor(weights: str, device: str = "auto") -> Extractor:
     """The feature network ``weights`` stands for.
 
     Args:
-        weights: the folder of a FeatureNetwork; ``open_clip:ARCHITECTURE:FILE.safetensors``; or ``inception:FILE``, the FID
-            network of torch-fidelity (package ``torch-fidelity``) with its weights file.
+        weights: the folder of a FeatureNetwork; ``open_clip:ARCHITECTURE:FILE.safetensors``;
+            ``dinov2:ARCHITECTURE:FILE.safetensors`` with a name of timm's, as vit_large_patch14_dinov2; or ``inception:FILE``,
+            the FID network of torch-fidelity (package ``torch-fidelity``). Of the first two, a name of pretrained weights
+            (``open_clip:ViT-L-14-336:openai``, ``dinov2:vit_large_patch14_dinov2:lvd142m``) instead of the file has it
+            fetched. With ``#SHA256`` at the end the weights must have that hash.
     """
+    weights, _, wanted = weights.partition("#")
     kind, _, rest = weights.partition(":")
     where = pick_device(device)
-    if kind == "open_clip":
-        architecture, _, file = rest.partition(":")
-        return open_clip_extractor(architecture, Path(file), where)
-    if kind == "inception":
-        return inception_extractor(Path(rest), where)
-    if not (Path(weights) / "config.json").is_file():
-        raise UserError(f"features: expected a FeatureNetwork folder, open_clip:NAME:FILE or inception:FILE, found {weights}")
-    model = FeatureNetwork.from_pretrained(weights, use_safetensors=True).eval().to(where)
-    return Extractor(Path(weights).name, lambda pixels: model(2 * pixels - 1), where)
+    if kind in ("open_clip", "dinov2"):
+        architecture, _, source = rest.partition(":")
+        build = open_clip_extractor if kind == "open_clip" else dinov2_extractor
+        extractor = build(architecture, source, where)
+    elif kind == "inception":
+        extractor = inception_extractor(Path(rest), where)
+    elif (Path(weights) / "config.json").is_file():
+        model = FeatureNetwork.from_pretrained(weights, use_safetensors=True).eval().to(where)
+        name, digest = Path(weights).name, sha256(Path(weights) / "diffusion_pytorch_model.safetensors")
+        extractor = Extractor(name, lambda pixels: model(2 * pixels - 1), where, digest, "none")
+    else:
+        raise UserError(
+            "features: expected a FeatureNetwork folder, open_clip:NAME:FILE, dinov2:NAME:FILE or inception:FILE, found "
+            f"{weights}"
+        )
+    if not extractor.sha256.startswith(wanted.lower()):
+        raise UserError(f"features: expected weights with the SHA-256 {wanted}, found {extractor.sha256} for {weights}")
+    return extractor
 
 
-def open_clip_extractor(architecture: str, file: Path, device: torch.device) -> Extractor:
+def open_clip_extractor(architecture: str, source: str, device: torch.device) -> Extractor:
     """The image tower of an OpenCLIP model, features normalised to length 1, pictures resized as in its training."""
     import open_clip
 
-    if not file.is_file() or file.suffix != ".safetensors":
-        raise UserError(f"features: expected a .safetensors file of OpenCLIP {architecture}, found {str(file)!r}")
-    model = open_clip.create_model(architecture, pretrained=str(file), device=device).eval()
+    known = open_clip.list_pretrained_tags_by_model(architecture)
+    file = weights_file(source, known, f"OpenCLIP {architecture}")
+    model = open_clip.create_model(architecture, pretrained=str(file or source), device=device).eval()
     settings = open_clip.get_model_preprocess_cfg(model)
-    mean, std = (torch.tensor(settings[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
-    size = settings["size"]
+    shrink = Resize(settings["size"], settings["mean"], settings["std"], device)
 
     def network(pixels: torch.Tensor) -> torch.Tensor:
-        resized = F.interpolate(pixels, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        return model.encode_image((resized - mean) / std, normalize=True)
+        return model.encode_image(shrink(pixels), normalize=True)
 
-    return Extractor(f"OpenCLIP {architecture}", network, device)
+    digest = sha256(file) if file else state_sha256(model)
+    return Extractor(f"OpenCLIP {architecture}", network, device, digest, shrink.name, unit_length=True)
+
+
+def dinov2_extractor(architecture: str, source: str, device: torch.device) -> Extractor:
+    """The class token of a DINOv2 of timm's, pictures resized to 224 pixels as in EDM2's Frechet distance."""
+    import timm
+
+    known = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
+    file = weights_file(source, known, f"DINOv2 {architecture}")
+    loading = {"checkpoint_path": str(file)} if file else {"pretrained": True}
+    name = architecture if file else f"{architecture}.{source}"
+    model = timm.create_model(name, num_classes=0, img_size=DINOV2_SIDE, **loading).eval().to(device)
+    shrink = Resize(DINOV2_SIDE, model.pretrained_cfg["mean"], model.pretrained_cfg["std"], device)
+    digest = sha256(file) if file else state_sha256(model)
+    return Extractor(f"DINOv2 {architecture}", lambda pixels: model(shrink(pixels)), device, digest, shrink.name)
 
 
 def inception_extractor(file: Path, device: torch.device) -> Extractor:
@@ -137,4 +174,41 @@ def inception_extractor(file: Path, device: torch.device) -> Extractor:
     if not file.is_file():
         raise UserError(f"features: expected the weights file of torch-fidelity's Inception, found none at {str(file)!r}")
     model = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file)).to(device)
-    return Extractor("Inception", lambda pixels: model((pixels * 255).round().to(torch.uint8))[0], device)
+    resize = "bilinear to 299 pixels, as TensorFlow 1"
+
+    def network(pixels: torch.Tensor) -> torch.Tensor:
+        return model((pixels * 255).round().to(torch.uint8))[0]
+
+    return Extractor("Inception", network, device, sha256(file), resize)
+
+
+class Resize:
+    """Pixels in [0, 1] to a square of ``size``, antialiased bicubic, then to the mean and deviation that a network expects."""
+
+    def __init__(self, size: int | tuple[int, int], mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.size = size
+        self.mean, self.std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (mean, std))
+        self.name = f"antialiased bicubic to {size if isinstance(size, int) else size[0]} pixels"
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        resized = F.interpolate(pixels, size=self.size, mode="bicubic", antialias=True, align_corners=False)
+        return (resized.clamp(0, 1) - self.mean) / self.std
+
+
+def weights_file(source: str, known: Sequence[str], what: str) -> Path | None:
+    """The file, or None for pretrained weights of that name; never a pickle."""
+    if source in known:
+        return None
+    file = Path(source)
+    if not file.is_file() or file.suffix != ".safetensors":
+        names = f" or a name of its weights ({', '.join(known)})" if known else ""
+        raise UserError(f"features: expected a .safetensors file of {what}{names}, found {source!r}")
+    return file
+
+
+def state_sha256(model: nn.Module) -> str:
+    """Of weights that no file of ours holds."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()

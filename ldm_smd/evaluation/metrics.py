@@ -1,57 +1,152 @@
-"""Distances between sets of pictures."""
+"""Distances between sets of pictures, from their features. All in float64, and block by block where N x N would not fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 
+BLOCK = 2048
+PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+"""As their papers have it."""
+CMMD_BANDWIDTH, CMMD_SCALE = 10.0, 1000.0
 
-def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frechet distance of the Gaussians fitted to two sets of features (N, D), in float64:
+
+class FeatureSet:
+    """Features (N, D) of one set of pictures, and what the distances to it have in common, computed when first asked for."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self.features = features.double()
+        self._radii: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @cached_property
+    def mean(self) -> torch.Tensor:
+        return self.features.mean(dim=0)
+
+    @cached_property
+    def covariance(self) -> torch.Tensor:
+        return torch.cov(self.features.T)
+
+    @cached_property
+    def covariance_root(self) -> torch.Tensor:
+        values, vectors = torch.linalg.eigh(self.covariance)
+        return vectors * values.clamp_min(0).sqrt() @ vectors.T
+
+    @cached_property
+    def kernel_within(self) -> torch.Tensor:
+        """The mean of KID's kernel over pairs of different rows."""
+        x = self.features
+        return (kernel_sum(x, x) - ((x * x).mean(dim=1) + 1.0).pow(3).sum()) / (len(x) * (len(x) - 1))
+
+    def radii(self, neighbour: int) -> torch.Tensor:
+        """Of each row the distance to its so-manieth nearest other, (N,)."""
+        if neighbour not in self._radii:
+            parts = [
+                torch.cdist(rows, self.features).kthvalue(min(neighbour + 1, len(self)), dim=1).values
+                for rows in self.features.split(BLOCK)
+            ]
+            self._radii[neighbour] = torch.cat(parts)
+        return self._radii[neighbour]
+
+
+Features = torch.Tensor | FeatureSet
+"""(N, D), or a FeatureSet where several distances to it are wanted."""
+
+
+def feature_set(features: Features) -> FeatureSet:
+    return features if isinstance(features, FeatureSet) else FeatureSet(features)
+
+
+def frechet_distance(a: Features, b: Features) -> float:
+    """Frechet distance of the Gaussians fitted to two sets of features:
 
         |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
-    The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric, so no
+    The trace of the root is the sum of the roots of the eigenvalues of C_b^(1/2) C_a C_b^(1/2), which is symmetric, so no
     matrix root that may fail to converge (scipy's sqrtm) is needed.
     """
-    a, b = a.double(), b.double()
-    covariance_a, covariance_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(covariance_a)
-    root_a = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ covariance_b @ root_a).clamp_min(0).sqrt().sum()
-    means = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
-    return float(means + covariance_a.trace() + covariance_b.trace() - 2 * cross)
+    a, b = feature_set(a), feature_set(b)
+    cross = torch.linalg.eigvalsh(b.covariance_root @ a.covariance @ b.covariance_root).clamp_min(0).sqrt().sum()
+    return float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross)
 
 
-def kernel_distance(a: torch.Tensor, b: torch.Tensor, block: int = 2048) -> float:
-    """KID (arXiv 1801.01401): the unbiased squared MMD with the kernel k(x, y) = (x . y / D + 1)^3, in float64:
+def kernel_distance(a: Features, b: Features) -> float:
+    """KID (arXiv 1801.01401): the unbiased squared MMD with the kernel k(x, y) = (x . y / D + 1)^3:
 
         mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j)
 
-    Unbiased at any sample size, so it may be below 0 where the sets agree. Kernels are summed block by block.
+    Over all pairs, not over random subsets. Unbiased at any sample size, so it may be below 0 where the sets agree.
     """
-    a, b = a.double(), b.double()
-    within = sum((kernel_sum(x, x, block) - kernel(x, x).sum()) / (len(x) * (len(x) - 1)) for x in (a, b))
-    return float(within - 2 * kernel_sum(a, b, block) / (len(a) * len(b)))
+    a, b = feature_set(a), feature_set(b)
+    return float(a.kernel_within + b.kernel_within - 2 * kernel_sum(a.features, b.features) / (len(a) * len(b)))
 
 
-def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """(x_i . y_i / D + 1)^3 of the rows, (N,)."""
-    return ((x * y).mean(dim=1) + 1.0) ** 3
+def kernel_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The sum of KID's kernel over all pairs of rows."""
+    return sum(((rows @ b.T / a.shape[1] + 1.0) ** 3).sum() for rows in a.split(BLOCK))
 
 
-def kernel_sum(a: torch.Tensor, b: torch.Tensor, block: int) -> torch.Tensor:
-    """The sum of the kernel over all pairs of rows."""
-    return sum(((rows @ b.T / a.shape[1] + 1.0) ** 3).sum() for rows in a.split(block))
+def cmmd(a: Features, b: Features) -> float:
+    """CMMD (arXiv 2401.09603), of CLIP image embeddings of length 1: 1000 times the squared MMD with the Gaussian kernel of
+    bandwidth 10, each row paired with itself too, as the paper's code has it."""
+    a, b = feature_set(a).features, feature_set(b).features
+
+    def mean(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        total = sum((-torch.cdist(rows, y).square() / (2 * CMMD_BANDWIDTH**2)).exp().sum() for rows in x.split(BLOCK))
+        return total / (len(x) * len(y))
+
+    return float(CMMD_SCALE * (mean(a, a) + mean(b, b) - 2 * mean(a, b)))
+
+
+def fidelity_and_diversity(samples: Features, reference: Features) -> dict[str, float]:
+    """With a ball around each row that reaches to its k-th nearest neighbour in its own set:
+
+    Precision: the share of the samples in a ball of the reference; recall: of the reference in a ball of the samples
+    (arXiv 1904.06991, k = 3). Density: in how many balls of the reference a sample is, over k; coverage: the share of the
+    reference's balls that have a sample in them (arXiv 2002.09797, k = 5).
+    """
+    samples, reference = feature_set(samples), feature_set(reference)
+    near, wide = reference.radii(PRECISION_NEIGHBOURS), reference.radii(DENSITY_NEIGHBOURS)
+    precise = inside = torch.zeros((), dtype=torch.float64)
+    recalled, nearest = torch.zeros(len(reference), dtype=torch.bool), torch.full((len(reference),), torch.inf).double()
+    for rows, radii in zip(samples.features.split(BLOCK), samples.radii(PRECISION_NEIGHBOURS).split(BLOCK)):
+        distances = torch.cdist(rows, reference.features)
+        precise = precise + (distances <= near).any(dim=1).sum()
+        inside = inside + (distances < wide).sum()
+        recalled |= (distances <= radii[:, None]).any(dim=0)
+        nearest = torch.minimum(nearest, distances.min(dim=0).values)
+    return {
+        "precision": float(precise / len(samples)),
+        "recall": float(recalled.double().mean()),
+        "density": float(inside / (DENSITY_NEIGHBOURS * len(samples))),
+        "coverage": float((nearest < wide).double().mean()),
+    }
+
+
+def distances(samples: torch.Tensor, reference: Features, unit_length: bool = False, rounds: int = 20) -> dict[str, float]:
+    """All of them: frechet, kid, their bootstrap deviations (``_sd``), precision, recall, density, coverage; and cmmd where the
+    features are embeddings of length 1."""
+    reference = feature_set(reference)
+    found = {
+        "frechet": frechet_distance(samples, reference),
+        "frechet_sd": bootstrap_deviation(frechet_distance, samples, reference, rounds),
+        "kid": kernel_distance(samples, reference),
+        "kid_sd": bootstrap_deviation(kernel_distance, samples, reference, rounds),
+        **fidelity_and_diversity(samples, reference),
+    }
+    return found | ({"cmmd": cmmd(samples, reference)} if unit_length else {})
 
 
 def bootstrap_deviation(
-    distance: Callable[[torch.Tensor, torch.Tensor], float], a: torch.Tensor, b: torch.Tensor, rounds: int = 50, seed: int = 0
+    distance: Callable[[Features, Features], float], a: torch.Tensor, b: Features, rounds: int = 50, seed: int = 0
 ) -> float:
     """Standard deviation of ``distance(a, b)`` when the rows of ``a`` are drawn anew with replacement. 1.96 times it, on
     either side, is the 95 % interval. (Percentiles of the resampled values would be off: a set with repeated rows is
     farther from ``b`` than ``a`` is.)"""
-    generator = torch.Generator().manual_seed(seed)
+    generator, b = torch.Generator().manual_seed(seed), feature_set(b)
     values = [distance(a[torch.randint(len(a), (len(a),), generator=generator)], b) for _ in range(rounds)]
     return float(torch.tensor(values, dtype=torch.float64).std())

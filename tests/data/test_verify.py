@@ -8,8 +8,8 @@ import webdataset as wds
 from PIL import Image
 
 from ldm_smd.config import VerifyConfig
-from ldm_smd.data.shards import sha256
 from ldm_smd.data.verify import verify
+from ldm_smd.files import sha256
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from safetensors.torch import save_file
 
 from ldm_smd.config import TrainClassifierConfig, load_config
 from ldm_smd.errors import UserError
-from ldm_smd.evaluation.features import FeatureNetwork, load_extractor
+from ldm_smd.evaluation.features import DINOV2_SIDE, FeatureNetwork, load_extractor
 from ldm_smd.training.classifier import train_classifier
 
 
@@ -64,11 +64,30 @@ def test_open_clip_features_from_a_weights_file(tmp_path):
     assert extractor.name == f"OpenCLIP {architecture}"
 
 
+def test_dinov2_features_from_a_weights_file(tmp_path):
+    """timm's own code path, with a small model of the same class."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=0, img_size=DINOV2_SIDE).eval()
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    extractor = load_extractor(f"dinov2:test_vit:{tmp_path / 'weights.safetensors'}", device="cpu")
+    pixels = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    resized = torch.nn.functional.interpolate(pixels / 255.0, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        expected = model((resized - mean) / std)
+    assert torch.allclose(extractor(pixels).float(), expected, atol=1e-4)
+    assert (extractor.name, extractor.resize) == ("DINOv2 test_vit", "antialiased bicubic to 224 pixels")
+    assert load_extractor(f"dinov2:test_vit:{tmp_path / 'weights.safetensors'}#{extractor.sha256}", device="cpu")
+
+
 @pytest.mark.parametrize(
     "weights, message",
     [
         ("nowhere", "features: expected a FeatureNetwork folder"),
         ("open_clip:ViT-B-32:weights.pt", "features: expected a .safetensors file of OpenCLIP ViT-B-32"),
+        ("dinov2:vit_small_patch14_dinov2:weights.pth", r"features: expected a .safetensors file of .* or a name .*lvd142m"),
         ("inception:nowhere.pth", "features: expected the"),
     ],
 )

@@ -1,9 +1,24 @@
+import math
+
 import pytest
 import torch
 
 from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.evaluation import metrics
 from ldm_smd.evaluation.diagnostics import has_collapsed, spread_over_eta
-from ldm_smd.evaluation.metrics import bootstrap_deviation, frechet_distance, kernel_distance
+from ldm_smd.evaluation.metrics import (
+    FeatureSet,
+    bootstrap_deviation,
+    cmmd,
+    fidelity_and_diversity,
+    frechet_distance,
+    kernel_distance,
+)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 4)
 
 
 def test_frechet_distance_of_commuting_gaussians():
@@ -22,7 +37,7 @@ def test_frechet_distance_is_symmetric_and_survives_singular_covariances():
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
 
 
-def test_kernel_distance_is_the_unbiased_mmd():
+def test_kernel_distance_is_the_unbiased_mmd(small_blocks):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(7, 3, generator=generator).double(), torch.randn(9, 3, generator=generator).double() + 1
 
@@ -33,16 +48,66 @@ def test_kernel_distance_is_the_unbiased_mmd():
         return sum(k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j) / (len(x) * (len(x) - 1))
 
     across = sum(k(x, y) for x in a for y in b) / 63
-    assert kernel_distance(a, b, block=4) == pytest.approx(within(a) + within(b) - 2 * across, rel=1e-12)
+    assert kernel_distance(a, b) == pytest.approx(within(a) + within(b) - 2 * across, rel=1e-12)
     same = [kernel_distance(*torch.randn(2, 200, 3, generator=generator)) for _ in range(30)]
     assert abs(sum(same) / 30) < 0.05
+
+
+def test_equal_to_torch_fidelity_on_equal_features():
+    """To 1e-6 of each: their Frechet distance by eigenvalues of the product, their KID with one subset of everything."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(300, 16, generator=generator).double().abs()
+    b = torch.randn(300, 16, generator=generator).double().abs() * 1.3
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, (a, b)), verbose=False)
+    assert frechet_distance(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    theirs = kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=300, verbose=False)
+    assert kernel_distance(a, b) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
+    theirs = prc_features_to_metric(a, b, verbose=False)
+    ours = fidelity_and_diversity(a, b)
+    assert (ours["precision"], ours["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+
+
+def test_density_and_coverage_by_their_definition(small_blocks):
+    generator = torch.Generator().manual_seed(0)
+    samples, reference = torch.randn(23, 3, generator=generator).double(), torch.randn(31, 3, generator=generator).double()
+    radii = torch.tensor([sorted(float((x - y).norm()) for y in reference)[5] for x in reference])
+    inside = torch.tensor([[float((x - y).norm()) < radius for y in samples] for x, radius in zip(reference, radii)])
+    found = fidelity_and_diversity(samples, reference)
+    assert found["density"] == pytest.approx(float(inside.sum()) / (5 * 23))
+    assert found["coverage"] == pytest.approx(float(inside.any(dim=1).double().mean()))
+    same = fidelity_and_diversity(reference, reference)
+    assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
+
+
+def test_cmmd_is_the_biased_mmd_times_a_thousand(small_blocks):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.nn.functional.normalize(torch.randn(n, 8, generator=generator)).double() for n in (9, 7))
+
+    def mean(x, y):
+        return sum(math.exp(-float((p - q).square().sum()) / 200) for p in x for q in y) / (len(x) * len(y))
+
+    assert cmmd(a, b) == pytest.approx(1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b)), rel=1e-9)
+    assert cmmd(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_set_that_is_used_again_gives_the_same(small_blocks):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 30, 4, generator=generator)
+    once = FeatureSet(b)
+    for distance in (frechet_distance, kernel_distance, fidelity_and_diversity):
+        first, again = distance(a, once), distance(a, once)
+        assert first == again == distance(a, b)
 
 
 def test_bootstrap_deviation_is_the_deviation_over_samples():
     generator = torch.Generator().manual_seed(0)
 
     def mean_gap(a, b):
-        return float(a.mean() - b.mean())
+        return float(a.mean() - b.features.mean())
 
     found = bootstrap_deviation(mean_gap, torch.randn(400, 1, generator=generator), torch.zeros(10, 1), rounds=300)
     assert found == pytest.approx(1 / 20, rel=0.2)

@@ -1,0 +1,121 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_smd.config import EvaluateConfig, ImagesConfig, load_config
+from ldm_smd.data.images import load_pixels
+from ldm_smd.errors import UserError
+from ldm_smd.evaluation.evaluate import choose_labels, evaluate
+from ldm_smd.evaluation.features import FeatureNetwork
+from ldm_smd.evaluation.metrics import frechet_distance, kernel_distance
+
+TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("features") / "small"
+    FeatureNetwork((4, 8), {"x": 2}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(pictures, network, model_folder, tmp_path):
+    """Of samples of the tiny model against the discs and squares, into tmp_path/NAME.json."""
+
+    def build(name, *overrides):
+        common = [f"reference.source={pictures}", "reference.resolution=16", f"features=[{network}]", "num_workers=0"]
+        common += [f"output={tmp_path / name}.json", "count=9", "steps=2", "bootstrap=3", "device=cpu"]
+        return [*common, f"model={model_folder}", f"held_out={pictures}", *overrides]
+
+    return build
+
+
+def measured(settings, *arguments):
+    path = evaluate(load_config(EvaluateConfig, None, settings(*arguments)))
+    return json.loads(path.read_text())
+
+
+def test_the_result_says_all_that_it_depends_on(settings, pictures, network, tmp_path):
+    result = measured(settings, "result", "labels=balanced", "seed=5", "scheduler=DDIMScheduler")
+    assert result["reference"] == result["reference"] | {"source": str(pictures), "resolution": 16, "count": 22}
+    assert result["samples"] == result["samples"] | {
+        "scheduler": "DDIMScheduler",
+        "steps": 2,
+        "guidance_scale": 1.0,
+        "labels": "balanced",
+        "seeds": [5, 13],
+        "count": 9,
+    }
+    assert {"unet", "vae"} <= result["samples"]["weights_sha256"].keys()
+    of_network = result["features"]["small"]
+    assert of_network["dimensions"] == 8 and of_network["resize"] == "none" and len(of_network["weights_sha256"]) == 64
+    # The held-out pictures are the reference itself here.
+    assert result["held_out"]["sha256"] == result["reference"]["sha256"] != result["samples"]["sha256"]
+    assert of_network["held_out"]["frechet"] == pytest.approx(0, abs=1e-6)
+    assert (of_network["held_out"]["precision"], of_network["held_out"]["coverage"]) == (1, 1)
+    assert "| small | samples |" in (tmp_path / "result.md").read_text()
+
+
+def test_pictures_are_measured_as_the_functions_do(settings, pictures, network):
+    result = measured(settings, "discs", "model=null", f"pictures={pictures / 'disc'}")["features"]["small"]["pictures"]
+    model = FeatureNetwork.from_pretrained(network).eval()
+    with torch.no_grad():
+        discs, everything = (
+            model(2 * load_pixels(ImagesConfig(source=str(source), resolution=16))[0].float() / 255 - 1)
+            for source in (pictures / "disc", pictures)
+        )
+    assert result["frechet"] == pytest.approx(frechet_distance(discs, everything), rel=1e-4)
+    assert result["kid"] == pytest.approx(kernel_distance(discs, everything), rel=1e-4)
+
+
+def test_neither_batches_nor_processes_change_the_result(settings, tmp_path):
+    whole = measured(settings, "whole")
+    assert measured(settings, "batches", "batch_size=4")["samples"]["sha256"] == whole["samples"]["sha256"]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
+    command = [*launcher, str(TOOL), *settings("two", "batch_size=4")]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["processes"] == 2 and whole["processes"] == 1
+    for name in ("reference", "samples", "held_out"):
+        assert two[name]["sha256"] == whole[name]["sha256"] and two[name]["count"] == whole[name]["count"]
+    for name, value in whole["features"]["small"]["samples"].items():
+        assert two["features"]["small"]["samples"][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
+def test_labels(settings):
+    def config(labels):
+        return load_config(EvaluateConfig, None, settings("x", f"labels={labels}", "count=6"))
+
+    assert choose_labels(config("reference"), [0, 1, 1], None) is None
+    assert sorted(choose_labels(config("reference"), [0, 1, 1], 2)) == [0, 0, 1, 1, 1, 1]
+    assert choose_labels(config("balanced"), [], 3) == [0, 1, 2, 0, 1, 2]
+    assert set(choose_labels(config("random"), [], 2)) <= {0, 1}
+    with pytest.raises(UserError, match="labels: expected a reference with labels"):
+        choose_labels(config("reference"), [], 3)
+    with pytest.raises(UserError, match="labels: expected labels below the model's 2 classes, found 2"):
+        choose_labels(config("reference"), [2], 2)
+
+
+def test_mistakes_are_named(settings, network, tmp_path):
+    for overrides, message in (
+        (["pictures=somewhere"], "pictures: expected either these or a model, found 'somewhere'"),
+        (["labels=all"], "labels: expected"),
+        ([f"features=[{network},{network}]"], "features: expected different networks"),
+        ([f"features=[{network}#abc]"], "features: expected weights with the SHA-256 abc, found"),
+    ):
+        with pytest.raises(UserError, match=message):
+            measured(settings, "mistake", *overrides)
+    assert not (tmp_path / "mistake.json").exists()
