@@ -68,6 +68,15 @@ class FrozenAutoencoder(nn.Module):
     def latent_channels(self) -> int:
         return self.model.config.latent_channels
 
+    @property
+    def factor(self) -> int:
+        """Pixels a side for each latent a side."""
+        if isinstance(self.model, AutoencoderKL):
+            return 2 ** (len(self.model.config.block_out_channels) - 1)
+        return (
+            self.model.spatial_scale_factor if isinstance(self.model, AutoencoderTiny) else self.model.spatial_compression_ratio
+        )
+
     @torch.no_grad()
     def encode_moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 pictures (B, 3, H, W) -> float32 moments (B, 2, C, h, w): mean and log-variance; (B, 1, C, h, w) for a

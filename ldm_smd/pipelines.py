@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .autoencoder import FrozenAutoencoder
@@ -18,6 +21,12 @@ from .models.gaussian import LatentGaussians
 from .models.moments import MomentHeads
 from .models.unet import SMDUNet2DModel, is_mixture, num_classes, predict
 from .schedulers import GMSScheduler, TeleportScheduler
+
+logger = logging.get_logger(__name__)
+
+TILED_PIXELS = 1024 * 1024
+SLICE_PIXELS = 512 * 512
+"""Of pictures decoded at a time: a larger one comes alone. One of 1024 x 1024 takes 4.9 GB of Stable Diffusion's decoder."""
 
 
 class SMDPipeline(DiffusionPipeline):
@@ -34,10 +43,12 @@ class SMDPipeline(DiffusionPipeline):
         id2label: class names by number (as a string, as JSON has it).
         moments: what GMSScheduler needs of a Gaussian unet beside its prediction (tools/train_moments.py).
         gaussian: the distribution of the latents that TeleportScheduler starts from (tools/fit_gaussian.py).
+        guide: a weaker denoiser of the same latents, smaller or less trained, to be guided away from (autoguidance, arXiv
+            2406.02507), instead of from the same one without the class.
     """
 
-    model_cpu_offload_seq = "gaussian->unet->moments->vae"
-    _optional_components = ["moments", "gaussian"]
+    model_cpu_offload_seq = "gaussian->guide->unet->moments->vae"
+    _optional_components = ["moments", "gaussian", "guide"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -48,9 +59,10 @@ class SMDPipeline(DiffusionPipeline):
         id2label: dict[str, str] | None = None,
         moments: MomentHeads | None = None,
         gaussian: LatentGaussians | None = None,
+        guide: SMDUNet2DModel | ExtendedUNet2DModel | UNet2DModel | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, vae=vae, scheduler=scheduler, moments=moments, gaussian=gaussian)
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler, moments=moments, gaussian=gaussian, guide=guide)
         self.register_to_config(id2label=id2label)
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
 
@@ -61,6 +73,9 @@ class SMDPipeline(DiffusionPipeline):
         batch_size: int = 1,
         num_inference_steps: int = 8,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, math.inf),
+        height: int | None = None,
+        width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         image: PipelineImageInput | None = None,
@@ -75,7 +90,10 @@ class SMDPipeline(DiffusionPipeline):
             class_labels: one class number per picture; None for unconditional pictures.
             batch_size: number of unconditional pictures; with labels, their number counts.
             num_inference_steps: steps of the scheduler.
-            guidance_scale: w of classifier-free guidance, uncond + w (cond - uncond), both with the same eta; 1 is none.
+            guidance_scale: w of guidance, other + w (own - other), both with the same eta; 1 is none. ``other`` is the
+                prediction without the class (classifier-free guidance), or where the pipeline has one, that of ``guide``.
+            guidance_interval: of noise levels sigma = s_t / a_t at which there is guidance (arXiv 2404.07724).
+            height, width: of the pictures, in pixels; None as in training.
             generator: one for all, or a list with one per picture: then a picture does not depend on its batch.
             latents: starting noise (B, C, h, w) of unit variance, instead of a draw.
             image: start from these pictures, noised, and not from pure noise (SDEdit, arXiv 2108.01073): one for each sample,
@@ -89,8 +107,7 @@ class SMDPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: expected one per picture, {batch_size}, found {len(generator)}")
         device, dtype = self._execution_device, self.unet.dtype
-        side = self.unet.config.sample_size
-        shape = (batch_size, self.unet.config.in_channels, side, side)
+        shape = (batch_size, self.unet.config.in_channels, *self._latent_sides(height, width))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -102,10 +119,9 @@ class SMDPipeline(DiffusionPipeline):
             latents = latents * self.scheduler.init_noise_sigma
         else:
             timesteps = self._last_timesteps(num_inference_steps, strength)
-            latents = self.scheduler.add_noise(
-                self._encode(image, batch_size).to(dtype), latents, timesteps[:1].repeat(batch_size)
-            )
+            latents = self.scheduler.add_noise(self._encode(image, shape).to(dtype), latents, timesteps[:1].repeat(batch_size))
         step_options = self._step_options(generator)
+        scales = self._guidance_scales(timesteps, guidance_scale, guidance_interval)
 
         with self.progress_bar(total=len(timesteps)) as bar:
             for index, timestep in enumerate(timesteps):
@@ -113,7 +129,7 @@ class SMDPipeline(DiffusionPipeline):
                 eta = None
                 if is_mixture(self.unet):
                     eta = randn_tensor(x_t.shape, generator=generator, device=device, dtype=dtype)
-                prediction = self._predict(x_t, timestep, labels, eta, guidance_scale)
+                prediction = self._predict(x_t, timestep, labels, eta, scales[index])
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 if callback_on_step_end is not None:
                     latents = callback_on_step_end(self, index, timestep, {"latents": latents}).get("latents", latents)
@@ -122,8 +138,7 @@ class SMDPipeline(DiffusionPipeline):
         if output_type == "latent":
             images = latents
         else:
-            pixels = FrozenAutoencoder(self.vae).decode(latents)
-            images = VaeImageProcessor(do_resize=False).postprocess(pixels, output_type=output_type)
+            images = VaeImageProcessor(do_resize=False).postprocess(self._decode(latents), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -146,17 +161,46 @@ class SMDPipeline(DiffusionPipeline):
             self.scheduler.set_begin_index(begin)
         return self.scheduler.timesteps[begin:]
 
-    def _encode(self, image: PipelineImageInput, batch_size: int) -> torch.Tensor:
-        """Normalised latents of pictures, one for each sample."""
+    def _latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
+        factor, side = FrozenAutoencoder(self.vae).factor, self.unet.config.sample_size
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < factor or pixels % factor):
+                raise ValueError(f"{name}: expected a multiple of {factor}, found {pixels}")
+        return height // factor if height else side, width // factor if width else side
+
+    def _guidance_scales(self, timesteps: torch.Tensor, scale: float, interval: tuple[float, float]) -> list[float]:
+        """For each timestep: ``scale`` where sigma is in the interval, else 1."""
+        steps = self._solver.alphas_cumprod.double().cpu().numpy()
+        # Some schedulers' steps lie between those of training.
+        alphabar = np.interp(timesteps.double().cpu().numpy(), np.arange(len(steps)), steps).clip(1e-12)
+        sigmas = np.sqrt((1.0 - alphabar) / alphabar)
+        return [scale if interval[0] <= sigma <= interval[1] else 1.0 for sigma in sigmas]
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures one at a time, which costs little and bounds the memory; and above TILED_PIXELS in tiles, where the seams
+        may show. What the user has switched on stays on."""
+        autoencoder = FrozenAutoencoder(self.vae)
+        pixels = latents.shape[2] * latents.shape[3] * autoencoder.factor**2
+        tiled = pixels > TILED_PIXELS and hasattr(self.vae, "enable_tiling") and not getattr(self.vae, "use_tiling", False)
+        if tiled:
+            logger.warning("pictures of more than %d pixels: decoding in tiles", TILED_PIXELS)
+            self.vae.enable_tiling()
+        try:
+            return torch.cat([autoencoder.decode(row) for row in latents.split(max(1, SLICE_PIXELS // pixels))])
+        finally:
+            if tiled:
+                self.vae.disable_tiling()
+
+    def _encode(self, image: PipelineImageInput, shape: tuple[int, ...]) -> torch.Tensor:
+        """Normalised latents of pictures, one for each sample, (B, C, h, w) = ``shape``."""
         autoencoder = FrozenAutoencoder(self.vae)
         pixels = ((VaeImageProcessor(do_resize=False).preprocess(image) + 1.0) * 127.5).round().to(torch.uint8)
-        if len(pixels) not in (1, batch_size):
-            raise ValueError(f"image: expected one picture, or one for each of {batch_size} samples, found {len(pixels)}")
+        if len(pixels) not in (1, shape[0]):
+            raise ValueError(f"image: expected one picture, or one for each of {shape[0]} samples, found {len(pixels)}")
         latents = autoencoder.normalise(autoencoder.encode_moments(pixels)[:, 0])
-        wanted = (self.unet.config.in_channels, *[self.unet.config.sample_size] * 2)
-        if latents.shape[1:] != wanted:
-            raise ValueError(f"image: expected pictures with latents {wanted}, found {tuple(latents.shape[1:])}")
-        return latents.expand(batch_size, -1, -1, -1)
+        if latents.shape[1:] != shape[1:]:
+            raise ValueError(f"image: expected pictures with latents {shape[1:]}, found {tuple(latents.shape[1:])}")
+        return latents.expand(shape[0], -1, -1, -1)
 
     def _labels(self, class_labels: Sequence[int] | torch.Tensor | None) -> torch.Tensor | None:
         if class_labels is None:
@@ -177,15 +221,18 @@ class SMDPipeline(DiffusionPipeline):
         eta: torch.Tensor | None,
         guidance_scale: float,
     ) -> torch.Tensor:
-        if labels is None or guidance_scale == 1.0:
+        if guidance_scale == 1.0 or (labels is None and self.guide is None):
             return self._evaluate(x_t, timestep, labels, eta)
-        null = torch.full_like(labels, num_classes(self.unet))
-        both = (torch.cat((x_t, x_t)), timestep, torch.cat((labels, null)), None if eta is None else torch.cat((eta, eta)))
-        cond, uncond = self._evaluate(*both).chunk(2)
+        if self.guide is not None:
+            own = self._evaluate(x_t, timestep, labels, eta)
+            other = predict(self.guide, x_t, timestep, labels, eta)
+        else:
+            null = torch.full_like(labels, num_classes(self.unet))
+            noises = None if eta is None else torch.cat((eta, eta))
+            own, other = self._evaluate(torch.cat((x_t, x_t)), timestep, torch.cat((labels, null)), noises).chunk(2)
         # Guidance moves the mean; the other moments, where there are any, stay those of the class.
-        channels = x_t.shape[1]
-        guided = uncond[:, :channels] + guidance_scale * (cond[:, :channels] - uncond[:, :channels])
-        return torch.cat((guided, cond[:, channels:]), dim=1)
+        mean, others = own[:, : x_t.shape[1]], own[:, x_t.shape[1] :]
+        return torch.cat((other[:, : x_t.shape[1]].lerp(mean, guidance_scale), others), dim=1)
 
     def _evaluate(
         self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, eta: torch.Tensor | None
@@ -228,7 +275,7 @@ def load_pipeline(folder: str | Path) -> SMDPipeline:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"model: expected a readable model folder, found {folder}: {reason}") from error
-    for part in ("unet", "moments", "gaussian"):
+    for part in ("unet", "moments", "gaussian", "guide"):
         module = getattr(pipeline, part)
         missing = [] if module is None else [name for name, value in module.state_dict().items() if value.is_meta]
         if missing:

@@ -97,8 +97,7 @@ def sample_batches(
 
 def starting_picture(config: SampleConfig, pipeline: SMDPipeline) -> Image.Image:
     """``config.image`` at the size of the pictures that the model makes."""
-    shape = (1, pipeline.unet.config.in_channels, *[pipeline.unet.config.sample_size] * 2)
-    side = FrozenAutoencoder(pipeline.vae).decode(torch.zeros(shape)).shape[-1]
+    side = FrozenAutoencoder(pipeline.vae).factor * pipeline.unet.config.sample_size
     try:
         pixels = decode(Path(config.image).read_bytes(), ImagesConfig(resolution=side))
     except (OSError, ValueError) as error:

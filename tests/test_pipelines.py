@@ -1,3 +1,4 @@
+import logging
 import subprocess
 import sys
 
@@ -221,3 +222,59 @@ def test_sample_tool(run, model_folder, tmp_path):
     assert code == 2 and "output: expected a new or empty folder" in err
     code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'b'}", "classes=[cat]")
     assert code == 2 and "found 'cat'" in err and not (tmp_path / "b").exists()
+
+
+def test_guidance_only_between_two_noise_levels(pipeline):
+    """From 0 to infinity it is guidance; outside the interval it is none; and the scale of each step follows sigma."""
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    everywhere, nowhere = latents(pipeline, [0], [1], **options), latents(pipeline, [0], [1], num_inference_steps=4)
+    inside = latents(pipeline, [0], [1], guidance_interval=(1e-9, 1e9), **options)
+    outside = latents(pipeline, [0], [1], guidance_interval=(1e8, 1e9), **options)
+    assert torch.equal(everywhere, inside) and torch.equal(nowhere, outside) and not torch.allclose(inside, outside, atol=1e-2)
+    timesteps = torch.tensor([999, 600.5, 300, 10])
+    alphabar = pipeline.scheduler.alphas_cumprod
+    sigma = float(((1 - alphabar[300]) / alphabar[300]).sqrt())
+    assert pipeline._guidance_scales(timesteps, 3.0, (0.9 * sigma, 1.1 * sigma)) == [1.0, 1.0, 3.0, 1.0]
+
+
+def test_a_weaker_network_guides(pipeline, model_folder, tmp_path):
+    """own + (w - 1) (own - other), also without classes; saved and loaded with the pipeline."""
+    guide = load_pipeline(model_folder).unet
+    pipeline.register_modules(guide=guide)
+    x, t, eta = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8)
+    for labels in (torch.tensor([0, 1]), None):
+        with torch.no_grad():
+            own, other = (unet(x, t, labels, eta).sample for unet in (pipeline.unet, guide))
+            assert torch.allclose(pipeline._predict(x, t, labels, eta, 2.0), own + (own - other), atol=1e-3)
+            assert torch.equal(pipeline._predict(x, t, labels, eta, 1.0), own)
+    pipeline.save_pretrained(tmp_path / "guided")
+    again = load_pipeline(tmp_path / "guided")
+    again.set_progress_bar_config(disable=True)
+    a, b = (latents(each, [0, 1], [1, 2], guidance_scale=2.0) for each in (pipeline, again))
+    assert torch.equal(a, b)
+
+
+def test_other_sizes(pipeline):
+    images = latents(pipeline, [0, 1], [1, 2], height=24, width=32, output_type="pt")
+    assert images.shape == (2, 3, 24, 32)
+    for wrong in ({"height": 23}, {"width": 1}):
+        with pytest.raises(ValueError, match="expected a multiple of 2, found"):
+            latents(pipeline, [0], [1], **wrong)
+
+
+def test_decoding_goes_picture_by_picture_and_in_tiles_above_a_budget(pipeline, monkeypatch, caplog):
+    whole = latents(pipeline, [0, 1, 0], [1, 2, 3], output_type="pt")
+    monkeypatch.setattr("ldm_smd.pipelines.SLICE_PIXELS", 256)
+    assert torch.allclose(latents(pipeline, [0, 1, 0], [1, 2, 3], output_type="pt"), whole, atol=1e-5)
+    monkeypatch.setattr("ldm_smd.pipelines.TILED_PIXELS", 255)
+    logger = logging.getLogger("ldm_smd.pipelines")
+    monkeypatch.setattr(logger, "propagate", True)
+    assert latents(pipeline, [0], [1], output_type="pt").shape == (1, 3, 16, 16)
+    assert any("decoding in tiles" in record.message for record in caplog.records)
+    assert not pipeline.vae.use_tiling
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(pipeline, dtype):
+    images = pipeline.to(dtype)([0, 1], num_inference_steps=2, output_type="pt", generator=seeded_generators([1, 2])).images
+    assert images.shape == (2, 3, 16, 16) and images.isfinite().all()

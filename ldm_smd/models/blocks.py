@@ -45,7 +45,7 @@ class ResidualBlock(nn.Module):
             h = add_shared(h, self.conv_skip(F.silu(self.norm_skip(skip))))
             shortcut = add_shared(shortcut, self.shortcut_skip(skip))
         scale, shift = modulation[:, self.modulation_slice, None, None].float().chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm2(h), 1.0 + scale)
+        h = torch.addcmul(shift, self.norm2(h), 1.0 + scale).to(h.dtype)  # which is not float32 for half-precision weights
         return shortcut + self.conv2(self.dropout(F.silu(h)))
 
 

@@ -52,7 +52,7 @@ class MixtureIdentifier(nn.Module):
         draws = len(noise) // len(features)
         h = add_shared(self.from_noise(F.adaptive_avg_pool2d(noise, features.shape[2:])), self.from_features(features))
         scale, shift = repeat(self.modulation(embedding), draws)[..., None, None].float().chunk(2, dim=1)
-        return self.linear_out(F.silu(torch.addcmul(shift, self.norm(h), 1.0 + scale)))
+        return self.linear_out(F.silu(torch.addcmul(shift, self.norm(h), 1.0 + scale).to(h.dtype)))
 
 
 class HyperNetwork(nn.Module):

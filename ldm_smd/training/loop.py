@@ -144,8 +144,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
                 )
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
             means.reset()
-        if sample_now or save_now:
-            averaged = ema.gather()
+        averaged = ema.gather() if sample_now or save_now else None
         if main and sample_now:
             preview(config, averaged, autoencoder, scheduler, manifest, stream, images_seen, log)
         if save_now:
@@ -163,6 +162,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
         log.close()
     if stopping:
         return images_seen
+    averaged = ema.gather()
     if main:
         save_model_folder(config, averaged, autoencoder, scheduler, manifest, images_seen)
     return None

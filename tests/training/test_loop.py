@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -80,6 +81,14 @@ def test_resume_is_bit_equal_to_no_stop(train_config, tmp_path):
         assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     logs = [logged_losses(tmp_path / name) for name in ("straight", "stopped")]
     assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def test_a_run_that_was_killed_before_its_model_folder_writes_it(train_config, tmp_path):
+    folder = train(train_config("images_total=32"))
+    before = weights(folder / "unet")
+    shutil.rmtree(folder)
+    after = weights(train(train_config("images_total=32")) / "unet")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def logged_losses(folder):
