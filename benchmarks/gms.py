@@ -26,7 +26,7 @@ from yardstick import BATCH_SIZE, SCHEDULERS, Results, ResultsConfig, distance_t
 from ldm_smd.cli import run_tool
 from ldm_smd.config import at_least
 from ldm_smd.pipelines import load_pipeline
-from ldm_smd.sampling import make_scheduler, sample_pixels
+from ldm_smd.sampling import SamplingOptions, make_scheduler, sample_pixels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -90,9 +90,8 @@ def gms(config: GMSConfig) -> Path:
         pipeline.scheduler = make_scheduler(SCHEDULERS[name], own)
         points = results.content["strokes"][name] = []
         for strength in config.strengths:
-            made = sample_pixels(
-                pipeline, labels, len(labels), config.stroke_steps, 1.0, 0, BATCH_SIZE, f"strokes, {name}", strokes, strength
-            )
+            options = SamplingOptions(config.stroke_steps, batch_size=BATCH_SIZE, image=strokes, strength=strength)
+            made = sample_pixels(pipeline, labels, len(labels), options, f"strokes, {name}")
             faithful = (made - strokes).square().mean(dim=(1, 2, 3)).sqrt().mean()
             distance = yardstick.measure([made])["frechet"]
             points.append({"strength": strength, "rms_to_stroke": round(float(faithful), 4), "frechet": distance})

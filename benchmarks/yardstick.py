@@ -18,7 +18,7 @@ from ldm_smd.data.images import load_pixels
 from ldm_smd.evaluation.features import load_extractor
 from ldm_smd.evaluation.metrics import FeatureSet, distances, frechet_distance
 from ldm_smd.pipelines import SMDPipeline
-from ldm_smd.sampling import sample_pixels
+from ldm_smd.sampling import SamplingOptions, sample_pixels
 
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 125
@@ -102,7 +102,8 @@ class Yardstick:
     def pictures(self, pipeline: SMDPipeline, steps: int, start: int, count: int, title: str) -> torch.Tensor:
         """Of the labels and seeds from ``start`` on, with the scheduler that the pipeline has; (count, 3, H, W) in [0, 1]."""
         chosen = self.labels[start : start + count]
-        return sample_pixels(pipeline, chosen, count, steps, 1.0, start, BATCH_SIZE, title)
+        options = SamplingOptions(steps, seed=start, batch_size=BATCH_SIZE)
+        return sample_pixels(pipeline, chosen, count, options, title)
 
     def cell(self, pipeline: SMDPipeline, steps: int, title: str) -> dict:
         """The distance of all samples with so many steps."""

@@ -484,7 +484,14 @@ class SampleConfig:
     """Any scheduler class of diffusers, as DDIMScheduler, or GMSScheduler; with settings of its own where wanted, as
     DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance; 1 is none."""
+    """Of guidance, away from the prediction without a class, or from that of ``guide``; 1 is none."""
+    guidance_interval: Optional[list[float]] = None
+    """[low, high]: guidance only at noise levels sigma between these, as [0.3, 5]. null: at all."""
+    guide: Optional[str] = None
+    """UNet folder of a weaker model (less trained, smaller) to be guided away from, as RUN/checkpoints/images-N/ema."""
+    height: Optional[int] = None
+    """Of the pictures, in pixels; null as in training."""
+    width: Optional[int] = None
     image: Optional[str] = None
     """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
     strength: float = 0.6
@@ -500,6 +507,9 @@ class SampleConfig:
         at_least("batch_size", self.batch_size, 1)
         at_least("guidance_scale", self.guidance_scale, 0)
         check(0 < self.strength <= 1, "strength", "more than 0, to 1", self.strength)
+        interval = self.guidance_interval
+        check(interval is None or len(interval) == 2, "guidance_interval", "[low, high]", interval)
+        check(self.image is None or self.height is self.width is None, "height", "null where there is an image", self.height)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from .evaluation.metrics import frechet_distance
 from .evaluation.report import write_report
 from .models.unet import known_labels
 from .pipelines import SMDPipeline, load_pipeline
-from .sampling import make_scheduler, sample_pixels
+from .sampling import SamplingOptions, make_scheduler, sample_pixels
 from .training.autoencoder import measure
 from .training.loop import SPREAD_TIMESTEPS, train
 from .training.metrics import read_metrics
@@ -77,16 +77,9 @@ def demo(config: DemoConfig) -> Path:
                 pipeline.scheduler = make_scheduler(scheduler, own)
                 distance[title], grids[title] = {}, {}
                 for steps in config.steps:
-                    pixels = sample_pixels(
-                        pipeline,
-                        sampled_labels,
-                        len(sampled_labels),
-                        steps,
-                        config.guidance_scale,
-                        config.seed,
-                        batch_size=64,
-                        description=f"{title}, {steps} steps",
-                    )
+                    options = SamplingOptions(steps, config.guidance_scale, seed=config.seed)
+                    count, what = len(sampled_labels), f"{title}, {steps} steps"
+                    pixels = sample_pixels(pipeline, sampled_labels, count, options, what)
                     eight_bit = (pixels * 255).round().to(torch.uint8)
                     distance[title][steps] = frechet_distance(extractor(eight_bit), reference)
                     shown = pixels[: GRID_COLUMNS * GRID_ROWS]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
 from .autoencoder import FrozenAutoencoder
-from .config import ImagesConfig, SampleConfig
+from .config import ImagesConfig, SampleConfig, check
 from .data.images import decode
 from .device import pick_device
 from .errors import UserError
 from .files import atomic_folder, require_unused
-from .models.unet import num_classes
+from .models.extended import ExtendedUNet2DModel, class_of
+from .models.unet import SMDUNet2DModel, num_classes
 from .pipelines import SMDPipeline, load_pipeline, seeded_generators
 from .progress import progress
 from .schedulers import make_scheduler
@@ -29,11 +33,27 @@ def sample(config: SampleConfig) -> Path:
     pipeline = load_pipeline(config.model).to(pick_device(config.device))
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
+    factor = FrozenAutoencoder(pipeline.vae).factor
+    for name in ("height", "width"):
+        pixels = getattr(config, name)
+        check(pixels is None or (pixels >= factor and pixels % factor == 0), name, f"a multiple of {factor}", pixels)
     labels = choose_labels(config, pipeline)
     count = config.per_class if labels is None else len(labels)
     image = None if config.image is None else starting_picture(config, pipeline)
-    options = (config.guidance_scale, config.seed, config.batch_size, "sample", image, config.strength)
-    pixels = sample_pixels(pipeline, labels, count, config.steps, *options)
+    if config.guide is not None:
+        pipeline.register_modules(guide=load_guide(config.guide, pipeline).to(pipeline.device))
+    options = SamplingOptions(
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        guidance_interval=tuple(config.guidance_interval or (0.0, math.inf)),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        height=config.height,
+        width=config.width,
+        image=image,
+        strength=config.strength,
+    )
+    pixels = sample_pixels(pipeline, labels, count, options, "sample")
     pictures = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
     with atomic_folder(output) as folder:
         for index, picture in enumerate(pictures):
@@ -46,53 +66,74 @@ def sample(config: SampleConfig) -> Path:
     return output
 
 
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What ``SMDPipeline`` is asked for.
+
+    Attributes:
+        seed: of the first picture; picture i has seed ``seed + i`` at any batch size.
+        image: where pictures start, one for all, or a tensor (N, 3, H, W) with one for each.
+        steps, guidance_scale, guidance_interval, height, width, strength: as of the pipeline.
+    """
+
+    steps: int
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, math.inf)
+    seed: int = 0
+    batch_size: int = 64
+    height: int | None = None
+    width: int | None = None
+    image: Image.Image | torch.Tensor | None = None
+    strength: float = 1.0
+
+
 def sample_pixels(
-    pipeline: SMDPipeline,
-    labels: list[int] | None,
-    count: int,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    batch_size: int,
-    description: str,
-    image: Image.Image | torch.Tensor | None = None,
-    strength: float = 1.0,
+    pipeline: SMDPipeline, labels: list[int] | None, count: int, options: SamplingOptions, description: str
 ) -> torch.Tensor:
-    """``count`` pictures, float (N, 3, H, W) in [0, 1]; picture i has seed ``seed + i`` at any batch size. ``image``: where
-    they start, one for all, or a tensor (N, 3, H, W) with one for each."""
-    options = (steps, guidance_scale, seed, batch_size, description, image, strength)
-    return torch.cat(list(sample_batches(pipeline, labels, range(count), *options)))
+    """``count`` pictures, float (N, 3, H, W) in [0, 1]."""
+    return torch.cat(list(sample_batches(pipeline, labels, range(count), options, description)))
 
 
 def sample_batches(
-    pipeline: SMDPipeline,
-    labels: list[int] | None,
-    indices: range,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    batch_size: int,
-    description: str,
-    image: Image.Image | torch.Tensor | None = None,
-    strength: float = 1.0,
+    pipeline: SMDPipeline, labels: list[int] | None, indices: range, options: SamplingOptions, description: str
 ) -> Iterator[torch.Tensor]:
     """Those of ``indices``, as ``sample_pixels`` has them, a batch at a time."""
     pipeline.set_progress_bar_config(disable=True)
     bar = progress(len(indices), 0, description)
-    for start in range(indices.start, indices.stop, batch_size):
-        stop = min(start + batch_size, indices.stop)
+    for start in range(indices.start, indices.stop, options.batch_size):
+        stop = min(start + options.batch_size, indices.stop)
+        image = options.image
         yield pipeline(
             None if labels is None else labels[start:stop],
             batch_size=stop - start,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=seeded_generators(range(seed + start, seed + stop)),
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            guidance_interval=options.guidance_interval,
+            height=options.height,
+            width=options.width,
+            generator=seeded_generators(range(options.seed + start, options.seed + stop)),
             output_type="pt",
             image=image[start:stop] if isinstance(image, torch.Tensor) else image,
-            strength=strength,
+            strength=options.strength,
         ).images.cpu()
         bar.update(stop - start)
     bar.close()
+
+
+def load_guide(folder: str, pipeline: SMDPipeline) -> ModelMixin:
+    """The UNet at a folder, for the same latents and classes."""
+    kinds = {kind.__name__: kind for kind in (SMDUNet2DModel, ExtendedUNet2DModel, UNet2DModel)}
+    name = class_of(folder)
+    if name not in kinds:
+        raise UserError(f"guide: expected the folder of a UNet (RUN/checkpoints/images-N/ema), found none at {folder}")
+    guide = kinds[name].from_pretrained(folder, use_safetensors=True)
+    for what, found, wanted in (
+        ("channels", guide.config.in_channels, pipeline.unet.config.in_channels),
+        ("classes", num_classes(guide), num_classes(pipeline.unet)),
+    ):
+        if found != wanted:
+            raise UserError(f"guide: expected {wanted} {what}, as the model has, found {found} in {folder}")
+    return guide
 
 
 def starting_picture(config: SampleConfig, pipeline: SMDPipeline) -> Image.Image:

@@ -5,6 +5,7 @@ import sys
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import FitGaussianConfig, SampleConfig, TrainMomentsConfig
@@ -216,6 +217,16 @@ def test_sample_tool(run, model_folder, tmp_path):
     sketch = [f"image={tmp_path / 'a' / names[0]}", "strength=0.5"]
     code, _, _ = run(SampleConfig, sample, *options, *sketch, f"output={tmp_path / 'sketch'}", "classes=[0]")
     assert code == 0 and len(list((tmp_path / "sketch").glob("class0000-*.png"))) == 3
+    guided = [f"guide={model_folder / 'unet'}", "guidance_scale=2", "guidance_interval=[0.1,10]", "height=24", "width=16"]
+    code, _, _ = run(SampleConfig, sample, *options, *guided, f"output={tmp_path / 'guided'}", "classes=[0]")
+    assert code == 0 and Image.open(tmp_path / "guided/class0000-seed00000000.png").size == (16, 24)
+    for setting, message in (
+        ("guide=nowhere", "guide: expected the folder of a UNet"),
+        ("height=23", "height: expected a multiple of 2, found 23"),
+        ("guidance_interval=[1]", "guidance_interval: expected [low, high]"),
+    ):
+        code, _, err = run(SampleConfig, sample, *options, setting, f"output={tmp_path / 'b'}")
+        assert code == 2 and message in err
     code, _, err = run(SampleConfig, sample, *options, f"image={tmp_path / 'none.png'}", f"output={tmp_path / 'b'}")
     assert code == 2 and "image: expected a picture, found" in err
     code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'a'}")

@@ -8,6 +8,8 @@ examples:
   python tools/sample.py model=outputs/demo/smd/model output=outputs/sde steps=16 \\
       scheduler=DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++
   python tools/sample.py model=outputs/demo/smd/model output=outputs/from-sketch image=sketch.png strength=0.6 steps=16
+  python tools/sample.py model=my/run/model output=outputs/guided guide=my/run/checkpoints/images-000000200000/ema \\
+      guidance_scale=2 guidance_interval=[0.3,5]
 """
 
 import sys

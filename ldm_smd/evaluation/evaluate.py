@@ -30,7 +30,7 @@ from ..files import atomic_file, sha256
 from ..models.unet import num_classes
 from ..pipelines import load_pipeline
 from ..progress import progress
-from ..sampling import sample_batches
+from ..sampling import SamplingOptions, sample_batches
 from ..schedulers import make_scheduler
 from .features import Extractor, load_extractor
 from .metrics import FeatureSet, distances
@@ -140,8 +140,8 @@ def look_at_samples(
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     labels = choose_labels(config, reference.labels, num_classes(pipeline.unet))
-    options = (config.steps, config.guidance_scale, config.seed, config.batch_size, "samples")
-    batches = sample_batches(pipeline, labels, share(config.count, state), *options)
+    options = SamplingOptions(config.steps, config.guidance_scale, seed=config.seed, batch_size=config.batch_size)
+    batches = sample_batches(pipeline, labels, share(config.count, state), options, "samples")
     seen = look_at("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
     parts = (Path(config.model) / part / "diffusion_pytorch_model.safetensors" for part in WEIGHTS)
     about = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -147,3 +148,9 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
 def plain_config(unet: UNet2DModel) -> dict:
     """The UNet's config without what names its class and version."""
     return {name: value for name, value in unet.config.items() if not name.startswith("_")}
+
+
+def class_of(folder: str) -> str | None:
+    """The class that a diffusers model folder says it holds."""
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from ..errors import UserError
 from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder
 from ..models.attention import set_attention_backend
-from ..models.extended import ExtendedUNet2DModel
+from ..models.extended import ExtendedUNet2DModel, class_of
 from ..models.unet import FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
@@ -280,12 +279,6 @@ def fit_noise(
     """Colour the mixture's noise as the first latents of the stream, the same on every process."""
     latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror)
     model.hyper["noise"].fit(latents, labels, scheduler.alphas_cumprod, config.diffusion.prediction_type)
-
-
-def class_of(folder: str) -> str | None:
-    """The class that a diffusers model folder says it holds."""
-    path = Path(folder) / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None
 
 
 def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DModel:
