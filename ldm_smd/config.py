@@ -33,6 +33,11 @@ def check(condition: bool, key: str, expected: str, found: object) -> None:
         raise UserError(f"{key}: expected {expected}, found {found!r}")
 
 
+def check_width(key: str, width: float) -> None:
+    """Of an average: a profile that rises has less than 0.289, the deviation of a flat one."""
+    check(0.001 <= width <= 0.28, key, "from 0.001 to 0.28", width)
+
+
 def at_least(key: str, value: float, least: float) -> None:
     """Raise UserError unless ``value >= least``."""
     check(value >= least, key, f"at least {least}", value)
@@ -355,6 +360,9 @@ class TrainConfig:
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema_halflife_images: int = 50_000
+    ema_widths: list[float] = field(default_factory=list)
+    """Also keep averages of these relative widths, as [0.05, 0.1], and a snapshot of each at every checkpoint: tools/average.py
+    makes one of any width of them."""
     label_dropout: float = 0.1
     """Share of labels replaced by the null class, for classifier-free guidance."""
     mirror: bool = False
@@ -383,6 +391,8 @@ class TrainConfig:
         check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
         check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
         at_least("accumulate", self.accumulate, 1)
+        for width in self.ema_widths:
+            check_width("ema_widths", width)
         check(self.gradient_clip > 0, "gradient_clip", "more than 0", self.gradient_clip)
         check(0 <= self.label_dropout <= 1, "label_dropout", "from 0 to 1", self.label_dropout)
         at_least("keep_checkpoints", self.keep_checkpoints, 1)
@@ -394,6 +404,27 @@ class TrainConfig:
             "mse for a Gaussian model (model.latent_channels=0)",
             self.objective.name,
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tools/average.py
+
+
+@dataclass
+class AverageConfig:
+    """tools/average.py"""
+
+    run: str = MISSING
+    """Folder of a run of tools/train.py with ema_widths."""
+    sigma_rel: float = MISSING
+    """Width of the average, as a share of the training: the deviation of what counts, in images, over all images."""
+    output: str = MISSING
+    """New model folder."""
+    images: Optional[int] = None
+    """Of the first so many images of the training; null: of all."""
+
+    def __post_init__(self) -> None:
+        check_width("sigma_rel", self.sigma_rel)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Exponential moving average of parameters, keyed by name and measured in images."""
+"""Moving averages of parameters, keyed by name and measured in images."""
 
 from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,11 +36,15 @@ class EMA:
         self._averages = {name: distribute_like(average, weights[name]) for name, average in self._averages.items()}
         self.model.to("cpu")
 
+    def rate(self, batch_images: int, images_seen: int) -> float:
+        """How far a step moves the average towards the weights."""
+        halflife = min(self.halflife_images, RAMP * images_seen) if self.ramp else self.halflife_images
+        return 1.0 - 0.5 ** (batch_images / max(halflife, 1e-8))
+
     @torch.no_grad()
     def update(self, model: nn.Module, batch_images: int, images_seen: int) -> None:
         """Move towards ``model`` after a step on ``batch_images`` images, the last of ``images_seen`` in all."""
-        halflife = min(self.halflife_images, RAMP * images_seen) if self.ramp else self.halflife_images
-        rate = 1.0 - 0.5 ** (batch_images / max(halflife, 1e-8))
+        rate = self.rate(batch_images, images_seen)
         weights = dict(model.named_parameters())
         averages = [local(average) for average in self._averages.values()]
         torch._foreach_lerp_(averages, [local(weights[name]) for name in self._averages], rate)
@@ -51,3 +56,29 @@ class EMA:
         """``self.model``, also where the averages are divided over the processes: for all of them to call."""
         gather_into(self.model, self._averages)
         return self.model
+
+
+class PowerEMA(EMA):
+    """The average of EDM2 (arXiv 2312.02696): weights after tau images of t count as tau^gamma,
+
+        ema <- ema + (1 - (1 - batch / t)^(gamma + 1)) * (weights - ema).
+
+    Its width is the same share of the training at any t, so that averages of other widths can be made from some of them
+    afterwards (tools/average.py).
+
+    Args:
+        sigma_rel: the deviation of tau under that profile, over t; more than 0, below 0.29.
+    """
+
+    def __init__(self, model: nn.Module, sigma_rel: float) -> None:
+        super().__init__(model, halflife_images=0)
+        self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
+
+    def rate(self, batch_images: int, images_seen: int) -> float:
+        return 1.0 - (1.0 - batch_images / images_seen) ** (self.gamma + 1.0)
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The gamma of the profile of that width: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
+    t = sigma_rel**-2
+    return float(np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]).real.max())

@@ -32,10 +32,11 @@ from ..models.extended import ExtendedUNet2DModel, class_of
 from ..models.unet import FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
+from .average import resume_averages, save_snapshot
 from .card import card
 from .checkpoint import checkpoints, load_weights, optimizer_tensors, resume, resume_optimizer, save_checkpoint
 from .draws import Draws, draw, step_seed
-from .ema import EMA
+from .ema import EMA, PowerEMA
 from .gaussian import LATENTS_PER_COMPONENT, fitting_latents
 from .metrics import MetricsLog, RunningMeans, crossed
 from .sharding import gathered, is_divided, set_sharded_precision, whole
@@ -87,8 +88,11 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
     )
+    averages = [PowerEMA(model, width) for width in config.ema_widths]
     state = resume(output / "checkpoints", model, ema)
     images_seen = state["images_seen"]
+    if images_seen:
+        resume_averages(output, images_seen, averages)
     stream = LatentStream(
         manifest, config.batch_size, config.images_total, images_seen, config.seed, config.mirror, rank, world
     )
@@ -98,7 +102,8 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
     prepared, optimizer = accelerator.prepare(model, optimizer)
     resume_optimizer(output / "checkpoints", model, optimizer.optimizer)
     if is_divided(model):
-        ema.divide_as(model)
+        for each in (ema, *averages):
+            each.divide_as(model)
     step = TrainingStep(
         config,
         accelerator,
@@ -125,7 +130,8 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
 
         before = images_seen
         images_seen += config.batch_size
-        ema.update(model, config.batch_size, images_seen)
+        for each in (ema, *averages):
+            each.update(model, config.batch_size, images_seen)
         means.add(loss, norm)
         bar.update(config.batch_size)
         last = images_seen >= config.images_total
@@ -149,6 +155,10 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
         if save_now:
             state = {"images_seen": images_seen, "means": means.state(accelerator)}
             check_finite(state["means"]["loss"], images_seen, stream.keys_at(before))
+            for each in averages:
+                snapshot = each.gather()
+                if main:
+                    save_snapshot(output, images_seen, each.sigma_rel, snapshot)
             tensors = optimizer_tensors(model, optimizer.optimizer)
             weights = gathered(model, like=averaged)
             if main:

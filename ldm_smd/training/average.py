@@ -1,0 +1,115 @@
+"""Averages of a run's weights of any width, made afterwards (post-hoc EMA, EDM2, arXiv 2312.02696, section 3 and appendix C).
+
+While it trains, a run keeps a few PowerEMAs, and at every checkpoint a snapshot of each. A profile of another width,
+
+    p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1),    0 < tau < t,
+
+is then nearly a sum of theirs: the weights x of the least squared error solve A x = b, A_ij = <p_i, p_j>, b_i = <p_i, p>.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from safetensors import safe_open
+
+from ..config import AverageConfig
+from ..errors import UserError
+from ..files import atomic_folder, require_unused
+from ..pipelines import load_pipeline
+from .card import card
+from .checkpoint import load_weights
+from .ema import PowerEMA, gamma_of
+
+FOLDER = re.compile(r"images-(\d{12})-width-([0-9.]+)")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A PowerEMA as it was after ``images``."""
+
+    path: Path
+    images: int
+    sigma_rel: float
+
+
+def snapshot_path(run: Path, images: int, sigma_rel: float) -> Path:
+    return run / "averages" / f"images-{images:012d}-width-{sigma_rel:g}"
+
+
+def save_snapshot(run: Path, images: int, sigma_rel: float, model: ModelMixin) -> None:
+    path = snapshot_path(run, images, sigma_rel)
+    try:
+        with atomic_folder(path) as folder:
+            model.save_pretrained(folder)
+    except OSError as error:
+        raise UserError(f"output: expected to write {path}, found {error}; the checkpoints before it are kept") from error
+
+
+def resume_averages(run: Path, images: int, averages: list[PowerEMA]) -> None:
+    """As they were after ``images``, in place."""
+    for average in averages:
+        load_weights(average.model, snapshot_path(run, images, average.sigma_rel), "ema_widths")
+
+
+def snapshots(run: Path, until: int | None) -> list[Snapshot]:
+    """Those of a run, up to so many images."""
+    found = []
+    for path in sorted((run / "averages").glob("images-*")):
+        matched = FOLDER.fullmatch(path.name)
+        if matched and (until is None or int(matched[1]) <= until):
+            found.append(Snapshot(path, int(matched[1]), float(matched[2])))
+    return found
+
+
+def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
+    """<p_a, p_b>, the integral of the product of two profiles that end at t_a and t_b:
+
+    (gamma_a + 1) (gamma_b + 1) / ((gamma_a + gamma_b + 1) t_max) * (t_min / t_max)^(gamma of the one that ends later).
+    """
+    first, last = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
+    exponent = np.where(t_a < t_b, gamma_b, gamma_a)
+    return (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * last) * (first / last) ** exponent
+
+
+def shares(kept: list[Snapshot], images: int, sigma_rel: float) -> np.ndarray:
+    """What each snapshot counts in the average of that width after ``images``; they add up to nearly 1."""
+    # In units of the whole training, where numbers are of one size.
+    ends = np.array([snapshot.images for snapshot in kept], dtype=np.float64) / images
+    gammas = np.array([gamma_of(snapshot.sigma_rel) for snapshot in kept])
+    products = inner_product(ends[:, None], gammas[:, None], ends[None], gammas[None])
+    wanted = inner_product(ends, gammas, np.ones(1), np.array([gamma_of(sigma_rel)]))
+    return np.linalg.lstsq(products, wanted, rcond=None)[0]
+
+
+def average(config: AverageConfig) -> Path:
+    """Write a model folder with the average of ``config.run`` of that width; returns it."""
+    run, output = Path(config.run), Path(config.output)
+    require_unused(output)
+    kept = snapshots(run, config.images)
+    if not kept:
+        raise UserError(f"run: expected snapshots of averages (tools/train.py ema_widths=[0.05,0.1]), found none in {run}")
+    images = max(snapshot.images for snapshot in kept)
+    pipeline = load_pipeline(run / "model")
+    found = shares(kept, images, config.sigma_rel)
+    state = pipeline.unet.state_dict()
+    # A tensor at a time: the snapshots need not fit in memory together.
+    files = [safe_open(snapshot.path / WEIGHTS, framework="pt") for snapshot in kept]
+    parameters = dict(pipeline.unet.named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            if name in parameters:
+                value.copy_(sum(float(share) * file.get_tensor(name).double() for share, file in zip(found, files)))
+    with atomic_folder(output) as folder:
+        pipeline.save_pretrained(folder)
+        text = f"The average of {len(kept)} snapshots, of relative width {config.sigma_rel:g} after {images:,} images of {run}."
+        for path in (folder, folder / "unet"):
+            (path / "README.md").write_text(card(type(pipeline.unet).__name__, text, config), encoding="utf-8")
+    print(f"{len(kept)} snapshots, {images:,} images; wrote {output}")
+    return output
