@@ -195,6 +195,9 @@ class EncodeConfig:
     those of this process."""
     mirror: bool = True
     """Store the encoding of the mirrored picture too (twice the work and size). Not for letters or flags."""
+    embedding: Optional[str] = None
+    """open_clip:ARCHITECTURE:FILE.safetensors, or a name of pretrained weights for the file: also store each picture's
+    embedding, for models that make pictures like another one."""
     shuffle: bool = True
     """Mix the pictures over the shards, always alike: training goes through a shard before it opens the next, so one should be
     as good as another. false: in the order of the source, where reading it in another is slow."""
@@ -369,6 +372,9 @@ class TrainConfig:
     """Take the mirrored encoding for half of the pictures (shards made with mirror: true)."""
     class_conditional: bool = True
     """Use the labels of the shards where they have them."""
+    image_conditional: bool = False
+    """Use the OpenCLIP embeddings of the shards (tools/encode.py embedding=...): the model makes pictures like another one.
+    They are left out as often as the labels."""
     precision: str = "auto"
     """auto: bf16 on GPUs that have it, else float32. no: float32. bf16."""
     gradient_checkpointing: bool = False
@@ -523,6 +529,13 @@ class SampleConfig:
     height: Optional[int] = None
     """Of the pictures, in pixels; null as in training."""
     width: Optional[int] = None
+    like: Optional[str] = None
+    """Make pictures like this one, with a model trained with image_conditional=true."""
+    text: Optional[str] = None
+    """The same from words: OpenCLIP's two towers share a space, though the model was trained without texts."""
+    clip: Optional[str] = None
+    """open_clip:ARCHITECTURE:FILE.safetensors, or a name of pretrained weights for the file: the network that the embeddings
+    of its training are of, for ``like`` and ``text``."""
     image: Optional[str] = None
     """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
     strength: float = 0.6
@@ -540,6 +553,9 @@ class SampleConfig:
         check(0 < self.strength <= 1, "strength", "more than 0, to 1", self.strength)
         interval = self.guidance_interval
         check(interval is None or len(interval) == 2, "guidance_interval", "[low, high]", interval)
+        check(self.like is None or self.text is None, "text", "null where there is a picture to be like", self.text)
+        given = self.like is not None or self.text is not None
+        check(given == (self.clip is not None), "clip", "an OpenCLIP network with like or text, and only then", self.clip)
         check(self.image is None or self.height is self.width is None, "height", "null where there is an image", self.height)
 
 

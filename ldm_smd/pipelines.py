@@ -19,7 +19,7 @@ from .errors import UserError
 from .models.extended import ExtendedUNet2DModel
 from .models.gaussian import LatentGaussians
 from .models.moments import MomentHeads
-from .models.unet import SMDUNet2DModel, is_mixture, num_classes, predict
+from .models.unet import SMDUNet2DModel, embedding_dimensions, is_mixture, num_classes, predict
 from .schedulers import GMSScheduler, TeleportScheduler
 
 logger = logging.get_logger(__name__)
@@ -43,6 +43,7 @@ class SMDPipeline(DiffusionPipeline):
         id2label: class names by number (as a string, as JSON has it).
         moments: what GMSScheduler needs of a Gaussian unet beside its prediction (tools/train_moments.py).
         gaussian: the distribution of the latents that TeleportScheduler starts from (tools/fit_gaussian.py).
+        embedding: which OpenCLIP network the unet's image embeddings are of, as the manifest of its shards has it.
         guide: a weaker denoiser of the same latents, smaller or less trained, to be guided away from (autoguidance, arXiv
             2406.02507), instead of from the same one without the class.
     """
@@ -60,10 +61,11 @@ class SMDPipeline(DiffusionPipeline):
         moments: MomentHeads | None = None,
         gaussian: LatentGaussians | None = None,
         guide: SMDUNet2DModel | ExtendedUNet2DModel | UNet2DModel | None = None,
+        embedding: dict | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, moments=moments, gaussian=gaussian, guide=guide)
-        self.register_to_config(id2label=id2label)
+        self.register_to_config(id2label=id2label, embedding=embedding)
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
 
     @torch.no_grad()
@@ -80,6 +82,7 @@ class SMDPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         image: PipelineImageInput | None = None,
         strength: float = 0.6,
+        image_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
@@ -99,11 +102,14 @@ class SMDPipeline(DiffusionPipeline):
             image: start from these pictures, noised, and not from pure noise (SDEdit, arXiv 2108.01073): one for each sample,
                 or one for all; PIL, or arrays or tensors of floats in [0, 1], as diffusers' image processor takes them.
             strength: of that noise, as the share of the steps that are done, more than 0 to 1; not read without ``image``.
+            image_embeds: OpenCLIP embeddings (B, D) of pictures to be like, or of texts, of the network in ``embedding``; their
+                number counts where there are no labels.
             output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
             callback_on_step_end: as in diffusers; may return {"latents": ...}.
         """
         labels = self._labels(class_labels)
-        batch_size = batch_size if labels is None else len(labels)
+        image_embeds = self._embeds(image_embeds, labels)
+        batch_size = next((len(given) for given in (labels, image_embeds) if given is not None), batch_size)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: expected one per picture, {batch_size}, found {len(generator)}")
         device, dtype = self._execution_device, self.unet.dtype
@@ -129,7 +135,7 @@ class SMDPipeline(DiffusionPipeline):
                 eta = None
                 if is_mixture(self.unet):
                     eta = randn_tensor(x_t.shape, generator=generator, device=device, dtype=dtype)
-                prediction = self._predict(x_t, timestep, labels, eta, scales[index])
+                prediction = self._predict(x_t, timestep, labels, eta, scales[index], image_embeds)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 if callback_on_step_end is not None:
                     latents = callback_on_step_end(self, index, timestep, {"latents": latents}).get("latents", latents)
@@ -213,6 +219,17 @@ class SMDPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels: expected 0 to {classes} ({classes} is no class), found {labels.tolist()}")
         return labels.to(self._execution_device)
 
+    def _embeds(self, image_embeds: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
+        if image_embeds is None:
+            return None
+        wanted = embedding_dimensions(self.unet)
+        if wanted is None:
+            raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
+        rows = len(image_embeds) if labels is None else len(labels)
+        if image_embeds.shape != (rows, wanted):
+            raise ValueError(f"image_embeds: expected ({rows}, {wanted}), found {tuple(image_embeds.shape)}")
+        return image_embeds.to(self._execution_device, self.unet.dtype)
+
     def _predict(
         self,
         x_t: torch.Tensor,
@@ -220,27 +237,39 @@ class SMDPipeline(DiffusionPipeline):
         labels: torch.Tensor | None,
         eta: torch.Tensor | None,
         guidance_scale: float,
+        image_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if guidance_scale == 1.0 or (labels is None and self.guide is None):
-            return self._evaluate(x_t, timestep, labels, eta)
+        if guidance_scale == 1.0 or (labels is None and image_embeds is None and self.guide is None):
+            return self._evaluate(x_t, timestep, labels, eta, image_embeds)
         if self.guide is not None:
-            own = self._evaluate(x_t, timestep, labels, eta)
-            other = predict(self.guide, x_t, timestep, labels, eta)
+            own = self._evaluate(x_t, timestep, labels, eta, image_embeds)
+            other = predict(self.guide, x_t, timestep, labels, eta, image_embeds)
         else:
-            null = torch.full_like(labels, num_classes(self.unet))
-            noises = None if eta is None else torch.cat((eta, eta))
-            own, other = self._evaluate(torch.cat((x_t, x_t)), timestep, torch.cat((labels, null)), noises).chunk(2)
+            doubled = (
+                None if values is None else torch.cat((values, other))
+                for values, other in (
+                    (labels, None if labels is None else torch.full_like(labels, num_classes(self.unet))),
+                    (eta, eta),
+                    (image_embeds, None if image_embeds is None else torch.zeros_like(image_embeds)),
+                )
+            )
+            own, other = self._evaluate(torch.cat((x_t, x_t)), timestep, *doubled).chunk(2)
         # Guidance moves the mean; the other moments, where there are any, stay those of the class.
         mean, others = own[:, : x_t.shape[1]], own[:, x_t.shape[1] :]
         return torch.cat((other[:, : x_t.shape[1]].lerp(mean, guidance_scale), others), dim=1)
 
     def _evaluate(
-        self, x_t: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None, eta: torch.Tensor | None
+        self,
+        x_t: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor | None,
+        eta: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
     ) -> torch.Tensor:
         """The prediction, and for GMSScheduler two moments as further channels."""
         if not isinstance(self._solver, GMSScheduler):
-            return predict(self.unet, x_t, timestep, labels, eta)
-        return self._part("moments", "train_moments").predict(self.unet, x_t, timestep, labels)
+            return predict(self.unet, x_t, timestep, labels, eta, image_embeds)
+        return self._part("moments", "train_moments").predict(self.unet, x_t, timestep, labels, image_embeds)
 
     @property
     def _solver(self) -> SchedulerMixin:

@@ -19,6 +19,7 @@ from .data.images import decode
 from .device import pick_device
 from .errors import UserError
 from .files import atomic_folder, require_unused
+from .models.clip import ClipEncoder
 from .models.extended import ExtendedUNet2DModel, class_of
 from .models.unet import SMDUNet2DModel, num_classes
 from .pipelines import SMDPipeline, load_pipeline, seeded_generators
@@ -52,6 +53,7 @@ def sample(config: SampleConfig) -> Path:
         width=config.width,
         image=image,
         strength=config.strength,
+        image_embeds=None if config.clip is None else embedding_of(config, pipeline),
     )
     pixels = sample_pixels(pipeline, labels, count, options, "sample")
     pictures = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
@@ -73,6 +75,7 @@ class SamplingOptions:
     Attributes:
         seed: of the first picture; picture i has seed ``seed + i`` at any batch size.
         image: where pictures start, one for all, or a tensor (N, 3, H, W) with one for each.
+        image_embeds: of the picture that all are to be like, (1, D).
         steps, guidance_scale, guidance_interval, height, width, strength: as of the pipeline.
     """
 
@@ -85,6 +88,7 @@ class SamplingOptions:
     width: int | None = None
     image: Image.Image | torch.Tensor | None = None
     strength: float = 1.0
+    image_embeds: torch.Tensor | None = None
 
 
 def sample_pixels(
@@ -102,7 +106,7 @@ def sample_batches(
     bar = progress(len(indices), 0, description)
     for start in range(indices.start, indices.stop, options.batch_size):
         stop = min(start + options.batch_size, indices.stop)
-        image = options.image
+        image, embeds = options.image, options.image_embeds
         yield pipeline(
             None if labels is None else labels[start:stop],
             batch_size=stop - start,
@@ -115,6 +119,7 @@ def sample_batches(
             output_type="pt",
             image=image[start:stop] if isinstance(image, torch.Tensor) else image,
             strength=options.strength,
+            image_embeds=None if embeds is None else embeds.expand(stop - start, -1),
         ).images.cpu()
         bar.update(stop - start)
     bar.close()
@@ -136,14 +141,36 @@ def load_guide(folder: str, pipeline: SMDPipeline) -> ModelMixin:
     return guide
 
 
+def embedding_of(config: SampleConfig, pipeline: SMDPipeline) -> torch.Tensor:
+    """Of ``config.like`` or ``config.text``, (1, D), by the network that the model knows."""
+    known = pipeline.config.embedding
+    if known is None:
+        raise UserError(f"clip: expected null, {config.model} is not conditioned on embeddings, found {config.clip}")
+    clip = ClipEncoder.of(config.clip, pick_device(config.device), "clip")
+    if clip.sha256 != known["sha256"]:
+        raise UserError(
+            f"clip: expected the network of the training, {known['network']} with SHA-256 {known['sha256'][:16]}..., found "
+            f"{clip.name} with {clip.sha256[:16]}..."
+        )
+    if config.text is not None:
+        return clip.texts([config.text])
+    side = FrozenAutoencoder(pipeline.vae).factor * pipeline.unet.config.sample_size
+    # Brought to the size of the training pictures first, as those were.
+    return clip.images(read_picture("like", config.like, side)[None])
+
+
+def read_picture(key: str, path: str, side: int) -> torch.Tensor:
+    """uint8 (3, side, side)"""
+    try:
+        return decode(Path(path).read_bytes(), ImagesConfig(resolution=side))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: expected a picture, found {path}: {error}") from error
+
+
 def starting_picture(config: SampleConfig, pipeline: SMDPipeline) -> Image.Image:
     """``config.image`` at the size of the pictures that the model makes."""
     side = FrozenAutoencoder(pipeline.vae).factor * pipeline.unet.config.sample_size
-    try:
-        pixels = decode(Path(config.image).read_bytes(), ImagesConfig(resolution=side))
-    except (OSError, ValueError) as error:
-        raise UserError(f"image: expected a picture, found {config.image}: {error}") from error
-    return to_pil_image(pixels)
+    return to_pil_image(read_picture("image", config.image, side))
 
 
 def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | None:

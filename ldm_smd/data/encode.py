@@ -34,9 +34,10 @@ from ..config import EncodeConfig
 from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_file, sha256
+from ..models.clip import ClipEncoder
 from ..progress import progress
 from .images import Pictures, read_pictures
-from .shards import DTYPE, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json
+from .shards import DTYPE, EMBEDDING, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json
 from .sources import Entry, list_entries
 from .stream import index_tar
 
@@ -55,7 +56,7 @@ class Plan:
     batch_size: int
 
     @classmethod
-    def of(cls, config: EncodeConfig, autoencoder: FrozenAutoencoder) -> Plan:
+    def of(cls, config: EncodeConfig, autoencoder: FrozenAutoencoder, clip: ClipEncoder | None = None) -> Plan:
         entries, classes = list_entries(config.images)
         if config.shuffle:
             entries = [entries[place] for place in np.random.default_rng(0).permutation(len(entries))]
@@ -77,6 +78,8 @@ class Plan:
             "classes": classes,
             "versions": {name: version(name) for name in ("torch", "diffusers", "pillow", "webdataset")},
         }
+        if clip is not None:
+            settings["embedding"] = clip.identity()
         return cls(entries, settings, config.shard_size, config.batch_size)
 
     @property
@@ -107,8 +110,10 @@ def encode(config: EncodeConfig) -> Manifest | None:
     """
     worker, workers = which_worker(config.worker)
     output = Path(config.output)
-    autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(pick_device(config.device))
-    plan = Plan.of(config, autoencoder)
+    device = pick_device(config.device)
+    autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
+    clip = None if config.embedding is None else ClipEncoder.of(config.embedding, device, "embedding")
+    plan = Plan.of(config, autoencoder, clip)
     claim(output, plan, worker)
     mine = plan.shards[worker::workers]
     missing = [shard for shard in mine if not finished(output, plan, shard)]
@@ -116,7 +121,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
         print(f"{len(mine) - len(missing)} of {len(mine)} shards are there already", file=sys.stderr)
     if missing:
         try:
-            encode_shards(output, plan, missing, autoencoder, config)
+            encode_shards(output, plan, missing, autoencoder, clip, config)
         except OSError as error:  # of writing: that a picture cannot be read is no exception
             raise UserError(f"output: expected to write the shards to {output}, found {error}; run again to go on") from error
     return merge(output, plan, worker)
@@ -156,26 +161,35 @@ def finished(output: Path, plan: Plan, shard: int) -> bool:
     return record.get("plan") == plan.sha256 and path.is_file() and sha256(path) == record["shard"]["sha256"]
 
 
-def encode_shards(output: Path, plan: Plan, shards: list[int], autoencoder: FrozenAutoencoder, config: EncodeConfig) -> None:
-    """Three things at a time: processes decode pictures, threads run the autoencoder, and this one writes."""
+def encode_shards(
+    output: Path,
+    plan: Plan,
+    shards: list[int],
+    autoencoder: FrozenAutoencoder,
+    clip: ClipEncoder | None,
+    config: EncodeConfig,
+) -> None:
+    """Three things at a time: processes decode pictures, threads run the networks, and this one writes."""
     bar = progress(sum(plan.count(shard) for shard in shards), 0, "encode", disable=int(os.environ.get("LOCAL_RANK", 0)) > 0)
-    for shard, group in groupby(encoded(plan, shards, autoencoder, config), key=itemgetter(0)):
-        write_shard(plan, plan.path(output, shard), ((pictures, moments) for _, pictures, moments in group), bar)
+    for shard, group in groupby(encoded(plan, shards, autoencoder, clip, config), key=itemgetter(0)):
+        write_shard(plan, plan.path(output, shard), (rest for _, *rest in group), bar)
     bar.close()
 
 
 def encoded(
-    plan: Plan, shards: list[int], autoencoder: FrozenAutoencoder, config: EncodeConfig
-) -> Iterator[tuple[int, Pictures, list[np.ndarray]]]:
-    """The shard, the pictures, and their moments in the precision of the shards: as they are, and mirrored where asked for."""
+    plan: Plan, shards: list[int], autoencoder: FrozenAutoencoder, clip: ClipEncoder | None, config: EncodeConfig
+) -> Iterator[tuple[int, Pictures, list[np.ndarray], np.ndarray | None]]:
+    """The shard, the pictures, and in the precision of the shards their moments, as they are and mirrored where asked for, and
+    their embeddings where asked for."""
     todo = [(shard, batch) for shard in shards for batch in plan.batches(shard)]
     parts = read_pictures(plan.entries, config.images, [batch for _, batch in todo], config.num_workers)
 
-    def encode_batch(shard: int, pictures: Pictures) -> tuple[int, Pictures, list[np.ndarray]]:
+    def encode_batch(shard: int, pictures: Pictures) -> tuple[int, Pictures, list[np.ndarray], np.ndarray | None]:
         pixels = pictures.pixels.to(autoencoder.device, non_blocking=True)
         views = (pixels, pixels.flip(3)) if config.mirror else (pixels,)
         moments = [autoencoder.encode_moments(view).half().cpu().numpy() for view in views] if len(pixels) else []
-        return shard, pictures, moments
+        embeddings = clip.images(pixels).half().cpu().numpy() if clip is not None and len(pixels) else None
+        return shard, pictures, moments, embeddings
 
     with batch_threads(autoencoder.device) as threads, ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future] = deque()
@@ -203,21 +217,25 @@ def batch_threads(device: torch.device) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def write_shard(plan: Plan, path: Path, batches: Iterable[tuple[Pictures, list[np.ndarray]]], bar: tqdm) -> None:
+def write_shard(
+    plan: Plan, path: Path, batches: Iterable[tuple[Pictures, list[np.ndarray], np.ndarray | None]], bar: tqdm
+) -> None:
     """The tar, and then the record that vouches for it."""
-    statistics, channels, skipped = ShardStatistics(), ChannelStatistics(), []
+    statistics, channels, skipped, dimensions = ShardStatistics(), ChannelStatistics(), [], None
     with (
         atomic_file(path) as temporary,
         open(temporary, "wb") as stream,
         wds.TarWriter(stream, mtime=0, user="", group="") as tar,
     ):
-        for pictures, encodings in batches:
+        for pictures, encodings, embeddings in batches:
             skipped += pictures.unreadable
             for encoding in encodings[:1]:
                 statistics.add(encoding)
                 channels.add(encoding)
             for row, (key, label) in enumerate(zip(pictures.keys, pictures.labels)):
                 sample = {"__key__": key, **{name: encoding[row] for name, encoding in zip(FIELDS, encodings)}}
+                if embeddings is not None:
+                    sample[EMBEDDING], dimensions = embeddings[row], embeddings.shape[1]
                 tar.write(sample if label is None else sample | {"cls": str(label)})
             bar.update(len(pictures.keys) + len(pictures.unreadable))
     record = {
@@ -225,7 +243,8 @@ def write_shard(plan: Plan, path: Path, batches: Iterable[tuple[Pictures, list[n
         "shard": {"name": path.name, **statistics.record(), "sha256": sha256(path)},
         "channels": channels.state(),
         "skipped": skipped,
-        "index": index_tar(path, tuple(channels.shape), np.dtype(DTYPE)),
+        "dimensions": dimensions,
+        "index": index_tar(path, tuple(channels.shape), np.dtype(DTYPE), dimensions),
     }
     with atomic_file(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(record), encoding="utf-8")
@@ -253,6 +272,9 @@ def merge(output: Path, plan: Plan, worker: int) -> Manifest | None:
         "channel_mean": statistics.mean.tolist(),
         "channel_std": statistics.std.tolist(),
     }
+    if "embedding" in metadata:
+        dimensions = max(record["dimensions"] or 0 for record in records)
+        metadata["embedding"] = {**metadata["embedding"], "dimensions": dimensions}
     content = {"format": FORMAT, "metadata": metadata, "shards": [record["shard"] for record in records], "skipped": skipped}
     with atomic_file(output / MANIFEST, str(worker)) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -1,9 +1,10 @@
 """Latent shards: the contract between tools/encode.py and training.
 
-A shard is a webdataset tar of samples ``KEY.moments.npy`` (float16, (2, C, h, w): mean and log-variance; (1, C, h, w) from
-a deterministic autoencoder), ``KEY.mirror.npy`` (the encoding of the mirrored picture) where asked for, and ``KEY.cls``
-(ASCII integer) where labelled. Beside a shard lies its record, a JSON file of the same name: what is in it, and where. Beside
-them all lies ``manifest.json``: what is in each shard, and all that the latents depend on.
+A shard is a webdataset tar of samples ``KEY.moments.npy`` (float16, (2, C, h, w): mean and log-variance; (1, C, h, w) from a
+deterministic autoencoder), where asked for ``KEY.mirror.npy`` (the encoding of the mirrored picture) and ``KEY.clip.npy``
+(float16, (D,): an OpenCLIP embedding of the picture, of length 1), and ``KEY.cls`` (ASCII integer) where labelled. Beside a
+shard lies its record, a JSON file of the same name: what is in it, and where. Beside them all lies ``manifest.json``: what is
+in each shard, and all that the latents depend on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 FORMAT = "ldm_smd latent shards 1"
 DTYPE = np.float16
 FIELDS = ("moments.npy", "mirror.npy")
+EMBEDDING = "clip.npy"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Manifest:
     @property
     def classes(self) -> list[str]:
         return self.metadata["classes"]
+
+    @property
+    def embedding(self) -> dict | None:
+        """Of the pictures' embeddings: the network, its sha256, resize, and their dimensions; None where there are none."""
+        return self.metadata.get("embedding")
 
     def check_autoencoder(self, autoencoder: FrozenAutoencoder) -> None:
         """Raise UserError, naming the field, unless the shards were made by this very autoencoder."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +24,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import UserError
-from .shards import FIELDS, Manifest, read_json
+from .shards import EMBEDDING, FIELDS, Manifest, read_json
 
 HEADER_BYTES, LABEL_BYTES, LARGEST_LABEL = 1024, 32, 2**31
 KEPT_SHARDS, KEPT_ORDERS = 64, 8
@@ -33,19 +33,25 @@ KEPT_SHARDS, KEPT_ORDERS = 64, 8
 
 @dataclass
 class LatentBatch:
-    """One rank's part of a batch: moments float16 (b, 2 or 1, C, h, w), labels int64 (b,), -1 for "none"."""
+    """One rank's part of a batch: moments float16 (b, 2 or 1, C, h, w), labels int64 (b,), -1 for "none", and where asked for
+    OpenCLIP embeddings float16 (b, D)."""
 
     moments: torch.Tensor
     labels: torch.Tensor
+    embeddings: torch.Tensor | None = None
+
+    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LatentBatch:
+        embeddings = None if self.embeddings is None else function(self.embeddings)
+        return LatentBatch(function(self.moments), function(self.labels), embeddings)
 
     def pin_memory(self) -> LatentBatch:
-        return LatentBatch(self.moments.pin_memory(), self.labels.pin_memory())
+        return self.each(torch.Tensor.pin_memory)
 
     def rows(self, start: int, stop: int) -> LatentBatch:
-        return LatentBatch(self.moments[start:stop], self.labels[start:stop])
+        return self.each(lambda values: values[start:stop])
 
     def to(self, device: torch.device) -> LatentBatch:
-        return LatentBatch(self.moments.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+        return self.each(lambda values: values.to(device, non_blocking=True))
 
 
 class Shard:
@@ -53,23 +59,23 @@ class Shard:
 
     Args:
         path, shape, dtype: the tar, and what its moments are.
+        dimensions: of its embeddings; None where it has none.
         index: of ``index_tar``.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, index: dict) -> None:
-        self.shape, self.dtype, self.nbytes = shape, dtype, int(np.prod(shape)) * dtype.itemsize
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: int | None, index: dict) -> None:
+        self.shape, self.dtype = shape, dtype
         try:
             self.keys = index["keys"]
             self.labels = np.array(index["labels"], dtype=np.int64).reshape(len(self.keys))
             self.offsets = np.array(index["offsets"], dtype=np.int64).reshape(len(self.keys), -1)
+            self.embedding_offsets = np.array(index.get("embeddings", []), dtype=np.int64)
+            if dimensions and self.embedding_offsets.shape != (len(self.keys),):
+                raise ValueError(f"{len(self.embedding_offsets)} embeddings of {len(self.keys)} samples")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"shards: expected an index of {path.name} in its record, found {error!r}") from error
-        size, end = path.stat().st_size, int(self.offsets.max()) + self.nbytes if self.offsets.size else 0
-        if end > size or self.offsets.min(initial=0) < 0:
-            raise UserError(f"shards: expected {end} bytes or more in {path}, found {size} (cut short?)")
-        # Row i is the file's bytes from the i-th on: a copy of some rows is one call, as fast as of a plain array.
-        data = np.memmap(path, dtype=np.uint8, mode="r") if end else np.empty(self.nbytes, np.uint8)
-        self._rows = sliding_window_view(data, self.nbytes)
+        self._rows = rows_of(path, self.offsets, int(np.prod(shape)) * dtype.itemsize)
+        self._embeddings = rows_of(path, self.embedding_offsets, (dimensions or 1) * dtype.itemsize)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -77,6 +83,20 @@ class Shard:
     def moments(self, indices: np.ndarray, mirrored: np.ndarray | int = 0) -> np.ndarray:
         """(n, 2 or 1, C, h, w), of the mirrored pictures where ``mirrored`` (n,) is 1."""
         return self._rows[self.offsets[indices, mirrored]].view(self.dtype).reshape(-1, *self.shape)
+
+    def embeddings(self, indices: np.ndarray) -> np.ndarray:
+        """(n, D)"""
+        return self._embeddings[self.embedding_offsets[indices]].view(self.dtype)
+
+
+def rows_of(path: Path, offsets: np.ndarray, nbytes: int) -> np.ndarray:
+    """Row i is the file's ``nbytes`` bytes from the i-th on: a copy of some rows is one call, as fast as of a plain array.
+    Raises UserError where the offsets lead beyond the file."""
+    size, end = path.stat().st_size, int(offsets.max()) + nbytes if offsets.size else 0
+    if end > size or offsets.min(initial=0) < 0:
+        raise UserError(f"shards: expected {end} bytes or more in {path}, found {size} (cut short?)")
+    data = np.memmap(path, dtype=np.uint8, mode="r") if end else np.empty(nbytes, np.uint8)
+    return sliding_window_view(data, nbytes)
 
 
 class LatentStream(IterableDataset):
@@ -88,6 +108,7 @@ class LatentStream(IterableDataset):
         images_seen, images_total: positions to start at and to end before; the last batch is always whole.
         seed: of the order and of the choice of mirrored encodings.
         mirror: take the mirrored encoding with probability one half.
+        embeddings: also take the embeddings, which the shards must have.
         rank, world_size: which equal slice of each batch is this process's.
     """
 
@@ -101,8 +122,12 @@ class LatentStream(IterableDataset):
         mirror: bool = False,
         rank: int = 0,
         world_size: int = 1,
+        embeddings: bool = False,
     ) -> None:
         super().__init__()
+        if embeddings and manifest.embedding is None:
+            raise UserError(f"shards: expected embeddings (tools/encode.py embedding=...), found none in {manifest.folder}")
+        self.embeddings = embeddings
         if batch_size % world_size:
             raise UserError(f"batch_size: expected a multiple of the {world_size} processes, found {batch_size}")
         self.batch_size, self.images_seen, self.images_total = batch_size, images_seen, images_total
@@ -130,7 +155,8 @@ class LatentStream(IterableDataset):
         parts = list(self._places(position))
         moments = [shard.moments(indices, mirrored) for shard, indices, mirrored in parts]
         labels = [shard.labels[indices] for shard, indices, _ in parts]
-        return LatentBatch(joined(moments), joined(labels))
+        embeddings = [shard.embeddings(indices) for shard, indices, _ in parts] if self.embeddings else None
+        return LatentBatch(joined(moments), joined(labels), joined(embeddings) if embeddings else None)
 
     def keys_at(self, position: int) -> list[str]:
         """The keys of this rank's slice of the batch that begins at ``position``, for messages."""
@@ -185,23 +211,28 @@ def open_shard(manifest: Manifest, item: dict, mirror: bool) -> Shard:
     encodings must be there."""
     path, shape = manifest.folder / item["name"], tuple(manifest.metadata["moments_shape"])
     dtype = np.dtype(manifest.metadata["dtype"])
+    dimensions = manifest.embedding["dimensions"] if manifest.embedding else None
     record = read_json(path.with_suffix(".json"))
     known = record.get("shard") == item
-    shard = Shard(path, shape, dtype, record.get("index") if known else index_tar(path, shape, dtype))
+    index = record.get("index") if known else index_tar(path, shape, dtype, dimensions)
+    shard = Shard(path, shape, dtype, dimensions, index)
     if mirror and len(shard) and shard.offsets.shape[1] < len(FIELDS):
         raise UserError(f"mirror: expected shards with mirrored encodings (tools/encode.py mirror=true), found none in {path}")
     return shard
 
 
-def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> dict:
-    """The keys of a shard in order, their labels (-1 for none), and where in the file the numbers of each of FIELDS begin.
+def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: int | None = None) -> dict:
+    """The keys of a shard in order, their labels (-1 for none), and where in the file the numbers of each of FIELDS begin; with
+    ``dimensions`` also those of the embeddings.
 
     Reads every header, which takes 0.1 ms a sample: tools/encode.py does it once and leaves it in the shard's record.
     Raises UserError for anything but a tar of samples of these numbers, once each.
     """
     places: dict[str, dict[str, int]] = {}
     labels: dict[str, int] = {}
+    embeddings: dict[str, int] = {}
     headers: dict[bytes, int] = {}
+    embedding_headers: dict[bytes, int] = {}
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -214,6 +245,12 @@ def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> dict:
                         raise ValueError(f"{member.name} is in it twice")
                     header = npy_header(read_at(file, member, HEADER_BYTES), member, shape, dtype, headers)
                     sample[extension] = member.offset_data + header
+                elif extension == EMBEDDING and dimensions:
+                    if key in embeddings:
+                        raise ValueError(f"{member.name} is in it twice")
+                    data = read_at(file, member, HEADER_BYTES)
+                    header = npy_header(data, member, (dimensions,), dtype, embedding_headers)
+                    embeddings[key] = member.offset_data + header
                 elif extension == "cls":
                     labels[key] = int(read_at(file, member, LABEL_BYTES))
                     if abs(labels[key]) > LARGEST_LABEL:
@@ -221,10 +258,13 @@ def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> dict:
         kinds = {frozenset(sample) for sample in places.values()}
         if len(kinds) > 1 or any(FIELDS[0] not in kind for kind in kinds):
             raise ValueError(f"of its samples some have {' and some '.join(' and '.join(sorted(kind)) for kind in kinds)}")
+        if dimensions and embeddings.keys() != places.keys():
+            raise ValueError(f"{len(embeddings)} embeddings of {len(places)} samples")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"shards: expected a tar of moments {shape} {dtype}, found {path}: {error}") from error
     offsets = [[sample[name] for name in FIELDS if name in sample] for sample in places.values()]
-    return {"keys": list(places), "labels": [labels.get(key, -1) for key in places], "offsets": offsets}
+    index = {"keys": list(places), "labels": [labels.get(key, -1) for key in places], "offsets": offsets}
+    return index | ({"embeddings": [embeddings[key] for key in places]} if dimensions else {})
 
 
 def read_at(file: BinaryIO, member: tarfile.TarInfo, most: int) -> bytes:

@@ -58,9 +58,17 @@ def check_shard(manifest: Manifest, item: dict, shard: Shard) -> Iterator[str]:
     path = manifest.folder / item["name"]
     if sha256(path) != item["sha256"]:
         yield "another sha256"
-    index = index_tar(path, shard.shape, shard.dtype)
-    if (index["keys"], index["labels"]) != (shard.keys, shard.labels.tolist()) or index["offsets"] != shard.offsets.tolist():
+    dimensions = manifest.embedding["dimensions"] if manifest.embedding else None
+    index = index_tar(path, shard.shape, shard.dtype, dimensions)
+    offsets = (shard.offsets.tolist(), shard.embedding_offsets.tolist())
+    if (index["keys"], index["labels"], index["offsets"], index.get("embeddings", [])) != (
+        shard.keys,
+        shard.labels.tolist(),
+        *offsets,
+    ):
         yield "another index in its record"
+    if dimensions and not np.isfinite(shard.embeddings(np.arange(len(shard)))).all():
+        yield "embeddings that are not finite"
     statistics = ShardStatistics()
     for start in range(0, len(shard), READ):
         statistics.add(shard.moments(np.arange(start, min(start + READ, len(shard)))))

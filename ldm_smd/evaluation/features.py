@@ -6,8 +6,7 @@ that network alone.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from torch import nn
 from ..device import pick_device
 from ..errors import UserError
 from ..files import sha256
+from ..models.clip import ClipEncoder
+from ..models.pretrained import Resize, state_sha256, weights_file
 from ..progress import progress
 
 DINOV2_SIDE = 224
@@ -135,20 +136,9 @@ def load_extractor(weights: str, device: str = "auto") -> Extractor:
 
 
 def open_clip_extractor(architecture: str, source: str, device: torch.device) -> Extractor:
-    """The image tower of an OpenCLIP model, features normalised to length 1, pictures resized as in its training."""
-    import open_clip
-
-    known = open_clip.list_pretrained_tags_by_model(architecture)
-    file = weights_file(source, known, f"OpenCLIP {architecture}")
-    model = open_clip.create_model(architecture, pretrained=str(file or source), device=device).eval()
-    settings = open_clip.get_model_preprocess_cfg(model)
-    shrink = Resize(settings["size"], settings["mean"], settings["std"], device)
-
-    def network(pixels: torch.Tensor) -> torch.Tensor:
-        return model.encode_image(shrink(pixels), normalize=True)
-
-    digest = sha256(file) if file else state_sha256(model)
-    return Extractor(f"OpenCLIP {architecture}", network, device, digest, shrink.name, unit_length=True)
+    """The image tower of an OpenCLIP model, features of length 1."""
+    clip = ClipEncoder(architecture, source, device, key="features")
+    return Extractor(clip.name, clip.images, device, clip.sha256, clip.resize.name, unit_length=True)
 
 
 def dinov2_extractor(architecture: str, source: str, device: torch.device) -> Extractor:
@@ -156,7 +146,7 @@ def dinov2_extractor(architecture: str, source: str, device: torch.device) -> Ex
     import timm
 
     known = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
-    file = weights_file(source, known, f"DINOv2 {architecture}")
+    file = weights_file("features", source, known, f"DINOv2 {architecture}")
     loading = {"checkpoint_path": str(file)} if file else {"pretrained": True}
     name = architecture if file else f"{architecture}.{source}"
     model = timm.create_model(name, num_classes=0, img_size=DINOV2_SIDE, **loading).eval().to(device)
@@ -180,35 +170,3 @@ def inception_extractor(file: Path, device: torch.device) -> Extractor:
         return model((pixels * 255).round().to(torch.uint8))[0]
 
     return Extractor("Inception", network, device, sha256(file), resize)
-
-
-class Resize:
-    """Pixels in [0, 1] to a square of ``size``, antialiased bicubic, then to the mean and deviation that a network expects."""
-
-    def __init__(self, size: int | tuple[int, int], mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
-        self.size = size
-        self.mean, self.std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (mean, std))
-        self.name = f"antialiased bicubic to {size if isinstance(size, int) else size[0]} pixels"
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        resized = F.interpolate(pixels, size=self.size, mode="bicubic", antialias=True, align_corners=False)
-        return (resized.clamp(0, 1) - self.mean) / self.std
-
-
-def weights_file(source: str, known: Sequence[str], what: str) -> Path | None:
-    """The file, or None for pretrained weights of that name; never a pickle."""
-    if source in known:
-        return None
-    file = Path(source)
-    if not file.is_file() or file.suffix != ".safetensors":
-        names = f" or a name of its weights ({', '.join(known)})" if known else ""
-        raise UserError(f"features: expected a .safetensors file of {what}{names}, found {source!r}")
-    return file
-
-
-def state_sha256(model: nn.Module) -> str:
-    """Of weights that no file of ours holds."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()

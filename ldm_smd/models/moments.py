@@ -63,6 +63,7 @@ class MomentHeads(ModelMixin, ConfigMixin):
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """All that GMSScheduler takes, in one pass of the UNet: (B, 3 C, H, W), its prediction and the two moments."""
         wanted, found = (self.config.feature_channels, self.config.channels), (unet.conv_out.in_channels, sample.shape[1])
@@ -75,7 +76,7 @@ class MomentHeads(ModelMixin, ConfigMixin):
         read: list[torch.Tensor] = []
         hook = unet.conv_out.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
         try:
-            prediction = predict(unet, sample, timestep, class_labels)
+            prediction = predict(unet, sample, timestep, class_labels, image_embeds=image_embeds)
         finally:
             hook.remove()
         variance, third = self(read[0], timestep)

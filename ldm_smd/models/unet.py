@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DModel
@@ -59,6 +61,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             before training); 0: white noise, the paper's.
         noise_modes: of the Gaussian mixture that the latents are taken to be from in those directions.
         noise_timesteps: of the noise schedule it is fitted for.
+        embedding_dimensions: D of the OpenCLIP embeddings that it can be conditioned on; None where it cannot.
         placement: where f_phi acts. "in_out" (the paper): after the first and before the last convolution. "up": before
             each level on the way up but the last, so that the way down and the middle, the trunk, run once for any number of
             draws. "all": "in_out", "up" and before each level on the way down. With "up" and "all" z also shifts the
@@ -91,6 +94,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         noise_rank: int = 128,
         noise_modes: int = 256,
         noise_timesteps: int = 1000,
+        embedding_dimensions: int | None = None,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
@@ -111,6 +115,10 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, embedding_dim)
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_dim)
+        # No bias: that of no embedding is zero.
+        self.image_embedding = None
+        if embedding_dimensions is not None:
+            self.image_embedding = nn.Linear(embedding_dimensions, embedding_dim, bias=False)
 
         # Way down. The outputs of the residual blocks are kept for the way up.
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
@@ -190,6 +198,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         eta: torch.Tensor | None = None,
         return_dict: bool = True,
+        image_embeds: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """Predict for every picture and draw.
 
@@ -199,12 +208,13 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             class_labels: (B,) integers, ``num_classes`` for the null class; None is the null class for all.
             eta: (B * M, C, H, W) with the M draws of a picture in consecutive rows; None draws one for each picture.
                 Not read by a Gaussian model.
+            image_embeds: of the picture to be like, (B, D), of length 1; rows of zeros, or None for all, are no embedding.
 
         Returns:
             The prediction (B * M, C, H, W), rows as in ``eta``; (B, C, H, W) for a Gaussian model.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # one number stays one: less work
-        embedding = F.silu(self._embed(sample, timestep, class_labels))
+        embedding = F.silu(self._embed(sample, timestep, class_labels, image_embeds))
         modulation, up_modulation = self.modulation(embedding).split(self.modulation_sizes, dim=1)
         # The layout of the input is that of every feature map after it. Channels last is what GPUs' tensor cores want, and
         # on CPUs it is 1.1 times faster in training, as attention needs no copies (benchmarks/unet_throughput.py).
@@ -238,15 +248,27 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
             prediction = torch.addcmul(prediction, gate[..., None, None], noise)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
-    def _embed(self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None) -> torch.Tensor:
+    def _embed(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
         embedding = self.time_embedding(self.time_proj(timestep).to(sample.dtype)).expand(len(sample), -1)
-        if self.class_embedding is None:
-            if class_labels is not None:
-                raise ValueError("class_labels: expected None, this model has num_classes=None")
+        if self.class_embedding is None and class_labels is not None:
+            raise ValueError("class_labels: expected None, this model has num_classes=None")
+        if self.class_embedding is not None:
+            if class_labels is None:
+                class_labels = torch.full((len(sample),), self.config.num_classes, device=sample.device)
+            embedding = embedding + self.class_embedding(class_labels)
+        if image_embeds is None:
             return embedding
-        if class_labels is None:
-            class_labels = torch.full((len(sample),), self.config.num_classes, device=sample.device)
-        return embedding + self.class_embedding(class_labels)
+        if self.image_embedding is None:
+            raise ValueError("image_embeds: expected None, this model has embedding_dimensions=None")
+        # Of unit variance, as the other inputs of the first layers.
+        unit = image_embeds.to(embedding.dtype) * math.sqrt(self.config.embedding_dimensions)
+        return embedding + self.image_embedding(unit)
 
     def _way_down(
         self, h: torch.Tensor, modulation: torch.Tensor, z: torch.Tensor | None
@@ -313,14 +335,24 @@ def predict(
     timestep: torch.Tensor | float | int,
     class_labels: torch.Tensor | None = None,
     eta: torch.Tensor | None = None,
+    image_embeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The prediction of any denoiser, as SMDUNet2DModel.forward; a plain UNet2DModel reads no eta and has no default label."""
+    if isinstance(unet, SMDUNet2DModel):
+        return unet(sample, timestep, class_labels, eta, return_dict=False, image_embeds=image_embeds)[0]
+    if image_embeds is not None:
+        raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
     if not isinstance(unet, UNet2DModel):
         return unet(sample, timestep, class_labels, eta, return_dict=False)[0]
     classes = num_classes(unet)
     if class_labels is None and classes is not None:
         class_labels = torch.full((len(sample),), classes, device=sample.device)
     return unet(sample, timestep, class_labels, return_dict=False)[0]
+
+
+def embedding_dimensions(unet: ModelMixin) -> int | None:
+    """Of any denoiser: D of the image embeddings that it is conditioned on."""
+    return getattr(unet.config, "embedding_dimensions", None)
 
 
 def known_labels(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ class Draws:
         eps: noise, (B, C, h, w).
         eta: of the mixture's draws, (B, M, C, h, w); M is 0 for a Gaussian model.
         dropped: whether the label is to be left out, (B,).
+        unlike: whether the image embedding is to be left out, (B,).
     """
 
     posterior: torch.Tensor
@@ -25,6 +26,7 @@ class Draws:
     eps: torch.Tensor
     eta: torch.Tensor
     dropped: torch.Tensor
+    unlike: torch.Tensor
 
     def rows(self, start: int, stop: int) -> Draws:
         return Draws(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
@@ -39,6 +41,7 @@ def draw(generator: torch.Generator, shape: tuple[int, ...], draws: int, num_tim
         eps=torch.randn(shape, **options),
         eta=torch.randn((shape[0], draws, *shape[1:]), **options),
         dropped=torch.rand(shape[:1], **options) < label_dropout,
+        unlike=torch.rand(shape[:1], **options) < label_dropout,
     )
 
 

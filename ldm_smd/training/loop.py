@@ -29,7 +29,7 @@ from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder
 from ..models.attention import set_attention_backend
 from ..models.extended import ExtendedUNet2DModel, class_of
-from ..models.unet import FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, known_labels
+from ..models.unet import FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, embedding_dimensions, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
 from .average import resume_averages, save_snapshot
@@ -94,7 +94,15 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
     if images_seen:
         resume_averages(output, images_seen, averages)
     stream = LatentStream(
-        manifest, config.batch_size, config.images_total, images_seen, config.seed, config.mirror, rank, world
+        manifest,
+        config.batch_size,
+        config.images_total,
+        images_seen,
+        config.seed,
+        config.mirror,
+        rank,
+        world,
+        embeddings=config.image_conditional,
     )
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -246,8 +254,11 @@ class TrainingStep:
         labels = known_labels(batch.labels, self.null_class)
         if labels is not None:
             labels = torch.where(draws.dropped, self.null_class, labels)
+        inputs = {}
+        if batch.embeddings is not None:
+            inputs["image_embeds"] = batch.embeddings.float() * ~draws.unlike[:, None]
         with self.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
-            prediction = self.model(x_t, t, labels, eta, return_dict=False)[0].float()
+            prediction = self.model(x_t, t, labels, eta, return_dict=False, **inputs)[0].float()
         losses = self.objective(prediction.unflatten(0, (len(x0), -1)), target)
         return losses * timestep_weight(self.config.objective.weighting, self.exponent, self.process, t, prediction_type)
 
@@ -267,6 +278,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | Ext
         out_channels=channels,
         num_classes=classes or None,
         noise_timesteps=config.diffusion.num_train_timesteps,
+        embedding_dimensions=manifest.embedding["dimensions"] if config.image_conditional and manifest.embedding else None,
         **{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()},
     )
     if config.init_from:
@@ -294,6 +306,7 @@ def fit_noise(
 def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DModel:
     """``init_from``, extended; its own blocks, and the sizes of the mixture from ``config.model``."""
     shape = config.model
+    check(not config.image_conditional, "image_conditional", "false for a UNet2DModel of diffusers", True)
     if class_of(config.init_from) == "ExtendedUNet2DModel":
         model = ExtendedUNet2DModel.from_pretrained(config.init_from, use_safetensors=True)
     elif shape.latent_channels == 0 or shape.placement != "up":
@@ -397,7 +410,8 @@ def build_pipeline(
     unet: SMDUNet2DModel | ExtendedUNet2DModel, autoencoder: FrozenAutoencoder, scheduler: DDPMScheduler, manifest: Manifest
 ) -> SMDPipeline:
     labels = {str(number): name for number, name in enumerate(manifest.classes)} if unet.config.num_classes else None
-    return SMDPipeline(unet, autoencoder.model, scheduler, labels)
+    embedding = manifest.embedding if embedding_dimensions(unet) else None
+    return SMDPipeline(unet, autoencoder.model, scheduler, labels, embedding=embedding)
 
 
 def save_model_folder(

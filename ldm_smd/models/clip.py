@@ -1,0 +1,63 @@
+"""OpenCLIP's two towers, which share a space: pictures and texts as vectors of length 1."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UserError
+from ..files import sha256
+from .pretrained import Resize, state_sha256, weights_file
+
+
+class ClipEncoder:
+    """A frozen OpenCLIP model.
+
+    Args:
+        architecture: a name of OpenCLIP's, as ViT-B-32.
+        source: a .safetensors file, or the name of pretrained weights to be fetched.
+        device: where it works.
+        key: the setting that a mistake is blamed on.
+
+    Attributes:
+        name, sha256: of the architecture and its weights.
+        resize: how pictures are brought to the size of its training.
+    """
+
+    def __init__(self, architecture: str, source: str, device: torch.device, key: str) -> None:
+        import open_clip
+
+        if architecture not in open_clip.list_models():
+            raise UserError(f"{key}: expected an architecture of OpenCLIP, as ViT-B-32, found {architecture!r}")
+        self.name = f"OpenCLIP {architecture}"
+        file = weights_file(key, source, open_clip.list_pretrained_tags_by_model(architecture), self.name)
+        self.model = open_clip.create_model(architecture, pretrained=str(file or source), device=device)
+        self.model.eval().requires_grad_(False)
+        self.sha256 = sha256(file) if file else state_sha256(self.model)
+        settings = open_clip.get_model_preprocess_cfg(self.model)
+        self.resize = Resize(settings["size"], settings["mean"], settings["std"], device)
+        self.device, self._tokenizer = device, open_clip.get_tokenizer(architecture)
+
+    @classmethod
+    def of(cls, spec: str, device: torch.device, key: str) -> ClipEncoder:
+        """``open_clip:ARCHITECTURE:SOURCE``."""
+        kind, _, rest = spec.partition(":")
+        architecture, _, source = rest.partition(":")
+        if kind != "open_clip":
+            raise UserError(f"{key}: expected open_clip:ARCHITECTURE:FILE.safetensors, found {spec!r}")
+        return cls(architecture, source, device, key)
+
+    def identity(self) -> dict:
+        """For manifests: two with equal identities give equal embeddings."""
+        return {"network": self.name, "sha256": self.sha256, "resize": self.resize.name}
+
+    @torch.no_grad()
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [0, 1], or uint8 -> (B, D)."""
+        pixels = pixels.to(self.device)
+        pixels = pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels
+        return self.model.encode_image(self.resize(pixels), normalize=True)
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """(B, D)"""
+        return self.model.encode_text(self._tokenizer(texts).to(self.device), normalize=True)

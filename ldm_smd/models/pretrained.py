@@ -1,0 +1,45 @@
+"""What networks trained elsewhere have in common: their weights, and the size of pictures they look at."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import UserError
+
+
+class Resize:
+    """Pixels in [0, 1] to a square of ``size``, antialiased bicubic, then to the mean and deviation that a network expects."""
+
+    def __init__(self, size: int | tuple[int, int], mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        self.size = size
+        self.mean, self.std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (mean, std))
+        self.name = f"antialiased bicubic to {size if isinstance(size, int) else size[0]} pixels"
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        resized = F.interpolate(pixels, size=self.size, mode="bicubic", antialias=True, align_corners=False)
+        return (resized.clamp(0, 1) - self.mean) / self.std
+
+
+def weights_file(key: str, source: str, known: Sequence[str], what: str) -> Path | None:
+    """The file, or None for pretrained weights of that name; never a pickle. A mistake is blamed on the setting ``key``."""
+    if source in known:
+        return None
+    file = Path(source)
+    if not file.is_file() or file.suffix != ".safetensors":
+        names = f" or a name of its weights ({', '.join(known)})" if known else ""
+        raise UserError(f"{key}: expected a .safetensors file of {what}{names}, found {source!r}")
+    return file
+
+
+def state_sha256(model: nn.Module) -> str:
+    """Of weights that no file of ours holds."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""Pictures like another one: OpenCLIP embeddings from the shards through training to sampling, also from words. The network is
+a real OpenCLIP model, built without pretrained weights."""
+
+import json
+import shutil
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ldm_smd.config import EncodeConfig, ImagesConfig, SampleConfig, VerifyConfig, load_config
+from ldm_smd.data.encode import encode
+from ldm_smd.data.images import load_pixels
+from ldm_smd.data.shards import Manifest
+from ldm_smd.data.stream import LatentStream, latent_loader
+from ldm_smd.data.verify import verify
+from ldm_smd.errors import UserError
+from ldm_smd.models.clip import ClipEncoder
+from ldm_smd.pipelines import load_pipeline, seeded_generators
+from ldm_smd.sampling import sample
+from ldm_smd.training.loop import train
+
+ARCHITECTURE = "ViT-S-32-alt"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("clip") / "weights.safetensors"
+    save_file(open_clip.create_model(ARCHITECTURE).state_dict(), path)
+    return f"open_clip:{ARCHITECTURE}:{path}"
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory, pictures, vae_folder, clip):
+    """Shards as those of ``shards``, with embeddings."""
+    output = tmp_path_factory.mktemp("embedded") / "shards"
+    settings = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={output}"]
+    encode(load_config(EncodeConfig, None, [*settings, "shard_size=8", "batch_size=4", "num_workers=0", f"embedding={clip}"]))
+    return output
+
+
+@pytest.fixture
+def conditional_folder(train_config, embedded):
+    return train(train_config(f"shards={embedded}", "image_conditional=true", "images_total=16"))
+
+
+def test_shards_hold_the_embeddings_and_all_else_as_without(embedded, shards, pictures, clip):
+    manifest, plain = Manifest.load(embedded), Manifest.load(shards)
+    encoder = ClipEncoder.of(clip, torch.device("cpu"), "clip")
+    assert manifest.embedding == {**encoder.identity(), "dimensions": 256} and plain.embedding is None
+    stream, without = LatentStream(manifest, 22, 22, embeddings=True), LatentStream(plain, 22, 22)
+    batch = stream.batch_at(0)
+    assert torch.equal(batch.moments, without.batch_at(0).moments) and without.batch_at(0).embeddings is None
+    assert batch.embeddings.shape == (22, 256) and batch.embeddings.dtype == torch.float16
+    assert torch.allclose(batch.embeddings.float().norm(dim=1), torch.ones(22), atol=1e-3)
+    pixels, _, _ = load_pixels(ImagesConfig(source=str(pictures), resolution=16))
+    by_key = dict(zip(sorted(stream.keys_at(0)), encoder.images(pixels)))
+    expected = torch.stack([by_key[key] for key in stream.keys_at(0)])
+    assert torch.allclose(batch.embeddings.float(), expected, atol=2e-3)
+    verify(VerifyConfig(shards=str(embedded)))
+    [loaded] = latent_loader(stream, num_workers=1)
+    assert torch.equal(loaded.embeddings, batch.embeddings)
+    with pytest.raises(UserError, match="shards: expected embeddings"):
+        LatentStream(plain, 22, 22, embeddings=True)
+
+
+def test_shards_without_their_embeddings_are_refused(embedded, tmp_path):
+    """Also where the record is gone, and with it the index."""
+    folder = tmp_path / "copy"
+    shutil.copytree(embedded, folder)
+    record = json.loads((folder / "latents-00000.json").read_text())
+    del record["index"]["embeddings"]
+    (folder / "latents-00000.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"expected an index of latents-00000\.tar in its record, found .*0 embeddings of 8"):
+        LatentStream(Manifest.load(folder), 22, 22).batch_at(0)
+    content = json.loads((folder / "manifest.json").read_text())
+    content["metadata"]["embedding"]["dimensions"] = 255
+    (folder / "manifest.json").write_text(json.dumps(content))
+    (folder / "latents-00000.json").unlink()
+    with pytest.raises(UserError, match=r"expected a tar of moments .*clip.npy is \(256,\)"):
+        LatentStream(Manifest.load(folder), 22, 22).batch_at(0)
+
+
+def test_the_embedding_matters_and_none_is_zeros(conditional_folder):
+    pipeline = load_pipeline(conditional_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in pipeline.unet.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    embeds = torch.nn.functional.normalize(torch.randn(2, 256))
+
+    def latents(embeds, labels=(0, 1), **options):
+        options = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded_generators([1, 2]), **options}
+        return pipeline(labels, image_embeds=embeds, **options).images
+
+    one, other = latents(embeds), latents(embeds.flip(0))
+    assert not torch.allclose(one, other, atol=1e-2)
+    assert torch.allclose(latents(None), latents(torch.zeros(2, 256)), atol=1e-5)
+    x, t, eta = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8)
+    for labels in (torch.tensor([0, 1]), None):
+        with torch.no_grad():
+            own, without = (
+                pipeline.unet(x, t, given, eta, image_embeds=e).sample for given, e in ((labels, embeds), (None, None))
+            )
+            guided = pipeline._predict(x, t, labels, eta, 3.0, embeds)
+        assert torch.allclose(guided, without + 3 * (own - without), atol=1e-3)
+    assert latents(embeds, labels=None).shape == (2, 4, 8, 8)
+    for wrong in (embeds[:1], embeds[:, :7]):
+        with pytest.raises(ValueError, match=r"image_embeds: expected \(2, 256\), found"):
+            latents(wrong)
+
+
+def test_half_precision_and_a_batch_of_one(conditional_folder):
+    pipeline = load_pipeline(conditional_folder).to(torch.bfloat16)
+    assert np.isfinite(pipeline(image_embeds=torch.ones(1, 256), num_inference_steps=1, output_type="np").images).all()
+
+
+def test_sample_tool_likes_a_picture_or_words(run, conditional_folder, model_folder, pictures, clip, tmp_path):
+    options = [f"model={conditional_folder}", "per_class=2", "steps=2", "classes=[]"]
+    picture = next((pictures / "disc").iterdir())
+    for name, wish in (("picture", f"like={picture}"), ("words", "text=a red disc")):
+        code, _, err = run(SampleConfig, sample, *options, f"clip={clip}", wish, f"output={tmp_path / name}")
+        assert code == 0 and len(list((tmp_path / name).glob("picture-*.png"))) == 2, err
+    torch.manual_seed(1)
+    save_file(open_clip.create_model(ARCHITECTURE).state_dict(), tmp_path / "other.safetensors")
+    for changed, message in (
+        ([f"clip=open_clip:{ARCHITECTURE}:{tmp_path / 'other.safetensors'}"], "clip: expected the network of the training"),
+        ([f"clip={clip}", f"model={model_folder}"], "is not conditioned on embeddings"),
+        (["clip=open_clip:ViT-None:x"], "clip: expected an architecture of OpenCLIP"),
+        (["clip=ViT-B-32"], "clip: expected open_clip:ARCHITECTURE"),
+        ([], "clip: expected an OpenCLIP network with like or text"),
+    ):
+        code, _, err = run(SampleConfig, sample, *options, "text=x", *changed, f"output={tmp_path / 'wrong'}")
+        assert code == 2 and message in err
