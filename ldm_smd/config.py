@@ -6,16 +6,21 @@ Every tool owns one dataclass here. Unknown keys are errors that name the neares
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import itertools
+import textwrap
 import types
 import typing
+from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Optional, TypeVar
 
+import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from .diffusion.objectives import OBJECTIVES, WEIGHTINGS
 from .diffusion.process import PREDICTION_TYPES
@@ -663,7 +668,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
             raise UserError(f"override: expected key=value, found {override!r}")
         try:
             layers.append((override, OmegaConf.from_dotlist([override])))
-        except (OmegaConfBaseException, YAMLError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"override: expected key=value with a YAML value, found {override!r}") from error
 
     for origin, layer in layers:
@@ -683,6 +688,52 @@ def dump_config(config: object) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Of a schema: its name, its default as YAML (None where it is required), and its docstring."""
+
+    name: str
+    default: str | None
+    text: str
+
+
+def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
+    """All of a schema, nested ones by their full names; those of the entries of a list as NAME[].KEY."""
+    hints, texts = typing.get_type_hints(schema), _docstrings(schema)
+    for item in fields(schema):
+        name = prefix + item.name
+        inner = _dataclass_of(hints[item.name])
+        if inner is not None:
+            yield from settings(inner, f"{name}.")
+            continue
+        default = item.default_factory() if item.default_factory is not NO_DEFAULT else item.default
+        required = default is NO_DEFAULT or default == MISSING
+        entries = _dataclass_of(next(iter(typing.get_args(hints[item.name])), None))
+        # An entry's own settings say what is in a list of them.
+        text = (
+            "null"
+            if default is None
+            else "[...]"
+            if entries
+            else yaml.safe_dump(default, default_flow_style=True, width=10_000)
+        )
+        yield Setting(name, None if required else text.removesuffix("\n...\n").strip(), texts.get(item.name, ""))
+        if entries is not None:
+            yield from settings(entries, f"{name}[].")
+
+
+def _docstrings(schema: type) -> dict[str, str]:
+    """The string after each field, of a class and those it extends."""
+    found: dict[str, str] = {}
+    for kind in reversed(schema.__mro__):
+        if is_dataclass(kind):
+            body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
+            for one, following in itertools.pairwise(body):
+                if isinstance(one, ast.AnnAssign) and isinstance(following, ast.Expr):
+                    found[one.target.id] = inspect.cleandoc(ast.literal_eval(following.value))
+    return found
+
+
 def config_as_dict(config: object) -> dict:
     """The configuration as plain dictionaries and lists, for JSON."""
     return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
@@ -693,7 +744,7 @@ def _read_yaml(path: str | Path) -> DictConfig:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"--config: expected a YAML file, found no file {path}") from None
-    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"--config: expected a YAML file, found {path}: {_first_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"--config: expected a YAML mapping, found a list or nothing in {path}")
