@@ -1,0 +1,75 @@
+"""Every YAML file in configs/, as its tool reads it, and the networks of the large ones at full size, without their numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.config import (
+    DemoConfig,
+    EncodeConfig,
+    EvaluateConfig,
+    TrainAutoencoderConfig,
+    TrainClassifierConfig,
+    TrainConfig,
+    config_as_dict,
+    load_config,
+)
+from ldm_smd.models.unet import SMDUNet2DModel
+
+ROOT = Path(__file__).parents[1] / "configs"
+FOLDERS = {
+    "train": (TrainConfig, []),
+    "encode": (EncodeConfig, []),
+    "autoencoder": (TrainAutoencoderConfig, []),
+    "evaluate": (EvaluateConfig, ["output=x.json", "model=x"]),
+}
+FILES = [(path, *FOLDERS[folder]) for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.yaml"))]
+FILES += [(ROOT / "demo.yaml", DemoConfig, []), (ROOT / "classifier.yaml", TrainClassifierConfig, [])]
+
+
+@pytest.mark.parametrize("path, schema, given", FILES, ids=lambda value: value.stem if isinstance(value, Path) else "")
+def test_it_is_read(path, schema, given):
+    load_config(schema, path, given)
+
+
+def stable_diffusion():
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+
+
+def deep_compression():
+    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+    return AutoencoderDC(encoder_block_types=blocks, decoder_block_types=blocks)
+
+
+@pytest.mark.parametrize(
+    "name, build, pixels, factor",
+    [
+        ("imagenet-256", stable_diffusion, 256, 8),
+        ("imagenet-512", stable_diffusion, 512, 8),
+        ("pictures-1024", deep_compression, 1024, 32),
+    ],
+)
+def test_networks_of_full_size_fit_together(name, build, pixels, factor):
+    config = load_config(TrainConfig, ROOT / "train" / f"{name}.yaml")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        autoencoder = FrozenAutoencoder(build())
+        assert autoencoder.factor == factor
+        shape = (autoencoder.latent_channels, pixels // factor, pixels // factor)
+        unet = SMDUNet2DModel(
+            sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], num_classes=1000, **config_as_dict(config.model)
+        )
+        eta = torch.empty(2 * config.objective.draws, *shape)
+        prediction = unet(torch.empty(2, *shape), torch.zeros(2), torch.zeros(2, dtype=torch.long), eta).sample
+        assert prediction.shape == eta.shape
+        assert autoencoder.model.decode(prediction[:1]).sample.shape == (1, 3, pixels, pixels)
+    assert 1e8 < unet.num_parameters() < 1.3e8
