@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
 HUGGING_FACE = "datasets:"
 CHUNK_BYTES = 2**20
 
