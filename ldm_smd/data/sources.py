@@ -200,12 +200,11 @@ def _list_tar(path: str) -> list[Entry]:
 def _list_dataset(source: str, split: str) -> tuple[list[Entry], list[str]]:
     """The first column of pictures, and the first of class labels."""
     dataset = _dataset(source, split)
-    labels: list[int | None] = dataset["label"][:] if "label" in dataset.column_names else [None] * len(dataset)
-    classes = list(dataset.features["label"].names) if "label" in dataset.column_names else []
-    # The datasets have -1 for no label.
-    return [
-        Entry(f"{row:09d}", None if label == -1 else label, source, split, row) for row, label in enumerate(labels)
-    ], [] if all(label in (None, -1) for label in labels) else classes
+    labelled = "label" in dataset.column_names
+    # -1 is the library's number for no label.
+    labels = [None if label == -1 else label for label in dataset["label"]] if labelled else [None] * len(dataset)
+    classes = [] if all(label is None for label in labels) else list(dataset.features["label"].names)
+    return [Entry(f"{row:09d}", label, source, split, row) for row, label in enumerate(labels)], classes
 
 
 @lru_cache(maxsize=2)

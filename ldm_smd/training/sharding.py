@@ -27,8 +27,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of it; where it is divided, on the CPU, and for all processes to call."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+    """All of it; for all processes to call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
