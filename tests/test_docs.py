@@ -1,0 +1,44 @@
+"""The commands of the README and of docs/, as their tools read them."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "tools.md")]
+COMMAND = re.compile(r"\b(tools/\w+\.py)((?: [^#\n]*)?)")
+
+
+def commands():
+    for page in PAGES:
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if (found := COMMAND.search(line)) and not line.startswith("#"):
+                    yield pytest.param(found[1], shlex.split(found[2]), id=f"{page.stem}: {' '.join(found[0].split())[:70]}")
+
+
+@pytest.mark.parametrize("tool, arguments", list(commands()))
+def test_a_command_is_read_by_its_tool(tool, arguments, monkeypatch, capsys):
+    """But for the user's own config files."""
+    own = [argument for argument in arguments if argument.startswith("my/") and argument.endswith(".yaml")]
+    if own:
+        position = arguments.index(own[0]) - 1
+        assert arguments[position] == "--config"
+        given = {"tools/encode.py": ["images.source=x", "autoencoder=x"], "tools/train.py": ["shards=x", "autoencoder=x"]}[tool]
+        arguments = arguments[:position] + arguments[position + 2 :] + [*given, "output=x"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [tool, *arguments, "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / tool), run_name="__main__")
+    assert ended.value.code in (0, None), capsys.readouterr().err
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
