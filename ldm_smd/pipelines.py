@@ -176,6 +176,8 @@ class SMDPipeline(DiffusionPipeline):
 
     def _guidance_scales(self, timesteps: torch.Tensor, scale: float, interval: tuple[float, float]) -> list[float]:
         """For each timestep: ``scale`` where sigma is in the interval, else 1."""
+        if scale == 1.0 or interval == (0.0, math.inf):
+            return [scale] * len(timesteps)
         steps = self._solver.alphas_cumprod.double().cpu().numpy()
         # Some schedulers' steps lie between those of training.
         alphabar = np.interp(timesteps.double().cpu().numpy(), np.arange(len(steps)), steps).clip(1e-12)
