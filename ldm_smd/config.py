@@ -597,6 +597,8 @@ class EvaluateConfig:
     """Feature networks: a FeatureNetwork folder; open_clip:ARCHITECTURE:FILE.safetensors; dinov2:ARCHITECTURE:FILE.safetensors
     with timm's name; inception:FILE. A name of pretrained weights instead of a file is fetched: open_clip:ViT-L-14-336:openai,
     dinov2:vit_large_patch14_dinov2:lvd142m. With #SHA256 after it the weights must have that hash."""
+    cache: Optional[str] = None
+    """Folder to keep the features of real pictures in: the next evaluation against the same ones need not look at them."""
     bootstrap: int = 20
     """Resampled sets that the confidence of the distances is taken from."""
     num_workers: int = 1

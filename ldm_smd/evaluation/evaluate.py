@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ..config import EvaluateConfig, ImagesConfig
 from ..data.images import read_pictures
@@ -56,6 +59,17 @@ class Seen:
 
     def __len__(self) -> int:
         return len(self.features[0])
+
+    def save(self, path: Path) -> None:
+        tensors = {f"features.{index}": features for index, features in enumerate(self.features)}
+        with atomic_file(path) as temporary:
+            save_file(tensors | {"labels": torch.tensor(self.labels)}, temporary, metadata={"sha256": self.sha256})
+
+    @classmethod
+    def load(cls, path: Path, networks: int) -> Seen:
+        with safe_open(path, framework="pt") as file:
+            features = [file.get_tensor(f"features.{index}") for index in range(networks)]
+            return cls(features, file.metadata()["sha256"], file.get_tensor("labels").tolist())
 
     def about(self) -> dict:
         return {"count": len(self), "sha256": self.sha256}
@@ -114,6 +128,20 @@ def look_at_real(
     name: str, images: ImagesConfig, config: EvaluateConfig, extractors: list[Extractor], state: PartialState
 ) -> Seen:
     entries, _ = list_entries(images)
+    cached = None
+    if config.cache is not None:
+        digest = hashlib.sha256(repr([getattr(images, key) for key in IMAGES]).encode())
+        digest.update("".join(extractor.sha256 + extractor.resize for extractor in extractors).encode())
+        changed: dict[str, int] = {}  # when files were; a Hugging Face dataset has its own name for each version
+        for entry in entries:
+            if entry.path not in changed:
+                changed[entry.path] = os.stat(entry.path).st_mtime_ns if os.path.exists(entry.path) else 0
+            digest.update(repr((entry, changed[entry.path])).encode())
+        cached = Path(config.cache) / f"{digest.hexdigest()[:32]}.safetensors"
+        # What the main process finds decides: another may look when somebody else has just written it.
+        [there] = broadcast_object_list([cached.is_file()])
+        if there:
+            return Seen.load(cached, len(extractors))
     mine = share(len(entries), state)
     starts = range(mine.start, mine.stop, config.batch_size)
     batches = [range(start, min(start + config.batch_size, mine.stop)) for start in starts]
@@ -129,6 +157,8 @@ def look_at_real(
 
     seen = look_at(name, pixels(), labels, extractors)
     bar.close()
+    if cached is not None and state.is_main_process:
+        seen.save(cached)
     return seen
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from ldm_smd.config import EvaluateConfig, ImagesConfig, load_config
 from ldm_smd.data.images import load_pixels
 from ldm_smd.errors import UserError
 from ldm_smd.evaluation.evaluate import choose_labels, evaluate
-from ldm_smd.evaluation.features import FeatureNetwork
+from ldm_smd.evaluation.features import Extractor, FeatureNetwork
 from ldm_smd.evaluation.metrics import frechet_distance, kernel_distance
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
@@ -93,6 +94,26 @@ def test_neither_batches_nor_processes_change_the_result(settings, tmp_path):
         assert two[name]["sha256"] == whole[name]["sha256"] and two[name]["count"] == whole[name]["count"]
     for name, value in whole["features"]["small"]["samples"].items():
         assert two["features"]["small"]["samples"][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
+def test_real_pictures_are_looked_at_once(settings, pictures, tmp_path, monkeypatch):
+    """With a cache; anew where a picture has changed since."""
+    copied = tmp_path / "copied"
+    shutil.copytree(pictures, copied)
+    options = (f"cache={tmp_path / 'cache'}", f"reference.source={copied}", "held_out=null")
+    looked = []
+    real = Extractor.__call__
+    monkeypatch.setattr(Extractor, "__call__", lambda self, pixels: looked.append(len(pixels)) or real(self, pixels))
+    first = measured(settings, "first", *options)
+    assert sum(looked) == 22 + 9
+    looked.clear()
+    again = measured(settings, "again", *options)
+    assert sum(looked) == 9
+    assert again["features"] == first["features"] and again["reference"] == first["reference"]
+    os.utime(next((copied / "disc").iterdir()), ns=(1, 1))
+    looked.clear()
+    measured(settings, "changed", *options)
+    assert sum(looked) == 22 + 9
 
 
 def test_labels(settings):
