@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from autoencoders import stable_diffusion
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,13 +58,7 @@ TASKS = (
 def encoder_flops(resolution: int) -> int:
     """Of the encoder of Stable Diffusion's autoencoder, a picture."""
     with FakeTensorMode(), torch.no_grad():
-        autoencoder = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-        )
+        autoencoder = stable_diffusion()
         with FlopCounterMode(display=False) as counter:
             autoencoder.encode(torch.empty(1, 3, resolution, resolution))
     return counter.get_total_flops()

@@ -23,7 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, DDPMScheduler, ModelMixin
+from autoencoders import deep_compression, stable_diffusion
+from diffusers import DDPMScheduler
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import TrainConfig, config_as_dict, load_config
@@ -31,28 +32,15 @@ from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.pipelines import SMDPipeline
 
 RESULT = Path(__file__).parent / "results" / "resolution.json"
+AUTOENCODERS = {"f8": stable_diffusion, "f32": deep_compression}
 CASES = [("f8", 256), ("f8", 512), ("f8", 1024), ("f32", 512), ("f32", 1024)]
 EVALUATIONS = 3
 LIMIT_GB = 6.0
 CLASSES = 1000
 
 
-def autoencoder(kind: str) -> ModelMixin:
-    if kind == "f8":
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=512,
-        )
-    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    return AutoencoderDC(encoder_block_types=blocks, decoder_block_types=blocks)
-
-
 def one_case(kind: str, pixels: int) -> dict:
-    vae = autoencoder(kind).eval()
+    vae = AUTOENCODERS[kind]().eval()
     encoder = FrozenAutoencoder(vae)
     side = pixels // encoder.factor
     shape = config_as_dict(load_config(TrainConfig, "configs/train/imagenet-256.yaml").model)

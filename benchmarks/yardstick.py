@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from omegaconf import MISSING
 
 from ldm_smd.config import ImagesConfig, at_least, check
@@ -205,7 +206,7 @@ def weights_sha256(folder: str) -> str:
     """Of what a model folder has beside the autoencoder."""
     digest = hashlib.sha256()
     for part in ("unet", "moments", "gaussian"):
-        path = Path(folder) / part / "diffusion_pytorch_model.safetensors"
+        path = Path(folder) / part / SAFETENSORS_WEIGHTS_NAME
         if path.is_file():
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -113,7 +113,7 @@ class SMDPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: expected one per picture, {batch_size}, found {len(generator)}")
         device, dtype = self._execution_device, self.unet.dtype
-        shape = (batch_size, self.unet.config.in_channels, *self._latent_sides(height, width))
+        shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
@@ -167,7 +167,8 @@ class SMDPipeline(DiffusionPipeline):
             self.scheduler.set_begin_index(begin)
         return self.scheduler.timesteps[begin:]
 
-    def _latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Of pictures of so many pixels, None as in training; ValueError where no latents have such pictures."""
         factor, side = FrozenAutoencoder(self.vae).factor, self.unet.config.sample_size
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < factor or pixels % factor):

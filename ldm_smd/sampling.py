@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
 from .autoencoder import FrozenAutoencoder
-from .config import ImagesConfig, SampleConfig, check
+from .config import ImagesConfig, SampleConfig
 from .data.images import decode
 from .device import pick_device
 from .errors import UserError
@@ -34,10 +34,10 @@ def sample(config: SampleConfig) -> Path:
     pipeline = load_pipeline(config.model).to(pick_device(config.device))
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
-    factor = FrozenAutoencoder(pipeline.vae).factor
-    for name in ("height", "width"):
-        pixels = getattr(config, name)
-        check(pixels is None or (pixels >= factor and pixels % factor == 0), name, f"a multiple of {factor}", pixels)
+    try:
+        pipeline.latent_sides(config.height, config.width)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     labels = choose_labels(config, pipeline)
     count = config.per_class if labels is None else len(labels)
     image = None if config.image is None else starting_picture(config, pipeline)

@@ -1,6 +1,10 @@
 """Tiny real parts, made once: pictures, an autoencoder, latent shards and a trained run."""
 
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from PIL import Image, ImageDraw
 from ldm_smd.cli import run_tool
 from ldm_smd.config import EncodeConfig, TrainConfig, load_config
 from ldm_smd.data.encode import encode
+from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.loop import train
 
 torch.set_num_threads(2)
@@ -126,6 +131,40 @@ def gaussian_folder(train_config, tmp_path):
     """The pipeline folder of a Gaussian model after one step."""
     gaussian = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8", "seed=1")
     return train(train_config(*gaussian))
+
+
+@pytest.fixture
+def loud_pipeline():
+    """A function from a model folder to its pipeline with the weights moved: a short run's output is close to zero, and labels,
+    noise and eta would hardly show."""
+
+    def load(folder):
+        pipeline = load_pipeline(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in pipeline.unet.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        return pipeline
+
+    return load
+
+
+@pytest.fixture
+def launch():
+    """Start a script of the repository on several processes of this machine, with its arguments."""
+
+    def start(processes, script, *arguments):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+        # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
+        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
+        command = [*launcher, str(Path(__file__).parents[1] / script), *map(str, arguments)]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    return start
 
 
 @pytest.fixture

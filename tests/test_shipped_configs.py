@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from autoencoders import deep_compression, stable_diffusion
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm_smd.autoencoder import FrozenAutoencoder
@@ -34,21 +34,6 @@ FILES += [(ROOT / "demo.yaml", DemoConfig, []), (ROOT / "classifier.yaml", Train
 @pytest.mark.parametrize("path, schema, given", FILES, ids=lambda value: value.stem if isinstance(value, Path) else "")
 def test_it_is_read(path, schema, given):
     load_config(schema, path, given)
-
-
-def stable_diffusion():
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-    )
-
-
-def deep_compression():
-    blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-    return AutoencoderDC(encoder_block_types=blocks, decoder_block_types=blocks)
 
 
 @pytest.mark.parametrize(

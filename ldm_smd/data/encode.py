@@ -221,7 +221,7 @@ def write_shard(
     plan: Plan, path: Path, batches: Iterable[tuple[Pictures, list[np.ndarray], np.ndarray | None]], bar: tqdm
 ) -> None:
     """The tar, and then the record that vouches for it."""
-    statistics, channels, skipped, dimensions = ShardStatistics(), ChannelStatistics(), [], None
+    statistics, channels, skipped = ShardStatistics(), ChannelStatistics(), []
     with (
         atomic_file(path) as temporary,
         open(temporary, "wb") as stream,
@@ -235,15 +235,15 @@ def write_shard(
             for row, (key, label) in enumerate(zip(pictures.keys, pictures.labels)):
                 sample = {"__key__": key, **{name: encoding[row] for name, encoding in zip(FIELDS, encodings)}}
                 if embeddings is not None:
-                    sample[EMBEDDING], dimensions = embeddings[row], embeddings.shape[1]
+                    sample[EMBEDDING] = embeddings[row]
                 tar.write(sample if label is None else sample | {"cls": str(label)})
             bar.update(len(pictures.keys) + len(pictures.unreadable))
+    dimensions = plan.settings.get("embedding", {}).get("dimensions")
     record = {
         "plan": plan.sha256,
         "shard": {"name": path.name, **statistics.record(), "sha256": sha256(path)},
         "channels": channels.state(),
         "skipped": skipped,
-        "dimensions": dimensions,
         "index": index_tar(path, tuple(channels.shape), np.dtype(DTYPE), dimensions),
     }
     with atomic_file(path.with_suffix(".json")) as temporary:
@@ -272,9 +272,6 @@ def merge(output: Path, plan: Plan, worker: int) -> Manifest | None:
         "channel_mean": statistics.mean.tolist(),
         "channel_std": statistics.std.tolist(),
     }
-    if "embedding" in metadata:
-        dimensions = max(record["dimensions"] or 0 for record in records)
-        metadata["embedding"] = {**metadata["embedding"], "dimensions": dimensions}
     content = {"format": FORMAT, "metadata": metadata, "shards": [record["shard"] for record in records], "skipped": skipped}
     with atomic_file(output / MANIFEST, str(worker)) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")

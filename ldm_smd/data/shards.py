@@ -68,6 +68,11 @@ class Manifest:
         """Of the pictures' embeddings: the network, its sha256, resize, and their dimensions; None where there are none."""
         return self.metadata.get("embedding")
 
+    @property
+    def embedding_dimensions(self) -> int | None:
+        """D; None where there are no embeddings."""
+        return self.embedding["dimensions"] if self.embedding else None
+
     def check_autoencoder(self, autoencoder: FrozenAutoencoder) -> None:
         """Raise UserError, naming the field, unless the shards were made by this very autoencoder."""
         recorded = self.metadata["autoencoder"]

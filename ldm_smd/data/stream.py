@@ -211,7 +211,7 @@ def open_shard(manifest: Manifest, item: dict, mirror: bool) -> Shard:
     encodings must be there."""
     path, shape = manifest.folder / item["name"], tuple(manifest.metadata["moments_shape"])
     dtype = np.dtype(manifest.metadata["dtype"])
-    dimensions = manifest.embedding["dimensions"] if manifest.embedding else None
+    dimensions = manifest.embedding_dimensions
     record = read_json(path.with_suffix(".json"))
     known = record.get("shard") == item
     index = record.get("index") if known else index_tar(path, shape, dtype, dimensions)

@@ -58,7 +58,7 @@ def check_shard(manifest: Manifest, item: dict, shard: Shard) -> Iterator[str]:
     path = manifest.folder / item["name"]
     if sha256(path) != item["sha256"]:
         yield "another sha256"
-    dimensions = manifest.embedding["dimensions"] if manifest.embedding else None
+    dimensions = manifest.embedding_dimensions
     index = index_tar(path, shard.shape, shard.dtype, dimensions)
     offsets = (shard.offsets.tolist(), shard.embedding_offsets.tolist())
     if (index["keys"], index["labels"], index["offsets"], index.get("embeddings", [])) != (

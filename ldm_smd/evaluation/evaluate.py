@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..config import EvaluateConfig, ImagesConfig
 from ..data.images import read_pictures
-from ..data.sources import list_entries
+from ..data.sources import Entry, list_entries
 from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_file, sha256
@@ -130,14 +131,7 @@ def look_at_real(
     entries, _ = list_entries(images)
     cached = None
     if config.cache is not None:
-        digest = hashlib.sha256(repr([getattr(images, key) for key in IMAGES]).encode())
-        digest.update("".join(extractor.sha256 + extractor.resize for extractor in extractors).encode())
-        changed: dict[str, int] = {}  # when files were; a Hugging Face dataset has its own name for each version
-        for entry in entries:
-            if entry.path not in changed:
-                changed[entry.path] = os.stat(entry.path).st_mtime_ns if os.path.exists(entry.path) else 0
-            digest.update(repr((entry, changed[entry.path])).encode())
-        cached = Path(config.cache) / f"{digest.hexdigest()[:32]}.safetensors"
+        cached = Path(config.cache) / f"{digest_of(entries, images, extractors)[:32]}.safetensors"
         # What the main process finds decides: another may look when somebody else has just written it.
         [there] = broadcast_object_list([cached.is_file()])
         if there:
@@ -162,6 +156,18 @@ def look_at_real(
     return seen
 
 
+def digest_of(entries: list[Entry], images: ImagesConfig, extractors: list[Extractor]) -> str:
+    """Of all that the features of a source depend on."""
+    digest = hashlib.sha256(repr([getattr(images, key) for key in IMAGES]).encode())
+    digest.update("".join(extractor.sha256 + extractor.resize for extractor in extractors).encode())
+    changed: dict[str, int] = {}  # when files were; a Hugging Face dataset has its own name for each version
+    for entry in entries:
+        if entry.path not in changed:
+            changed[entry.path] = os.stat(entry.path).st_mtime_ns if os.path.exists(entry.path) else 0
+        digest.update(repr((entry, changed[entry.path])).encode())
+    return digest.hexdigest()
+
+
 def look_at_samples(
     config: EvaluateConfig, reference: Seen, extractors: list[Extractor], state: PartialState
 ) -> tuple[Seen, dict]:
@@ -173,7 +179,7 @@ def look_at_samples(
     options = SamplingOptions(config.steps, config.guidance_scale, seed=config.seed, batch_size=config.batch_size)
     batches = sample_batches(pipeline, labels, share(config.count, state), options, "samples")
     seen = look_at("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
-    parts = (Path(config.model) / part / "diffusion_pytorch_model.safetensors" for part in WEIGHTS)
+    parts = (Path(config.model) / part / SAFETENSORS_WEIGHTS_NAME for part in WEIGHTS)
     about = {
         "model": config.model,
         "weights_sha256": {path.parent.name: sha256(path) for path in parts if path.is_file()},

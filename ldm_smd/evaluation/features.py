@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from ..device import pick_device
@@ -123,7 +124,7 @@ def load_extractor(weights: str, device: str = "auto") -> Extractor:
         extractor = inception_extractor(Path(rest), where)
     elif (Path(weights) / "config.json").is_file():
         model = FeatureNetwork.from_pretrained(weights, use_safetensors=True).eval().to(where)
-        name, digest = Path(weights).name, sha256(Path(weights) / "diffusion_pytorch_model.safetensors")
+        name, digest = Path(weights).name, sha256(Path(weights) / SAFETENSORS_WEIGHTS_NAME)
         extractor = Extractor(name, lambda pixels: model(2 * pixels - 1), where, digest, "none")
     else:
         raise UserError(

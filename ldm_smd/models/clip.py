@@ -20,6 +20,7 @@ class ClipEncoder:
 
     Attributes:
         name, sha256: of the architecture and its weights.
+        dimensions: D, of an embedding.
         resize: how pictures are brought to the size of its training.
     """
 
@@ -32,6 +33,7 @@ class ClipEncoder:
         file = weights_file(key, source, open_clip.list_pretrained_tags_by_model(architecture), self.name)
         self.model = open_clip.create_model(architecture, pretrained=str(file or source), device=device)
         self.model.eval().requires_grad_(False)
+        self.dimensions: int = open_clip.get_model_config(architecture)["embed_dim"]
         self.sha256 = sha256(file) if file else state_sha256(self.model)
         settings = open_clip.get_model_preprocess_cfg(self.model)
         self.resize = Resize(settings["size"], settings["mean"], settings["std"], device)
@@ -48,7 +50,12 @@ class ClipEncoder:
 
     def identity(self) -> dict:
         """For manifests: two with equal identities give equal embeddings."""
-        return {"network": self.name, "sha256": self.sha256, "resize": self.resize.name}
+        return {
+            "network": self.name,
+            "sha256": self.sha256,
+            "resize": self.resize.name,
+            "dimensions": self.dimensions,
+        }
 
     @torch.no_grad()
     def images(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..config import AverageConfig
@@ -23,11 +24,10 @@ from ..errors import UserError
 from ..files import atomic_folder, require_unused
 from ..pipelines import load_pipeline
 from .card import card
-from .checkpoint import load_weights
+from .checkpoint import load_weights, written_whole
 from .ema import PowerEMA, gamma_of
 
 FOLDER = re.compile(r"images-(\d{12})-width-([0-9.]+)")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,8 @@ def snapshot_path(run: Path, images: int, sigma_rel: float) -> Path:
 
 
 def save_snapshot(run: Path, images: int, sigma_rel: float, model: ModelMixin) -> None:
-    path = snapshot_path(run, images, sigma_rel)
-    try:
-        with atomic_folder(path) as folder:
-            model.save_pretrained(folder)
-    except OSError as error:
-        raise UserError(f"output: expected to write {path}, found {error}; the checkpoints before it are kept") from error
+    with written_whole(snapshot_path(run, images, sigma_rel)) as folder:
+        model.save_pretrained(folder)
 
 
 def resume_averages(run: Path, images: int, averages: list[PowerEMA]) -> None:
@@ -98,14 +94,11 @@ def average(config: AverageConfig) -> Path:
     images = max(snapshot.images for snapshot in kept)
     pipeline = load_pipeline(run / "model")
     found = shares(kept, images, config.sigma_rel)
-    state = pipeline.unet.state_dict()
     # A tensor at a time: the snapshots need not fit in memory together.
-    files = [safe_open(snapshot.path / WEIGHTS, framework="pt") for snapshot in kept]
-    parameters = dict(pipeline.unet.named_parameters())
+    files = [safe_open(snapshot.path / SAFETENSORS_WEIGHTS_NAME, framework="pt") for snapshot in kept]
     with torch.no_grad():
-        for name, value in state.items():
-            if name in parameters:
-                value.copy_(sum(float(share) * file.get_tensor(name).double() for share, file in zip(found, files)))
+        for name, value in pipeline.unet.named_parameters():
+            value.copy_(sum(float(share) * file.get_tensor(name).double() for share, file in zip(found, files)))
     with atomic_folder(output) as folder:
         pipeline.save_pretrained(folder)
         text = f"The average of {len(kept)} snapshots, of relative width {config.sigma_rel:g} after {images:,} images of {run}."

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -33,17 +36,24 @@ def save_checkpoint(
     ``optimizer`` is of ``optimizer_tensors``.
     """
     path = folder / f"images-{state['images_seen']:012d}"
-    try:
-        with atomic_folder(path) as temporary:
-            model.save_pretrained(temporary / "model")
-            ema.save_pretrained(temporary / "ema")
-            save_file(optimizer, temporary / "optimizer.safetensors")
-            (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"output: expected to write {path}, found {error}; the checkpoints before it are kept") from error
+    with written_whole(path) as temporary:
+        model.save_pretrained(temporary / "model")
+        ema.save_pretrained(temporary / "ema")
+        save_file(optimizer, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return path
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """``atomic_folder``; a full disk is the user's to mend."""
+    try:
+        with atomic_folder(path) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"output: expected to write {path}, found {error}; the checkpoints before it are kept") from error
 
 
 def resume(folder: Path, model: ModelMixin, ema: EMA) -> dict:
@@ -74,7 +84,7 @@ def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...]
     Parts of the model whose names start with one of ``new`` stay as they are where the folder has nothing of them: so a
     mixture model starts from a Gaussian one. Those whose names start with one of ``kept`` stay as they are in any case.
     """
-    path = folder / "diffusion_pytorch_model.safetensors"
+    path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise UserError(f"{key}: expected a model folder with {path.name}, found none in {folder}")
     weights = {name: value for name, value in load_file(path).items() if not name.startswith(kept)}

@@ -278,7 +278,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | Ext
         out_channels=channels,
         num_classes=classes or None,
         noise_timesteps=config.diffusion.num_train_timesteps,
-        embedding_dimensions=manifest.embedding["dimensions"] if config.image_conditional and manifest.embedding else None,
+        embedding_dimensions=manifest.embedding_dimensions if config.image_conditional else None,
         **{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()},
     )
     if config.init_from:

@@ -1,10 +1,6 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +11,6 @@ from ldm_smd.errors import UserError
 from ldm_smd.evaluation.evaluate import choose_labels, evaluate
 from ldm_smd.evaluation.features import Extractor, FeatureNetwork
 from ldm_smd.evaluation.metrics import frechet_distance, kernel_distance
-
-TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +71,12 @@ def test_pictures_are_measured_as_the_functions_do(settings, pictures, network):
     assert result["kid"] == pytest.approx(kernel_distance(discs, everything), rel=1e-4)
 
 
-def test_neither_batches_nor_processes_change_the_result(settings, tmp_path):
+def test_neither_batches_nor_processes_change_the_result(settings, tmp_path, launch):
     whole = measured(settings, "whole")
     assert measured(settings, "batches", "batch_size=4")["samples"]["sha256"] == whole["samples"]["sha256"]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
-    command = [*launcher, str(TOOL), *settings("two", "batch_size=4")]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-3000:]
+    process = launch(2, "tools/evaluate.py", *settings("two", "batch_size=4"))
+    _, error = process.communicate()
+    assert process.returncode == 0, error[-3000:]
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["processes"] == 2 and whole["processes"] == 1
     for name in ("reference", "samples", "held_out"):

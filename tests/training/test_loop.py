@@ -5,11 +5,7 @@ import math
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -137,22 +133,22 @@ def test_the_same_in_less_memory_or_time(train_config, tmp_path, setting, monkey
     assert_same_losses(tmp_path / "plain", tmp_path / "other")
 
 
-def test_two_processes_learn_as_one_does(train_config, tmp_path):
+def test_two_processes_learn_as_one_does(train_config, tmp_path, launch_with):
     """Same batches, same random numbers, same losses; and one process goes on from a checkpoint of two."""
     one = train_config(f"output={tmp_path / 'one'}")
     train(one)
     two = dataclasses.replace(one, output=str(tmp_path / "two"), images_total=32)
-    _, error = launch(two, tmp_path, 2, "tools/train.py", "--config").communicate()
+    _, error = launch_with(two, 2, "tools/train.py", "--config").communicate()
     assert checkpoints(tmp_path / "two/checkpoints"), error[-6000:]
     train(dataclasses.replace(two, images_total=64))
     assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 
-def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config, tmp_path):
+def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config, tmp_path, launch_with):
     """And one process goes on to the losses of a run that was never stopped."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=480", "checkpoint_every_images=480")
     stopped = dataclasses.replace(one, output=str(tmp_path / "stopped"))
-    process = launch(stopped, tmp_path, 4, "tools/train.py", "--config")
+    process = launch_with(stopped, 4, "tools/train.py", "--config")
     while process.poll() is None and not read_metrics(tmp_path / "stopped/metrics.jsonl"):
         time.sleep(0.01)
     process.terminate()
@@ -165,13 +161,13 @@ def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config
     assert_same_losses(tmp_path / "one", tmp_path / "stopped")
 
 
-def test_divided_parameters_learn_as_whole_ones(train_config, tmp_path):
+def test_divided_parameters_learn_as_whole_ones(train_config, tmp_path, launch_with):
     """FSDP: checkpoints have whole tensors, those of one process but for rounding, and are gone on with."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=48", "checkpoint_every_images=16", "keep_checkpoints=3")
     train(one)
     divided = dataclasses.replace(one, output=str(tmp_path / "divided"))
     for settings in ({"images_total": 16}, {"images_total": 32}, {"precision": "bf16"}):
-        process = launch(dataclasses.replace(divided, **settings), tmp_path, 2, "tests/training/fsdp_run.py")
+        process = launch_with(dataclasses.replace(divided, **settings), 2, "tests/training/fsdp_run.py")
         _, error = process.communicate()
         assert process.returncode == 0, error[-6000:]
     paths = [checkpoints(tmp_path / name / "checkpoints")[1] for name in ("one", "divided")]
@@ -185,27 +181,21 @@ def test_divided_parameters_learn_as_whole_ones(train_config, tmp_path):
     assert second[2:] == [(images, pytest.approx(loss, rel=0.02)) for images, loss in first[2:]]
 
 
-def launch(config, folder, processes, script, *arguments):
-    """A script of the repository, with the config as its last argument, on several processes of this machine."""
-    (folder / "several.yaml").write_text(dump_config(config))
-    root = Path(__file__).parents[2]
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
-    # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
-    command = [*launcher, str(root / script), *arguments, str(folder / "several.yaml")]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def launch_with(launch, tmp_path):
+    """As ``launch``, of a config, which comes last."""
+
+    def start(config, processes, script, *arguments):
+        (tmp_path / "several.yaml").write_text(dump_config(config))
+        return launch(processes, script, *arguments, tmp_path / "several.yaml")
+
+    return start
 
 
 def assert_same_losses(one, other):
     """But for rounding."""
     first, second = dict(logged_losses(one)), dict(logged_losses(other))
     assert first.keys() == second.keys() and all(second[n] == pytest.approx(first[n], rel=1e-4) for n in first)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(train_config, tmp_path, monkeypatch):
