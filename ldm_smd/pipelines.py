@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .autoencoder import FrozenAutoencoder
+from .diffusion.process import DiffusionProcess
 from .errors import UserError
 from .models.extended import ExtendedUNet2DModel
 from .models.gaussian import LatentGaussians
@@ -50,7 +52,7 @@ class SMDPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "gaussian->guide->unet->moments->vae"
     _optional_components = ["moments", "gaussian", "guide"]
-    _callback_tensor_inputs = ["latents"]
+    _callback_tensor_inputs = ["latents", "sample", "pred_original_sample"]
 
     def __init__(
         self,
@@ -85,7 +87,10 @@ class SMDPipeline(DiffusionPipeline):
         image_embeds: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end: (
+            Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | PipelineCallback | MultiPipelineCallbacks | None
+        ) = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """Sample pictures.
 
@@ -105,8 +110,18 @@ class SMDPipeline(DiffusionPipeline):
             image_embeds: OpenCLIP embeddings (B, D) of pictures to be like, or of texts, of the network in ``embedding``; their
                 number counts where there are no labels.
             output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
-            callback_on_step_end: as in diffusers; may return {"latents": ...}.
+            callback_on_step_end: as in diffusers: called with the pipeline, the step, its timestep and the tensors asked for; may
+                return {"latents": ...}, set ``pipeline._guidance_scale``, or ``pipeline._interrupt = True`` to leave out the
+                steps that remain.
+            callback_on_step_end_tensor_inputs: of "latents" (after the step), "sample" (before it, as the network saw them) and
+                "pred_original_sample" (x_0 by the network).
         """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {known}, found {', '.join(sorted(unknown))}")
         labels = self._labels(class_labels)
         image_embeds = self._embeds(image_embeds, labels)
         batch_size = next((len(given) for given in (labels, image_embeds) if given is not None), batch_size)
@@ -127,18 +142,27 @@ class SMDPipeline(DiffusionPipeline):
             timesteps = self._last_timesteps(num_inference_steps, strength)
             latents = self.scheduler.add_noise(self._encode(image, shape).to(dtype), latents, timesteps[:1].repeat(batch_size))
         step_options = self._step_options(generator)
-        scales = self._guidance_scales(timesteps, guidance_scale, guidance_interval)
+        process = DiffusionProcess(self._alphas_cumprod(timesteps))
+        guided = self._guided(process, guidance_interval)
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
         with self.progress_bar(total=len(timesteps)) as bar:
             for index, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
                 x_t = self.scheduler.scale_model_input(latents, timestep).to(dtype)
                 eta = None
                 if is_mixture(self.unet):
                     eta = randn_tensor(x_t.shape, generator=generator, device=device, dtype=dtype)
-                prediction = self._predict(x_t, timestep, labels, eta, scales[index], image_embeds)
+                scale = self.guidance_scale if guided[index] else 1.0
+                prediction = self._predict(x_t, timestep, labels, eta, scale, image_embeds)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 if callback_on_step_end is not None:
-                    latents = callback_on_step_end(self, index, timestep, {"latents": latents}).get("latents", latents)
+                    tensors = {"latents": latents, "sample": x_t}
+                    if "pred_original_sample" in callback_on_step_end_tensor_inputs:
+                        tensors["pred_original_sample"] = self._original_sample(process, index, prediction, x_t)
+                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    latents = callback_on_step_end(self, index, timestep, wanted).get("latents", latents)
                 bar.update()
 
         if output_type == "latent":
@@ -147,6 +171,21 @@ class SMDPipeline(DiffusionPipeline):
             images = VaeImageProcessor(do_resize=False).postprocess(self._decode(latents), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the sampling that goes on."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Of the sampling that goes on."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the sampling that goes on is to do no further step."""
+        return self._interrupt
 
     def label_of(self, name: str) -> int:
         """The number of a class given by name or number."""
@@ -175,15 +214,24 @@ class SMDPipeline(DiffusionPipeline):
                 raise ValueError(f"{name}: expected a multiple of {factor}, found {pixels}")
         return height // factor if height else side, width // factor if width else side
 
-    def _guidance_scales(self, timesteps: torch.Tensor, scale: float, interval: tuple[float, float]) -> list[float]:
-        """For each timestep: ``scale`` where sigma is in the interval, else 1."""
-        if scale == 1.0 or interval == (0.0, math.inf):
-            return [scale] * len(timesteps)
-        steps = self._solver.alphas_cumprod.double().cpu().numpy()
-        # Some schedulers' steps lie between those of training.
-        alphabar = np.interp(timesteps.double().cpu().numpy(), np.arange(len(steps)), steps).clip(1e-12)
-        sigmas = np.sqrt((1.0 - alphabar) / alphabar)
-        return [scale if interval[0] <= sigma <= interval[1] else 1.0 for sigma in sigmas]
+    def _alphas_cumprod(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """alphabar of each of the timesteps; some schedulers' lie between those of training."""
+        steps = self._solver.alphas_cumprod.cpu().numpy()
+        alphabar = np.interp(timesteps.cpu().numpy(), np.arange(len(steps)), steps)
+        return torch.from_numpy(alphabar.clip(1e-12)).float().to(timesteps.device)
+
+    def _guided(self, process: DiffusionProcess, interval: tuple[float, float]) -> list[bool]:
+        """For each timestep, whether its sigma is in the interval."""
+        alphabar = process.alphas_cumprod
+        sigma = ((1.0 - alphabar) / alphabar).sqrt()
+        return ((sigma >= interval[0]) & (sigma <= interval[1])).tolist()
+
+    def _original_sample(
+        self, process: DiffusionProcess, index: int, prediction: torch.Tensor, x_t: torch.Tensor
+    ) -> torch.Tensor:
+        """x_0 by the network at the timestep of that index."""
+        mean, t = prediction[:, : x_t.shape[1]], torch.tensor(index, device=x_t.device)
+        return process.to_x0(mean, x_t, t, self._solver.config.prediction_type).to(x_t.dtype)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures one at a time, which costs little and bounds the memory; and above TILED_PIXELS in tiles, where the seams

@@ -5,10 +5,12 @@ import sys
 import diffusers
 import pytest
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import FitGaussianConfig, SampleConfig, TrainMomentsConfig
+from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler, sample
@@ -113,6 +115,62 @@ def test_callback(pipeline):
 
     assert not latents(pipeline, [0], [1], callback_on_step_end=zero).any()
     assert seen[0] == (0, 999) and len(seen) == 3
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_callbacks_see_what_the_network_saw_and_said(pipeline, name):
+    """At the last step, which has no noise left, most schedulers end where the network says."""
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler)
+    seen = []
+
+    def keep(pipe, index, timestep, tensors):
+        assert set(tensors) == {"sample", "pred_original_sample"}
+        seen.append(tensors)
+        return {}
+
+    wanted = ["sample", "pred_original_sample"]
+    end = latents(pipeline, [0, 1], [1, 2], callback_on_step_end=keep, callback_on_step_end_tensor_inputs=wanted)
+    assert len(seen) == pipeline.num_timesteps and seen[0]["sample"].std() == pytest.approx(1, abs=0.15)
+    last = seen[-1]["pred_original_sample"]
+    if name != "HeunDiscreteScheduler":  # the mean of two evaluations
+        assert torch.allclose(last, end, rtol=1e-2, atol=1e-2 * float(end.abs().max()))
+    with pytest.raises(ValueError, match="tensor_inputs: expected some of latents, sample, pred_original_sample, found eta"):
+        latents(pipeline, [0], [1], callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["eta"])
+
+
+def test_callbacks_of_diffusers_end_guidance_and_the_sampling(pipeline):
+    class Cutoff(PipelineCallback):
+        tensor_inputs = ["latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            if step_index == int(pipeline.num_timesteps * self.config.cutoff_step_ratio):
+                pipeline._guidance_scale = 1.0
+            return callback_kwargs
+
+    rows = []
+    pipeline.unet.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    both = MultiPipelineCallbacks([Cutoff(cutoff_step_ratio=0.5)])
+    latents(pipeline, [0], [1], num_inference_steps=4, guidance_scale=3.0, callback_on_step_end=both)
+    assert rows == [2, 2, 2, 1] and pipeline.guidance_scale == 1.0
+
+    def stop(pipe, index, timestep, tensors):
+        pipe._interrupt = index == 1
+        return tensors
+
+    rows.clear()
+    assert latents(pipeline, [0], [1], num_inference_steps=9, callback_on_step_end=stop).isfinite().all()
+    assert rows == [1, 1] and pipeline.interrupt
+    latents(pipeline, [0], [1], num_inference_steps=2)
+    assert rows == [1, 1, 1, 1]
+
+
+def test_progress_bar_as_diffusers_has_it(pipeline, capfd):
+    pipeline.set_progress_bar_config(disable=False, desc="two")
+    latents(pipeline, [0], [1], num_inference_steps=2)
+    assert "two: 100%" in capfd.readouterr().err
+    pipeline.set_progress_bar_config(disable=True)
+    latents(pipeline, [0], [1], num_inference_steps=2)
+    assert not capfd.readouterr().err
 
 
 def test_a_scheduler_takes_settings(pipeline):
@@ -235,10 +293,11 @@ def test_guidance_only_between_two_noise_levels(pipeline):
     inside = latents(pipeline, [0], [1], guidance_interval=(1e-9, 1e9), **options)
     outside = latents(pipeline, [0], [1], guidance_interval=(1e8, 1e9), **options)
     assert torch.equal(everywhere, inside) and torch.equal(nowhere, outside) and not torch.allclose(inside, outside, atol=1e-2)
-    timesteps = torch.tensor([999, 600.5, 300, 10])
+    process = DiffusionProcess(pipeline._alphas_cumprod(torch.tensor([999, 600.5, 300, 10])))
     alphabar = pipeline.scheduler.alphas_cumprod
     sigma = float(((1 - alphabar[300]) / alphabar[300]).sqrt())
-    assert pipeline._guidance_scales(timesteps, 3.0, (0.9 * sigma, 1.1 * sigma)) == [1.0, 1.0, 3.0, 1.0]
+    assert pipeline._guided(process, (0.9 * sigma, 1.1 * sigma)) == [False, False, True, False]
+    assert alphabar[601] < process.alphas_cumprod[1] < alphabar[600]
 
 
 def test_a_weaker_network_guides(pipeline, model_folder, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from ..errors import UserError
@@ -13,7 +15,8 @@ class ClipEncoder:
     """A frozen OpenCLIP model.
 
     Args:
-        architecture: a name of OpenCLIP's, as ViT-B-32.
+        architecture: a name of OpenCLIP's, as ViT-B-32; or a folder with open_clip_config.json and open_clip_model.safetensors, as
+            OpenCLIP saves a model for the hub, and then no ``source``.
         source: a .safetensors file, or the name of pretrained weights to be fetched.
         device: where it works.
         key: the setting that a mistake is blamed on.
@@ -27,11 +30,21 @@ class ClipEncoder:
     def __init__(self, architecture: str, source: str, device: torch.device, key: str) -> None:
         import open_clip
 
-        if architecture not in open_clip.list_models():
-            raise UserError(f"{key}: expected an architecture of OpenCLIP, as ViT-B-32, found {architecture!r}")
-        self.name = f"OpenCLIP {architecture}"
-        file = weights_file(key, source, open_clip.list_pretrained_tags_by_model(architecture), self.name)
-        self.model = open_clip.create_model(architecture, pretrained=str(file or source), device=device)
+        folder = Path(architecture)
+        if not source and (folder / "open_clip_config.json").is_file():
+            self.name, architecture = f"OpenCLIP {folder.name}", f"local-dir:{folder}"
+            # Present, it is what OpenCLIP takes, before any pickle beside it.
+            file = weights_file(key, str(folder / "open_clip_model.safetensors"), (), self.name)
+        elif architecture in open_clip.list_models():
+            self.name = f"OpenCLIP {architecture}"
+            file = weights_file(key, source, open_clip.list_pretrained_tags_by_model(architecture), self.name)
+            source = str(file or source)
+        else:
+            raise UserError(
+                f"{key}: expected an architecture of OpenCLIP, as ViT-B-32, or a folder with open_clip_config.json, found "
+                f"{architecture!r}"
+            )
+        self.model = open_clip.create_model(architecture, pretrained=source or None, device=device)
         self.model.eval().requires_grad_(False)
         self.dimensions: int = open_clip.get_model_config(architecture)["embed_dim"]
         self.sha256 = sha256(file) if file else state_sha256(self.model)
@@ -41,11 +54,11 @@ class ClipEncoder:
 
     @classmethod
     def of(cls, spec: str, device: torch.device, key: str) -> ClipEncoder:
-        """``open_clip:ARCHITECTURE:SOURCE``."""
+        """``open_clip:ARCHITECTURE:SOURCE`` or ``open_clip:FOLDER``."""
         kind, _, rest = spec.partition(":")
         architecture, _, source = rest.partition(":")
         if kind != "open_clip":
-            raise UserError(f"{key}: expected open_clip:ARCHITECTURE:FILE.safetensors, found {spec!r}")
+            raise UserError(f"{key}: expected open_clip:ARCHITECTURE:FILE.safetensors or open_clip:FOLDER, found {spec!r}")
         return cls(architecture, source, device, key)
 
     def identity(self) -> dict:
