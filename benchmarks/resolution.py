@@ -53,7 +53,7 @@ def one_case(kind: str, pixels: int) -> dict:
         evaluation = [seconds(lambda: unet(latents, torch.tensor(500), labels)) for _ in range(EVALUATIONS)]
         result["evaluation_seconds"] = round(statistics.median(evaluation), 2)
         result["evaluation_gb"] = peak_gb()
-        result["decode_seconds"] = round(seconds(lambda: pipeline._decode(latents)), 1)
+        result["decode_seconds"] = round(seconds(lambda: pipeline.decode_latents(latents)), 1)
     return result | {"peak_gb": peak_gb()}
 
 

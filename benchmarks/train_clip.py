@@ -1,8 +1,8 @@
-"""A small OpenCLIP model of emoji and their Unicode names, for benchmarks/like.py: the same code path as a pretrained one, where
-none can be fetched.
+"""A small OpenCLIP model of emoji and their Unicode names, for benchmarks/like.py: the same code path as a pretrained one,
+where none can be fetched.
 
-Trains OpenCLIP's own model with its own loss on pictures whose keys are code points (data/emoji), and writes a folder as OpenCLIP
-saves one for the hub: open_clip_config.json and open_clip_model.safetensors.
+Trains OpenCLIP's own model with its own loss on pictures whose keys are code points (data/emoji), and writes a folder as
+OpenCLIP saves one for the hub: open_clip_config.json and open_clip_model.safetensors.
 
 examples:
   python benchmarks/train_clip.py output=outputs/clip

@@ -565,6 +565,29 @@ class SampleConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# tools/explore.py
+
+
+@dataclass
+class ExploreConfig:
+    """tools/explore.py"""
+
+    models: dict[str, str] = field(default_factory=dict)
+    """Name -> model folder (RUN/model): side by side on the page, with the same noise and classes."""
+    clip: Optional[str] = None
+    """open_clip:ARCHITECTURE:FILE.safetensors or open_clip:FOLDER, for models trained with image_conditional=true: ask for
+    pictures like another one, or by words."""
+    host: str = "127.0.0.1"
+    """Where the page listens: this machine alone. 0.0.0.0: whoever reaches it may use it."""
+    port: Optional[int] = None
+    """null: the first free one from 7860 on."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check(len(self.models) > 0, "models", "at least one, models.NAME=FOLDER", "none")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # tools/evaluate.py
 
 

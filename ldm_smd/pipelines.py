@@ -110,9 +110,9 @@ class SMDPipeline(DiffusionPipeline):
             image_embeds: OpenCLIP embeddings (B, D) of pictures to be like, or of texts, of the network in ``embedding``; their
                 number counts where there are no labels.
             output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
-            callback_on_step_end: as in diffusers: called with the pipeline, the step, its timestep and the tensors asked for; may
-                return {"latents": ...}, set ``pipeline._guidance_scale``, or ``pipeline._interrupt = True`` to leave out the
-                steps that remain.
+            callback_on_step_end: as in diffusers, called with the pipeline, the step, its timestep and the tensors asked for;
+                may return {"latents": ...}, set ``pipeline._guidance_scale``, or set ``pipeline._interrupt = True``, after
+                which no further step is done.
             callback_on_step_end_tensor_inputs: of "latents" (after the step), "sample" (before it, as the network saw them) and
                 "pred_original_sample" (x_0 by the network).
         """
@@ -121,7 +121,9 @@ class SMDPipeline(DiffusionPipeline):
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             known = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {known}, found {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: expected some of {known}, found {', '.join(sorted(unknown))}"
+            )
         labels = self._labels(class_labels)
         image_embeds = self._embeds(image_embeds, labels)
         batch_size = next((len(given) for given in (labels, image_embeds) if given is not None), batch_size)
@@ -142,8 +144,7 @@ class SMDPipeline(DiffusionPipeline):
             timesteps = self._last_timesteps(num_inference_steps, strength)
             latents = self.scheduler.add_noise(self._encode(image, shape).to(dtype), latents, timesteps[:1].repeat(batch_size))
         step_options = self._step_options(generator)
-        process = DiffusionProcess(self._alphas_cumprod(timesteps))
-        guided = self._guided(process, guidance_interval)
+        guided = self._guided(timesteps, guidance_interval)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
         with self.progress_bar(total=len(timesteps)) as bar:
@@ -151,16 +152,14 @@ class SMDPipeline(DiffusionPipeline):
                 if self.interrupt:
                     continue
                 x_t = self.scheduler.scale_model_input(latents, timestep).to(dtype)
-                eta = None
-                if is_mixture(self.unet):
-                    eta = randn_tensor(x_t.shape, generator=generator, device=device, dtype=dtype)
+                eta = self._eta(x_t, generator)
                 scale = self.guidance_scale if guided[index] else 1.0
                 prediction = self._predict(x_t, timestep, labels, eta, scale, image_embeds)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "sample": x_t}
                     if "pred_original_sample" in callback_on_step_end_tensor_inputs:
-                        tensors["pred_original_sample"] = self._original_sample(process, index, prediction, x_t)
+                        tensors["pred_original_sample"] = self._to_x0(prediction, x_t, timestep)
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     latents = callback_on_step_end(self, index, timestep, wanted).get("latents", latents)
                 bar.update()
@@ -168,9 +167,40 @@ class SMDPipeline(DiffusionPipeline):
         if output_type == "latent":
             images = latents
         else:
-            images = VaeImageProcessor(do_resize=False).postprocess(self._decode(latents), output_type=output_type)
+            images = VaeImageProcessor(do_resize=False).postprocess(self.decode_latents(latents), output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def pred_original_sample(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, math.inf),
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        image_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x_0 by the network, (B, C, h, w); of a mixture, one draw for each x_t. The arguments are those of a sampling.
+
+        Args:
+            sample: x_t = a_t x_0 + s_t eps, (B, C, h, w), what callbacks are given as "sample".
+            timestep: t, one for all.
+        """
+        labels = self._labels(class_labels)
+        image_embeds = self._embeds(image_embeds, labels)
+        [guided] = self._guided(timestep[None], guidance_interval)
+        scale = guidance_scale if guided else 1.0
+        return self._to_x0(
+            self._predict(sample, timestep, labels, self._eta(sample, generator), scale, image_embeds), sample, timestep
+        )
+
+    def _eta(self, x_t: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor | None:
+        """A draw for each row of a mixture's x_t."""
+        if not is_mixture(self.unet):
+            return None
+        return randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
 
     @property
     def guidance_scale(self) -> float:
@@ -220,22 +250,23 @@ class SMDPipeline(DiffusionPipeline):
         alphabar = np.interp(timesteps.cpu().numpy(), np.arange(len(steps)), steps)
         return torch.from_numpy(alphabar.clip(1e-12)).float().to(timesteps.device)
 
-    def _guided(self, process: DiffusionProcess, interval: tuple[float, float]) -> list[bool]:
+    def _guided(self, timesteps: torch.Tensor, interval: tuple[float, float]) -> list[bool]:
         """For each timestep, whether its sigma is in the interval."""
-        alphabar = process.alphas_cumprod
+        alphabar = self._alphas_cumprod(timesteps)
         sigma = ((1.0 - alphabar) / alphabar).sqrt()
         return ((sigma >= interval[0]) & (sigma <= interval[1])).tolist()
 
-    def _original_sample(
-        self, process: DiffusionProcess, index: int, prediction: torch.Tensor, x_t: torch.Tensor
-    ) -> torch.Tensor:
-        """x_0 by the network at the timestep of that index."""
-        mean, t = prediction[:, : x_t.shape[1]], torch.tensor(index, device=x_t.device)
-        return process.to_x0(mean, x_t, t, self._solver.config.prediction_type).to(x_t.dtype)
+    def _to_x0(self, prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        process, only = DiffusionProcess(self._alphas_cumprod(timestep[None])), torch.tensor(0, device=x_t.device)
+        mean = prediction[:, : x_t.shape[1]]
+        return process.to_x0(mean, x_t, only, self._solver.config.prediction_type).to(x_t.dtype)
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures one at a time, which costs little and bounds the memory; and above TILED_PIXELS in tiles, where the seams
-        may show. What the user has switched on stays on."""
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1].
+
+        One at a time, which costs little and bounds the memory; and above TILED_PIXELS in tiles, where the seams may show. What
+        the user has switched on stays on.
+        """
         autoencoder = FrozenAutoencoder(self.vae)
         pixels = latents.shape[2] * latents.shape[3] * autoencoder.factor**2
         tiled = pixels > TILED_PIXELS and hasattr(self.vae, "enable_tiling") and not getattr(self.vae, "use_tiling", False)

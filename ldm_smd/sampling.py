@@ -43,6 +43,9 @@ def sample(config: SampleConfig) -> Path:
     image = None if config.image is None else starting_picture(config, pipeline)
     if config.guide is not None:
         pipeline.register_modules(guide=load_guide(config.guide, pipeline).to(pipeline.device))
+    embedding = None
+    if config.clip is not None:
+        embedding = embedding_of(load_clip(config.clip, pipeline, config.model), pipeline, config.like, config.text)
     options = SamplingOptions(
         steps=config.steps,
         guidance_scale=config.guidance_scale,
@@ -53,7 +56,7 @@ def sample(config: SampleConfig) -> Path:
         width=config.width,
         image=image,
         strength=config.strength,
-        image_embeds=None if config.clip is None else embedding_of(config, pipeline),
+        image_embeds=embedding,
     )
     pixels = sample_pixels(pipeline, labels, count, options, "sample")
     pictures = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
@@ -141,22 +144,31 @@ def load_guide(folder: str, pipeline: SMDPipeline) -> ModelMixin:
     return guide
 
 
-def embedding_of(config: SampleConfig, pipeline: SMDPipeline) -> torch.Tensor:
-    """Of ``config.like`` or ``config.text``, (1, D), by the network that the model knows."""
+def load_clip(spec: str, pipeline: SMDPipeline, folder: str) -> ClipEncoder:
+    """The OpenCLIP network of the embeddings that the model at ``folder`` was trained with."""
     known = pipeline.config.embedding
     if known is None:
-        raise UserError(f"clip: expected null, {config.model} is not conditioned on embeddings, found {config.clip}")
-    clip = ClipEncoder.of(config.clip, pick_device(config.device), "clip")
+        raise UserError(f"clip: expected null, {folder} is not conditioned on embeddings, found {spec}")
+    clip = ClipEncoder.of(spec, pipeline.device, "clip")
     if clip.sha256 != known["sha256"]:
         raise UserError(
             f"clip: expected the network of the training, {known['network']} with SHA-256 {known['sha256'][:16]}..., found "
             f"{clip.name} with {clip.sha256[:16]}..."
         )
-    if config.text is not None:
-        return clip.texts([config.text])
-    side = FrozenAutoencoder(pipeline.vae).factor * pipeline.unet.config.sample_size
+    return clip
+
+
+def embedding_of(clip: ClipEncoder, pipeline: SMDPipeline, like: str | None, text: str | None) -> torch.Tensor:
+    """Of words, or else of the picture at ``like``, (1, D)."""
+    if text:
+        return clip.texts([text])
     # Brought to the size of the training pictures first, as those were.
-    return clip.images(read_picture("like", config.like, side)[None])
+    return clip.images(read_picture("like", like, training_side(pipeline))[None])
+
+
+def training_side(pipeline: SMDPipeline) -> int:
+    """Of the pictures that the model was trained on, in pixels."""
+    return FrozenAutoencoder(pipeline.vae).factor * pipeline.unet.config.sample_size
 
 
 def read_picture(key: str, path: str, side: int) -> torch.Tensor:
@@ -169,8 +181,7 @@ def read_picture(key: str, path: str, side: int) -> torch.Tensor:
 
 def starting_picture(config: SampleConfig, pipeline: SMDPipeline) -> Image.Image:
     """``config.image`` at the size of the pictures that the model makes."""
-    side = FrozenAutoencoder(pipeline.vae).factor * pipeline.unet.config.sample_size
-    return to_pil_image(read_picture("image", config.image, side))
+    return to_pil_image(read_picture("image", config.image, training_side(pipeline)))
 
 
 def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | None:

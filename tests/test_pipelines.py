@@ -10,7 +10,6 @@ from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import FitGaussianConfig, SampleConfig, TrainMomentsConfig
-from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler, sample
@@ -136,6 +135,24 @@ def test_callbacks_see_what_the_network_saw_and_said(pipeline, name):
         assert torch.allclose(last, end, rtol=1e-2, atol=1e-2 * float(end.abs().max()))
     with pytest.raises(ValueError, match="tensor_inputs: expected some of latents, sample, pred_original_sample, found eta"):
         latents(pipeline, [0], [1], callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["eta"])
+
+
+def test_one_step_is_the_first_of_a_sampling(pipeline):
+    """x_0 by the network for the noise that a sampling starts from: with the same eta what its callback sees."""
+    seen = []
+
+    def keep(pipe, index, timestep, tensors):
+        seen.append((timestep, tensors))
+        return {}
+
+    start, options = torch.randn(2, 4, 8, 8), {"guidance_scale": 2.0, "guidance_interval": (0.5, 1e9)}
+    wanted = ["sample", "pred_original_sample"]
+    callback = {"callback_on_step_end": keep, "callback_on_step_end_tensor_inputs": wanted}
+    latents(pipeline, [0, 1], [1, 2], latents=start, **options, **callback)
+    timestep, tensors = seen[0]
+    found = pipeline.pred_original_sample(start, timestep, [0, 1], generator=seeded_generators([1, 2]), **options)
+    assert torch.equal(tensors["sample"], start) and torch.allclose(tensors["pred_original_sample"], found, atol=1e-5)
+    assert not torch.allclose(found, pipeline.pred_original_sample(start, timestep, [0, 1], **options), atol=1e-2)
 
 
 def test_callbacks_of_diffusers_end_guidance_and_the_sampling(pipeline):
@@ -293,11 +310,10 @@ def test_guidance_only_between_two_noise_levels(pipeline):
     inside = latents(pipeline, [0], [1], guidance_interval=(1e-9, 1e9), **options)
     outside = latents(pipeline, [0], [1], guidance_interval=(1e8, 1e9), **options)
     assert torch.equal(everywhere, inside) and torch.equal(nowhere, outside) and not torch.allclose(inside, outside, atol=1e-2)
-    process = DiffusionProcess(pipeline._alphas_cumprod(torch.tensor([999, 600.5, 300, 10])))
-    alphabar = pipeline.scheduler.alphas_cumprod
+    timesteps, alphabar = torch.tensor([999, 600.5, 300, 10]), pipeline.scheduler.alphas_cumprod
     sigma = float(((1 - alphabar[300]) / alphabar[300]).sqrt())
-    assert pipeline._guided(process, (0.9 * sigma, 1.1 * sigma)) == [False, False, True, False]
-    assert alphabar[601] < process.alphas_cumprod[1] < alphabar[600]
+    assert pipeline._guided(timesteps, (0.9 * sigma, 1.1 * sigma)) == [False, False, True, False]
+    assert alphabar[601] < pipeline._alphas_cumprod(timesteps)[1] < alphabar[600]
 
 
 def test_a_weaker_network_guides(pipeline, model_folder, tmp_path):

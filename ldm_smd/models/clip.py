@@ -15,8 +15,8 @@ class ClipEncoder:
     """A frozen OpenCLIP model.
 
     Args:
-        architecture: a name of OpenCLIP's, as ViT-B-32; or a folder with open_clip_config.json and open_clip_model.safetensors, as
-            OpenCLIP saves a model for the hub, and then no ``source``.
+        architecture: a name of OpenCLIP's, as ViT-B-32; or a folder with open_clip_config.json and open_clip_model.safetensors,
+            as OpenCLIP saves a model for the hub, and then no ``source``.
         source: a .safetensors file, or the name of pretrained weights to be fetched.
         device: where it works.
         key: the setting that a mistake is blamed on.

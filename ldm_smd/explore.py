@@ -1,0 +1,295 @@
+"""tools/explore.py: a local page with the pictures of several models side by side, the way there, and the draws of eta."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+from .autoencoder import FrozenAutoencoder
+from .config import ExploreConfig
+from .device import pick_device
+from .errors import UserError
+from .models.unet import is_mixture, num_classes
+from .pipelines import SMDPipeline, load_pipeline, seeded_generators
+from .sampling import class_name, embedding_of, labelled_grid, load_clip, training_side
+from .schedulers import make_scheduler
+
+if TYPE_CHECKING:
+    import gradio
+
+MOST_PICTURES, MOST_STEPS = 16, 100
+MOST_SIGMA = 1000.0
+"""Beyond that of any schedule."""
+FILM_FRAMES = 10
+"""Of a film strip at most, evenly apart."""
+DRAWS = 8
+"""Of eta."""
+THUMBNAIL = 96
+"""Longer side of the pictures in a strip, in pixels."""
+OWN = "the model's own"
+SCHEDULERS = (
+    OWN,
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++",
+    "UniPCMultistepScheduler",
+    "GMSScheduler",
+    "TeleportScheduler",
+)
+NO_CLASS = "no class"
+ABOUT = """# Models side by side
+Every model starts from the same noise. Below the pictures, the way of the first one: `x_t` before a step, `x_0` as the network
+sees it there. Last, what each model makes of one `x_t` of the first model's way: a mixture's draws differ, a Gaussian model has
+one answer."""
+
+
+@dataclass
+class Wish:
+    """What is asked for; the pictures of a model are a function of it.
+
+    Attributes:
+        label: class number; None for no class.
+        seed: of the first picture; picture i has ``seed + i``.
+        scheduler: as tools/sample.py takes it, or OWN.
+        interval: of noise levels sigma at which there is guidance.
+        embedding: of a picture or words, (1, D); None for neither.
+    """
+
+    label: int | None = None
+    count: int = 8
+    steps: int = 8
+    scheduler: str = OWN
+    seed: int = 0
+    guidance_scale: float = 1.0
+    interval: tuple[float, float] = (0.0, MOST_SIGMA)
+    embedding: torch.Tensor | None = None
+
+    def options(self, count: int) -> dict:
+        """Of ``SMDPipeline``, whether for a sampling or for one step, for so many pictures."""
+        return {
+            "class_labels": None if self.label is None else [self.label] * count,
+            "guidance_scale": self.guidance_scale,
+            "guidance_interval": self.interval,
+            "generator": seeded_generators(range(self.seed, self.seed + count)),
+            "image_embeds": None if self.embedding is None else self.embedding.expand(count, -1),
+        }
+
+
+@dataclass
+class Frame:
+    """Step ``number`` of the first picture: x_t as the network saw it, and x_0 by the network, each (1, C, h, w)."""
+
+    number: int
+    timestep: torch.Tensor
+    sample: torch.Tensor
+    prediction: torch.Tensor
+
+
+@dataclass
+class Outcome:
+    """Of one model: the pictures, the frames of the first of them, FILM_FRAMES at most, and the seconds of it all."""
+
+    pictures: list[Image.Image]
+    frames: list[Frame]
+    seconds: float
+
+
+class Explorer:
+    """The models of a page. UserError where they are not of the same classes and latents."""
+
+    def __init__(self, config: ExploreConfig) -> None:
+        device = pick_device(config.device)
+        self.pipelines = {name: load_pipeline(folder).to(device) for name, folder in config.models.items()}
+        for name, pipeline in self.pipelines.items():
+            pipeline.set_progress_bar_config(disable=True)
+            for what, of in (("classes", class_names), ("autoencoder", encoder), ("pixels", training_side)):
+                wanted, found = of(self.first), of(pipeline)
+                if wanted != found:
+                    raise UserError(f"models.{name}: expected {what} {wanted}, as the first model's, found {found}")
+        self.own = {name: pipeline.scheduler for name, pipeline in self.pipelines.items()}
+        self.stopping = False
+        self.clip = None
+        if config.clip is not None:
+            [self.clip, *_] = [load_clip(config.clip, self.pipelines[name], folder) for name, folder in config.models.items()]
+
+    @property
+    def first(self) -> SMDPipeline:
+        return next(iter(self.pipelines.values()))
+
+    def embedding(self, like: str | None, text: str) -> torch.Tensor | None:
+        """Of words, or else of the picture at ``like``, (1, D); None of neither."""
+        return embedding_of(self.clip, self.first, like, text) if like or text else None
+
+    def sample(self, wish: Wish, report: Callable[[float], None]) -> dict[str, Outcome]:
+        """By every model; ``report`` is told the share that is done."""
+        outcomes, models = {}, len(self.pipelines)
+        self.stopping = False
+        for done, name in enumerate(self.pipelines):
+            outcomes[name] = self._sample(name, wish, lambda share, done=done: report((done + share) / models))
+        return outcomes
+
+    def _sample(self, name: str, wish: Wish, report: Callable[[float], None]) -> Outcome:
+        started, frames, pipeline = time.perf_counter(), [], self.pipelines[name]
+        pipeline.scheduler = self.own[name] if wish.scheduler == OWN else make_scheduler(wish.scheduler, self.own[name])
+
+        def keep(pipe: SMDPipeline, index: int, timestep: torch.Tensor, tensors: dict) -> dict:
+            frames.append(Frame(index + 1, timestep, tensors["sample"][:1], tensors["pred_original_sample"][:1]))
+            report((index + 1) / pipe.num_timesteps)
+            pipe._interrupt = self.stopping
+            return {}
+
+        pictures = pipeline(
+            num_inference_steps=wish.steps,
+            batch_size=wish.count,
+            callback_on_step_end=keep,
+            callback_on_step_end_tensor_inputs=("sample", "pred_original_sample"),
+            **wish.options(wish.count),
+        ).images
+        return Outcome(pictures, spaced(frames, FILM_FRAMES), time.perf_counter() - started)
+
+    def stop(self) -> None:
+        """What is being sampled ends after the step it is at; models that have not begun do one."""
+        self.stopping = True
+
+    def film(self, frames: list[Frame]) -> Image.Image:
+        """Two rows: x_t, and x_0 as the network sees it."""
+        rows = [self._thumbnails([getattr(frame, what) for frame in frames]) for what in ("sample", "prediction")]
+        return labelled_grid(rows, ["x_t", "x_0"])
+
+    def draws(self, frame: Frame, wish: Wish) -> Image.Image:
+        """A row for each model: DRAWS predictions of x_0 for one x_t, of a Gaussian model the one it has."""
+        rows = []
+        for pipeline in self.pipelines.values():
+            count = DRAWS if is_mixture(pipeline.unet) else 1
+            sample = frame.sample.expand(count, -1, -1, -1)
+            rows.append(self._thumbnails([pipeline.pred_original_sample(sample, frame.timestep, **wish.options(count))]))
+        return labelled_grid(rows, list(self.pipelines))
+
+    def _thumbnails(self, latents: list[torch.Tensor]) -> list[Image.Image]:
+        pixels = self.first.decode_latents(torch.cat(latents))
+        pictures = VaeImageProcessor().postprocess(pixels, output_type="pil")
+        for picture in pictures:
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        return pictures
+
+
+def class_names(pipeline: SMDPipeline) -> list[str]:
+    """By number; [] of an unconditional model."""
+    return [class_name(pipeline, number) for number in range(num_classes(pipeline.unet) or 0)]
+
+
+def encoder(pipeline: SMDPipeline) -> str:
+    """Whose latents these are."""
+    return FrozenAutoencoder(pipeline.vae).identity()["encoder_sha256"]
+
+
+def spaced(frames: list[Frame], most: int) -> list[Frame]:
+    """The first, the last, and others evenly between."""
+    if len(frames) <= most:
+        return frames
+    return [frames[round(place * (len(frames) - 1) / (most - 1))] for place in range(most)]
+
+
+def page(explorer: Explorer) -> gradio.Blocks:
+    """The page, not yet served."""
+    gr = import_gradio()
+    names, classes = list(explorer.pipelines), class_names(explorer.first)
+    picture = {"format": "png", "type": "pil", "show_label": False, "buttons": ["download", "fullscreen"]}
+
+    with gr.Blocks(title="ldm_smd", analytics_enabled=False, fill_width=True) as blocks:
+        gr.Markdown(ABOUT)
+        kept = gr.State()
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                choices = [*((name, number) for number, name in enumerate(classes)), (NO_CLASS, len(classes))]
+                label = gr.Dropdown(choices, value=0, label="Class", visible=bool(classes))
+                like = gr.Image(
+                    type="filepath", label="Like this picture", sources=["upload"], visible=explorer.clip is not None
+                )
+                text = gr.Textbox(label="Like these words, and not the picture", visible=explorer.clip is not None)
+                count = gr.Slider(1, MOST_PICTURES, value=8, step=1, label="Pictures")
+                steps = gr.Slider(1, MOST_STEPS, value=4, step=1, label="Steps")
+                scheduler = gr.Dropdown(SCHEDULERS, value=OWN, label="Scheduler", allow_custom_value=True)
+                seed = gr.Number(0, label="Seed of the first picture", precision=0, minimum=0)
+                scale = gr.Slider(0, 8, value=1, step=0.1, label="Guidance (1 is none)")
+                with gr.Row():
+                    low = gr.Number(0, label="from sigma", minimum=0, min_width=100)
+                    high = gr.Number(MOST_SIGMA, label="to sigma", minimum=0, min_width=100)
+                with gr.Row():
+                    start = gr.Button("Sample", variant="primary", min_width=100)
+                    stop = gr.Button("Stop", min_width=100)
+                said = gr.Markdown()
+            with gr.Column(scale=4):
+                galleries, films = [], []
+                with gr.Row():
+                    for name, pipeline in explorer.pipelines.items():
+                        with gr.Column(min_width=300):
+                            gr.Markdown(f"### {name}\n{pipeline.unet.num_parameters() / 1e6:.1f} M parameters")
+                            galleries.append(gr.Gallery(show_label=False, columns=4, height="auto", format="png"))
+                            gr.Markdown("The first picture, step by step")
+                            films.append(gr.Image(**picture))
+                at = gr.Radio([], label="Draws of eta for the first model's x_t of step")
+                draws = gr.Image(**picture)
+
+        def sample(label, count, steps, scheduler, seed, scale, low, high, like, text, progress=gr.Progress()):  # noqa: B008
+            try:
+                number = label if label < len(classes) else None
+                wish = Wish(number, count, steps, scheduler, seed, scale, (low, high), explorer.embedding(like, text))
+                outcomes = explorer.sample(wish, progress)
+            except (UserError, ValueError) as error:
+                raise gr.Error(str(error)) from error
+            frames = outcomes[names[0]].frames
+            of_steps = [(f"{frame.number} (t = {float(frame.timestep):.0f})", place) for place, frame in enumerate(frames)]
+            return [
+                *(
+                    [(picture, f"seed {wish.seed + index}") for index, picture in enumerate(outcome.pictures)]
+                    for outcome in outcomes.values()
+                ),
+                *(explorer.film(outcome.frames) for outcome in outcomes.values()),
+                gr.Radio(of_steps, value=0),
+                explorer.draws(frames[0], wish),
+                ", ".join(f"{name} {outcome.seconds:.1f} s" for name, outcome in outcomes.items()),
+                (frames, wish),
+            ]
+
+        def draw(place, kept):
+            frames, wish = kept
+            return explorer.draws(frames[place], wish)
+
+        asked = [label, count, steps, scheduler, seed, scale, low, high, like, text]
+        # One of the two at a time: they share the models.
+        start.click(sample, asked, [*galleries, *films, at, draws, said, kept], concurrency_id="models")
+        at.input(draw, [at, kept], draws, concurrency_id="models")
+        stop.click(explorer.stop, queue=False)
+    return blocks
+
+
+def import_gradio() -> ModuleType:
+    try:
+        import gradio
+    except ImportError as error:
+        raise UserError("explore: expected the package gradio (pip install 'ldm_smd[explore]'), found none") from error
+    return gradio
+
+
+def explore(config: ExploreConfig) -> None:
+    """Serve the page until it is interrupted."""
+    gr = import_gradio()
+    blocks = page(Explorer(config))
+    # Fonts of this machine: the page fetches nothing from elsewhere.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    where = {"server_name": config.host, "server_port": config.port}
+    try:
+        _, url, _ = blocks.launch(**where, theme=theme, quiet=True, footer_links=[], prevent_thread_lock=True)
+    except OSError as error:
+        raise UserError(f"port: expected a free one, found {config.port}: {error}") from error
+    print(f"open {url} (Ctrl-C ends it)", flush=True)
+    blocks.block_thread()
