@@ -39,8 +39,8 @@ class FrozenAutoencoder(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.name = name
         shift, scale = latent_affine(model.config)
-        self.register_buffer("shift", shift, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift.to(self.device), persistent=False)
+        self.register_buffer("scale", scale.to(self.device), persistent=False)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> FrozenAutoencoder:
@@ -62,7 +62,8 @@ class FrozenAutoencoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where it works; a model that is offloaded waits elsewhere."""
+        return getattr(getattr(self.model, "_hf_hook", None), "execution_device", self.model.device)
 
     @property
     def latent_channels(self) -> int:

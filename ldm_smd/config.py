@@ -201,8 +201,8 @@ class EncodeConfig:
     mirror: bool = True
     """Store the encoding of the mirrored picture too (twice the work and size). Not for letters or flags."""
     embedding: Optional[str] = None
-    """open_clip:ARCHITECTURE:FILE.safetensors, or a name of pretrained weights for the file: also store each picture's
-    embedding, for models that make pictures like another one."""
+    """open_clip:ARCHITECTURE:FILE.safetensors, a name of pretrained weights for the file, or open_clip:FOLDER with the files of
+    an OpenCLIP model on the hub: also store each picture's embedding, for models that make pictures like another one."""
     shuffle: bool = True
     """Mix the pictures over the shards, always alike: training goes through a shard before it opens the next, so one should be
     as good as another. false: in the order of the source, where reading it in another is slow."""
@@ -349,8 +349,9 @@ class TrainConfig:
     """Folder of the run: checkpoints, metrics, sample grids, and model/ (the pipeline, EMA weights) at the end."""
     init_from: Optional[str] = None
     """Start from the weights of this model folder instead of random ones. A Gaussian SMDUNet2DModel's will do for a mixture
-    with the same blocks, which then equals it in the mean of its draws. A UNet2DModel of diffusers is extended to a mixture,
-    with its own blocks; of ``model``, latent_channels, identifier_channels, hypernetwork_width and noise_* count."""
+    with the same blocks, which then equals it in the mean of its draws; and one without embeddings for one with. A UNet2DModel
+    of diffusers is extended to a mixture, with its own blocks; of ``model``, latent_channels, identifier_channels,
+    hypernetwork_width and noise_* count."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

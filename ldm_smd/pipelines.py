@@ -50,7 +50,8 @@ class SMDPipeline(DiffusionPipeline):
             2406.02507), instead of from the same one without the class.
     """
 
-    model_cpu_offload_seq = "gaussian->guide->unet->moments->vae"
+    # The others come between two evaluations of the unet: they stay on the device to the end of a sampling.
+    model_cpu_offload_seq = "unet->vae"
     _optional_components = ["moments", "gaussian", "guide"]
     _callback_tensor_inputs = ["latents", "sample", "pred_original_sample"]
 

@@ -1,15 +1,18 @@
 """Tiny real parts, made once: pictures, an autoencoder, latent shards and a trained run."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 from ldm_smd.cli import run_tool
 from ldm_smd.config import EncodeConfig, TrainConfig, load_config
@@ -85,6 +88,46 @@ def shards(tmp_path_factory, pictures, vae_folder):
         )
     )
     return output
+
+
+@pytest.fixture(scope="session")
+def make_clip(tmp_path_factory):
+    """A function from a seed to the folder of a tiny untrained OpenCLIP model, as OpenCLIP saves one for the hub."""
+
+    def make(seed):
+        folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
+        folder.mkdir()
+        vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+        text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+        content = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}, "preprocess_cfg": {}}
+        (folder / "open_clip_config.json").write_text(json.dumps(content))
+        torch.manual_seed(seed)
+        weights = open_clip.create_model(f"local-dir:{folder}", load_weights=False).state_dict()
+        save_file(weights, folder / "open_clip_model.safetensors")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def clip(make_clip):
+    """That of seed 0, as settings name it."""
+    return f"open_clip:{make_clip(0)}"
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory, pictures, vae_folder, clip):
+    """Shards as those of ``shards``, with embeddings."""
+    output = tmp_path_factory.mktemp("embedded") / "shards"
+    settings = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={output}"]
+    encode(load_config(EncodeConfig, None, [*settings, "shard_size=8", "batch_size=4", "num_workers=0", f"embedding={clip}"]))
+    return output
+
+
+@pytest.fixture
+def conditional_folder(train_config, embedded):
+    """The pipeline folder of a model conditioned on embeddings after two steps."""
+    return train(train_config(f"shards={embedded}", "image_conditional=true", "images_total=16"))
 
 
 @pytest.fixture

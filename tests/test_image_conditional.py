@@ -5,13 +5,10 @@ import json
 import shutil
 
 import numpy as np
-import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from ldm_smd.config import EncodeConfig, ImagesConfig, SampleConfig, VerifyConfig, load_config
-from ldm_smd.data.encode import encode
+from ldm_smd.config import ImagesConfig, SampleConfig, VerifyConfig
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream, latent_loader
@@ -20,41 +17,17 @@ from ldm_smd.errors import UserError
 from ldm_smd.models.clip import ClipEncoder
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import sample
-from ldm_smd.training.loop import train
-
-ARCHITECTURE = "ViT-S-32-alt"
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("clip") / "weights.safetensors"
-    save_file(open_clip.create_model(ARCHITECTURE).state_dict(), path)
-    return f"open_clip:{ARCHITECTURE}:{path}"
-
-
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory, pictures, vae_folder, clip):
-    """Shards as those of ``shards``, with embeddings."""
-    output = tmp_path_factory.mktemp("embedded") / "shards"
-    settings = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={output}"]
-    encode(load_config(EncodeConfig, None, [*settings, "shard_size=8", "batch_size=4", "num_workers=0", f"embedding={clip}"]))
-    return output
-
-
-@pytest.fixture
-def conditional_folder(train_config, embedded):
-    return train(train_config(f"shards={embedded}", "image_conditional=true", "images_total=16"))
+from ldm_smd.training.loop import build_model, train
 
 
 def test_shards_hold_the_embeddings_and_all_else_as_without(embedded, shards, pictures, clip):
     manifest, plain = Manifest.load(embedded), Manifest.load(shards)
     encoder = ClipEncoder.of(clip, torch.device("cpu"), "clip")
-    assert manifest.embedding == {**encoder.identity(), "dimensions": 256} and plain.embedding is None
+    assert manifest.embedding == {**encoder.identity(), "dimensions": 16} and plain.embedding is None
     stream, without = LatentStream(manifest, 22, 22, embeddings=True), LatentStream(plain, 22, 22)
     batch = stream.batch_at(0)
     assert torch.equal(batch.moments, without.batch_at(0).moments) and without.batch_at(0).embeddings is None
-    assert batch.embeddings.shape == (22, 256) and batch.embeddings.dtype == torch.float16
+    assert batch.embeddings.shape == (22, 16) and batch.embeddings.dtype == torch.float16
     assert torch.allclose(batch.embeddings.float().norm(dim=1), torch.ones(22), atol=1e-3)
     pixels, _, _ = load_pixels(ImagesConfig(source=str(pictures), resolution=16))
     by_key = dict(zip(sorted(stream.keys_at(0)), encoder.images(pixels)))
@@ -77,16 +50,16 @@ def test_shards_without_their_embeddings_are_refused(embedded, tmp_path):
     with pytest.raises(UserError, match=r"expected an index of latents-00000\.tar in its record, found .*0 embeddings of 8"):
         LatentStream(Manifest.load(folder), 22, 22).batch_at(0)
     content = json.loads((folder / "manifest.json").read_text())
-    content["metadata"]["embedding"]["dimensions"] = 255
+    content["metadata"]["embedding"]["dimensions"] = 15
     (folder / "manifest.json").write_text(json.dumps(content))
     (folder / "latents-00000.json").unlink()
-    with pytest.raises(UserError, match=r"expected a tar of moments .*clip.npy is \(256,\)"):
+    with pytest.raises(UserError, match=r"expected a tar of moments .*clip.npy is \(16,\)"):
         LatentStream(Manifest.load(folder), 22, 22).batch_at(0)
 
 
 def test_the_embedding_matters_and_none_is_zeros(loud_pipeline, conditional_folder):
     pipeline = loud_pipeline(conditional_folder)
-    embeds = torch.nn.functional.normalize(torch.randn(2, 256))
+    embeds = torch.nn.functional.normalize(torch.randn(2, 16))
 
     def latents(embeds, labels=(0, 1), **options):
         options = {"num_inference_steps": 2, "output_type": "latent", "generator": seeded_generators([1, 2]), **options}
@@ -94,7 +67,7 @@ def test_the_embedding_matters_and_none_is_zeros(loud_pipeline, conditional_fold
 
     one, other = latents(embeds), latents(embeds.flip(0))
     assert not torch.allclose(one, other, atol=1e-2)
-    assert torch.allclose(latents(None), latents(torch.zeros(2, 256)), atol=1e-5)
+    assert torch.allclose(latents(None), latents(torch.zeros(2, 16)), atol=1e-5)
     x, t, eta = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8)
     for labels in (torch.tensor([0, 1]), None):
         with torch.no_grad():
@@ -105,25 +78,39 @@ def test_the_embedding_matters_and_none_is_zeros(loud_pipeline, conditional_fold
         assert torch.allclose(guided, without + 3 * (own - without), atol=1e-3)
     assert latents(embeds, labels=None).shape == (2, 4, 8, 8)
     for wrong in (embeds[:1], embeds[:, :7]):
-        with pytest.raises(ValueError, match=r"image_embeds: expected \(2, 256\), found"):
+        with pytest.raises(ValueError, match=r"image_embeds: expected \(2, 16\), found"):
             latents(wrong)
+
+
+def test_a_model_without_embeddings_learns_them(train_config, embedded, model_folder):
+    """It starts as it was, whatever the embedding."""
+    config = train_config(f"shards={embedded}", "image_conditional=true", f"init_from={model_folder / 'unet'}")
+    before, after = load_pipeline(model_folder).unet, build_model(config, Manifest.load(embedded))
+    after.hyper["noise"].load_state_dict(before.hyper["noise"].state_dict())
+    x, t, eta, embeds = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8), torch.randn(2, 16)
+    labels = torch.tensor([0, 1])
+    with torch.no_grad():
+        found = after(x, t, labels, eta, image_embeds=embeds).sample
+    assert torch.equal(found, before(x, t, labels, eta).sample)
+    assert load_pipeline(train(config)).unet.image_embedding.weight.any()
 
 
 def test_half_precision_and_a_batch_of_one(conditional_folder):
     pipeline = load_pipeline(conditional_folder).to(torch.bfloat16)
-    assert np.isfinite(pipeline(image_embeds=torch.ones(1, 256), num_inference_steps=1, output_type="np").images).all()
+    assert np.isfinite(pipeline(image_embeds=torch.ones(1, 16), num_inference_steps=1, output_type="np").images).all()
 
 
-def test_sample_tool_likes_a_picture_or_words(run, conditional_folder, model_folder, pictures, clip, tmp_path):
+def test_sample_tool_likes_a_picture_or_words(run, conditional_folder, model_folder, pictures, clip, make_clip, tmp_path):
     options = [f"model={conditional_folder}", "per_class=2", "steps=2", "classes=[]"]
     picture = next((pictures / "disc").iterdir())
     for name, wish in (("picture", f"like={picture}"), ("words", "text=a red disc")):
         code, _, err = run(SampleConfig, sample, *options, f"clip={clip}", wish, f"output={tmp_path / name}")
         assert code == 0 and len(list((tmp_path / name).glob("picture-*.png"))) == 2, err
-    torch.manual_seed(1)
-    save_file(open_clip.create_model(ARCHITECTURE).state_dict(), tmp_path / "other.safetensors")
+    (tmp_path / "empty").mkdir()
+    shutil.copy(make_clip(2) / "open_clip_config.json", tmp_path / "empty")
     for changed, message in (
-        ([f"clip=open_clip:{ARCHITECTURE}:{tmp_path / 'other.safetensors'}"], "clip: expected the network of the training"),
+        ([f"clip=open_clip:{make_clip(1)}"], "clip: expected the network of the training"),
+        ([f"clip=open_clip:{tmp_path / 'empty'}"], "clip: expected a .safetensors file of OpenCLIP empty"),
         ([f"clip={clip}", f"model={model_folder}"], "is not conditioned on embeddings"),
         (["clip=open_clip:ViT-None:x"], "clip: expected an architecture of OpenCLIP"),
         (["clip=ViT-B-32"], "clip: expected open_clip:ARCHITECTURE"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..diffusion.gaussian import choose, shared_responsibilities
 
@@ -47,6 +48,7 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         self.register_buffer("variances", torch.ones(bases, rank))
         self.register_buffer("tails", torch.ones(bases))
 
+    @apply_forward_hook
     def transport(
         self,
         x_t: torch.Tensor,
@@ -68,6 +70,7 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         moved = self._scale(x - a_t * means, row, lambda lam: ((a_s**2 * lam + s_s**2) / (a_t**2 * lam + s_t**2)).sqrt())
         return (a_s * means + moved).view_as(x_t)
 
+    @apply_forward_hook
     def expected_x0(self, x_t: torch.Tensor, t: tuple[float, float], class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """E[x_0 | x_t], (B, C, H, W), were the latents from these Gaussians. With r_i the posterior of the components,
 

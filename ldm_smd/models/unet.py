@@ -30,6 +30,9 @@ from .noise import PosteriorNoise
 MIXTURE_PARTS = ("identifier.", "hyper.")
 """Where the names of the weights begin that a mixture model has and the Gaussian model it extends has not."""
 
+EMBEDDING_PARTS = ("image_embedding.",)
+"""Those that a model conditioned on embeddings has and others have not."""
+
 FITTED_PARTS = ("hyper.noise.",)
 """Those of them that are fitted to the latents at hand and not trained."""
 
@@ -115,10 +118,10 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, embedding_dim)
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_dim)
-        # No bias: that of no embedding is zero.
+        # No bias: that of no embedding is zero. And zero it starts, as a model without embeddings.
         self.image_embedding = None
         if embedding_dimensions is not None:
-            self.image_embedding = nn.Linear(embedding_dimensions, embedding_dim, bias=False)
+            self.image_embedding = zero_init(nn.Linear(embedding_dimensions, embedding_dim, bias=False))
 
         # Way down. The outputs of the residual blocks are kept for the way up.
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)

@@ -81,16 +81,16 @@ def checkpoints(folder: Path) -> list[Path]:
 def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> None:
     """Copy the weights of a diffusers model folder into ``model``; ``key`` is the setting a mismatch is blamed on.
 
-    Parts of the model whose names start with one of ``new`` stay as they are where the folder has nothing of them: so a
-    mixture model starts from a Gaussian one. Those whose names start with one of ``kept`` stay as they are in any case.
+    Parts of the model whose names start with one of ``new`` stay as they are where the folder has none that does: so a mixture
+    model starts from a Gaussian one. Those whose names start with one of ``kept`` stay as they are in any case.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise UserError(f"{key}: expected a model folder with {path.name}, found none in {folder}")
     weights = {name: value for name, value in load_file(path).items() if not name.startswith(kept)}
     expected = {name: value for name, value in model.state_dict().items() if not name.startswith(kept)}
-    if not any(name.startswith(new) for name in weights):
-        expected = {name: value for name, value in expected.items() if not name.startswith(new)}
+    absent = tuple(part for part in new if not any(name.startswith(part) for name in weights))
+    expected = {name: value for name, value in expected.items() if not name.startswith(absent)}
     for name in sorted(expected.keys() | weights.keys()):
         found = tuple(weights[name].shape) if name in weights else "nothing"
         wanted = tuple(expected[name].shape) if name in expected else "nothing"

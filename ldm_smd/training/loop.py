@@ -29,7 +29,7 @@ from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder
 from ..models.attention import set_attention_backend
 from ..models.extended import ExtendedUNet2DModel, class_of
-from ..models.unet import FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, embedding_dimensions, known_labels
+from ..models.unet import EMBEDDING_PARTS, FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, embedding_dimensions, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
 from .average import resume_averages, save_snapshot
@@ -282,7 +282,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | Ext
         **{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()},
     )
     if config.init_from:
-        load_weights(model, Path(config.init_from), "init_from", new=MIXTURE_PARTS, kept=FITTED_PARTS)
+        load_weights(model, Path(config.init_from), "init_from", new=MIXTURE_PARTS + EMBEDDING_PARTS, kept=FITTED_PARTS)
     return model
 
 
