@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -25,6 +26,10 @@ from .models.unet import SMDUNet2DModel, embedding_dimensions, is_mixture, num_c
 from .schedulers import GMSScheduler, TeleportScheduler
 
 logger = logging.get_logger(__name__)
+
+for kind in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, GMSScheduler, TeleportScheduler):
+    # Otherwise a pipeline of the hub with these, which are of no library that diffusers knows, is refused.
+    LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = ["save_pretrained", "from_pretrained"]
 
 TILED_PIXELS = 1024 * 1024
 SLICE_PIXELS = 512 * 512

@@ -95,7 +95,13 @@ for options in (
     same(pictures(**options, device=DEVICE, offload=True), expected)
 
 # Training, from the start and after a checkpoint, with previews and averages.
-run = [f"output={OUTPUT / 'trained'}", "ema_widths=[0.05,0.1]", "gradient_checkpointing=true", "accumulate=2", "cooldown_images=8"]
+run = [
+    f"output={OUTPUT / 'trained'}",
+    "ema_widths=[0.05,0.1]",
+    "gradient_checkpointing=true",
+    "accumulate=2",
+    "cooldown_images=8",
+]
 for images in (16, 32):
     tool(TrainConfig, train, *train_settings(*run, f"images_total={images}"))
 tool(AverageConfig, average, f"run={OUTPUT / 'trained'}", "sigma_rel=0.07", f"output={OUTPUT / 'average'}")

@@ -1,0 +1,103 @@
+"""To the hub and back: diffusers' and huggingface_hub's own code, against a small hub on this machine."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from ldm_smd.files import sha256
+from ldm_smd.pipelines import load_pipeline, seeded_generators
+
+REPOSITORY, COMMIT = "someone/emoji", "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A repository in a folder: created, committed to in one request, listed, and its files fetched."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        folder, parts = self.server.folder, self.path.split("?")[0].strip("/").split("/")
+        files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        name = "/".join(parts[4:])  # someone/emoji/resolve/COMMIT/NAME
+        if parts[0] == "api" and "tree" in parts:
+            self.json(
+                [{"type": "file", "path": name, "size": path.stat().st_size, "oid": name} for name, path in files.items()]
+            )
+        elif parts[0] == "api":
+            self.json({"id": REPOSITORY, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+        elif name in files:
+            self.answer(200, files[name].read_bytes(), {"ETag": f'"{sha256(files[name])}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if "/preupload/" in self.path:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
+            ]
+            self.json({"files": files})
+        elif "/commit/" in self.path:
+            for entry in map(json.loads, body.splitlines()):
+                if entry["key"] == "file":
+                    path = self.server.folder / entry["value"]["path"]
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(base64.b64decode(entry["value"]["content"]))
+            self.json({"success": True, "commitOid": COMMIT, "commitUrl": f"{self.server.url}/{REPOSITORY}/commit/{COMMIT}"})
+        else:  # create, and checks of the card
+            self.json({"url": f"{self.server.url}/{REPOSITORY}", "errors": [], "warnings": []})
+
+    def json(self, content):
+        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def answer(self, status, data, headers):
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folder, server.url = tmp_path / "hub", f"http://127.0.0.1:{server.server_port}"
+    server.folder.mkdir()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_pushed_pipeline_is_loaded_from_the_hub(model_folder, hub, tmp_path):
+    """push_to_hub in one process, from_pretrained by the name alone in another."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": "hf_none",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    push = f"load_pipeline({str(model_folder)!r}).push_to_hub({REPOSITORY!r})"
+    load = f"""
+pipeline = SMDPipeline.from_pretrained({REPOSITORY!r})
+images = pipeline([0, 1], num_inference_steps=2, generator=seeded_generators([1, 2]), output_type="pt").images
+torch.save(images, {str(tmp_path / "out.pt")!r})
+"""
+    imports = "import torch\nfrom ldm_smd.pipelines import SMDPipeline, load_pipeline, seeded_generators\n"
+    for name, program in (("there", push), ("back", load)):
+        home = {"HF_HOME": str(tmp_path / name)}
+        subprocess.run([sys.executable, "-c", imports + program], check=True, timeout=120, env=environment | home)
+        assert (hub.folder / "README.md").is_file() and (hub.folder / "unet/diffusion_pytorch_model.safetensors").is_file()
+    options = {"num_inference_steps": 2, "generator": seeded_generators([1, 2]), "output_type": "pt"}
+    expected = load_pipeline(model_folder)([0, 1], **options).images
+    assert torch.allclose(torch.load(tmp_path / "out.pt", weights_only=True), expected, atol=1e-4)
