@@ -24,8 +24,8 @@ from omegaconf import MISSING
 from safetensors.torch import save_file
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import ImagesConfig, at_least
-from ldm_smd.data.images import read_pictures
+from ldm_smd.config import ImagesConfig, at_least, check
+from ldm_smd.data.images import Pictures, read_pictures
 from ldm_smd.data.sources import list_entries
 from ldm_smd.device import pick_device
 from ldm_smd.files import atomic_folder
@@ -63,6 +63,8 @@ class TrainClipConfig:
 
     def __post_init__(self) -> None:
         at_least("images_total", self.images_total, self.batch_size)
+        side = MODEL["vision_cfg"]["image_size"]
+        check(self.images.resolution == side, "images.resolution", str(side), self.images.resolution)
 
 
 def name_of(key: str) -> str:
@@ -78,12 +80,11 @@ def name_of(key: str) -> str:
     return " ".join(words + ([f"flag of {flag}"] if flag else [])).strip()
 
 
-def named_pictures(images: ImagesConfig) -> tuple[list[str], torch.Tensor]:
-    """Names, and pixels uint8 (N, 3, H, W), of the pictures that have a name."""
-    entries, _ = list_entries(images)
-    entries = [entry for entry in entries if name_of(entry.key)]
+def named_pictures(images: ImagesConfig) -> Pictures:
+    """Those that have a name."""
+    entries = [entry for entry in list_entries(images)[0] if name_of(entry.key)]
     [pictures] = read_pictures(entries, images, [range(len(entries))])
-    return [name_of(key) for key in pictures.keys], pictures.pixels
+    return pictures
 
 
 def moved(pixels: torch.Tensor) -> torch.Tensor:
@@ -97,10 +98,11 @@ def moved(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train_clip(config: TrainClipConfig) -> Path:
-    """Writes the folder, and prints how often the nearest name is the right one."""
+    """Writes the folder; returns it."""
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    names, pixels = named_pictures(config.images)
+    pictures = named_pictures(config.images)
+    pixels, names = pictures.pixels, list(map(name_of, pictures.keys))
     with atomic_folder(Path(config.output)) as folder:
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": {}}, indent=2))
         architecture = f"local-dir:{folder}"

@@ -45,6 +45,8 @@ SCHEDULERS = (
     "TeleportScheduler",
 )
 NO_CLASS = "no class"
+TIGHT = ".grid-wrap.fixed-height { min-height: 0 !important }"
+"""No empty rows under the pictures."""
 ABOUT = """# Models side by side
 Every model starts from the same noise. Below the pictures, the way of the first one: `x_t` before a step, `x_0` as the network
 sees it there. Last, what each model makes of one `x_t` of the first model's way: a mixture's draws differ, a Gaussian model has
@@ -249,10 +251,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
             frames = outcomes[names[0]].frames
             of_steps = [(f"{frame.number} (t = {float(frame.timestep):.0f})", place) for place, frame in enumerate(frames)]
             return [
-                *(
-                    [(picture, f"seed {wish.seed + index}") for index, picture in enumerate(outcome.pictures)]
-                    for outcome in outcomes.values()
-                ),
+                *(outcome.pictures for outcome in outcomes.values()),
                 *(explorer.film(outcome.frames) for outcome in outcomes.values()),
                 gr.Radio(of_steps, value=0),
                 explorer.draws(frames[0], wish),
@@ -276,7 +275,7 @@ def import_gradio() -> ModuleType:
     try:
         import gradio
     except ImportError as error:
-        raise UserError("explore: expected the package gradio (pip install 'ldm_smd[explore]'), found none") from error
+        raise UserError("explore: expected the package gradio (pip install 'gradio>=6'), found none") from error
     return gradio
 
 
@@ -286,9 +285,10 @@ def explore(config: ExploreConfig) -> None:
     blocks = page(Explorer(config))
     # Fonts of this machine: the page fetches nothing from elsewhere.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    looks = {"theme": theme, "css": TIGHT, "footer_links": []}
     where = {"server_name": config.host, "server_port": config.port}
     try:
-        _, url, _ = blocks.launch(**where, theme=theme, quiet=True, footer_links=[], prevent_thread_lock=True)
+        _, url, _ = blocks.launch(**where, **looks, quiet=True, prevent_thread_lock=True)
     except OSError as error:
         raise UserError(f"port: expected a free one, found {config.port}: {error}") from error
     print(f"open {url} (Ctrl-C ends it)", flush=True)

@@ -1,6 +1,6 @@
 """A local page for trained models, side by side: class, steps, scheduler, seed, guidance; the way of a picture; draws of eta.
 
-Needs the package gradio: pip install 'ldm_smd[explore]'.
+Needs the package gradio: pip install 'gradio>=6'.
 
 examples:
   python tools/explore.py --config configs/explore.yaml

@@ -1,0 +1,186 @@
+"""Pictures like another one, or by words: are they? On held-out emoji, that neither OpenCLIP nor the UNet has seen.
+
+Samples a model trained with image_conditional=true, asked with the embedding of each held-out picture, and with that of its
+Unicode name; no text was used in its training. In the features of another network, the held-out pictures are ordered by their
+distance to each sample: where is the one that was asked for? Beside it, what the class alone and what chance does.
+
+examples:
+  python benchmarks/like.py --config configs/benchmarks/like-emoji.yaml
+  python benchmarks/like.py --config configs/benchmarks/like-emoji.yaml guidance_scales=[1] per_picture=1
+
+Writes benchmarks/results/like-NAME.json, .md and .jpg.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from train_clip import name_of, named_pictures
+from yardstick import BATCH_SIZE, RESULTS, weights_sha256
+
+from ldm_smd.cli import run_tool
+from ldm_smd.config import ImagesConfig, at_least
+from ldm_smd.data.images import load_pixels
+from ldm_smd.evaluation.features import load_extractor
+from ldm_smd.evaluation.metrics import frechet_distance
+from ldm_smd.models.unet import num_classes
+from ldm_smd.pipelines import SMDPipeline, load_pipeline, seeded_generators
+from ldm_smd.progress import progress
+from ldm_smd.sampling import load_clip
+
+NEAR = 10
+"""A sample is near where the picture asked for is among so many nearest."""
+SHOWN, SHOWN_EACH = 12, 3
+
+
+@dataclass
+class LikeConfig:
+    """benchmarks/like.py"""
+
+    name: str = MISSING
+    """Of the picture set; names the result files."""
+    model: str = MISSING
+    """Model folder."""
+    clip: str = MISSING
+    """Its OpenCLIP network."""
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    """The pictures it was trained on."""
+    held_out: ImagesConfig = field(default_factory=ImagesConfig)
+    """Keys are code points, as in data/emoji."""
+    features: str = "checkpoints/classifier"
+    per_picture: int = 4
+    """Samples for each held-out picture."""
+    steps: int = 8
+    guidance_scales: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0])
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("per_picture", self.per_picture, 1)
+
+
+def like(config: LikeConfig) -> Path:
+    """Run all; returns the JSON file."""
+    pipeline = load_pipeline(config.model)
+    pipeline.set_progress_bar_config(disable=True)
+    clip = load_clip(config.clip, pipeline, config.model)
+    extractor = load_extractor(config.features)
+    asked = named_pictures(config.held_out)
+    names = [name_of(key) for key in asked.keys]
+    own = extractor(asked.pixels)
+    reference = extractor(load_pixels(config.images)[0], description="reference")
+    embeddings = {
+        "a picture": torch.cat([clip.images(batch) for batch in asked.pixels.split(BATCH_SIZE)]),
+        "words": torch.cat([clip.texts(names[start : start + BATCH_SIZE]) for start in range(0, len(names), BATCH_SIZE)]),
+    }
+    rows, samples = [], {}
+    ways = [(by, scale, embeds, None) for by, embeds in embeddings.items() for scale in config.guidance_scales]
+    if num_classes(pipeline.unet) is not None:
+        ways.append(("class", 1.0, None, asked.labels))
+    for by, scale, embeds, labels in ways:
+        pixels = sampled(config, pipeline, embeds, labels, scale, f"{by}, {scale:g}")
+        samples[by, scale] = pixels
+        features = extractor(pixels)
+        rows.append(
+            {"by": by, "guidance_scale": scale}
+            | ranks(features, own)
+            | {"frechet": round(frechet_distance(features, reference), 3)}
+        )
+        print(rows[-1], flush=True)
+    result = {
+        "command": " ".join(["python", "benchmarks/like.py", *sys.argv[1:]]),
+        "model_sha256": weights_sha256(config.model),
+        "clip": clip.identity(),
+        "features": extractor.name,
+        "held_out_pictures": len(asked.keys),
+        "samples": len(asked.keys) * config.per_picture,
+        "steps": config.steps,
+        "floor_frechet": round(frechet_distance(own, reference), 3),
+        "rows": rows,
+    }
+    path = RESULTS / f"like-{config.name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = "\n".join(table(result)) + "\n"
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    to_pil_image(shown(config, asked.pixels, samples)).save(path.with_suffix(".jpg"), quality=90)
+    return path
+
+
+def sampled(
+    config: LikeConfig, pipeline: SMDPipeline, embeds: torch.Tensor | None, labels: list[int] | None, scale: float, title: str
+) -> torch.Tensor:
+    """uint8 (N * per_picture, 3, H, W), the samples of a picture one after another; of labels or of embeddings (N, D)."""
+    count = len(embeds if labels is None else labels) * config.per_picture
+    of = [index // config.per_picture for index in range(count)]
+    bar = progress(count, 0, title)
+    parts = []
+    for start in range(0, count, BATCH_SIZE):
+        chosen = of[start : start + BATCH_SIZE]
+        parts.append(
+            pipeline(
+                None if labels is None else [labels[index] for index in chosen],
+                image_embeds=None if embeds is None else embeds[chosen],
+                num_inference_steps=config.steps,
+                guidance_scale=scale,
+                generator=seeded_generators(range(config.seed + start, config.seed + start + len(chosen))),
+                output_type="pt",
+            ).images
+        )
+        bar.update(len(chosen))
+    bar.close()
+    return (torch.cat(parts) * 255).round().to(torch.uint8)
+
+
+def ranks(features: torch.Tensor, own: torch.Tensor) -> dict:
+    """Of samples (N * per_picture, D): how often the picture asked for, one of ``own`` (N, D), is nearest, and near; and the
+    median of its rank, from 1 to N."""
+    distances = torch.cdist(features, own)
+    wanted = torch.arange(len(own)).repeat_interleave(len(features) // len(own))
+    rank = 1 + (distances < distances.gather(1, wanted[:, None])).sum(dim=1)
+    return {
+        "nearest": round(float((rank == 1).double().mean()), 4),
+        "near": round(float((rank <= NEAR).double().mean()), 4),
+        "median_rank": float(rank.double().median()),
+    }
+
+
+def table(result: dict) -> list[str]:
+    count = result["held_out_pictures"]
+    lines = [
+        f"{count} held-out pictures, {result['samples']} samples in {result['steps']} steps, ordered in the features of "
+        f"{result['features']}:",
+        "",
+        f"| asked by | guidance | it is the nearest | among the {NEAR} nearest | median rank of {count} | Frechet distance |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        shares = f"{100 * row['nearest']:.1f} % | {100 * row['near']:.1f} %"
+        lines.append(
+            f"| {row['by']} | {row['guidance_scale']:g} | {shares} | {row['median_rank']:.0f} | {row['frechet']:.2f} |"
+        )
+    lines.append(f"| (chance) | | {100 / count:.1f} % | {100 * NEAR / count:.1f} % | {(count + 1) / 2:.0f} | |")
+    lines.append(f"| (the held-out pictures) | | | | | {result['floor_frechet']:.2f} |")
+    return lines
+
+
+def shown(config: LikeConfig, asked: torch.Tensor, samples: dict[tuple[str, float], torch.Tensor]) -> torch.Tensor:
+    """A column for each of SHOWN pictures: itself, then samples by the picture, then by words."""
+    chosen = torch.linspace(0, len(asked) - 1, SHOWN).round().long()
+    scale = config.guidance_scales[min(1, len(config.guidance_scales) - 1)]
+    rows = [asked[chosen]]
+    for by in ("a picture", "words"):
+        rows += [
+            samples[by, scale][chosen * config.per_picture + place] for place in range(min(SHOWN_EACH, config.per_picture))
+        ]
+    return make_grid(torch.cat(rows), nrow=SHOWN, padding=2, pad_value=205)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(LikeConfig, like, __doc__))
