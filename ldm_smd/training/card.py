@@ -8,10 +8,11 @@ from ..config import config_as_dict
 
 
 def card(title: str, text: str, config: object) -> str:
-    """Front matter of the hub, the title, the text, and the settings of the run that made the model."""
+    """Front matter of the hub, the title, the text, and the settings of the run that made the model. The licence is for its
+    owner to say."""
     return f"""---
 library_name: diffusers
-license: apache-2.0
+tags: [ldm_smd, latent-diffusion]
 ---
 # {title}
 

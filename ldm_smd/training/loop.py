@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
 PREVIEW_PICTURES = 40
+CARD_CLASSES = 20
 COSINE_MAX_BETA = 0.75
 STOP_EVERY_STEPS = 10
 """Several processes agree so often whether to stop."""
@@ -434,10 +435,22 @@ def model_card(config: TrainConfig, unet: SMDUNet2DModel | ExtendedUNet2DModel, 
     """README.md of a model folder: what it is and the settings that made it."""
     kind = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
     start = f", starting from `{config.init_from}`" if config.init_from else ""
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(manifest.classes[:CARD_CLASSES]))
+    more = ", ..." if len(manifest.classes) > CARD_CLASSES else ""
+    conditions = [f"Classes: {names}{more}."] if unet.config.num_classes else []
+    if embedding_dimensions(unet):
+        conditions.append(f"`image_embeds`: of {manifest.embedding['network']}, SHA-256 `{manifest.embedding['sha256']}`.")
+    given = "[0, 1]" if unet.config.num_classes else "batch_size=2"
     text = f"""\
 {unet.num_parameters() / 1e6:.2f} million parameters, EMA weights after {images_seen:,} images{start}; \
 {manifest.count:,} pictures, {len(manifest.classes)} classes, {manifest.metadata["resolution"]} pixels, latents \
-{"x".join(map(str, manifest.latent_shape))}.
+{"x".join(map(str, manifest.latent_shape))}. {" ".join(conditions)}
 
-Made by `tools/train.py` with these settings:"""
+```python
+from ldm_smd.pipelines import SMDPipeline
+
+pictures = SMDPipeline.from_pretrained("this folder")({given}, num_inference_steps=8).images
+```
+
+How good the pictures are, `tools/evaluate.py` says. Made by `tools/train.py` with these settings:"""
     return card(f"{type(unet).__name__}, {kind}", text, config)

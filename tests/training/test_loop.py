@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -226,6 +227,12 @@ def test_a_run_leaves_what_it_says(train_config, tmp_path):
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["000000000032.png", "000000000064.png"]
     assert {path.name for path in (run / "model").iterdir()} >= {"model_index.json", "unet", "vae", "scheduler", "README.md"}
     assert any((run / "tensorboard").iterdir())
+    card = (run / "model" / "README.md").read_text()
+    assert "Classes: 0 disc, 1 square." in card and "license" not in card
+    program = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1].replace("this folder", str(run / "model"))
+    made = {}
+    exec(program, made)
+    assert len(made["pictures"]) == 2
     lines = read_metrics(run / "metrics.jsonl")
     assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
     assert {"spread/99", "spread/999"} <= {key for line in lines for key in line}
