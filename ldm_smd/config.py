@@ -515,7 +515,7 @@ class SampleConfig:
     """tools/sample.py"""
 
     model: str = MISSING
-    """A model folder as tools/train.py writes it (RUN/model)."""
+    """A model folder as tools/train.py writes it (RUN/model), or the id of one on the hub."""
     output: str = MISSING
     """Folder for the pictures: one PNG each, named by class and seed, and grid.png."""
     classes: Optional[list[str]] = None
@@ -574,7 +574,7 @@ class ExploreConfig:
     """tools/explore.py"""
 
     models: dict[str, str] = field(default_factory=dict)
-    """Name -> model folder (RUN/model): side by side on the page, with the same noise and classes."""
+    """Name -> model folder (RUN/model) or hub id: side by side on the page, with the same noise and classes."""
     clip: Optional[str] = None
     """open_clip:ARCHITECTURE:FILE.safetensors or open_clip:FOLDER, for models trained with image_conditional=true: ask for
     pictures like another one, or by words."""
@@ -605,7 +605,7 @@ class EvaluateConfig:
     pictures: Optional[str] = None
     """Source of pictures to measure, as tools/sample.py or another program made them; or"""
     model: Optional[str] = None
-    """a model folder to sample them from, with the settings below."""
+    """a model folder, or hub id, to sample them from, with the settings below."""
     count: int = 5000
     """Pictures to sample."""
     labels: str = "reference"

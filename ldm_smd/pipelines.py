@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ for kind in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, 
     # Otherwise a pipeline of the hub with these, which are of no library that diffusers knows, is refused.
     LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = ["save_pretrained", "from_pretrained"]
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TILED_PIXELS = 1024 * 1024
 SLICE_PIXELS = 512 * 512
 """Of pictures decoded at a time: a larger one comes alone. One of 1024 x 1024 takes 4.9 GB of Stable Diffusion's decoder."""
@@ -383,10 +385,23 @@ def seeded_generators(seeds: Sequence[int], device: torch.device | str = "cpu") 
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-def load_pipeline(folder: str | Path) -> SMDPipeline:
-    """SMDPipeline.from_pretrained for a local folder, with clear errors."""
-    if not (Path(folder) / "model_index.json").is_file():
-        raise UserError(f"model: expected a model folder (tools/train.py writes RUN/model), found none at {folder}")
+def model_folder(source: str | Path) -> Path:
+    """A local model folder, or that in which a model of the hub is kept, fetched where it is not there."""
+    folder = Path(source)
+    if not folder.exists() and HUB_ID.fullmatch(str(source)):
+        try:
+            folder = Path(SMDPipeline.download(str(source), use_safetensors=True))
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"model: expected a model folder (RUN/model) or a hub id, found {source}: {reason}") from error
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"model: expected a model folder (tools/train.py writes RUN/model) or a hub id, found none at {source}")
+    return folder
+
+
+def load_pipeline(source: str | Path) -> SMDPipeline:
+    """SMDPipeline.from_pretrained for a model folder or a hub id, with clear errors."""
+    folder = model_folder(source)
     try:
         pipeline = SMDPipeline.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:

@@ -90,6 +90,7 @@ def test_a_pushed_pipeline_is_loaded_from_the_hub(model_folder, hub, tmp_path):
     push = f"load_pipeline({str(model_folder)!r}).push_to_hub({REPOSITORY!r})"
     load = f"""
 pipeline = SMDPipeline.from_pretrained({REPOSITORY!r})
+assert load_pipeline({REPOSITORY!r}).unet.num_parameters() == pipeline.unet.num_parameters()
 images = pipeline([0, 1], num_inference_steps=2, generator=seeded_generators([1, 2]), output_type="pt").images
 torch.save(images, {str(tmp_path / "out.pt")!r})
 """

@@ -198,7 +198,7 @@ def test_a_scheduler_takes_settings(pipeline):
     assert torch.equal(scheduler.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
 
 
-def test_mistakes_are_named(pipeline, model_folder, tmp_path):
+def test_mistakes_are_named(pipeline, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="class_labels: expected 0 to 2"):
         pipeline([3])
     with pytest.raises(ValueError, match="generator: expected one per picture"):
@@ -209,8 +209,11 @@ def test_mistakes_are_named(pipeline, model_folder, tmp_path):
         make_scheduler("UNet2DModel", pipeline.scheduler)
     with pytest.raises(UserError, match=r"scheduler: expected a setting of DDIMScheduler .*found 'solver_order'"):
         make_scheduler("DDIMScheduler:solver_order=2", pipeline.scheduler)
-    with pytest.raises(UserError, match="model: expected a model folder"):
+    with pytest.raises(UserError, match=r"model: expected a model folder .* or a hub id, found none"):
         load_pipeline(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"model: expected a model folder \(RUN/model\) or a hub id, found someone/none: "):
+        load_pipeline("someone/none")
 
 
 def test_save_and_load_in_a_fresh_process(pipeline, tmp_path):

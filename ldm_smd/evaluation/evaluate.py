@@ -32,7 +32,7 @@ from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_file, sha256
 from ..models.unet import num_classes
-from ..pipelines import load_pipeline
+from ..pipelines import load_pipeline, model_folder
 from ..progress import progress
 from ..sampling import SamplingOptions, sample_batches
 from ..schedulers import make_scheduler
@@ -179,7 +179,7 @@ def look_at_samples(
     options = SamplingOptions(config.steps, config.guidance_scale, seed=config.seed, batch_size=config.batch_size)
     batches = sample_batches(pipeline, labels, share(config.count, state), options, "samples")
     seen = look_at("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
-    parts = (Path(config.model) / part / SAFETENSORS_WEIGHTS_NAME for part in WEIGHTS)
+    parts = (model_folder(config.model) / part / SAFETENSORS_WEIGHTS_NAME for part in WEIGHTS)
     about = {
         "model": config.model,
         "weights_sha256": {path.parent.name: sha256(path) for path in parts if path.is_file()},
