@@ -143,7 +143,9 @@ class Explorer:
         pipeline.scheduler = self.own[name] if wish.scheduler == OWN else make_scheduler(wish.scheduler, self.own[name])
 
         def keep(pipe: SMDPipeline, index: int, timestep: torch.Tensor, tensors: dict) -> dict:
-            frames.append(Frame(index + 1, timestep, tensors["sample"][:1], tensors["pred_original_sample"][:1]))
+            # Of the first picture alone: a view would keep those of all.
+            x_t, x_0 = (tensors[what][:1].clone() for what in ("sample", "pred_original_sample"))
+            frames.append(Frame(index + 1, timestep, x_t, x_0))
             report((index + 1) / pipe.num_timesteps)
             pipe._interrupt = self.stopping
             return {}
@@ -161,10 +163,10 @@ class Explorer:
         """What is being sampled ends after the step it is at; models that have not begun do one."""
         self.stopping = True
 
-    def film(self, frames: list[Frame]) -> Image.Image:
-        """Two rows: x_t, and x_0 as the network sees it."""
-        rows = [self._thumbnails([getattr(frame, what) for frame in frames]) for what in ("sample", "prediction")]
-        return labelled_grid(rows, ["x_t", "x_0"])
+    def film(self, name: str, frames: list[Frame]) -> Image.Image:
+        """Of a model's frames, two rows: x_t, and x_0 as the network sees it."""
+        rows = ([frame.sample for frame in frames], [frame.prediction for frame in frames])
+        return labelled_grid([thumbnails(self.pipelines[name], torch.cat(row)) for row in rows], ["x_t", "x_0"])
 
     def draws(self, frame: Frame, wish: Wish) -> Image.Image:
         """A row for each model: DRAWS predictions of x_0 for one x_t, of a Gaussian model the one it has."""
@@ -172,15 +174,17 @@ class Explorer:
         for pipeline in self.pipelines.values():
             count = DRAWS if is_mixture(pipeline.unet) else 1
             sample = frame.sample.expand(count, -1, -1, -1)
-            rows.append(self._thumbnails([pipeline.pred_original_sample(sample, frame.timestep, **wish.options(count))]))
+            drawn = pipeline.pred_original_sample(sample, frame.timestep, **wish.options(count))
+            rows.append(thumbnails(pipeline, drawn))
         return labelled_grid(rows, list(self.pipelines))
 
-    def _thumbnails(self, latents: list[torch.Tensor]) -> list[Image.Image]:
-        pixels = self.first.decode_latents(torch.cat(latents))
-        pictures = VaeImageProcessor().postprocess(pixels, output_type="pil")
-        for picture in pictures:
-            picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        return pictures
+
+def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """Of normalised latents (B, C, h, w)."""
+    pictures = VaeImageProcessor().postprocess(pipeline.decode_latents(latents), output_type="pil")
+    for picture in pictures:
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return pictures
 
 
 def class_names(pipeline: SMDPipeline) -> list[str]:
@@ -242,6 +246,8 @@ def page(explorer: Explorer) -> gradio.Blocks:
                 draws = gr.Image(**picture)
 
         def sample(label, count, steps, scheduler, seed, scale, low, high, like, text, progress=gr.Progress()):  # noqa: B008
+            if None in (seed, low, high):
+                raise gr.Error("seed, from sigma, to sigma: expected numbers, found an empty field")
             try:
                 number = label if label < len(classes) else None
                 wish = Wish(number, count, steps, scheduler, seed, scale, (low, high), explorer.embedding(like, text))
@@ -252,7 +258,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
             of_steps = [(f"{frame.number} (t = {float(frame.timestep):.0f})", place) for place, frame in enumerate(frames)]
             return [
                 *(outcome.pictures for outcome in outcomes.values()),
-                *(explorer.film(outcome.frames) for outcome in outcomes.values()),
+                *(explorer.film(name, outcome.frames) for name, outcome in outcomes.items()),
                 gr.Radio(of_steps, value=0),
                 explorer.draws(frames[0], wish),
                 ", ".join(f"{name} {outcome.seconds:.1f} s" for name, outcome in outcomes.items()),

@@ -260,6 +260,8 @@ class SMDPipeline(DiffusionPipeline):
 
     def _guided(self, timesteps: torch.Tensor, interval: tuple[float, float]) -> list[bool]:
         """For each timestep, whether its sigma is in the interval."""
+        if interval == (0.0, math.inf):
+            return [True] * len(timesteps)
         alphabar = self._alphas_cumprod(timesteps)
         sigma = ((1.0 - alphabar) / alphabar).sqrt()
         return ((sigma >= interval[0]) & (sigma <= interval[1])).tolist()

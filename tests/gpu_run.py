@@ -117,7 +117,7 @@ tool(SampleConfig, sample, f"model={CONDITIONAL}", *wish)
 explorer = tool(ExploreConfig, Explorer, f"models.a={CONDITIONAL}", f"models.b={CONDITIONAL}", f"clip={CLIP}")
 wish = Wish(steps=2, embedding=explorer.embedding(None, "a square"))
 [outcome, _] = explorer.sample(wish, lambda share: None).values()
-explorer.film(outcome.frames)
+explorer.film("a", outcome.frames)
 explorer.draws(outcome.frames[0], wish)
 real = [f"reference.source={PICTURES}", "reference.resolution=16", f"held_out={PICTURES}"]
 tool(EvaluateConfig, evaluate, *real, f"model={MODEL}", "count=12", "steps=2", f"output={OUTPUT / 'evaluation.json'}")

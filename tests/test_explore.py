@@ -37,9 +37,9 @@ def test_pictures_are_those_of_the_pipeline(explorer, model_folder, gaussian_fol
     wish = Wish(label=1, count=2, steps=3, seed=5, guidance_scale=2.0, interval=(0.5, 1000.0), scheduler="DDIMScheduler")
     outcomes = explorer.sample(wish, quiet)
     assert list(outcomes) == ["smd", "plain"]
-    for outcome in outcomes.values():
+    for name, outcome in outcomes.items():
         assert [frame.number for frame in outcome.frames] == [1, 2, 3] and outcome.frames[0].sample.shape == (1, 4, 8, 8)
-        assert explorer.film(outcome.frames).height == 2 * (16 + 2)
+        assert explorer.film(name, outcome.frames).height == 2 * (16 + 2)
     options = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.5, 1000.0)}
     for name, folder in (("smd", model_folder), ("plain", gaussian_folder)):
         pipeline = load_pipeline(folder)
