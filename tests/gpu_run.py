@@ -4,9 +4,12 @@ python tests/gpu_run.py MODEL GAUSSIAN CONDITIONAL CLIP SHARDS VAE PICTURES OUTP
 """
 
 import sys
+from collections import Counter
 from pathlib import Path
 
+import pretend_gpu
 import torch
+from accelerate.state import AcceleratorState
 from pretend_gpu import DEVICE
 
 from ldm_smd.config import (
@@ -72,6 +75,7 @@ def same(a, b, tolerance=1e-3):
 
 
 def tool(schema, main, *settings):
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process of its own
     return main(load_config(schema, None, list(map(str, settings))))
 
 
@@ -105,6 +109,16 @@ run = [
 for images in (16, 32):
     tool(TrainConfig, train, *train_settings(*run, f"images_total={images}"))
 tool(AverageConfig, average, f"run={OUTPUT / 'trained'}", "sigma_rel=0.07", f"output={OUTPUT / 'average'}")
+
+# The host waits for the device no more often in a longer training.
+waited = []
+for images in (16, 64):
+    pretend_gpu.waits.clear()
+    rare = ["log_every_images=1000", "sample_every_images=1000", "checkpoint_every_images=1000", f"images_total={images}"]
+    tool(TrainConfig, train, *train_settings(f"output={OUTPUT / str(images)}", *rare))
+    waited.append(list(pretend_gpu.waits))
+    assert waited[-1], "nothing was done on the device"
+assert len(waited[0]) == len(waited[1]), Counter(waited[1]) - Counter(waited[0])
 
 # The other tools.
 images = [f"images.source={PICTURES}", "images.resolution=16"]

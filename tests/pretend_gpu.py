@@ -24,6 +24,11 @@ OF_NO_SUBCLASS = {torch.Tensor.tolist, torch.Tensor.storage, torch.Tensor.untype
 """Which torch refuses of tensors that are wrapped."""
 
 
+DEPEND_ON_VALUES = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
+waits: list[str] = []
+"""Operations for which the host would have waited for the device, in order."""
+
+
 class OnGpu(torch.Tensor):
     """A tensor that says it is on the device; ``held`` is what it has, on the CPU."""
 
@@ -49,6 +54,7 @@ class OnGpu(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function in OF_NO_SUBCLASS:
+            waits.append(function.__name__)
             return function(args[0].held)
         if function is torch.Tensor.__getitem__ and isinstance(args[1], list):
             args = (args[0], torch.tensor(args[1]))  # torch would make it on the device, where no mode sees it
@@ -79,6 +85,8 @@ def computed(operation, args: tuple, kwargs: dict):
         inside_kwargs["device"] = torch.device("cpu")
     with _disable_current_modes():
         result = operation(*inside_args, **inside_kwargs)
+    if any(on_gpu) and (not there or operation._schema.name in DEPEND_ON_VALUES):
+        waits.append(str(operation))
     if not there:
         return result
     if operation._schema.name.endswith("_") and isinstance(args[0], OnGpu):
