@@ -141,7 +141,8 @@ class SMDPipeline(DiffusionPipeline):
         shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        # On the CPU: schedulers look their timesteps up, and the host would wait for the device in every step.
+        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
         timesteps = self.scheduler.timesteps
         latents = latents.to(device, dtype)
         if image is None and isinstance(self.scheduler, TeleportScheduler):
@@ -162,7 +163,7 @@ class SMDPipeline(DiffusionPipeline):
                 x_t = self.scheduler.scale_model_input(latents, timestep).to(dtype)
                 eta = self._eta(x_t, generator)
                 scale = self.guidance_scale if guided[index] else 1.0
-                prediction = self._predict(x_t, timestep, labels, eta, scale, image_embeds)
+                prediction = self._predict(x_t, timestep.to(device), labels, eta, scale, image_embeds)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "sample": x_t}
@@ -200,9 +201,8 @@ class SMDPipeline(DiffusionPipeline):
         image_embeds = self._embeds(image_embeds, labels)
         [guided] = self._guided(timestep[None], guidance_interval)
         scale = guidance_scale if guided else 1.0
-        return self._to_x0(
-            self._predict(sample, timestep, labels, self._eta(sample, generator), scale, image_embeds), sample, timestep
-        )
+        eta, t = self._eta(sample, generator), timestep.to(sample.device)
+        return self._to_x0(self._predict(sample, t, labels, eta, scale, image_embeds), sample, timestep)
 
     def _eta(self, x_t: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None) -> torch.Tensor | None:
         """A draw for each row of a mixture's x_t."""
@@ -253,10 +253,10 @@ class SMDPipeline(DiffusionPipeline):
         return height // factor if height else side, width // factor if width else side
 
     def _alphas_cumprod(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """alphabar of each of the timesteps; some schedulers' lie between those of training."""
+        """alphabar of each of the timesteps, on the CPU; some schedulers' lie between those of training."""
         steps = self._solver.alphas_cumprod.cpu().numpy()
         alphabar = np.interp(timesteps.cpu().numpy(), np.arange(len(steps)), steps)
-        return torch.from_numpy(alphabar.clip(1e-12)).float().to(timesteps.device)
+        return torch.from_numpy(alphabar.clip(1e-12)).float()
 
     def _guided(self, timesteps: torch.Tensor, interval: tuple[float, float]) -> list[bool]:
         """For each timestep, whether its sigma is in the interval."""
@@ -267,8 +267,8 @@ class SMDPipeline(DiffusionPipeline):
         return ((sigma >= interval[0]) & (sigma <= interval[1])).tolist()
 
     def _to_x0(self, prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        process, only = DiffusionProcess(self._alphas_cumprod(timestep[None])), torch.tensor(0, device=x_t.device)
-        mean = prediction[:, : x_t.shape[1]]
+        process = DiffusionProcess(self._alphas_cumprod(timestep[None]).to(x_t.device))
+        mean, only = prediction[:, : x_t.shape[1]], torch.zeros(1, dtype=torch.long, device=x_t.device)
         return process.to_x0(mean, x_t, only, self._solver.config.prediction_type).to(x_t.dtype)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:

@@ -95,8 +95,13 @@ for options in (
     {"folder": OUTPUT / "both", "scheduler": "TeleportScheduler:scheduler=GMSScheduler", "image": image},
 ):
     expected = pictures(**options, device="cpu")
-    same(pictures(**options, device=DEVICE), expected)
     same(pictures(**options, device=DEVICE, offload=True), expected)
+    pretend_gpu.waits.clear()
+    same(pictures(**options, device=DEVICE), expected)
+    waits = len(pretend_gpu.waits)
+    pretend_gpu.waits.clear()
+    pictures(**options, device=DEVICE, num_inference_steps=7)
+    assert len(pretend_gpu.waits) == waits, f"{options}: the host waits for the device in the steps: {pretend_gpu.waits}"
 
 # Training, from the start and after a checkpoint, with previews and averages.
 run = [

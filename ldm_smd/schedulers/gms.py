@@ -98,11 +98,12 @@ class GMSScheduler(DDPMScheduler):
         x_t = sample.float()
         prediction, variance, third = model_output.float().chunk(3, dim=1)
         t = torch.as_tensor(timestep, device=sample.device).reshape(1)
-        s = torch.as_tensor(self.previous_timestep(timestep), device=sample.device).reshape(1)
+        previous = int(self.previous_timestep(timestep))
+        s = torch.full((1,), previous, device=sample.device)
         x0 = x0_moments(process, prediction, variance.clamp_min(0.0), third, x_t, t, self.config.prediction_type)
         if self.config.clip_sample:
             x0.mean = x0.mean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        if s < 0:
+        if previous < 0:
             drawn = x0.mean
         else:
             moments, v = reverse_moments(process, x0, x_t, t, s)
