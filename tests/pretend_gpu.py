@@ -1,7 +1,7 @@
 """A GPU that is not there: a device whose tensors are kept and computed on the CPU.
 
-What a GPU refuses is refused: tensors of two devices in one operation (but for CPU scalars), and numpy. So device mistakes show
-where there is no GPU. Importing this makes it the device of the process, for torch, accelerate and ldm_smd.
+What a GPU refuses is refused: tensors of two devices in one operation (but for CPU scalars), numpy, and, as by Apple's GPUs,
+float64. So device mistakes show where there is no GPU. Importing this makes it the device of the process, for torch, accelerate and ldm_smd.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def computed(operation, args: tuple, kwargs: dict):
         return result
     if operation._schema.name.endswith("_") and isinstance(args[0], OnGpu):
         return args[0]  # written in place
+    if any(each.dtype == torch.float64 for each in tree_flatten(result)[0] if isinstance(each, torch.Tensor)):
+        raise RuntimeError(f"{operation}: expected no float64 on the {NAME} device")
     return tree_map_only(torch.Tensor, OnGpu, result)
 
 

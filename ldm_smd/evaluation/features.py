@@ -97,7 +97,7 @@ class Extractor:
         bar = progress(len(pixels), 0, description or self.name, disable=description is None)
         parts = []
         for batch in pixels.split(batch_size):
-            parts.append(self.network(batch.to(self.device).float() / 255.0).double().cpu())
+            parts.append(self.network(batch.to(self.device).float() / 255.0).cpu().double())
             bar.update(len(batch))
         bar.close()
         return torch.cat(parts)
