@@ -1,7 +1,8 @@
 """A GPU that is not there: a device whose tensors are kept and computed on the CPU.
 
 What a GPU refuses is refused: tensors of two devices in one operation (but for CPU scalars), numpy, and, as by Apple's GPUs,
-float64. So device mistakes show where there is no GPU. Importing this makes it the device of the process, for torch, accelerate and ldm_smd.
+float64. So device mistakes show where there is no GPU. Importing this makes it the device of the process, for torch, accelerate
+and ldm_smd.
 """
 
 from __future__ import annotations

@@ -27,4 +27,5 @@ def scheduler_from(name: str, config: dict, ours: dict[str, type[SchedulerMixin]
     for option in options:
         if option not in known:
             raise UserError(f"scheduler: expected a setting of {name} ({', '.join(list(known)[1:])}), found {option!r}")
-    return kind.from_config(config, **options)
+    # Of what is given, what this class knows: diffusers would warn of the rest.
+    return kind.from_config({name: value for name, value in config.items() if name in known}, **options)
