@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import MISSING
 from torchvision.utils import make_grid
-from yardstick import BATCH_SIZE, SCHEDULERS, Results, ResultsConfig, distance_table
+from yardstick import BATCH_SIZE, SCHEDULERS, Results, ResultsConfig, distance_table, plain_log_ticks
 
 from ldm_smd.cli import run_tool
 from ldm_smd.config import at_least
@@ -115,6 +115,7 @@ def draw(config: GMSConfig, result: dict, shown: list[torch.Tensor], path: Path)
         axes[0].plot(list(cells), [cell["frechet"] for cell in cells.values()], label=name, marker=".")
     axes[0].set(xscale="log", yscale="log", xlabel="steps", ylabel="Frechet distance")
     axes[0].legend(fontsize=7)
+    plain_log_ticks(axes[0].xaxis, axes[0].yaxis)
     for name, points in result["strokes"].items():
         axes[1].plot([p["rms_to_stroke"] for p in points], [p["frechet"] for p in points], label=name, marker=".")
     axes[1].set(xlabel="rms distance to the stroke", ylabel="Frechet distance", title="from strokes, by strength")

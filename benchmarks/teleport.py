@@ -21,7 +21,7 @@ from typing import Optional
 import matplotlib
 import torch
 from omegaconf import MISSING
-from yardstick import SCHEDULERS, Results, ResultsConfig, Yardstick, distance_table
+from yardstick import SCHEDULERS, Results, ResultsConfig, Yardstick, distance_table, plain_log_ticks
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.cli import run_tool
@@ -37,6 +37,7 @@ from ldm_smd.training.gaussian import fitting_latents
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 CHOOSING = "UniPC"
 WITHIN = 1.02
@@ -229,22 +230,25 @@ def draw(config: TeleportBenchmarkConfig, result: dict, path: Path) -> None:
             name = solver if model == PLAIN else title(solver, config.sigma_skip)
             cells = result["models"][model]["distance"][name].values()
             points = sorted((cell["evaluations"], cell["frechet"]) for cell in cells)
-            axes[0].plot(*zip(*points), style, color=f"C{index}", label=f"{solver}, {model}", marker=".")
+            axes[0].plot(*zip(*points), style, color=f"C{index}", marker=".")
     axes[0].set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Frechet distance")
-    axes[0].legend(fontsize=6)
+    colours = [Line2D([], [], color=f"C{index}", label=solver) for index, solver in enumerate(config.solvers)]
+    styles = [Line2D([], [], color="grey", linestyle=s, label=m) for s, m in zip((":", "--", "-"), (PLAIN, *config.fits))]
+    axes[0].legend(handles=[*colours, *styles], fontsize=7)
     for style, fit in zip(("--", "-"), config.fits):
         cells = result["models"][fit]["distance"]
         for index, steps in enumerate(config.choosing_steps):
             values = [cells[title(CHOOSING, sigma)][steps]["frechet"] for sigma in config.sigmas]
             axes[1].plot(config.sigmas, values, style, color=f"C{index}", label=f"{steps} steps, {fit}", marker=".")
     axes[1].set(xscale="log", yscale="log", xlabel=f"sigma_skip, {CHOOSING}", ylabel="Frechet distance")
-    axes[1].legend(fontsize=6)
+    axes[1].legend(fontsize=7)
+    plain_log_ticks(axes[0].xaxis, axes[0].yaxis, axes[1].xaxis, axes[1].yaxis)
     score = result["score"]
     for style, what in (("-", "score"), ("--", "x0")):
         for index, fit in enumerate(config.fits):
             axes[2].plot(score["sigma"], score[what][fit], style, color=f"C{index}", label=f"{what}, {fit}")
     axes[2].set(xscale="log", xlim=(0.02, 100), ylim=(-0.1, 1.02), xlabel="sigma", ylabel="explained variance")
-    axes[2].legend(fontsize=6)
+    axes[2].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)

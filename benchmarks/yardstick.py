@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from omegaconf import MISSING
 
 from ldm_smd.config import ImagesConfig, at_least, check
@@ -194,6 +196,14 @@ class Results:
         self.path.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text)
         return self.path
+
+
+def plain_log_ticks(*axes: Axis) -> None:
+    """1, 2, 5, 10, 20, ... on logarithmic axes."""
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def joined(earlier: dict, now: dict) -> dict:
