@@ -2,7 +2,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from torch.utils import backend_registration
 
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs a torch with devices in Python"
+)
 def test_all_tools_and_samplers_on_one_device(
     model_folder, gaussian_folder, conditional_folder, clip, shards, vae_folder, pictures, tmp_path
 ):
