@@ -11,7 +11,7 @@ from PIL import Image
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import FitGaussianConfig, SampleConfig, TrainMomentsConfig
 from ldm_smd.errors import UserError
-from ldm_smd.pipelines import load_pipeline, seeded_generators
+from ldm_smd.pipelines import SMDPipeline, load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler, sample
 from ldm_smd.schedulers import TeleportScheduler
 from ldm_smd.training.gaussian import fit_gaussian
@@ -357,6 +357,14 @@ def test_decoding_goes_picture_by_picture_and_in_tiles_above_a_budget(pipeline, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(pipeline, dtype):
-    images = pipeline.to(dtype)([0, 1], num_inference_steps=2, output_type="pt", generator=seeded_generators([1, 2])).images
-    assert images.shape == (2, 3, 16, 16) and images.isfinite().all()
+def test_half_precision(pipeline, dtype, tmp_path):
+    """Moved to it, or loaded in it; and close to float32."""
+    pipeline.save_pretrained(tmp_path / "model")
+    loaded = SMDPipeline.from_pretrained(tmp_path / "model", dtype=dtype)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.unet.dtype == loaded.vae.dtype == dtype
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    whole = pipeline([0, 1], generator=seeded_generators([1, 2]), **options).images
+    for half in (pipeline.to(dtype), loaded):
+        images = half([0, 1], generator=seeded_generators([1, 2]), **options).images
+        assert images.shape == (2, 3, 16, 16) and (images - whole).abs().mean() < 0.02

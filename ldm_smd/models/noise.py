@@ -53,7 +53,8 @@ class PosteriorNoise(nn.Module):
         self.side = min(GRID, side)
         numbers = channels * self.side**2
         self.rank = rank = min(rank, numbers - 1)
-        self.register_buffer("basis", nn.init.orthogonal_(torch.empty(rank, numbers)) if rank else torch.empty(0, numbers))
+        basis = torch.empty(rank, numbers, dtype=torch.float32)  # where a model is loaded in half precision too
+        self.register_buffer("basis", nn.init.orthogonal_(basis) if rank else basis)
         self.register_buffer("centre", torch.zeros(numbers))
         self.register_buffer("log_weights", torch.zeros((num_classes or 0) + 1, modes).log_softmax(dim=1))
         self.register_buffer("means", torch.zeros(modes, rank))
