@@ -10,7 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -65,7 +74,7 @@ class SMDPipeline(DiffusionPipeline):
     def __init__(
         self,
         unet: SMDUNet2DModel | ExtendedUNet2DModel | UNet2DModel,
-        vae: ModelMixin,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,
         moments: MomentHeads | None = None,

@@ -11,6 +11,8 @@ from PIL import Image
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import FitGaussianConfig, SampleConfig, TrainMomentsConfig
 from ldm_smd.errors import UserError
+from ldm_smd.models.gaussian import LatentGaussians
+from ldm_smd.models.moments import MomentHeads
 from ldm_smd.pipelines import SMDPipeline, load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler, sample
 from ldm_smd.schedulers import TeleportScheduler
@@ -229,6 +231,28 @@ torch.save(images, {str(tmp_path / "out.pt")!r})
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
     here = latents(pipeline, [0, 1], [1, 2], output_type="pt")
     assert torch.allclose(torch.load(tmp_path / "out.pt", weights_only=True), here, atol=1e-4)
+
+
+def test_pipelines_are_handled_as_those_of_diffusers(pipeline, gaussian_folder, tmp_path):
+    """Made of another's parts, with all optional ones; saved as a variant and in shards."""
+    gaussian = load_pipeline(gaussian_folder)
+    gaussians = LatentGaussians(4, 8, 8, rank=2, count=3, num_classes=2)
+    parts = {
+        "unet": gaussian.unet,
+        "moments": MomentHeads.for_unet(gaussian.unet),
+        "gaussian": gaussians,
+        "guide": pipeline.unet,
+    }
+    made = SMDPipeline.from_pipe(pipeline, **parts)
+    again = SMDPipeline.from_pipe(made)
+    assert again.id2label == pipeline.id2label
+    assert all(again.components[name] is component for name, component in made.components.items())
+    expected = latents(pipeline, [0, 1], [1, 2])
+    for name, options in (("variant", {"variant": "fp16"}), ("shards", {"max_shard_size": "40KB"})):
+        pipeline.save_pretrained(tmp_path / name, **options)
+        loaded = SMDPipeline.from_pretrained(tmp_path / name, variant=options.get("variant"))
+        assert torch.equal(latents(loaded, [0, 1], [1, 2]), expected)
+    assert len(list((tmp_path / "shards" / "unet").glob("*.safetensors"))) > 1
 
 
 def test_our_unet_in_a_diffusers_pipeline(model_folder):

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -39,7 +38,7 @@ from ..schedulers import make_scheduler
 from .features import Extractor, load_extractor
 from .metrics import FeatureSet, distances
 
-WEIGHTS = ("unet", "vae", "moments", "gaussian")
+WEIGHTS = ("unet", "vae", "moments", "gaussian", "guide")
 IMAGES = ("source", "resolution", "crop", "background")
 COLUMNS = ("frechet", "kid", "cmmd", "precision", "recall", "density", "coverage")
 
@@ -179,10 +178,10 @@ def look_at_samples(
     options = SamplingOptions(config.steps, config.guidance_scale, seed=config.seed, batch_size=config.batch_size)
     batches = sample_batches(pipeline, labels, share(config.count, state), options, "samples")
     seen = look_at("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
-    parts = (model_folder(config.model) / part / SAFETENSORS_WEIGHTS_NAME for part in WEIGHTS)
+    files = [path for part in WEIGHTS for path in sorted((model_folder(config.model) / part).glob("*.safetensors"))]
     about = {
         "model": config.model,
-        "weights_sha256": {path.parent.name: sha256(path) for path in parts if path.is_file()},
+        "weights_sha256": {f"{path.parent.name}/{path.name}": sha256(path) for path in files},
         "scheduler": config.scheduler or type(pipeline.scheduler).__name__,
         "steps": config.steps,
         "guidance_scale": config.guidance_scale,
