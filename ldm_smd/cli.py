@@ -38,6 +38,7 @@ def run_tool(schema: type[Config], main: Callable[[Config], None], description: 
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, before those of the file")
     arguments = parser.parse_intermixed_args()
+    code, said = 0, ""
     try:
         config = load_config(schema, arguments.config, arguments.overrides)
         if arguments.dry_run:
@@ -45,12 +46,13 @@ def run_tool(schema: type[Config], main: Callable[[Config], None], description: 
             return 0
         main(config)
     except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        code, said = 2, f"error: {error}"
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        code, said = 130, "interrupted"
+    # Last of all: with the exception go the frames that hold progress bars, which end their line.
+    if said:
+        print(f"{parser.prog}: {said}", file=sys.stderr)
+    return code
 
 
 def described(setting: Setting) -> str:

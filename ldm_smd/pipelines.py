@@ -144,6 +144,9 @@ class SMDPipeline(DiffusionPipeline):
         labels = self._labels(class_labels)
         image_embeds = self._embeds(image_embeds, labels)
         batch_size = next((len(given) for given in (labels, image_embeds) if given is not None), batch_size)
+        steps_known = len(self._solver.alphas_cumprod)
+        if not 1 <= num_inference_steps <= steps_known:
+            raise ValueError(f"num_inference_steps: expected 1 to {steps_known}, found {num_inference_steps}")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: expected one per picture, {batch_size}, found {len(generator)}")
         device, dtype = self._execution_device, self.unet.dtype

@@ -34,10 +34,6 @@ def sample(config: SampleConfig) -> Path:
     pipeline = load_pipeline(config.model).to(pick_device(config.device))
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
-    try:
-        pipeline.latent_sides(config.height, config.width)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     labels = choose_labels(config, pipeline)
     count = config.per_class if labels is None else len(labels)
     image = None if config.image is None else starting_picture(config, pipeline)
@@ -106,26 +102,29 @@ def sample_batches(
 ) -> Iterator[torch.Tensor]:
     """Those of ``indices``, as ``sample_pixels`` has them, a batch at a time."""
     pipeline.set_progress_bar_config(disable=True)
-    bar = progress(len(indices), 0, description)
-    for start in range(indices.start, indices.stop, options.batch_size):
-        stop = min(start + options.batch_size, indices.stop)
-        image, embeds = options.image, options.image_embeds
-        yield pipeline(
-            None if labels is None else labels[start:stop],
-            batch_size=stop - start,
-            num_inference_steps=options.steps,
-            guidance_scale=options.guidance_scale,
-            guidance_interval=options.guidance_interval,
-            height=options.height,
-            width=options.width,
-            generator=seeded_generators(range(options.seed + start, options.seed + stop)),
-            output_type="pt",
-            image=image[start:stop] if isinstance(image, torch.Tensor) else image,
-            strength=options.strength,
-            image_embeds=None if embeds is None else embeds.expand(stop - start, -1),
-        ).images.cpu()
-        bar.update(stop - start)
-    bar.close()
+    with progress(len(indices), 0, description) as bar:
+        for start in range(indices.start, indices.stop, options.batch_size):
+            stop = min(start + options.batch_size, indices.stop)
+            image, embeds = options.image, options.image_embeds
+            try:
+                pictures = pipeline(
+                    None if labels is None else labels[start:stop],
+                    batch_size=stop - start,
+                    num_inference_steps=options.steps,
+                    guidance_scale=options.guidance_scale,
+                    guidance_interval=options.guidance_interval,
+                    height=options.height,
+                    width=options.width,
+                    generator=seeded_generators(range(options.seed + start, options.seed + stop)),
+                    output_type="pt",
+                    image=image[start:stop] if isinstance(image, torch.Tensor) else image,
+                    strength=options.strength,
+                    image_embeds=None if embeds is None else embeds.expand(stop - start, -1),
+                ).images
+            except ValueError as error:  # an argument that this model or scheduler cannot do
+                raise UserError(str(error)) from error
+            yield pictures.cpu()
+            bar.update(stop - start)
 
 
 def load_guide(folder: str, pipeline: SMDPipeline) -> ModelMixin:

@@ -317,6 +317,8 @@ def test_sample_tool(run, model_folder, tmp_path):
     assert code == 0 and Image.open(tmp_path / "guided/class0000-seed00000000.png").size == (16, 24)
     for setting, message in (
         ("guide=nowhere", "guide: expected the folder of a UNet"),
+        ("steps=1001", "num_inference_steps: expected 1 to 1000, found 1001"),
+        ("scheduler=FlowMatchEulerDiscreteScheduler", "scheduler: expected one of the noise schedule that models are trained"),
         ("height=23", "height: expected a multiple of 2, found 23"),
         ("guidance_interval=[1]", "guidance_interval: expected [low, high]"),
     ):

@@ -7,6 +7,7 @@ counts it, lists it, or stops.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import ImagesConfig
 from ..errors import UserError
 from .sources import Entry, list_entries
+
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""In memory, as Pillow has it in its messages: another in every run, where manifests are to be the same."""
 
 
 @dataclass
@@ -83,7 +87,8 @@ class PictureBatches(Dataset):
             try:
                 pixels.append(decode(entry.read(), self.config))
             except Exception as reason:  # PIL's decoders raise many kinds (OSError, SyntaxError, struct.error, ...)
-                found.unreadable.append({"name": entry.name, "reason": f"{type(reason).__name__}: {reason}"})
+                said = ADDRESS.sub("", f"{type(reason).__name__}: {reason}")
+                found.unreadable.append({"name": entry.name, "reason": said})
             else:
                 found.keys.append(entry.key)
                 found.labels.append(entry.label)

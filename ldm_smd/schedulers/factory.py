@@ -19,8 +19,9 @@ def scheduler_from(name: str, config: dict, ours: dict[str, type[SchedulerMixin]
     """
     name, _, settings = name.partition(":")
     kind = ours.get(name, getattr(diffusers, name, None))
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        near = ", ".join(sorted({*ours, *(known.name for known in KarrasDiffusionSchedulers)}))
+    if not is_scheduler(kind):
+        known = (each.name for each in KarrasDiffusionSchedulers)
+        near = ", ".join(sorted({*ours, *(each for each in known if is_scheduler(getattr(diffusers, each)))}))
         raise UserError(f"scheduler: expected a scheduler class ({near}), found {name!r}")
     options = OmegaConf.to_container(OmegaConf.from_dotlist(settings.split(","))) if settings else {}
     known = inspect.signature(kind.__init__).parameters
@@ -28,4 +29,14 @@ def scheduler_from(name: str, config: dict, ours: dict[str, type[SchedulerMixin]
         if option not in known:
             raise UserError(f"scheduler: expected a setting of {name} ({', '.join(list(known)[1:])}), found {option!r}")
     # Of what is given, what this class knows: diffusers would warn of the rest.
-    return kind.from_config({name: value for name, value in config.items() if name in known}, **options)
+    scheduler = kind.from_config({name: value for name, value in config.items() if name in known}, **options)
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(
+            f"scheduler: expected one of the noise schedule that models are trained on (alphas_cumprod), found {name}"
+        )
+    return scheduler
+
+
+def is_scheduler(kind: object) -> bool:
+    """Also whether the package is there that it needs: without, diffusers has something else of that name."""
+    return isinstance(kind, type) and issubclass(kind, SchedulerMixin)
