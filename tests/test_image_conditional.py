@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from ldm_smd.config import ImagesConfig, SampleConfig, VerifyConfig
 from ldm_smd.data.images import load_pixels
@@ -93,6 +94,21 @@ def test_a_model_without_embeddings_learns_them(train_config, embedded, model_fo
         found = after(x, t, labels, eta, image_embeds=embeds).sample
     assert torch.equal(found, before(x, t, labels, eta).sample)
     assert load_pipeline(train(config)).unet.image_embedding.weight.any()
+
+
+def test_compiled_as_diffusers_users_do(loud_pipeline, conditional_folder):
+    """`pipe.unet = torch.compile(pipe.unet)` changes the class of the unet, and nothing else."""
+    pipeline = loud_pipeline(conditional_folder)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    plain = UNet2DModel(8, 4, 4, **blocks, norm_num_groups=4, num_class_embeds=3)
+    embeds = torch.nn.functional.normalize(torch.randn(2, 16))
+    for unet, options in ((pipeline.unet, {"image_embeds": embeds}), (plain, {})):
+        options |= {"class_labels": [0, 1], "num_inference_steps": 2, "output_type": "latent"}
+        made = []
+        for each in (unet, torch.compile(unet, backend="eager")):
+            pipeline.unet = each
+            made.append(pipeline(generator=seeded_generators([1, 2]), **options).images)
+        assert torch.allclose(*made, atol=1e-4)
 
 
 def test_half_precision_and_a_batch_of_one(conditional_folder):

@@ -324,9 +324,14 @@ def is_mixture(unet: ModelMixin) -> bool:
     return getattr(unet, "is_mixture", False)
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Itself, or what torch.compile made it of."""
+    return getattr(module, "_orig_mod", module)
+
+
 def num_classes(unet: ModelMixin) -> int | None:
     """Of any denoiser; the last class embedding of a plain UNet2DModel is taken for "no label"."""
-    if isinstance(unet, UNet2DModel):
+    if isinstance(uncompiled(unet), UNet2DModel):
         embeds = unet.config.num_class_embeds
         return None if embeds is None else embeds - 1
     return unet.config.num_classes
@@ -341,11 +346,11 @@ def predict(
     image_embeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The prediction of any denoiser, as SMDUNet2DModel.forward; a plain UNet2DModel reads no eta and has no default label."""
-    if isinstance(unet, SMDUNet2DModel):
+    if isinstance(uncompiled(unet), SMDUNet2DModel):
         return unet(sample, timestep, class_labels, eta, return_dict=False, image_embeds=image_embeds)[0]
     if image_embeds is not None:
         raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
-    if not isinstance(unet, UNet2DModel):
+    if not isinstance(uncompiled(unet), UNet2DModel):
         return unet(sample, timestep, class_labels, eta, return_dict=False)[0]
     classes = num_classes(unet)
     if class_labels is None and classes is not None:
