@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
@@ -33,6 +34,8 @@ DRAWS = 8
 """Of eta."""
 THUMBNAIL = 96
 """Longer side of the pictures in a strip, in pixels."""
+ROUGH = 256
+"""Longer side at which they are decoded at most."""
 OWN = "the model's own"
 SCHEDULERS = (
     OWN,
@@ -180,7 +183,11 @@ class Explorer:
 
 
 def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Of normalised latents (B, C, h, w)."""
+    """Of normalised latents (B, C, h, w). Of large ones every so many numbers are decoded: rough, but at 1024 pixels a film of
+    them all would take a CPU a quarter of an hour."""
+    share = ROUGH / (FrozenAutoencoder(pipeline.vae).factor * max(latents.shape[2:]))
+    if share < 1:
+        latents = F.interpolate(latents, scale_factor=share, mode="nearest-exact")
     pictures = VaeImageProcessor().postprocess(pipeline.decode_latents(latents), output_type="pil")
     for picture in pictures:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from ldm_smd.config import ExploreConfig, load_config
-from ldm_smd.explore import DRAWS, FILM_FRAMES, Explorer, Frame, Wish, explore, spaced
+from ldm_smd.explore import DRAWS, FILM_FRAMES, Explorer, Frame, Wish, explore, spaced, thumbnails
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -60,6 +61,15 @@ def test_draws_differ_for_a_mixture_and_a_gaussian_model_has_one(explorer, loud_
     rows = drawn[:, margin:].reshape(2, side, DRAWS, side, 3).swapaxes(1, 2)[:, :, :16, :16]
     assert len({picture.tobytes() for picture in rows[0]}) == DRAWS
     assert (rows[1, 1:] == 255).all() and (rows[1, 0] != 255).any()
+
+
+def test_thumbnails_of_large_pictures_are_decoded_small(explorer, monkeypatch):
+    decoded = []
+    decode = explorer.first.decode_latents
+    monkeypatch.setattr(explorer.first, "decode_latents", lambda latents: decoded.append(latents.shape[2:]) or decode(latents))
+    monkeypatch.setattr("ldm_smd.explore.ROUGH", 64)
+    [picture] = thumbnails(explorer.first, torch.randn(1, 4, 64, 48))
+    assert decoded == [(32, 24)] and picture.size == (48, 64)
 
 
 def test_it_can_be_stopped(explorer):
