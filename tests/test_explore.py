@@ -30,6 +30,11 @@ def explorer(model_folder, gaussian_folder):
     return Explorer(load_config(ExploreConfig, None, [f"models.smd={model_folder}", f"models.plain={gaussian_folder}"]))
 
 
+def alike(a, b):
+    """But for rounding to eight bits."""
+    return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 1
+
+
 def quiet(share):
     assert 0 < share <= 1
 
@@ -46,7 +51,7 @@ def test_pictures_are_those_of_the_pipeline(explorer, model_folder, gaussian_fol
         pipeline = load_pipeline(folder)
         pipeline.scheduler = explorer.pipelines[name].scheduler
         pictures = pipeline([1, 1], generator=seeded_generators([5, 6]), **options).images
-        assert all(np.array_equal(a, b) for a, b in zip(outcomes[name].pictures, pictures))
+        assert all(alike(a, b) for a, b in zip(outcomes[name].pictures, pictures))
     own = Wish(label=None, count=1, steps=1)
     explorer.sample(own, quiet)
     assert type(explorer.first.scheduler).__name__ == "DDPMScheduler"
@@ -149,7 +154,7 @@ def walk(page, model_folder):
     pictures = load_pipeline(model_folder)([1, 1], num_inference_steps=3, generator=seeded_generators([5, 6])).images
     for index, picture in enumerate(pictures):
         found = Image.open(io.BytesIO(page.request.get(shown.nth(index).get_attribute("src")).body()))
-        assert np.array_equal(found.convert("RGB"), picture)
+        assert alike(found.convert("RGB"), picture)
 
     strips = page.locator(".image-frame img")
     expect(strips).to_have_count(3)
