@@ -57,7 +57,7 @@ class SMDPipeline(DiffusionPipeline):
     Args:
         unet: the denoiser; a plain UNet2DModel is a Gaussian one, the last of its class embeddings that of no class.
         vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
-        scheduler: any diffusers scheduler.
+        scheduler: any diffusers scheduler of a noise schedule (``alphas_cumprod``).
         id2label: class names by number (as a string, as JSON has it).
         moments: what GMSScheduler needs of a Gaussian unet beside its prediction (tools/train_moments.py).
         gaussian: the distribution of the latents that TeleportScheduler starts from (tools/fit_gaussian.py).
@@ -169,13 +169,13 @@ class SMDPipeline(DiffusionPipeline):
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
         with self.progress_bar(total=len(timesteps)) as bar:
-            for index, timestep in enumerate(timesteps):
+            for index, (timestep, t) in enumerate(zip(timesteps, timesteps.to(device))):
                 if self.interrupt:
                     continue
                 x_t = self.scheduler.scale_model_input(latents, timestep).to(dtype)
                 eta = self._eta(x_t, generator)
                 scale = self.guidance_scale if guided[index] else 1.0
-                prediction = self._predict(x_t, timestep.to(device), labels, eta, scale, image_embeds)
+                prediction = self._predict(x_t, t, labels, eta, scale, image_embeds)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "sample": x_t}
