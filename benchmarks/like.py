@@ -31,9 +31,8 @@ from ldm_smd.data.images import load_pixels
 from ldm_smd.evaluation.features import load_extractor
 from ldm_smd.evaluation.metrics import frechet_distance
 from ldm_smd.models.unet import num_classes
-from ldm_smd.pipelines import SMDPipeline, load_pipeline, seeded_generators
-from ldm_smd.progress import progress
-from ldm_smd.sampling import load_clip
+from ldm_smd.pipelines import SMDPipeline, load_pipeline
+from ldm_smd.sampling import SamplingOptions, load_clip, sample_pixels
 
 NEAR = 10
 """A sample is near where the picture asked for is among so many nearest."""
@@ -68,8 +67,7 @@ class LikeConfig:
 def like(config: LikeConfig) -> Path:
     """Run all; returns the JSON file."""
     pipeline = load_pipeline(config.model)
-    pipeline.set_progress_bar_config(disable=True)
-    clip = load_clip(config.clip, pipeline, config.model)
+    clip = load_clip(config.clip, {config.model: pipeline})
     extractor = load_extractor(config.features)
     asked = named_pictures(config.held_out)
     names = [name_of(key) for key in asked.keys]
@@ -117,25 +115,13 @@ def sampled(
     config: LikeConfig, pipeline: SMDPipeline, embeds: torch.Tensor | None, labels: list[int] | None, scale: float, title: str
 ) -> torch.Tensor:
     """uint8 (N * per_picture, 3, H, W), the samples of a picture one after another; of labels or of embeddings (N, D)."""
-    count = len(embeds if labels is None else labels) * config.per_picture
-    of = [index // config.per_picture for index in range(count)]
-    bar = progress(count, 0, title)
-    parts = []
-    for start in range(0, count, BATCH_SIZE):
-        chosen = of[start : start + BATCH_SIZE]
-        parts.append(
-            pipeline(
-                None if labels is None else [labels[index] for index in chosen],
-                image_embeds=None if embeds is None else embeds[chosen],
-                num_inference_steps=config.steps,
-                guidance_scale=scale,
-                generator=seeded_generators(range(config.seed + start, config.seed + start + len(chosen))),
-                output_type="pt",
-            ).images
-        )
-        bar.update(len(chosen))
-    bar.close()
-    return (torch.cat(parts) * 255).round().to(torch.uint8)
+    if embeds is not None:
+        embeds = embeds.repeat_interleave(config.per_picture, dim=0)
+    if labels is not None:
+        labels = [label for label in labels for _ in range(config.per_picture)]
+    options = SamplingOptions(config.steps, scale, seed=config.seed, batch_size=BATCH_SIZE, image_embeds=embeds)
+    pixels = sample_pixels(pipeline, labels, len(embeds if labels is None else labels), options, title)
+    return (pixels * 255).round().to(torch.uint8)
 
 
 def ranks(features: torch.Tensor, own: torch.Tensor) -> dict:

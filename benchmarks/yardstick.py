@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from omegaconf import MISSING
@@ -20,7 +19,7 @@ from ldm_smd.config import ImagesConfig, at_least, check
 from ldm_smd.data.images import load_pixels
 from ldm_smd.evaluation.features import load_extractor
 from ldm_smd.evaluation.metrics import FeatureSet, distances, frechet_distance
-from ldm_smd.pipelines import SMDPipeline
+from ldm_smd.pipelines import NETWORKS, SMDPipeline, weight_files
 from ldm_smd.sampling import SamplingOptions, sample_pixels
 
 RESULTS = Path(__file__).parent / "results"
@@ -215,10 +214,8 @@ def joined(earlier: dict, now: dict) -> dict:
 def weights_sha256(folder: str) -> str:
     """Of what a model folder has beside the autoencoder."""
     digest = hashlib.sha256()
-    for part in ("unet", "moments", "gaussian"):
-        path = Path(folder) / part / SAFETENSORS_WEIGHTS_NAME
-        if path.is_file():
-            digest.update(path.read_bytes())
+    for path in weight_files(Path(folder), NETWORKS):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

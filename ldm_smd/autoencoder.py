@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, ModelMixin
 from torch import nn
 
-from .errors import UserError
+from .errors import UserError, brief
 
 KINDS = (AutoencoderKL, AutoencoderTiny, AutoencoderDC)
 INPUT_RANGE = (-1.0, 1.0)
@@ -50,9 +50,8 @@ class FrozenAutoencoder(nn.Module):
         try:
             model = AutoModel.from_pretrained(str(source), revision=revision, use_safetensors=True)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"autoencoder: expected a local model folder or a hub id, found {str(source)!r}: {reason}"
+                f"autoencoder: expected a local model folder or a hub id, found {str(source)!r}: {brief(error)}"
             ) from error
         return cls(model, str(source))
 

@@ -735,15 +735,13 @@ def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
         default = item.default_factory() if item.default_factory is not NO_DEFAULT else item.default
         required = default is NO_DEFAULT or default == MISSING
         entries = _dataclass_of(next(iter(typing.get_args(hints[item.name])), None))
-        # An entry's own settings say what is in a list of them.
-        text = (
-            "null"
-            if default is None
-            else "[...]"
-            if entries
-            else yaml.safe_dump(default, default_flow_style=True, width=10_000)
-        )
-        yield Setting(name, None if required else text.removesuffix("\n...\n").strip(), texts.get(item.name, ""))
+        if required:
+            text = None
+        elif entries is not None and default is not None:
+            text = "[...]"  # the entries' own settings say what is in it
+        else:
+            text = yaml.safe_dump(default, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+        yield Setting(name, text, texts.get(item.name, ""))
         if entries is not None:
             yield from settings(entries, f"{name}[].")
 

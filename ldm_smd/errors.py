@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command lines print it without a traceback and exit with code 2.
     """
+
+
+def brief(error: Exception) -> str:
+    """What a library said, as part of that one line."""
+    return " ".join(str(error).split())[:200]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from .autoencoder import FrozenAutoencoder
+from .autoencoder import FrozenAutoencoder, encoder_sha256
 from .config import ExploreConfig
 from .device import pick_device
 from .errors import UserError
@@ -113,17 +113,18 @@ class Explorer:
     def __init__(self, config: ExploreConfig) -> None:
         device = pick_device(config.device)
         self.pipelines = {name: load_pipeline(folder).to(device) for name, folder in config.models.items()}
-        for name, pipeline in self.pipelines.items():
+        for pipeline in self.pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
-            for what, of in (("classes", class_names), ("autoencoder", encoder), ("pixels", training_side)):
-                wanted, found = of(self.first), of(pipeline)
+        for what, of in (("classes", class_names), ("autoencoder", encoder), ("pixels", training_side)):
+            wanted, *others = (of(pipeline) for pipeline in self.pipelines.values())
+            for name, found in zip(list(self.pipelines)[1:], others):
                 if wanted != found:
                     raise UserError(f"models.{name}: expected {what} {wanted}, as the first model's, found {found}")
         self.own = {name: pipeline.scheduler for name, pipeline in self.pipelines.items()}
         self.stopping = False
         self.clip = None
         if config.clip is not None:
-            [self.clip, *_] = [load_clip(config.clip, self.pipelines[name], folder) for name, folder in config.models.items()]
+            self.clip = load_clip(config.clip, dict(zip(config.models.values(), self.pipelines.values())))
 
     @property
     def first(self) -> SMDPipeline:
@@ -201,7 +202,7 @@ def class_names(pipeline: SMDPipeline) -> list[str]:
 
 def encoder(pipeline: SMDPipeline) -> str:
     """Whose latents these are."""
-    return FrozenAutoencoder(pipeline.vae).identity()["encoder_sha256"]
+    return encoder_sha256(pipeline.vae)
 
 
 def spaced(frames: list[Frame], most: int) -> list[Frame]:

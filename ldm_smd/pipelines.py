@@ -28,7 +28,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from .autoencoder import FrozenAutoencoder
 from .diffusion.process import DiffusionProcess
-from .errors import UserError
+from .errors import UserError, brief
 from .models.extended import ExtendedUNet2DModel
 from .models.gaussian import LatentGaussians
 from .models.moments import MomentHeads
@@ -41,6 +41,8 @@ for kind in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, 
     # Otherwise a pipeline of the hub with these, which are of no library that diffusers knows, is refused.
     LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = ["save_pretrained", "from_pretrained"]
 
+NETWORKS = ("unet", "moments", "gaussian", "guide")
+"""Of a pipeline, beside the autoencoder."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TILED_PIXELS = 1024 * 1024
 SLICE_PIXELS = 512 * 512
@@ -406,11 +408,17 @@ def model_folder(source: str | Path) -> Path:
         try:
             folder = Path(SMDPipeline.download(str(source), use_safetensors=True))
         except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"model: expected a model folder (RUN/model) or a hub id, found {source}: {reason}") from error
+            raise UserError(
+                f"model: expected a model folder (RUN/model) or a hub id, found {source}: {brief(error)}"
+            ) from error
     if not (folder / "model_index.json").is_file():
         raise UserError(f"model: expected a model folder (tools/train.py writes RUN/model) or a hub id, found none at {source}")
     return folder
+
+
+def weight_files(folder: Path, parts: Sequence[str]) -> list[Path]:
+    """Of those parts of a model folder that are there."""
+    return [path for part in parts for path in sorted((folder / part).glob("*.safetensors"))]
 
 
 def load_pipeline(source: str | Path) -> SMDPipeline:
@@ -419,9 +427,8 @@ def load_pipeline(source: str | Path) -> SMDPipeline:
     try:
         pipeline = SMDPipeline.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model: expected a readable model folder, found {folder}: {reason}") from error
-    for part in ("unet", "moments", "gaussian", "guide"):
+        raise UserError(f"model: expected a readable model folder, found {folder}: {brief(error)}") from error
+    for part in NETWORKS:
         module = getattr(pipeline, part)
         missing = [] if module is None else [name for name, value in module.state_dict().items() if value.is_meta]
         if missing:

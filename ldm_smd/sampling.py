@@ -41,7 +41,7 @@ def sample(config: SampleConfig) -> Path:
         pipeline.register_modules(guide=load_guide(config.guide, pipeline).to(pipeline.device))
     embedding = None
     if config.clip is not None:
-        embedding = embedding_of(load_clip(config.clip, pipeline, config.model), pipeline, config.like, config.text)
+        embedding = embedding_of(load_clip(config.clip, {config.model: pipeline}), pipeline, config.like, config.text)
     options = SamplingOptions(
         steps=config.steps,
         guidance_scale=config.guidance_scale,
@@ -74,7 +74,7 @@ class SamplingOptions:
     Attributes:
         seed: of the first picture; picture i has seed ``seed + i`` at any batch size.
         image: where pictures start, one for all, or a tensor (N, 3, H, W) with one for each.
-        image_embeds: of the picture that all are to be like, (1, D).
+        image_embeds: of the picture that all are to be like, (1, D), or for each its own, (N, D).
         steps, guidance_scale, guidance_interval, height, width, strength: as of the pipeline.
     """
 
@@ -106,6 +106,8 @@ def sample_batches(
         for start in range(indices.start, indices.stop, options.batch_size):
             stop = min(start + options.batch_size, indices.stop)
             image, embeds = options.image, options.image_embeds
+            if embeds is not None:
+                embeds = embeds.expand(stop - start, -1) if len(embeds) == 1 else embeds[start:stop]
             try:
                 pictures = pipeline(
                     None if labels is None else labels[start:stop],
@@ -119,7 +121,7 @@ def sample_batches(
                     output_type="pt",
                     image=image[start:stop] if isinstance(image, torch.Tensor) else image,
                     strength=options.strength,
-                    image_embeds=None if embeds is None else embeds.expand(stop - start, -1),
+                    image_embeds=embeds,
                 ).images
             except ValueError as error:  # an argument that this model or scheduler cannot do
                 raise UserError(str(error)) from error
@@ -143,17 +145,19 @@ def load_guide(folder: str, pipeline: SMDPipeline) -> ModelMixin:
     return guide
 
 
-def load_clip(spec: str, pipeline: SMDPipeline, folder: str) -> ClipEncoder:
-    """The OpenCLIP network of the embeddings that the model at ``folder`` was trained with."""
-    known = pipeline.config.embedding
-    if known is None:
-        raise UserError(f"clip: expected null, {folder} is not conditioned on embeddings, found {spec}")
-    clip = ClipEncoder.of(spec, pipeline.device, "clip")
-    if clip.sha256 != known["sha256"]:
-        raise UserError(
-            f"clip: expected the network of the training, {known['network']} with SHA-256 {known['sha256'][:16]}..., found "
-            f"{clip.name} with {clip.sha256[:16]}..."
-        )
+def load_clip(spec: str, pipelines: dict[str, SMDPipeline]) -> ClipEncoder:
+    """The OpenCLIP network of the embeddings that all these models, by folder, were trained with."""
+    for folder, pipeline in pipelines.items():
+        if pipeline.config.embedding is None:
+            raise UserError(f"clip: expected null, {folder} is not conditioned on embeddings, found {spec}")
+    clip = ClipEncoder.of(spec, next(iter(pipelines.values())).device, "clip")
+    for pipeline in pipelines.values():
+        known = pipeline.config.embedding
+        if clip.sha256 != known["sha256"]:
+            raise UserError(
+                f"clip: expected the network of the training, {known['network']} with SHA-256 {known['sha256'][:16]}..., found "
+                f"{clip.name} with {clip.sha256[:16]}..."
+            )
     return clip
 
 

@@ -194,14 +194,24 @@ def loud_pipeline():
 
 
 @pytest.fixture
-def launch():
+def free_port():
+    """A function that finds a port of this machine that nobody listens at."""
+
+    def find():
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            return probe.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture
+def launch(free_port):
     """Start a script of the repository on several processes of this machine, with its arguments."""
 
     def start(processes, script, *arguments):
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        launcher.append(f"--master-port={free_port()}")
         # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
         environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
         command = [*launcher, str(Path(__file__).parents[1] / script), *map(str, arguments)]

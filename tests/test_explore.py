@@ -116,10 +116,8 @@ def test_mistakes_are_named(run, model_folder, tmp_path):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_in_a_browser(model_folder, gaussian_folder):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_in_a_browser(model_folder, gaussian_folder, free_port):
+    port = free_port()
     tool = Path(__file__).parents[1] / "tools" / "explore.py"
     command = [sys.executable, tool, f"models.smd={model_folder}", f"models.plain={gaussian_folder}", f"port={port}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

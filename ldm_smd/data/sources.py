@@ -22,7 +22,7 @@ import braceexpand
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 
 from ..config import ImagesConfig
-from ..errors import UserError
+from ..errors import UserError, brief
 from ..files import atomic_file
 
 if TYPE_CHECKING:
@@ -222,8 +222,7 @@ def _dataset(source: str, split: str) -> Dataset:
         else:
             dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library's own, of the hub's, and of whatever reads the files
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"images.source: expected a dataset with the split {split}, found {source}: {reason}") from error
+        raise UserError(f"images.source: expected a dataset with the split {split}, found {source}: {brief(error)}") from error
     kinds = {"image": datasets.Image, "label": datasets.ClassLabel}
     columns = {
         wanted: next((name for name, feature in dataset.features.items() if isinstance(feature, kind)), None)

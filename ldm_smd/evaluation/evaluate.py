@@ -31,14 +31,13 @@ from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_file, sha256
 from ..models.unet import num_classes
-from ..pipelines import load_pipeline, model_folder
+from ..pipelines import NETWORKS, load_pipeline, model_folder, weight_files
 from ..progress import progress
 from ..sampling import SamplingOptions, sample_batches
 from ..schedulers import make_scheduler
 from .features import Extractor, load_extractor
 from .metrics import FeatureSet, distances
 
-WEIGHTS = ("unet", "vae", "moments", "gaussian", "guide")
 IMAGES = ("source", "resolution", "crop", "background")
 COLUMNS = ("frechet", "kid", "cmmd", "precision", "recall", "density", "coverage")
 
@@ -171,14 +170,15 @@ def look_at_samples(
     config: EvaluateConfig, reference: Seen, extractors: list[Extractor], state: PartialState
 ) -> tuple[Seen, dict]:
     """Samples of the model, and what they depend on."""
-    pipeline = load_pipeline(config.model).to(pick_device(config.device))
+    folder = model_folder(config.model)
+    pipeline = load_pipeline(folder).to(pick_device(config.device))
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     labels = choose_labels(config, reference.labels, num_classes(pipeline.unet))
     options = SamplingOptions(config.steps, config.guidance_scale, seed=config.seed, batch_size=config.batch_size)
     batches = sample_batches(pipeline, labels, share(config.count, state), options, "samples")
     seen = look_at("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
-    files = [path for part in WEIGHTS for path in sorted((model_folder(config.model) / part).glob("*.safetensors"))]
+    files = weight_files(folder, (*NETWORKS, "vae"))
     about = {
         "model": config.model,
         "weights_sha256": {f"{path.parent.name}/{path.name}": sha256(path) for path in files},
