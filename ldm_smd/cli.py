@@ -27,8 +27,8 @@ Config = TypeVar("Config")
 CONSOLE = "ldm-smd"
 HEAD = f"""# The tools
 
-What `--help` prints (`python -m ldm_smd.cli > docs/tools.md`). After `pip install .` each is a sub-command too, named with dashes:
-`{CONSOLE} train-autoencoder` (or `python -m ldm_smd train-autoencoder`) is `python tools/train_autoencoder.py`.
+What `--help` prints (`python -m ldm_smd.cli > docs/tools.md`). After `pip install .` each is also a command:
+`{CONSOLE} train-autoencoder` (or `python -m ldm_smd train-autoencoder`) is the same as `python tools/train_autoencoder.py`.
 
 Completion of sub-commands, flags, settings and their values, in bash (a line for `~/.bashrc`) or zsh:
 
