@@ -20,7 +20,7 @@ test-wheel: $(INSTALLED)
 	rm -rf build
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build .
 	$(PYTHON) -m venv build/venv
-	build/venv/bin/pip install --quiet --constraint constraints.txt build/*.whl
+	build/venv/bin/python -I -m pip install --quiet --constraint constraints.txt build/*.whl
 	LDM_SMD_WHEEL_PYTHON=$(CURDIR)/build/venv/bin/python $(BIN)/python -m pytest tests/test_wheel.py
 
 lint: $(INSTALLED)
