@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 import braceexpand
@@ -59,7 +59,7 @@ class Entry:
             picture = _dataset(self.path, self.member)[self.offset]["image"]
             return picture["bytes"] or Path(picture["path"]).read_bytes()
         if self.path.endswith(".zip"):
-            return _zip(self.path, os.getpid()).read(self.member)
+            return _zip(self.path, os.getpid()).read(cast(str, self.member))
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(-1 if self.size is None else self.size)
@@ -187,7 +187,8 @@ def _list_tar(path: str) -> list[Entry]:
                 if f".{extension.lower()}" in EXTENSIONS:
                     pictures[key] = Entry(key, None, path, member.name, member.offset_data, member.size)
                 elif extension == "cls":
-                    text = tar.extractfile(member).read(64).strip()
+                    content = tar.extractfile(member)
+                    text = content.read(64).strip() if content else b""
                     try:
                         labels[key] = int(text)
                     except ValueError:
