@@ -104,7 +104,7 @@ def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...]
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as one flat dictionary "parameter name/entry" -> tensor, whole: for all processes to call. On the
     CPU, as one GPU may not have the memory for what they have together."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{entry}": whole(value).cpu()
         for parameter, state in optimizer.state.items()
