@@ -777,16 +777,17 @@ def _docstrings(schema: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for kind in reversed(schema.__mro__):
         if is_dataclass(kind):
-            body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
-            for one, following in itertools.pairwise(body):
-                if isinstance(one, ast.AnnAssign) and isinstance(following, ast.Expr):
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+            assert isinstance(definition, ast.ClassDef)
+            for one, following in itertools.pairwise(definition.body):
+                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(following, ast.Expr):
                     found[one.target.id] = inspect.cleandoc(ast.literal_eval(following.value))
     return found
 
 
 def config_as_dict(config: object) -> dict:
     """The configuration as plain dictionaries and lists, for JSON."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return typing.cast(dict, OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
 
 
 def _read_yaml(path: str | Path) -> DictConfig:
@@ -805,7 +806,7 @@ def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: s
     hints = typing.get_type_hints(schema)
     known = {item.name for item in fields(schema)}
     for key in layer:
-        full = f"{prefix}{key}"
+        full = f"{prefix}{key!s}"
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise UserError(f"{origin}: unknown key {full!r}; the nearest known key is {prefix + near!r}")
@@ -817,7 +818,7 @@ def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: s
 def _dataclass_of(hint: object) -> type | None:
     """The dataclass inside ``X`` or ``Optional[X]``, else None."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((option for option in options if is_dataclass(option)), None)
+    return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def _first_line(error: Exception) -> str:
