@@ -26,6 +26,7 @@ test-wheel: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build outputs
+	rm -rf .venv .mypy_cache build outputs
