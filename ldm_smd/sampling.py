@@ -13,7 +13,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
-from .autoencoder import FrozenAutoencoder
+from .autoencoder import spatial_factor
 from .config import ImagesConfig, SampleConfig
 from .data.images import decode
 from .device import pick_device
@@ -171,7 +171,7 @@ def embedding_of(clip: ClipEncoder, pipeline: SMDPipeline, like: str | None, tex
 
 def training_side(pipeline: SMDPipeline) -> int:
     """Of the pictures that the model was trained on, in pixels."""
-    return FrozenAutoencoder(pipeline.vae).factor * pipeline.unet.config.sample_size
+    return spatial_factor(pipeline.vae) * pipeline.unet.config.sample_size
 
 
 def read_picture(key: str, path: str, side: int) -> torch.Tensor:

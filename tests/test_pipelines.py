@@ -107,6 +107,15 @@ def test_eta_matters_to_a_mixture_and_given_noise_is_used(pipeline):
     assert not torch.allclose(a, b, atol=1e-2)
 
 
+def test_the_autoencoder_stays_as_it_was(pipeline):
+    """A pipeline reads from it, and decodes with it, whatever the user does with it besides."""
+    pipeline.vae.half().train().requires_grad_(True)
+    assert pipeline.latent_sides(None, 32) == (8, 16)
+    assert latents(pipeline, [0], [1], output_type="pt").isfinite().all()
+    assert pipeline.vae.dtype == torch.float16 and pipeline.vae.training
+    assert all(weights.requires_grad for weights in pipeline.vae.parameters())
+
+
 def test_callback(pipeline):
     seen = []
 
