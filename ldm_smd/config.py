@@ -211,6 +211,9 @@ class EncodeConfig:
     batch_size: int = 32
     num_workers: int = 1
     """Processes that decode pictures while the autoencoder runs."""
+    compare_contents: bool = False
+    """A run goes on only if the pictures are still the same: by their contents, which are all read once more at the start.
+    false: by the sizes and modification times of their files."""
     device: str = "auto"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from .autoencoder import FrozenAutoencoder, encoder_sha256
+from .autoencoder import encoder_sha256, spatial_factor
 from .config import ExploreConfig
 from .device import pick_device
 from .errors import UserError

@@ -100,6 +100,31 @@ def list_entries(config: ImagesConfig) -> tuple[list[Entry], list[str]]:
     return with_unique_keys(entries), classes
 
 
+def fingerprint(entries: list[Entry], contents: bool = False) -> str:
+    """SHA-256 that changes when a picture does: by size and modification time of the file it lies in, or by its contents."""
+    digest = hashlib.sha256()
+    stamp_of_file = lru_cache(maxsize=None)(_stamp)
+    for entry in entries:
+        stamp = _sha256(entry) if contents else stamp_of_file(entry.path)
+        digest.update(repr((entry.key, entry.label, entry.offset, entry.size, stamp)).encode())
+    return digest.hexdigest()
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """Size and modification time; None for a Hugging Face dataset, which has another name in every version."""
+    if path.startswith(HUGGING_FACE):
+        return None
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _sha256(entry: Entry) -> str:
+    try:
+        return hashlib.sha256(entry.read()).hexdigest()
+    except (OSError, zipfile.BadZipFile) as error:  # it will be skipped, and listed
+        return type(error).__name__
+
+
 def _list_folder(folder: Path) -> tuple[list[Entry], list[str]]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 
 from ..config import EvaluateConfig, ImagesConfig
 from ..data.images import read_pictures
-from ..data.sources import Entry, list_entries
+from ..data.sources import Entry, fingerprint, list_entries
 from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_file, sha256
@@ -158,11 +157,7 @@ def digest_of(entries: list[Entry], images: ImagesConfig, extractors: list[Extra
     """Of all that the features of a source depend on."""
     digest = hashlib.sha256(repr([getattr(images, key) for key in IMAGES]).encode())
     digest.update("".join(extractor.sha256 + extractor.resize for extractor in extractors).encode())
-    changed: dict[str, int] = {}  # when files were; a Hugging Face dataset has its own name for each version
-    for entry in entries:
-        if entry.path not in changed:
-            changed[entry.path] = os.stat(entry.path).st_mtime_ns if os.path.exists(entry.path) else 0
-        digest.update(repr((entry, changed[entry.path])).encode())
+    digest.update(fingerprint(entries).encode())
     return digest.hexdigest()
 
 
