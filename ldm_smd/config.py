@@ -112,8 +112,8 @@ class TrainAutoencoderConfig:
     """Pictures that are only measured (PSNR), never trained on."""
     output: str = MISSING
     """Model folder to write (diffusers layout and a model card)."""
-    work: str = "outputs/autoencoder"
-    """Folder for checkpoints, metrics and reconstructions of the run; an interrupted run goes on from here."""
+    work: Optional[str] = None
+    """Folder for checkpoints, metrics and reconstructions; an interrupted run goes on from here. null: OUTPUT.run."""
     model: AutoencoderModelConfig = field(default_factory=AutoencoderModelConfig)
     init_from: Optional[str] = None
     """Start from the weights of this AutoencoderKL folder instead of random ones."""
@@ -133,6 +133,8 @@ class TrainAutoencoderConfig:
     flip: bool = True
     seed: int = 0
     checkpoint_every_images: int = 10_000
+    resume_changed: bool = False
+    """Go on with a run though its pictures or settings are others now; the model card tells until when which counted."""
 
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size, 1)
@@ -400,6 +402,9 @@ class TrainConfig:
     sample_steps: int = 8
     checkpoint_every_images: int = 50_000
     keep_checkpoints: int = 2
+    resume_changed: bool = False
+    """Go on with a run though its data or settings are others now; the model card tells until when which counted. false: such a
+    change is refused, as it would not be the run that was resumed."""
 
     def __post_init__(self) -> None:
         at_least("batch_size", self.batch_size, 1)

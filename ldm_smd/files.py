@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from .errors import UserError
+
+Config = TypeVar("Config")
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +45,6 @@ def atomic_file(final: Path, writer: str = "") -> Iterator[Path]:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def require_unused(output: Path) -> None:
-    """Raise UserError where a tool's output folder has files in it already."""
-    require_folder(output)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"output: expected a new or empty folder, found files in {output}")
 
 
 @contextmanager
@@ -103,10 +101,35 @@ def _lock(lock: FileLock, output: Path, key: str) -> None:
     path.write_text(f"process {os.getpid()} of {socket.gethostname()}", encoding="utf-8")
 
 
+def claimed_by_first(output: Path) -> AbstractContextManager[None]:
+    """``claimed``, by the first of the processes of a launcher; the others run without."""
+    return nullcontext() if int(os.environ.get("RANK", 0)) > 0 else claimed(output)
+
+
+def makes_folder(tool: Callable[[Config], Result]) -> Callable[[Config], Result]:
+    """Decorate a tool that makes the folder ``config.output``: it must be new or empty, and is claimed while the tool runs."""
+
+    @functools.wraps(tool)
+    def run(config: Config) -> Result:
+        output = Path(config.output)
+        with claimed_by_first(output):
+            require_unused(output)
+            return tool(config)
+
+    return run
+
+
 def require_folder(output: Path, key: str = "output") -> None:
     """Raise UserError where something that is no folder has the name of one that a tool writes."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{key}: expected a folder, or nothing yet, found a file at {output}")
+
+
+def require_unused(output: Path) -> None:
+    """Raise UserError where a tool's output folder has files in it already."""
+    require_folder(output)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"output: expected a new or empty folder, found files in {output}")
 
 
 @contextmanager

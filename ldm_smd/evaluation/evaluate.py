@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -28,7 +29,7 @@ from ..data.images import read_pictures
 from ..data.sources import Entry, fingerprint, list_entries
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file, sha256
+from ..files import atomic_file, claimed, claimed_by_first, require_folder, sha256
 from ..models.unet import num_classes
 from ..pipelines import NETWORKS, load_pipeline, model_folder, weight_files
 from ..progress import progress
@@ -75,8 +76,19 @@ class Seen:
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Measure, and write ``config.output`` and a table beside it; returns it."""
-    started, state = time.perf_counter(), PartialState(cpu=not torch.cuda.is_available())
     output = Path(config.output)
+    if output.is_dir():
+        raise UserError(f"output: expected a JSON file to write, found a folder at {output}")
+    if config.cache is not None:  # which others may use at the same time
+        with claimed(Path(config.cache), "cache", worker=f"{os.getpid()}-"):
+            require_folder(Path(config.cache), "cache")
+    with claimed_by_first(output):
+        return measure(config, output)
+
+
+def measure(config: EvaluateConfig, output: Path) -> Path:
+    """What ``evaluate`` does."""
+    started, state = time.perf_counter(), PartialState(cpu=not torch.cuda.is_available())
     extractors = [load_extractor(weights, config.device) for weights in config.features]
     names = [extractor.name for extractor in extractors]
     if len(set(names)) < len(names):

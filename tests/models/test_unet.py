@@ -1,12 +1,13 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from ldm_smd.models.attention import attention, set_attention_backend, xformers_runs
-from ldm_smd.models.blocks import repeat
+from ldm_smd.models.blocks import AttentionBlock, repeat
 from ldm_smd.models.hypernetwork import HyperNetwork
 from ldm_smd.models.unet import PLACEMENTS, SMDUNet2DModel
 
@@ -191,14 +192,45 @@ def test_xformers_where_it_runs_else_torch(backend, caplog):
     assert len([r for r in caplog.records if "xformers does not run here" in r.message]) == (0 if runs else 1)
 
 
-def test_xformers_layout(backend, monkeypatch):
-    """The xformers branch hands over (B, M, H, K) as it is: an operator of that layout gives the same result."""
-    import types
+@pytest.fixture
+def xformers_operator(monkeypatch):
+    """An operator in the place of xformers', of its layout (B, M, H, K); returns the shapes it is given."""
+    shapes = []
+
+    def operator(q, k, v):
+        shapes.append(tuple(q.shape))
+        return reference(q, k, v)
 
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     operators = types.ModuleType("xformers.ops")
-    operators.memory_efficient_attention = reference
+    operators.memory_efficient_attention = operator
     monkeypatch.setitem(sys.modules, "xformers.ops", operators)
+    return shapes
+
+
+@pytest.mark.parametrize("name", ["sdpa", "xformers"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_an_attention_block_attends_head_by_head(backend, xformers_operator, name, memory_format):
+    """Over the positions of an image that is no square: each head on its own channels, written out, by either backend."""
+    backend(name)
+    torch.manual_seed(0)
+    block = AttentionBlock(channels=12, head_dim=4, groups=3)
+    torch.nn.init.normal_(block.to_out.weight, std=0.3)
+    x = torch.randn(2, 12, 3, 5).to(memory_format=memory_format)
+    with torch.no_grad():
+        rows = torch.stack([block.norm(x)[:, :, row, column] for row in range(3) for column in range(5)], dim=1)
+        heads = []
+        for start in range(0, 12, 4):
+            q, k, v = (block.to_qkv(rows)[..., part + start : part + start + 4] for part in (0, 12, 24))
+            heads.append(((q @ k.mT) / 2.0).softmax(dim=-1) @ v)
+        out = block.to_out(torch.cat(heads, dim=-1))
+        expected = x + torch.stack([out[:, 5 * row : 5 * row + 5].mT for row in range(3)], dim=2)
+        assert torch.allclose(block(x), expected, atol=1e-5)
+    assert xformers_operator == ([(1, 4, 1, 4), (2, 15, 3, 4)] if name == "xformers" else [])
+
+
+def test_xformers_layout(backend, xformers_operator):
+    """The xformers branch hands over (B, M, H, K) as it is: an operator of that layout gives the same result."""
     backend("xformers")
     q, k, v = torch.randn(3, 2, 7, 4, 8).unbind(0)
     assert xformers_runs("cpu", q.dtype, 8)
