@@ -1,1 +1,49 @@
 """Latent diffusion with soft mixture denoising."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .models.extended import ExtendedUNet2DModel
+    from .models.unet import SMDUNet2DModel
+    from .pipelines import SMDPipeline
+    from .schedulers import GMSScheduler, TeleportScheduler
+
+    __version__: str
+
+__all__ = ["ExtendedUNet2DModel", "GMSScheduler", "SMDPipeline", "SMDUNet2DModel", "TeleportScheduler", "__version__"]
+
+_HOMES = {
+    "ExtendedUNet2DModel": ".models.extended",
+    "GMSScheduler": ".schedulers",
+    "SMDPipeline": ".pipelines",
+    "SMDUNet2DModel": ".models.unet",
+    "TeleportScheduler": ".schedulers",
+}
+"""Modules of the classes, imported when one is asked for: torch and diffusers take seconds, which --help has no need of."""
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        value: object = _version()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name], __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ldm_smd")
+    except PackageNotFoundError:
+        return "0+source"  # a tree that is not installed

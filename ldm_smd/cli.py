@@ -7,52 +7,133 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import indent
 from typing import TypeVar
-from unittest import mock
 
+import ldm_smd
+
+from .commands import BY_NAME, COMMANDS, for_console
 from .config import Setting, dump_config, load_config, settings
 from .errors import UserError
 
 Config = TypeVar("Config")
+CONSOLE = "ldm-smd"
+HEAD = f"""# The tools
+
+What `--help` prints (`python -m ldm_smd.cli > docs/tools.md`). After `pip install .` each is also a command:
+`{CONSOLE} train-autoencoder` (or `python -m ldm_smd train-autoencoder`) is the same as `python tools/train_autoencoder.py`.
+
+Completion of sub-commands, flags, settings and their values, in bash (a line for `~/.bashrc`) or zsh:
+
+```sh
+eval "$(register-python-argcomplete {CONSOLE})"
+```
+"""
+"""Of docs/tools.md."""
 
 
-def run_tool(schema: type[Config], main: Callable[[Config], None], description: str) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console command: run the sub-command that ``arguments`` (those of the process) name; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "_ARGCOMPLETE" in os.environ:
+        from .completion import complete
+
+        complete(console_parser())  # ends the process
+    if arguments and arguments[0] in BY_NAME:
+        return run_command(arguments[0], arguments[1:], console=True)
+    if arguments and not arguments[0].startswith("-"):
+        near = difflib.get_close_matches(arguments[0], BY_NAME, n=1, cutoff=0.0)[0]
+        print(f"{CONSOLE}: error: unknown command {arguments[0]!r}; the nearest known command is {near!r}", file=sys.stderr)
+        return 2
+    parser = console_parser()
+    parser.parse_args(arguments)
+    parser.print_help()
+    return 0
+
+
+def run_command(name: str, arguments: Sequence[str] | None = None, console: bool = False) -> int:
+    """Run a command with these arguments, or those of the process; returns the exit code.
+
+    Args:
+        console: whether it was called as a sub-command of ldm-smd, and not as its script in tools/.
+    """
+    command = BY_NAME[name]
+    if console:
+        return run_tool(command.schema, command.run, command.description, arguments, f"{CONSOLE} {name}", for_console)
+    return run_tool(command.schema, command.run, command.description, arguments)
+
+
+def run_tool(
+    schema: type[Config],
+    main: Callable[[Config], object],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    prog: str | None = None,
+    wording: Callable[[str], str] = str,
+) -> int:
     """Parse the command line, load the configuration, run ``main(config)``; returns the exit code.
 
     0 done, 2 a mistake of the user's (one line on standard error, no traceback), 130 interrupted.
+
+    Args:
+        arguments: null: those of the process.
+        prog: what it was called as; null: the name of its file.
+        wording: changes what it prints about itself and other tools.
     """
     parser = argparse.ArgumentParser(
-        description=description,
-        epilog="settings:\n" + "\n".join(map(described, settings(schema))),
+        prog=prog,
+        description=wording(description),
+        epilog=wording("settings:\n" + "\n".join(map(described, settings(schema)))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with settings")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, before those of the file")
-    arguments = parser.parse_intermixed_args()
+    add_arguments(parser)
+    options = parser.parse_intermixed_args(arguments)
     code, said = 0, ""
     try:
-        config = load_config(schema, arguments.config, arguments.overrides)
-        if arguments.dry_run:
+        config = load_config(schema, options.config, options.overrides)
+        if options.dry_run:
             print(dump_config(config), end="")
             return 0
         main(config)
     except UserError as error:
-        code, said = 2, f"error: {error}"
+        code, said = 2, f"error: {wording(str(error))}"
     except KeyboardInterrupt:
         code, said = 130, "interrupted"
     # Last of all: with the exception go the frames that hold progress bars, which end their line.
     if said:
         print(f"{parser.prog}: {said}", file=sys.stderr)
     return code
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.Action:
+    """Add what all commands take; returns the positional argument, ``key=value``."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
+    return parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, before those of the file")
+
+
+def console_parser() -> argparse.ArgumentParser:
+    """The parser of ldm-smd without a sub-command; its help lists them."""
+    widest = max(map(len, BY_NAME))
+    commands = "\n".join(f"  {command.name:{widest}}  {command.summary}" for command in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog=CONSOLE,
+        usage=f"{CONSOLE} [-h] [--version] COMMAND ...",
+        description=ldm_smd.__doc__,
+        epilog=f"commands:\n{commands}\n\n{CONSOLE} COMMAND --help: what it does, with examples and all settings.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"{CONSOLE} {ldm_smd.__version__}")
+    return parser
 
 
 def described(setting: Setting) -> str:
@@ -63,7 +144,9 @@ def described(setting: Setting) -> str:
 
 def all_help(tools: Path) -> str:
     """The help of every tool, as Markdown."""
-    parts = ["# The tools\n\nWhat `--help` prints (`python -m ldm_smd.cli > docs/tools.md`).\n"]
+    from unittest import mock  # not above: it brings asyncio
+
+    parts = [HEAD]
     for path in sorted(tools.glob("*.py")):
         out = io.StringIO()
         # argparse folds lines by the terminal's width.

@@ -22,14 +22,23 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .diffusion.objectives import OBJECTIVES, WEIGHTINGS
-from .diffusion.process import PREDICTION_TYPES
+from .choices import (
+    ATTENTION_BACKENDS,
+    BETA_SCHEDULES,
+    CROPS,
+    OBJECTIVES,
+    PLACEMENTS,
+    PRECISIONS,
+    PREDICTION_TYPES,
+    SAMPLED_LABELS,
+    WEIGHTINGS,
+)
 from .errors import UserError
 
-Config = TypeVar("Config")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-PLACEMENTS = ("in_out", "up", "all")
-ATTENTION_BACKENDS = ("auto", "sdpa", "xformers")
+Config = TypeVar("Config")
 
 
 def check(condition: bool, key: str, expected: str, found: object) -> None:
@@ -53,6 +62,18 @@ def one_of(key: str, value: object, allowed: typing.Collection) -> None:
     check(value in allowed, key, "one of " + ", ".join(map(str, allowed)), value)
 
 
+def choice(default: str, allowed: tuple[str, ...]) -> str:
+    """A field that takes one of these names: ``check_choices`` refuses others, and shells complete them."""
+    return field(default=default, metadata={"choices": allowed})
+
+
+def check_choices(config: DataclassInstance, prefix: str = "") -> None:
+    """Raise UserError unless every field made by ``choice`` has one of its names."""
+    for item in fields(config):
+        if "choices" in item.metadata:
+            one_of(prefix + item.name, getattr(config, item.name), item.metadata["choices"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures in
 
@@ -66,7 +87,7 @@ class ImagesConfig:
     or s3:// URLs), or datasets:NAME, a Hugging Face dataset of the hub or of a folder."""
     resolution: int = 64
     """Side of the square pictures, in pixels."""
-    crop: str = "center"
+    crop: str = choice("center", CROPS)
     """"center": scale the short side, crop the middle. "pad": scale the long side, pad with ``background``."""
     classes: Optional[str] = None
     """A JSON list of class names; found by itself where ``classes.json`` lies beside the tars."""
@@ -85,7 +106,7 @@ class ImagesConfig:
 
     def __post_init__(self) -> None:
         at_least("images.resolution", self.resolution, 8)
-        one_of("images.crop", self.crop, ("center", "pad"))
+        check_choices(self, "images.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,7 +287,7 @@ class ModelConfig:
     """Channels of the mixture's latent map z. 0: the Gaussian baseline, without g_xi and f_phi."""
     identifier_channels: int = 32
     hypernetwork_width: int = 64
-    placement: str = "up"
+    placement: str = choice("up", PLACEMENTS)
     """Where the hypernetwork acts: in_out (the paper), up (the trunk runs once for all draws), all."""
     noise_rank: int = 128
     """Principal components of the latents that a draw chooses in (ldm_smd/models/noise.py). 0: white noise (the paper)."""
@@ -274,7 +295,7 @@ class ModelConfig:
     """Modes of the Gaussian mixture that the latents are taken to be from, in those directions. 1: one Gaussian."""
 
     def __post_init__(self) -> None:
-        one_of("model.placement", self.placement, PLACEMENTS)
+        check_choices(self, "model.")
         at_least("model.noise_rank", self.noise_rank, 0)
         at_least("model.noise_modes", self.noise_modes, 1)
         levels = len(self.block_out_channels)
@@ -298,7 +319,7 @@ class ModelConfig:
 class ObjectiveConfig:
     """What the draws of the prediction are compared with the target by (ldm_smd/diffusion/objectives.py)."""
 
-    name: str = "energy"
+    name: str = choice("energy", OBJECTIVES)
     """energy: a strictly proper score, learns the mixture. mixture_nll: likelihood of the draws' mixture. mse: the paper's
     loss, which collapses; the one for Gaussian models."""
     draws: int = 4
@@ -311,12 +332,11 @@ class ObjectiveConfig:
     """Sides of the patches, in latent places, that energy and mixture_nll measure distances over; 0: the whole picture."""
     bandwidth: float = 0.2
     """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""
-    weighting: str = "prediction"
+    weighting: str = choice("prediction", WEIGHTINGS)
     """Of the timesteps: the space in which an error counts the same at each. prediction, v, epsilon, x0; or min_snr."""
 
     def __post_init__(self) -> None:
-        one_of("objective.name", self.name, OBJECTIVES)
-        one_of("objective.weighting", self.weighting, WEIGHTINGS)
+        check_choices(self, "objective.")
         least = 2 if self.name == "energy" else 1
         at_least("objective.draws", self.draws, least)
         check(0 < self.beta < 2, "objective.beta", "more than 0 and less than 2", self.beta)
@@ -330,16 +350,14 @@ class DiffusionConfig:
     """The forward process, in diffusers' words."""
 
     num_train_timesteps: int = 1000
-    beta_schedule: str = "cosine"
+    beta_schedule: str = choice("cosine", BETA_SCHEDULES)
     """cosine: squaredcos_cap_v2 but for its last step, which ends at sigma = 1,300 and not 20,000, where float32 schedulers
     that work in sigma (EulerAncestralDiscreteScheduler) give NaN. Or squaredcos_cap_v2, linear, scaled_linear."""
-    prediction_type: str = "v_prediction"
+    prediction_type: str = choice("v_prediction", PREDICTION_TYPES)
     """v_prediction, epsilon or sample (x_0)."""
 
     def __post_init__(self) -> None:
-        schedules = ("cosine", "squaredcos_cap_v2", "linear", "scaled_linear")
-        one_of("diffusion.beta_schedule", self.beta_schedule, schedules)
-        one_of("diffusion.prediction_type", self.prediction_type, PREDICTION_TYPES)
+        check_choices(self, "diffusion.")
 
 
 @dataclass
@@ -386,13 +404,13 @@ class TrainConfig:
     image_conditional: bool = False
     """Use the OpenCLIP embeddings of the shards (tools/encode.py embedding=...): the model makes pictures like another one.
     They are left out as often as the labels."""
-    precision: str = "auto"
+    precision: str = choice("auto", PRECISIONS)
     """auto: bf16 on GPUs that have it, else float32. no: float32. bf16."""
     gradient_checkpointing: bool = False
     """Compute what is inside the blocks again on the way back, and do not keep it: a third more time, far less memory."""
     compile: bool = False
     """torch.compile of the network: minutes at the start, faster steps on GPUs."""
-    attention: str = "auto"
+    attention: str = choice("auto", ATTENTION_BACKENDS)
     """auto: xformers where it runs, else torch. sdpa: torch. xformers: warn where it does not run."""
     num_workers: int = 0
     seed: int = 0
@@ -416,8 +434,7 @@ class TrainConfig:
         check(self.gradient_clip > 0, "gradient_clip", "more than 0", self.gradient_clip)
         check(0 <= self.label_dropout <= 1, "label_dropout", "from 0 to 1", self.label_dropout)
         at_least("keep_checkpoints", self.keep_checkpoints, 1)
-        one_of("precision", self.precision, ("auto", "no", "bf16"))
-        one_of("attention", self.attention, ATTENTION_BACKENDS)
+        check_choices(self)
         check(
             self.model.latent_channels > 0 or self.objective.name == "mse",
             "objective.name",
@@ -616,7 +633,7 @@ class EvaluateConfig:
     """a model folder, or hub id, to sample them from, with the settings below."""
     count: int = 5000
     """Pictures to sample."""
-    labels: str = "reference"
+    labels: str = choice("reference", SAMPLED_LABELS)
     """Classes sampled. "reference": as often as among the reference; "balanced": each as often as the others; "random"."""
     steps: int = 8
     scheduler: Optional[str] = None
@@ -639,7 +656,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check((self.pictures is None) != (self.model is None), "pictures", "either these or a model", self.pictures)
-        one_of("labels", self.labels, ("reference", "balanced", "random"))
+        check_choices(self)
         check(len(self.features) > 0, "features", "at least one feature network", self.features)
         for name, least in (("count", 2), ("steps", 1), ("batch_size", 1), ("bootstrap", 2), ("num_workers", 0)):
             at_least(name, getattr(self, name), least)
@@ -724,11 +741,19 @@ def dump_config(config: object) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """Of a schema: its name, its default as YAML (None where it is required), and its docstring."""
+    """One setting of a schema.
+
+    Attributes:
+        name: full name, as model.placement.
+        default: as YAML; None where a value is required.
+        text: docstring.
+        choices: the values it takes, where they are a few.
+    """
 
     name: str
     default: str | None
     text: str
+    choices: tuple[str, ...] = ()
 
 
 def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
@@ -749,7 +774,8 @@ def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
             text = "[...]"  # the entries' own settings say what is in it
         else:
             text = yaml.safe_dump(default, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
-        yield Setting(name, text, texts.get(item.name, ""))
+        choices = ("true", "false") if hints[item.name] is bool else item.metadata.get("choices", ())
+        yield Setting(name, text, texts.get(item.name, ""), choices)
         if entries is not None:
             yield from settings(entries, f"{name}[].")
 

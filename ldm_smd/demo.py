@@ -50,6 +50,7 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
     """What ``demo`` does."""
     if len(config.runs) == 0:
         raise UserError("runs: expected at least one model, found none")
+    require_shipped(config)
     for name in ("latents", *(run.name for run in config.runs)):
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -126,6 +127,18 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
     print(json.dumps(report["targets"], indent=1))
     print(f"{total:.0f} seconds in all; open {path}")
     return path
+
+
+def require_shipped(config: DemoConfig) -> None:
+    """Raise UserError where a part that the repository ships is missing, before an earlier demo is removed."""
+    parts = {"encode": config.encode}
+    if ":" not in config.features:
+        parts["features"] = config.features
+    for index, run in enumerate(config.runs):
+        parts |= {f"runs[{index}].config": run.config, f"runs[{index}].checkpoint": run.checkpoint}
+    for key, part in parts.items():
+        if not Path(part).exists():
+            raise UserError(f"{key}: expected a path from the folder of the repository, where demo is to run, found no {part}")
 
 
 def target(name: str, wanted: str, measured: float, holds: bool) -> dict:

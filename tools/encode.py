@@ -1,17 +1,8 @@
-"""Turn pictures into latent shards for training.
-
-examples:
-  python tools/encode.py --config configs/encode/emoji.yaml
-  python tools/encode.py images.source=my/pictures images.resolution=256 \\
-      autoencoder=stabilityai/sd-vae-ft-mse output=my/latents
-  python tools/encode.py --config configs/encode/emoji.yaml --dry-run
-"""
+"""Turn pictures into latent shards for training."""
 
 import sys
 
-from ldm_smd.cli import run_tool
-from ldm_smd.config import EncodeConfig
-from ldm_smd.data.encode import encode
+from ldm_smd.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_tool(EncodeConfig, encode, __doc__))
+    sys.exit(run_command("encode"))

@@ -1,18 +1,8 @@
-"""A local page for trained models, side by side: class, steps, scheduler, seed, guidance; the way of a picture; draws of eta.
-
-Needs the package gradio: pip install 'gradio>=6'.
-
-examples:
-  python tools/explore.py --config configs/explore.yaml
-  python tools/explore.py models.mine=my/run/model port=8000
-  python tools/explore.py models.like=my/like/model clip=open_clip:ViT-B-32:my/clip.safetensors
-"""
+"""Serve a local page for trained models, side by side."""
 
 import sys
 
-from ldm_smd.cli import run_tool
-from ldm_smd.config import ExploreConfig
-from ldm_smd.explore import explore
+from ldm_smd.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_tool(ExploreConfig, explore, __doc__))
+    sys.exit(run_command("explore"))

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from ..choices import OBJECTIVES
 from .process import DiffusionProcess
 
-OBJECTIVES = ("mse", "energy", "mixture_nll")
-WEIGHTINGS = ("prediction", "v", "epsilon", "x0", "min_snr")
 MIN_SNR_GAMMA = 5.0
 EPSILON = 1e-8
 """Under the square root of squared distances per number: its gradient stays finite where two draws agree."""

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import torch
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-"""diffusers' names: eps, v = a_t eps - s_t x_0, x_0."""
-
 
 class DiffusionProcess:
     """Args:

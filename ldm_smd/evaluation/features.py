@@ -128,8 +128,8 @@ def load_extractor(weights: str, device: str = "auto") -> Extractor:
         extractor = Extractor(name, lambda pixels: model(2 * pixels - 1), where, digest, "none")
     else:
         raise UserError(
-            "features: expected a FeatureNetwork folder, open_clip:NAME:FILE, dinov2:NAME:FILE or inception:FILE, found "
-            f"{weights}"
+            "features: expected a FeatureNetwork folder (the repository has checkpoints/classifier), open_clip:NAME:FILE, "
+            f"dinov2:NAME:FILE or inception:FILE, found none at {weights!r}"
         )
     if not extractor.sha256.startswith(wanted.lower()):
         raise UserError(f"features: expected weights with the SHA-256 {wanted}, found {extractor.sha256} for {weights}")

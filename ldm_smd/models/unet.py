@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from ..config import PLACEMENTS
+from ..choices import PLACEMENTS
 from .blocks import (
     AttentionBlock,
     Downsample,

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from ldm_smd.choices import PREDICTION_TYPES
 from ldm_smd.config import DiffusionConfig
 from ldm_smd.diffusion.gaussian import GaussianMixture
 from ldm_smd.diffusion.moments import Moments, fit_two_gaussians, moments_of, reverse_moments, two_gaussians, x0_moments
-from ldm_smd.diffusion.process import PREDICTION_TYPES, DiffusionProcess
+from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.training.loop import build_scheduler
 
 PROCESS = DiffusionProcess(build_scheduler(DiffusionConfig()).alphas_cumprod.double())

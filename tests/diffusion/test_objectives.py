@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from ldm_smd.diffusion.objectives import EPSILON, WEIGHTINGS, energy, mixture_nll, mse, objective, timestep_weight
+from ldm_smd.choices import OBJECTIVES, WEIGHTINGS
+from ldm_smd.diffusion.objectives import EPSILON, energy, mixture_nll, mse, objective, timestep_weight
 from ldm_smd.diffusion.process import DiffusionProcess
 
 
@@ -39,7 +40,7 @@ def test_energy_over_patches_is_the_mean_over_windows():
     assert torch.isfinite(energy(predictions, target, patches=[9])).all()  # larger than the picture: the whole picture
 
 
-@pytest.mark.parametrize("name", ["mse", "energy", "mixture_nll"])
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradients(name):
     loss = objective(name, beta=1.0, diversity=1.0, patches=[0, 2])
     predictions, target = draw(2, 3, 2, 3, 3).requires_grad_(), draw(2, 2, 3, 3, seed=1)

@@ -2,8 +2,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from ldm_smd.choices import PREDICTION_TYPES
 from ldm_smd.config import DiffusionConfig
-from ldm_smd.diffusion.process import PREDICTION_TYPES, DiffusionProcess
+from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.training.loop import build_scheduler
 
 SCHEDULER = build_scheduler(DiffusionConfig())

@@ -1,0 +1,243 @@
+"""The commands: what each is called, what it reads, what it runs, and what it says of itself.
+
+``ldm-smd NAME`` (or ``python -m ldm_smd NAME``) and ``python tools/NAME.py`` are two doors to the same. Texts name the second;
+``for_console`` makes them those of the first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import config
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: of the command, in words joined by dashes.
+        schema: dataclass of its settings.
+        function: "module:function" that runs it, imported no sooner.
+        description: a line for the list of commands, what else there is to say, and examples.
+    """
+
+    name: str
+    schema: type
+    function: str
+    description: str
+
+    @property
+    def summary(self) -> str:
+        return self.description.partition("\n")[0].removesuffix(".")
+
+    @property
+    def script(self) -> str:
+        """Its file in the repository."""
+        return f"tools/{self.name.replace('-', '_')}.py"
+
+    def run(self, settings: object) -> None:
+        """Import the function and call it with an instance of ``schema``."""
+        module, _, name = self.function.partition(":")
+        main: Callable[[object], object] = getattr(importlib.import_module(module), name)
+        main(settings)
+
+
+COMMANDS = (
+    Command(
+        "encode",
+        config.EncodeConfig,
+        "ldm_smd.data.encode:encode",
+        """Turn pictures into latent shards for training.
+
+examples:
+  python tools/encode.py --config configs/encode/emoji.yaml
+  python tools/encode.py images.source=my/pictures images.resolution=256 \\
+      autoencoder=stabilityai/sd-vae-ft-mse output=my/latents
+  python tools/encode.py --config configs/encode/emoji.yaml --dry-run
+""",
+    ),
+    Command(
+        "verify",
+        config.VerifyConfig,
+        "ldm_smd.data.verify:verify",
+        """Check latent shards, and look at some of them, decoded.
+
+Checked against their manifest are hashes, counts, statistics and labels; and keys that are there twice, and numbers that are
+not finite.
+
+examples:
+  python tools/verify.py shards=my/latents
+  python tools/verify.py shards=my/latents sheet=my/sheet.png
+  python tools/verify.py shards=my/latents sheet=my/sheet.png autoencoder=my/vae pictures=100
+""",
+    ),
+    Command(
+        "train",
+        config.TrainConfig,
+        "ldm_smd.training.loop:train",
+        """Train an SMD UNet, or the Gaussian baseline, on latents.
+
+examples:
+  python tools/train.py --config configs/train/emoji-smd.yaml
+  python tools/train.py --config configs/train/emoji-smd.yaml model.latent_channels=0 objective.name=mse output=outputs/vanilla
+  python tools/train.py --config configs/train/emoji-smd.yaml --dry-run
+  accelerate launch --num_processes 8 tools/train.py --config configs/train/emoji-smd.yaml
+""",
+    ),
+    Command(
+        "sample",
+        config.SampleConfig,
+        "ldm_smd.sampling:sample",
+        """Sample pictures from a trained model.
+
+examples:
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/samples
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/flags classes=[Flags,Symbols] per_class=16 steps=4
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/free classes=[] per_class=64
+  python tools/sample.py model=outputs/demo/vanilla/model output=outputs/ddim scheduler=DDIMScheduler guidance_scale=2
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/sde steps=16 \\
+      scheduler=DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/from-sketch image=sketch.png strength=0.6 steps=16
+  python tools/sample.py model=my/run/model output=outputs/guided guide=my/run/checkpoints/images-000000200000/ema \\
+      guidance_scale=2 guidance_interval=[0.3,5]
+  python tools/sample.py model=my/like/model output=outputs/text text="a red balloon" clip=open_clip:ViT-B-32:laion2b_s34b_b79k
+""",
+    ),
+    Command(
+        "evaluate",
+        config.EvaluateConfig,
+        "ldm_smd.evaluation.evaluate:evaluate",
+        """Measure pictures against real ones.
+
+Frechet distance, KID, CMMD, precision, recall, density and coverage, in the features of any networks. A distance is named
+after its network; only that of Inception is an FID.
+
+examples:
+  python tools/evaluate.py --config configs/evaluate/emoji.yaml model=outputs/demo/smd/model output=outputs/smd.json
+  python tools/evaluate.py reference.source=my/pictures reference.resolution=256 pictures=my/samples output=my/result.json \\
+      features=[open_clip:ViT-L-14-336:openai,dinov2:vit_large_patch14_dinov2:lvd142m]
+  accelerate launch tools/evaluate.py --config configs/evaluate/emoji.yaml model=my/run/model count=50000 labels=balanced \\
+      output=my/result.json
+""",
+    ),
+    Command(
+        "explore",
+        config.ExploreConfig,
+        "ldm_smd.explore:explore",
+        """Serve a local page for trained models, side by side.
+
+Class, steps, scheduler, seed, guidance; the way of a picture; draws of eta. Needs the package gradio: pip install 'gradio>=6'.
+
+examples:
+  python tools/explore.py --config configs/explore.yaml
+  python tools/explore.py models.mine=my/run/model port=8000
+  python tools/explore.py models.like=my/like/model clip=open_clip:ViT-B-32:my/clip.safetensors
+""",
+    ),
+    Command(
+        "average",
+        config.AverageConfig,
+        "ldm_smd.training.average:average",
+        """Average a run's weights after it has ended (post-hoc EMA).
+
+Over any share of its training, of the snapshots that ema_widths keeps.
+
+examples:
+  python tools/train.py --config my/train.yaml ema_widths=[0.05,0.1]
+  python tools/average.py run=my/run sigma_rel=0.12 output=my/average
+  python tools/average.py run=my/run sigma_rel=0.07 images=150000 output=my/earlier
+  python tools/sample.py model=my/average output=my/samples
+""",
+    ),
+    Command(
+        "train-autoencoder",
+        config.TrainAutoencoderConfig,
+        "ldm_smd.training.autoencoder:train_autoencoder",
+        """Train a small AutoencoderKL on your own pictures.
+
+examples:
+  python tools/train_autoencoder.py --config configs/autoencoder/emoji.yaml
+  python tools/train_autoencoder.py --config configs/autoencoder/emoji.yaml images.source=my/pictures output=my/vae
+  python tools/train_autoencoder.py --config configs/autoencoder/emoji.yaml --dry-run
+""",
+    ),
+    Command(
+        "train-moments",
+        config.TrainMomentsConfig,
+        "ldm_smd.training.moments:train_moments",
+        """Train what GMSScheduler needs beside a Gaussian model.
+
+That is the variance and the skew of the step, beside the model's prediction of its mean. The UNet stays as it is; a small head
+on its last features learns. The output is a model folder as the input, with a moments part and GMSScheduler as its scheduler.
+
+examples:
+  python tools/train_moments.py model=outputs/demo/vanilla/model shards=outputs/demo/latents output=outputs/gms
+  python tools/train_moments.py model=my/run/model shards=my/latents output=my/gms images_total=200000 batch_size=256
+  python tools/sample.py model=outputs/gms output=outputs/gms-samples steps=10
+""",
+    ),
+    Command(
+        "train-classifier",
+        config.TrainClassifierConfig,
+        "ldm_smd.training.classifier:train_classifier",
+        """Train the small classifier that pictures are measured by.
+
+Distances are taken in its last features.
+
+examples:
+  python tools/train_classifier.py --config configs/classifier.yaml
+  python tools/train_classifier.py --config configs/classifier.yaml output=outputs/classifier images_total=20000
+  python tools/train_classifier.py --config configs/classifier.yaml --dry-run
+""",
+    ),
+    Command(
+        "fit-gaussian",
+        config.FitGaussianConfig,
+        "ldm_smd.training.gaussian:fit_gaussian",
+        """Fit the Gaussians that TeleportScheduler starts from.
+
+Mean and covariance of the latents, for each class and for all, in one pass over the shards. The output is a model folder as
+the input, with a gaussian part and TeleportScheduler as its scheduler.
+
+examples:
+  python tools/fit_gaussian.py model=outputs/demo/vanilla/model shards=outputs/demo/latents output=outputs/teleport
+  python tools/fit_gaussian.py model=outputs/demo/vanilla/model shards=outputs/demo/latents output=outputs/gm components=256
+  python tools/sample.py model=outputs/teleport output=outputs/teleport-samples steps=8
+""",
+    ),
+    Command(
+        "demo",
+        config.DemoConfig,
+        "ldm_smd.demo:demo",
+        """Encode, train, sample and report: the demo.
+
+On the shipped pictures, training on from the shipped weights; the report is a page to look at.
+
+examples:
+  python tools/demo.py --config configs/demo.yaml
+  python tools/demo.py --config configs/demo.yaml images=20000 output=outputs/longer
+  python tools/demo.py --config configs/demo.yaml --dry-run
+""",
+    ),
+)
+BY_NAME = {command.name: command for command in COMMANDS}
+BY_SCRIPT = {command.script: command for command in COMMANDS}
+CALL = re.compile(
+    r"(?P<python>python )?(?P<launcher>accelerate launch (?:--\S+ \S+ )*)?(?<![\w./-])(?P<script>tools/\w+\.py)\b"
+)
+
+
+def for_console(text: str) -> str:
+    """The same for those who have the console command: "python tools/train.py" is "ldm-smd train"."""
+
+    def spoken(call: re.Match) -> str:
+        command = BY_SCRIPT.get(call["script"])
+        if command is None:
+            return call[0]
+        return f"{call['launcher']}-m ldm_smd {command.name}" if call["launcher"] else f"ldm-smd {command.name}"
+
+    return CALL.sub(spoken, text)
