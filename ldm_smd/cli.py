@@ -137,8 +137,10 @@ def console_parser() -> argparse.ArgumentParser:
 
 
 def described(setting: Setting) -> str:
-    """A setting for --help: name, default, and what its docstring says."""
+    """A setting for --help: name, default, what a number may be, and what its docstring says."""
     value = "(required)" if setting.default is None else f"= {setting.default}"
+    if setting.bounds:
+        value += f"  ({setting.bounds})"
     return f"  {setting.name} {value}" + (f"\n{indent(setting.text, ' ' * 6)}" if setting.text else "")
 
 

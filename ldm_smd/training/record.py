@@ -18,7 +18,7 @@ from ..files import atomic_file
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
-VALUE_LENGTH = 60
+VALUE_LENGTH = 200
 
 
 @dataclass

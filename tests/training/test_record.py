@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ldm_smd.config import EncodeConfig, TrainAutoencoderConfig, TrainConfig, config_as_dict, dump_config, load_config
 from ldm_smd.data.encode import encode
@@ -26,17 +26,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def other_shards(pictures, vae_folder, tmp_path):
-    for number in range(3):
-        for name in ("disc", "square"):
-            (tmp_path / "few" / name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(sorted((pictures / name).iterdir())[number], tmp_path / "few" / name)
-    settings = [
-        f"images.source={tmp_path / 'few'}",
-        "mirror=true",
-        "images.resolution=16",
-        f"autoencoder={vae_folder}",
-        "num_workers=0",
-    ]
+    for path in pictures.rglob("*.png"):
+        (tmp_path / "upside-down" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            image.rotate(180).save(tmp_path / "upside-down" / path.relative_to(pictures))
+    common = ["images.resolution=16", f"autoencoder={vae_folder}", "num_workers=0"]
+    settings = [f"images.source={tmp_path / 'upside-down'}", *common]
     encode(load_config(EncodeConfig, None, [*settings, f"output={tmp_path / 'other'}"]))
     return tmp_path / "other"
 
@@ -102,7 +97,7 @@ def test_a_run_of_before_records_goes_on_with_a_warning(train_config, tmp_path, 
 
 
 def test_every_named_setting_is_there():
-    names = flat(config_as_dict(TrainConfig(shards="", autoencoder="", output="")))
+    names = flat(config_as_dict(TrainConfig(shards="x", autoencoder="x", output="x")))
     assert set(NOT_COMPARED) | set(MAY_CHANGE) <= names.keys()
     assert not set(NOT_COMPARED) & set(MAY_CHANGE)
 
@@ -145,7 +140,7 @@ def test_two_autoencoders_do_not_share_a_work_folder(autoencoder_config, picture
     train_autoencoder(autoencoder_config(others, f"output={tmp_path / 'second'}"))
     first, second = (tmp_path / name / "diffusion_pytorch_model.safetensors" for name in ("vae", "second"))
     assert first.read_bytes() != second.read_bytes()
-    with pytest.raises(UserError, match=r"found: images was .*; output was .*vae\" and is .*third"):
+    with pytest.raises(UserError, match=r"found: images was .*; output was .*vae\" and is .*third\""):
         train_autoencoder(autoencoder_config(others, f"output={tmp_path / 'third'}", f"work={tmp_path / 'vae.run'}"))
     assert not (tmp_path / "third").exists()
 
