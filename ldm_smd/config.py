@@ -34,10 +34,11 @@ from .choices import (
     SAMPLED_LABELS,
     WEIGHTINGS,
 )
-from .errors import UserError, brief
+from .errors import UserError, brief, shortened
 
 Config = TypeVar("Config")
 
+LONGEST_NAME = 4096
 MOST_IMAGES = 10**12
 MOST_SEED = 2**32 - 1
 """NumPy's and torch's generators both take it."""
@@ -46,7 +47,7 @@ MOST_SEED = 2**32 - 1
 def check(condition: bool, key: str, expected: str, found: object) -> None:
     """Raise UserError "key: expected ..., found ..." unless ``condition`` holds."""
     if not condition:
-        raise UserError(f"{key}: expected {expected}, found {found!r}")
+        raise UserError(f"{key}: expected {expected}, found {shortened(repr(found))}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def check_field(item: Field, key: str, value: typing.Any) -> None:
     entries = value if isinstance(value, list) else [value]
     if any(isinstance(entry, str) for entry in entries):
         for entry in entries:
-            check(entry != "" and "\0" not in entry, key, "a name, a path or words", entry)
+            fits = 0 < len(entry) <= LONGEST_NAME and "\0" not in entry
+            check(fits, key, f"a name, a path or words of at most {LONGEST_NAME} characters", entry)
         if "choices" in item.metadata:
             one_of(key, value, item.metadata["choices"])
     bounds = item.metadata.get("bounds")

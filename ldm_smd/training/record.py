@@ -12,13 +12,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from ..files import atomic_file
 
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
-VALUE_LENGTH = 200
 
 
 @dataclass
@@ -105,5 +104,4 @@ def flat(settings: Mapping, prefix: str = "") -> dict:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 3] + "..."
+    return shortened(json.dumps(value))
