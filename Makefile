@@ -1,9 +1,9 @@
-# make demo: pictures in some minutes.  make test: the tests.
+# make demo: pictures in some minutes.  make test: the tests.  make test-cpus: as other CPUs run them.
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-cpus lint clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,16 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# All tests as other processors would run them: kernels for other instructions, one thread, weights elsewhere in memory.
+DISGUISES := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 \
+	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/shifted
+
+test-cpus: $(INSTALLED)
+	@log=$$(mktemp); failed=0; for disguise in $(DISGUISES); do \
+		env $$disguise $(BIN)/python -m pytest >$$log 2>&1 || failed=1; \
+		grep -E '^(FAILED|ERROR) ' $$log; echo "$$disguise: $$(grep -E ' in [0-9.]+s' $$log | tail -n 1)"; \
+	done; rm $$log; exit $$failed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -20,7 +20,8 @@ from ldm_smd.data.encode import encode
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.loop import train
 
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 
 TINY_MODEL = [
     "model.block_out_channels=[16,32]",
