@@ -1,5 +1,5 @@
-"""With this folder in PYTHONPATH, the weights that safetensors reads lie 32 bytes after a multiple of 64, as they may on another
-machine, or in a file with another header: also in processes that tests start. For `make test-cpus`."""
+"""With this folder in PYTHONPATH, the weights that safetensors reads lie 32 bytes after a multiple of 64, as they may elsewhere
+or in a file with another header: also in processes that tests start. For `make test-cpus`."""
 
 import safetensors
 import safetensors.torch
