@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 
 from ldm_smd.config import ImagesConfig, SampleConfig, VerifyConfig
 from ldm_smd.data.images import load_pixels
@@ -20,6 +19,7 @@ from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import sample
 from ldm_smd.training.loop import build_model, train
 from tests.rounding import alike
+from tests.tiny import diffusers_unet
 
 
 def test_shards_hold_the_embeddings_and_all_else_as_without(embedded, shards, pictures, clip):
@@ -100,8 +100,7 @@ def test_a_model_without_embeddings_learns_them(train_config, embedded, model_fo
 def test_compiled_as_diffusers_users_do(loud_pipeline, conditional_folder):
     """`pipe.unet = torch.compile(pipe.unet)` changes the class of the unet, and nothing else."""
     pipeline = loud_pipeline(conditional_folder)
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
-    plain = UNet2DModel(8, 4, 4, **blocks, norm_num_groups=4, num_class_embeds=3)
+    plain = diffusers_unet()
     embeds = torch.nn.functional.normalize(torch.randn(2, 16))
     for unet, options in ((pipeline.unet, {"image_embeds": embeds}), (plain, {})):
         options |= {"class_labels": [0, 1], "num_inference_steps": 2, "output_type": "latent"}

@@ -19,6 +19,7 @@ from ldm_smd.schedulers import TeleportScheduler
 from ldm_smd.training.gaussian import fit_gaussian
 from ldm_smd.training.moments import train_moments
 from tests.rounding import alike
+from tests.tiny import diffusers_unet
 
 SCHEDULERS = [
     "DDPMScheduler",
@@ -102,10 +103,13 @@ def test_unconditional_and_output_types(pipeline):
 
 
 def test_eta_matters_to_a_mixture_and_given_noise_is_used(pipeline):
-    start = torch.randn(1, 4, 8, 8)
+    start, other = torch.randn(2, 1, 4, 8, 8)
     pipeline.scheduler = make_scheduler("DDIMScheduler", pipeline.scheduler)  # no noise but eta's
-    a, b = (latents(pipeline, [0], [seed], latents=start) for seed in (1, 2))
-    assert not torch.allclose(a, b, atol=1e-2)
+    found, of_other_eta, of_other_noise, again = (
+        latents(pipeline, [0], [seed], latents=noise) for seed, noise in ((1, start), (2, start), (1, other), (1, start))
+    )
+    assert alike(again, found)
+    assert not torch.allclose(of_other_eta, found, atol=1e-2) and not torch.allclose(of_other_noise, found, atol=1e-2)
 
 
 def test_callback(pipeline):
@@ -268,18 +272,7 @@ def test_a_plain_unet_of_diffusers_in_our_pipeline(model_folder, shards, tmp_pat
     """From a UNet2DModel trained elsewhere to its moments, its Gaussians and pictures with both."""
     ours = load_pipeline(model_folder)
     torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=3,
-    )
-    ours.register_modules(unet=unet)
+    ours.register_modules(unet=diffusers_unet())
     ours.save_pretrained(tmp_path / "plain")
     plain = load_pipeline(tmp_path / "plain")
     assert alike(latents(plain, None, [1]), latents(plain, [2], [1]))  # the last embedding is that of no class

@@ -5,27 +5,12 @@ from diffusers import UNet2DModel
 from ldm_smd.models.blocks import repeat
 from ldm_smd.models.extended import ExtendedUNet2DModel
 from tests.rounding import alike
-
-MIXTURE = {"latent_channels": 8, "identifier_channels": 8, "hypernetwork_width": 8}
+from tests.tiny import MIXTURE, diffusers_unet
 
 
 def gaussian(**changes):
     torch.manual_seed(0)
-    return UNet2DModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "block_out_channels": (8, 16),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 8,
-            "num_class_embeds": 4,
-            **changes,
-        }
-    ).eval()
+    return diffusers_unet(**{"num_class_embeds": 4, **changes}).eval()
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from diffusers import UNet2DModel
 
 from ldm_smd.models.moments import MomentHeads
 from ldm_smd.models.unet import SMDUNet2DModel
 from tests.rounding import alike
+from tests.tiny import diffusers_unet
 
 
 def ours():
@@ -12,16 +12,7 @@ def ours():
 
 
 def theirs():
-    return UNet2DModel(
-        sample_size=4,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=4,
-    )
+    return diffusers_unet(sample_size=4, in_channels=2, out_channels=2, num_class_embeds=4)
 
 
 @pytest.mark.parametrize("build", [ours, theirs])

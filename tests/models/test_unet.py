@@ -10,21 +10,9 @@ from ldm_smd.models.blocks import repeat
 from ldm_smd.models.hypernetwork import HyperNetwork
 from ldm_smd.models.unet import PLACEMENTS, SMDUNet2DModel
 from tests.rounding import alike
+from tests.tiny import SIZES
 
-TINY = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "up_layers_per_block": 1,
-    "attention_head_dim": 8,
-    "norm_num_groups": 4,
-    "num_classes": 3,
-    "latent_channels": 8,
-    "identifier_channels": 8,
-    "hypernetwork_width": 8,
-}
+TINY = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_classes": 3, **SIZES}
 
 
 def model(**changes):
