@@ -1,4 +1,5 @@
-"""Every file in configs/, as its tool reads it (those of accelerate and SLURM: test_launch_configs.py), and the networks of the large ones at full size, without their numbers."""
+"""Every file in configs/, as its tool reads it (those of accelerate and SLURM: test_launch_configs.py); and the networks of the
+large ones at full size, without their numbers."""
 
 from pathlib import Path
 
