@@ -399,6 +399,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        if self.precision == "False":  # as YAML has an unquoted no
+            self.precision = "no"
         at_least("batch_size", self.batch_size, 1)
         check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
         check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)

@@ -40,6 +40,13 @@ def test_mistakes_are_named(overrides, message):
     assert "\n" not in str(error.value)
 
 
+def test_no_is_a_precision(tmp_path):
+    """Which YAML would read as false."""
+    (tmp_path / "train.yaml").write_text("precision: no\n")
+    for file, overrides in ((tmp_path / "train.yaml", []), (None, ["precision=no"])):
+        assert load_config(TrainConfig, file, [*GIVEN, *overrides]).precision == "no"
+
+
 def test_a_mandatory_value_that_is_missing_is_named():
     with pytest.raises(UserError, match="output: expected a value"):
         load_config(TrainConfig, None, GIVEN[:2])

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ldm_smd.diffusion.gaussian import GaussianMixture, fit_shared
+from ldm_smd.diffusion.gaussian import GaussianMixture, choose, fit_shared
 from ldm_smd.diffusion.process import DiffusionProcess
 
 GRID = torch.linspace(-9, 9, 361, dtype=torch.float64)
@@ -130,3 +130,10 @@ def test_modes_of_one_covariance_are_found_again():
     assert torch.allclose(found_weights[order], weights, atol=0.02)
     assert torch.allclose(found, covariance, atol=0.005)
     assert (shares[:, order] - truth.responsibilities(points)).abs().mean() < 0.01
+
+
+def test_components_are_chosen_by_their_shares_also_at_the_ends():
+    """Shares whose sum is rounded below 1 leave no number without a component."""
+    shares = torch.tensor([[0.25, 0.5, 0.25 - 1e-6]]).expand(5, 3)
+    uniform = torch.tensor([[0.0], [0.2], [0.3], [0.8], [1.0]])
+    assert choose(shares, uniform).tolist() == [0, 0, 1, 2, 2]
