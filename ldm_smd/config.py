@@ -862,6 +862,8 @@ def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
         elif entries is not None:
             for index, entry in enumerate(value):
                 _check_fields(entries, entry, f"{prefix}{item.name}[{index}].")
+        elif value == "False" and "no" in item.metadata.get("choices", ()):
+            node[item.name] = "no"  # as YAML has an unquoted no
         else:
             check_field(item, prefix + item.name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
 

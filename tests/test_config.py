@@ -34,7 +34,7 @@ def test_dump_loads_back_to_the_same(tmp_path):
         (["learning_rate=nan"], "learning_rate: expected a number more than 0 to 1, found nan"),
         (["objective.patches=[]"], "objective.patches: expected at least 1 numbers, found []"),
         (["objective.patches=[0,-1]"], "objective.patches: expected a number from 0 to 1,024, found -1"),
-        (["output=''"], "output: expected a name, a path or words, found ''"),
+        (["output=''"], "output: expected a name, a path or words of at most 4096 characters, found ''"),
         (["output=${nothing}"], "settings: expected values that can be resolved, found: Interpolation key 'nothing' not found"),
         (["batch_size"], "override: expected key=value, found 'batch_size'"),
     ],
@@ -55,6 +55,13 @@ def test_the_mistake_is_named_by_its_full_name():
 def test_schemas_made_in_python_are_checked_too():
     with pytest.raises(UserError, match="batch_size: expected a number from 1"):
         TrainConfig(shards="a", autoencoder="b", output="c", batch_size=0)
+
+
+def test_no_is_a_precision(tmp_path):
+    """Which YAML would read as false."""
+    (tmp_path / "train.yaml").write_text("precision: no\n")
+    for file, overrides in ((tmp_path / "train.yaml", []), (None, ["precision=no"])):
+        assert load_config(TrainConfig, file, [*GIVEN, *overrides]).precision == "no"
 
 
 def test_a_mandatory_value_that_is_missing_is_named():

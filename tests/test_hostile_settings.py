@@ -8,8 +8,8 @@ import yaml
 
 from ldm_smd.evaluation.features import FeatureNetwork
 from ldm_smd.training.loop import train
-from tests.conftest import TINY_MODEL
 from tests.hostile import cases, run_case
+from tests.tiny import TINY_MODEL
 
 
 def nested(overrides):

@@ -85,7 +85,8 @@ STOP_EVERY_STEPS = 10
 def train(config: TrainConfig) -> Path:
     """Train from latent shards; returns the model folder. Continues from the newest checkpoint of ``config.output``.
 
-    A SIGTERM ends it with a checkpoint and exit code 143.
+    On CPUs a run that goes on ends bit by bit as one that was never stopped, on the same machine with the same number of
+    threads and the same torch. A SIGTERM ends it with a checkpoint and exit code 143.
     """
     # On CPUs several processes are a group only where one says that there is no GPU to look for.
     no_gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()

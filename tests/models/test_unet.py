@@ -10,21 +10,10 @@ from ldm_smd.models.attention import attention, set_attention_backend, xformers_
 from ldm_smd.models.blocks import AttentionBlock, repeat
 from ldm_smd.models.hypernetwork import HyperNetwork
 from ldm_smd.models.unet import PLACEMENTS, SMDUNet2DModel
+from tests.rounding import alike
+from tests.tiny import SIZES
 
-TINY = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "up_layers_per_block": 1,
-    "attention_head_dim": 8,
-    "norm_num_groups": 4,
-    "num_classes": 3,
-    "latent_channels": 8,
-    "identifier_channels": 8,
-    "hypernetwork_width": 8,
-}
+TINY = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_classes": 3, **SIZES}
 
 
 def model(**changes):
@@ -59,7 +48,7 @@ def test_draws_share_what_they_may(placement):
     together = unet(x, t, labels, eta).sample
     one_by_one = unet(repeat(x, 3), repeat(t, 3), repeat(labels, 3), eta).sample
     assert together.shape == (6, 4, 8, 8)
-    assert torch.allclose(together, one_by_one, atol=1e-4)
+    assert alike(together, one_by_one)
     assert (together[0] - together[1]).abs().max() > 1e-3
 
 
@@ -77,21 +66,21 @@ def test_a_new_mixture_is_the_gaussian_model_it_extends(placement, noise_rank):
     expected = gaussian(x, t, labels).sample
     if noise_rank:
         expected = expected + mixture.hyper["noise"](eta, x, t, labels)
-    assert torch.allclose(mixture(x, t, labels, eta).sample, expected, atol=1e-5)
+    assert alike(mixture(x, t, labels, eta).sample, expected)
 
 
 def test_gaussian_model_does_not_read_eta():
     unet = model(latent_channels=0)
     x, t, labels, eta = inputs()
     assert not unet.is_mixture
-    assert torch.equal(unet(x, t, labels, eta).sample, unet(x, t, labels).sample)
+    assert alike(unet(x, t, labels, eta).sample, unet(x, t, labels).sample)
 
 
 def test_labels_and_the_null_class():
     unet = model()
     x, t, labels, eta = inputs()
     null = torch.full_like(labels, 3)
-    assert torch.equal(unet(x, t, null, eta).sample, unet(x, t, None, eta).sample)
+    assert alike(unet(x, t, null, eta).sample, unet(x, t, None, eta).sample)
     assert not torch.allclose(unet(x, t, labels, eta).sample, unet(x, t, None, eta).sample)
     with pytest.raises(ValueError, match="class_labels: expected None"):
         model(num_classes=None)(x, t, labels, eta)
@@ -153,7 +142,7 @@ torch.save(unet(i["x"], i["t"], None, i["eta"]).sample.detach(), {str(tmp_path /
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
     expected = unet(x, t, None, eta).sample
-    assert torch.allclose(torch.load(tmp_path / "out.pt", weights_only=True), expected, atol=1e-5)
+    assert alike(torch.load(tmp_path / "out.pt", weights_only=True), expected)
     names = {path.name for path in (tmp_path / "unet").iterdir()}
     assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert json.loads((tmp_path / "unet/config.json").read_text())["placement"] == "all"
