@@ -71,6 +71,7 @@ ELSEWHERE = {
     "log_every_images",
     "num_workers",
     "output",
+    "resume_changed",  # test_record.py
     "sample_every_images",
     "sample_steps",
     "shards",
