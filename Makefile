@@ -1,9 +1,10 @@
-# make demo: pictures in some minutes.  make test: the tests.  make test-wheel: the package as others install it.
+# make demo: pictures in some minutes.  make test: the tests.  make test-cpus: as other CPUs run them.
+# make test-wheel: the package as others install it.
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-wheel lint clean
+.PHONY: demo test test-cpus test-wheel lint clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +23,16 @@ test-wheel: $(INSTALLED)
 	$(PYTHON) -m venv build/venv
 	build/venv/bin/python -I -m pip install --quiet --constraint constraints.txt build/*.whl
 	LDM_SMD_WHEEL_PYTHON=$(CURDIR)/build/venv/bin/python $(BIN)/python -m pytest tests/test_wheel.py
+
+# All tests as other processors would run them: kernels for other instructions, one thread, weights elsewhere in memory.
+DISGUISES := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 \
+	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/shifted
+
+test-cpus: $(INSTALLED)
+	@log=$$(mktemp); failed=0; for disguise in $(DISGUISES); do \
+		env $$disguise $(BIN)/python -m pytest >$$log 2>&1 || failed=1; \
+		grep -E '^(FAILED|ERROR) ' $$log; echo "$$disguise: $$(grep -E ' in [0-9.]+s' $$log | tail -n 1)"; \
+	done; rm $$log; exit $$failed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ written to disk is what the encoder said (moments); normalisation happens just i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ INPUT_RANGE = (-1.0, 1.0)
 
 
 class FrozenAutoencoder(nn.Module):
-    """A frozen diffusers autoencoder in evaluation mode.
+    """Encodes and decodes with a diffusers autoencoder, without gradients. The wrapped model itself is left as it is.
 
     Args:
         model: an AutoencoderKL, AutoencoderTiny or AutoencoderDC.
@@ -36,10 +38,7 @@ class FrozenAutoencoder(nn.Module):
         if not isinstance(model, KINDS):
             allowed = ", ".join(kind.__name__ for kind in KINDS)
             raise UserError(f"autoencoder: expected one of {allowed}, found {type(model).__name__}")
-        # force_upcast marks weights that overflow in float16 (the SDXL autoencoder); bfloat16 has float32's range.
-        if model.dtype == torch.float16 and model.config.get("force_upcast", False):
-            model = model.to(torch.float32)
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.name = name
         shift, scale = latent_affine(model.config)
         self.register_buffer("shift", shift.to(self.device), persistent=False)
@@ -56,7 +55,7 @@ class FrozenAutoencoder(nn.Module):
             raise UserError(
                 f"autoencoder: expected a local model folder or a hub id, found {str(source)!r}: {brief(error)}"
             ) from error
-        return cls(model, str(source))
+        return cls(model.eval().requires_grad_(False), str(source))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,22 +72,38 @@ class FrozenAutoencoder(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Pixels a side for each latent a side."""
-        if isinstance(self.model, AutoencoderKL):
-            return 2 ** (len(self.model.config.block_out_channels) - 1)
-        return (
-            self.model.spatial_scale_factor if isinstance(self.model, AutoencoderTiny) else self.model.spatial_compression_ratio
-        )
+        """Pixels per latent along each side."""
+        return spatial_factor(self.model)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Within the block the model is in evaluation mode, and in float32 if it overflows in float16; then as before.
+
+        ``force_upcast`` marks weights that overflow in float16 (the SDXL autoencoder); bfloat16 has float32's range. Blocks
+        nest: several calls in one convert the weights once.
+        """
+        training, dtype = self.model.training, self.dtype
+        upcast = dtype == torch.float16 and self.model.config.get("force_upcast", False)
+        try:
+            if training:
+                self.model.eval()
+            if upcast:
+                self.model.to(torch.float32)
+            yield
+        finally:
+            if upcast:
+                self.model.to(dtype)
+            if training:
+                self.model.train()
 
     @torch.no_grad()
     def encode_moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 pictures (B, 3, H, W) -> float32 moments (B, 2, C, h, w): mean and log-variance; (B, 1, C, h, w) for a
         deterministic autoencoder."""
         low, high = INPUT_RANGE
-        x = pixels.to(self.device, self.dtype) / 255.0 * (high - low) + low
         # Autocast would run the convolutions in half precision even for weights that must stay in float32.
-        with torch.autocast(self.device.type, enabled=False):
-            encoded = self.model.encode(x)
+        with self.working(), torch.autocast(self.device.type, enabled=False):
+            encoded = self.model.encode(pixels.to(self.device, self.dtype) / 255.0 * (high - low) + low)
         if isinstance(self.model, AutoencoderKL):
             moments = torch.stack((encoded.latent_dist.mean, encoded.latent_dist.logvar), dim=1)
         elif isinstance(self.model, AutoencoderTiny):
@@ -105,7 +120,7 @@ class FrozenAutoencoder(nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, C, h, w) -> float32 pictures (B, 3, H, W), clamped to [-1, 1]."""
         z = latents.to(self.device, torch.float32) / self.scale + self.shift
-        with torch.autocast(self.device.type, enabled=False):
+        with self.working(), torch.autocast(self.device.type, enabled=False):
             x = self.model.decode(z.to(self.dtype)).sample
         return x.float().clamp(*INPUT_RANGE)
 
@@ -119,6 +134,13 @@ class FrozenAutoencoder(nn.Module):
             "shift": self.shift.flatten().tolist(),
             "scale": self.scale.flatten().tolist(),
         }
+
+
+def spatial_factor(model: ModelMixin) -> int:
+    """Pixels per latent along each side."""
+    if isinstance(model, AutoencoderKL):
+        return 2 ** (len(model.config.block_out_channels) - 1)
+    return model.spatial_scale_factor if isinstance(model, AutoencoderTiny) else model.spatial_compression_ratio
 
 
 def sample_latents(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import io
 import os
 import runpy
@@ -21,10 +22,24 @@ import ldm_smd
 
 from .commands import BY_NAME, COMMANDS, for_console
 from .config import Setting, dump_config, load_config, settings
-from .errors import UserError
+from .errors import UserError, shortened
 
 Config = TypeVar("Config")
 CONSOLE = "ldm-smd"
+USERS_FILES = {
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+}
+"""Errors of the system that say something of a file, and nothing of this code."""
 HEAD = f"""# The tools
 
 What `--help` prints (`python -m ldm_smd.cli > docs/tools.md`). After `pip install .` each is also a command:
@@ -105,6 +120,11 @@ def run_tool(
         main(config)
     except UserError as error:
         code, said = 2, f"error: {wording(str(error))}"
+    except OSError as error:
+        if error.errno not in USERS_FILES:
+            raise
+        where = f"{shortened(str(error.filename))}: " if error.filename is not None else ""
+        code, said = 2, f"error: expected files that can be read and written, found {where}{error.strerror}"
     except KeyboardInterrupt:
         code, said = 130, "interrupted"
     # Last of all: with the exception go the frames that hold progress bars, which end their line.
@@ -137,8 +157,10 @@ def console_parser() -> argparse.ArgumentParser:
 
 
 def described(setting: Setting) -> str:
-    """A setting for --help: name, default, and what its docstring says."""
+    """A setting for --help: name, default, what a number may be, and what its docstring says."""
     value = "(required)" if setting.default is None else f"= {setting.default}"
+    if setting.bounds:
+        value += f"  ({setting.bounds})"
     return f"  {setting.name} {value}" + (f"\n{indent(setting.text, ' ' * 6)}" if setting.text else "")
 
 

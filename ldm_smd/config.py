@@ -10,11 +10,12 @@ import ast
 import difflib
 import inspect
 import itertools
+import math
 import textwrap
 import types
 import typing
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Optional, TypeVar
 
@@ -33,28 +34,48 @@ from .choices import (
     SAMPLED_LABELS,
     WEIGHTINGS,
 )
-from .errors import UserError
-
-if typing.TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from .errors import UserError, brief, shortened
 
 Config = TypeVar("Config")
+
+LONGEST_NAME = 4096
+MOST_IMAGES = 10**12
+MOST_SEED = 2**32 - 1
+"""NumPy's and torch's generators both take it."""
 
 
 def check(condition: bool, key: str, expected: str, found: object) -> None:
     """Raise UserError "key: expected ..., found ..." unless ``condition`` holds."""
     if not condition:
-        raise UserError(f"{key}: expected {expected}, found {found!r}")
+        raise UserError(f"{key}: expected {expected}, found {shortened(repr(found))}")
 
 
-def check_width(key: str, width: float) -> None:
-    """Of an average: a profile that rises has less than 0.289, the deviation of a flat one."""
-    check(0.001 <= width <= 0.28, key, "from 0.001 to 0.28", width)
+@dataclass(frozen=True)
+class Bounds:
+    """What a number, or each of a list, may be: from ``least`` to ``most``; more than ``above``, less than ``below``, where
+    given. A list has ``fewest`` entries or more."""
 
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    fewest: int = 0
 
-def at_least(key: str, value: float, least: float) -> None:
-    """Raise UserError unless ``value >= least``."""
-    check(value >= least, key, f"at least {least}", value)
+    def __contains__(self, value: float) -> bool:
+        """NaN is in no bounds."""
+        return (
+            not math.isnan(value)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        low = f"more than {self.above:,}" if self.least is None else f"from {self.least:,}"
+        if self.below is not None:
+            return f"{low}, less than {self.below:,}"
+        return low if self.most == math.inf else f"{low} to {self.most:,}"
 
 
 def one_of(key: str, value: object, allowed: typing.Collection) -> None:
@@ -62,16 +83,53 @@ def one_of(key: str, value: object, allowed: typing.Collection) -> None:
     check(value in allowed, key, "one of " + ", ".join(map(str, allowed)), value)
 
 
-def choice(default: str, allowed: tuple[str, ...]) -> str:
-    """A field that takes one of these names: ``check_choices`` refuses others, and shells complete them."""
+def number(
+    default: typing.Any,
+    least: float | None = None,
+    most: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> typing.Any:
+    """A field that takes numbers within ``Bounds``."""
+    return field(default=default, metadata={"bounds": Bounds(least, most, above, below)})
+
+
+def numbers(default: list, least: float, most: float, fewest: int = 0) -> typing.Any:
+    """A field that takes a list of ``fewest`` or more numbers within ``Bounds``."""
+    return field(default_factory=lambda: list(default), metadata={"bounds": Bounds(least, most, fewest=fewest)})
+
+
+def choice(default: str, allowed: tuple[str, ...]) -> typing.Any:
+    """A field that takes one of these names, which shells complete."""
     return field(default=default, metadata={"choices": allowed})
 
 
-def check_choices(config: DataclassInstance, prefix: str = "") -> None:
-    """Raise UserError unless every field made by ``choice`` has one of its names."""
-    for item in fields(config):
+def check_field(item: Field, key: str, value: typing.Any) -> None:
+    """Raise UserError unless ``value`` is what a field allows; ``key`` is its full name."""
+    if value is None or value == MISSING:
+        return
+    entries = value if isinstance(value, list) else [value]
+    if any(isinstance(entry, str) for entry in entries):
+        for entry in entries:
+            fits = 0 < len(entry) <= LONGEST_NAME and "\0" not in entry
+            check(fits, key, f"a name, a path or words of at most {LONGEST_NAME} characters", entry)
         if "choices" in item.metadata:
-            one_of(prefix + item.name, getattr(config, item.name), item.metadata["choices"])
+            one_of(key, value, item.metadata["choices"])
+    bounds = item.metadata.get("bounds")
+    if bounds is not None:
+        check(len(entries) >= bounds.fewest, key, f"at least {bounds.fewest} numbers", value)
+        for entry in entries:
+            check(entry in bounds, key, f"a number {bounds}", entry)
+
+
+@dataclass
+class Settings:
+    """What all schemas are: every field holds what it allows."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check_field(item, item.name, getattr(self, item.name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,13 +137,13 @@ def check_choices(config: DataclassInstance, prefix: str = "") -> None:
 
 
 @dataclass
-class ImagesConfig:
+class ImagesConfig(Settings):
     """Where pictures come from and how they are brought to one size."""
 
     source: str = MISSING
     """A folder (class = first sub-folder), a .zip of one, webdataset tars ("data/train-*.tar", "{000..009}", also at https://
     or s3:// URLs), or datasets:NAME, a Hugging Face dataset of the hub or of a folder."""
-    resolution: int = 64
+    resolution: int = number(64, 8, 8192)
     """Side of the square pictures, in pixels."""
     crop: str = choice("center", CROPS)
     """"center": scale the short side, crop the middle. "pad": scale the long side, pad with ``background``."""
@@ -98,15 +156,11 @@ class ImagesConfig:
     allow_pipe: bool = False
     """Run "pipe:COMMAND" sources, as webdataset does: any command, in a shell."""
     background: str = "white"
-    """Colour under transparent pixels and in the padding."""
+    """Colour under transparent pixels and in the padding, as HTML names it: white, #00ff00."""
     strict: bool = False
     """Stop at the first picture that cannot be read; otherwise skip it, count it and list it."""
-    max_pixels: int = 100_000_000
+    max_pixels: int = number(100_000_000, 1, 10**10)
     """A picture with more pixels than this counts as unreadable (a decompression bomb, or a mistake)."""
-
-    def __post_init__(self) -> None:
-        at_least("images.resolution", self.resolution, 8)
-        check_choices(self, "images.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,18 +168,28 @@ class ImagesConfig:
 
 
 @dataclass
-class AutoencoderModelConfig:
+class AutoencoderModelConfig(Settings):
     """The AutoencoderKL that is trained; each entry of ``block_out_channels`` after the first halves the resolution."""
 
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 64, 128, 128])
-    layers_per_block: int = 1
-    latent_channels: int = 16
-    norm_num_groups: int = 8
+    block_out_channels: list[int] = numbers([32, 64, 128, 128], 1, 8192, fewest=1)
+    layers_per_block: int = number(1, 1, 32)
+    latent_channels: int = number(16, 1, 4096)
+    norm_num_groups: int = number(8, 1, 4096)
     mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for channels in self.block_out_channels:
+            check(
+                channels % self.norm_num_groups == 0,
+                "model.block_out_channels",
+                f"multiples of norm_num_groups={self.norm_num_groups}",
+                channels,
+            )
 
 
 @dataclass
-class TrainAutoencoderConfig:
+class TrainAutoencoderConfig(Settings):
     """tools/train_autoencoder.py"""
 
     images: ImagesConfig = field(default_factory=ImagesConfig)
@@ -133,32 +197,33 @@ class TrainAutoencoderConfig:
     """Pictures that are only measured (PSNR), never trained on."""
     output: str = MISSING
     """Model folder to write (diffusers layout and a model card)."""
-    work: str = "outputs/autoencoder"
-    """Folder for checkpoints, metrics and reconstructions of the run; an interrupted run goes on from here."""
+    work: Optional[str] = None
+    """Folder for checkpoints, metrics and reconstructions; an interrupted run goes on from here. null: OUTPUT.run."""
     model: AutoencoderModelConfig = field(default_factory=AutoencoderModelConfig)
     init_from: Optional[str] = None
     """Start from the weights of this AutoencoderKL folder instead of random ones."""
     train_encoder: bool = True
     """false: train the decoder only, so that latents encoded before stay valid (as sd-vae-ft-mse did)."""
-    images_total: int = 100_000
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    warmup_images: int = 2_000
-    kl_weight: float = 1e-6
+    images_total: int = number(100_000, 1, MOST_IMAGES)
+    batch_size: int = number(16, 1, 2**16)
+    learning_rate: float = number(1e-3, above=0, most=1)
+    warmup_images: int = number(2_000, 0, MOST_IMAGES)
+    kl_weight: float = number(1e-6, 0, 1e6)
     """Weight of the KL term, per latent number, against the reconstruction error per pixel value."""
-    squared_weight: float = 0.0
+    squared_weight: float = number(0.0, 0, 1e6)
     """Weight of the squared error, which PSNR counts, beside the absolute one."""
-    gradient_weight: float = 0.1
+    gradient_weight: float = number(0.1, 0, 1e6)
     """Weight of the error between image gradients (finite differences): keeps edges from blurring."""
-    ema_halflife_images: int = 10_000
+    ema_halflife_images: int = number(10_000, 0, MOST_IMAGES)
     flip: bool = True
-    seed: int = 0
-    checkpoint_every_images: int = 10_000
+    seed: int = number(0, 0, MOST_SEED)
+    checkpoint_every_images: int = number(10_000, 1, MOST_IMAGES)
+    resume_changed: bool = False
+    """Go on with a run though its pictures or settings are others now; the model card tells until when which counted."""
 
     def __post_init__(self) -> None:
-        at_least("batch_size", self.batch_size, 1)
+        super().__post_init__()
         check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
-        check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
         check(self.train_encoder or self.init_from is not None, "init_from", "a folder where train_encoder is false", None)
 
 
@@ -167,40 +232,40 @@ class TrainAutoencoderConfig:
 
 
 @dataclass
-class ClassifierSetConfig:
+class ClassifierSetConfig(Settings):
     """One set of labelled pictures."""
 
     name: str = MISSING
     images: ImagesConfig = field(default_factory=ImagesConfig)
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
     """Pictures that are only measured (accuracy), never trained on."""
-    batch_size: int = 64
+    batch_size: int = number(64, 1, 2**16)
     mirror: bool = False
     """Mirror half of the pictures. Not for letters or flags."""
 
 
 @dataclass
-class TrainClassifierConfig:
+class TrainClassifierConfig(Settings):
     """tools/train_classifier.py"""
 
     sets: list[ClassifierSetConfig] = field(default_factory=list)
     """Every step takes a batch of each."""
     output: str = MISSING
     """Model folder to write (diffusers layout and a model card)."""
-    block_out_channels: list[int] = field(default_factory=lambda: [16, 32, 64, 128])
+    block_out_channels: list[int] = numbers([16, 32, 64, 128], 1, 8192, fewest=2)
     """Of the stem, then of each stage; the last are the features."""
-    images_total: int = 400_000
+    images_total: int = number(400_000, 1, MOST_IMAGES)
     """Of all sets together."""
-    learning_rate: float = 0.2
+    learning_rate: float = number(0.2, above=0, most=10)
     """Of SGD with momentum, at its peak."""
-    weight_decay: float = 5e-4
-    seed: int = 0
+    weight_decay: float = number(5e-4, 0, 1)
+    seed: int = number(0, 0, MOST_SEED)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(len(self.sets) > 0, "sets", "at least one set of pictures", len(self.sets))
         per_step = sum(entry.batch_size for entry in self.sets)
         check(self.images_total >= per_step, "images_total", f"at least one step of {per_step}", self.images_total)
-        check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,7 +273,7 @@ class TrainClassifierConfig:
 
 
 @dataclass
-class EncodeConfig:
+class EncodeConfig(Settings):
     """tools/encode.py"""
 
     images: ImagesConfig = field(default_factory=ImagesConfig)
@@ -227,17 +292,15 @@ class EncodeConfig:
     shuffle: bool = True
     """Mix the pictures over the shards, always alike: training goes through a shard before it opens the next, so one should be
     as good as another. false: in the order of the source, where reading it in another is slow."""
-    shard_size: int = 1000
+    shard_size: int = number(1000, 1, 10**7)
     """Pictures in a shard."""
-    batch_size: int = 32
-    num_workers: int = 1
+    batch_size: int = number(32, 1, 2**16)
+    num_workers: int = number(1, 0, 256)
     """Processes that decode pictures while the autoencoder runs."""
+    compare_contents: bool = False
+    """A run goes on only if the pictures are still the same: by their contents, which are all read once more at the start.
+    false: by the sizes and modification times of their files."""
     device: str = "auto"
-
-    def __post_init__(self) -> None:
-        at_least("shard_size", self.shard_size, 1)
-        at_least("batch_size", self.batch_size, 1)
-        at_least("num_workers", self.num_workers, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +308,7 @@ class EncodeConfig:
 
 
 @dataclass
-class VerifyConfig:
+class VerifyConfig(Settings):
     """tools/verify.py"""
 
     shards: str = MISSING
@@ -254,12 +317,9 @@ class VerifyConfig:
     """PNG to write: some of the latents, from all over the shards, decoded. null: none."""
     autoencoder: Optional[str] = None
     """That decodes them; null: the one the manifest names."""
-    pictures: int = 64
+    pictures: int = number(64, 1, 10_000)
     """On the sheet."""
     device: str = "auto"
-
-    def __post_init__(self) -> None:
-        at_least("pictures", self.pictures, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,32 +327,36 @@ class VerifyConfig:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Settings):
     """SMDUNet2DModel, less what the shards say (latent size and channels, number of classes)."""
 
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 256])
-    layers_per_block: int = 2
-    up_layers_per_block: int = 1
+    block_out_channels: list[int] = numbers([128, 256], 1, 8192, fewest=1)
+    layers_per_block: int = number(2, 1, 32)
+    up_layers_per_block: int = number(1, 1, 32)
     """Residual blocks of a level on the way up, which M draws repeat; not more than layers_per_block."""
-    attention_levels: list[int] = field(default_factory=lambda: [1])
-    attention_head_dim: int = 32
-    norm_num_groups: int = 16
-    dropout: float = 0.0
-    latent_channels: int = 32
+    attention_levels: list[int] = numbers([1], 0, 32)
+    attention_head_dim: int = number(32, 1, 1024)
+    norm_num_groups: int = number(16, 1, 4096)
+    dropout: float = number(0.0, 0, 0.95)
+    latent_channels: int = number(32, 0, 4096)
     """Channels of the mixture's latent map z. 0: the Gaussian baseline, without g_xi and f_phi."""
-    identifier_channels: int = 32
-    hypernetwork_width: int = 64
+    identifier_channels: int = number(32, 1, 4096)
+    hypernetwork_width: int = number(64, 1, 4096)
     placement: str = choice("up", PLACEMENTS)
     """Where the hypernetwork acts: in_out (the paper), up (the trunk runs once for all draws), all."""
-    noise_rank: int = 128
+    noise_rank: int = number(128, 0, 2**16)
     """Principal components of the latents that a draw chooses in (ldm_smd/models/noise.py). 0: white noise (the paper)."""
-    noise_modes: int = 256
+    noise_modes: int = number(256, 1, 2**16)
     """Modes of the Gaussian mixture that the latents are taken to be from, in those directions. 1: one Gaussian."""
 
     def __post_init__(self) -> None:
-        check_choices(self, "model.")
-        at_least("model.noise_rank", self.noise_rank, 0)
-        at_least("model.noise_modes", self.noise_modes, 1)
+        super().__post_init__()
+        check(
+            self.up_layers_per_block <= self.layers_per_block,
+            "model.up_layers_per_block",
+            f"at most layers_per_block={self.layers_per_block}",
+            self.up_layers_per_block,
+        )
         levels = len(self.block_out_channels)
         for level, channels in enumerate(self.block_out_channels):
             check(
@@ -311,52 +375,44 @@ class ModelConfig:
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(Settings):
     """What the draws of the prediction are compared with the target by (ldm_smd/diffusion/objectives.py)."""
 
     name: str = choice("energy", OBJECTIVES)
     """energy: a strictly proper score, learns the mixture. mixture_nll: likelihood of the draws' mixture. mse: the paper's
     loss, which collapses; the one for Gaussian models."""
-    draws: int = 4
+    draws: int = number(4, 1, 1024)
     """M, predictions per picture (energy: at least 2)."""
-    beta: float = 1.0
+    beta: float = number(1.0, above=0, below=2)
     """Exponent of the energy score's distance: smaller is sharper and noisier."""
-    diversity: float = 1.0
+    diversity: float = number(1.0, 0, 1)
     """Weight of the distance between draws; below 1 the mixture is narrower than the data."""
-    patches: list[int] = field(default_factory=lambda: [0, 4, 2, 1])
+    patches: list[int] = numbers([0, 4, 2, 1], 0, 1024, fewest=1)
     """Sides of the patches, in latent places, that energy and mixture_nll measure distances over; 0: the whole picture."""
-    bandwidth: float = 0.2
+    bandwidth: float = number(0.2, above=0, most=1e6)
     """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""
     weighting: str = choice("prediction", WEIGHTINGS)
     """Of the timesteps: the space in which an error counts the same at each. prediction, v, epsilon, x0; or min_snr."""
 
     def __post_init__(self) -> None:
-        check_choices(self, "objective.")
-        least = 2 if self.name == "energy" else 1
-        at_least("objective.draws", self.draws, least)
-        check(0 < self.beta < 2, "objective.beta", "more than 0 and less than 2", self.beta)
-        check(0 <= self.diversity <= 1, "objective.diversity", "from 0 to 1", self.diversity)
-        check(len(self.patches) > 0, "objective.patches", "at least one side", self.patches)
-        check(self.bandwidth > 0, "objective.bandwidth", "more than 0", self.bandwidth)
+        super().__post_init__()
+        check(self.draws > 1 or self.name != "energy", "objective.draws", "at least 2 for the energy score", self.draws)
 
 
 @dataclass
-class DiffusionConfig:
+class DiffusionConfig(Settings):
     """The forward process, in diffusers' words."""
 
-    num_train_timesteps: int = 1000
+    num_train_timesteps: int = number(1000, 2, 10**5)
     beta_schedule: str = choice("cosine", BETA_SCHEDULES)
     """cosine: squaredcos_cap_v2 but for its last step, which ends at sigma = 1,300 and not 20,000, where float32 schedulers
     that work in sigma (EulerAncestralDiscreteScheduler) give NaN. Or squaredcos_cap_v2, linear, scaled_linear."""
     prediction_type: str = choice("v_prediction", PREDICTION_TYPES)
     """v_prediction, epsilon or sample (x_0)."""
 
-    def __post_init__(self) -> None:
-        check_choices(self, "diffusion.")
-
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Settings):
     """tools/train.py. All counts are in images."""
 
     shards: str = MISSING
@@ -373,24 +429,24 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    images_total: int = 1_000_000
-    batch_size: int = 256
+    images_total: int = number(1_000_000, 1, MOST_IMAGES)
+    batch_size: int = number(256, 1, 2**20)
     """Over all processes together; the number of processes must divide it."""
-    accumulate: int = 1
+    accumulate: int = number(1, 1, 2**20)
     """Parts that a process takes its share of a batch in, one after the other, where memory is short; same results."""
-    learning_rate: float = 3e-4
+    learning_rate: float = number(3e-4, above=0, most=1)
     """Of AdamW. The energy score can diverge above 1e-3."""
-    warmup_images: int = 10_000
+    warmup_images: int = number(10_000, 0, MOST_IMAGES)
     """Linear warm-up of the learning rate."""
-    cooldown_images: int = 0
+    cooldown_images: int = number(0, 0, MOST_IMAGES)
     """Linear cool-down to zero over the last images."""
-    weight_decay: float = 0.01
-    gradient_clip: float = 1.0
-    ema_halflife_images: int = 50_000
-    ema_widths: list[float] = field(default_factory=list)
+    weight_decay: float = number(0.01, 0, 100)
+    gradient_clip: float = number(1.0, above=0, most=1e9)
+    ema_halflife_images: int = number(50_000, 0, MOST_IMAGES)
+    ema_widths: list[float] = numbers([], 0.001, 0.28)
     """Also keep averages of these relative widths, as [0.05, 0.1], and a snapshot of each at every checkpoint: tools/average.py
     makes one of any width of them."""
-    label_dropout: float = 0.1
+    label_dropout: float = number(0.1, 0, 1)
     """Share of labels replaced by the null class, for classifier-free guidance."""
     mirror: bool = False
     """Take the mirrored encoding for half of the pictures (shards made with mirror: true)."""
@@ -407,26 +463,21 @@ class TrainConfig:
     """torch.compile of the network: minutes at the start, faster steps on GPUs."""
     attention: str = choice("auto", ATTENTION_BACKENDS)
     """auto: xformers where it runs, else torch. sdpa: torch. xformers: warn where it does not run."""
-    num_workers: int = 0
-    seed: int = 0
-    log_every_images: int = 1_000
-    sample_every_images: int = 50_000
+    num_workers: int = number(0, 0, 256)
+    seed: int = number(0, 0, MOST_SEED)
+    log_every_images: int = number(1_000, 1, MOST_IMAGES)
+    sample_every_images: int = number(50_000, 1, MOST_IMAGES)
     """Sample grids and the spread over eta."""
-    sample_steps: int = 8
-    checkpoint_every_images: int = 50_000
-    keep_checkpoints: int = 2
+    sample_steps: int = number(8, 1, 10**5)
+    checkpoint_every_images: int = number(50_000, 1, MOST_IMAGES)
+    keep_checkpoints: int = number(2, 1, 10**6)
+    resume_changed: bool = False
+    """Go on with a run though its data or settings are others now; the model card tells until when which counted. false: such a
+    change is refused, as it would not be the run that was resumed."""
 
     def __post_init__(self) -> None:
-        at_least("batch_size", self.batch_size, 1)
+        super().__post_init__()
         check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
-        check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
-        at_least("accumulate", self.accumulate, 1)
-        for width in self.ema_widths:
-            check_width("ema_widths", width)
-        check(self.gradient_clip > 0, "gradient_clip", "more than 0", self.gradient_clip)
-        check(0 <= self.label_dropout <= 1, "label_dropout", "from 0 to 1", self.label_dropout)
-        at_least("keep_checkpoints", self.keep_checkpoints, 1)
-        check_choices(self)
         check(
             self.model.latent_channels > 0 or self.objective.name == "mse",
             "objective.name",
@@ -440,20 +491,17 @@ class TrainConfig:
 
 
 @dataclass
-class AverageConfig:
+class AverageConfig(Settings):
     """tools/average.py"""
 
     run: str = MISSING
     """Folder of a run of tools/train.py with ema_widths."""
-    sigma_rel: float = MISSING
+    sigma_rel: float = number(MISSING, 0.001, 0.28)
     """Width of the average, as a share of the training: the deviation of what counts, in images, over all images."""
     output: str = MISSING
     """New model folder."""
-    images: Optional[int] = None
+    images: Optional[int] = number(None, 1, MOST_IMAGES)
     """Of the first so many images of the training; null: of all."""
-
-    def __post_init__(self) -> None:
-        check_width("sigma_rel", self.sigma_rel)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,7 +509,7 @@ class AverageConfig:
 
 
 @dataclass
-class TrainMomentsConfig:
+class TrainMomentsConfig(Settings):
     """tools/train_moments.py. All counts are in images."""
 
     model: str = MISSING
@@ -470,24 +518,21 @@ class TrainMomentsConfig:
     """The latent shards it was trained on."""
     output: str = MISSING
     """New model folder: the same with a moments part, and GMSScheduler as its scheduler."""
-    images_total: int = 50_000
-    batch_size: int = 64
-    learning_rate: float = 1e-3
+    images_total: int = number(50_000, 1, MOST_IMAGES)
+    batch_size: int = number(64, 1, 2**16)
+    learning_rate: float = number(1e-3, above=0, most=1)
     """Of AdamW; up over the first 5 %, then a half cosine to zero."""
-    third_weight: float = 0.1
+    third_weight: float = number(0.1, above=0, most=1e6)
     """Of the squared error of r^3, whose own spread is that much larger than that of r^2."""
-    ema_halflife_images: int = 5_000
-    label_dropout: float = 0.1
+    ema_halflife_images: int = number(5_000, 0, MOST_IMAGES)
+    label_dropout: float = number(0.1, 0, 1)
     """Share of labels replaced by the null class."""
-    seed: int = 0
+    seed: int = number(0, 0, MOST_SEED)
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        at_least("batch_size", self.batch_size, 1)
+        super().__post_init__()
         check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
-        check(self.learning_rate > 0, "learning_rate", "more than 0", self.learning_rate)
-        check(self.third_weight > 0, "third_weight", "more than 0", self.third_weight)
-        check(0 <= self.label_dropout <= 1, "label_dropout", "from 0 to 1", self.label_dropout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,7 +540,7 @@ class TrainMomentsConfig:
 
 
 @dataclass
-class FitGaussianConfig:
+class FitGaussianConfig(Settings):
     """tools/fit_gaussian.py"""
 
     model: str = MISSING
@@ -504,23 +549,17 @@ class FitGaussianConfig:
     """The latent shards it was trained on."""
     output: str = MISSING
     """New model folder: the same with a gaussian part, and TeleportScheduler as its scheduler."""
-    components: int = 1
+    components: int = number(1, 1, 2**16)
     """1: a Gaussian for each class and one for all, each with its own covariance. More: a mixture of so many that share one,
     with weights by class."""
-    rank: int = 128
+    rank: int = number(128, 1, 2**16)
     """Eigenvectors of a covariance that are kept; the other directions share their mean variance."""
-    sigma_skip: float = 5.0
+    sigma_skip: float = number(5.0, above=0, most=1e6)
     """Noise over signal that TeleportScheduler starts at."""
-    batch_size: int = 512
+    batch_size: int = number(512, 1, 2**20)
     mirror: bool = False
     """Take the mirrored encoding for half of the pictures (shards made with mirror: true)."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least("components", self.components, 1)
-        at_least("rank", self.rank, 1)
-        at_least("batch_size", self.batch_size, 1)
-        check(self.sigma_skip > 0, "sigma_skip", "more than 0", self.sigma_skip)
+    seed: int = number(0, 0, MOST_SEED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,7 +567,7 @@ class FitGaussianConfig:
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(Settings):
     """tools/sample.py"""
 
     model: str = MISSING
@@ -537,21 +576,21 @@ class SampleConfig:
     """Folder for the pictures: one PNG each, named by class and seed, and grid.png."""
     classes: Optional[list[str]] = None
     """Names or numbers of the classes, ``per_class`` pictures each. null: all classes. []: unconditional."""
-    per_class: int = 8
+    per_class: int = number(8, 1, 10**6)
     """Pictures per class; of an unconditional run, pictures in all."""
-    steps: int = 8
+    steps: int = number(8, 1, 10**5)
     scheduler: Optional[str] = None
     """Any scheduler class of diffusers, as DDIMScheduler, or GMSScheduler; with settings of its own where wanted, as
     DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
-    guidance_scale: float = 1.0
+    guidance_scale: float = number(1.0, 0, 1000)
     """Of guidance, away from the prediction without a class, or from that of ``guide``; 1 is none."""
-    guidance_interval: Optional[list[float]] = None
+    guidance_interval: Optional[list[float]] = number(None, 0, math.inf)
     """[low, high]: guidance only at noise levels sigma between these, as [0.3, 5]. null: at all."""
     guide: Optional[str] = None
     """UNet folder of a weaker model (less trained, smaller) to be guided away from, as RUN/checkpoints/images-N/ema."""
-    height: Optional[int] = None
+    height: Optional[int] = number(None, 1, 2**16)
     """Of the pictures, in pixels; null as in training."""
-    width: Optional[int] = None
+    width: Optional[int] = number(None, 1, 2**16)
     like: Optional[str] = None
     """Make pictures like this one, with a model trained with image_conditional=true."""
     text: Optional[str] = None
@@ -561,21 +600,18 @@ class SampleConfig:
     of its training are of, for ``like`` and ``text``."""
     image: Optional[str] = None
     """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
-    strength: float = 0.6
+    strength: float = number(0.6, above=0, most=1)
     """With ``image``, the share of the steps that are done: 1 leaves nothing of it."""
-    seed: int = 0
+    seed: int = number(0, 0, MOST_SEED)
     """Picture i has seed ``seed + i``: it is the same at any batch size."""
-    batch_size: int = 64
+    batch_size: int = number(64, 1, 2**16)
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        at_least("per_class", self.per_class, 1)
-        at_least("steps", self.steps, 1)
-        at_least("batch_size", self.batch_size, 1)
-        at_least("guidance_scale", self.guidance_scale, 0)
-        check(0 < self.strength <= 1, "strength", "more than 0, to 1", self.strength)
+        super().__post_init__()
         interval = self.guidance_interval
-        check(interval is None or len(interval) == 2, "guidance_interval", "[low, high]", interval)
+        ordered = interval is None or (len(interval) == 2 and interval[0] <= interval[1])
+        check(ordered, "guidance_interval", "[low, high], low not above high", interval)
         check(self.like is None or self.text is None, "text", "null where there is a picture to be like", self.text)
         given = self.like is not None or self.text is not None
         check(given == (self.clip is not None), "clip", "an OpenCLIP network with like or text, and only then", self.clip)
@@ -587,7 +623,7 @@ class SampleConfig:
 
 
 @dataclass
-class ExploreConfig:
+class ExploreConfig(Settings):
     """tools/explore.py"""
 
     models: dict[str, str] = field(default_factory=dict)
@@ -597,11 +633,12 @@ class ExploreConfig:
     pictures like another one, or by words."""
     host: str = "127.0.0.1"
     """Where the page listens: this machine alone. 0.0.0.0: whoever reaches it may use it."""
-    port: Optional[int] = None
+    port: Optional[int] = number(None, 1, 2**16 - 1)
     """null: the first free one from 7860 on."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(len(self.models) > 0, "models", "at least one, models.NAME=FOLDER", "none")
 
 
@@ -610,7 +647,7 @@ class ExploreConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """tools/evaluate.py"""
 
     output: str = MISSING
@@ -623,36 +660,33 @@ class EvaluateConfig:
     """Source of pictures to measure, as tools/sample.py or another program made them; or"""
     model: Optional[str] = None
     """a model folder, or hub id, to sample them from, with the settings below."""
-    count: int = 5000
+    count: int = number(5000, 2, 10**9)
     """Pictures to sample."""
     labels: str = choice("reference", SAMPLED_LABELS)
     """Classes sampled. "reference": as often as among the reference; "balanced": each as often as the others; "random"."""
-    steps: int = 8
+    steps: int = number(8, 1, 10**5)
     scheduler: Optional[str] = None
     """As of tools/sample.py."""
-    guidance_scale: float = 1.0
-    seed: int = 0
+    guidance_scale: float = number(1.0, 0, 1000)
+    seed: int = number(0, 0, MOST_SEED)
     """Picture i has seed ``seed + i``."""
-    batch_size: int = 64
+    batch_size: int = number(64, 1, 2**16)
     features: list[str] = field(default_factory=lambda: ["checkpoints/classifier"])
     """Feature networks: a FeatureNetwork folder; open_clip:ARCHITECTURE:FILE.safetensors; dinov2:ARCHITECTURE:FILE.safetensors
     with timm's name; inception:FILE. A name of pretrained weights instead of a file is fetched: open_clip:ViT-L-14-336:openai,
     dinov2:vit_large_patch14_dinov2:lvd142m. With #SHA256 after it the weights must have that hash."""
     cache: Optional[str] = None
     """Folder to keep the features of real pictures in: the next evaluation against the same ones need not look at them."""
-    bootstrap: int = 20
+    bootstrap: int = number(20, 2, 10_000)
     """Resampled sets that the confidence of the distances is taken from."""
-    num_workers: int = 1
+    num_workers: int = number(1, 0, 256)
     """Processes that decode pictures."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check((self.pictures is None) != (self.model is None), "pictures", "either these or a model", self.pictures)
-        check_choices(self)
         check(len(self.features) > 0, "features", "at least one feature network", self.features)
-        for name, least in (("count", 2), ("steps", 1), ("batch_size", 1), ("bootstrap", 2), ("num_workers", 0)):
-            at_least(name, getattr(self, name), least)
-        at_least("guidance_scale", self.guidance_scale, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,7 +694,7 @@ class EvaluateConfig:
 
 
 @dataclass
-class DemoRunConfig:
+class DemoRunConfig(Settings):
     """One model of the demo: the shipped weights it starts from and the training config it goes on with."""
 
     name: str = MISSING
@@ -673,7 +707,7 @@ class DemoRunConfig:
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(Settings):
     """tools/demo.py"""
 
     output: str = "outputs/demo"
@@ -683,13 +717,13 @@ class DemoConfig:
     features: str = "checkpoints/classifier"
     """Feature network of the distance: a FeatureNetwork folder, open_clip:ARCHITECTURE:FILE.safetensors or inception:FILE."""
     runs: list[DemoRunConfig] = field(default_factory=list)
-    images: int = 3_000
+    images: int = number(3_000, 1, MOST_IMAGES)
     """Images each model is trained on, from its checkpoint on."""
-    steps: list[int] = field(default_factory=lambda: [2, 4, 8, 32])
-    guidance_scale: float = 1.0
-    seed: int = 0
-    seconds_target: float = 600.0
-    memory_target_gb: float = 4.0
+    steps: list[int] = numbers([2, 4, 8, 32], 1, 10**5, fewest=1)
+    guidance_scale: float = number(1.0, 0, 1000)
+    seed: int = number(0, 0, MOST_SEED)
+    seconds_target: float = number(600.0, above=0, most=1e9)
+    memory_target_gb: float = number(4.0, above=0, most=1e6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -719,11 +753,17 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise UserError(f"{origin}: {_first_line(error)}") from error
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise UserError(f"{missing[0]}: expected a value ({missing[0]}=..., or in the config file), found none")
-    return typing.cast(Config, OmegaConf.to_object(merged))
+            key = error.full_key or origin
+            raise UserError(f"{key}: expected a value of its type, found: {_first_line(error)}") from error
+    try:
+        # First, as the errors of to_object do not know in which setting a schema stands.
+        _check_fields(schema, merged)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{missing[0]}: expected a value ({missing[0]}=..., or in the config file), found none")
+        return typing.cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:  # of an interpolation, ${...}
+        raise UserError(f"settings: expected values that can be resolved, found: {_first_line(error)}") from error
 
 
 def dump_config(config: object) -> str:
@@ -740,12 +780,14 @@ class Setting:
         default: as YAML; None where a value is required.
         text: docstring.
         choices: the values it takes, where they are a few.
+        bounds: of a number, in words.
     """
 
     name: str
     default: str | None
     text: str
     choices: tuple[str, ...] = ()
+    bounds: str = ""
 
 
 def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
@@ -767,7 +809,7 @@ def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
         else:
             text = yaml.safe_dump(default, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
         choices = ("true", "false") if hints[item.name] is bool else item.metadata.get("choices", ())
-        yield Setting(name, text, texts.get(item.name, ""), choices)
+        yield Setting(name, text, texts.get(item.name, ""), choices, str(item.metadata.get("bounds", "")))
         if entries is not None:
             yield from settings(entries, f"{name}[].")
 
@@ -796,7 +838,7 @@ def _read_yaml(path: str | Path) -> DictConfig:
     except FileNotFoundError:
         raise UserError(f"--config: expected a YAML file, found no file {path}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"--config: expected a YAML file, found {path}: {_first_line(error)}") from error
+        raise UserError(f"--config: expected a YAML file, found {path}: {brief(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"--config: expected a YAML mapping, found a list or nothing in {path}")
     return loaded
@@ -815,6 +857,25 @@ def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: s
             _refuse_unknown_keys(inner, layer[key], origin, f"{full}.")
 
 
+def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
+    """``check_field`` of all settings that have a value, by their full names."""
+    hints = typing.get_type_hints(schema)
+    for item in fields(schema):
+        if OmegaConf.is_missing(node, item.name) or node[item.name] is None:
+            continue
+        value, inner = node[item.name], _dataclass_of(hints[item.name])
+        entries = _dataclass_of(next(iter(typing.get_args(hints[item.name])), None))
+        if inner is not None:
+            _check_fields(inner, value, f"{prefix}{item.name}.")
+        elif entries is not None:
+            for index, entry in enumerate(value):
+                _check_fields(entries, entry, f"{prefix}{item.name}[{index}].")
+        elif value == "False" and "no" in item.metadata.get("choices", ()):
+            node[item.name] = "no"  # as YAML has an unquoted no
+        else:
+            check_field(item, prefix + item.name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
+
+
 def _dataclass_of(hint: object) -> type | None:
     """The dataclass inside ``X`` or ``Optional[X]``, else None."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -822,4 +883,5 @@ def _dataclass_of(hint: object) -> type | None:
 
 
 def _first_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3])
+    """What is wrong; OmegaConf names the class of the schema in further lines."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -26,6 +26,7 @@ from .evaluation.diagnostics import spread_over_eta
 from .evaluation.features import load_extractor
 from .evaluation.metrics import frechet_distance
 from .evaluation.report import write_report
+from .files import claimed, require_folder
 from .models.unet import known_labels
 from .pipelines import SMDPipeline, load_pipeline
 from .sampling import SamplingOptions, make_scheduler, sample_pixels
@@ -40,6 +41,13 @@ SPREAD_PICTURES = 64
 def demo(config: DemoConfig) -> Path:
     """Run every stage anew under ``config.output``; returns the path of report.html."""
     output = Path(config.output)
+    require_folder(output)
+    with claimed(output):
+        return run_demo(config, output)
+
+
+def run_demo(config: DemoConfig, output: Path) -> Path:
+    """What ``demo`` does."""
     if len(config.runs) == 0:
         raise UserError("runs: expected at least one model, found none")
     require_shipped(config)

@@ -10,4 +10,9 @@ class UserError(Exception):
 
 def brief(error: Exception) -> str:
     """What a library said, as part of that one line."""
-    return " ".join(str(error).split())[:200]
+    return shortened(" ".join(str(error).split()))
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """``text``, or the beginning and the end of a longer one."""
+    return text if len(text) <= most else f"{text[: most // 2 - 2]}...{text[1 - most // 2 :]}"

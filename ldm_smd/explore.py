@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from .autoencoder import FrozenAutoencoder, encoder_sha256
+from .autoencoder import encoder_sha256, spatial_factor
 from .config import ExploreConfig
 from .device import pick_device
 from .errors import UserError
@@ -190,7 +190,7 @@ class Explorer:
 def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image]:
     """Of normalised latents (B, C, h, w). Of large ones every so many numbers are decoded: rough, but at 1024 pixels a film of
     them all would take a CPU a quarter of an hour."""
-    share = ROUGH / (FrozenAutoencoder(pipeline.vae).factor * max(latents.shape[2:]))
+    share = ROUGH / (spatial_factor(pipeline.vae) * max(latents.shape[2:]))
     if share < 1:
         latents = F.interpolate(latents, scale_factor=share, mode="nearest-exact")
     pictures = VaeImageProcessor().postprocess(pipeline.decode_latents(latents), output_type="pil")

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
+import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+from filelock import FileLock, Timeout
 
 from .errors import UserError
+
+
+class HasOutput(Protocol):
+    """The settings of a tool that makes a folder."""
+
+    output: str
+
+
+Config = TypeVar("Config", bound=HasOutput)
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -35,8 +54,87 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def claimed(output: Path, key: str = "output", worker: str = "") -> Iterator[None]:
+    """For the whole of a run: ``output``, a folder or file, can be written, and no other run writes it.
+
+    The lock is on a file beside ``output``. The kernel, or over NFS the server, gives it back when its process ends, however it
+    ends; a lock file that a killed run leaves does no harm. Where nothing was written, nothing is left.
+
+    Args:
+        key: the setting that names ``output``, for messages.
+        worker: workers of different names may share ``output``.
+
+    Raises:
+        UserError: ``output`` cannot be written, or another run holds it.
+    """
+    output = Path(os.path.abspath(output))
+    lock = FileLock(output.parent / f".{output.name}.{worker}lock", timeout=0)
+    missing: list[Path] = []
+    try:
+        try:
+            missing = [folder for folder in output.parents if not folder.exists()]
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _lock(lock, output, key)
+        except (OSError, ValueError) as error:  # ValueError: of characters that no path has
+            said = getattr(error, "strerror", None) or error
+            raise UserError(f"{key}: expected a place that can be written, found {str(output)!r}: {said}") from error
+        yield
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)  # before it is released: who opens it later finds none, or another
+            lock.release()
+        for folder in missing:
+            with suppress(OSError, ValueError):  # not empty
+                folder.rmdir()
+
+
+def _lock(lock: FileLock, output: Path, key: str) -> None:
+    if output.exists() and not os.access(output, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    path = Path(lock.lock_file)
+    try:
+        lock.acquire()
+    except Timeout:
+        if not path.exists():  # filelock tries again where a file cannot be made, and gives up here
+            raise OSError(errno.EROFS, "no files can be made there") from None
+        holder = path.read_text(encoding="utf-8", errors="replace") or "another"
+        raise UserError(f"{key}: expected no other run at {output}, found {holder}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        logger.warning("%s: no locks on this file system, other runs there go unnoticed: %s", output, error.strerror)
+        return
+    path.write_text(f"process {os.getpid()} of {socket.gethostname()}", encoding="utf-8")
+
+
+def claimed_by_first(output: Path) -> AbstractContextManager[None]:
+    """``claimed``, by the first of the processes of a launcher; the others run without."""
+    return nullcontext() if int(os.environ.get("RANK", 0)) > 0 else claimed(output)
+
+
+def makes_folder(tool: Callable[[Config], Result]) -> Callable[[Config], Result]:
+    """Decorate a tool that makes the folder ``config.output``: it must be new or empty, and is claimed while the tool runs."""
+
+    @functools.wraps(tool)
+    def run(config: Config) -> Result:
+        output = Path(config.output)
+        with claimed_by_first(output):
+            require_unused(output)
+            return tool(config)
+
+    return run
+
+
+def require_folder(output: Path, key: str = "output") -> None:
+    """Raise UserError where something that is no folder has the name of one that a tool writes."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{key}: expected a folder, or nothing yet, found a file at {output}")
+
+
 def require_unused(output: Path) -> None:
     """Raise UserError where a tool's output folder has files in it already."""
+    require_folder(output)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output: expected a new or empty folder, found files in {output}")
 

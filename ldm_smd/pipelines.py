@@ -26,7 +26,7 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
-from .autoencoder import FrozenAutoencoder
+from .autoencoder import FrozenAutoencoder, spatial_factor
 from .diffusion.process import DiffusionProcess
 from .errors import UserError, brief
 from .models.extended import ExtendedUNet2DModel
@@ -260,7 +260,7 @@ class SMDPipeline(DiffusionPipeline):
 
     def latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Of pictures of so many pixels, None as in training; ValueError where no latents have such pictures."""
-        factor, side = FrozenAutoencoder(self.vae).factor, self.unet.config.sample_size
+        factor, side = spatial_factor(self.vae), self.unet.config.sample_size
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < factor or pixels % factor):
                 raise ValueError(f"{name}: expected a multiple of {factor}, found {pixels}")
@@ -298,7 +298,8 @@ class SMDPipeline(DiffusionPipeline):
             logger.warning("pictures of more than %d pixels: decoding in tiles", TILED_PIXELS)
             self.vae.enable_tiling()
         try:
-            return torch.cat([autoencoder.decode(row) for row in latents.split(max(1, SLICE_PIXELS // pixels))])
+            with autoencoder.working():
+                return torch.cat([autoencoder.decode(row) for row in latents.split(max(1, SLICE_PIXELS // pixels))])
         finally:
             if tiled:
                 self.vae.disable_tiling()

@@ -13,12 +13,12 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
-from .autoencoder import FrozenAutoencoder
+from .autoencoder import spatial_factor
 from .config import ImagesConfig, SampleConfig
 from .data.images import decode
 from .device import pick_device
 from .errors import UserError
-from .files import atomic_folder, require_unused
+from .files import atomic_folder, makes_folder
 from .models.clip import ClipEncoder
 from .models.extended import ExtendedUNet2DModel, class_of
 from .models.unet import SMDUNet2DModel, num_classes
@@ -27,10 +27,10 @@ from .progress import progress
 from .schedulers import make_scheduler
 
 
+@makes_folder
 def sample(config: SampleConfig) -> Path:
     """Sample and decode; writes ``output`` with one PNG per picture (named by class and seed) and grid.png."""
     output = Path(config.output)
-    require_unused(output)
     pipeline = load_pipeline(config.model).to(pick_device(config.device))
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
@@ -174,7 +174,7 @@ def embedding_of(clip: ClipEncoder, pipeline: SMDPipeline, like: str | None, tex
 
 def training_side(pipeline: SMDPipeline) -> int:
     """Of the pictures that the model was trained on, in pixels."""
-    return FrozenAutoencoder(pipeline.vae).factor * pipeline.unet.config.sample_size
+    return spatial_factor(pipeline.vae) * pipeline.unet.config.sample_size
 
 
 def read_picture(key: str, path: str, side: int) -> torch.Tensor:

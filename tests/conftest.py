@@ -19,19 +19,10 @@ from ldm_smd.config import EncodeConfig, TrainConfig, load_config
 from ldm_smd.data.encode import encode
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.loop import train
+from tests.tiny import TINY_MODEL, training
 
-torch.set_num_threads(2)
-
-TINY_MODEL = [
-    "model.block_out_channels=[16,32]",
-    "model.layers_per_block=1",
-    "model.up_layers_per_block=1",
-    "model.attention_head_dim=8",
-    "model.norm_num_groups=4",
-    "model.latent_channels=8",
-    "model.identifier_channels=8",
-    "model.hypernetwork_width=8",
-]
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -135,21 +126,7 @@ def train_config(shards, vae_folder, tmp_path):
     """A function from overrides to the TrainConfig of a tiny run in tmp_path/run."""
 
     def build(*overrides):
-        settings = [
-            f"shards={shards}",
-            f"autoencoder={vae_folder}",
-            f"output={tmp_path / 'run'}",
-            "images_total=64",
-            "batch_size=8",
-            "objective.draws=2",
-            "warmup_images=16",
-            "ema_halflife_images=32",
-            "log_every_images=16",
-            "sample_every_images=1000000",
-            "checkpoint_every_images=32",
-            "sample_steps=2",
-        ]
-        return load_config(TrainConfig, None, settings + TINY_MODEL + list(overrides))
+        return load_config(TrainConfig, None, training(shards, vae_folder, tmp_path / "run", *overrides))
 
     return build
 

@@ -1,13 +1,18 @@
 """What runs on a GPU, on one that is not there (pretend_gpu.py), and that it comes to the same as on the CPU.
 
-python tests/gpu_run.py MODEL GAUSSIAN CONDITIONAL CLIP SHARDS VAE PICTURES OUTPUT, started by test_gpu.py.
+python tests/gpu_run.py MODEL GAUSSIAN CONDITIONAL CLIP SHARDS VAE PICTURES OUTPUT, started by test_gpu.py: all checks in one
+process, and what became of each in OUTPUT/outcomes.json.
 """
 
+import functools
+import json
 import sys
+import traceback
 from collections import Counter
 from pathlib import Path
 
 import pretend_gpu
+import tiny
 import torch
 from accelerate.state import AcceleratorState
 from pretend_gpu import DEVICE
@@ -41,6 +46,14 @@ from ldm_smd.training.moments import train_moments
 
 MODEL, GAUSSIAN, CONDITIONAL, CLIP, SHARDS, VAE, PICTURES, OUTPUT = sys.argv[1:]
 OUTPUT = Path(OUTPUT)
+IMAGES = [f"images.source={PICTURES}", "images.resolution=16"]
+CHECKS = {}
+
+
+def check(function):
+    """Make it one of the checks, under its name."""
+    CHECKS[function.__name__] = function
+    return function
 
 
 def pictures(folder, device, scheduler=None, offload=False, guide=None, **options):
@@ -62,14 +75,6 @@ def pictures(folder, device, scheduler=None, offload=False, guide=None, **option
     return found.cpu()
 
 
-def train_settings(*more):
-    tiny = ["model.block_out_channels=[16,32]", "model.layers_per_block=1", "model.up_layers_per_block=1"]
-    sizes = ["model.attention_head_dim=8", "model.norm_num_groups=4", "model.hypernetwork_width=8", "images_total=32"]
-    parts = ["model.latent_channels=8", "model.identifier_channels=8", "batch_size=8", "objective.draws=2", "num_workers=0"]
-    rates = ["sample_every_images=16", "checkpoint_every_images=16", "log_every_images=8", "sample_steps=2"]
-    return [f"shards={SHARDS}", f"autoencoder={VAE}", *tiny, *sizes, *parts, *rates, *more]
-
-
 def same(a, b, tolerance=1e-3):
     assert a.shape == b.shape and torch.allclose(a, b, atol=tolerance), float((a - b).abs().max())
 
@@ -79,70 +84,158 @@ def tool(schema, main, *settings):
     return main(load_config(schema, None, list(map(str, settings))))
 
 
-# Sampling, by every kind of scheduler, from noise and from a picture, guided, and with components that wait on the CPU.
-tool(FitGaussianConfig, fit_gaussian, f"model={GAUSSIAN}", f"shards={SHARDS}", "rank=4", f"output={OUTPUT / 'fitted'}")
-few = ["images_total=16", "batch_size=8"]
-tool(TrainMomentsConfig, train_moments, f"model={OUTPUT / 'fitted'}", f"shards={SHARDS}", *few, f"output={OUTPUT / 'both'}")
-image = torch.rand(2, 3, 16, 16)
-for options in (
-    {"folder": MODEL},
-    {"folder": MODEL, "scheduler": "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++"},
-    {"folder": MODEL, "scheduler": "EulerAncestralDiscreteScheduler", "guidance_interval": (0.3, 5.0)},
-    {"folder": MODEL, "scheduler": "HeunDiscreteScheduler", "image": image},
-    {"folder": MODEL, "guide": GAUSSIAN},
-    {"folder": OUTPUT / "both"},
-    {"folder": OUTPUT / "both", "scheduler": "GMSScheduler"},
-    {"folder": OUTPUT / "both", "scheduler": "TeleportScheduler:scheduler=GMSScheduler", "image": image},
-):
-    expected = pictures(**options, device="cpu")
-    same(pictures(**options, device=DEVICE, offload=True), expected)
-    pretend_gpu.waits.clear()
-    same(pictures(**options, device=DEVICE), expected)
-    waits = len(pretend_gpu.waits)
-    pretend_gpu.waits.clear()
-    pictures(**options, device=DEVICE, num_inference_steps=7)
-    assert len(pretend_gpu.waits) == waits, f"{options}: the host waits for the device in the steps: {pretend_gpu.waits}"
+def run(output, *more):
+    """A training of four steps, with all that a run does beside them."""
+    often = ["images_total=32", "sample_every_images=16", "checkpoint_every_images=16", "log_every_images=8", "num_workers=0"]
+    tool(TrainConfig, train, *tiny.training(SHARDS, VAE, OUTPUT / output, *often, *more))
 
-# Training, from the start and after a checkpoint, with previews and averages.
-run = [
-    f"output={OUTPUT / 'trained'}",
-    "ema_widths=[0.05,0.1]",
-    "gradient_checkpointing=true",
-    "accumulate=2",
-    "cooldown_images=8",
-]
-for images in (16, 32):
-    tool(TrainConfig, train, *train_settings(*run, f"images_total={images}"))
-tool(AverageConfig, average, f"run={OUTPUT / 'trained'}", "sigma_rel=0.07", f"output={OUTPUT / 'average'}")
 
-# The host waits for the device no more often in a longer training.
-waited = []
-for images in (16, 64):
-    pretend_gpu.waits.clear()
-    rare = ["log_every_images=1000", "sample_every_images=1000", "checkpoint_every_images=1000", f"images_total={images}"]
-    tool(TrainConfig, train, *train_settings(f"output={OUTPUT / str(images)}", *rare))
-    waited.append(list(pretend_gpu.waits))
-    assert waited[-1], "nothing was done on the device"
-assert len(waited[0]) == len(waited[1]), Counter(waited[1]) - Counter(waited[0])
+def assert_no_waits_for_more_steps(act, few, many):
+    """The host waits for the device no more often for many steps than for few."""
+    waits = []
+    for steps in (few, many):
+        pretend_gpu.waits.clear()
+        act(steps)
+        waits.append(Counter(pretend_gpu.waits))
+    assert waits[0], "nothing was done on the device"
+    assert waits[0].total() == waits[1].total(), f"the host waits for the device in the steps: {waits[1] - waits[0]}"
 
-# The other tools.
-images = [f"images.source={PICTURES}", "images.resolution=16"]
-few = ["shard_size=8", "batch_size=4", "num_workers=0"]
-few += [f"embedding={CLIP}", f"output={OUTPUT / 'shards'}"]
-again = tool(EncodeConfig, encode, *images, f"autoencoder={VAE}", *few)
-same(*(torch.tensor([shard["mean"] for shard in each.shards]) for each in (again, Manifest.load(SHARDS))))
-wish = ["text=a disc", f"clip={CLIP}", "per_class=2", "steps=2", f"output={OUTPUT / 'pictures'}"]
-tool(SampleConfig, sample, f"model={CONDITIONAL}", *wish)
-explorer = tool(ExploreConfig, Explorer, f"models.a={CONDITIONAL}", f"models.b={CONDITIONAL}", f"clip={CLIP}")
-wish = Wish(steps=2, embedding=explorer.embedding(None, "a square"))
-[outcome, _] = explorer.sample(wish, lambda share: None).values()
-explorer.film("a", outcome.frames)
-explorer.draws(outcome.frames[0], wish)
-real = [f"reference.source={PICTURES}", "reference.resolution=16", f"held_out={PICTURES}"]
-tool(EvaluateConfig, evaluate, *real, f"model={MODEL}", "count=12", "steps=2", f"output={OUTPUT / 'evaluation.json'}")
-both = f"{{source: '{PICTURES}', resolution: 16}}"
-one_set = f"sets=[{{name: a, batch_size: 8, images: {both}, held_out: {both}}}]"
-tool(TrainClassifierConfig, train_classifier, one_set, "images_total=16", f"output={OUTPUT / 'classifier'}")
-held_out = [f"held_out.source={PICTURES}", "held_out.resolution=16", f"work={OUTPUT / 'work'}", f"output={OUTPUT / 'vae'}"]
-small = ["model.block_out_channels=[8,8]", "model.norm_num_groups=4", "images_total=16", "batch_size=8"]
-tool(TrainAutoencoderConfig, train_autoencoder, *images, *held_out, *small)
+
+@functools.cache
+def fitted():
+    """The Gaussian model with Gaussians of the latents."""
+    return tool(
+        FitGaussianConfig, fit_gaussian, f"model={GAUSSIAN}", f"shards={SHARDS}", "rank=4", f"output={OUTPUT / 'fitted'}"
+    )
+
+
+@functools.cache
+def both():
+    """And with heads for the moments of a step."""
+    few = ["images_total=16", "batch_size=8"]
+    return tool(TrainMomentsConfig, train_moments, f"model={fitted()}", f"shards={SHARDS}", *few, f"output={OUTPUT / 'both'}")
+
+
+@check
+def fits_gaussians():
+    assert fitted().is_dir()
+
+
+@check
+def trains_moments():
+    assert both().is_dir()
+
+
+def samples_the_same(folder, **options):
+    """As on the CPU, also with components that wait there."""
+    expected = pictures(folder, "cpu", **options)
+    same(pictures(folder, DEVICE, offload=True, **options), expected)
+    same(pictures(folder, DEVICE, **options), expected)
+    assert_no_waits_for_more_steps(lambda steps: pictures(folder, DEVICE, **options, num_inference_steps=steps), 3, 7)
+
+
+@check
+def samples():
+    samples_the_same(MODEL)
+
+
+@check
+def samples_by_an_sde_solver():
+    samples_the_same(MODEL, scheduler="DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++")
+
+
+@check
+def samples_guided_at_some_noise_levels():
+    samples_the_same(MODEL, scheduler="EulerAncestralDiscreteScheduler", guidance_interval=(0.3, 5.0))
+
+
+@check
+def samples_from_a_picture():
+    samples_the_same(MODEL, scheduler="HeunDiscreteScheduler", image=torch.rand(2, 3, 16, 16))
+
+
+@check
+def samples_guided_by_another_network():
+    samples_the_same(MODEL, guide=GAUSSIAN)
+
+
+@check
+def samples_by_teleport():
+    samples_the_same(both())
+
+
+@check
+def samples_by_gms():
+    samples_the_same(both(), scheduler="GMSScheduler")
+
+
+@check
+def samples_by_teleport_and_gms_from_a_picture():
+    samples_the_same(both(), scheduler="TeleportScheduler:scheduler=GMSScheduler", image=torch.rand(2, 3, 16, 16))
+
+
+@check
+def trains_resumes_and_averages():
+    parts = ["ema_widths=[0.05,0.1]", "gradient_checkpointing=true", "accumulate=2", "cooldown_images=8"]
+    for images in (16, 32):
+        run("trained", *parts, f"images_total={images}")
+    tool(AverageConfig, average, f"run={OUTPUT / 'trained'}", "sigma_rel=0.07", f"output={OUTPUT / 'average'}")
+
+
+@check
+def trains_without_waiting():
+    rare = ["log_every_images=1000", "sample_every_images=1000", "checkpoint_every_images=1000"]
+    assert_no_waits_for_more_steps(lambda images: run(f"{images}", *rare, f"images_total={images}"), 16, 64)
+
+
+@check
+def encodes():
+    few = ["shard_size=8", "batch_size=4", "num_workers=0", f"embedding={CLIP}", f"output={OUTPUT / 'shards'}"]
+    again = tool(EncodeConfig, encode, *IMAGES, f"autoencoder={VAE}", *few)
+    same(*(torch.tensor([shard["mean"] for shard in each.shards]) for each in (again, Manifest.load(SHARDS))))
+
+
+@check
+def samples_by_words():
+    wish = ["text=a disc", f"clip={CLIP}", "per_class=2", "steps=2", f"output={OUTPUT / 'pictures'}"]
+    tool(SampleConfig, sample, f"model={CONDITIONAL}", *wish)
+
+
+@check
+def explores():
+    explorer = tool(ExploreConfig, Explorer, f"models.a={CONDITIONAL}", f"models.b={CONDITIONAL}", f"clip={CLIP}")
+    wish = Wish(steps=2, embedding=explorer.embedding(None, "a square"))
+    [outcome, _] = explorer.sample(wish, lambda share: None).values()
+    explorer.film("a", outcome.frames)
+    explorer.draws(outcome.frames[0], wish)
+
+
+@check
+def evaluates():
+    real = [f"reference.source={PICTURES}", "reference.resolution=16", f"held_out={PICTURES}"]
+    tool(EvaluateConfig, evaluate, *real, f"model={MODEL}", "count=12", "steps=2", f"output={OUTPUT / 'evaluation.json'}")
+
+
+@check
+def trains_a_classifier():
+    both = f"{{source: '{PICTURES}', resolution: 16}}"
+    one_set = f"sets=[{{name: a, batch_size: 8, images: {both}, held_out: {both}}}]"
+    tool(TrainClassifierConfig, train_classifier, one_set, "images_total=16", f"output={OUTPUT / 'classifier'}")
+
+
+@check
+def trains_an_autoencoder():
+    held_out = [f"held_out.source={PICTURES}", "held_out.resolution=16", f"work={OUTPUT / 'work'}", f"output={OUTPUT / 'vae'}"]
+    few = ["images_total=16", "batch_size=8"]
+    tool(TrainAutoencoderConfig, train_autoencoder, *IMAGES, *held_out, *tiny.TINY_AUTOENCODER, *few)
+
+
+def outcome(function):
+    """None, or the traceback of what went wrong."""
+    try:
+        function()
+    except Exception:
+        return traceback.format_exc()
+
+
+(OUTPUT / "outcomes.json").write_text(json.dumps({name: outcome(function) for name, function in CHECKS.items()}))

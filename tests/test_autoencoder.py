@@ -79,10 +79,19 @@ def test_both_conventions_of_latent_constants():
     assert (shift.item(), scale.item()) == (0, pytest.approx(0.3))
 
 
-def test_force_upcast_keeps_float32(vae_folder):
-    half = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float16)
-    assert FrozenAutoencoder(half).dtype == torch.float32  # AutoencoderKL's default is force_upcast=True
-    assert FrozenAutoencoder(tiny().half()).dtype == torch.float16
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_weights_that_overflow_in_half_precision_work_in_float32(vae_folder, force_upcast):
+    """And the user's autoencoder is afterwards as it was: dtype, training mode, gradients."""
+    half = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float16, force_upcast=force_upcast).train()
+    seen = []
+    for part in (half.encoder, half.decoder):
+        part.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].dtype, module.training)))
+    frozen = FrozenAutoencoder(half)
+    latents = frozen.normalise(frozen.encode_moments(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))[:, 0])
+    decoded = frozen.decode(latents)
+    assert decoded.dtype == torch.float32 and not decoded.requires_grad
+    assert seen == [(torch.float32 if force_upcast else torch.float16, False)] * 2
+    assert half.dtype == torch.float16 and half.training and all(weights.requires_grad for weights in half.parameters())
 
 
 def test_other_models_are_refused(tmp_path):

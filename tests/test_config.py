@@ -1,6 +1,6 @@
 import pytest
 
-from ldm_smd.config import EncodeConfig, SampleConfig, TrainConfig, dump_config, load_config
+from ldm_smd.config import EncodeConfig, SampleConfig, TrainAutoencoderConfig, TrainConfig, dump_config, load_config
 from ldm_smd.errors import UserError
 
 GIVEN = ["shards=a", "autoencoder=b", "output=c"]
@@ -25,11 +25,17 @@ def test_dump_loads_back_to_the_same(tmp_path):
         (["bath_size=8"], "'bath_size'; the nearest known key is 'batch_size'"),
         (["model.latent_chanels=8"], "the nearest known key is 'model.latent_channels'"),
         (["batch_size=many"], "batch_size"),
-        (["batch_size=0"], "batch_size: expected at least 1, found 0"),
+        (["batch_size=0"], "batch_size: expected a number from 1 to 1,048,576, found 0"),
         (["model.placement=down"], "model.placement: expected one of in_out, up, all, found 'down'"),
-        (["objective.draws=1"], "objective.draws: expected at least 2, found 1"),
+        (["objective.draws=1"], "objective.draws: expected at least 2 for the energy score, found 1"),
         (["model.latent_channels=0"], "objective.name: expected mse for a Gaussian model"),
         (["model.block_out_channels=[30,60]"], "model.block_out_channels: expected multiples of norm_num_groups"),
+        (["batch_size=1e30"], "batch_size: expected a value of its type, found: Value '1e+30'"),
+        (["learning_rate=nan"], "learning_rate: expected a number more than 0 to 1, found nan"),
+        (["objective.patches=[]"], "objective.patches: expected at least 1 numbers, found []"),
+        (["objective.patches=[0,-1]"], "objective.patches: expected a number from 0 to 1,024, found -1"),
+        (["output=''"], "output: expected a name, a path or words of at most 4096 characters, found ''"),
+        (["output=${nothing}"], "settings: expected values that can be resolved, found: Interpolation key 'nothing' not found"),
         (["batch_size"], "override: expected key=value, found 'batch_size'"),
     ],
 )
@@ -38,6 +44,24 @@ def test_mistakes_are_named(overrides, message):
         load_config(TrainConfig, None, GIVEN + overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_mistake_is_named_by_its_full_name():
+    given = ["images.source=a", "held_out.source=a", "output=c", "held_out.resolution=1"]
+    with pytest.raises(UserError, match=r"^held_out\.resolution: expected a number from 8 to 8,192, found 1$"):
+        load_config(TrainAutoencoderConfig, None, given)
+
+
+def test_schemas_made_in_python_are_checked_too():
+    with pytest.raises(UserError, match="batch_size: expected a number from 1"):
+        TrainConfig(shards="a", autoencoder="b", output="c", batch_size=0)
+
+
+def test_no_is_a_precision(tmp_path):
+    """Which YAML would read as false."""
+    (tmp_path / "train.yaml").write_text("precision: no\n")
+    for file, overrides in ((tmp_path / "train.yaml", []), (None, ["precision=no"])):
+        assert load_config(TrainConfig, file, [*GIVEN, *overrides]).precision == "no"
 
 
 def test_a_mandatory_value_that_is_missing_is_named():

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file
 
 from ldm_smd.config import DemoConfig, EncodeConfig, SampleConfig, TrainAutoencoderConfig, TrainConfig, load_config
 from ldm_smd.data.encode import encode
@@ -13,9 +15,10 @@ from ldm_smd.demo import demo
 from ldm_smd.evaluation.features import FeatureNetwork
 from ldm_smd.sampling import sample
 from ldm_smd.training.autoencoder import train_autoencoder
+from ldm_smd.training.ema import EMA
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics import read_metrics
-from tests.conftest import TINY_MODEL
+from tests.tiny import TINY_AUTOENCODER, TINY_MODEL
 
 
 def test_pictures_in_pictures_out(run, pictures, tmp_path):
@@ -29,9 +32,7 @@ def test_pictures_in_pictures_out(run, pictures, tmp_path):
         "held_out.resolution=16",
         f"output={vae}",
         f"work={tmp_path / 'work'}",
-        "model.block_out_channels=[8,8]",
-        "model.latent_channels=4",
-        "model.norm_num_groups=4",
+        *TINY_AUTOENCODER,
         "images_total=1200",
         "batch_size=16",
         "checkpoint_every_images=640",
@@ -54,29 +55,34 @@ def test_pictures_in_pictures_out(run, pictures, tmp_path):
         assert picture.size == (16, 16) and picture.mode == "RGB"
 
 
-def test_autoencoder_training_resumes(pictures, tmp_path):
-    settings = [
-        f"images.source={pictures}",
-        "images.resolution=16",
-        f"held_out.source={pictures}",
-        "held_out.resolution=16",
-        "model.block_out_channels=[8,8]",
-        "model.latent_channels=4",
-        "model.norm_num_groups=4",
-        "images_total=128",
-        "checkpoint_every_images=64",
-    ]
-    weights = []
-    for name in ("straight", "stopped"):
+def test_autoencoder_training_resumes(pictures, tmp_path, monkeypatch):
+    """Killed between two checkpoints, it goes on from the first, and ends where a run that was not stopped ends."""
+
+    def train_in(name):
+        images = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={pictures}", "resolution=16")]
+        counts = ["images_total=64", "batch_size=8", "checkpoint_every_images=32", "warmup_images=16"]
         places = [f"output={tmp_path / name}", f"work={tmp_path / f'work-{name}'}"]
-        config = load_config(TrainAutoencoderConfig, None, settings + places)
-        train_autoencoder(config)
-        if name == "stopped":
-            # Back to the checkpoint in the middle, as a kill after it would leave things.
-            newest = max((tmp_path / "work-stopped/checkpoints").iterdir())
-            assert newest.name == "images-000000000128"
-        weights.append((tmp_path / name / "diffusion_pytorch_model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
+        return train_autoencoder(load_config(TrainAutoencoderConfig, None, [*images, *counts, *TINY_AUTOENCODER, *places]))
+
+    seen, real = [], EMA.update
+
+    def update(self, model, batch_images, images_seen):
+        seen.append(images_seen)
+        if seen == [8, 16, 24, 32, 40, 48]:
+            raise KeyboardInterrupt
+        return real(self, model, batch_images, images_seen)
+
+    straight = train_in("straight")
+    monkeypatch.setattr(EMA, "update", update)
+    with pytest.raises(KeyboardInterrupt):
+        train_in("stopped")
+    assert not (tmp_path / "stopped").exists()
+    stopped = train_in("stopped")
+    assert seen[6:] == [40, 48, 56, 64]
+    a, b = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (straight, stopped))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    logs = [read_metrics(tmp_path / f"work-{name}/metrics.jsonl") for name in ("straight", "stopped")]
+    assert logs[0] == logs[1] and [line["images_seen"] for line in logs[0]] == [32, 64]
 
 
 @pytest.mark.parametrize("missing", ["shards", "autoencoder"])

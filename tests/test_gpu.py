@@ -1,3 +1,6 @@
+"""Where there is no GPU, one that is pretended: tensors left on the CPU are found as on a real one."""
+
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -5,14 +8,57 @@ from pathlib import Path
 import pytest
 from torch.utils import backend_registration
 
+from ldm_smd.config import TrainConfig, load_config
+from ldm_smd.training.loop import train
+from tests.tiny import training
 
-@pytest.mark.skipif(
+SCRIPT = Path(__file__).parent / "gpu_run.py"
+CHECKS = [
+    "fits_gaussians",
+    "trains_moments",
+    "samples",
+    "samples_by_an_sde_solver",
+    "samples_guided_at_some_noise_levels",
+    "samples_from_a_picture",
+    "samples_guided_by_another_network",
+    "samples_by_teleport",
+    "samples_by_gms",
+    "samples_by_teleport_and_gms_from_a_picture",
+    "trains_resumes_and_averages",
+    "trains_without_waiting",
+    "encodes",
+    "samples_by_words",
+    "explores",
+    "evaluates",
+    "trains_a_classifier",
+    "trains_an_autoencoder",
+]
+
+pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs a torch with devices in Python"
 )
-def test_all_tools_and_samplers_on_one_device(
-    model_folder, gaussian_folder, conditional_folder, clip, shards, vae_folder, pictures, tmp_path
-):
-    """Where there is no GPU, one that is pretended: tensors left on the CPU are found as on a real one."""
-    script = Path(__file__).parent / "gpu_run.py"
-    folders = [model_folder, gaussian_folder, conditional_folder, clip, shards, vae_folder, pictures, tmp_path]
-    subprocess.run([sys.executable, script, *folders], check=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def outcomes(model_folder, embedded, clip, shards, vae_folder, pictures, tmp_path_factory):
+    """What became of each check, all done in one process: nothing, or a traceback."""
+    output = tmp_path_factory.mktemp("gpu")
+
+    def trained(name, data, *settings):
+        settings = training(data, vae_folder, output / name, "images_total=16", *settings)
+        return train(load_config(TrainConfig, None, settings))
+
+    gaussian = trained("gaussian", shards, "model.latent_channels=0", "objective.name=mse", "seed=1")
+    conditional = trained("conditional", embedded, "image_conditional=true")
+    folders = [model_folder, gaussian, conditional, clip, shards, vae_folder, pictures, output]
+    subprocess.run([sys.executable, SCRIPT, *folders], check=True, timeout=300)
+    return json.loads((output / "outcomes.json").read_text())
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_one_device(outcomes, check):
+    assert outcomes[check] is None, outcomes[check]
+
+
+def test_every_check_has_its_test(outcomes):
+    assert list(outcomes) == CHECKS

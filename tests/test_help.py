@@ -16,7 +16,7 @@ def test_docs_have_the_help_of_every_tool():
 def test_settings_have_names_defaults_and_docstrings():
     found = {setting.name: setting for setting in settings(TrainConfig)}
     assert found["shards"].default is None and found["shards"].text.startswith("Folder with latent shards")
-    assert found["batch_size"].default == str(TrainConfig(shards="", autoencoder="", output="").batch_size)
+    assert found["batch_size"].default == str(TrainConfig(shards="x", autoencoder="x", output="x").batch_size)
     assert found["model.block_out_channels"].default == "[128, 256]" and found["init_from"].default == "null"
     nested = {setting.name: setting for setting in settings(TrainClassifierConfig)}
     assert nested["sets"].default == "[...]"

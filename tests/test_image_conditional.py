@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 
 from ldm_smd.config import ImagesConfig, SampleConfig, VerifyConfig
 from ldm_smd.data.images import load_pixels
@@ -19,6 +18,8 @@ from ldm_smd.models.clip import ClipEncoder
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import sample
 from ldm_smd.training.loop import build_model, train
+from tests.rounding import alike
+from tests.tiny import diffusers_unet
 
 
 def test_shards_hold_the_embeddings_and_all_else_as_without(embedded, shards, pictures, clip):
@@ -68,7 +69,7 @@ def test_the_embedding_matters_and_none_is_zeros(loud_pipeline, conditional_fold
 
     one, other = latents(embeds), latents(embeds.flip(0))
     assert not torch.allclose(one, other, atol=1e-2)
-    assert torch.allclose(latents(None), latents(torch.zeros(2, 16)), atol=1e-5)
+    assert alike(latents(None), latents(torch.zeros(2, 16)))
     x, t, eta = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8)
     for labels in (torch.tensor([0, 1]), None):
         with torch.no_grad():
@@ -76,7 +77,7 @@ def test_the_embedding_matters_and_none_is_zeros(loud_pipeline, conditional_fold
                 pipeline.unet(x, t, given, eta, image_embeds=e).sample for given, e in ((labels, embeds), (None, None))
             )
             guided = pipeline._predict(x, t, labels, eta, 3.0, embeds)
-        assert torch.allclose(guided, without + 3 * (own - without), atol=1e-3)
+        assert alike(guided, without + 3 * (own - without))
     assert latents(embeds, labels=None).shape == (2, 4, 8, 8)
     for wrong in (embeds[:1], embeds[:, :7]):
         with pytest.raises(ValueError, match=r"image_embeds: expected \(2, 16\), found"):
@@ -92,15 +93,14 @@ def test_a_model_without_embeddings_learns_them(train_config, embedded, model_fo
     labels = torch.tensor([0, 1])
     with torch.no_grad():
         found = after(x, t, labels, eta, image_embeds=embeds).sample
-    assert torch.equal(found, before(x, t, labels, eta).sample)
+    assert alike(found, before(x, t, labels, eta).sample)
     assert load_pipeline(train(config)).unet.image_embedding.weight.any()
 
 
 def test_compiled_as_diffusers_users_do(loud_pipeline, conditional_folder):
     """`pipe.unet = torch.compile(pipe.unet)` changes the class of the unet, and nothing else."""
     pipeline = loud_pipeline(conditional_folder)
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
-    plain = UNet2DModel(8, 4, 4, **blocks, norm_num_groups=4, num_class_embeds=3)
+    plain = diffusers_unet()
     embeds = torch.nn.functional.normalize(torch.randn(2, 16))
     for unet, options in ((pipeline.unet, {"image_embeds": embeds}), (plain, {})):
         options |= {"class_labels": [0, 1], "num_inference_steps": 2, "output_type": "latent"}
@@ -108,7 +108,7 @@ def test_compiled_as_diffusers_users_do(loud_pipeline, conditional_folder):
         for each in (unet, torch.compile(unet, backend="eager")):
             pipeline.unet = each
             made.append(pipeline(generator=seeded_generators([1, 2]), **options).images)
-        assert torch.allclose(*made, atol=1e-4)
+        assert alike(*made)
 
 
 def test_half_precision_and_a_batch_of_one(conditional_folder):

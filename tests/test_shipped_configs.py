@@ -1,10 +1,16 @@
-"""Every YAML file in configs/, as its tool reads it, and the networks of the large ones at full size, without their numbers."""
+"""Every file in configs/, as its tool reads it (those of accelerate and SLURM: test_launch_configs.py); and the networks of the
+large ones at full size, without their numbers."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from autoencoders import deep_compression, stable_diffusion
+from conversion import ConversionConfig
+from few_steps import FewStepsConfig
+from gms import GMSConfig
+from like import LikeConfig
+from teleport import TeleportBenchmarkConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm_smd.autoencoder import FrozenAutoencoder
@@ -12,6 +18,7 @@ from ldm_smd.config import (
     DemoConfig,
     EncodeConfig,
     EvaluateConfig,
+    ExploreConfig,
     TrainAutoencoderConfig,
     TrainClassifierConfig,
     TrainConfig,
@@ -28,12 +35,29 @@ FOLDERS = {
     "evaluate": (EvaluateConfig, ["output=x.json", "model=x"]),
 }
 FILES = [(path, *FOLDERS[folder]) for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.yaml"))]
-FILES += [(ROOT / "demo.yaml", DemoConfig, []), (ROOT / "classifier.yaml", TrainClassifierConfig, [])]
+FILES += [
+    (ROOT / "demo.yaml", DemoConfig, []),
+    (ROOT / "classifier.yaml", TrainClassifierConfig, []),
+    (ROOT / "explore.yaml", ExploreConfig, []),
+    (ROOT / "benchmarks/conversion-emoji.yaml", ConversionConfig, []),
+    (ROOT / "benchmarks/few-steps-cifar10.yaml", FewStepsConfig, []),
+    (ROOT / "benchmarks/few-steps-emoji.yaml", FewStepsConfig, []),
+    (ROOT / "benchmarks/gms-cifar10.yaml", GMSConfig, []),
+    (ROOT / "benchmarks/gms-emoji.yaml", GMSConfig, []),
+    (ROOT / "benchmarks/like-emoji.yaml", LikeConfig, []),
+    (ROOT / "benchmarks/teleport-emoji.yaml", TeleportBenchmarkConfig, []),
+]
 
 
 @pytest.mark.parametrize("path, schema, given", FILES, ids=lambda value: value.stem if isinstance(value, Path) else "")
 def test_it_is_read(path, schema, given):
     load_config(schema, path, given)
+
+
+def test_every_file_has_its_test():
+    elsewhere = {"accelerate", "slurm"}
+    found = {path for path in ROOT.rglob("*") if path.is_file() and path.parent.name not in elsewhere}
+    assert found == {path for path, _, _ in FILES}
 
 
 @pytest.mark.parametrize(

@@ -33,15 +33,18 @@ from ..autoencoder import FrozenAutoencoder
 from ..config import EncodeConfig
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file, sha256
+from ..files import atomic_file, claimed, require_folder, sha256
 from ..models.clip import ClipEncoder
 from ..progress import progress
 from .images import Pictures, read_pictures
 from .shards import DTYPE, EMBEDDING, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json
-from .sources import Entry, list_entries
+from .sources import Entry, fingerprint, list_entries
 from .stream import index_tar
 
 PLAN = "plan.json"
+OF_PICTURES = ("pictures", "pictures_sha256", "files_sha256")
+NOT_IN_MANIFEST = ("format", "pictures", "files_sha256")
+"""Of the plan's settings. A copy of the pictures, with other modification times, has the same manifest."""
 AHEAD = 2
 """Batches that are encoded, or wait for that, while one is written."""
 
@@ -67,6 +70,7 @@ class Plan:
             "format": FORMAT,
             "pictures": len(entries),
             "pictures_sha256": digest.hexdigest(),
+            "files_sha256": fingerprint(entries, config.compare_contents),
             "autoencoder": {"source": autoencoder.name, **autoencoder.identity()},
             "resolution": config.images.resolution,
             "crop": config.images.crop,
@@ -110,21 +114,34 @@ def encode(config: EncodeConfig) -> Manifest | None:
     """
     worker, workers = which_worker(config.worker)
     output = Path(config.output)
+    require_folder(output)
+    writer = f"worker-{worker}-of-{workers}-"
+    with claimed(output, worker=writer):
+        return encode_part(config, output, worker, workers, writer)
+
+
+def encode_part(config: EncodeConfig, output: Path, worker: int, workers: int, writer: str) -> Manifest | None:
+    """What ``encode`` does, for one worker, whose temporary files have ``writer`` in their names."""
     device = pick_device(config.device)
     autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
+    if config.images.resolution % autoencoder.factor:
+        raise UserError(
+            f"images.resolution: expected a multiple of {autoencoder.factor}, by which {config.autoencoder} divides, found "
+            f"{config.images.resolution}"
+        )
     clip = None if config.embedding is None else ClipEncoder.of(config.embedding, device, "embedding")
     plan = Plan.of(config, autoencoder, clip)
-    claim(output, plan, worker)
+    claim(output, plan, writer)
     mine = plan.shards[worker::workers]
     missing = [shard for shard in mine if not finished(output, plan, shard)]
     if len(missing) < len(mine):
         print(f"{len(mine) - len(missing)} of {len(mine)} shards are there already", file=sys.stderr)
     if missing:
         try:
-            encode_shards(output, plan, missing, autoencoder, clip, config)
+            encode_shards(output, plan, missing, autoencoder, clip, config, writer)
         except OSError as error:  # of writing: that a picture cannot be read is no exception
             raise UserError(f"output: expected to write the shards to {output}, found {error}; run again to go on") from error
-    return merge(output, plan, worker)
+    return merge(output, plan, writer, config.images.strict)
 
 
 def which_worker(worker: str | None) -> tuple[int, int]:
@@ -137,16 +154,21 @@ def which_worker(worker: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def claim(output: Path, plan: Plan, worker: int) -> None:
+def claim(output: Path, plan: Plan, writer: str) -> None:
     """Write plan.json into a new folder; in one that has it, check that it is this plan."""
     if not (output / PLAN).is_file():
         others = (path for path in output.glob("[!.]*") if path.name != PLAN)  # which another worker may just have written
         if any(others):
             raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
-        with atomic_file(output / PLAN, str(worker)) as temporary:
+        with atomic_file(output / PLAN, writer) as temporary:
             temporary.write_text(json.dumps(plan.settings, indent=1), encoding="utf-8")
     there = read_json(output / PLAN)
     for name, value in json.loads(json.dumps(plan.settings)).items():
+        if there.get(name) != value and name in OF_PICTURES:
+            raise UserError(
+                f"output: expected a new folder, or one of the same pictures, found {output} with others: the number, names, "
+                "labels, sizes or modification times in images.source differ"
+            )
         if there.get(name) != value:
             raise UserError(
                 f"output: expected a new folder, or one of the same run, found {output} with another {name} "
@@ -168,12 +190,13 @@ def encode_shards(
     autoencoder: FrozenAutoencoder,
     clip: ClipEncoder | None,
     config: EncodeConfig,
+    writer: str,
 ) -> None:
     """Three things at a time: processes decode pictures, threads run the networks, and this one writes."""
     bar = progress(sum(plan.count(shard) for shard in shards), 0, "encode", disable=int(os.environ.get("LOCAL_RANK", 0)) > 0)
     for shard, group in groupby(encoded(plan, shards, autoencoder, clip, config), key=itemgetter(0)):
         parts = ((pictures, moments, embeddings) for _, pictures, moments, embeddings in group)
-        write_shard(plan, plan.path(output, shard), parts, bar)
+        write_shard(plan, plan.path(output, shard), parts, bar, writer)
     bar.close()
 
 
@@ -219,12 +242,16 @@ def batch_threads(device: torch.device) -> Iterator[int]:
 
 
 def write_shard(
-    plan: Plan, path: Path, batches: Iterable[tuple[Pictures, list[np.ndarray], np.ndarray | None]], bar: tqdm
+    plan: Plan,
+    path: Path,
+    batches: Iterable[tuple[Pictures, list[np.ndarray], np.ndarray | None]],
+    bar: tqdm,
+    writer: str,
 ) -> None:
     """The tar, and then the record that vouches for it."""
     statistics, channels, skipped = ShardStatistics(), ChannelStatistics(), []
     with (
-        atomic_file(path) as temporary,
+        atomic_file(path, writer) as temporary,
         open(temporary, "wb") as stream,
         wds.TarWriter(stream, mtime=0, user="", group="") as tar,
     ):
@@ -247,12 +274,13 @@ def write_shard(
         "skipped": skipped,
         "index": index_tar(path, tuple(channels.shape), np.dtype(DTYPE), dimensions),
     }
-    with atomic_file(path.with_suffix(".json")) as temporary:
+    with atomic_file(path.with_suffix(".json"), writer) as temporary:
         temporary.write_text(json.dumps(record), encoding="utf-8")
 
 
-def merge(output: Path, plan: Plan, worker: int) -> Manifest | None:
-    """manifest.json from the records of all shards; None while some are missing."""
+def merge(output: Path, plan: Plan, writer: str, strict: bool) -> Manifest | None:
+    """manifest.json from the records of all shards; None while some are missing. Raises UserError where ``strict`` and pictures
+    were skipped, by an earlier run too."""
     records = [read_json(plan.path(output, shard).with_suffix(".json")) for shard in plan.shards]
     missing = [shard for shard, record in zip(plan.shards, records) if record.get("plan") != plan.sha256]
     if missing:
@@ -262,19 +290,24 @@ def merge(output: Path, plan: Plan, worker: int) -> Manifest | None:
     for record in records:
         statistics.merge(record["channels"])
     skipped = [item for record in records for item in record["skipped"]]
+    if strict and skipped:
+        raise UserError(
+            f"images.strict: expected every picture to be readable, found {len(skipped)} skipped in {output}, first "
+            f"{skipped[0]['name']}: {skipped[0]['reason']}"
+        )
     if statistics.count == 0:
         raise UserError(
             f"images.source: expected readable pictures, found none of {len(plan.entries)} (first: {skipped[0]['reason']})"
         )
     metadata = {
-        **{key: value for key, value in plan.settings.items() if key not in ("format", "pictures")},
+        **{key: value for key, value in plan.settings.items() if key not in NOT_IN_MANIFEST},
         "dtype": np.dtype(DTYPE).name,
         "moments_shape": statistics.shape,
         "channel_mean": statistics.mean.tolist(),
         "channel_std": statistics.std.tolist(),
     }
     content = {"format": FORMAT, "metadata": metadata, "shards": [record["shard"] for record in records], "skipped": skipped}
-    with atomic_file(output / MANIFEST, str(worker)) as temporary:
+    with atomic_file(output / MANIFEST, writer) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     for item in skipped[:20]:
         print(f"skipped {item['name']}: {item['reason']}", file=sys.stderr)

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..autoencoder import FrozenAutoencoder
 from ..errors import UserError
+from ..files import sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "ldm_smd latent shards 1"
@@ -49,6 +50,11 @@ class Manifest:
         if found != FORMAT:
             raise UserError(f"shards: expected format {FORMAT!r} in {path}, found {found!r}")
         return cls(Path(folder), metadata, shards)
+
+    @property
+    def sha256(self) -> str:
+        """Of manifest.json, and so of all that the latents depend on, and of the latents."""
+        return sha256(self.folder / MANIFEST)
 
     @property
     def count(self) -> int:

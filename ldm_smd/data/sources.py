@@ -9,9 +9,12 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
+import re
 import tarfile
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -31,6 +34,12 @@ if TYPE_CHECKING:
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 HUGGING_FACE = "datasets:"
 CHUNK_BYTES = 2**20
+LABEL = re.compile(rb"\d{1,9}")
+UNNAMED_CLASSES = 1_000
+"""Labels without a list of names may leave out classes up to here; above, a tenth of them must be there."""
+NUMBER_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+MOST_TARS = 1_000_000
+"""That braces may stand for."""
 
 # As webdataset reads gs:// with gsutil; 1.0 has nothing for s3://.
 gopen_schemes.setdefault("s3", lambda url, mode, bufsize: Pipe(["aws", "s3", "cp", url, "-"], mode=mode, bufsize=bufsize))
@@ -88,7 +97,32 @@ def list_entries(config: ImagesConfig) -> tuple[list[Entry], list[str]]:
                     f"images.source: expected a label from 0 to {len(classes) - 1} ({len(classes)} classes), "
                     f"found {entry.label} for {entry.name} (key {entry.key})"
                 )
-    return _with_unique_keys(entries), classes
+    return with_unique_keys(entries), classes
+
+
+def fingerprint(entries: list[Entry], contents: bool = False) -> str:
+    """SHA-256 that changes when a picture does: by size and modification time of the file it lies in, or by its contents."""
+    digest = hashlib.sha256()
+    stamp_of_file = lru_cache(maxsize=None)(_stamp)
+    for entry in entries:
+        stamp = _sha256(entry) if contents else stamp_of_file(entry.path)
+        digest.update(repr((entry.key, entry.label, entry.offset, entry.size, stamp)).encode())
+    return digest.hexdigest()
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """Size and modification time; None for a Hugging Face dataset, which has another name in every version."""
+    if path.startswith(HUGGING_FACE):
+        return None
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _sha256(entry: Entry) -> str:
+    try:
+        return hashlib.sha256(entry.read()).hexdigest()
+    except (OSError, zipfile.BadZipFile) as error:  # it will be skipped, and listed
+        return type(error).__name__
 
 
 def _list_folder(folder: Path) -> tuple[list[Entry], list[str]]:
@@ -118,15 +152,14 @@ def _labels_from_folders(names: list[str]) -> tuple[list[int | None], list[str]]
     """Class = first folder of each name. Pictures that all lie at the top have no labels."""
     tops = [PurePosixPath(name).parts[0] if "/" in name else None for name in names]
     classes = sorted({top for top in tops if top is not None})
-    if not classes:
-        return [None] * len(names), []
-    return [classes.index(top) if top is not None else None for top in tops], classes
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
+    return [numbers.get(top) for top in tops], classes
 
 
 def _list_tars(pattern: str, config: ImagesConfig) -> tuple[list[Entry], list[str]]:
     paths: list[str] = []
     # A shell command may have braces of its own.
-    for expanded in [pattern] if pattern.startswith("pipe:") else braceexpand.braceexpand(pattern):
+    for expanded in [pattern] if pattern.startswith("pipe:") else _expanded(pattern):
         remote = expanded.startswith("pipe:") or urlsplit(expanded).scheme in gopen_schemes
         paths += [str(_fetch(expanded, config))] if remote else sorted(glob.glob(expanded))
     if not paths:
@@ -140,14 +173,35 @@ def _list_tars(pattern: str, config: ImagesConfig) -> tuple[list[Entry], list[st
             raise UserError(f"images.classes: expected a JSON list of class names, found something else in {classes_file}")
     elif classes_path:
         raise UserError(f"images.classes: expected a JSON list of class names, found no file {classes_file}")
-    elif any(entry.label is not None for entry in entries):
-        highest = max(entry.label for entry in entries if entry.label is not None)
-        classes = [str(label) for label in range(highest + 1)]
     else:
-        classes = []
+        classes = _unnamed_classes({entry.label for entry in entries if entry.label is not None}, classes_file)
     if all(entry.label is None for entry in entries):
         classes = []
     return entries, classes
+
+
+def _expanded(pattern: str) -> list[str]:
+    """Braces expanded, as in train-{000..009}.tar."""
+    # braceexpand makes whole lists: what is too much must be found before.
+    lengths = [abs(float(last) - float(first)) + 1 for first, last in NUMBER_RANGE.findall(pattern)]
+    if math.prod(lengths) > MOST_TARS:
+        raise UserError(f"images.source: expected braces for at most {MOST_TARS:,} tars, found more in {pattern!r}")
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"images.source: expected balanced braces, found {pattern!r}: {brief(error)}") from error
+
+
+def _unnamed_classes(labels: set[int], classes_file: Path) -> list[str]:
+    """Their numbers as names, 0 to the highest label: the same for parts of a set that leave out some. A stray label must not
+    make a list of a billion."""
+    count = max(labels, default=-1) + 1
+    if count > UNNAMED_CLASSES and count > 10 * len(labels):
+        raise UserError(
+            f"images.classes: expected a JSON list of class names for {len(labels)} different labels up to {count - 1}, "
+            f"found no file {classes_file}"
+        )
+    return [str(label) for label in range(count)]
 
 
 def _fetch(url: str, config: ImagesConfig) -> Path:
@@ -172,9 +226,12 @@ def _fetch(url: str, config: ImagesConfig) -> Path:
 
 
 def _list_tar(path: str) -> list[Entry]:
-    """Entries of one webdataset tar; only headers and the .cls members are read."""
-    pictures: dict[str, Entry] = {}
-    labels: dict[str, int] = {}
+    """Entries of one webdataset tar; only headers and the .cls members are read.
+
+    Members of one key need not be neighbours. Pictures of one key share its label, or have one each, in order.
+    """
+    pictures: dict[str, list[Entry]] = {}
+    labels: dict[str, list[int]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -185,17 +242,29 @@ def _list_tar(path: str) -> list[Entry]:
                 stem, _, extension = base.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 if f".{extension.lower()}" in EXTENSIONS:
-                    pictures[key] = Entry(key, None, path, member.name, member.offset_data, member.size)
+                    picture = Entry(key, None, path, member.name, member.offset_data, member.size)
+                    pictures.setdefault(key, []).append(picture)
                 elif extension == "cls":
                     content = tar.extractfile(member)
                     text = content.read(64).strip() if content else b""
-                    try:
-                        labels[key] = int(text)
-                    except ValueError:
-                        raise UserError(f"images.source: expected an integer in {path}:{member.name}, found {text!r}") from None
+                    if not LABEL.fullmatch(text):
+                        raise UserError(
+                            f"images.source: expected a label from 0 to 999999999 in {path}:{member.name}, found {text!r}"
+                        )
+                    labels.setdefault(key, []).append(int(text))
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"images.source: expected an uncompressed tar, found {path}: {error}") from error
-    return [Entry(e.key, labels.get(key), e.path, e.member, e.offset, e.size) for key, e in pictures.items()]
+    entries = []
+    for key, of_key in pictures.items():
+        found = labels.get(key, [None])
+        if len(found) == 1:
+            found = found * len(of_key)
+        if len(found) != len(of_key):
+            raise UserError(
+                f"images.source: expected one label or {len(of_key)} for the key {key} in {path}, found {len(found)}"
+            )
+        entries += [replace(entry, label=label) for entry, label in zip(of_key, found)]
+    return entries
 
 
 def _list_dataset(source: str, split: str) -> tuple[list[Entry], list[str]]:
@@ -240,16 +309,16 @@ def _key(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _with_unique_keys(entries: list[Entry]) -> list[Entry]:
+def with_unique_keys(entries: list[Entry]) -> list[Entry]:
     """Webdataset keys: no dots (a dot would split the key), no two alike. The first of a clash keeps its key."""
     taken: set[str] = set()
+    last: Counter[str] = Counter()  # number given, so that many of one key do not try all numbers again
     unique = []
     for entry in entries:
         wanted = key = entry.key.replace(".", "_")
-        number = 2
         while key in taken:
-            key = f"{wanted}-{number}"
-            number += 1
+            last[wanted] = max(last[wanted], 1) + 1
+            key = f"{wanted}-{last[wanted]}"
         taken.add(key)
         unique.append(replace(entry, key=key))
     return unique

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from ..autoencoder import FrozenAutoencoder
 from ..config import VerifyConfig
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file, sha256
+from ..files import atomic_file, claimed, sha256
 from ..progress import progress
 from .shards import Manifest, ShardStatistics
 from .stream import Shard, index_tar, open_shard
@@ -26,6 +27,12 @@ READ = 256
 
 def verify(config: VerifyConfig) -> None:
     """Read every shard; raises UserError, after a line for every finding, where there are any."""
+    with nullcontext() if config.sheet is None else claimed(Path(config.sheet), "sheet"):
+        verify_shards(config)
+
+
+def verify_shards(config: VerifyConfig) -> None:
+    """What ``verify`` does."""
     manifest = Manifest.load(config.shards)
     findings: list[str] = []
     keys: Counter[str] = Counter()

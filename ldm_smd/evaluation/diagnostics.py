@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 
 from ..diffusion.process import DiffusionProcess
 from ..models.blocks import repeat
@@ -56,7 +57,7 @@ def spread_over_eta(
         eta = torch.randn((len(latents) * draws, *latents.shape[1:]), generator=generator, device=latents.device)
         prediction = model(x_t, steps, labels, eta).sample.float()
         x0 = process.to_x0(prediction, repeat(x_t, draws), repeat(steps, draws), prediction_type)
-        x0 = x0.unflatten(0, (len(latents), draws))
+        x0 = rearrange(x0, "(b m) ... -> b m ...", m=draws)
         variance, error = x0.var(dim=1).mean(), (x0.mean(dim=1) - latents).square().mean()
         share = ((1 + 1 / draws) * variance / error).sqrt()
         spread[t] = Spread(float(variance.sqrt()), float(share))

@@ -26,10 +26,10 @@ from safetensors.torch import save_file
 
 from ..config import EvaluateConfig, ImagesConfig
 from ..data.images import read_pictures
-from ..data.sources import Entry, list_entries
+from ..data.sources import Entry, fingerprint, list_entries
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file, sha256
+from ..files import atomic_file, claimed, claimed_by_first, require_folder, sha256
 from ..models.unet import num_classes
 from ..pipelines import NETWORKS, load_pipeline, model_folder, weight_files
 from ..progress import progress
@@ -76,8 +76,19 @@ class Seen:
 
 def evaluate(config: EvaluateConfig) -> Path:
     """Measure, and write ``config.output`` and a table beside it; returns it."""
-    started, state = time.perf_counter(), PartialState(cpu=not torch.cuda.is_available())
     output = Path(config.output)
+    if output.is_dir():
+        raise UserError(f"output: expected a JSON file to write, found a folder at {output}")
+    if config.cache is not None:  # which others may use at the same time
+        with claimed(Path(config.cache), "cache", worker=f"{os.getpid()}-"):
+            require_folder(Path(config.cache), "cache")
+    with claimed_by_first(output):
+        return measure(config, output)
+
+
+def measure(config: EvaluateConfig, output: Path) -> Path:
+    """What ``evaluate`` does."""
+    started, state = time.perf_counter(), PartialState(cpu=not torch.cuda.is_available())
     extractors = [load_extractor(weights, config.device) for weights in config.features]
     names = [extractor.name for extractor in extractors]
     if len(set(names)) < len(names):
@@ -158,11 +169,7 @@ def digest_of(entries: list[Entry], images: ImagesConfig, extractors: list[Extra
     """Of all that the features of a source depend on."""
     digest = hashlib.sha256(repr([getattr(images, key) for key in IMAGES]).encode())
     digest.update("".join(extractor.sha256 + extractor.resize for extractor in extractors).encode())
-    changed: dict[str, int] = {}  # when files were; a Hugging Face dataset has its own name for each version
-    for entry in entries:
-        if entry.path not in changed:
-            changed[entry.path] = os.stat(entry.path).st_mtime_ns if os.path.exists(entry.path) else 0
-        digest.update(repr((entry, changed[entry.path])).encode())
+    digest.update(fingerprint(entries).encode())
     return digest.hexdigest()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import einops
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from .attention import attention
@@ -64,11 +66,10 @@ class AttentionBlock(nn.Module):
         self.to_out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, channels, height, width = x.shape
-        h = self.norm(x).flatten(2).transpose(1, 2)
-        qkv = self.to_qkv(h).view(batch, height * width, 3, channels // self.head_dim, self.head_dim)
-        h = self.to_out(attention(*qkv.unbind(2)).reshape(batch, height * width, channels))
-        return x + h.transpose(1, 2).reshape(x.shape)
+        h = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        query, key, value = rearrange(self.to_qkv(h), "b n (qkv heads d) -> qkv b n heads d", qkv=3, d=self.head_dim)
+        h = self.to_out(rearrange(attention(query, key, value), "b n heads d -> b n (heads d)"))
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[2])
 
 
 class Pointwise(nn.Linear):
@@ -108,16 +109,17 @@ def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:
     """(B, ...) -> (B * draws, ...), the copies of a picture in consecutive rows."""
     if draws == 1:
         return x
-    if x.ndim == 4:  # repeat_interleave alone would lose the channels-last layout
-        return x.permute(0, 2, 3, 1).repeat_interleave(draws, dim=0).permute(0, 3, 1, 2)
-    return x.repeat_interleave(draws, dim=0)
+    if x.ndim == 4:  # in this order, so that it is channels-last in memory
+        return rearrange(einops.repeat(x, "b c h w -> (b m) h w c", m=draws), "b h w c -> b c h w")
+    return einops.repeat(x, "b ... -> (b m) ...", m=draws)
 
 
 def add_shared(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     """x (B * M, ...) + shared (B, ...), the M rows of a picture consecutive in x."""
     if len(x) == len(shared):
         return x + shared
-    return (x.unflatten(0, (len(shared), -1)) + shared.unsqueeze(1)).flatten(0, 1)
+    by_picture = rearrange(x, "(b m) ... -> b m ...", b=len(shared))
+    return rearrange(by_picture + shared.unsqueeze(1), "b m ... -> (b m) ...")
 
 
 def assign_modulation_slices(root: nn.Module) -> int:

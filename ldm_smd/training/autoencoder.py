@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -10,19 +11,23 @@ from diffusers import AutoencoderKL
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import INPUT_RANGE, FrozenAutoencoder
-from ..config import TrainAutoencoderConfig
+from ..config import TrainAutoencoderConfig, config_as_dict
 from ..data.images import load_pixels
 from ..data.shards import ChannelStatistics
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_folder
+from ..files import atomic_folder, claimed, require_folder
 from ..progress import progress
 from .card import card
-from .checkpoint import load_weights, optimizer_tensors, resume, resume_optimizer, save_checkpoint
+from .checkpoint import load_weights, newest_images, optimizer_tensors, resume, resume_optimizer, save_checkpoint
 from .ema import EMA
 from .metrics import MetricsLog, crossed
+from .record import RunRecord, flat, open_record
 
 REPORT_EVERY_IMAGES = 1_000
+NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache", "held_out.", "work", "resume_changed")
+"""Settings, by how they begin, that are paths to what is compared itself, or change nothing of the model."""
+MAY_CHANGE = ("images_total", "learning_rate", "warmup_images", "ema_halflife_images", "checkpoint_every_images")
 
 
 def build(config: TrainAutoencoderConfig) -> AutoencoderKL:
@@ -65,10 +70,24 @@ def autoencoder_loss(
 
 def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     """Train, measure on the held-out pictures, write the model folder; returns it."""
+    output = Path(config.output)
+    work = Path(config.work) if config.work else output.with_name(f"{output.name}.run")
+    with claimed(output), claimed(work, "work"):
+        require_folder(output)
+        require_folder(work, "work")
+        return run(config, output, work)
+
+
+def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
+    """What ``train_autoencoder`` does."""
     device = pick_device("auto")
     torch.manual_seed(config.seed)
     pixels, _, _ = load_pixels(config.images)
     held_out, _, _ = load_pixels(config.held_out)
+    settings = {name: value for name, value in flat(config_as_dict(config)).items() if not name.startswith(NOT_COMPARED)}
+    made_from = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), **settings}
+    there = newest_images(work / "checkpoints")
+    record = open_record(work, made_from, there, MAY_CHANGE, config.resume_changed)
     model = build(config)
     if config.init_from:
         load_weights(model, Path(config.init_from), "init_from")
@@ -80,9 +99,9 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
 
-    work = Path(config.work)
     images_seen = resume(work / "checkpoints", model, ema)["images_seen"]
     resume_optimizer(work / "checkpoints", model, optimizer)
+    record.save(work)
     log = MetricsLog(work, images_seen)
     bar = progress(config.images_total, images_seen, "autoencoder")
     totals: dict[str, torch.Tensor] = {}
@@ -129,11 +148,11 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     frozen = FrozenAutoencoder(ema.model)
     measured = measure(frozen, held_out)
     save_comparison(frozen, held_out[:24], work / "reconstructions.png")
-    with atomic_folder(Path(config.output)) as folder:
+    with atomic_folder(output) as folder:
         ema.model.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(config, frozen, measured, len(pixels)), encoding="utf-8")
-    print(f"held-out PSNR {measured['psnr']:.2f} dB; wrote {config.output}")
-    return Path(config.output)
+        (folder / "README.md").write_text(model_card(config, frozen, measured, len(pixels), record), encoding="utf-8")
+    print(f"held-out PSNR {measured['psnr']:.2f} dB; wrote {output}")
+    return output
 
 
 def _forward(model: AutoencoderKL, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -204,7 +223,9 @@ def save_comparison(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, path: 
     save_image(make_grid(torch.cat(rows), nrow=8, padding=2, pad_value=0.7), path)
 
 
-def model_card(config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, pictures: int) -> str:
+def model_card(
+    config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, pictures: int, record: RunRecord
+) -> str:
     """README.md of the model folder."""
     parameters = sum(parameter.numel() for parameter in autoencoder.model.parameters())
     part = "" if config.train_encoder else " by the decoder alone"
@@ -212,7 +233,7 @@ def model_card(config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, m
     text = f"""\
 Trained by `tools/train_autoencoder.py` on {pictures:,} pictures of `{config.images.source}` at \
 {config.images.resolution}x{config.images.resolution}, {config.images_total:,} images seen{start}, \
-{parameters / 1e6:.2f} million parameters.
+{parameters / 1e6:.2f} million parameters. {record.history()}
 
 | measured on `{config.held_out.source}` | dB |
 |---|---|

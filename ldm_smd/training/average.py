@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from ..config import AverageConfig
 from ..errors import UserError
-from ..files import atomic_folder, require_unused
+from ..files import atomic_folder, makes_folder
 from ..pipelines import load_pipeline
 from .card import card
 from .checkpoint import load_weights, written_whole
@@ -84,10 +84,10 @@ def shares(kept: list[Snapshot], images: int, sigma_rel: float) -> np.ndarray:
     return np.linalg.lstsq(products, wanted, rcond=None)[0]
 
 
+@makes_folder
 def average(config: AverageConfig) -> Path:
     """Write a model folder with the average of ``config.run`` of that width; returns it."""
     run, output = Path(config.run), Path(config.output)
-    require_unused(output)
     kept = snapshots(run, config.images)
     if not kept:
         raise UserError(f"run: expected snapshots of averages (tools/train.py ema_widths=[0.05,0.1]), found none in {run}")

@@ -78,6 +78,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("images-*") if PATTERN.fullmatch(path.name))
 
 
+def newest_images(folder: Path) -> int:
+    """Images seen by the newest checkpoint; 0 where there is none."""
+    found = [match for path in checkpoints(folder) if (match := PATTERN.fullmatch(path.name))]
+    return int(found[-1][1]) if found else 0
+
+
 def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> None:
     """Copy the weights of a diffusers model folder into ``model``; ``key`` is the setting a mismatch is blamed on.
 

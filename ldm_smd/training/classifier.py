@@ -13,7 +13,7 @@ from ..data.images import load_pixels
 from ..device import pick_device
 from ..errors import UserError
 from ..evaluation.features import FeatureNetwork
-from ..files import atomic_folder, require_unused
+from ..files import atomic_folder, makes_folder
 from ..progress import progress
 from .card import card
 from .rates import warmup_cosine
@@ -38,10 +38,10 @@ class LabelledPictures:
         return cls(pixels, torch.tensor(labels)), classes
 
 
+@makes_folder
 def train_classifier(config: TrainClassifierConfig) -> Path:
     """Train on all sets, measure the accuracy on the held-out parts, write the model folder; returns it."""
     output = Path(config.output)
-    require_unused(output)
     device = pick_device("auto")
     torch.manual_seed(config.seed)
     training, held_out, classes = {}, {}, {}

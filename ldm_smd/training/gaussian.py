@@ -15,7 +15,7 @@ from ..data.shards import Manifest
 from ..data.stream import LatentStream
 from ..diffusion.gaussian import fit_shared, leading, weights_by_class
 from ..errors import UserError
-from ..files import atomic_folder, require_unused
+from ..files import atomic_folder, makes_folder
 from ..models.gaussian import LatentGaussians
 from ..models.unet import num_classes
 from ..pipelines import load_pipeline
@@ -109,10 +109,10 @@ class LatentSums:
         return self.counts, self.sums, self.squares, self.spreads, self.products
 
 
+@makes_folder
 def fit_gaussian(config: FitGaussianConfig) -> Path:
     """Fit, then write the model folder with the Gaussians in it; returns it."""
     output = Path(config.output)
-    require_unused(output)
     pipeline = load_pipeline(config.model)
     manifest = Manifest.load(config.shards)
     autoencoder = FrozenAutoencoder(pipeline.vae, config.model)

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
+from einops import rearrange
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import FrozenAutoencoder, sample_latents
@@ -27,7 +28,7 @@ from ..diffusion.objectives import objective, timestep_weight
 from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
 from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
-from ..files import atomic_folder
+from ..files import atomic_folder, claimed_by_first, require_folder
 from ..models.attention import set_attention_backend
 from ..models.extended import ExtendedUNet2DModel, class_of
 from ..models.unet import EMBEDDING_PARTS, FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, embedding_dimensions, known_labels
@@ -35,11 +36,12 @@ from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
 from .average import resume_averages, save_snapshot
 from .card import card
-from .checkpoint import checkpoints, load_weights, optimizer_tensors, resume, resume_optimizer, save_checkpoint
+from .checkpoint import checkpoints, load_weights, newest_images, optimizer_tensors, resume, resume_optimizer, save_checkpoint
 from .draws import Draws, draw, step_seed
 from .ema import EMA, PowerEMA
 from .gaussian import LATENTS_PER_COMPONENT, fitting_latents
 from .metrics import MetricsLog, RunningMeans, crossed
+from .record import RunRecord, flat, open_record
 from .sharding import gathered, is_divided, set_sharded_precision, whole
 from .signals import EXIT_CODE, sigterm_flag
 
@@ -49,6 +51,34 @@ SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
 PREVIEW_PICTURES = 40
 CARD_CLASSES = 20
 COSINE_MAX_BETA = 0.75
+NOT_COMPARED = (
+    "shards",
+    "autoencoder",
+    "output",
+    "accumulate",
+    "gradient_checkpointing",
+    "compile",
+    "attention",
+    "num_workers",
+    "resume_changed",
+)
+"""Settings that are paths, whose contents are compared, or say how and not what is computed."""
+MAY_CHANGE = (
+    "images_total",
+    "learning_rate",
+    "warmup_images",
+    "cooldown_images",
+    "weight_decay",
+    "gradient_clip",
+    "ema_halflife_images",
+    "precision",
+    "log_every_images",
+    "sample_every_images",
+    "sample_steps",
+    "checkpoint_every_images",
+    "keep_checkpoints",
+)
+"""Settings that a resumed run may have others of, which is logged and told in the model card."""
 STOP_EVERY_STEPS = 10
 """Several processes agree so often whether to stop."""
 
@@ -56,19 +86,22 @@ STOP_EVERY_STEPS = 10
 def train(config: TrainConfig) -> Path:
     """Train from latent shards; returns the model folder. Continues from the newest checkpoint of ``config.output``.
 
-    A SIGTERM ends it with a checkpoint and exit code 143.
+    On CPUs a run that goes on ends bit by bit as one that was never stopped, on the same machine with the same number of
+    threads and the same torch. A SIGTERM ends it with a checkpoint and exit code 143.
     """
     # On CPUs several processes are a group only where one says that there is no GPU to look for.
     no_gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=pick_precision(config.precision), cpu=no_gpu)
-    with sigterm_flag() as stop:
+    output = Path(config.output)
+    with claimed_by_first(output), sigterm_flag() as stop:
+        require_folder(output)
         stopped_at = run(config, accelerator, stop)
     accelerator.end_training()
     if stopped_at is not None:
         if accelerator.is_main_process:
             print(f"stopped by SIGTERM after {stopped_at} images; run it again to go on", file=sys.stderr)
         sys.exit(EXIT_CODE)
-    return Path(config.output) / "model"
+    return output / "model"
 
 
 def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) -> int | None:
@@ -79,10 +112,18 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
     autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
     manifest.check_autoencoder(autoencoder)
     scheduler = build_scheduler(config.diffusion)
+    output, main = Path(config.output), accelerator.is_main_process
+    settings = {name: value for name, value in flat(config_as_dict(config)).items() if name not in NOT_COMPARED}
+    record = open_record(
+        output,
+        {"shards": manifest.sha256, **settings},
+        newest_images(output / "checkpoints"),
+        MAY_CHANGE,
+        config.resume_changed,
+    )
 
     torch.manual_seed(config.seed)
     model = build_model(config, manifest)
-    output = Path(config.output)
     if model.is_mixture and not model.noise.is_fitted and not checkpoints(output / "checkpoints"):
         fit_noise(model, config, manifest, autoencoder, scheduler)
     model.to(device)
@@ -122,9 +163,9 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
         autoencoder,
     )
 
-    main = accelerator.is_main_process
     log = MetricsLog(output, images_seen) if main else None
     if main:
+        record.save(output)
         (output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     bar = progress(config.images_total, images_seen, output.name, disable=not main)
     means = RunningMeans(("loss", "gradient_norm"), device, state.get("means"))
@@ -183,7 +224,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
         return images_seen
     averaged = ema.gather()
     if main:
-        save_model_folder(config, averaged, autoencoder, scheduler, manifest, images_seen)
+        save_model_folder(config, averaged, autoencoder, scheduler, manifest, images_seen, record)
     return None
 
 
@@ -249,7 +290,7 @@ class TrainingStep:
     def losses(self, batch: LatentBatch, draws: Draws) -> torch.Tensor:
         """Of each picture, (b,)."""
         x0 = self.autoencoder.normalise(sample_latents(batch.moments, noise=draws.posterior))
-        t, eta = draws.t, draws.eta.flatten(0, 1) if draws.eta.shape[1] else None
+        t, eta = draws.t, rearrange(draws.eta, "b m ... -> (b m) ...") if draws.eta.shape[1] else None
         prediction_type = self.config.diffusion.prediction_type
         x_t = self.process.noise(x0, draws.eps, t)
         target = self.process.target(x0, draws.eps, t, prediction_type)
@@ -261,7 +302,7 @@ class TrainingStep:
             inputs["image_embeds"] = batch.embeddings.float() * ~draws.unlike[:, None]
         with self.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
             prediction = self.model(x_t, t, labels, eta, return_dict=False, **inputs)[0].float()
-        losses = self.objective(prediction.unflatten(0, (len(x0), -1)), target)
+        losses = self.objective(rearrange(prediction, "(b m) ... -> b m ...", b=len(x0)), target)
         return losses * timestep_weight(self.config.objective.weighting, self.exponent, self.process, t, prediction_type)
 
 
@@ -424,16 +465,23 @@ def save_model_folder(
     scheduler: DDPMScheduler,
     manifest: Manifest,
     images_seen: int,
+    record: RunRecord,
 ) -> None:
     """What users keep: OUTPUT/model, the pipeline with the EMA weights, and its card."""
     with atomic_folder(Path(config.output) / "model") as folder:
         build_pipeline(unet, autoencoder, scheduler, manifest).save_pretrained(folder)
-        card = model_card(config, unet, manifest, images_seen)
+        card = model_card(config, unet, manifest, images_seen, record)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "unet" / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(config: TrainConfig, unet: SMDUNet2DModel | ExtendedUNet2DModel, manifest: Manifest, images_seen: int) -> str:
+def model_card(
+    config: TrainConfig,
+    unet: SMDUNet2DModel | ExtendedUNet2DModel,
+    manifest: Manifest,
+    images_seen: int,
+    record: RunRecord,
+) -> str:
     """README.md of a model folder: what it is and the settings that made it."""
     kind = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
     start = f", starting from `{config.init_from}`" if config.init_from else ""
@@ -454,5 +502,5 @@ from ldm_smd.pipelines import SMDPipeline
 pictures = SMDPipeline.from_pretrained("this folder")({given}, num_inference_steps=8).images
 ```
 
-How good the pictures are, `tools/evaluate.py` says. Made by `tools/train.py` with these settings:"""
+How good the pictures are, `tools/evaluate.py` says. {record.history()}Made by `tools/train.py` with these settings:"""
     return card(f"{type(unet).__name__}, {kind}", text, config)

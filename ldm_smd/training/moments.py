@@ -14,7 +14,7 @@ from ..data.stream import LatentBatch, LatentStream, latent_loader
 from ..device import pick_device
 from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
-from ..files import atomic_folder, require_unused
+from ..files import atomic_folder, makes_folder
 from ..models.moments import MomentHeads
 from ..models.unet import is_mixture, known_labels, num_classes
 from ..pipelines import SMDPipeline, load_pipeline
@@ -30,10 +30,10 @@ CALIBRATION_TIMESTEPS = (99, 249, 499, 749, 999)
 CALIBRATION_PICTURES = 512
 
 
+@makes_folder
 def train_moments(config: TrainMomentsConfig) -> Path:
     """Train, then write the model folder with the heads in it; returns it."""
     output = Path(config.output)
-    require_unused(output)
     device = pick_device(config.device)
     pipeline = load_pipeline(config.model).to(device)
     if is_mixture(pipeline.unet):

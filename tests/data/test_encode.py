@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ldm_smd.config import EncodeConfig, load_config
 from ldm_smd.data.encode import Plan, encode
 from ldm_smd.data.sources import Entry
 from ldm_smd.errors import UserError
+from ldm_smd.files import claimed
 
 TOOL = Path(__file__).parents[2] / "tools" / "encode.py"
 
@@ -85,6 +87,46 @@ def test_no_manifest_without_a_readable_picture(encode_to, tmp_path):
     with pytest.raises(UserError, match="expected readable pictures"):
         encode_to("out", f"images.source={folder}")
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_strict_stops_at_what_an_earlier_run_has_skipped(encode_to, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    Image.new("RGB", (16, 16), "red").save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"no picture")
+    encode_to("out", f"images.source={folder}")
+    with pytest.raises(UserError, match=r"images\.strict: expected every picture to be readable, found 1 skipped in .*b\.png"):
+        encode_to("out", f"images.source={folder}", "images.strict=true")
+
+
+def test_a_border_is_not_lost_in_silence(encode_to, tmp_path):
+    with pytest.raises(UserError, match=r"images\.resolution: expected a multiple of 2, .*, found 17"):
+        encode_to("out", "images.resolution=17")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("contents", [False, True])
+def test_a_picture_replaced_under_its_name_is_noticed(pictures, encode_to, tmp_path, contents):
+    """Of another modification time; of the same one by its contents, where asked for."""
+    folder = shutil.copytree(pictures, tmp_path / "copy")
+    options = (f"images.source={folder}", f"compare_contents={str(contents).lower()}")
+    encode_to("out", *options)
+    manifest = (tmp_path / "out/manifest.json").read_bytes()
+    replaced = folder / "disc/01.png"
+    status = replaced.stat()
+    replaced.write_bytes((folder / "disc/03.png").read_bytes())
+    os.utime(replaced, ns=(status.st_atime_ns, status.st_mtime_ns + (0 if contents else 1_000_000)))
+    with pytest.raises(UserError, match="output: expected a new folder, or one of the same pictures, found"):
+        encode_to("out", *options)
+    assert (tmp_path / "out/manifest.json").read_bytes() == manifest
+
+
+def test_the_same_worker_twice_at_once_is_told(encode_to, tmp_path):
+    with claimed(tmp_path / "out", worker="worker-0-of-2-"):
+        with pytest.raises(UserError, match=r"output: expected no other run at .*out, found process \d+ of"):
+            encode_to("out", "worker=0/2")
+        encode_to("out", "worker=1/2")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_an_output_in_use_is_refused(encode_to, tmp_path):

@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import tarfile
 import threading
 import zipfile
 from functools import partial
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ldm_smd.config import ImagesConfig
 from ldm_smd.data.images import load_pixels
-from ldm_smd.data.sources import list_entries
+from ldm_smd.data.sources import Entry, list_entries, with_unique_keys
 from ldm_smd.errors import UserError
 
 
@@ -65,6 +66,50 @@ def test_labels_outside_the_classes(tmp_path):
     (tmp_path / "classes.json").write_text('["a", "b"]')
     with pytest.raises(UserError, match="expected a label from 0 to 1"):
         list_entries(ImagesConfig(source=str(tmp_path / "a.tar")))
+
+
+def labelled_tar(path, labels):
+    """Of one picture for each label, all of the key "one", which a tar may have and TarWriter does not write."""
+    with tarfile.open(path, "w") as tar:
+        for label in labels:
+            for name, content in (("one.png", encoded(Image.new("RGB", (8, 8)))), ("one.cls", label)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("label", [b"999999999999999999999", b"-1", b"1e3", b"1_0", b"", b"\xff", b"9" * 70])
+def test_labels_that_are_no_class_numbers(tmp_path, label):
+    with pytest.raises(UserError, match=r"expected a label from 0 to 999999999 in .*a\.tar:one\.cls, found b'"):
+        list_entries(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [label]))))
+
+
+def test_a_stray_label_makes_no_list_of_a_billion_classes(tmp_path):
+    stray = labelled_tar(tmp_path / "stray.tar", [b"0", b"999999999"])
+    with pytest.raises(UserError, match=r"images\.classes: expected .* for 2 different labels up to 999999999, found no file"):
+        list_entries(ImagesConfig(source=str(stray)))
+    few = labelled_tar(tmp_path / "few.tar", [b"2", b"999"])
+    assert list_entries(ImagesConfig(source=str(few)))[1] == [str(number) for number in range(1000)]
+
+
+def test_pictures_of_one_key_are_all_there_with_their_labels(tmp_path):
+    entries, _ = list_entries(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [b"2", b"0", b"1"]))))
+    assert [(entry.key, entry.label) for entry in entries] == [("one", 2), ("one-2", 0), ("one-3", 1)]
+
+
+def test_many_pictures_of_one_key(tmp_path):
+    """Each tries only the next number: with all of them again these would be 5 billion tries."""
+    entries = [Entry("one", None, "a.tar")] * 100_000 + [Entry("one-7", None, "a.tar")]
+    keys = [entry.key for entry in with_unique_keys(entries)]
+    assert keys[:3] == ["one", "one-2", "one-3"] and len(set(keys)) == len(keys)
+
+
+def test_braces_for_too_many_tars(tmp_path):
+    with pytest.raises(UserError, match="expected braces for at most 1,000,000 tars, found more"):
+        list_entries(ImagesConfig(source=f"{tmp_path}/{{000000000..999999999}}.tar"))
+    with pytest.raises(UserError, match="expected balanced braces"):
+        list_entries(ImagesConfig(source=f"{tmp_path}/{{0..9.tar"))
 
 
 @pytest.fixture

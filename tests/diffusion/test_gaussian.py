@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ldm_smd.diffusion.gaussian import GaussianMixture, fit_shared
+from ldm_smd.diffusion.gaussian import GaussianMixture, choose, fit_shared
 from ldm_smd.diffusion.process import DiffusionProcess
 
 GRID = torch.linspace(-9, 9, 361, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_score_is_the_gradient(mixture):
     marginal = mixture.diffused(0.8, 0.6)
     x = torch.randn(20, 2, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(marginal.log_prob(x).sum(), x)
-    assert torch.allclose(marginal.score(x), gradient, atol=1e-12)
+    assert torch.allclose(marginal.score(x), gradient, atol=1e-10)
 
 
 def test_score_is_the_posterior_mean(mixture):
@@ -54,7 +54,7 @@ def test_score_is_the_posterior_mean(mixture):
     a, s = 0.7, math.sqrt(1 - 0.49)
     x = torch.randn(20, 2, dtype=torch.float64)
     expected = (x + s**2 * mixture.diffused(a, s).score(x)) / a
-    assert torch.allclose(mixture.posterior(x, a, s).mean(), expected, atol=1e-12)
+    assert torch.allclose(mixture.posterior(x, a, s).mean(), expected, atol=1e-10)
 
 
 def test_posterior_against_quadrature(mixture):
@@ -130,3 +130,10 @@ def test_modes_of_one_covariance_are_found_again():
     assert torch.allclose(found_weights[order], weights, atol=0.02)
     assert torch.allclose(found, covariance, atol=0.005)
     assert (shares[:, order] - truth.responsibilities(points)).abs().mean() < 0.01
+
+
+def test_components_are_chosen_by_their_shares_also_at_the_ends():
+    """Shares whose sum is rounded below 1 leave no number without a component."""
+    shares = torch.tensor([[0.25, 0.5, 0.25 - 1e-6]]).expand(5, 3)
+    uniform = torch.tensor([[0.0], [0.2], [0.3], [0.8], [1.0]])
+    assert choose(shares, uniform).tolist() == [0, 0, 1, 2, 2]

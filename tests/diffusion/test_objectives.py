@@ -32,12 +32,19 @@ def test_energy_is_its_formula(beta, diversity):
 
 def test_energy_over_patches_is_the_mean_over_windows():
     predictions, target = draw(1, 2, 3, 4, 4), draw(1, 3, 4, 4, seed=1)
-    windows = [(slice(None), slice(None), slice(i, i + 3), slice(j, j + 3)) for i in range(2) for j in range(2)]
-    expected = sum(energy(predictions[(slice(None), *w)], target[w]) for w in windows) / 4
-    assert torch.allclose(energy(predictions, target, patches=[3]), expected)
+    for side in (1, 3):
+        corners = range(5 - side)
+        windows = [(..., slice(i, i + side), slice(j, j + side)) for i in corners for j in corners]
+        expected = sum(energy(predictions[w], target[w]) for w in windows) / len(windows)
+        assert torch.allclose(energy(predictions, target, patches=[side]), expected)
     both = (expected + energy(predictions, target)) / 2
     assert torch.allclose(energy(predictions, target, patches=[3, 0]), both)
-    assert torch.isfinite(energy(predictions, target, patches=[9])).all()  # larger than the picture: the whole picture
+    assert torch.allclose(energy(predictions, target, patches=[9]), energy(predictions, target))  # larger than the picture
+    low, low_target = predictions[..., :2, :], target[..., :2, :]  # 2x4: in windows of 3x3 two of 2x3
+    expected = sum(energy(low[..., j : j + 3], low_target[..., j : j + 3]) for j in range(2)) / 2
+    assert torch.allclose(energy(low, low_target, patches=[3]), expected)
+    high, high_target = low.mT, low_target.mT
+    assert torch.allclose(energy(high, high_target, patches=[3]), expected)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -124,6 +131,7 @@ def test_mixture_nll_is_its_formula():
     flat = -(2 * h**2 / n) * torch.exp(-squares / (2 * h**2)).mean(1).log()
     assert torch.allclose(mixture_nll(predictions, target, h), flat)
     assert torch.allclose(mixture_nll(predictions, target, 1e4), mse(predictions, target), rtol=1e-6)
+    assert torch.allclose(objective("mixture_nll")(predictions, target), mixture_nll(predictions, target, 0.2))
 
 
 def test_mixture_nll_survives_far_targets_in_half_precision():

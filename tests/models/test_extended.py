@@ -4,27 +4,13 @@ from diffusers import UNet2DModel
 
 from ldm_smd.models.blocks import repeat
 from ldm_smd.models.extended import ExtendedUNet2DModel
-
-MIXTURE = {"latent_channels": 8, "identifier_channels": 8, "hypernetwork_width": 8}
+from tests.rounding import alike
+from tests.tiny import MIXTURE, diffusers_unet
 
 
 def gaussian(**changes):
     torch.manual_seed(0)
-    return UNet2DModel(
-        **{
-            "sample_size": 8,
-            "in_channels": 4,
-            "out_channels": 4,
-            "block_out_channels": (8, 16),
-            "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-            "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "attention_head_dim": 8,
-            "num_class_embeds": 4,
-            **changes,
-        }
-    ).eval()
+    return diffusers_unet(**{"num_class_embeds": 4, **changes}).eval()
 
 
 @pytest.fixture
@@ -44,7 +30,7 @@ def test_starts_as_the_unet_it_extends(folder):
     x, t, labels, eta = inputs(draws=3)
     model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE).eval()
     expected = repeat(gaussian()(x, t, labels).sample, 3) + model.hyper["noise"](eta, x, t, labels)
-    assert torch.allclose(model(x, t, labels, eta).sample, expected, atol=1e-5)
+    assert alike(model(x, t, labels, eta).sample, expected)
     assert model.config.num_classes == 3 and model.is_mixture
 
 
@@ -56,10 +42,10 @@ def test_draws_differ_and_share_the_trunk(folder):
     x, t, labels, eta = inputs(draws=3)
     together = model(x, t, labels, eta).sample
     one_by_one = model(repeat(x, 3), repeat(t, 3), repeat(labels, 3), eta).sample
-    assert torch.allclose(together, one_by_one, atol=1e-4)
+    assert alike(together, one_by_one)
     assert (together[0] - together[1]).abs().max() > 1e-3
     null = torch.full_like(labels, 3)
-    assert torch.equal(model(x, t, None, eta).sample, model(x, t, null, eta).sample)
+    assert alike(model(x, t, None, eta).sample, model(x, t, null, eta).sample)
 
 
 def test_every_part_of_the_mixture_learns(folder):
@@ -77,10 +63,10 @@ def test_round_trip(folder, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = ExtendedUNet2DModel.from_pretrained(tmp_path / "saved").eval()
     x, t, labels, eta = inputs()
-    assert torch.allclose(again(x, t, labels, eta).sample, model(x, t, labels, eta).sample, atol=1e-6)
+    assert alike(again(x, t, labels, eta).sample, model(x, t, labels, eta).sample)
     again.unet.save_pretrained(tmp_path / "plain")
     plain = UNet2DModel.from_pretrained(tmp_path / "plain").eval()
-    assert torch.allclose(plain(x, t, labels).sample, gaussian()(x, t, labels).sample, atol=1e-6)
+    assert alike(plain(x, t, labels).sample, gaussian()(x, t, labels).sample)
 
 
 def test_what_cannot_be_extended_is_refused(tmp_path):

@@ -1,29 +1,19 @@
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from ldm_smd.models.attention import attention, set_attention_backend, xformers_runs
-from ldm_smd.models.blocks import repeat
+from ldm_smd.models.blocks import AttentionBlock, repeat
 from ldm_smd.models.hypernetwork import HyperNetwork
 from ldm_smd.models.unet import PLACEMENTS, SMDUNet2DModel
+from tests.rounding import alike
+from tests.tiny import SIZES
 
-TINY = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (16, 32),
-    "layers_per_block": 1,
-    "up_layers_per_block": 1,
-    "attention_head_dim": 8,
-    "norm_num_groups": 4,
-    "num_classes": 3,
-    "latent_channels": 8,
-    "identifier_channels": 8,
-    "hypernetwork_width": 8,
-}
+TINY = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_classes": 3, **SIZES}
 
 
 def model(**changes):
@@ -58,7 +48,7 @@ def test_draws_share_what_they_may(placement):
     together = unet(x, t, labels, eta).sample
     one_by_one = unet(repeat(x, 3), repeat(t, 3), repeat(labels, 3), eta).sample
     assert together.shape == (6, 4, 8, 8)
-    assert torch.allclose(together, one_by_one, atol=1e-4)
+    assert alike(together, one_by_one)
     assert (together[0] - together[1]).abs().max() > 1e-3
 
 
@@ -76,21 +66,21 @@ def test_a_new_mixture_is_the_gaussian_model_it_extends(placement, noise_rank):
     expected = gaussian(x, t, labels).sample
     if noise_rank:
         expected = expected + mixture.hyper["noise"](eta, x, t, labels)
-    assert torch.allclose(mixture(x, t, labels, eta).sample, expected, atol=1e-5)
+    assert alike(mixture(x, t, labels, eta).sample, expected)
 
 
 def test_gaussian_model_does_not_read_eta():
     unet = model(latent_channels=0)
     x, t, labels, eta = inputs()
     assert not unet.is_mixture
-    assert torch.equal(unet(x, t, labels, eta).sample, unet(x, t, labels).sample)
+    assert alike(unet(x, t, labels, eta).sample, unet(x, t, labels).sample)
 
 
 def test_labels_and_the_null_class():
     unet = model()
     x, t, labels, eta = inputs()
     null = torch.full_like(labels, 3)
-    assert torch.equal(unet(x, t, null, eta).sample, unet(x, t, None, eta).sample)
+    assert alike(unet(x, t, null, eta).sample, unet(x, t, None, eta).sample)
     assert not torch.allclose(unet(x, t, labels, eta).sample, unet(x, t, None, eta).sample)
     with pytest.raises(ValueError, match="class_labels: expected None"):
         model(num_classes=None)(x, t, labels, eta)
@@ -152,7 +142,7 @@ torch.save(unet(i["x"], i["t"], None, i["eta"]).sample.detach(), {str(tmp_path /
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
     expected = unet(x, t, None, eta).sample
-    assert torch.allclose(torch.load(tmp_path / "out.pt", weights_only=True), expected, atol=1e-5)
+    assert alike(torch.load(tmp_path / "out.pt", weights_only=True), expected)
     names = {path.name for path in (tmp_path / "unet").iterdir()}
     assert names == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert json.loads((tmp_path / "unet/config.json").read_text())["placement"] == "all"
@@ -191,14 +181,45 @@ def test_xformers_where_it_runs_else_torch(backend, caplog):
     assert len([r for r in caplog.records if "xformers does not run here" in r.message]) == (0 if runs else 1)
 
 
-def test_xformers_layout(backend, monkeypatch):
-    """The xformers branch hands over (B, M, H, K) as it is: an operator of that layout gives the same result."""
-    import types
+@pytest.fixture
+def xformers_operator(monkeypatch):
+    """An operator in the place of xformers', of its layout (B, M, H, K); returns the shapes it is given."""
+    shapes = []
+
+    def operator(q, k, v):
+        shapes.append(tuple(q.shape))
+        return reference(q, k, v)
 
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     operators = types.ModuleType("xformers.ops")
-    operators.memory_efficient_attention = reference
+    operators.memory_efficient_attention = operator
     monkeypatch.setitem(sys.modules, "xformers.ops", operators)
+    return shapes
+
+
+@pytest.mark.parametrize("name", ["sdpa", "xformers"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_an_attention_block_attends_head_by_head(backend, xformers_operator, name, memory_format):
+    """Over the positions of an image that is no square: each head on its own channels, written out, by either backend."""
+    backend(name)
+    torch.manual_seed(0)
+    block = AttentionBlock(channels=12, head_dim=4, groups=3)
+    torch.nn.init.normal_(block.to_out.weight, std=0.3)
+    x = torch.randn(2, 12, 3, 5).to(memory_format=memory_format)
+    with torch.no_grad():
+        rows = torch.stack([block.norm(x)[:, :, row, column] for row in range(3) for column in range(5)], dim=1)
+        heads = []
+        for start in range(0, 12, 4):
+            q, k, v = (block.to_qkv(rows)[..., part + start : part + start + 4] for part in (0, 12, 24))
+            heads.append(((q @ k.mT) / 2.0).softmax(dim=-1) @ v)
+        out = block.to_out(torch.cat(heads, dim=-1))
+        expected = x + torch.stack([out[:, 5 * row : 5 * row + 5].mT for row in range(3)], dim=2)
+        assert torch.allclose(block(x), expected, atol=1e-5)
+    assert xformers_operator == ([(1, 4, 1, 4), (2, 15, 3, 4)] if name == "xformers" else [])
+
+
+def test_xformers_layout(backend, xformers_operator):
+    """The xformers branch hands over (B, M, H, K) as it is: an operator of that layout gives the same result."""
     backend("xformers")
     q, k, v = torch.randn(3, 2, 7, 4, 8).unbind(0)
     assert xformers_runs("cpu", q.dtype, 8)

@@ -119,5 +119,5 @@ def test_two_processes_fit_what_one_does(model_folder, shards, tmp_path):
         ]
         subprocess.run([*command, "tools/fit_gaussian.py", *settings], check=True, timeout=120, cwd=ROOT)
     one, two = (load_pipeline(tmp_path / name).gaussian for name in ("1", "2"))
-    assert torch.allclose(one.means, two.means, atol=1e-6)
+    assert torch.allclose(one.means, two.means, atol=1e-5)
     assert torch.allclose(one.variances, two.variances, rtol=1e-4)

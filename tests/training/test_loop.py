@@ -11,7 +11,6 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from ldm_smd.autoencoder import FrozenAutoencoder
@@ -25,6 +24,7 @@ from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.ema import EMA
 from ldm_smd.training.loop import TrainingStep, build_model, build_scheduler, learning_rate_at, train
 from ldm_smd.training.metrics import MetricsLog, read_metrics
+from tests.tiny import diffusers_unet
 
 
 def weights(folder):
@@ -118,20 +118,47 @@ def test_sigterm_saves_and_a_resumed_run_is_bit_equal(train_config, tmp_path, mo
     assert logged_losses(tmp_path / "straight") == logged_losses(tmp_path / "run")
 
 
-def test_parts_of_a_batch_add_up(train_config, tmp_path):
+def test_parts_of_a_batch_add_up(train_config, tmp_path, monkeypatch):
     """But for rounding: 3 parts of 3, 3 and 2 pictures."""
-    for name, accumulate in (("whole", 1), ("parts", 3)):
+    rows, real = [], TrainingStep.losses
+    monkeypatch.setattr(
+        TrainingStep, "losses", lambda self, batch, draws: rows.append(len(batch.labels)) or real(self, batch, draws)
+    )
+    for name, accumulate, parts in (("whole", 1, [8]), ("parts", 3, [3, 3, 2])):
+        rows.clear()
         train(train_config(f"output={tmp_path / name}", f"accumulate={accumulate}"))
+        assert rows == 8 * parts
     assert_same_losses(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("setting", ["gradient_checkpointing=true", "compile=true"])
-def test_the_same_in_less_memory_or_time(train_config, tmp_path, setting, monkeypatch):
-    # The graph that torch.compile makes, run as it is: compiling takes minutes on a CPU.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+def test_the_same_in_less_memory(train_config, tmp_path, monkeypatch):
+    """Blocks compute again on the way back, each of them."""
+    again = count_calls(monkeypatch, torch.utils.checkpoint, "checkpoint")
     train(train_config(f"output={tmp_path / 'plain'}", "images_total=32"))
-    train(train_config(f"output={tmp_path / 'other'}", "images_total=32", setting))
+    assert not again
+    train(train_config(f"output={tmp_path / 'other'}", "images_total=32", "gradient_checkpointing=true"))
+    assert len(again) > 4 and len(again) % 4 == 0
     assert_same_losses(tmp_path / "plain", tmp_path / "other")
+
+
+def test_the_same_in_less_time(train_config, tmp_path, monkeypatch):
+    # The graph that torch.compile makes, run as it is: compiling takes minutes on a CPU.
+    graphs = []
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph)
+    )
+    train(train_config(f"output={tmp_path / 'plain'}", "images_total=32"))
+    assert not graphs
+    train(train_config(f"output={tmp_path / 'other'}", "images_total=32", "compile=true"))
+    assert graphs
+    assert_same_losses(tmp_path / "plain", tmp_path / "other")
+
+
+def count_calls(monkeypatch, module, name):
+    """A list that grows by one with each call."""
+    calls, real = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given, **options: calls.append(1) or real(*given, **options))
+    return calls
 
 
 def test_two_processes_learn_as_one_does(train_config, tmp_path, launch_with):
@@ -199,6 +226,11 @@ def assert_same_losses(one, other):
     assert first.keys() == second.keys() and all(second[n] == pytest.approx(first[n], rel=1e-4) for n in first)
 
 
+def assert_finite_losses(folder, reported):
+    losses = dict(logged_losses(folder))
+    assert list(losses) == reported and all(map(math.isfinite, losses.values()))
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(train_config, tmp_path, monkeypatch):
     train(train_config("images_total=32"))
 
@@ -234,7 +266,7 @@ def test_a_run_leaves_what_it_says(train_config, tmp_path):
     exec(program, made)
     assert len(made["pictures"]) == 2
     lines = read_metrics(run / "metrics.jsonl")
-    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert_finite_losses(run, [16, 32, 48, 64])
     assert {"spread/99", "spread/999"} <= {key for line in lines for key in line}
 
 
@@ -265,17 +297,7 @@ def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
 
 def test_a_diffusers_unet_starts_a_mixture(train_config, tmp_path):
     """UNet2DModel -> mixture -> training, resumed -> a pipeline that samples -> training from that."""
-    UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        num_class_embeds=3,
-    ).save_pretrained(tmp_path / "unet")
+    diffusers_unet().save_pretrained(tmp_path / "unet")
     start = f"init_from={tmp_path / 'unet'}"
     train(train_config(start, "images_total=32"))
     folder = train(train_config(start, "images_total=64"))
@@ -294,8 +316,7 @@ def test_a_collapsed_mixture_is_reported(train_config, caplog):
 @pytest.mark.parametrize("setting", ["objective.name=mixture_nll", "objective.weighting=min_snr", "objective.beta=0.5"])
 def test_objectives_train(train_config, tmp_path, setting):
     train(train_config(setting, "images_total=32"))
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert_finite_losses(tmp_path / "run", [16, 32])
 
 
 def test_unlabelled_and_unconditional(train_config):

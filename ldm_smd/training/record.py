@@ -1,0 +1,108 @@
+"""What a run was made from: run.json in its folder, compared whenever the run is resumed.
+
+A resumed run gives what an undisturbed one would have given only if it goes on from the same data with the same settings, and
+its model card is only true if the card tells where it did not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+from ..errors import UserError, shortened
+from ..files import atomic_file
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"
+
+
+@dataclass
+class RunRecord:
+    """What a run was made from.
+
+    Attributes:
+        made_from: hashes of the data and networks that it reads, and its settings by their full names, as of the last start.
+        changes: one dict for each resumption with other ones: ``images`` seen until then, and ``changed``, name -> [before,
+            after].
+    """
+
+    made_from: dict
+    changes: list[dict]
+
+    def history(self) -> str:
+        """The changes as Markdown, for the model card; empty where there are none."""
+        if not self.changes:
+            return ""
+        lines = [
+            f"* until {change['images']:,} images `{name}` was {_short(before)}, then {_short(after)}"
+            for change in self.changes
+            for name, (before, after) in change["changed"].items()
+        ]
+        return "Changed while it was trained:\n\n" + "\n".join(lines) + "\n\n"
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / RECORD) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+
+def open_record(
+    folder: Path, made_from: Mapping, images_seen: int, may_change: Collection[str], resume_changed: bool
+) -> RunRecord:
+    """The record of the run in ``folder``, to be saved when it starts: a new one where no images have been seen, else the one
+    there, compared.
+
+    Args:
+        made_from: as of RunRecord, of now.
+        images_seen: by the checkpoint that the run goes on from.
+        may_change: names of settings that a user may sensibly change; such changes are logged.
+        resume_changed: also go on where something else has changed.
+
+    Raises:
+        UserError: something has changed that breaks the promise of an exact resume, or would make the card untrue.
+    """
+    made_from = cast(dict, json.loads(json.dumps(dict(made_from))))  # as it is read back
+    if not images_seen:
+        return RunRecord(made_from, [])
+    if not (folder / RECORD).is_file():
+        logger.warning("%s has no %s: whether it goes on with the data and settings it began with is not known", folder, RECORD)
+        return RunRecord(made_from, [])
+    try:
+        before = RunRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        changed = {
+            name: [before.made_from[name], made_from[name]]
+            for name in sorted(before.made_from.keys() & made_from.keys())  # not what another version has besides
+            if before.made_from[name] != made_from[name]
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"output: expected the record of a run in {folder / RECORD}, found: {error}") from error
+    refused = [
+        f"{name} was {_short(old)} and is {_short(new)}" for name, (old, new) in changed.items() if name not in may_change
+    ]
+    if refused and not resume_changed:
+        raise UserError(
+            f"output: expected what the {images_seen:,} images in {folder} were seen with (resume_changed=true goes on with "
+            f"other data and settings), found: {'; '.join(refused)}"
+        )
+    for name, (old, new) in changed.items():
+        logger.warning("%s: %s until %d images, %s from here on", name, _short(old), images_seen, _short(new))
+    if changed:
+        before.changes.append({"images": images_seen, "changed": changed})
+    return RunRecord(made_from, before.changes)
+
+
+def flat(settings: Mapping, prefix: str = "") -> dict:
+    """Nested settings by their full names."""
+    found: dict = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def _short(value: object) -> str:
+    return shortened(json.dumps(value))

@@ -1,0 +1,124 @@
+"""Nothing that a setting can be set to ends in a traceback, in something half-written, or never (hostile.py says how)."""
+
+import os
+import shutil
+
+import pytest
+import yaml
+
+from ldm_smd.evaluation.features import FeatureNetwork
+from ldm_smd.training.loop import train
+from tests.hostile import cases, run_case
+from tests.tiny import TINY_MODEL
+
+
+def nested(overrides):
+    """Settings from their ``key=value``."""
+    content = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        *outer, last = key.split(".")
+        place = content
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[last] = yaml.safe_load(value)
+    return content
+
+
+@pytest.fixture
+def bases(pictures, vae_folder, shards, train_config, gaussian_folder, tmp_path):
+    """Working settings of every tool."""
+    folder = tmp_path / "hostile"
+    (folder / "empty").mkdir(parents=True)
+    (folder / "a-file").write_text("not what is wanted\n")
+    out = folder / "out"
+    model = train(train_config(f"output={tmp_path / 'averaged'}", "images_total=16", "ema_widths=[0.05,0.1]"))
+    FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")
+    images = {"source": str(pictures), "resolution": 16}
+    encoding = {"images": images, "autoencoder": str(vae_folder), "batch_size": 8, "num_workers": 0}
+    training = nested([*TINY_MODEL, "objective.draws=2", "images_total=8", "batch_size=8", "sample_steps=1"])
+    (tmp_path / "encode.yaml").write_text(yaml.safe_dump(encoding | {"output": "unused"}))
+    unused = {"shards": "unused", "autoencoder": "unused", "output": "unused"}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(training | unused))
+    run = {"name": "smd", "config": str(tmp_path / "train.yaml"), "checkpoint": str(model / "unet")}
+    short = {"images_total": 8, "batch_size": 8}
+    return {
+        "encode": encoding | {"output": str(out / "latents")},
+        "verify": {"shards": str(shards), "sheet": str(out / "sheet.png"), "pictures": 4},
+        "train": training | {"shards": str(shards), "autoencoder": str(vae_folder), "output": str(out / "run")},
+        "train-autoencoder": {
+            "images": images,
+            "held_out": images,
+            "model": {"block_out_channels": [8, 8], "latent_channels": 4, "norm_num_groups": 4},
+            "output": str(out / "vae"),
+            **short,
+        },
+        "train-classifier": {
+            "sets": [{"name": "shapes", "images": images, "held_out": images, "batch_size": 8}],
+            "block_out_channels": [4, 8],
+            "images_total": 8,
+            "output": str(out / "classifier"),
+        },
+        "average": {"run": str(tmp_path / "averaged"), "sigma_rel": 0.1, "output": str(out / "average")},
+        "train-moments": {"model": str(gaussian_folder), "shards": str(shards), "output": str(out / "moments"), **short},
+        "fit-gaussian": {"model": str(model), "shards": str(shards), "rank": 4, "output": str(out / "gaussian")},
+        "sample": {"model": str(model), "output": str(out / "samples"), "per_class": 1, "steps": 1},
+        "evaluate": {
+            "model": str(model),
+            "reference": images,
+            "features": [str(tmp_path / "features")],
+            "count": 6,
+            "steps": 1,
+            "num_workers": 0,
+            "output": str(out / "result.json"),
+        },
+        "explore": {"models": {"one": str(model)}},
+        "demo": {
+            "output": str(out / "demo"),
+            "encode": str(tmp_path / "encode.yaml"),
+            "held_out": images,
+            "features": str(tmp_path / "features"),
+            "runs": [run],
+            "images": 8,
+            "steps": [1],
+        },
+    }
+
+
+TOOLS = (
+    "encode",
+    "verify",
+    "train",
+    "train-autoencoder",
+    "train-classifier",
+    "average",
+    "train-moments",
+    "fit-gaussian",
+    "sample",
+    "evaluate",
+    "explore",
+    "demo",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", TOOLS)
+def test_no_setting_ends_in_a_traceback(bases, tool, tmp_path, capfd, monkeypatch):
+    if tool == "explore":
+        gradio = pytest.importorskip("gradio")
+        monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: self.close())
+    folder = tmp_path / "hostile"
+    monkeypatch.chdir(folder / "empty")
+    failures, count = [], 0
+    only = os.environ.get("LDM_SMD_TEST_SETTING", "")
+    for case in cases(tool, bases[tool], folder):
+        if only not in case.name:
+            continue
+        (folder / "out").mkdir()
+        found = run_case(case, bases[tool], folder, capfd.readouterr)
+        if found is not None:
+            failures.append(f"{case}: {found}")
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        count += 1
+    print(f"{tool}: {count} cases, {len(failures)} failures")
+    assert not failures, "\n".join(failures)

@@ -1,0 +1,57 @@
+"""The sizes of the tiny models that tests build."""
+
+from diffusers import UNet2DModel
+
+MIXTURE = {"latent_channels": 8, "identifier_channels": 8, "hypernetwork_width": 8}
+SIZES = {
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "up_layers_per_block": 1,
+    "attention_head_dim": 8,
+    "norm_num_groups": 4,
+    **MIXTURE,
+}
+"""Of an SMDUNet2DModel, apart from its latents and classes."""
+
+TINY_MODEL = [f"model.{name}={list(value) if isinstance(value, tuple) else value}" for name, value in SIZES.items()]
+"""The same as settings of tools/train.py."""
+
+TINY_AUTOENCODER = ["model.block_out_channels=[8,8]", "model.latent_channels=4", "model.norm_num_groups=4"]
+"""Settings of tools/train_autoencoder.py, 16x16 pixels -> 4x8x8 latents."""
+
+
+def training(shards, autoencoder, output, *overrides):
+    """Settings of a run of tools/train.py: 8 steps, two checkpoints, four reports."""
+    return [
+        f"shards={shards}",
+        f"autoencoder={autoencoder}",
+        f"output={output}",
+        "images_total=64",
+        "batch_size=8",
+        "objective.draws=2",
+        "warmup_images=16",
+        "ema_halflife_images=32",
+        "log_every_images=16",
+        "sample_every_images=1000000",
+        "checkpoint_every_images=32",
+        "sample_steps=2",
+        *TINY_MODEL,
+        *overrides,
+    ]
+
+
+def diffusers_unet(**changes):
+    """An untrained UNet2DModel of diffusers for 4x8x8 latents of three classes, or two and none."""
+    sizes = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "num_class_embeds": 3,
+    }
+    return UNet2DModel(**{**sizes, **changes})

@@ -1,0 +1,252 @@
+"""Every setting of tools/train.py does something, and what it says."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from ldm_smd.config import TrainConfig
+from ldm_smd.models import attention
+from ldm_smd.pipelines import SMDPipeline
+from ldm_smd.training import loop
+from ldm_smd.training.checkpoint import checkpoints
+from ldm_smd.training.loop import TrainingStep, learning_rate_at, train
+from ldm_smd.training.metrics import read_metrics
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+OTHERS = {
+    "batch_size": 4,
+    "class_conditional": False,
+    "cooldown_images": 64,
+    "diffusion.beta_schedule": "linear",
+    "diffusion.num_train_timesteps": 500,
+    "diffusion.prediction_type": "epsilon",
+    "gradient_clip": 1e-3,
+    "images_total": 24,
+    "label_dropout": 0.9,
+    "learning_rate": 1e-4,
+    "mirror": True,
+    "model.attention_head_dim": 16,
+    "model.attention_levels": [0, 1],
+    "model.block_out_channels": [8, 32],
+    "model.dropout": 0.5,
+    "model.hypernetwork_width": 4,
+    "model.identifier_channels": 4,
+    "model.latent_channels": 4,
+    "model.layers_per_block": 2,
+    "model.noise_modes": 1,
+    "model.noise_rank": 4,
+    "model.norm_num_groups": 2,
+    "model.placement": "all",
+    "model.up_layers_per_block": 2,
+    "objective.beta": 0.5,
+    "objective.diversity": 0.5,
+    "objective.draws": 3,
+    "objective.name": "mixture_nll",
+    "objective.patches": [0],
+    "objective.weighting": "epsilon",
+    "precision": "bf16",
+    "seed": 1,
+    "warmup_images": 64,
+    "weight_decay": 0.5,
+}
+"""Other values than those of the tiny run, with which two steps end at other weights."""
+NEEDS = {"model.up_layers_per_block": ["model.layers_per_block=2"], "objective.bandwidth": ["objective.name=mixture_nll"]}
+OTHERS["objective.bandwidth"] = 0.5
+ELSEWHERE = {
+    "accumulate",  # test_loop.py: parts of a batch
+    "attention",
+    "autoencoder",  # test_loop.py: another one is refused
+    "checkpoint_every_images",
+    "compile",  # test_loop.py: in less time
+    "ema_halflife_images",
+    "ema_widths",  # test_average.py
+    "gradient_checkpointing",  # test_loop.py: in less memory
+    "image_conditional",
+    "init_from",  # test_loop.py
+    "keep_checkpoints",
+    "log_every_images",
+    "num_workers",
+    "output",
+    "resume_changed",  # test_record.py
+    "sample_every_images",
+    "sample_steps",
+    "shards",
+}
+"""Settings that change no weights, or have a test of their own, here where no other file is named."""
+
+
+def settings_of(schema, prefix=""):
+    for field in dataclasses.fields(schema):
+        inner = field.default_factory
+        if dataclasses.is_dataclass(inner):
+            yield from settings_of(inner, f"{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def test_every_setting_has_its_test():
+    assert set(settings_of(TrainConfig)) == OTHERS.keys() | ELSEWHERE
+
+
+@pytest.fixture
+def trained(train_config, tmp_path, monkeypatch):
+    """A function from settings to the weights after two steps, without the pictures of them."""
+    monkeypatch.setattr(loop, "preview", lambda *_: None)
+    monkeypatch.setattr(loop, "save_model_folder", lambda *_: None)
+    runs = iter(range(100))
+
+    def build(*settings):
+        run = tmp_path / f"run-{next(runs)}"
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of a process
+        train(train_config("images_total=16", *settings, f"output={run}"))
+        return load_file(checkpoints(run / "checkpoints")[-1] / "model" / WEIGHTS)
+
+    yield build
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def given(setting):
+    return f"{setting}={str(OTHERS[setting]).replace('True', 'true').replace('False', 'false')}"
+
+
+@pytest.fixture
+def usual(trained):
+    """The weights of the tiny run as it is, for some settings; computed once in a session."""
+    return lambda *settings: usual_weights(trained, settings)
+
+
+kept = {}
+
+
+def usual_weights(trained, settings):
+    if settings not in kept:
+        kept[settings] = trained(*settings)
+    return kept[settings]
+
+
+@pytest.mark.parametrize("setting", OTHERS)
+def test_it_changes_what_is_learnt(trained, usual, setting):
+    needs = NEEDS.get(setting, [])
+    before, after = usual(*needs), trained(*needs, given(setting))
+    assert before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_optimizer_has_the_rates_and_the_clipped_gradients(trained, train_config, monkeypatch):
+    steps, real = [], torch.optim.AdamW.step
+
+    def step(self, *arguments, **options):
+        [group] = self.param_groups
+        norm = torch.stack([p.grad.square().sum() for p in group["params"] if p.grad is not None]).sum().sqrt()
+        steps.append((group["lr"], group["weight_decay"], float(norm)))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    settings = ["images_total=48", "warmup_images=24", "cooldown_images=16", "learning_rate=1e-3", "weight_decay=0.3"]
+    trained(*settings, "gradient_clip=0.01")
+    expected = [learning_rate_at(train_config(*settings), seen) for seen in range(0, 48, 8)]
+    rates, decays, norms = zip(*steps)
+    assert list(rates) == expected and 0 < expected[0] < max(expected) == 1e-3 and expected[-1] == 5e-4
+    assert set(decays) == {0.3} and all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
+    steps.clear()
+    trained(*settings, "gradient_clip=1e9")
+    assert min(norm for *_, norm in steps) > 0.02
+
+
+def test_the_average_follows_its_halflife(train_config, model_folder, tmp_path, trained):
+    """From weights that are not random ones: EMA = start + (1 - 0.5^(batch / halflife)) (weights - start) after one step."""
+    start = load_file(model_folder / "unet" / WEIGHTS)
+    settings = [f"init_from={model_folder / 'unet'}", "images_total=8", "ema_halflife_images=16", "learning_rate=1e-2"]
+    weights = trained(*settings)
+    average = load_file(checkpoints(tmp_path / "run-0/checkpoints")[-1] / "ema" / WEIGHTS)
+    moved = [name for name in weights if not name.startswith("hyper.noise.") and not torch.equal(weights[name], start[name])]
+    assert len(moved) > 10
+    for name in moved:
+        expected = start[name] + (1 - 0.5**0.5) * (weights[name] - start[name])
+        assert torch.allclose(average[name], expected, atol=1e-6), name
+
+
+@pytest.fixture
+def network_inputs(monkeypatch):
+    """What the network is called with in training: (arguments, keywords) of each call, and the type of its first features."""
+    calls, real = [], TrainingStep.losses
+
+    def losses(self, *arguments):
+        network = self.accelerator.unwrap_model(self.model)
+        hooks = [
+            network.register_forward_pre_hook(lambda _, given, named: calls.append((*given, named)), with_kwargs=True),
+            network.conv_in.register_forward_hook(lambda *given: calls.append((*calls.pop(), given[-1].dtype))),
+        ]
+        try:
+            return real(self, *arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    monkeypatch.setattr(TrainingStep, "losses", losses)
+    return calls
+
+
+@pytest.mark.parametrize("dropout", [0, 1])
+def test_labels_and_embeddings_are_left_out_as_often_as_asked(trained, embedded, network_inputs, dropout):
+    trained(f"shards={embedded}", "image_conditional=true", f"label_dropout={dropout}")
+    for _, _, labels, _, named, _ in network_inputs:
+        assert set(labels.tolist()) == ({2} if dropout else {0, 1})
+        norms = named["image_embeds"].norm(dim=1)
+        assert torch.allclose(norms, torch.full_like(norms, 1 - dropout), atol=1e-2)
+    assert len(network_inputs) == 2
+
+
+def test_labels_and_embeddings_are_left_out_apart_from_each_other(trained, embedded, network_inputs):
+    trained(f"shards={embedded}", "image_conditional=true", "label_dropout=0.5", "images_total=64")
+    without_label = torch.cat([call[2] == 2 for call in network_inputs])
+    without_embedding = torch.cat([call[-2]["image_embeds"].norm(dim=1) < 0.5 for call in network_inputs])
+    counts = [int((without_label == a).logical_and(without_embedding == b).sum()) for a in (0, 1) for b in (0, 1)]
+    assert len(without_label) == 64 and min(counts) > 5
+
+
+@pytest.mark.parametrize("setting, expected", [(["class_conditional=false"], None), (["class_conditional=true"], "labels")])
+def test_a_network_without_classes_gets_none(trained, network_inputs, setting, expected):
+    trained(*setting)
+    assert all((call[2] is None) == (expected is None) for call in network_inputs) and len(network_inputs) == 2
+
+
+@pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_is_that_of_the_network(trained, network_inputs, precision, dtype):
+    trained(f"precision={precision}")
+    assert {call[-1] for call in network_inputs} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "xformers"])
+def test_attention_is_chosen(trained, name, monkeypatch):
+    monkeypatch.setattr(attention, "_backend", "none")
+    trained(f"attention={name}")
+    assert attention._backend == name
+
+
+def test_batches_come_from_workers(trained, monkeypatch):
+    loaders, real = [], loop.latent_loader
+    monkeypatch.setattr(loop, "latent_loader", lambda *given: loaders.append(real(*given)) or loaders[-1])
+    assert trained("num_workers=1").keys() == trained().keys()
+    assert [loader.num_workers for loader in loaders] == [1, 0]
+
+
+def test_reports_pictures_and_checkpoints_come_as_often_as_asked(train_config, tmp_path, monkeypatch):
+    steps, real = [], SMDPipeline.__call__
+
+    @functools.wraps(real)
+    def call(self, labels, batch_size, num_inference_steps, **options):
+        steps.append(num_inference_steps)
+        return real(self, labels, batch_size, num_inference_steps, **options)
+
+    monkeypatch.setattr(SMDPipeline, "__call__", call)
+    often = ["log_every_images=24", "sample_every_images=40", "checkpoint_every_images=16", "keep_checkpoints=3"]
+    train(train_config(*often, "sample_steps=3"))
+    run = tmp_path / "run"
+    assert [line["images_seen"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == [24, 48, 64]
+    assert sorted(path.stem for path in (run / "samples").iterdir()) == ["000000000040", "000000000064"]
+    assert [path.name for path in checkpoints(run / "checkpoints")] == [f"images-{n:012d}" for n in (32, 48, 64)]
+    assert steps == [3, 3]
