@@ -21,7 +21,7 @@ test-wheel: $(INSTALLED)
 	rm -rf build
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build .
 	$(PYTHON) -m venv build/venv
-	build/venv/bin/pip install --quiet --constraint constraints.txt build/*.whl
+	build/venv/bin/python -I -m pip install --quiet --constraint constraints.txt build/*.whl
 	LDM_SMD_WHEEL_PYTHON=$(CURDIR)/build/venv/bin/python $(BIN)/python -m pytest tests/test_wheel.py
 
 # All tests as other processors would run them: kernels for other instructions, one thread, weights elsewhere in memory.
@@ -37,6 +37,7 @@ test-cpus: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build outputs
+	rm -rf .venv .mypy_cache build outputs

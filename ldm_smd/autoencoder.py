@@ -30,6 +30,9 @@ class FrozenAutoencoder(nn.Module):
         name: what manifests and messages call it: the folder or hub id it came from.
     """
 
+    shift: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, model: ModelMixin, name: str = "") -> None:
         super().__init__()
         if not isinstance(model, KINDS):

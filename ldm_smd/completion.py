@@ -30,5 +30,5 @@ def complete(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers()
     for command in COMMANDS:
         overrides = add_arguments(commands.add_parser(command.name, help=command.summary))
-        overrides.completer = SettingCompleter(command.schema)
+        overrides.completer = SettingCompleter(command.schema)  # type: ignore[attr-defined]  # where argcomplete looks
     argcomplete.autocomplete(parser, always_complete_options=False)

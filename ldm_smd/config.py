@@ -83,14 +83,21 @@ def one_of(key: str, value: object, allowed: typing.Collection) -> None:
     check(value in allowed, key, "one of " + ", ".join(map(str, allowed)), value)
 
 
-def number(default: typing.Any, *bounds: float, **named: float) -> typing.Any:
+def number(
+    default: typing.Any,
+    least: float | None = None,
+    most: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> typing.Any:
     """A field that takes numbers within ``Bounds``."""
-    return field(default=default, metadata={"bounds": Bounds(*bounds, **named)})
+    return field(default=default, metadata={"bounds": Bounds(least, most, above, below)})
 
 
-def numbers(default: list, *bounds: float, fewest: int = 0) -> typing.Any:
+def numbers(default: list, least: float, most: float, fewest: int = 0) -> typing.Any:
     """A field that takes a list of ``fewest`` or more numbers within ``Bounds``."""
-    return field(default_factory=lambda: list(default), metadata={"bounds": Bounds(*bounds, fewest=fewest)})
+    return field(default_factory=lambda: list(default), metadata={"bounds": Bounds(least, most, fewest=fewest)})
 
 
 def choice(default: str, allowed: tuple[str, ...]) -> typing.Any:
@@ -812,16 +819,17 @@ def _docstrings(schema: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for kind in reversed(schema.__mro__):
         if is_dataclass(kind):
-            body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
-            for one, following in itertools.pairwise(body):
-                if isinstance(one, ast.AnnAssign) and isinstance(following, ast.Expr):
+            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+            assert isinstance(definition, ast.ClassDef)
+            for one, following in itertools.pairwise(definition.body):
+                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(following, ast.Expr):
                     found[one.target.id] = inspect.cleandoc(ast.literal_eval(following.value))
     return found
 
 
 def config_as_dict(config: object) -> dict:
     """The configuration as plain dictionaries and lists, for JSON."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return typing.cast(dict, OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
 
 
 def _read_yaml(path: str | Path) -> DictConfig:
@@ -840,7 +848,7 @@ def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: s
     hints = typing.get_type_hints(schema)
     known = {item.name for item in fields(schema)}
     for key in layer:
-        full = f"{prefix}{key}"
+        full = f"{prefix}{key!s}"
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise UserError(f"{origin}: unknown key {full!r}; the nearest known key is {prefix + near!r}")
@@ -871,7 +879,7 @@ def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
 def _dataclass_of(hint: object) -> type | None:
     """The dataclass inside ``X`` or ``Optional[X]``, else None."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((option for option in options if is_dataclass(option)), None)
+    return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
 
 
 def _first_line(error: Exception) -> str:

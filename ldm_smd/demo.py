@@ -59,6 +59,8 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
     encode_config = load_config(EncodeConfig, config.encode, [f"output={output / 'latents'}"])
     with timed(seconds, "encode"):
         manifest = encode(encode_config)
+    if manifest is None:
+        raise UserError(f"worker: expected null in {config.encode}, as the demo encodes all, found {encode_config.worker}")
     with timed(seconds, "measure the autoencoder"):
         held_out, labels, _ = load_pixels(config.held_out)
         training_pixels, _, _ = load_pixels(encode_config.images)

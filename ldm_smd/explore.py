@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -132,14 +132,18 @@ class Explorer:
 
     def embedding(self, like: str | None, text: str) -> torch.Tensor | None:
         """Of words, or else of the picture at ``like``, (1, D); None of neither."""
-        return embedding_of(self.clip, self.first, like, text) if like or text else None
+        return embedding_of(self.clip, self.first, like, text) if self.clip is not None and (like or text) else None
 
     def sample(self, wish: Wish, report: Callable[[float], None]) -> dict[str, Outcome]:
         """By every model; ``report`` is told the share that is done."""
         outcomes, models = {}, len(self.pipelines)
         self.stopping = False
         for done, name in enumerate(self.pipelines):
-            outcomes[name] = self._sample(name, wish, lambda share, done=done: report((done + share) / models))
+
+            def of_all(share: float, done: int = done) -> None:
+                report((done + share) / models)
+
+            outcomes[name] = self._sample(name, wish, of_all)
         return outcomes
 
     def _sample(self, name: str, wish: Wish, report: Callable[[float], None]) -> Outcome:
@@ -299,8 +303,8 @@ def explore(config: ExploreConfig) -> None:
     blocks = page(Explorer(config))
     # Fonts of this machine: the page fetches nothing from elsewhere.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    looks = {"theme": theme, "css": TIGHT, "footer_links": []}
-    where = {"server_name": config.host, "server_port": config.port}
+    looks: dict[str, Any] = {"theme": theme, "css": TIGHT, "footer_links": []}
+    where: dict[str, Any] = {"server_name": config.host, "server_port": config.port}
     try:
         _, url, _ = blocks.launch(**where, **looks, quiet=True, prevent_thread_lock=True)
     except OSError as error:

@@ -12,13 +12,20 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
 from .errors import UserError
 
-Config = TypeVar("Config")
+
+class HasOutput(Protocol):
+    """The settings of a tool that makes a folder."""
+
+    output: str
+
+
+Config = TypeVar("Config", bound=HasOutput)
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)

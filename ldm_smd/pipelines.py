@@ -352,10 +352,11 @@ class SMDPipeline(DiffusionPipeline):
             own = self._evaluate(x_t, timestep, labels, eta, image_embeds)
             other = predict(self.guide, x_t, timestep, labels, eta, image_embeds)
         else:
+            classes = num_classes(self.unet)
             doubled = (
-                None if values is None else torch.cat((values, other))
+                None if values is None or other is None else torch.cat((values, other))
                 for values, other in (
-                    (labels, None if labels is None else torch.full_like(labels, num_classes(self.unet))),
+                    (labels, None if labels is None or classes is None else torch.full_like(labels, classes)),
                     (eta, eta),
                     (image_embeds, None if image_embeds is None else torch.zeros_like(image_embeds)),
                 )

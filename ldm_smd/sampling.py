@@ -36,16 +36,17 @@ def sample(config: SampleConfig) -> Path:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     labels = choose_labels(config, pipeline)
     count = config.per_class if labels is None else len(labels)
-    image = None if config.image is None else starting_picture(config, pipeline)
+    image = None if config.image is None else starting_picture(config.image, pipeline)
     if config.guide is not None:
         pipeline.register_modules(guide=load_guide(config.guide, pipeline).to(pipeline.device))
     embedding = None
     if config.clip is not None:
         embedding = embedding_of(load_clip(config.clip, {config.model: pipeline}), pipeline, config.like, config.text)
+    low, high = config.guidance_interval or (0.0, math.inf)
     options = SamplingOptions(
         steps=config.steps,
         guidance_scale=config.guidance_scale,
-        guidance_interval=tuple(config.guidance_interval or (0.0, math.inf)),
+        guidance_interval=(low, high),
         seed=config.seed,
         batch_size=config.batch_size,
         height=config.height,
@@ -122,7 +123,7 @@ def sample_batches(
                     image=image[start:stop] if isinstance(image, torch.Tensor) else image,
                     strength=options.strength,
                     image_embeds=embeds,
-                ).images
+                )[0]
             except ValueError as error:  # an argument that this model or scheduler cannot do
                 raise UserError(str(error)) from error
             yield pictures.cpu()
@@ -165,6 +166,8 @@ def embedding_of(clip: ClipEncoder, pipeline: SMDPipeline, like: str | None, tex
     """Of words, or else of the picture at ``like``, (1, D)."""
     if text:
         return clip.texts([text])
+    if like is None:
+        raise ValueError("like: expected a picture where there are no words, found none")
     # Brought to the size of the training pictures first, as those were.
     return clip.images(read_picture("like", like, training_side(pipeline))[None])
 
@@ -182,9 +185,9 @@ def read_picture(key: str, path: str, side: int) -> torch.Tensor:
         raise UserError(f"{key}: expected a picture, found {path}: {error}") from error
 
 
-def starting_picture(config: SampleConfig, pipeline: SMDPipeline) -> Image.Image:
-    """``config.image`` at the size of the pictures that the model makes."""
-    return to_pil_image(read_picture("image", config.image, training_side(pipeline)))
+def starting_picture(path: str, pipeline: SMDPipeline) -> Image.Image:
+    """The picture at ``path``, at the size of the pictures that the model makes."""
+    return to_pil_image(read_picture("image", path, training_side(pipeline)))
 
 
 def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | None:

@@ -23,6 +23,8 @@ import pytest
 from .conftest import TINY_MODEL
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+"""Without a PYTHONPATH, on which the repository may be."""
 WITH_FALLBACK = {"xformers"}
 """Optional packages that are done without where they are missing."""
 
@@ -38,12 +40,15 @@ def wheel_python(tmp_path_factory):
     shutil.copytree(ROOT / "ldm_smd", source / "ldm_smd", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", folder, source], check=True)
+
+    def pip(*arguments):
+        subprocess.run([sys.executable, "-m", "pip", "--quiet", *arguments], env=ENVIRONMENT, check=True)
+
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, source)
     (wheel,) = folder.glob("*.whl")
     venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], check=True)
+    pip("--python", python, "install", "--no-deps", "--no-index", wheel)
     # The .pth files in there are not read, so an editable install of ldm_smd stays behind.
     own = Path(sysconfig.get_path("purelib", "venv", {"base": str(environment), "platbase": str(environment)}))
     (own / "borrowed.pth").write_text("\n".join(sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})))
@@ -53,11 +58,10 @@ def wheel_python(tmp_path_factory):
 @pytest.fixture
 def outside(wheel_python, tmp_path):
     """Run a program of that environment in a folder outside the repository; returns what it prints."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
 
     def call(program, *arguments):
         command = [wheel_python.parent / program, *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -195,7 +195,8 @@ def encode_shards(
     """Three things at a time: processes decode pictures, threads run the networks, and this one writes."""
     bar = progress(sum(plan.count(shard) for shard in shards), 0, "encode", disable=int(os.environ.get("LOCAL_RANK", 0)) > 0)
     for shard, group in groupby(encoded(plan, shards, autoencoder, clip, config), key=itemgetter(0)):
-        write_shard(plan, plan.path(output, shard), (rest for _, *rest in group), bar, writer)
+        parts = ((pictures, moments, embeddings) for _, pictures, moments, embeddings in group)
+        write_shard(plan, plan.path(output, shard), parts, bar, writer)
     bar.close()
 
 

@@ -114,7 +114,7 @@ class ShardStatistics:
         self.high = max(self.high, finite.max(initial=-np.inf))
 
     def record(self) -> dict:
-        record = {"count": self.count, "nonfinite": self.nonfinite}
+        record: dict[str, float] = {"count": self.count, "nonfinite": self.nonfinite}
         if self.values:
             mean = self.total / self.values
             std = max(self.squares / self.values - mean**2, 0.0) ** 0.5
@@ -129,7 +129,8 @@ class ChannelStatistics:
         self.count = 0
         self.shape: list[int] = []
         self._values = 0
-        self._total = self._squares = 0.0
+        self._total: np.ndarray = np.zeros(())
+        self._squares: np.ndarray = np.zeros(())
 
     def add(self, moments: np.ndarray) -> None:
         self.count += len(moments)
@@ -146,8 +147,8 @@ class ChannelStatistics:
             "count": self.count,
             "shape": self.shape,
             "values": self._values,
-            "total": np.asarray(self._total).tolist(),
-            "squares": np.asarray(self._squares).tolist(),
+            "total": self._total.tolist(),
+            "squares": self._squares.tolist(),
         }
 
     def merge(self, state: dict) -> None:

@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 import braceexpand
@@ -69,7 +69,7 @@ class Entry:
             picture = _dataset(self.path, self.member)[self.offset]["image"]
             return picture["bytes"] or Path(picture["path"]).read_bytes()
         if self.path.endswith(".zip"):
-            return _zip(self.path, os.getpid()).read(self.member)
+            return _zip(self.path, os.getpid()).read(cast(str, self.member))
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(-1 if self.size is None else self.size)
@@ -153,7 +153,7 @@ def _labels_from_folders(names: list[str]) -> tuple[list[int | None], list[str]]
     """Class = first folder of each name. Pictures that all lie at the top have no labels."""
     tops = [PurePosixPath(name).parts[0] if "/" in name else None for name in names]
     classes = sorted({top for top in tops if top is not None})
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
     return [numbers.get(top) for top in tops], classes
 
 
@@ -247,7 +247,8 @@ def _list_tar(path: str) -> list[Entry]:
                     picture = Entry(key, None, path, member.name, member.offset_data, member.size)
                     pictures.setdefault(key, []).append(picture)
                 elif extension == "cls":
-                    text = tar.extractfile(member).read(64).strip()
+                    content = tar.extractfile(member)
+                    text = content.read(64).strip() if content else b""
                     if not LABEL.fullmatch(text):
                         raise UserError(
                             f"images.source: expected a label from 0 to 999999999 in {path}:{member.name}, found {text!r}"

@@ -214,7 +214,7 @@ def open_shard(manifest: Manifest, item: dict, mirror: bool) -> Shard:
     dimensions = manifest.embedding_dimensions
     record = read_json(path.with_suffix(".json"))
     known = record.get("shard") == item
-    index = record.get("index") if known else index_tar(path, shape, dtype, dimensions)
+    index = record.get("index", {}) if known else index_tar(path, shape, dtype, dimensions)
     shard = Shard(path, shape, dtype, dimensions, index)
     if mirror and len(shard) and shard.offsets.shape[1] < len(FIELDS):
         raise UserError(f"mirror: expected shards with mirrored encodings (tools/encode.py mirror=true), found none in {path}")

@@ -56,7 +56,7 @@ def verify_shards(config: VerifyConfig) -> None:
     if findings:
         raise UserError(f"shards: expected {manifest.folder} to be as its manifest says, found {len(findings)} differences")
     if config.sheet is not None:
-        write_sheet(config, manifest)
+        write_sheet(Path(config.sheet), config, manifest)
     print(f"{manifest.count} samples in {len(manifest.shards)} shards are as their manifest says")
 
 
@@ -91,13 +91,14 @@ def check_shard(manifest: Manifest, item: dict, shard: Shard) -> Iterator[str]:
         yield f"{wrong.sum()} labels are none of the {classes} classes, the first of {shard.keys[int(wrong.argmax())]}"
 
 
-def write_sheet(config: VerifyConfig, manifest: Manifest) -> None:
+def write_sheet(sheet: Path, config: VerifyConfig, manifest: Manifest) -> None:
     """Latents from all over the shards, decoded, in the order they lie in."""
     autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder or manifest.metadata["autoencoder"]["source"])
     manifest.check_autoencoder(autoencoder)
     autoencoder = autoencoder.to(pick_device(config.device))
     chosen = np.linspace(0, manifest.count - 1, min(config.pictures, manifest.count)).round().astype(int)
-    pictures, start = [], 0
+    pictures: list[torch.Tensor] = []
+    start = 0
     for item in manifest.shards:
         here = chosen[(chosen >= start) & (chosen < start + item["count"])] - start
         start += item["count"]
@@ -105,5 +106,5 @@ def write_sheet(config: VerifyConfig, manifest: Manifest) -> None:
             latents = torch.from_numpy(open_shard(manifest, item, mirror=False).moments(here))[:, 0].float()
             pictures += autoencoder.decode(autoencoder.normalise(latents.to(autoencoder.device))).cpu()
     grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=int(np.ceil(len(pictures) ** 0.5)), padding=2, pad_value=1.0)
-    with atomic_file(Path(config.sheet)) as temporary:
+    with atomic_file(sheet) as temporary:
         to_pil_image(grid).save(temporary, format="PNG")

@@ -100,7 +100,8 @@ def fit_two_gaussians(
         wanted = _raw(moments)
         for _ in range(iterations):
             optimizer.zero_grad()
-            sum((a - b).square().sum() for a, b in zip(_raw(moments_of(first, second, variance)), wanted)).backward()
+            errors = [(a - b).square().sum() for a, b in zip(_raw(moments_of(first, second, variance)), wanted)]
+            torch.stack(errors).sum().backward()
             optimizer.step()
             with torch.no_grad():
                 variance.copy_(torch.maximum(variance, floor))

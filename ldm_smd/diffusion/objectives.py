@@ -151,7 +151,7 @@ def mixture_nll(
     each = draws // weights.shape[1]
     log_shares = (weights / each).log().repeat_interleave(each, dim=1)[..., None, None]
     squared = (predictions - target.unsqueeze(1)).square().sum(dim=2)  # (B, M, H, W), sum over channels
-    total = 0.0
+    total = predictions.new_zeros(())
     for side in patches:
         sums, places = patch_sums(squared, side)
         log_density = (log_shares - sums / (2 * bandwidth**2)).logsumexp(dim=1)
@@ -167,7 +167,7 @@ def exact(x: torch.Tensor) -> torch.Tensor:
 def distance(a: torch.Tensor, b: torch.Tensor, beta: float, patches: Sequence[int]) -> torch.Tensor:
     """d(a, b) for (B, M, C, H, W) pairs -> (B, M), averaged over patch sizes."""
     squared = (a - b).square().mean(dim=2)  # (B, M, H, W), mean over channels
-    total = 0.0
+    total = a.new_zeros(())
     for side in patches:
         sums, places = patch_sums(squared, side)
         total = total + (sums / places + EPSILON).pow(0.5 * beta).mean(dim=(2, 3))
@@ -178,7 +178,7 @@ def pair_distance(
     predictions: torch.Tensor, first: torch.Tensor, second: torch.Tensor, beta: float, patches: Sequence[int]
 ) -> torch.Tensor:
     """d between the draws ``first`` and ``second`` (P,) of each row -> (B, P), averaged over patch sizes."""
-    total = 0.0
+    total = predictions.new_zeros(())
     for side in patches:
         if side == 0:
             # All pairs at once: their differences, larger than the draws by M / 2, are never stored.

@@ -102,8 +102,8 @@ def measure(config: EvaluateConfig, output: Path) -> Path:
         source = dataclasses.replace(config.reference, source=config.pictures)
         compared["pictures"] = look_at_real("pictures", source, config, extractors, state)
         result["pictures"] = {"source": config.pictures}
-    else:
-        compared["samples"], result["samples"] = look_at_samples(config, reference, extractors, state)
+    elif config.model is not None:
+        compared["samples"], result["samples"] = look_at_samples(config.model, config, reference, extractors, state)
     if config.held_out is not None:
         source = dataclasses.replace(config.reference, source=config.held_out)
         compared["held_out"] = look_at_real("held out", source, config, extractors, state)
@@ -173,10 +173,10 @@ def digest_of(entries: list[Entry], images: ImagesConfig, extractors: list[Extra
 
 
 def look_at_samples(
-    config: EvaluateConfig, reference: Seen, extractors: list[Extractor], state: PartialState
+    model: str, config: EvaluateConfig, reference: Seen, extractors: list[Extractor], state: PartialState
 ) -> tuple[Seen, dict]:
     """Samples of the model, and what they depend on."""
-    folder = model_folder(config.model)
+    folder = model_folder(model)
     pipeline = load_pipeline(folder).to(pick_device(config.device))
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
@@ -186,7 +186,7 @@ def look_at_samples(
     seen = look_at("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
     files = weight_files(folder, (*NETWORKS, "vae"))
     about = {
-        "model": config.model,
+        "model": model,
         "weights_sha256": {f"{path.parent.name}/{path.name}": sha256(path) for path in files},
         "scheduler": config.scheduler or type(pipeline.scheduler).__name__,
         "steps": config.steps,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +152,8 @@ def dinov2_extractor(architecture: str, source: str, device: torch.device) -> Ex
     loading = {"checkpoint_path": str(file)} if file else {"pretrained": True}
     name = architecture if file else f"{architecture}.{source}"
     model = timm.create_model(name, num_classes=0, img_size=DINOV2_SIDE, **loading).eval().to(device)
-    shrink = Resize(DINOV2_SIDE, model.pretrained_cfg["mean"], model.pretrained_cfg["std"], device)
+    trained_on = cast(dict, model.pretrained_cfg)
+    shrink = Resize(DINOV2_SIDE, trained_on["mean"], trained_on["std"], device)
     digest = sha256(file) if file else state_sha256(model)
     return Extractor(f"DINOv2 {architecture}", lambda pixels: model(shrink(pixels)), device, digest, shrink.name)
 

@@ -87,7 +87,7 @@ def kernel_distance(a: Features, b: Features) -> float:
 
 def kernel_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The sum of KID's kernel over all pairs of rows."""
-    return sum(((rows @ b.T / a.shape[1] + 1.0) ** 3).sum() for rows in a.split(BLOCK))
+    return torch.stack([((rows @ b.T / a.shape[1] + 1.0) ** 3).sum() for rows in a.split(BLOCK)]).sum()
 
 
 def cmmd(a: Features, b: Features) -> float:
@@ -96,8 +96,8 @@ def cmmd(a: Features, b: Features) -> float:
     a, b = feature_set(a).features, feature_set(b).features
 
     def mean(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        total = sum((-torch.cdist(rows, y).square() / (2 * CMMD_BANDWIDTH**2)).exp().sum() for rows in x.split(BLOCK))
-        return total / (len(x) * len(y))
+        sums = [(-torch.cdist(rows, y).square() / (2 * CMMD_BANDWIDTH**2)).exp().sum() for rows in x.split(BLOCK)]
+        return torch.stack(sums).sum() / (len(x) * len(y))
 
     return float(CMMD_SCALE * (mean(a, a) + mean(b, b) - 2 * mean(a, b)))
 

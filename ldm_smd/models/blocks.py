@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import einops
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,8 @@ from einops import rearrange
 from torch import nn
 
 from .attention import attention
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class ResidualBlock(nn.Module):
@@ -77,8 +81,8 @@ class Pointwise(nn.Linear):
 
     def added_to(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """h (B, out, H, W) + the convolution of x, without a bias, in one pass over memory."""
-        rows = (y.permute(0, 2, 3, 1).flatten(0, 2) for y in (h, x))
-        return torch.addmm(*rows, self.weight.T).view(*h.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        onto, rows = (y.permute(0, 2, 3, 1).flatten(0, 2) for y in (h, x))
+        return torch.addmm(onto, rows, self.weight.T).view(*h.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
@@ -128,7 +132,7 @@ def assign_modulation_slices(root: nn.Module) -> int:
     return total
 
 
-def zero_init(module: nn.Module) -> nn.Module:
+def zero_init(module: Layer) -> Layer:
     """Set all parameters to zero: the branch that ends here starts as nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)

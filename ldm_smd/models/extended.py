@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +99,10 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
     def is_mixture(self) -> bool:
         return True
 
+    @property
+    def noise(self) -> PosteriorNoise:
+        return cast(PosteriorNoise, self.hyper["noise"])
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -109,7 +114,7 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
         """As SMDUNet2DModel.forward: sample (B, C, H, W), eta (B * M, C, H, W) -> (B * M, C, H, W)."""
         unet, batch = self.unet, len(sample)
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(batch)
-        noise = self.hyper["noise"](eta, sample, timesteps, class_labels)
+        noise = self.noise(eta, sample, timesteps, class_labels)
         draws = len(noise) // batch
         if unet.config.center_input_sample:
             sample = 2 * sample - 1
@@ -128,7 +133,7 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
             h = unet.mid_block(h, embedding)
 
         activated = F.silu(embedding)
-        gate = repeat(self.hyper["noise"].start + self.hyper["gate"](activated), draws)
+        gate = repeat(self.noise.start + self.hyper["gate"](activated), draws)
         z = self.identifier(noise, h, activated)  # from here on there are M rows a picture
         embedding = repeat(embedding, draws) + self.hyper["embedding"](z.mean(dim=(2, 3)))
         for index, block in enumerate(unet.up_blocks):
@@ -138,7 +143,7 @@ class ExtendedUNet2DModel(ModelMixin, ConfigMixin):
             if f"up{index}" in self.hyper:
                 h = self.hyper[f"up{index}"](h, z)
             if index == len(unet.up_blocks) - 1:
-                h = self.hyper["draft"].added_to(h, noise)
+                h = cast(Pointwise, self.hyper["draft"]).added_to(h, noise)
             h = block(h, skips, embedding)
         prediction = unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).contiguous()
         prediction = torch.addcmul(prediction, gate[..., None, None], noise)

@@ -50,7 +50,9 @@ class MixtureIdentifier(nn.Module):
         if self.stride > 1:
             features = F.avg_pool2d(features, self.stride, ceil_mode=True)
         draws = len(noise) // len(features)
-        h = add_shared(self.from_noise(F.adaptive_avg_pool2d(noise, features.shape[2:])), self.from_features(features))
+        h = add_shared(
+            self.from_noise(F.adaptive_avg_pool2d(noise, (features.shape[2], features.shape[3]))), self.from_features(features)
+        )
         scale, shift = repeat(self.modulation(embedding), draws)[..., None, None].float().chunk(2, dim=1)
         return self.linear_out(F.silu(torch.addcmul(shift, self.norm(h), 1.0 + scale).to(h.dtype)))
 
@@ -77,7 +79,7 @@ class HyperNetwork(nn.Module):
 
     def forward(self, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """h (B, channels, H', W') or (B * M, ...), z (B * M, latent_channels, H, W) -> (B * M, channels, H', W')."""
-        size = h.shape[2:]
+        size = (h.shape[2], h.shape[3])
         if z.shape[2] > size[0] or z.shape[3] > size[1]:
             z = F.adaptive_avg_pool2d(z, size)
         v = self.linear_v(z)

@@ -48,6 +48,14 @@ class PosteriorNoise(nn.Module):
         timesteps: of the noise schedule.
     """
 
+    basis: torch.Tensor
+    centre: torch.Tensor
+    log_weights: torch.Tensor
+    means: torch.Tensor
+    variances: torch.Tensor
+    alphas_cumprod: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, channels: int, side: int, rank: int, modes: int, num_classes: int | None, timesteps: int) -> None:
         super().__init__()
         self.side = min(GRID, side)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +166,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         self.modulation = nn.Linear(embedding_dim, sum(self.modulation_sizes))
 
         # The mixture: noise e from eta, z = g_xi(e, x_t, t), and f_phi(z) at the places of its choice.
-        self.identifier = None
+        self.identifier: MixtureIdentifier | None = None
         self.hyper = nn.ModuleDict()
         if latent_channels > 0:
             # Before the last level the noise itself enters; but a single level is not left without z.
@@ -194,6 +196,11 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
     def is_mixture(self) -> bool:
         return self.identifier is not None
 
+    @property
+    def noise(self) -> PosteriorNoise:
+        """Of a mixture."""
+        return cast(PosteriorNoise, self.hyper["noise"])
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -222,32 +229,33 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         # The layout of the input is that of every feature map after it. Channels last is what GPUs' tensor cores want, and
         # on CPUs it is 1.1 times faster in training, as attention needs no copies (benchmarks/unet_throughput.py).
         h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
-        z, draws = None, 1
+        z: torch.Tensor | None = None
+        draws = 1
         if self.is_mixture:
-            noise = self.hyper["noise"](eta, sample, timestep, class_labels)
+            noise = self.noise(eta, sample, timestep, class_labels)
             draws = len(noise) // len(sample)
-        if self.is_mixture and self.config.placement != "up":
+        if self.identifier is not None and self.config.placement != "up":
             z = self.identifier(noise, h, embedding)
             modulation = repeat(modulation, draws)
         h, kept = self._way_down(self._hyper("in", h, z), modulation, z)
-        if self.is_mixture and z is None:
+        if self.identifier is not None and z is None:
             z = self.identifier(noise, h, embedding)  # from here on there are M rows a picture
         up_modulation = repeat(up_modulation, draws)
-        if "modulation" in self.hyper:
+        if z is not None and "modulation" in self.hyper:
             up_modulation = up_modulation + self.hyper["modulation"](z.mean(dim=(2, 3)))
-        for index, stage in enumerate(self.up):
+        for index, stage in enumerate(cast(Iterable[Stage], self.up)):
             skips = kept.pop()
             if stage.project is not None:
                 h = upsample(stage.project(h), skips[0])
             h = self._hyper(f"up{index}", h, z)
             if self.is_mixture and index == len(self.up) - 1:
-                h = self.hyper["draft"].added_to(h, noise)
+                h = cast(Pointwise, self.hyper["draft"]).added_to(h, noise)
             for block, attend, skip in zip(stage.blocks, stage.attentions, reversed(skips)):
                 h = self._run(block, attend, h, up_modulation, skip)
         h = self._hyper("out", h, z)
         prediction = self.conv_out(F.silu(self.norm_out(h))).contiguous()
         if self.is_mixture:
-            gate = repeat(self.hyper["noise"].start + self.hyper["gate"](embedding), draws)
+            gate = repeat(self.noise.start + self.hyper["gate"](embedding), draws)
             prediction = torch.addcmul(prediction, gate[..., None, None], noise)
         return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
 
@@ -277,8 +285,8 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         self, h: torch.Tensor, modulation: torch.Tensor, z: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
         """The output of the middle, and of each level what its blocks put out."""
-        kept = []
-        for index, stage in enumerate(self.down):
+        kept: list[list[torch.Tensor]] = []
+        for index, stage in enumerate(cast(Iterable[Stage], self.down)):
             h = self._hyper(f"down{index}", h, z)
             kept.append([])
             for block, attend in zip(stage.blocks, stage.attentions):
@@ -289,7 +297,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         first, attend, second = self.middle
         return self._run(second, nn.Identity(), self._run(first, attend, h, modulation), modulation), kept
 
-    def _run(self, block: ResidualBlock, attend: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    def _run(self, block: nn.Module, attend: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """Both, and with gradient checkpointing again on the way back, where else all they compute would have been kept."""
 
         def both(*values: torch.Tensor) -> torch.Tensor:

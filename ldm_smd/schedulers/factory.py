@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import cast
 
 import diffusers
 from diffusers import SchedulerMixin
@@ -19,15 +20,15 @@ def scheduler_from(name: str, config: dict, ours: dict[str, type[SchedulerMixin]
     """
     name, _, settings = name.partition(":")
     kind = ours.get(name, getattr(diffusers, name, None))
-    if not is_scheduler(kind):
-        known = (each.name for each in KarrasDiffusionSchedulers)
-        near = ", ".join(sorted({*ours, *(each for each in known if is_scheduler(getattr(diffusers, each)))}))
+    if kind is None or not is_scheduler(kind):
+        theirs = (each.name for each in KarrasDiffusionSchedulers)
+        near = ", ".join(sorted({*ours, *(each for each in theirs if is_scheduler(getattr(diffusers, each)))}))
         raise UserError(f"scheduler: expected a scheduler class ({near}), found {name!r}")
-    options = OmegaConf.to_container(OmegaConf.from_dotlist(settings.split(","))) if settings else {}
-    known = inspect.signature(kind.__init__).parameters
+    options = cast(dict, OmegaConf.to_container(OmegaConf.from_dotlist(settings.split(",")))) if settings else {}
+    known = inspect.signature(kind).parameters
     for option in options:
         if option not in known:
-            raise UserError(f"scheduler: expected a setting of {name} ({', '.join(list(known)[1:])}), found {option!r}")
+            raise UserError(f"scheduler: expected a setting of {name} ({', '.join(known)}), found {option!r}")
     # Of what is given, what this class knows: diffusers would warn of the rest.
     scheduler = kind.from_config({name: value for name, value in config.items() if name in known}, **options)
     if not hasattr(scheduler, "alphas_cumprod"):

@@ -117,8 +117,8 @@ class GMSScheduler(DDPMScheduler):
         self, moments: Moments, floor: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
     ) -> torch.Tensor:
         """From the kernel of these moments."""
-        shape, place = moments.mean.shape, {"device": moments.mean.device, "dtype": moments.mean.dtype}
-        noise = randn_tensor(shape, generator=generator, **place)
+        shape, device, dtype = moments.mean.shape, moments.mean.device, moments.mean.dtype
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         if self.config.num_moments == 2:
             return moments.mean + moments.variance.sqrt() * noise
         if self.config.fit_iterations:
@@ -126,6 +126,7 @@ class GMSScheduler(DDPMScheduler):
         else:
             first, second, variance = two_gaussians(moments, floor)
         # A standard normal is below this as often as the first component is to be chosen.
-        below = torch.special.ndtri(torch.tensor(WEIGHT, **place))
-        choice = randn_tensor((shape[0], *[1] * (len(shape) - 1)) if self.config.picture_draws else shape, generator, **place)
+        below = torch.special.ndtri(torch.tensor(WEIGHT, device=device, dtype=dtype))
+        places = (shape[0], *[1] * (len(shape) - 1)) if self.config.picture_draws else shape
+        choice = randn_tensor(places, generator, device, dtype)
         return torch.where(choice < below, first, second) + variance.sqrt() * noise

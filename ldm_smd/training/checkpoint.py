@@ -80,8 +80,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def newest_images(folder: Path) -> int:
     """Images seen by the newest checkpoint; 0 where there is none."""
-    found = checkpoints(folder)
-    return int(PATTERN.fullmatch(found[-1].name)[1]) if found else 0
+    found = [match for path in checkpoints(folder) if (match := PATTERN.fullmatch(path.name))]
+    return int(found[-1][1]) if found else 0
 
 
 def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> None:
@@ -110,7 +110,7 @@ def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...]
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as one flat dictionary "parameter name/entry" -> tensor, whole: for all processes to call. On the
     CPU, as one GPU may not have the memory for what they have together."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}/{entry}": whole(value).cpu()
         for parameter, state in optimizer.state.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Draws:
 
 def draw(generator: torch.Generator, shape: tuple[int, ...], draws: int, num_timesteps: int, label_dropout: float) -> Draws:
     """For a batch of latents of ``shape`` (B, C, h, w), on the generator's device."""
-    options = {"generator": generator, "device": generator.device}
+    options: dict[str, Any] = {"generator": generator, "device": generator.device}
     return Draws(
         posterior=torch.randn(shape, **options),
         t=torch.randint(num_timesteps, shape[:1], **options),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from .sharding import distribute_like, gather_into, local
 
 RAMP = 0.05
 """With ``ramp`` the half-life is at most this share of the images seen."""
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class EMA:
+class EMA(Generic[Model]):
     """``ema <- ema + (1 - 0.5^(batch / halflife)) * (weights - ema)`` with halflife in images.
 
     Parameters are averaged; buffers are copied. ``model`` is a frozen copy that can be evaluated and saved as any other.
@@ -23,11 +25,11 @@ class EMA:
         ramp: for random initial weights, shorten the half-life at first so that the average forgets them.
     """
 
-    def __init__(self, model: nn.Module, halflife_images: int, ramp: bool = True) -> None:
+    def __init__(self, model: Model, halflife_images: int, ramp: bool = True) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.halflife_images = halflife_images
         self.ramp = ramp
-        self._averages = dict(self.model.named_parameters())
+        self._averages: dict[str, torch.Tensor] = dict(self.model.named_parameters())
 
     def divide_as(self, model: nn.Module) -> None:
         """Keep of the averages what this process has of ``model`` (FSDP). ``self.model`` goes to the CPU, where ``gather``
@@ -52,13 +54,13 @@ class EMA:
             if average.device == buffer.device:
                 average.copy_(buffer)
 
-    def gather(self) -> nn.Module:
+    def gather(self) -> Model:
         """``self.model``, also where the averages are divided over the processes: for all of them to call."""
         gather_into(self.model, self._averages)
         return self.model
 
 
-class PowerEMA(EMA):
+class PowerEMA(EMA[Model]):
     """The average of EDM2 (arXiv 2312.02696): weights after tau images of t count as tau^gamma,
 
         ema <- ema + (1 - (1 - batch / t)^(gamma + 1)) * (weights - ema).
@@ -70,7 +72,7 @@ class PowerEMA(EMA):
         sigma_rel: the deviation of tau under that profile, over t; more than 0, below 0.29.
     """
 
-    def __init__(self, model: nn.Module, sigma_rel: float) -> None:
+    def __init__(self, model: Model, sigma_rel: float) -> None:
         super().__init__(model, halflife_images=0)
         self.sigma_rel, self.gamma = sigma_rel, gamma_of(sigma_rel)
 

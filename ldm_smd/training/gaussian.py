@@ -38,20 +38,20 @@ class LatentSums:
     sums of parts are the sums of all.
 
     Attributes:
+        probes: (D, L) of white noise, or None.
         counts: (rows,).
         sums: (rows, D), of the encoder's means.
         squares: (rows,), of all numbers of these.
         spreads: (rows, D), of the encoder's variances.
         products: (rows, D, D), of the means, sum x x^T; or (rows, D, L), that times ``probes``, where latents are too large.
-        probes: (D, L) of white noise, or None.
     """
 
+    probes: torch.Tensor | None
     counts: torch.Tensor
     sums: torch.Tensor
     squares: torch.Tensor
     spreads: torch.Tensor
     products: torch.Tensor
-    probes: torch.Tensor | None
 
     @classmethod
     def empty(cls, rows: int, numbers: int, sketch: int | None = None, seed: int = 0) -> LatentSums:
@@ -61,7 +61,7 @@ class LatentSums:
             generator = torch.Generator().manual_seed(seed)
             probes = torch.randn(numbers, sketch, generator=generator, dtype=torch.float64)
         shapes = ((rows,), (rows, numbers), (rows,), (rows, numbers), (rows, numbers, sketch or numbers))
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes), probes)
+        return cls(probes, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def add(self, means: torch.Tensor, variances: torch.Tensor, labels: torch.Tensor) -> None:
         """Latents drawn from N(means, diag(variances)), both (N, D), with labels (N,), -1 for none: their exact second
@@ -77,10 +77,10 @@ class LatentSums:
 
     def of_all_processes(self) -> LatentSums:
         """The sum over the processes of this run; all have the same."""
-        return LatentSums(*(reduce(total, reduction="sum") for total in self._totals()), self.probes)
+        return LatentSums(self.probes, *(reduce(total, reduction="sum") for total in self._totals()))
 
     def pooled(self) -> LatentSums:
-        return LatentSums(*(total.sum(dim=0, keepdim=True) for total in self._totals()), self.probes)
+        return LatentSums(self.probes, *(total.sum(dim=0, keepdim=True) for total in self._totals()))
 
     def principal(self, row: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean (D,), leading eigenvectors (rank, D) and eigenvalues (rank,) of the covariance, and the mean of the others.

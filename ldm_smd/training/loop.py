@@ -10,6 +10,7 @@ import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -123,7 +124,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
 
     torch.manual_seed(config.seed)
     model = build_model(config, manifest)
-    if model.is_mixture and not model.hyper["noise"].is_fitted and not checkpoints(output / "checkpoints"):
+    if model.is_mixture and not model.noise.is_fitted and not checkpoints(output / "checkpoints"):
         fit_noise(model, config, manifest, autoencoder, scheduler)
     model.to(device)
     ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
@@ -157,7 +158,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
     step = TrainingStep(
         config,
         accelerator,
-        torch.compile(prepared) if config.compile else prepared,
+        cast(torch.nn.Module, torch.compile(prepared)) if config.compile else prepared,
         DiffusionProcess(scheduler.alphas_cumprod).to(device),
         autoencoder,
     )
@@ -192,7 +193,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
         if last or crossed(before, images_seen, config.log_every_images):
             values = means.read(accelerator)
             check_finite(values["loss"], images_seen, stream.keys_at(before))
-            if main:
+            if log is not None:
                 log.log(
                     images_seen,
                     values | {"learning_rate": learning_rate, "images_per_second": bar.format_dict["rate"] or 0.0},
@@ -200,9 +201,9 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
             means.reset()
         averaged = ema.gather() if sample_now or save_now else None
-        if main and sample_now:
+        if log is not None and averaged is not None and sample_now:
             preview(config, averaged, autoencoder, scheduler, manifest, stream, images_seen, log)
-        if save_now:
+        if averaged is not None and save_now:
             state = {"images_seen": images_seen, "means": means.state(accelerator)}
             check_finite(state["means"]["loss"], images_seen, stream.keys_at(before))
             for each in averages:
@@ -217,7 +218,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
         if stopping:
             break
     bar.close()
-    if main:
+    if log is not None:
         log.close()
     if stopping:
         return images_seen
@@ -342,13 +343,14 @@ def fit_noise(
 ) -> None:
     """Colour the mixture's noise as the first latents of the stream, the same on every process."""
     latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror)
-    model.hyper["noise"].fit(latents, labels, scheduler.alphas_cumprod, config.diffusion.prediction_type)
+    model.noise.fit(latents, labels, scheduler.alphas_cumprod, config.diffusion.prediction_type)
 
 
 def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DModel:
     """``init_from``, extended; its own blocks, and the sizes of the mixture from ``config.model``."""
     shape = config.model
     check(not config.image_conditional, "image_conditional", "false for a UNet2DModel of diffusers", True)
+    assert config.init_from is not None
     if class_of(config.init_from) == "ExtendedUNet2DModel":
         model = ExtendedUNet2DModel.from_pretrained(config.init_from, use_safetensors=True)
     elif shape.latent_channels == 0 or shape.placement != "up":
@@ -423,7 +425,7 @@ def preview(
         config.sample_steps,
         generator=seeded_generators(range(PREVIEW_PICTURES)),
         output_type="pt",
-    ).images
+    )[0]
     grid = make_grid(images.cpu(), nrow=10, padding=2, pad_value=0.7)
     folder = log.path.parent / "samples"
     folder.mkdir(exist_ok=True)
@@ -486,7 +488,7 @@ def model_card(
     names = ", ".join(f"{number} {name}" for number, name in enumerate(manifest.classes[:CARD_CLASSES]))
     more = ", ..." if len(manifest.classes) > CARD_CLASSES else ""
     conditions = [f"Classes: {names}{more}."] if unet.config.num_classes else []
-    if embedding_dimensions(unet):
+    if embedding_dimensions(unet) and manifest.embedding is not None:
         conditions.append(f"`image_embeds`: of {manifest.embedding['network']}, SHA-256 `{manifest.embedding['sha256']}`.")
     given = "[0, 1]" if unet.config.num_classes else "batch_size=2"
     text = f"""\

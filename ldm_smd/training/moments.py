@@ -102,7 +102,7 @@ class PredictionErrors:
             t = torch.randint(process.num_timesteps, (len(x0),), device=x0.device)
         classes = num_classes(unet)
         labels = known_labels(batch.labels, classes)
-        if labels is not None:
+        if labels is not None and classes is not None:
             dropped = torch.rand(labels.shape, device=x0.device) < self.label_dropout
             labels = torch.where(dropped, classes, labels)
         x_t = process.noise(x0, torch.randn_like(x0), t)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 from ..errors import UserError, shortened
 from ..files import atomic_file
@@ -65,7 +66,7 @@ def open_record(
     Raises:
         UserError: something has changed that breaks the promise of an exact resume, or would make the card untrue.
     """
-    made_from = json.loads(json.dumps(dict(made_from)))  # as it is read back
+    made_from = cast(dict, json.loads(json.dumps(dict(made_from))))  # as it is read back
     if not images_seen:
         return RunRecord(made_from, [])
     if not (folder / RECORD).is_file():
