@@ -81,6 +81,9 @@ def list_entries(config: ImagesConfig) -> tuple[list[Entry], list[str]]:
     Raises UserError where the source is missing or empty, or a label lies outside the classes.
     """
     source = config.source
+    named = source.startswith(HUGGING_FACE) or source.endswith(".zip") or Path(source).is_dir()
+    if named and config.classes is not None:
+        raise UserError(f"images.classes: expected null, {source} names its classes itself, found {config.classes}")
     if source.startswith(HUGGING_FACE):
         entries, classes = _list_dataset(source, config.split)
     elif Path(source).is_dir():
