@@ -167,7 +167,7 @@ def run_config(config: DemoConfig, run: DemoRunConfig, autoencoder: str) -> Trai
     trained = load_config(TrainConfig, run.config)
     return dataclasses.replace(
         trained,
-        shards=str(output / "latents"),
+        shards=str(output / LATENTS),
         autoencoder=autoencoder,
         output=str(output / run.name),
         init_from=run.checkpoint,
