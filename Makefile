@@ -1,10 +1,10 @@
 # make demo: pictures in some minutes.  make test: the tests.  make test-cpus: as other CPUs run them.
-# make test-wheel: the package as others install it.
+# make test-settings: all settings at hostile values.  make test-wheel: the package as others install it.
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-cpus test-wheel lint clean
+.PHONY: demo test test-cpus test-settings test-wheel lint clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,6 +16,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# Every setting of every tool, set to what no user means.
+test-settings: $(INSTALLED)
+	$(BIN)/python -m pytest -m exhaustive
 
 test-wheel: $(INSTALLED)
 	rm -rf build

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import indent
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ldm_smd
 
@@ -102,10 +102,10 @@ def run_tool(
         prog: what it was called as; null: the name of its file.
         wording: changes what it prints about itself and other tools.
     """
-    parser = argparse.ArgumentParser(
+    parser = SettingsParser(
+        lambda: wording("settings:\n" + "\n".join(map(described, settings(schema)))),
         prog=prog,
         description=wording(description),
-        epilog=wording("settings:\n" + "\n".join(map(described, settings(schema)))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -131,6 +131,18 @@ def run_tool(
     if said:
         print(f"{parser.prog}: {said}", file=sys.stderr)
     return code
+
+
+class SettingsParser(argparse.ArgumentParser):
+    """Lists settings at the end of its help, which are read from the sources of their schemas only when it is printed."""
+
+    def __init__(self, listed: Callable[[], str], **options: Any) -> None:
+        super().__init__(**options)
+        self.listed = listed
+
+    def format_help(self) -> str:
+        self.epilog = self.listed()
+        return super().format_help()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.Action:

@@ -120,7 +120,7 @@ def check_field(item: Field, key: str, value: typing.Any) -> None:
     if bounds is not None:
         check(len(entries) >= bounds.fewest, key, f"at least {bounds.fewest} numbers", value)
         for entry in entries:
-            check(entry in bounds, key, f"a number {bounds}", entry)
+            check(isinstance(entry, (int, float)) and entry in bounds, key, f"a number {bounds}", entry)
 
 
 @dataclass

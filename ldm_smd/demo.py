@@ -36,6 +36,7 @@ from .training.metrics import read_metrics
 
 GRID_COLUMNS, GRID_ROWS = 8, 5
 SPREAD_PICTURES = 64
+LATENTS = "latents"
 
 
 def demo(config: DemoConfig) -> Path:
@@ -50,21 +51,27 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
     """What ``demo`` does."""
     if len(config.runs) == 0:
         raise UserError("runs: expected at least one model, found none")
+    for run in config.runs:
+        if run.name in (LATENTS, "..") or Path(run.name).name != run.name:
+            raise UserError(f"runs: expected a name for a folder below output, other than {LATENTS}, found {run.name!r}")
     require_shipped(config)
-    for name in ("latents", *(run.name for run in config.runs)):
+    seconds: dict[str, float] = {}
+    # All that is read comes first: what is missing is said before an earlier demo's results go.
+    with timed(seconds, "read"):
+        encode_config = load_config(EncodeConfig, config.encode, [f"output={output / LATENTS}"])
+        held_out, labels, _ = load_pixels(config.held_out)
+        training_pixels, _, _ = load_pixels(encode_config.images)
+        autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
+        extractor = load_extractor(config.features)
+    for name in (LATENTS, *(run.name for run in config.runs)):
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
-    seconds: dict[str, float] = {}
 
-    encode_config = load_config(EncodeConfig, config.encode, [f"output={output / 'latents'}"])
     with timed(seconds, "encode"):
         manifest = encode(encode_config)
     if manifest is None:
         raise UserError(f"worker: expected null in {config.encode}, as the demo encodes all, found {encode_config.worker}")
     with timed(seconds, "measure the autoencoder"):
-        held_out, labels, _ = load_pixels(config.held_out)
-        training_pixels, _, _ = load_pixels(encode_config.images)
-        autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
         psnr = measure(autoencoder, held_out)["psnr"]
 
     pipelines: dict[str, SMDPipeline] = {}
@@ -72,7 +79,6 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
         with timed(seconds, f"train {run.name}"):
             pipelines[run.name] = load_pipeline(train(run_config(config, run, encode_config.autoencoder)))
 
-    extractor = load_extractor(config.features)
     reference = extractor(training_pixels, description="reference")
     distance: dict = {"floor": frechet_distance(extractor(held_out, description="floor"), reference)}
     grids: dict[str, dict[int, torch.Tensor]] = {}
@@ -161,7 +167,7 @@ def run_config(config: DemoConfig, run: DemoRunConfig, autoencoder: str) -> Trai
     trained = load_config(TrainConfig, run.config)
     return dataclasses.replace(
         trained,
-        shards=str(output / "latents"),
+        shards=str(output / LATENTS),
         autoencoder=autoencoder,
         output=str(output / run.name),
         init_from=run.checkpoint,

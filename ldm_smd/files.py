@@ -49,6 +49,11 @@ def atomic_file(final: Path, writer: str = "") -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def this_process() -> str:
+    """A name that no other process has, on any machine, for ``writer``."""
+    return f"{socket.gethostname()}-{os.getpid()}-"
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,7 +24,8 @@ from ldm_smd.config import Setting, settings
 SECONDS = 120
 """A case that takes longer hangs."""
 NUMBERS = (0, -1, 10**30, 1e30, math.nan, math.inf, -math.inf, "many", [], True)
-NAMES = ("", "\0", "${nothing}", "x" * 5000, "x" * 300, "nonsense", [1], {"a": 1})
+WRONG_NAMES = ("", "\0", "${nothing}", "x" * 5000)
+NAMES = (*WRONG_NAMES, "x" * 300, "nonsense", [1], {"a": 1})
 OUTPUTS = ("output", "work", "sheet", "cache", "images.cache", "held_out.cache", "reference.cache")
 PATHS = re.compile(
     r"(.*\.)?(source|classes|model|shards|autoencoder|init_from|run|guide|like|image|encode|features|config|checkpoint|models)"
@@ -34,11 +35,16 @@ PATHS = re.compile(
 
 @dataclass(frozen=True)
 class Case:
-    """One setting of a tool, changed."""
+    """One setting of a tool, changed.
+
+    Attributes:
+        wrong: no value of the setting can be this one: it must be refused, and at once.
+    """
 
     tool: str
     name: str
     value: object
+    wrong: bool
 
     def __str__(self) -> str:
         return f"{self.tool} {self.name}={str(self.value)[:60]!r}"
@@ -55,39 +61,42 @@ def changed(base: dict, name: str, value: object) -> dict:
     return content
 
 
-def values_for(setting: Setting, base: dict, folder: Path) -> Iterator[object]:
-    """What a setting is tried with: by what it takes, numbers, names or paths."""
+def values_for(setting: Setting, folder: Path) -> Iterator[tuple[object, bool]]:
+    """What a setting is tried with, by what it takes, numbers, names or paths; and whether that cannot be right."""
     default = yaml.safe_load(setting.default) if setting.default and setting.default != "[...]" else None
     if setting.default == "[...]":
-        yield from ([], [{}], "nonsense", 7)
+        yield from ((value, True) for value in ([{}], "nonsense", 7))
+        yield [], False
     elif setting.choices:
-        yield from ("nonsense", "", 7.5, [])
+        yield from ((value, True) for value in ("nonsense", "", 7.5, []))
     elif setting.bounds:
-        yield from ([], ["many"], *([number] for number in NUMBERS[:7])) if isinstance(default, list) else NUMBERS
-    else:
-        yield from NAMES
+        for number in NUMBERS:
+            value = [number] if isinstance(default, list) else number
+            yield value, number in (10**30, -math.inf, "many", []) or number != number
         if isinstance(default, list):
-            yield from ([], [""], ["nonsense"], [["a"]])
+            yield [], False
+    else:
+        for name in NAMES:
+            value = [name] if isinstance(default, list) else name
+            yield value, name in WRONG_NAMES
+        if isinstance(default, list):
+            yield [], False
         if setting.name in OUTPUTS:
-            yield from map(
-                str, (folder / "a-file", "/proc/nothing", "/proc/nothing/below", folder / "a-file" / "below", "/dev/null")
-            )
+            for path in (folder / "a-file" / "below", "/proc/nothing", "/proc/nothing/below", "/dev/null/below"):
+                yield str(path), "." not in setting.name  # images.cache and its kin are for URLs alone
+            for path in (folder / "a-file", "/dev/null"):
+                yield str(path), False
         elif PATHS.fullmatch(setting.name):
-            paths = (
-                folder / "nothing",
-                folder / "a-file",
-                folder / "empty",
-                "/proc/self/mem",
-                "/",
-                folder / "a-file" / "below",
-            )
-            yield from (([str(path)] if isinstance(default, list) else str(path)) for path in paths)
+            wrong = (folder / "nothing", folder / "a-file" / "below")
+            for path in (*wrong, folder / "a-file", folder / "empty", "/proc/self/mem", "/"):
+                yield ([str(path)] if isinstance(default, list) else str(path)), path in wrong
 
 
-def cases(tool: str, base: dict, folder: Path) -> Iterator[Case]:
+def cases(tool: str, folder: Path) -> Iterator[Case]:
+    """All of a tool."""
     for setting in settings(BY_NAME[tool].schema):
-        for value in values_for(setting, base, folder):
-            yield Case(tool, setting.name, value)
+        for value, wrong in values_for(setting, folder):
+            yield Case(tool, setting.name, value, wrong)
 
 
 @contextmanager
@@ -123,7 +132,7 @@ def run_case(case: Case, base: dict, folder: Path, read: object) -> str | None:
     lines = [line for line in said.replace("\r", "\n").splitlines() if "error: " in line]
     there = sorted(path.relative_to(folder / "out").as_posix() for path in (folder / "out").rglob("*"))
     if code == 0:
-        return None
+        return "was not refused" if case.wrong else None
     if code != 2:
         return f"exit code {code}"
     if len(lines) != 1 or said.rstrip().splitlines()[-1] not in lines[0]:

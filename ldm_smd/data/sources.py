@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -26,7 +27,7 @@ from webdataset.gopen import Pipe, gopen, gopen_schemes
 
 from ..config import ImagesConfig
 from ..errors import UserError, brief
-from ..files import atomic_file
+from ..files import atomic_file, this_process
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,6 +81,9 @@ def list_entries(config: ImagesConfig) -> tuple[list[Entry], list[str]]:
     Raises UserError where the source is missing or empty, or a label lies outside the classes.
     """
     source = config.source
+    named = source.startswith(HUGGING_FACE) or source.endswith(".zip") or Path(source).is_dir()
+    if named and config.classes is not None:
+        raise UserError(f"images.classes: expected null, {source} names its classes itself, found {config.classes}")
     if source.startswith(HUGGING_FACE):
         entries, classes = _list_dataset(source, config.split)
     elif Path(source).is_dir():
@@ -213,10 +217,11 @@ def _fetch(url: str, config: ImagesConfig) -> Path:
     name = PurePosixPath(urlsplit(url).path).name if "://" in url else "pipe.tar"
     path = Path(config.cache).expanduser() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if path.is_file():
+        print(f"{url}: the copy of an earlier run, {path}", file=sys.stderr)
         return path
-    print(f"fetching {url}", flush=True)
+    print(f"fetching {url}", file=sys.stderr)
     try:
-        with atomic_file(path, str(os.getpid())) as temporary, gopen(url) as stream, open(temporary, "wb") as file:
+        with atomic_file(path, this_process()) as temporary, gopen(url) as stream, open(temporary, "wb") as file:
             while chunk := stream.read(CHUNK_BYTES):
                 file.write(chunk)
             stream.close()  # raises where the reader did not end well

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -29,7 +28,7 @@ from ..data.images import read_pictures
 from ..data.sources import Entry, fingerprint, list_entries
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file, claimed, claimed_by_first, require_folder, sha256
+from ..files import atomic_file, claimed, claimed_by_first, require_folder, sha256, this_process
 from ..models.unet import num_classes
 from ..pipelines import NETWORKS, load_pipeline, model_folder, weight_files
 from ..progress import progress
@@ -61,7 +60,7 @@ class Seen:
 
     def save(self, path: Path) -> None:
         tensors = {f"features.{index}": features for index, features in enumerate(self.features)}
-        with atomic_file(path) as temporary:
+        with atomic_file(path, this_process()) as temporary:  # others may keep the same at the same time
             save_file(tensors | {"labels": torch.tensor(self.labels)}, temporary, metadata={"sha256": self.sha256})
 
     @classmethod
@@ -80,7 +79,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     if output.is_dir():
         raise UserError(f"output: expected a JSON file to write, found a folder at {output}")
     if config.cache is not None:  # which others may use at the same time
-        with claimed(Path(config.cache), "cache", worker=f"{os.getpid()}-"):
+        with claimed(Path(config.cache), "cache", worker=this_process()):
             require_folder(Path(config.cache), "cache")
     with claimed_by_first(output):
         return measure(config, output)
