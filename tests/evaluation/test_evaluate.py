@@ -71,6 +71,7 @@ def test_pictures_are_measured_as_the_functions_do(settings, pictures, network):
     assert result["kid"] == pytest.approx(kernel_distance(discs, everything), rel=1e-4)
 
 
+@pytest.mark.distributed
 def test_neither_batches_nor_processes_change_the_result(settings, tmp_path, launch):
     """But for a rounding of samples to eight bits here and there: a number in 7,000 that is one off moves the distances by
     0.005 % and their deviations by 6e-7."""

@@ -9,6 +9,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from ldm_smd.config import TrainConfig
+from ldm_smd.data.shards import Manifest
+from ldm_smd.data.stream import LatentStream
 from ldm_smd.models import attention
 from ldm_smd.pipelines import SMDPipeline
 from ldm_smd.training import loop
@@ -224,6 +226,16 @@ def test_attention_is_chosen(trained, name, monkeypatch):
     monkeypatch.setattr(attention, "_backend", "none")
     trained(f"attention={name}")
     assert attention._backend == name
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_batches_are_those_of_the_stream(trained, shards, monkeypatch, mirror):
+    found, real = [], TrainingStep.losses
+    monkeypatch.setattr(TrainingStep, "losses", lambda self, batch, draws: found.append(batch) or real(self, batch, draws))
+    trained(f"mirror={mirror}".lower(), "seed=3")
+    stream = LatentStream(Manifest.load(shards), 8, 16, seed=3, mirror=mirror)
+    for position, batch in zip((0, 8), found, strict=True):
+        assert torch.equal(batch.moments, stream.batch_at(position).moments)
 
 
 def test_batches_come_from_workers(trained, monkeypatch):

@@ -1,7 +1,3 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,8 +10,6 @@ from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler
 from ldm_smd.training import gaussian
 from ldm_smd.training.gaussian import LatentSums, class_gaussians, fit_gaussian
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_sums_are_the_moments_of_the_draws():
@@ -107,17 +101,14 @@ def test_latents_too_large_for_a_covariance_are_sketched(model_folder, shards, t
     assert torch.allclose(fitted["whole"].variances[:, :2], fitted["sketch"].variances[:, :2], rtol=0.1)
 
 
-def test_two_processes_fit_what_one_does(model_folder, shards, tmp_path):
-    for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29531"]
-        settings = [
-            f"model={model_folder}",
-            f"shards={shards}",
-            f"output={tmp_path / str(processes)}",
-            "batch_size=4",
-            "rank=8",
-        ]
-        subprocess.run([*command, "tools/fit_gaussian.py", *settings], check=True, timeout=120, cwd=ROOT)
+@pytest.mark.distributed
+def test_two_processes_fit_what_one_does(model_folder, shards, tmp_path, run, launch):
+    settings = [f"model={model_folder}", f"shards={shards}", "batch_size=4", "rank=8"]
+    code, _, error = run(FitGaussianConfig, fit_gaussian, *settings, f"output={tmp_path / '1'}")
+    assert code == 0, error
+    process = launch(2, "tools/fit_gaussian.py", *settings, f"output={tmp_path / '2'}")
+    _, error = process.communicate()
+    assert process.returncode == 0, error[-3000:]
     one, two = (load_pipeline(tmp_path / name).gaussian for name in ("1", "2"))
     assert torch.allclose(one.means, two.means, atol=1e-5)
     assert torch.allclose(one.variances, two.variances, rtol=1e-4)

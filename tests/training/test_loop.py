@@ -161,6 +161,7 @@ def count_calls(monkeypatch, module, name):
     return calls
 
 
+@pytest.mark.distributed
 def test_two_processes_learn_as_one_does(train_config, tmp_path, launch_with):
     """Same batches, same random numbers, same losses; and one process goes on from a checkpoint of two."""
     one = train_config(f"output={tmp_path / 'one'}")
@@ -172,6 +173,7 @@ def test_two_processes_learn_as_one_does(train_config, tmp_path, launch_with):
     assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.distributed
 def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config, tmp_path, launch_with):
     """And one process goes on to the losses of a run that was never stopped."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=480", "checkpoint_every_images=480")
@@ -189,6 +191,7 @@ def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config
     assert_same_losses(tmp_path / "one", tmp_path / "stopped")
 
 
+@pytest.mark.distributed
 def test_divided_parameters_learn_as_whole_ones(train_config, tmp_path, launch_with):
     """FSDP: checkpoints have whole tensors, those of one process but for rounding, and are gone on with."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=48", "checkpoint_every_images=16", "keep_checkpoints=3")
