@@ -51,7 +51,7 @@ def outcomes(model_folder, embedded, clip, shards, vae_folder, pictures, tmp_pat
     gaussian = trained("gaussian", shards, "model.latent_channels=0", "objective.name=mse", "seed=1")
     conditional = trained("conditional", embedded, "image_conditional=true")
     folders = [model_folder, gaussian, conditional, clip, shards, vae_folder, pictures, output]
-    subprocess.run([sys.executable, SCRIPT, *folders], check=True, timeout=300)
+    subprocess.run([sys.executable, SCRIPT, *folders], check=True, timeout=600)
     return json.loads((output / "outcomes.json").read_text())
 
 

@@ -367,6 +367,19 @@ def test_ema_follows_its_formula():
     assert torch.allclose(ema.model.weight, start + 0.875)
 
 
+def test_ema_of_random_weights_forgets_them_and_copies_buffers():
+    """At first the half-life is a twentieth of the images seen."""
+    model = torch.nn.BatchNorm1d(2)
+    ema = EMA(model, halflife_images=1000)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+        model.running_mean.fill_(7.0)
+    ema.update(model, batch_images=8, images_seen=160)
+    assert torch.allclose(ema.model.weight, start + 0.5) and (ema.model.running_mean == 7).all()
+    assert ema.rate(1000, 1_000_000) == pytest.approx(0.5)
+
+
 def test_log_lines_after_the_checkpoint_are_dropped(tmp_path):
     log = MetricsLog(tmp_path)
     for images in (10, 20, 30):
