@@ -253,6 +253,12 @@ def test_every_step_and_seed_has_its_own_random_numbers(trained, step_inputs):
         assert len(numbers) == len(set(numbers)) == 4
 
 
+def test_a_seed_is_also_of_the_first_weights(trained):
+    still = ("learning_rate=1e-12", "weight_decay=0", "images_total=8")
+    a, b = (trained(f"seed={seed}", *still)["conv_in.weight"] for seed in (0, 1))
+    assert (a - b).abs().max() > 0.01
+
+
 def test_a_weighting_has_the_power_of_the_objective(train_config, shards):
     """The energy score is of power beta, the others are squares."""
     manifest = Manifest.load(shards)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import dump_config
@@ -261,7 +262,10 @@ def test_a_run_leaves_what_it_says(train_config, tmp_path):
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["images-000000000064"]
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["000000000032.png", "000000000064.png"]
     assert {path.name for path in (run / "model").iterdir()} >= {"model_index.json", "unet", "vae", "scheduler", "README.md"}
-    assert any((run / "tensorboard").iterdir())
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [16, 32, 48, 64]
+    assert [event.step for event in board.Images("samples")] == [32, 64]
     card = (run / "model" / "README.md").read_text()
     assert "Classes: 0 disc, 1 square." in card and "license" not in card
     program = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1].replace("this folder", str(run / "model"))
@@ -378,6 +382,7 @@ def test_ema_of_random_weights_forgets_them_and_copies_buffers():
     ema.update(model, batch_images=8, images_seen=160)
     assert torch.allclose(ema.model.weight, start + 0.5) and (ema.model.running_mean == 7).all()
     assert ema.rate(1000, 1_000_000) == pytest.approx(0.5)
+    assert not ema.model.training and not any(parameter.requires_grad for parameter in ema.model.parameters())
 
 
 def test_log_lines_after_the_checkpoint_are_dropped(tmp_path):
