@@ -66,6 +66,7 @@ def test_another_width_from_snapshots():
     assert shares(kept, 10_000, 0.1) == pytest.approx([0.0] * 19 + [1.0], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_snapshots_resumes_them_and_is_averaged(run, train_config, tmp_path):
     widths = ("ema_widths=[0.05,0.1]", "checkpoint_every_images=16", "keep_checkpoints=1")
     train(train_config(f"output={tmp_path / 'straight'}", *widths))

@@ -134,6 +134,7 @@ def usual_weights(trained, settings):
     return kept[settings]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", OTHERS)
 def test_it_changes_what_is_learnt(trained, usual, setting):
     needs = NEEDS.get(setting, [])
@@ -141,6 +142,7 @@ def test_it_changes_what_is_learnt(trained, usual, setting):
     assert before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_the_optimizer_has_the_rates_and_the_clipped_gradients(trained, train_config, monkeypatch):
     steps, real = [], torch.optim.AdamW.step
 
@@ -294,6 +296,7 @@ def test_batches_are_those_of_the_stream(trained, shards, step_inputs, mirror):
         assert torch.equal(batch.moments, stream.batch_at(position).moments)
 
 
+@pytest.mark.slow
 def test_batches_come_from_workers(trained, monkeypatch):
     loaders, real = [], loop.latent_loader
     monkeypatch.setattr(loop, "latent_loader", lambda *given: loaders.append(real(*given)) or loaders[-1])
@@ -301,6 +304,7 @@ def test_batches_come_from_workers(trained, monkeypatch):
     assert [loader.num_workers for loader in loaders] == [1, 0]
 
 
+@pytest.mark.slow
 def test_reports_pictures_and_checkpoints_come_as_often_as_asked(train_config, tmp_path, monkeypatch):
     steps, real = [], SMDPipeline.__call__
 

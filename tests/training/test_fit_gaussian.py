@@ -58,6 +58,7 @@ def test_class_gaussians_keep_the_leading_directions():
     assert torch.allclose(part.means[2], points.mean(dim=0), atol=1e-5)  # no class: all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("components", [1, 2])
 def test_fit_end_to_end(model_folder, shards, tmp_path, run, components):
     settings = [f"model={model_folder}", f"shards={shards}", f"output={tmp_path / 'teleport'}", "rank=16", "sigma_skip=2"]
@@ -85,6 +86,7 @@ def test_fit_end_to_end(model_folder, shards, tmp_path, run, components):
     assert sample([0], [1]).isfinite().all()
 
 
+@pytest.mark.slow
 def test_latents_too_large_for_a_covariance_are_sketched(model_folder, shards, tmp_path, run, monkeypatch):
     settings = [f"model={model_folder}", f"shards={shards}", "rank=16"]
     fitted = {}

@@ -32,6 +32,7 @@ def weights(folder):
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -65,6 +66,7 @@ def test_one_batch_can_be_overfitted(train_config, overrides):
     assert last < 0.5 * first
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal_to_no_stop(train_config, tmp_path):
     """32 images, stop, 32 more, against 64 in one go: weights, EMA, optimizer and log."""
     straight = train_config(f"output={tmp_path / 'straight'}")
@@ -93,6 +95,7 @@ def logged_losses(folder):
     return [(line["images_seen"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_a_resumed_run_is_bit_equal(train_config, tmp_path, monkeypatch):
     """Also in its log, although the signal comes between two reports."""
     train(train_config(f"output={tmp_path / 'straight'}"))
@@ -119,6 +122,7 @@ def test_sigterm_saves_and_a_resumed_run_is_bit_equal(train_config, tmp_path, mo
     assert logged_losses(tmp_path / "straight") == logged_losses(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up(train_config, tmp_path, monkeypatch):
     """But for rounding: 3 parts of 3, 3 and 2 pictures."""
     rows, real = [], TrainingStep.losses
@@ -132,6 +136,7 @@ def test_parts_of_a_batch_add_up(train_config, tmp_path, monkeypatch):
     assert_same_losses(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_the_same_in_less_memory(train_config, tmp_path, monkeypatch):
     """Blocks compute again on the way back, each of them."""
     again = count_calls(monkeypatch, torch.utils.checkpoint, "checkpoint")
@@ -142,6 +147,7 @@ def test_the_same_in_less_memory(train_config, tmp_path, monkeypatch):
     assert_same_losses(tmp_path / "plain", tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_the_same_in_less_time(train_config, tmp_path, monkeypatch):
     # The graph that torch.compile makes, run as it is: compiling takes minutes on a CPU.
     graphs = []
@@ -235,6 +241,7 @@ def assert_finite_losses(folder, reported):
     assert list(losses) == reported and all(map(math.isfinite, losses.values()))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(train_config, tmp_path, monkeypatch):
     train(train_config("images_total=32"))
 
@@ -247,6 +254,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(train_config, tmp_path, monkeypa
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["images-000000000032"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model_and_another_does_not(train_config, tmp_path):
     folders = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -256,6 +264,7 @@ def test_the_same_seed_gives_the_same_model_and_another_does_not(train_config, t
     assert not all(torch.equal(a[name], c[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_says(train_config, tmp_path):
     train(train_config("sample_every_images=32", "keep_checkpoints=1"))
     run = tmp_path / "run"
@@ -302,6 +311,7 @@ def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
     assert after["hyper.noise.alphas_cumprod"].any()
 
 
+@pytest.mark.slow
 def test_a_diffusers_unet_starts_a_mixture(train_config, tmp_path):
     """UNet2DModel -> mixture -> training, resumed -> a pipeline that samples -> training from that."""
     diffusers_unet().save_pretrained(tmp_path / "unet")
@@ -331,6 +341,7 @@ def test_unlabelled_and_unconditional(train_config):
     assert not any(name.startswith("class_embedding") for name in weights(folder / "unet"))
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_stops_with_the_keys_and_keeps_the_last_checkpoint(train_config, tmp_path, monkeypatch):
     train(train_config("images_total=32"))
     monkeypatch.setattr("ldm_smd.training.loop.TrainingStep.losses", lambda self, *_: poisoned(self.model))

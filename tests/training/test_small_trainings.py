@@ -178,6 +178,7 @@ def usual():
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", OTHERS)
 def test_a_setting_changes_what_the_autoencoder_learns(config, usual, tmp_path, setting):
     if not usual:
@@ -282,6 +283,7 @@ def test_calibration_is_the_predicted_variance_over_that_found(errors, shards):
         assert share == pytest.approx(float((variance.mean() / (error**2).mean()).detach()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_settings_change_what_the_heads_learn(gaussian_folder, loud_pipeline, shards, tmp_path):
     loud_pipeline(gaussian_folder).save_pretrained(tmp_path / "loud")
 
