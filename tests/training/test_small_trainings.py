@@ -11,7 +11,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import ClassifierSetConfig, ImagesConfig, TrainAutoencoderConfig, TrainMomentsConfig, load_config
+from ldm_smd.config import (
+    ClassifierSetConfig,
+    ImagesConfig,
+    TrainAutoencoderConfig,
+    TrainClassifierConfig,
+    TrainMomentsConfig,
+    load_config,
+)
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream
@@ -27,7 +34,7 @@ from ldm_smd.training.autoencoder import (
     to_uint8,
     train_autoencoder,
 )
-from ldm_smd.training.classifier import LabelledPictures, accuracy, augmented_batch
+from ldm_smd.training.classifier import LabelledPictures, accuracy, augmented_batch, train_classifier
 from ldm_smd.training.metrics import read_metrics
 from ldm_smd.training.moments import PredictionErrors, calibration, train_moments
 from ldm_smd.training.rates import warmup_cosine
@@ -45,6 +52,31 @@ def pixels(pictures):
 def test_a_learning_rate_rises_and_falls():
     done = (0.0, 0.05, 0.1, 0.55, 1.0)
     assert [warmup_cosine(2.0, share, 0.1) for share in done] == pytest.approx([0, 1, 2, 1, 0], abs=1e-12)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """(loss, whether there were gradients before it, their norm after it) of every step of an AdamW."""
+    found, parameters = [], []
+    start, backward, step = torch.optim.AdamW.__init__, torch.Tensor.backward, torch.optim.AdamW.step
+
+    def starting(self, given, **options):
+        parameters[:] = list(given)
+        start(self, parameters, **options)
+
+    def going_back(self, *given, **options):
+        found.append([self.item(), any(parameter.grad is not None for parameter in parameters)])
+        backward(self, *given, **options)
+
+    def stepping(self, *given, **options):
+        gradients = [parameter.grad.square().sum() for parameter in parameters if parameter.grad is not None]
+        found[-1].append(torch.stack(gradients).sum().sqrt().item())
+        return step(self, *given, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", starting)
+    monkeypatch.setattr(torch.Tensor, "backward", going_back)
+    monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,6 +161,12 @@ def test_pictures_stand_above_their_reconstructions(vae_folder, pixels, tmp_path
             top, left = (2 + 18 * part for part in divmod(place, 8))
             apart = sheet[:, top : top + 16, left : left + 16] - pictures[first + column].int()
             assert apart.abs().max() <= 1
+
+
+def test_a_step_of_the_autoencoder_has_the_gradients_of_its_batch_clipped(config, steps):
+    train_autoencoder(config("gradient_weight=100"))
+    assert [before for _, before, _ in steps] == [False] * 4
+    assert all(norm == pytest.approx(1, rel=1e-3) for *_, norm in steps)
 
 
 def test_reports_are_means_over_their_steps(config, monkeypatch):
@@ -235,7 +273,21 @@ def test_accuracy_is_the_share_that_is_right():
     with torch.no_grad():
         likely = model.heads["x"](model(pixels / 127.5 - 1)).argmax(dim=1)
     labels = torch.where(torch.arange(300) < 75, (likely + 1) % 3, likely)
+    ranges = set()
+    model.register_forward_pre_hook(lambda _, given: ranges.add((given[0].min().item(), given[0].max().item())))
     assert accuracy(model, "x", LabelledPictures(pixels, labels), torch.device("cpu")) == pytest.approx(0.75, abs=0.01)
+    assert ranges == {(-1.0, 1.0)}
+
+
+def test_a_seed_gives_a_classifier(pictures, tmp_path):
+    def trained(name, seed):
+        images = f"{{source: '{pictures}', resolution: 16}}"
+        sets = f"sets=[{{name: a, batch_size: 8, images: {images}, held_out: {images}}}]"
+        settings = [sets, "images_total=8", f"output={tmp_path / name}", f"seed={seed}", "block_out_channels=[4,8]"]
+        return load_file(train_classifier(load_config(TrainClassifierConfig, None, settings)) / WEIGHTS)
+
+    a, b, c = trained("a", 0), trained("b", 0), trained("c", 1)
+    assert all(torch.equal(a[name], b[name]) for name in a) and not all(torch.equal(a[name], c[name]) for name in a)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,3 +348,19 @@ def test_settings_change_what_the_heads_learn(gaussian_folder, loud_pipeline, sh
     for setting in ("learning_rate=1e-2", "third_weight=1", "ema_halflife_images=1", "label_dropout=0.9", "seed=1"):
         found = trained(setting, setting)
         assert usual.keys() == found.keys() and not all(torch.equal(found[name], usual[name]) for name in found), setting
+
+
+def test_a_step_of_the_heads_has_its_loss_and_the_gradients_of_its_batch_clipped(
+    gaussian_folder, loud_pipeline, shards, tmp_path, steps, monkeypatch
+):
+    """mean (variance - e^2)^2 + third_weight mean (third - e^3)^2."""
+    loud_pipeline(gaussian_folder).save_pretrained(tmp_path / "loud")
+    outputs, real = [], PredictionErrors.__call__
+    monkeypatch.setattr(PredictionErrors, "__call__", lambda *given: outputs.append(real(*given)) or outputs[-1])
+    settings = [f"model={tmp_path / 'loud'}", f"shards={shards}", "images_total=24", "batch_size=8", "third_weight=0.7"]
+    train_moments(load_config(TrainMomentsConfig, None, [*settings, f"output={tmp_path / 'heads'}"]))
+    assert [before for _, before, _ in steps] == [False] * 3
+    for (loss, _, norm), (variance, third, error) in zip(steps, outputs):
+        expected = ((variance - error**2) ** 2).mean() + 0.7 * ((third - error**3) ** 2).mean()
+        assert loss == pytest.approx(expected.item(), rel=1e-4) and norm < 1.001
+    assert max(norm for *_, norm in steps) > 0.99
