@@ -58,6 +58,23 @@ def test_class_gaussians_keep_the_leading_directions():
     assert torch.allclose(part.means[2], points.mean(dim=0), atol=1e-5)  # no class: all
 
 
+def test_a_mixture_of_latents_far_apart_is_found(shards, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(3, 256, generator=generator)
+    counts = torch.tensor([10, 20, 34])
+    latents = centres.repeat_interleave(counts, dim=0) + 0.1 * torch.randn(64, 256, generator=generator)
+    labels = torch.full((64,), -1)
+    sums = LatentSums.empty(1, 256)
+    sums.add(latents, torch.zeros_like(latents), labels)
+    monkeypatch.setattr(gaussian, "fitting_latents", lambda *_: (latents.view(-1, 4, 8, 8), labels))
+    config = FitGaussianConfig(model="x", shards="x", output="x", components=3, rank=8)
+    found = gaussian.shared_gaussians(config, sums, Manifest.load(shards), None, classes=0)
+    apart = torch.cdist(centres, found.means)
+    order = apart.argmin(dim=1)
+    assert apart.min(dim=1).values.max() < 1 < 20 < torch.cdist(centres, centres)[0, 1:].min()
+    assert torch.allclose(found.log_weights[0].exp()[order], counts / 64, atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("components", [1, 2])
 def test_fit_end_to_end(model_folder, shards, tmp_path, run, components):
