@@ -74,7 +74,7 @@ def test_pictures_are_measured_as_the_functions_do(settings, pictures, network):
 @pytest.mark.distributed
 def test_neither_batches_nor_processes_change_the_result(settings, tmp_path, launch):
     """But for a rounding of samples to eight bits here and there: a number in 7,000 that is one off moves the distances by
-    0.005 % and their deviations by 6e-7; and one of the 9 samples or 22 pictures may come to lie on the other side of a ball."""
+    0.005 % and their deviations by 6e-7; and one of the 9 samples or 22 pictures may be on the other side of a ball."""
     one = {"precision": 1 / 9, "recall": 1 / 22, "density": 1 / 45, "coverage": 1 / 22}
     whole, batches = measured(settings, "whole"), measured(settings, "batches", "batch_size=4")
     process = launch(2, "tools/evaluate.py", *settings("two", "batch_size=4"))
