@@ -21,6 +21,7 @@ from ldm_smd.training.metrics import read_metrics
 from tests.tiny import TINY_AUTOENCODER, TINY_MODEL
 
 
+@pytest.mark.slow
 def test_pictures_in_pictures_out(run, pictures, tmp_path):
     vae, latents, training, samples = (tmp_path / name for name in ("vae", "latents", "training", "samples"))
     images = [f"images.source={pictures}", "images.resolution=16"]
@@ -55,6 +56,7 @@ def test_pictures_in_pictures_out(run, pictures, tmp_path):
         assert picture.size == (16, 16) and picture.mode == "RGB"
 
 
+@pytest.mark.slow
 def test_autoencoder_training_resumes(pictures, tmp_path, monkeypatch):
     """Killed between two checkpoints, it goes on from the first, and ends where a run that was not stopped ends."""
 
@@ -94,6 +96,7 @@ def test_missing_parts_exit_with_two(run, train_config, tmp_path, missing):
     assert code == 2 and f"{missing}: expected" in err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_demo(pictures, vae_folder, train_config, tmp_path):
     """The demo's own code on tiny parts: both models, every table and picture of the report."""
     runs = []

@@ -96,6 +96,7 @@ def test_a_film_has_its_ends():
     assert numbers[0] == 1 and numbers[-1] == 97 and len(numbers) == FILM_FRAMES == len(set(numbers))
 
 
+@pytest.mark.slow
 def test_mistakes_are_named(run, model_folder, tmp_path):
     other = load_pipeline(model_folder)
     other.register_modules(vae=AutoencoderKL.from_config(other.vae.config))
@@ -115,6 +116,7 @@ def test_mistakes_are_named(run, model_folder, tmp_path):
             assert code == 2 and message in error
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 def test_in_a_browser(model_folder, gaussian_folder, free_port):
     port = free_port()

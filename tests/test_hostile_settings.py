@@ -124,12 +124,14 @@ def hostile_folder(tmp_path, monkeypatch):
     return tmp_path / "hostile"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_right_is_refused(bases, hostile_folder, capfd):
     """Before any work, but for reading what is there."""
     found = [line for tool in TOOLS for line in failures(tool, bases[tool], hostile_folder, capfd, WRONG)]
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow  # so that -m "not slow", in the place of the default, leaves it out too
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("tool", TOOLS)
 def test_no_setting_ends_in_a_traceback(bases, hostile_folder, tool, capfd):

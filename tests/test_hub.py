@@ -79,6 +79,7 @@ def hub(tmp_path):
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_pushed_pipeline_is_loaded_from_the_hub(model_folder, hub, tmp_path):
     """push_to_hub in one process, from_pretrained by the name alone in another."""
     environment = os.environ | {

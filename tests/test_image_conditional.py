@@ -84,6 +84,7 @@ def test_the_embedding_matters_and_none_is_zeros(loud_pipeline, conditional_fold
             latents(wrong)
 
 
+@pytest.mark.slow
 def test_a_model_without_embeddings_learns_them(train_config, embedded, model_folder):
     """It starts as it was, whatever the embedding."""
     config = train_config(f"shards={embedded}", "image_conditional=true", f"init_from={model_folder / 'unet'}")
@@ -97,6 +98,7 @@ def test_a_model_without_embeddings_learns_them(train_config, embedded, model_fo
     assert load_pipeline(train(config)).unet.image_embedding.weight.any()
 
 
+@pytest.mark.slow
 def test_compiled_as_diffusers_users_do(loud_pipeline, conditional_folder):
     """`pipe.unet = torch.compile(pipe.unet)` changes the class of the unet, and nothing else."""
     pipeline = loud_pipeline(conditional_folder)
@@ -116,6 +118,7 @@ def test_half_precision_and_a_batch_of_one(conditional_folder):
     assert np.isfinite(pipeline(image_embeds=torch.ones(1, 16), num_inference_steps=1, output_type="np").images).all()
 
 
+@pytest.mark.slow
 def test_sample_tool_likes_a_picture_or_words(run, conditional_folder, model_folder, pictures, clip, make_clip, tmp_path):
     options = [f"model={conditional_folder}", "per_class=2", "steps=2", "classes=[]"]
     picture = next((pictures / "disc").iterdir())

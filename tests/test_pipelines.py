@@ -53,6 +53,7 @@ def test_any_scheduler_and_the_same_picture_in_any_batch(pipeline, name):
     assert not torch.allclose(together[0], together[2], atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_image_to_image(pipeline, name):
     """Only the last steps are done, from the noised picture: little of it changes at little strength, all of it at 1."""
@@ -232,6 +233,7 @@ def test_mistakes_are_named(pipeline, tmp_path, monkeypatch):
         load_pipeline("someone/none")
 
 
+@pytest.mark.slow
 def test_save_and_load_in_a_fresh_process(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     program = f"""
@@ -277,6 +279,7 @@ def test_our_unet_in_a_diffusers_pipeline(model_folder):
     assert theirs(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 4)
 
 
+@pytest.mark.slow
 def test_a_plain_unet_of_diffusers_in_our_pipeline(model_folder, shards, tmp_path, run):
     """From a UNet2DModel trained elsewhere to its moments, its Gaussians and pictures with both."""
     ours = load_pipeline(model_folder)
@@ -304,6 +307,7 @@ def test_a_plain_unet_of_diffusers_in_our_pipeline(model_folder, shards, tmp_pat
     assert latents(both, [0, 1], [1, 2]).isfinite().all()
 
 
+@pytest.mark.slow
 def test_sample_tool(run, model_folder, tmp_path):
     options = [f"model={model_folder}", "per_class=3", "steps=2"]
     code, out, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'a'}", "classes=[square,0]", "batch_size=2")

@@ -60,6 +60,7 @@ def test_every_file_has_its_test():
     assert found == {path for path, _, _ in FILES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, build, pixels, factor",
     [

@@ -1,12 +1,14 @@
 import json
 
 import conversion
+import pytest
 from conversion import ConversionConfig
 from safetensors.torch import load_file
 
 from ldm_smd.config import dump_config
 
 
+@pytest.mark.slow
 def test_conversion_end_to_end(train_config, gaussian_folder, yardstick_settings, tmp_path, monkeypatch, run):
     start = gaussian_folder / "unet"
     (tmp_path / "smd.yaml").write_text(dump_config(train_config(f"init_from={start}")))

@@ -1,10 +1,12 @@
 import json
 
 import few_steps
+import pytest
 import yardstick
 from few_steps import FewStepsConfig
 
 
+@pytest.mark.slow
 def test_few_steps_end_to_end(model_folder, yardstick_settings, tmp_path, monkeypatch, run):
     monkeypatch.setattr(yardstick, "RESULTS", tmp_path)
     common = [*yardstick_settings, f"smd={model_folder}", f"gaussian={model_folder}", "samples=32"]

@@ -21,6 +21,7 @@ class Oracle:
         return posterior.sample(draws, generator).float().view(len(x_t), -1, self.problem.dimensions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["ring of 8", "mixture in 16-D"])
 def test_the_exact_posterior_is_perfect_under_every_measure(data):
     """Sampled by the exact kernel, and compared by it: no bias in the sampler, the distances or the spread."""

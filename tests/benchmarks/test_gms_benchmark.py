@@ -1,6 +1,7 @@
 import json
 
 import gms
+import pytest
 import torch
 import yardstick
 from gms import GMSConfig, stroke
@@ -9,6 +10,7 @@ from ldm_smd.config import TrainMomentsConfig, load_config
 from ldm_smd.training.moments import train_moments
 
 
+@pytest.mark.slow
 def test_gms_end_to_end(gaussian_folder, shards, yardstick_settings, tmp_path, monkeypatch, run):
     settings = [f"model={gaussian_folder}", f"shards={shards}", f"output={tmp_path / 'moments'}", "images_total=16"]
     folder = train_moments(load_config(TrainMomentsConfig, None, [*settings, "batch_size=8"]))

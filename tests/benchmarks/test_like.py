@@ -1,5 +1,6 @@
 import json
 
+import pytest
 import torch
 from like import LikeConfig, like, ranks
 from train_clip import TrainClipConfig, name_of, train_clip
@@ -25,6 +26,7 @@ def test_ranks():
     assert ranks(half, own)["nearest"] == 0.5
 
 
+@pytest.mark.slow
 def test_both_run(train_config, embedded, clip, tmp_path, monkeypatch):
     """The benchmark with a model that knows nothing, and a folder that OpenCLIP reads from a training of two steps."""
     monkeypatch.setattr("like.RESULTS", tmp_path)

@@ -9,6 +9,7 @@ from ldm_smd.config import FitGaussianConfig, load_config
 from ldm_smd.training.gaussian import fit_gaussian
 
 
+@pytest.mark.slow
 def test_teleport_end_to_end(gaussian_folder, model_folder, shards, yardstick_settings, tmp_path, monkeypatch, run):
     for name, model, components in (("classes", gaussian_folder, 1), ("mixture", gaussian_folder, 3), ("smd", model_folder, 3)):
         settings = [f"model={model}", f"shards={shards}", f"output={tmp_path / name}", "rank=8"]

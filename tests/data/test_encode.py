@@ -170,6 +170,7 @@ def test_a_restart_does_what_is_missing_or_damaged(shards, encode_to, tmp_path, 
     assert encode_to("out").count == 22 and evaluations == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(shards, settings, encode_to, tmp_path):
     process = subprocess.Popen([sys.executable, str(TOOL), *settings("out")], stderr=subprocess.DEVNULL, env=os.environ)
     while process.poll() is None and not list(tmp_path.glob("out/.latents-*")):

@@ -29,8 +29,9 @@ def test_cmyk_is_converted():
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
-    half = Image.fromarray(np.full((16, 16), 32768, dtype=np.uint16))
-    assert np.allclose(centre(encoded(half)), [127.5] * 3, atol=1)
+    for grey, expected in ((0, 0), (32768, 127.5), (65535, 255)):
+        image = Image.fromarray(np.full((16, 16), grey, dtype=np.uint16))
+        assert np.allclose(centre(encoded(image)), [expected] * 3, atol=0.5)
 
 
 def test_palette_with_transparency_shows_the_background():
@@ -81,11 +82,15 @@ def test_unreadable_pictures_are_listed_or_stop(tmp_path):
     assert found.keys == ["a"] and found.pixels.shape == (1, 3, 16, 16)
     assert [Path(item["name"]).name for item in found.unreadable] == ["b.png", "c.png", "d.png"]
     assert all(item["reason"] and "0x" not in item["reason"] for item in found.unreadable)
+    [none] = read_pictures(entries, config, [range(1, 3)])
+    assert none.pixels.shape == (0, 3, 16, 16) and none.keys == [] and len(none.unreadable) == 2
     config.strict = True
     with pytest.raises(UserError, match=r"images\.strict: expected every picture to be readable, found .*b\.png"):
         list(read_pictures(entries, config, [range(4)]))
 
 
 def test_too_many_pixels_count_as_unreadable():
-    with pytest.raises(ValueError, match="max_pixels=100"):
-        decode(encoded(Image.new("RGB", (16, 16))), ImagesConfig(source="unused", max_pixels=100))
+    picture = encoded(Image.new("RGB", (16, 16)))
+    assert decode(picture, ImagesConfig(source="unused", resolution=16, max_pixels=256)).shape == (3, 16, 16)
+    with pytest.raises(ValueError, match="max_pixels=255"):
+        decode(picture, ImagesConfig(source="unused", max_pixels=255))

@@ -11,7 +11,7 @@ import webdataset as wds
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import ImagesConfig
 from ldm_smd.data.images import load_pixels
-from ldm_smd.data.shards import Manifest
+from ldm_smd.data.shards import ChannelStatistics, Manifest
 from ldm_smd.data.sources import list_entries
 from ldm_smd.errors import UserError
 
@@ -57,6 +57,20 @@ def test_manifest_describes_every_shard(shards):
     assert np.allclose(metadata["channel_mean"], moments[:, 0].mean(axis=(0, 2, 3)))
     second = (moments[:, 0] ** 2 + np.exp(moments[:, 1])).mean(axis=(0, 2, 3))
     assert np.allclose(metadata["channel_std"], np.sqrt(second - moments[:, 0].mean(axis=(0, 2, 3)) ** 2))
+
+
+def test_latents_without_a_variance_have_that_of_their_means():
+    moments = np.random.default_rng(0).normal(2.0, 3.0, (50, 1, 2, 4, 4))
+    statistics, merged = ChannelStatistics(), ChannelStatistics()
+    for part in (moments[:20], moments[20:]):
+        statistics.add(part)
+        each = ChannelStatistics()
+        each.add(part)
+        merged.merge(each.state())
+    for found in (statistics, merged):
+        assert found.count == 50 and found.shape == [1, 2, 4, 4]
+        assert np.allclose(found.mean, moments[:, 0].mean(axis=(0, 2, 3)))
+        assert np.allclose(found.std, moments[:, 0].std(axis=(0, 2, 3)))
 
 
 def test_bad_manifests_are_named(tmp_path):

@@ -5,6 +5,8 @@ import pytest
 import torch
 import webdataset as wds
 
+from ldm_smd.config import EncodeConfig, load_config
+from ldm_smd.data.encode import encode
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream, latent_loader
 from ldm_smd.errors import UserError
@@ -75,6 +77,20 @@ def test_mirror_takes_the_mirrored_encoding_for_half(manifest):
         assert torch.equal(a.labels, b.labels)
         count += int((a.moments != b.moments).flatten(1).any(dim=1).sum())
     assert 0.4 < count / 440 < 0.6
+
+
+@pytest.mark.parametrize("with_record", [True, False])
+def test_shards_without_mirror_images_are_read_as_they_are(pictures, vae_folder, manifest, tmp_path, with_record):
+    settings = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", "num_workers=0"]
+    plain = encode(load_config(EncodeConfig, None, [*settings, f"output={tmp_path / 'plain'}", "mirror=false", "batch_size=4"]))
+    if not with_record:
+        (tmp_path / "plain/latents-00000.json").unlink()
+    found, expected = (LatentStream(each, 22, 22) for each in (plain, manifest))
+    by_key = dict(zip(found.keys_at(0), found.batch_at(0).moments))
+    for key, moments in zip(expected.keys_at(0), expected.batch_at(0).moments):
+        assert torch.allclose(by_key[key], moments, atol=1e-2)
+    with pytest.raises(UserError, match="mirror: expected"):
+        LatentStream(plain, 22, 22, mirror=True).batch_at(0)
 
 
 def test_impossible_world_size_is_refused(manifest):

@@ -4,9 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import webdataset as wds
 from PIL import Image
 
+from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import VerifyConfig
 from ldm_smd.data.verify import verify
 from ldm_smd.files import sha256
@@ -33,6 +35,22 @@ def test_good_shards_and_a_sheet(run, shards, tmp_path):
     code, out, _ = run(VerifyConfig, verify, f"shards={shards}", f"sheet={tmp_path / 'sheet.png'}", "pictures=9")
     assert code == 0 and "22 samples in 3 shards are as their manifest says" in out
     assert Image.open(tmp_path / "sheet.png").size == (3 * 18 + 2, 3 * 18 + 2)
+
+
+def test_the_sheet_has_the_decoded_latents_in_their_order(shards, vae_folder, tmp_path):
+    """Of 4 of 22, in 2 rows: the first, the last, and two between them."""
+    verify(VerifyConfig(shards=str(shards), sheet=str(tmp_path / "sheet.png"), pictures=4))
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    paths = sorted(str(path) for path in shards.glob("*.tar"))
+    samples = list(wds.WebDataset(paths, shardshuffle=False).decode())
+    autoencoder = FrozenAutoencoder.from_pretrained(vae_folder)
+    for number, place in enumerate((0, 7, 14, 21)):
+        latents = torch.from_numpy(samples[place]["moments.npy"])[:1].float()
+        expected = (autoencoder.decode(autoencoder.normalise(latents))[0] + 1) * 127.5
+        top, left = (2 + 18 * part for part in divmod(number, 2))
+        found = sheet[top : top + 16, left : left + 16]
+        assert np.abs(found - expected.permute(1, 2, 0).numpy()).max() <= 1
+    assert (sheet[0] == 255).all()
 
 
 def test_every_difference_is_named(run, copy):

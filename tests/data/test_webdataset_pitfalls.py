@@ -75,6 +75,7 @@ def test_the_length_does_not_depend_on_the_workers(manifest):
     assert counts == {10}
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_order(manifest):
     """webdataset: shuffle without a seed is of the process and the time."""
     script = f"""

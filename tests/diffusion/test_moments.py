@@ -105,6 +105,7 @@ def test_no_skew_is_one_gaussian():
     assert torch.allclose(first, second) and torch.allclose(variance, moments.variance)
 
 
+@pytest.mark.slow
 def test_the_papers_fit_comes_near_with_its_means_apart_and_stays_one_gaussian_from_its_start():
     first, second = torch.tensor([1.0, -0.8, 0.5]), torch.tensor([-0.2, 0.4, 0.1])
     wanted = moments_of(first, second, torch.tensor(0.3))

@@ -71,9 +71,11 @@ def test_pictures_are_measured_as_the_functions_do(settings, pictures, network):
     assert result["kid"] == pytest.approx(kernel_distance(discs, everything), rel=1e-4)
 
 
+@pytest.mark.distributed
 def test_neither_batches_nor_processes_change_the_result(settings, tmp_path, launch):
     """But for a rounding of samples to eight bits here and there: a number in 7,000 that is one off moves the distances by
-    0.005 % and their deviations by 6e-7."""
+    0.005 % and their deviations by 6e-7; and one of the 9 samples or 22 pictures may be on the other side of a ball."""
+    one = {"precision": 1 / 9, "recall": 1 / 22, "density": 1 / 45, "coverage": 1 / 22}
     whole, batches = measured(settings, "whole"), measured(settings, "batches", "batch_size=4")
     process = launch(2, "tools/evaluate.py", *settings("two", "batch_size=4"))
     _, error = process.communicate()
@@ -84,7 +86,8 @@ def test_neither_batches_nor_processes_change_the_result(settings, tmp_path, lau
         assert all(other[name]["sha256"] == whole[name]["sha256"] for name in ("reference", "held_out"))
         assert other["samples"]["count"] == whole["samples"]["count"]
         for name, value in whole["features"]["small"]["samples"].items():
-            assert other["features"]["small"]["samples"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+            within = pytest.approx(value, rel=1e-3, abs=1.01 * one.get(name, 1e-6))
+            assert other["features"]["small"]["samples"][name] == within, name
 
 
 def test_real_pictures_are_looked_at_once(settings, pictures, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from ldm_smd.evaluation.metrics import (
     FeatureSet,
     bootstrap_deviation,
     cmmd,
+    distances,
     fidelity_and_diversity,
     frechet_distance,
     kernel_distance,
@@ -81,6 +82,22 @@ def test_density_and_coverage_by_their_definition(small_blocks):
     assert found["coverage"] == pytest.approx(float(inside.any(dim=1).double().mean()))
     same = fidelity_and_diversity(reference, reference)
     assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
+
+
+def test_who_is_as_far_as_the_neighbour_is_in_its_ball():
+    """The third neighbour of 0 among 0, 1, 2, 3, 10 is at 3, as is the sample, farther from all others than theirs."""
+    reference = torch.tensor([[0.0, 0], [1, 0], [2, 0], [3, 0], [10, 0]])
+    assert fidelity_and_diversity(torch.tensor([[-3.0, 0]]), reference)["precision"] == 1
+    assert fidelity_and_diversity(torch.tensor([[-3.1, 0]]), reference)["precision"] == 0
+
+
+def test_all_distances_are_in_float64_and_cmmd_is_of_embeddings():
+    a, b = torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0)) + 1000.0
+    found = distances(a, b, rounds=3)
+    assert found["frechet"] == pytest.approx(frechet_distance(a.double(), b.double()), rel=1e-9)
+    assert found["frechet_sd"] > 0 and found["kid_sd"] > 0 and "cmmd" not in found
+    found = distances(*map(torch.nn.functional.normalize, (a, b)), unit_length=True, rounds=2)
+    assert found["cmmd"] >= 0
 
 
 def test_cmmd_is_the_biased_mmd_times_a_thousand(small_blocks):

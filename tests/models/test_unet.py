@@ -128,6 +128,7 @@ def test_hypernetwork_is_its_formula():
     assert torch.allclose(network(h, z)[at], expected)
 
 
+@pytest.mark.slow
 def test_round_trip_in_a_fresh_process(tmp_path):
     unet = model(num_classes=None, placement="all")
     unet.save_pretrained(tmp_path / "unet")

@@ -66,6 +66,7 @@ def test_another_width_from_snapshots():
     assert shares(kept, 10_000, 0.1) == pytest.approx([0.0] * 19 + [1.0], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_snapshots_resumes_them_and_is_averaged(run, train_config, tmp_path):
     widths = ("ema_widths=[0.05,0.1]", "checkpoint_every_images=16", "keep_checkpoints=1")
     train(train_config(f"output={tmp_path / 'straight'}", *widths))
@@ -85,6 +86,8 @@ def test_a_run_keeps_snapshots_resumes_them_and_is_averaged(run, train_config, t
         load_file(kept[-1].path / "diffusion_pytorch_model.safetensors"),
     )
     assert all(torch.allclose(made[name], last[name], atol=1e-5) for name in last)
+    code, _, error = run(AverageConfig, average, *options, f"output={tmp_path / 'average'}")
+    assert code == 2 and "output: expected a new or empty folder" in error
     code, out, _ = run(AverageConfig, average, *options, f"output={tmp_path / 'early'}", "images=32")
     assert code == 0 and "4 snapshots, 32 images" in out
 

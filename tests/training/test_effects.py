@@ -5,14 +5,21 @@ import functools
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
-from ldm_smd.config import TrainConfig
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.config import DiffusionConfig, TrainConfig
+from ldm_smd.data.shards import Manifest
+from ldm_smd.data.stream import LatentStream
+from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.models import attention
-from ldm_smd.pipelines import SMDPipeline
+from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.training import loop
 from ldm_smd.training.checkpoint import checkpoints
+from ldm_smd.training.draws import draw
 from ldm_smd.training.loop import TrainingStep, learning_rate_at, train
 from ldm_smd.training.metrics import read_metrics
 
@@ -128,6 +135,7 @@ def usual_weights(trained, settings):
     return kept[settings]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", OTHERS)
 def test_it_changes_what_is_learnt(trained, usual, setting):
     needs = NEEDS.get(setting, [])
@@ -135,6 +143,7 @@ def test_it_changes_what_is_learnt(trained, usual, setting):
     assert before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_the_optimizer_has_the_rates_and_the_clipped_gradients(trained, train_config, monkeypatch):
     steps, real = [], torch.optim.AdamW.step
 
@@ -227,6 +236,68 @@ def test_attention_is_chosen(trained, name, monkeypatch):
     assert attention._backend == name
 
 
+@pytest.fixture
+def step_inputs(monkeypatch):
+    """(batch, draws, seed of what else is random) of every step."""
+    found, real = [], TrainingStep.losses
+
+    def losses(self, batch, draws):
+        found.append((batch, draws, torch.initial_seed()))
+        return real(self, batch, draws)
+
+    monkeypatch.setattr(TrainingStep, "losses", losses)
+    return found
+
+
+def test_every_step_and_seed_has_its_own_random_numbers(trained, step_inputs):
+    for seed in (0, 1):
+        trained(f"seed={seed}")
+    for numbers in ([draws.eps.sum().item() for _, draws, _ in step_inputs], [seed for *_, seed in step_inputs]):
+        assert len(numbers) == len(set(numbers)) == 4
+
+
+def test_a_seed_is_also_of_the_first_weights(trained):
+    still = ("learning_rate=1e-12", "weight_decay=0", "images_total=8")
+    a, b = (trained(f"seed={seed}", *still)["conv_in.weight"] for seed in (0, 1))
+    assert (a - b).abs().max() > 0.01
+
+
+def test_a_weighting_has_the_power_of_the_objective(train_config, shards):
+    """The energy score is of power beta, the others are squares."""
+    manifest = Manifest.load(shards)
+    batch = LatentStream(manifest, 8, 8).batch_at(0)
+    for objective, power in ((["objective.beta=0.5"], 0.5), (["objective.name=mse"], 2), (["objective.name=mixture_nll"], 2)):
+        losses = []
+        for weighting in ("prediction", "x0"):
+            config = train_config(*objective, f"objective.weighting={weighting}")
+            torch.manual_seed(0)
+            model = loop.build_model(config, manifest)
+            process = DiffusionProcess(loop.build_scheduler(config.diffusion).alphas_cumprod)
+            vae = FrozenAutoencoder.from_pretrained(config.autoencoder)
+            step = TrainingStep(config, Accelerator(), model, process, vae)
+            draws = draw(torch.Generator().manual_seed(0), (8, 4, 8, 8), 2, 1000, 0.1)
+            losses.append(step.losses(batch, draws))
+        _, s = process.signal_and_noise(draws.t, draws.t)
+        assert torch.allclose(losses[1], losses[0] * s**power, rtol=1e-4)
+
+
+def test_the_scheduler_is_that_of_the_training(train_config):
+    folder = train(train_config("images_total=8", "diffusion.prediction_type=epsilon", "diffusion.num_train_timesteps=500"))
+    found = load_pipeline(folder).scheduler
+    assert (found.config.prediction_type, len(found.alphas_cumprod), found.config.num_train_timesteps) == ("epsilon", 500, 500)
+    linear = loop.build_scheduler(DiffusionConfig(beta_schedule="linear")).alphas_cumprod
+    assert torch.allclose(linear, DDPMScheduler(beta_schedule="linear").alphas_cumprod)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_batches_are_those_of_the_stream(trained, shards, step_inputs, mirror):
+    trained(f"mirror={mirror}".lower(), "seed=3")
+    stream = LatentStream(Manifest.load(shards), 8, 16, seed=3, mirror=mirror)
+    for position, (batch, _, _) in zip((0, 8), step_inputs, strict=True):
+        assert torch.equal(batch.moments, stream.batch_at(position).moments)
+
+
+@pytest.mark.slow
 def test_batches_come_from_workers(trained, monkeypatch):
     loaders, real = [], loop.latent_loader
     monkeypatch.setattr(loop, "latent_loader", lambda *given: loaders.append(real(*given)) or loaders[-1])
@@ -234,6 +305,7 @@ def test_batches_come_from_workers(trained, monkeypatch):
     assert [loader.num_workers for loader in loaders] == [1, 0]
 
 
+@pytest.mark.slow
 def test_reports_pictures_and_checkpoints_come_as_often_as_asked(train_config, tmp_path, monkeypatch):
     steps, real = [], SMDPipeline.__call__
 

@@ -1,7 +1,3 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,8 +10,6 @@ from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler
 from ldm_smd.training import gaussian
 from ldm_smd.training.gaussian import LatentSums, class_gaussians, fit_gaussian
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_sums_are_the_moments_of_the_draws():
@@ -64,6 +58,24 @@ def test_class_gaussians_keep_the_leading_directions():
     assert torch.allclose(part.means[2], points.mean(dim=0), atol=1e-5)  # no class: all
 
 
+def test_a_mixture_of_latents_far_apart_is_found(shards, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(3, 256, generator=generator)
+    counts = torch.tensor([10, 20, 34])
+    latents = centres.repeat_interleave(counts, dim=0) + 0.1 * torch.randn(64, 256, generator=generator)
+    labels = torch.full((64,), -1)
+    sums = LatentSums.empty(1, 256)
+    sums.add(latents, torch.zeros_like(latents), labels)
+    monkeypatch.setattr(gaussian, "fitting_latents", lambda *_: (latents.view(-1, 4, 8, 8), labels))
+    config = FitGaussianConfig(model="x", shards="x", output="x", components=3, rank=8)
+    found = gaussian.shared_gaussians(config, sums, Manifest.load(shards), None, classes=0)
+    apart = torch.cdist(centres, found.means)
+    order = apart.argmin(dim=1)
+    assert apart.min(dim=1).values.max() < 1 < 20 < torch.cdist(centres, centres)[0, 1:].min()
+    assert torch.allclose(found.log_weights[0].exp()[order], counts / 64, atol=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("components", [1, 2])
 def test_fit_end_to_end(model_folder, shards, tmp_path, run, components):
     settings = [f"model={model_folder}", f"shards={shards}", f"output={tmp_path / 'teleport'}", "rank=16", "sigma_skip=2"]
@@ -91,6 +103,7 @@ def test_fit_end_to_end(model_folder, shards, tmp_path, run, components):
     assert sample([0], [1]).isfinite().all()
 
 
+@pytest.mark.slow
 def test_latents_too_large_for_a_covariance_are_sketched(model_folder, shards, tmp_path, run, monkeypatch):
     settings = [f"model={model_folder}", f"shards={shards}", "rank=16"]
     fitted = {}
@@ -107,17 +120,14 @@ def test_latents_too_large_for_a_covariance_are_sketched(model_folder, shards, t
     assert torch.allclose(fitted["whole"].variances[:, :2], fitted["sketch"].variances[:, :2], rtol=0.1)
 
 
-def test_two_processes_fit_what_one_does(model_folder, shards, tmp_path):
-    for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "29531"]
-        settings = [
-            f"model={model_folder}",
-            f"shards={shards}",
-            f"output={tmp_path / str(processes)}",
-            "batch_size=4",
-            "rank=8",
-        ]
-        subprocess.run([*command, "tools/fit_gaussian.py", *settings], check=True, timeout=120, cwd=ROOT)
+@pytest.mark.distributed
+def test_two_processes_fit_what_one_does(model_folder, shards, tmp_path, run, launch):
+    settings = [f"model={model_folder}", f"shards={shards}", "batch_size=4", "rank=8"]
+    code, _, error = run(FitGaussianConfig, fit_gaussian, *settings, f"output={tmp_path / '1'}")
+    assert code == 0, error
+    process = launch(2, "tools/fit_gaussian.py", *settings, f"output={tmp_path / '2'}")
+    _, error = process.communicate()
+    assert process.returncode == 0, error[-3000:]
     one, two = (load_pipeline(tmp_path / name).gaussian for name in ("1", "2"))
     assert torch.allclose(one.means, two.means, atol=1e-5)
     assert torch.allclose(one.variances, two.variances, rtol=1e-4)

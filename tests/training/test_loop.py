@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import dump_config
@@ -31,6 +32,7 @@ def weights(folder):
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -64,6 +66,7 @@ def test_one_batch_can_be_overfitted(train_config, overrides):
     assert last < 0.5 * first
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal_to_no_stop(train_config, tmp_path):
     """32 images, stop, 32 more, against 64 in one go: weights, EMA, optimizer and log."""
     straight = train_config(f"output={tmp_path / 'straight'}")
@@ -92,6 +95,7 @@ def logged_losses(folder):
     return [(line["images_seen"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_a_resumed_run_is_bit_equal(train_config, tmp_path, monkeypatch):
     """Also in its log, although the signal comes between two reports."""
     train(train_config(f"output={tmp_path / 'straight'}"))
@@ -118,6 +122,7 @@ def test_sigterm_saves_and_a_resumed_run_is_bit_equal(train_config, tmp_path, mo
     assert logged_losses(tmp_path / "straight") == logged_losses(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_add_up(train_config, tmp_path, monkeypatch):
     """But for rounding: 3 parts of 3, 3 and 2 pictures."""
     rows, real = [], TrainingStep.losses
@@ -131,6 +136,7 @@ def test_parts_of_a_batch_add_up(train_config, tmp_path, monkeypatch):
     assert_same_losses(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_the_same_in_less_memory(train_config, tmp_path, monkeypatch):
     """Blocks compute again on the way back, each of them."""
     again = count_calls(monkeypatch, torch.utils.checkpoint, "checkpoint")
@@ -141,6 +147,7 @@ def test_the_same_in_less_memory(train_config, tmp_path, monkeypatch):
     assert_same_losses(tmp_path / "plain", tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_the_same_in_less_time(train_config, tmp_path, monkeypatch):
     # The graph that torch.compile makes, run as it is: compiling takes minutes on a CPU.
     graphs = []
@@ -161,6 +168,7 @@ def count_calls(monkeypatch, module, name):
     return calls
 
 
+@pytest.mark.distributed
 def test_two_processes_learn_as_one_does(train_config, tmp_path, launch_with):
     """Same batches, same random numbers, same losses; and one process goes on from a checkpoint of two."""
     one = train_config(f"output={tmp_path / 'one'}")
@@ -172,6 +180,7 @@ def test_two_processes_learn_as_one_does(train_config, tmp_path, launch_with):
     assert_same_losses(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.distributed
 def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config, tmp_path, launch_with):
     """And one process goes on to the losses of a run that was never stopped."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=480", "checkpoint_every_images=480")
@@ -189,6 +198,7 @@ def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config
     assert_same_losses(tmp_path / "one", tmp_path / "stopped")
 
 
+@pytest.mark.distributed
 def test_divided_parameters_learn_as_whole_ones(train_config, tmp_path, launch_with):
     """FSDP: checkpoints have whole tensors, those of one process but for rounding, and are gone on with."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=48", "checkpoint_every_images=16", "keep_checkpoints=3")
@@ -231,6 +241,7 @@ def assert_finite_losses(folder, reported):
     assert list(losses) == reported and all(map(math.isfinite, losses.values()))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(train_config, tmp_path, monkeypatch):
     train(train_config("images_total=32"))
 
@@ -243,6 +254,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(train_config, tmp_path, monkeypa
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["images-000000000032"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model_and_another_does_not(train_config, tmp_path):
     folders = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -252,13 +264,17 @@ def test_the_same_seed_gives_the_same_model_and_another_does_not(train_config, t
     assert not all(torch.equal(a[name], c[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_says(train_config, tmp_path):
     train(train_config("sample_every_images=32", "keep_checkpoints=1"))
     run = tmp_path / "run"
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["images-000000000064"]
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["000000000032.png", "000000000064.png"]
     assert {path.name for path in (run / "model").iterdir()} >= {"model_index.json", "unet", "vae", "scheduler", "README.md"}
-    assert any((run / "tensorboard").iterdir())
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [16, 32, 48, 64]
+    assert [event.step for event in board.Images("samples")] == [32, 64]
     card = (run / "model" / "README.md").read_text()
     assert "Classes: 0 disc, 1 square." in card and "license" not in card
     program = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1].replace("this folder", str(run / "model"))
@@ -295,6 +311,7 @@ def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
     assert after["hyper.noise.alphas_cumprod"].any()
 
 
+@pytest.mark.slow
 def test_a_diffusers_unet_starts_a_mixture(train_config, tmp_path):
     """UNet2DModel -> mixture -> training, resumed -> a pipeline that samples -> training from that."""
     diffusers_unet().save_pretrained(tmp_path / "unet")
@@ -324,6 +341,7 @@ def test_unlabelled_and_unconditional(train_config):
     assert not any(name.startswith("class_embedding") for name in weights(folder / "unet"))
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_stops_with_the_keys_and_keeps_the_last_checkpoint(train_config, tmp_path, monkeypatch):
     train(train_config("images_total=32"))
     monkeypatch.setattr("ldm_smd.training.loop.TrainingStep.losses", lambda self, *_: poisoned(self.model))
@@ -362,6 +380,20 @@ def test_ema_follows_its_formula():
     assert torch.allclose(ema.model.weight, start + 0.5)
     ema.update(model, batch_images=16, images_seen=24)
     assert torch.allclose(ema.model.weight, start + 0.875)
+
+
+def test_ema_of_random_weights_forgets_them_and_copies_buffers():
+    """At first the half-life is a twentieth of the images seen."""
+    model = torch.nn.BatchNorm1d(2)
+    ema = EMA(model, halflife_images=1000)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+        model.running_mean.fill_(7.0)
+    ema.update(model, batch_images=8, images_seen=160)
+    assert torch.allclose(ema.model.weight, start + 0.5) and (ema.model.running_mean == 7).all()
+    assert ema.rate(1000, 1_000_000) == pytest.approx(0.5)
+    assert not ema.model.training and not any(parameter.requires_grad for parameter in ema.model.parameters())
 
 
 def test_log_lines_after_the_checkpoint_are_dropped(tmp_path):

@@ -102,6 +102,7 @@ def test_every_named_setting_is_there():
     assert not set(NOT_COMPARED) & set(MAY_CHANGE)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_in_one_folder(train_config, tmp_path):
     """The second is told at once and breaks nothing; the first being killed, the next goes on."""
     config = train_config("images_total=100000", "checkpoint_every_images=64")

@@ -9,6 +9,7 @@ from ldm_smd.training.moments import train_moments
 from tests.rounding import alike
 
 
+@pytest.mark.slow
 def test_moments_end_to_end(gaussian_folder, shards, tmp_path, run):
     settings = [f"model={gaussian_folder}", f"shards={shards}", "images_total=320", "batch_size=16", "ema_halflife_images=64"]
     code, printed, error = run(TrainMomentsConfig, train_moments, *settings, f"output={tmp_path / 'gms'}")
