@@ -94,9 +94,11 @@ def test_a_run_keeps_snapshots_resumes_them_and_is_averaged(run, train_config, t
 
 def test_mistakes_are_named(run, train_config, tmp_path):
     train(train_config("images_total=16", "checkpoint_every_images=16"))
-    with pytest.raises(UserError, match="ema_widths: expected"):
+    with pytest.raises(UserError, match="found: ema_widths was"):
         train(train_config("images_total=32", "ema_widths=[0.1]"))
-    with pytest.raises(UserError, match=r"ema_widths: expected from 0\.001 to 0\.28, found 0\.5"):
+    with pytest.raises(UserError, match="ema_widths: expected a model folder"):  # that many images have no snapshot
+        train(train_config("images_total=32", "ema_widths=[0.1]", "resume_changed=true"))
+    with pytest.raises(UserError, match=r"ema_widths: expected a number from 0\.001 to 0\.28, found 0\.5"):
         train_config("ema_widths=[0.5]")
     code, _, err = run(AverageConfig, average, f"run={tmp_path / 'run'}", "sigma_rel=0.1", f"output={tmp_path / 'x'}")
     assert code == 2 and "run: expected snapshots of averages" in err

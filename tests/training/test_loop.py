@@ -286,7 +286,7 @@ def test_a_run_leaves_what_it_says(train_config, tmp_path):
     assert {"spread/99", "spread/999"} <= {key for line in lines for key in line}
 
 
-def test_init_from_starts_at_those_weights(train_config, model_folder):
+def test_init_from_starts_at_those_weights(train_config, model_folder, tmp_path):
     """But with the noise of its own latents, here of fewer modes."""
     still = ("images_total=8", "learning_rate=1e-12", "weight_decay=0", "model.noise_modes=1")
     before = weights(model_folder / "unet")
@@ -295,9 +295,9 @@ def test_init_from_starts_at_those_weights(train_config, model_folder):
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in trained)
     assert len(before["hyper.noise.means"]) > len(after["hyper.noise.means"]) == 1
     with pytest.raises(UserError, match="init_from: expected the weights of the configured model"):
-        train(train_config(f"init_from={model_folder / 'unet'}", "model.latent_channels=6"))
+        train(train_config(f"init_from={model_folder / 'unet'}", "model.latent_channels=6", f"output={tmp_path / 'other'}"))
     with pytest.raises(UserError, match="init_from: expected a model folder"):
-        train(train_config(f"init_from={model_folder}"))
+        train(train_config(f"init_from={model_folder}", f"output={tmp_path / 'other'}"))
 
 
 def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
