@@ -524,8 +524,10 @@ class SampleConfig:
     """Pictures per class; of an unconditional run, pictures in all."""
     steps: int = 8
     scheduler: Optional[str] = None
-    """Any scheduler class of diffusers, as DDIMScheduler, or GMSScheduler; with settings of its own where wanted, as
-    DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
+    """Class of diffusers or ours: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
+    DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, GMS, HeunDiscrete, KDPM2AncestralDiscrete, KDPM2Discrete,
+    LMSDiscrete, PNDM, SASolver, Teleport or UniPCMultistep, each followed by "Scheduler"; with settings of its own where
+    wanted, as DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
     guidance_scale: float = 1.0
     """Of guidance, away from the prediction without a class, or from that of ``guide``; 1 is none."""
     guidance_interval: Optional[list[float]] = None
