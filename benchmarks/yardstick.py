@@ -108,9 +108,11 @@ class Yardstick:
         return sample_pixels(pipeline, chosen, count, options, title)
 
     def cell(self, pipeline: SMDPipeline, steps: int, title: str) -> dict:
-        """The distance of all samples with so many steps."""
+        """The distance of all samples with so many steps, their mean brightness, and the evaluations that each took."""
         count = self.samples // self.seeds
-        return self.measure([self.pictures(pipeline, steps, seed * count, count, title) for seed in range(self.seeds)])
+        parts = [self.pictures(pipeline, steps, seed * count, count, title) for seed in range(self.seeds)]
+        brightness = round(float(torch.cat(parts).mean()), 4)
+        return self.measure(parts) | {"brightness": brightness, "evaluations": pipeline.num_timesteps}
 
     def measure(self, parts: list[torch.Tensor]) -> dict:
         """The distance of pictures (N, 3, H, W) in [0, 1], one part for each sampling seed."""
@@ -212,9 +214,10 @@ def joined(earlier: dict, now: dict) -> dict:
 
 
 def weights_sha256(folder: str) -> str:
-    """Of what a model folder has beside the autoencoder."""
+    """Of what a model folder has beside the autoencoder, or of the network in a folder of its own."""
     digest = hashlib.sha256()
-    for path in weight_files(Path(folder), NETWORKS):
+    whole = Path(folder)
+    for path in weight_files(whole, NETWORKS) or weight_files(whole.parent, [whole.name]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -78,6 +78,11 @@ class Bounds:
         return low if self.most == math.inf else f"{low} to {self.most:,}"
 
 
+def at_least(key: str, value: float, least: float) -> None:
+    """Raise UserError unless ``value >= least``, a bound that depends on another setting."""
+    check(value >= least, key, f"at least {least}", value)
+
+
 def one_of(key: str, value: object, allowed: typing.Collection) -> None:
     """Raise UserError unless ``value`` is one of ``allowed``."""
     check(value in allowed, key, "one of " + ", ".join(map(str, allowed)), value)
@@ -580,8 +585,10 @@ class SampleConfig(Settings):
     """Pictures per class; of an unconditional run, pictures in all."""
     steps: int = number(8, 1, 10**5)
     scheduler: Optional[str] = None
-    """Any scheduler class of diffusers, as DDIMScheduler, or GMSScheduler; with settings of its own where wanted, as
-    DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
+    """Class of diffusers or ours: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
+    DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, GMS, HeunDiscrete, KDPM2AncestralDiscrete, KDPM2Discrete,
+    LMSDiscrete, PNDM, SASolver, Teleport or UniPCMultistep, each followed by "Scheduler"; with settings of its own where
+    wanted, as DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
     guidance_scale: float = number(1.0, 0, 1000)
     """Of guidance, away from the prediction without a class, or from that of ``guide``; 1 is none."""
     guidance_interval: Optional[list[float]] = number(None, 0, math.inf)

@@ -1,11 +1,12 @@
-"""SMDPipeline: noise -> latents -> pictures, with any diffusers scheduler."""
+"""SMDPipeline: noise -> latents -> pictures, with any diffusers scheduler of a noise schedule."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from .models.gaussian import LatentGaussians
 from .models.moments import MomentHeads
 from .models.unet import SMDUNet2DModel, embedding_dimensions, is_mixture, num_classes, predict
 from .schedulers import GMSScheduler, TeleportScheduler
+from .schedulers.support import check_scheduler, check_timesteps, run_from, steps_before
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +61,7 @@ class SMDPipeline(DiffusionPipeline):
     Args:
         unet: the denoiser; a plain UNet2DModel is a Gaussian one, the last of its class embeddings that of no class.
         vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
-        scheduler: any diffusers scheduler of a noise schedule (``alphas_cumprod``).
+        scheduler: of a noise schedule; any of diffusers that schedulers/support.py lists, with the settings there, or ours.
         id2label: class names by number (as a string, as JSON has it).
         moments: what GMSScheduler needs of a Gaussian unet beside its prediction (tools/train_moments.py).
         gaussian: the distribution of the latents that TeleportScheduler starts from (tools/fit_gaussian.py).
@@ -85,6 +87,7 @@ class SMDPipeline(DiffusionPipeline):
         embedding: dict | None = None,
     ) -> None:
         super().__init__()
+        check_scheduler(scheduler)
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, moments=moments, gaussian=gaussian, guide=guide)
         self.register_to_config(id2label=id2label, embedding=embedding)
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
@@ -125,7 +128,8 @@ class SMDPipeline(DiffusionPipeline):
             latents: starting noise (B, C, h, w) of unit variance, instead of a draw.
             image: start from these pictures, noised, and not from pure noise (SDEdit, arXiv 2108.01073): one for each sample,
                 or one for all; PIL, or arrays or tensors of floats in [0, 1], as diffusers' image processor takes them.
-            strength: of that noise, as the share of the steps that are done, more than 0 to 1; not read without ``image``.
+            strength: of that noise, as the share of the timesteps that are gone through, more than 0 to 1; not read without
+                ``image``.
             image_embeds: OpenCLIP embeddings (B, D) of pictures to be like, or of texts, of the network in ``embedding``; their
                 number counts where there are no labels.
             output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
@@ -143,12 +147,15 @@ class SMDPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs: expected some of {known}, found {', '.join(sorted(unknown))}"
             )
+        check_scheduler(self.scheduler)
         labels = self._labels(class_labels)
         image_embeds = self._embeds(image_embeds, labels)
         batch_size = next((len(given) for given in (labels, image_embeds) if given is not None), batch_size)
         steps_known = len(self._solver.alphas_cumprod)
         if not 1 <= num_inference_steps <= steps_known:
             raise ValueError(f"num_inference_steps: expected 1 to {steps_known}, found {num_inference_steps}")
+        if not 0.0 < strength <= 1.0:
+            raise ValueError(f"strength: expected more than 0, to 1, found {strength}")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: expected one per picture, {batch_size}, found {len(generator)}")
         device, dtype = self._execution_device, self.unet.dtype
@@ -157,16 +164,16 @@ class SMDPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         # On the CPU: schedulers look their timesteps up, and the host would wait for the device in every step.
         self.scheduler.set_timesteps(num_inference_steps, device="cpu")
-        timesteps = self.scheduler.timesteps
+        check_timesteps(self._solver, num_inference_steps)
+        timesteps = run_from(self._solver, 0)
         latents = latents.to(device, dtype)
         if image is None and isinstance(self.scheduler, TeleportScheduler):
             latents = self.scheduler.start(latents, self._part("gaussian", "fit_gaussian"), labels, generator)
         elif image is None:
             latents = latents * self.scheduler.init_noise_sigma
         else:
-            timesteps = self._last_timesteps(num_inference_steps, strength)
+            timesteps = run_from(self._solver, steps_before(self._solver, num_inference_steps, strength))
             latents = self.scheduler.add_noise(self._encode(image, shape).to(dtype), latents, timesteps[:1].repeat(batch_size))
-        step_options = self._step_options(generator)
         guided = self._guided(timesteps, guidance_interval)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
@@ -178,7 +185,7 @@ class SMDPipeline(DiffusionPipeline):
                 eta = self._eta(x_t, generator)
                 scale = self.guidance_scale if guided[index] else 1.0
                 prediction = self._predict(x_t, t, labels, eta, scale, image_embeds)
-                latents = self.scheduler.step(prediction, timestep, latents, **step_options).prev_sample
+                latents = self.scheduler.step(prediction, timestep, latents, **self._step_options(generator, index)).prev_sample
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "sample": x_t}
                     if "pred_original_sample" in callback_on_step_end_tensor_inputs:
@@ -247,17 +254,6 @@ class SMDPipeline(DiffusionPipeline):
         known = ", ".join(self.id2label.values()) or "none"
         raise UserError(f"classes: expected one of {known}, found {name!r}")
 
-    def _last_timesteps(self, num_inference_steps: int, strength: float) -> torch.Tensor:
-        """Those of the last steps, ``strength`` of them all."""
-        if not 0.0 < strength <= 1.0:
-            raise ValueError(f"strength: expected more than 0, to 1, found {strength}")
-        skipped = num_inference_steps - max(1, round(num_inference_steps * strength))
-        # A step of a second-order scheduler has two timesteps, as diffusers counts them.
-        begin = skipped * self.scheduler.order
-        if hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(begin)
-        return self.scheduler.timesteps[begin:]
-
     def latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Of pictures of so many pixels, None as in training; ValueError where no latents have such pictures."""
         factor, side = spatial_factor(self.vae), self.unet.config.sample_size
@@ -267,10 +263,10 @@ class SMDPipeline(DiffusionPipeline):
         return height // factor if height else side, width // factor if width else side
 
     def _alphas_cumprod(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """alphabar of each of the timesteps, on the CPU; some schedulers' lie between those of training."""
-        steps = self._solver.alphas_cumprod.cpu().numpy()
-        alphabar = np.interp(timesteps.cpu().numpy(), np.arange(len(steps)), steps)
-        return torch.from_numpy(alphabar.clip(1e-12)).float()
+        """alphabar of each of the timesteps, on the CPU; some schedulers' lie between those of training, by log(sigma)."""
+        steps = self._solver.alphas_cumprod.cpu().double().numpy().clip(1e-12)
+        log_snr = np.interp(timesteps.cpu().numpy(), np.arange(len(steps)), np.log(steps / (1.0 - steps)))
+        return torch.from_numpy(1.0 / (1.0 + np.exp(-log_snr))).float()
 
     def _guided(self, timesteps: torch.Tensor, interval: tuple[float, float]) -> list[bool]:
         """For each timestep, whether its sigma is in the interval."""
@@ -392,10 +388,19 @@ class SMDPipeline(DiffusionPipeline):
             raise UserError(f"scheduler: expected a {name} part of the model for {needs}, found none; tools/{tool}.py makes it")
         return part
 
-    def _step_options(self, generator: torch.Generator | list[torch.Generator] | None) -> dict:
-        """Schedulers differ in whether ``step`` takes a generator."""
-        accepted = inspect.signature(self._solver.step).parameters
-        return {"generator": generator} if "generator" in accepted else {}
+    def _step_options(self, generator: torch.Generator | list[torch.Generator] | None, index: int) -> dict:
+        """Schedulers differ in what ``step`` takes."""
+        accepted = step_parameters(type(self._solver).step)
+        options = {"generator": generator} if "generator" in accepted else {}
+        if "order" in accepted:
+            # LMSDiscreteScheduler takes its place among all steps for the number of steps done, also from a picture.
+            options["order"] = min(index + 1, accepted["order"].default)
+        return options
+
+
+@functools.cache
+def step_parameters(step: Callable) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(step).parameters
 
 
 def seeded_generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:

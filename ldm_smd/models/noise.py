@@ -134,7 +134,7 @@ class PosteriorNoise(nn.Module):
         # Exponents of sums of squares: not for half precision.
         with torch.autocast(sample.device.type, enabled=False):
             cell = (sample.shape[2] * sample.shape[3]) ** 0.5 / self.side  # numbers in a mean: its square
-            drafts = self._drafts(white, self._on_grid(sample), timestep.long(), class_labels, cell)
+            drafts = self._drafts(white, self._on_grid(sample), timestep, class_labels, cell)
         drafts = drafts.view(-1, sample.shape[1], self.side, self.side).to(sample.dtype, memory_format=torch.channels_last)
         same = drafts.shape[2:] == sample.shape[2:]
         return drafts if same else F.interpolate(drafts, size=sample.shape[2:], mode="bilinear")
@@ -149,7 +149,7 @@ class PosteriorNoise(nn.Module):
         """white noise (B * M, rank + 1), the last for the choice of the mode, and x_t (B, N) on the grid, its noise s_t / cell
         -> e (B * M, N)."""
         basis, means = self.basis.float(), self.means.float()
-        alphabar = self.alphas_cumprod[timestep, None].float()
+        alphabar = between(self.alphas_cumprod, timestep)[:, None]
         a, s = alphabar.sqrt(), (1.0 - alphabar).clamp_min(SMALLEST).sqrt()  # (B, 1), or (1, 1) where all have one t
         precision = 1.0 / (alphabar * self.variances + (s / cell) ** 2)  # of u given the mode, (B or 1, rank)
         known = (x_t - a * self.centre) @ basis.T
@@ -158,10 +158,16 @@ class PosteriorNoise(nn.Module):
 
         draws = len(white) // len(x_t)
         # Both factors of e for one unit of scale: s_t / cell^2 of the means apart, 1 / cell of the deviation inside a mode.
-        scale = self.scale[timestep, None].float() / cell
+        scale = between(self.scale, timestep)[:, None] / cell
         apart, inside = scale * (s / cell) * precision, scale * (self.variances * precision).sqrt()
         if len(timestep) > 1:
             apart, inside = repeat(apart, draws), repeat(inside, draws)
         mode = choose(repeat(shares, draws), torch.special.ndtr(white[:, -1:]))
         moved = apart * (means[mode] - repeat(shares @ means, draws))
         return torch.addcmul(moved, inside, white[:, :-1]) @ basis
+
+
+def between(values: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """values (T,) at timesteps (B,), float32; some schedulers' timesteps lie between two of training."""
+    below = timestep.floor()
+    return torch.lerp(values[below.long()].float(), values[timestep.ceil().long()].float(), (timestep - below).float())

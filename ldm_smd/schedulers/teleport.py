@@ -107,7 +107,7 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         normal = randn_tensor((len(noise), 1), generator=generator, device=noise.device, dtype=torch.float32)
         uniform = torch.special.ndtr(normal).squeeze(1)
         # The flow at t of the whole schedule's end; its noise is all but pure.
-        ends = [float(self.alphas_cumprod[index]) for index in (-1, int(self.timesteps[0]))]
+        ends = [float(self.alphas_cumprod[index]) for index in (-1, round(float(self.timesteps[0])))]
         (a_t, s_t), (a_s, s_s) = ((alphabar**0.5, (1.0 - alphabar) ** 0.5) for alphabar in ends)
         x_s = gaussians.transport(noise, (a_t, s_t), (a_s, s_s), class_labels, uniform).to(noise.dtype)
         # add_noise says in which units a scheduler keeps its sample: a x_0 + s eps, or x_0 + (s / a) eps.

@@ -3,7 +3,7 @@ import torch
 
 from ldm_smd.diffusion.gaussian import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.models.noise import FLOOR, PosteriorNoise
+from ldm_smd.models.noise import FLOOR, PosteriorNoise, between
 from ldm_smd.models.unet import SMDUNet2DModel
 from tests.rounding import alike
 
@@ -163,6 +163,19 @@ def test_it_adds_the_same_to_x0_whatever_the_network_predicts(prediction_type):
     noise.fit(latents, unlabelled(latents), ALPHAS_CUMPROD)
     s_t = (1 - ALPHAS_CUMPROD).sqrt().view(-1, 1, 1, 1)
     assert alike(x0, -s_t * noise(eta, x_t, t))
+
+
+def test_timesteps_between_those_of_training():
+    """As schedulers have them that space their steps by sigma."""
+    assert torch.equal(
+        between(torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 0.5, 1.25, 2.0])), torch.tensor([1, 2, 4, 7.0])
+    )
+    latents = correlated(100, 2, 4)
+    noise = fitted(latents, 3, modes=2)
+    eta, x_t = torch.randn(3, 2, 4, 4), torch.randn(1, 2, 4, 4).expand(3, -1, -1, -1)
+    e = noise(eta[:1].expand(3, -1, -1, -1), x_t, torch.tensor([1.0, 1.001, 1.999]))
+    assert torch.equal(e[:1], noise(eta[:1], x_t[:1], torch.tensor([1])))
+    assert torch.allclose(e[0], e[1], atol=0.01) and not torch.allclose(e[0], e[2], atol=0.01)
 
 
 def test_fewer_latents_than_modes():

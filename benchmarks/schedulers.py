@@ -1,0 +1,130 @@
+"""Every scheduler of diffusers that is supported, with the settings that make_scheduler gives it, on real pictures.
+
+Samples a Gaussian model and a mixture with each at one number of steps, and measures the distance to the training pictures in
+the features of checkpoints/classifier, the mean brightness, and the evaluations of the network.
+
+examples:
+  python benchmarks/schedulers.py --config configs/benchmarks/schedulers-emoji.yaml
+  python benchmarks/schedulers.py --config configs/benchmarks/schedulers-emoji.yaml schedulers=[HeunDiscreteScheduler]
+
+Writes benchmarks/results/schedulers-NAME.json, .md and .jpg.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from omegaconf import MISSING
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from yardstick import Results, ResultsConfig
+
+from ldm_smd.cli import run_tool
+from ldm_smd.config import DiffusionConfig
+from ldm_smd.models.unet import SMDUNet2DModel
+from ldm_smd.pipelines import SMDPipeline
+from ldm_smd.sampling import labelled_grid, make_scheduler
+from ldm_smd.schedulers.support import SUPPORTED
+from ldm_smd.training.loop import build_scheduler
+
+REFERENCE = "DDIMScheduler"
+SHOWN = 12
+WORST_RATIO, BRIGHTNESS = 1.5, 0.05
+
+
+@dataclass
+class SchedulersConfig(ResultsConfig):
+    """benchmarks/schedulers.py"""
+
+    gaussian: str = MISSING
+    smd: str = MISSING
+    """Folders of networks, as checkpoints/unet-emoji-smd."""
+    autoencoder: str = MISSING
+    """Folder of the AutoencoderKL of both."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Of the training of both."""
+    schedulers: list[str] = field(default_factory=lambda: sorted(SUPPORTED))
+    """As make_scheduler takes them; DDIMScheduler, which all are compared with, comes first of itself."""
+    steps: int = 20
+
+
+def schedulers(config: SchedulersConfig) -> Path:
+    """Run all cells; returns the JSON file."""
+    results = Results("schedulers", config)
+    own = build_scheduler(config.diffusion)
+    autoencoder = AutoencoderKL.from_pretrained(config.autoencoder, use_safetensors=True)
+    names = list(dict.fromkeys([REFERENCE, *config.schedulers]))
+    results.content |= {"steps": config.steps, "settings": {name: settings_of(name) for name in names}}
+    rows: list[list[Image.Image]] = []
+    for model, folder in (("gaussian", config.gaussian), ("smd", config.smd)):
+        pipeline = SMDPipeline(SMDUNet2DModel.from_pretrained(folder, use_safetensors=True), autoencoder, own)
+        results.add_model(model, folder, pipeline)
+        for name in names:
+            pipeline.scheduler = make_scheduler(name, own)
+            results.cell(model, name, pipeline, config.steps)
+            rows.append(list(map(to_pil_image, results.yardstick.pictures(pipeline, config.steps, 0, SHOWN, f"{name}, grid"))))
+    results.content["targets"] = targets(results.content["models"], config.steps)
+    labelled_grid(rows, [f"{model}, {brief(name)}" for model in ("gaussian", "smd") for name in names]).save(
+        results.path.with_suffix(".jpg"), quality=88
+    )
+    return results.finish(table(config, results.content))
+
+
+def settings_of(name: str) -> str:
+    """Those that make_scheduler gives a class for our models, as make_scheduler takes them."""
+    return ",".join(f"{key}={str(value).lower()}" for key, value in SUPPORTED.get(name, {}).items())
+
+
+def brief(name: str) -> str:
+    return name.replace("Scheduler", "")
+
+
+def targets(models: dict, steps: int) -> list[dict]:
+    """Each scheduler against DDIM with as many steps."""
+    found = []
+    for model, entry in models.items():
+        cells = {name: by_steps[steps] for name, by_steps in entry["distance"].items()}
+        reference = cells[REFERENCE]
+        ratios = {name: cell["frechet"] / reference["frechet"] for name, cell in cells.items()}
+        moves = {name: abs(cell["brightness"] - reference["brightness"]) for name, cell in cells.items()}
+        for what, values, limit in (
+            ("distance over DDIM's", ratios, WORST_RATIO),
+            ("difference of mean brightness to DDIM's", moves, BRIGHTNESS),
+        ):
+            worst = max(values, key=values.get)
+            title = f"{model}, {steps} steps: largest {what}, {brief(worst)}"
+            measured = round(values[worst], 3)
+            found.append({"name": title, "target": f"<= {limit}", "measured": measured, "holds": measured <= limit})
+    return found
+
+
+def table(config: SchedulersConfig, result: dict) -> list[str]:
+    models = result["models"]
+    lines = [
+        f"{result['distance']}, {config.name}: {config.steps} steps, {result['samples']} samples without guidance against "
+        f"{result['reference_pictures']} training pictures; {result['floor']['pictures']} held-out pictures are at "
+        f"{result['floor']['frechet']:.2f} (`{result['command']}`). Distances with the bootstrap's 95 % interval.",
+        "",
+        "| scheduler | settings | evaluations | " + " | ".join(f"{each} | over DDIM's | brightness" for each in models) + " |",
+        "|---" * (3 + 3 * len(models)) + "|",
+    ]
+    for name, settings in result["settings"].items():
+        found = [{each: entry["distance"][each][config.steps] for each in (name, REFERENCE)} for entry in models.values()]
+        row = [brief(name), f"`{settings}`" if settings else "", str(found[0][name]["evaluations"])]
+        for cells in found:
+            cell = cells[name]
+            row.append(f"{cell['frechet']:.2f} ± {1.96 * cell['frechet_sd']:.2f}")
+            row += [f"{cell['frechet'] / cells[REFERENCE]['frechet']:.2f}", f"{cell['brightness']:.3f}"]
+        lines.append("| " + " | ".join(row) + " |")
+    lines += ["", "| target | wanted | measured | holds |", "|---|---|---|---|"]
+    return lines + [
+        f"| {entry['name']} | {entry['target']} | {entry['measured']} | {'yes' if entry['holds'] else 'no'} |"
+        for entry in result["targets"]
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(SchedulersConfig, schedulers, __doc__))

@@ -1,0 +1,182 @@
+"""Which schedulers of diffusers sample our models, with which settings, and why the others do not.
+
+What each is worth: docs/samplers.md. Every scheduler that diffusers exports is here (tests/schedulers/test_support.py).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from diffusers import PNDMScheduler, SchedulerMixin
+from diffusers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+EVERYWHERE = {
+    "clip_sample": False,  # latents are not in [-1, 1]
+    "timestep_spacing": "trailing",  # begins where there is only noise (arXiv 2305.08891)
+}
+"""Settings of any scheduler, where the model's own has no other."""
+SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+"""Settings that space the noise levels; at most one is on."""
+KARRAS = {"use_karras_sigmas": True}
+"""Twenty steps even in t begin with one from sigma = 1,300 to 13: too far for a correction of second order in sigma, and
+pictures come out dark. As Karras et al. space them (arXiv 2206.00364) sigma falls by a quarter there."""
+
+SUPPORTED: dict[str, dict] = {
+    "DDIMParallelScheduler": {},
+    "DDIMScheduler": {},
+    "DDPMParallelScheduler": {},
+    "DDPMScheduler": {},
+    "DEISMultistepScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    # The last step, which leaves no noise, is of first order.
+    "DPMSolverSinglestepScheduler": {"lower_order_final": True},
+    "EulerAncestralDiscreteScheduler": {},
+    "EulerDiscreteScheduler": {},
+    "HeunDiscreteScheduler": KARRAS,
+    "KDPM2AncestralDiscreteScheduler": KARRAS,
+    "KDPM2DiscreteScheduler": KARRAS,
+    "LMSDiscreteScheduler": {},
+    # One evaluation a step from the first on, where Runge-Kutta takes four; and the last step leaves no noise.
+    "PNDMScheduler": {"skip_prk_steps": True, "set_alpha_to_one": True},
+    "SASolverScheduler": {},
+    "UniPCMultistepScheduler": {},
+    # No shift of the noise schedule, which is CogVideoX's own.
+    "CogVideoXDDIMScheduler": {"snr_shift_scale": 1.0},
+}
+"""Class -> settings that it needs for the noise schedule of our models beside those of EVERYWHERE."""
+
+FLOW = "flow matching is not supported yet"
+TOKENS = "it is for tokens, not for latents"
+INVERSE = "it goes from a picture to noise"
+DISTILLED = "it is for networks distilled to few steps"
+EDM = "it has its own noise schedule, without alphas_cumprod; EulerDiscreteScheduler:use_karras_sigmas=true is of its kind"
+OWN_SCHEDULE = "it has its own noise schedule, without alphas_cumprod"
+BROWNIAN = "its noise is of one seed for a whole batch, not of one for each picture"
+
+REFUSED: dict[str, str] = {
+    "AmusedScheduler": TOKENS,
+    "BlockRefinementScheduler": TOKENS,
+    "CMStochasticIterativeScheduler": DISTILLED,
+    "CogVideoXDPMScheduler": "its step asks for two predictions, which the pipeline of CogVideoX hands it",
+    "CosineDPMSolverMultistepScheduler": EDM,
+    "DDIMInverseScheduler": INVERSE,
+    "DDPMWuerstchenScheduler": OWN_SCHEDULE,
+    "DPMSolverMultistepInverseScheduler": INVERSE,
+    "DPMSolverSDEScheduler": BROWNIAN,
+    "DiscreteDDIMScheduler": TOKENS,
+    "EDMDPMSolverMultistepScheduler": EDM,
+    "EDMEulerScheduler": EDM,
+    "EntropyBoundScheduler": TOKENS,
+    "FlowMapEulerDiscreteScheduler": FLOW,
+    "FlowMatchEulerDiscreteScheduler": FLOW,
+    "FlowMatchHeunDiscreteScheduler": FLOW,
+    "FlowMatchLCMScheduler": FLOW,
+    "HeliosDMDScheduler": FLOW,
+    "HeliosScheduler": FLOW,
+    "IPNDMScheduler": OWN_SCHEDULE,
+    "KarrasVeScheduler": EDM,
+    "LCMScheduler": DISTILLED,
+    "LTXEulerAncestralRFScheduler": FLOW,
+    "MiniMaxH3Scheduler": FLOW,
+    "PiflowScheduler": FLOW,
+    "RFD4ProteinaScheduler": FLOW,
+    "RePaintScheduler": "it fills a masked part of a picture",
+    "SCMScheduler": DISTILLED,
+    "ScoreSdeVeScheduler": OWN_SCHEDULE,
+    "TCDScheduler": DISTILLED,
+    "UnCLIPScheduler": "it knows one noise schedule only, and no v_prediction",
+    "VQDiffusionScheduler": TOKENS,
+}
+"""Class -> why it does not sample our models."""
+
+WHOLE_STRIDES = ("CogVideoXDDIMScheduler", "DDIMParallelScheduler", "DDIMScheduler", "PNDMScheduler")
+"""They step by the whole part of the distance of two timesteps."""
+LOST = 0.02
+"""Share of the noise schedule left out by that, above which there is a warning."""
+
+
+def refusal(kind: type) -> str | None:
+    """Why a scheduler of this class does not sample our models; None where it does, or is of another library."""
+    return next((REFUSED[each.__name__] for each in kind.__mro__ if each.__name__ in REFUSED), None)
+
+
+def refused(name: str, reason: str) -> str:
+    """The message for a scheduler that cannot be used."""
+    return (
+        "scheduler: expected one of the noise schedule that models are trained on (alphas_cumprod), as DDIMScheduler or "
+        f"UniPCMultistepScheduler, found {name}: {reason}"
+    )
+
+
+def defaults(name: str, chosen: dict) -> dict:
+    """Settings that class ``name`` needs, but for what is ``chosen``."""
+    needed = SUPPORTED.get(name, {})
+    if any(chosen.get(spacing) for spacing in SPACINGS):
+        needed = {key: value for key, value in needed.items() if key not in SPACINGS}
+    return {key: value for key, value in needed.items() if key not in chosen}
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """ValueError for a scheduler that cannot sample our models; a warning for one without the settings that it needs."""
+    name = type(scheduler).__name__
+    reason = refusal(type(scheduler))
+    if reason is None and not hasattr(scheduler, "alphas_cumprod"):
+        reason = "it has none"
+    if reason is not None:
+        raise ValueError(refused(name, reason))
+    config = scheduler.config
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        raise ValueError(refused(f"{name} with use_flow_sigmas or flow_prediction", FLOW))
+    spaced = any(config.get(spacing) for spacing in SPACINGS)
+    for key, value in SUPPORTED.get(name, {}).items():
+        if config[key] != value and not (key in SPACINGS and spaced):
+            warn_once(f"scheduler: expected {name} with {key}={value}, as make_scheduler sets it, found {config[key]}")
+
+
+def check_timesteps(scheduler: SchedulerMixin, steps: int) -> None:
+    """ValueError for a number of steps at which diffusers rounds the last timestep to -1; a warning for one at which much of
+    the noise schedule is left out by rounding."""
+    if int(scheduler.timesteps.min()) < 0:
+        raise ValueError(f"num_inference_steps: expected a number at which no timestep is rounded to -1, found {steps}")
+    name, known = type(scheduler).__name__, scheduler.config.num_train_timesteps
+    if name in WHOLE_STRIDES and known % steps / known > LOST:
+        warn_once(
+            f"scheduler: {name} steps by {known // steps} timesteps, which {steps} times is {known // steps * steps} and not "
+            f"{known}; EulerDiscreteScheduler is the same solver as DDIMScheduler, without that error"
+        )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def steps_before(scheduler: SchedulerMixin, steps: int, strength: float) -> int:
+    """Steps that are left out where a run begins with a picture: all but a share of ``strength``; where steps are not even in
+    t, those before that share of the timesteps."""
+    if not any(scheduler.config.get(spacing) for spacing in SPACINGS):
+        return steps - max(1, round(steps * strength))
+    begins = scheduler.timesteps[:: scheduler.order]
+    return int((begins + 1 - strength * scheduler.config.num_train_timesteps).abs().argmin())
+
+
+def run_from(scheduler: SchedulerMixin, begin: int) -> torch.Tensor:
+    """The timesteps from step ``begin`` on, of which the scheduler is told."""
+    # A step of a second-order scheduler has two timesteps, as diffusers counts them.
+    index = begin * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):
+        # Otherwise it looks its first timestep up, and takes the second where noise levels are so near that two are the same.
+        scheduler.set_begin_index(index)
+    timesteps = scheduler.timesteps
+    if not isinstance(scheduler, PNDMScheduler) or begin == 0:
+        return timesteps[index:]
+    if not scheduler.config.skip_prk_steps:
+        raise ValueError(
+            "image: expected PNDMScheduler with skip_prk_steps, whose first steps can be left out, found it without"
+        )
+    # Its first step, wherever that is, has two evaluations: the second timestep comes twice.
+    once = torch.cat((timesteps[:1], timesteps[2:]))[begin:]
+    return torch.cat((once[:1], once[1:2], once[1:]))
