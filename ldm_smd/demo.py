@@ -26,7 +26,7 @@ from .evaluation.diagnostics import spread_over_eta
 from .evaluation.features import load_extractor
 from .evaluation.metrics import frechet_distance
 from .evaluation.report import write_report
-from .files import claimed, require_folder
+from .files import claimed
 from .models.unet import known_labels
 from .pipelines import SMDPipeline, load_pipeline
 from .sampling import SamplingOptions, make_scheduler, sample_pixels
@@ -42,8 +42,7 @@ LATENTS = "latents"
 def demo(config: DemoConfig) -> Path:
     """Run every stage anew under ``config.output``; returns the path of report.html."""
     output = Path(config.output)
-    require_folder(output)
-    with claimed(output):
+    with claimed(output, inside=True):
         return run_demo(config, output)
 
 

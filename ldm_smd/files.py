@@ -60,26 +60,30 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def claimed(output: Path, key: str = "output", worker: str = "") -> Iterator[None]:
+def claimed(output: Path, key: str = "output", worker: str = "", inside: bool = False) -> Iterator[None]:
     """For the whole of a run: ``output``, a folder or file, can be written, and no other run writes it.
 
-    The lock is on a file beside ``output``. The kernel, or over NFS the server, gives it back when its process ends, however it
-    ends; a lock file that a killed run leaves does no harm. Where nothing was written, nothing is left.
+    The lock is on a hidden file beside ``output``, or inside. The kernel, or over NFS the server, gives it back when its
+    process ends, however it ends; the file that a killed run leaves does no harm. Where nothing was written, nothing is left.
 
     Args:
         key: the setting that names ``output``, for messages.
         worker: workers of different names may share ``output``.
+        inside: ``output`` is a folder that is written into, and not one that is put there when it is finished.
 
     Raises:
         UserError: ``output`` cannot be written, or another run holds it.
     """
     output = Path(os.path.abspath(output))
-    lock = FileLock(output.parent / f".{output.name}.{worker}lock", timeout=0)
+    place = output if inside else output.parent
+    lock = FileLock(place / (f".{worker}lock" if inside else f".{output.name}.{worker}lock"), timeout=0)
     missing: list[Path] = []
     try:
         try:
-            missing = [folder for folder in output.parents if not folder.exists()]
-            output.parent.mkdir(parents=True, exist_ok=True)
+            if inside:
+                require_folder(output, key)
+            missing = [folder for folder in (place, *place.parents) if not folder.exists()]
+            place.mkdir(parents=True, exist_ok=True)
             _lock(lock, output, key)
         except (OSError, ValueError) as error:  # ValueError: of characters that no path has
             said = getattr(error, "strerror", None) or error
@@ -113,9 +117,9 @@ def _lock(lock: FileLock, output: Path, key: str) -> None:
     path.write_text(f"process {os.getpid()} of {socket.gethostname()}", encoding="utf-8")
 
 
-def claimed_by_first(output: Path) -> AbstractContextManager[None]:
+def claimed_by_first(output: Path, inside: bool = False) -> AbstractContextManager[None]:
     """``claimed``, by the first of the processes of a launcher; the others run without."""
-    return nullcontext() if int(os.environ.get("RANK", 0)) > 0 else claimed(output)
+    return nullcontext() if int(os.environ.get("RANK", 0)) > 0 else claimed(output, inside=inside)
 
 
 def makes_folder(tool: Callable[[Config], Result]) -> Callable[[Config], Result]:

@@ -33,7 +33,7 @@ from ..autoencoder import FrozenAutoencoder
 from ..config import EncodeConfig
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file, claimed, require_folder, sha256
+from ..files import atomic_file, claimed, sha256
 from ..models.clip import ClipEncoder
 from ..progress import progress
 from .images import Pictures, read_pictures
@@ -114,9 +114,8 @@ def encode(config: EncodeConfig) -> Manifest | None:
     """
     worker, workers = which_worker(config.worker)
     output = Path(config.output)
-    require_folder(output)
     writer = f"worker-{worker}-of-{workers}-"
-    with claimed(output, worker=writer):
+    with claimed(output, worker=writer, inside=True):
         return encode_part(config, output, worker, workers, writer)
 
 

@@ -72,9 +72,8 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     """Train, measure on the held-out pictures, write the model folder; returns it."""
     output = Path(config.output)
     work = Path(config.work) if config.work else output.with_name(f"{output.name}.run")
-    with claimed(output), claimed(work, "work"):
+    with claimed(output), claimed(work, "work", inside=True):
         require_folder(output)
-        require_folder(work, "work")
         return run(config, output, work)
 
 

@@ -28,7 +28,7 @@ from ..diffusion.objectives import objective, timestep_weight
 from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
 from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
-from ..files import atomic_folder, claimed_by_first, require_folder
+from ..files import atomic_folder, claimed_by_first
 from ..models.attention import set_attention_backend
 from ..models.extended import ExtendedUNet2DModel, class_of
 from ..models.unet import EMBEDDING_PARTS, FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, embedding_dimensions, known_labels
@@ -93,8 +93,7 @@ def train(config: TrainConfig) -> Path:
     no_gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=pick_precision(config.precision), cpu=no_gpu)
     output = Path(config.output)
-    with claimed_by_first(output), sigterm_flag() as stop:
-        require_folder(output)
+    with claimed_by_first(output, inside=True), sigterm_flag() as stop:
         stopped_at = run(config, accelerator, stop)
     accelerator.end_training()
     if stopped_at is not None:

@@ -122,11 +122,11 @@ def test_a_picture_replaced_under_its_name_is_noticed(pictures, encode_to, tmp_p
 
 
 def test_the_same_worker_twice_at_once_is_told(encode_to, tmp_path):
-    with claimed(tmp_path / "out", worker="worker-0-of-2-"):
+    with claimed(tmp_path / "out", worker="worker-0-of-2-", inside=True):
         with pytest.raises(UserError, match=r"output: expected no other run at .*out, found process \d+ of"):
             encode_to("out", "worker=0/2")
         encode_to("out", "worker=1/2")
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("out/.*"))
 
 
 def test_an_output_in_use_is_refused(encode_to, tmp_path):

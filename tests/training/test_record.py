@@ -119,7 +119,7 @@ def test_two_runs_at_once_in_one_folder(train_config, tmp_path):
     train(train_config(f"images_total={seen + 8}", "checkpoint_every_images=64"))
     images = [line["images_seen"] for line in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in line]
     assert images == sorted(set(images)) and images[-1] == seen + 8
-    assert not list(tmp_path.glob(".*lock"))
+    assert not list(tmp_path.rglob(".*lock"))
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_an_autoencoder_goes_on_with_what_it_had(autoencoder_config, tmp_path):
 
 def test_an_autoencoder_in_use_is_refused(autoencoder_config, tmp_path):
     with (
-        claimed(tmp_path / "vae.run"),
+        claimed(tmp_path / "vae.run", inside=True),
         pytest.raises(UserError, match="work: expected no other run at"),
     ):
         train_autoencoder(autoencoder_config())
