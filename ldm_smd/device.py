@@ -1,10 +1,13 @@
-"""What "auto" means: the device and the precision of this machine."""
+"""What "auto" means: the device and the precision of this machine; and the processes that share a run."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+from accelerate import PartialState
 
 from .errors import UserError
 
@@ -24,3 +27,17 @@ def pick_precision(name: str) -> str:
     if name != "auto":
         return name
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+@contextmanager
+def process_group() -> Iterator[PartialState]:
+    """The processes of a launcher as one group, on CPUs too.
+
+    The group ends with the block. A process that exits as a member of one may abort, and the launcher then ends the others,
+    whatever they are still doing.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    try:
+        yield state
+    finally:
+        state.destroy_process_group()

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from ..config import EvaluateConfig, ImagesConfig
 from ..data.images import read_pictures
 from ..data.sources import Entry, fingerprint, list_entries
-from ..device import pick_device
+from ..device import pick_device, process_group
 from ..errors import UserError
 from ..files import atomic_file, claimed, claimed_by_first, require_folder, sha256, this_process
 from ..models.unet import num_classes
@@ -81,13 +81,13 @@ def evaluate(config: EvaluateConfig) -> Path:
     if config.cache is not None:  # which others may use at the same time
         with claimed(Path(config.cache), "cache", worker=this_process()):
             require_folder(Path(config.cache), "cache")
-    with claimed_by_first(output):
-        return measure(config, output)
+    with claimed_by_first(output), process_group() as state:
+        return measure(config, output, state)
 
 
-def measure(config: EvaluateConfig, output: Path) -> Path:
-    """What ``evaluate`` does."""
-    started, state = time.perf_counter(), PartialState(cpu=not torch.cuda.is_available())
+def measure(config: EvaluateConfig, output: Path, state: PartialState) -> Path:
+    """What ``evaluate`` does, in each process."""
+    started = time.perf_counter()
     extractors = [load_extractor(weights, config.device) for weights in config.features]
     names = [extractor.name for extractor in extractors]
     if len(set(names)) < len(names):

@@ -13,6 +13,7 @@ from ..autoencoder import FrozenAutoencoder, sample_latents
 from ..config import FitGaussianConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
+from ..device import process_group
 from ..diffusion.gaussian import fit_shared, leading, weights_by_class
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
@@ -118,8 +119,9 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
     autoencoder = FrozenAutoencoder(pipeline.vae, config.model)
     manifest.check_autoencoder(autoencoder)
     classes = num_classes(pipeline.unet) or 0
-    sums = latent_sums(config, manifest, autoencoder, classes if config.components == 1 else 0)
-    if not PartialState().is_main_process:
+    with process_group() as state:
+        sums = latent_sums(config, manifest, autoencoder, classes if config.components == 1 else 0, state)
+    if not state.is_main_process:
         return output
     if config.components == 1:
         gaussians = class_gaussians(sums, manifest.latent_shape, config.rank, classes)
@@ -136,8 +138,10 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
     return output
 
 
-def latent_sums(config: FitGaussianConfig, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int) -> LatentSums:
-    """Of all latents of the shards, by class; with ``config.mirror`` half of them mirrored."""
+def latent_sums(
+    config: FitGaussianConfig, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int, state: PartialState
+) -> LatentSums:
+    """Of all latents of the shards, by class, over all processes; with ``config.mirror`` half of them mirrored."""
     channels, height, width = manifest.latent_shape
     numbers = channels * height * width
     sketch = None
@@ -151,7 +155,6 @@ def latent_sums(config: FitGaussianConfig, manifest: Manifest, autoencoder: Froz
     sums = LatentSums.empty(classes + 1, numbers, sketch, config.seed)
     size = min(config.batch_size, manifest.count)
     stream = LatentStream(manifest, size, manifest.count, seed=config.seed, mirror=config.mirror)
-    state = PartialState(cpu=not torch.cuda.is_available())
     starts = range(0, manifest.count, size)[state.process_index :: state.num_processes]
     bar = progress(size * len(starts), 0, "fit")
     for start in starts:

@@ -114,10 +114,10 @@ def test_the_loss_is_its_formula(config):
 
 
 def test_the_autoencoders_rate_warms_up_and_falls_to_zero(config):
-    settings = config("images_total=80", "batch_size=10", "warmup_images=40", "learning_rate=2")
+    settings = config("images_total=80", "batch_size=10", "warmup_images=40", "learning_rate=0.2")
     found = [autoencoder._learning_rate(settings, seen) for seen in (0, 20, 40, 80)]
     half = 1 + math.cos(math.pi / 4)
-    assert found == pytest.approx([2 * 0.25, 0.75 * half, 1, 0])
+    assert found == pytest.approx([0.2 * 0.25, 0.075 * half, 0.1, 0])
 
 
 def test_batches_are_of_all_pictures_half_of_them_mirrored(config):
