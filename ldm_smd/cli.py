@@ -51,7 +51,7 @@ Completion of sub-commands, flags, settings and their values, in bash (a line fo
 eval "$(register-python-argcomplete {CONSOLE})"
 ```
 """
-"""Of docs/tools.md."""
+"""Head of docs/tools.md."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

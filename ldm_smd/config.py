@@ -155,7 +155,7 @@ class ImagesConfig(Settings):
     classes: Optional[str] = None
     """A JSON list of class names; found by itself where ``classes.json`` lies beside the tars."""
     split: str = "train"
-    """Of a Hugging Face dataset."""
+    """Split of a Hugging Face dataset."""
     cache: str = "~/.cache/ldm_smd"
     """Where tars from URLs are kept."""
     allow_pipe: bool = False
@@ -258,11 +258,11 @@ class TrainClassifierConfig(Settings):
     output: str = MISSING
     """Model folder to write (diffusers layout and a model card)."""
     block_out_channels: list[int] = numbers([16, 32, 64, 128], 1, 8192, fewest=2)
-    """Of the stem, then of each stage; the last are the features."""
+    """Channels of the stem, then of each stage; the last are the features."""
     images_total: int = number(400_000, 1, MOST_IMAGES)
-    """Of all sets together."""
+    """Images seen, all sets together."""
     learning_rate: float = number(0.2, above=0, most=10)
-    """Of SGD with momentum, at its peak."""
+    """Peak learning rate of SGD with momentum."""
     weight_decay: float = number(5e-4, 0, 1)
     seed: int = number(0, 0, MOST_SEED)
 
@@ -397,7 +397,7 @@ class ObjectiveConfig(Settings):
     bandwidth: float = number(0.2, above=0, most=1e6)
     """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""
     weighting: str = choice("prediction", WEIGHTINGS)
-    """Of the timesteps: the space in which an error counts the same at each. prediction, v, epsilon, x0; or min_snr."""
+    """Weighting of the timesteps: the space in which errors weigh the same at each (prediction, v, epsilon, x0), or min_snr."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -440,7 +440,7 @@ class TrainConfig(Settings):
     accumulate: int = number(1, 1, 2**20)
     """Parts that a process takes its share of a batch in, one after the other, where memory is short; same results."""
     learning_rate: float = number(3e-4, above=0, most=1)
-    """Of AdamW. The energy score can diverge above 1e-3."""
+    """Learning rate of AdamW. The energy score can diverge above 1e-3."""
     warmup_images: int = number(10_000, 0, MOST_IMAGES)
     """Linear warm-up of the learning rate."""
     cooldown_images: int = number(0, 0, MOST_IMAGES)
@@ -506,7 +506,7 @@ class AverageConfig(Settings):
     output: str = MISSING
     """New model folder."""
     images: Optional[int] = number(None, 1, MOST_IMAGES)
-    """Of the first so many images of the training; null: of all."""
+    """Average over the first this many images of the training; null: over all."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,9 +526,9 @@ class TrainMomentsConfig(Settings):
     images_total: int = number(50_000, 1, MOST_IMAGES)
     batch_size: int = number(64, 1, 2**16)
     learning_rate: float = number(1e-3, above=0, most=1)
-    """Of AdamW; up over the first 5 %, then a half cosine to zero."""
+    """Peak learning rate of AdamW: linear warm-up over the first 5 %, then a half cosine to zero."""
     third_weight: float = number(0.1, above=0, most=1e6)
-    """Of the squared error of r^3, whose own spread is that much larger than that of r^2."""
+    """Weight of the third-moment loss (r^3 has a larger variance than r^2)."""
     ema_halflife_images: int = number(5_000, 0, MOST_IMAGES)
     label_dropout: float = number(0.1, 0, 1)
     """Share of labels replaced by the null class."""
@@ -590,13 +590,13 @@ class SampleConfig(Settings):
     LMSDiscrete, PNDM, SASolver, Teleport or UniPCMultistep, each followed by "Scheduler"; with settings of its own where
     wanted, as DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
     guidance_scale: float = number(1.0, 0, 1000)
-    """Of guidance, away from the prediction without a class, or from that of ``guide``; 1 is none."""
+    """Guidance scale, away from the prediction without a class, or from that of ``guide``; 1 is no guidance."""
     guidance_interval: Optional[list[float]] = number(None, 0, math.inf)
     """[low, high]: guidance only at noise levels sigma between these, as [0.3, 5]. null: at all."""
     guide: Optional[str] = None
     """UNet folder of a weaker model (less trained, smaller) to be guided away from, as RUN/checkpoints/images-N/ema."""
     height: Optional[int] = number(None, 1, 2**16)
-    """Of the pictures, in pixels; null as in training."""
+    """Height of the images in pixels; null: as in training."""
     width: Optional[int] = number(None, 1, 2**16)
     like: Optional[str] = None
     """Make pictures like this one, with a model trained with image_conditional=true."""

@@ -29,9 +29,9 @@ MOST_PICTURES, MOST_STEPS = 16, 100
 MOST_SIGMA = 1000.0
 """Beyond that of any schedule."""
 FILM_FRAMES = 10
-"""Of a film strip at most, evenly apart."""
+"""Most frames of a filmstrip, evenly spaced."""
 DRAWS = 8
-"""Of eta."""
+"""Draws of eta that are shown."""
 THUMBNAIL = 96
 """Longer side of the pictures in a strip, in pixels."""
 ROUGH = 256
@@ -78,7 +78,7 @@ class Wish:
     embedding: torch.Tensor | None = None
 
     def options(self, count: int) -> dict:
-        """Of ``SMDPipeline``, whether for a sampling or for one step, for so many pictures."""
+        """Return the arguments of ``SMDPipeline`` for ``count`` images, for a whole sampling or one step."""
         return {
             "class_labels": None if self.label is None else [self.label] * count,
             "guidance_scale": self.guidance_scale,
@@ -100,7 +100,7 @@ class Frame:
 
 @dataclass
 class Outcome:
-    """Of one model: the pictures, the frames of the first of them, FILM_FRAMES at most, and the seconds of it all."""
+    """Result of one model: its images, at most FILM_FRAMES frames of the first, and the seconds it took."""
 
     pictures: list[Image.Image]
     frames: list[Frame]
@@ -131,7 +131,7 @@ class Explorer:
         return next(iter(self.pipelines.values()))
 
     def embedding(self, like: str | None, text: str) -> torch.Tensor | None:
-        """Of words, or else of the picture at ``like``, (1, D); None of neither."""
+        """Return the embedding of the words, or else of the image at ``like``, (1, D); None for neither."""
         return embedding_of(self.clip, self.first, like, text) if self.clip is not None and (like or text) else None
 
     def sample(self, wish: Wish, report: Callable[[float], None]) -> dict[str, Outcome]:
@@ -172,7 +172,7 @@ class Explorer:
         self.stopping = True
 
     def film(self, name: str, frames: list[Frame]) -> Image.Image:
-        """Of a model's frames, two rows: x_t, and x_0 as the network sees it."""
+        """Draw a model's frames in two rows: x_t, and x_0 as the network predicts it."""
         rows = ([frame.sample for frame in frames], [frame.prediction for frame in frames])
         return labelled_grid([thumbnails(self.pipelines[name], torch.cat(row)) for row in rows], ["x_t", "x_0"])
 
@@ -188,8 +188,8 @@ class Explorer:
 
 
 def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Of normalised latents (B, C, h, w). Of large ones every so many numbers are decoded: rough, but at 1024 pixels a film of
-    them all would take a CPU a quarter of an hour."""
+    """Decode normalised latents (B, C, h, w) small. Large ones are subsampled first: rough, but at 1024 pixels a filmstrip would
+    take a CPU a quarter of an hour."""
     share = ROUGH / (spatial_factor(pipeline.vae) * max(latents.shape[2:]))
     if share < 1:
         latents = F.interpolate(latents, scale_factor=share, mode="nearest-exact")

@@ -44,11 +44,12 @@ for kind in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, 
     LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = ["save_pretrained", "from_pretrained"]
 
 NETWORKS = ("unet", "moments", "gaussian", "guide")
-"""Of a pipeline, beside the autoencoder."""
+"""Components of a pipeline that are networks, apart from the autoencoder."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TILED_PIXELS = 1024 * 1024
 SLICE_PIXELS = 512 * 512
-"""Of pictures decoded at a time: a larger one comes alone. One of 1024 x 1024 takes 4.9 GB of Stable Diffusion's decoder."""
+"""Decode at most this many pixels per call; larger images are decoded one by one. Stable Diffusion's decoder takes 4.9 GB for
+1024 x 1024."""
 
 
 class SMDPipeline(DiffusionPipeline):
@@ -233,17 +234,17 @@ class SMDPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the sampling that goes on."""
+        """Guidance scale of the current call."""
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """Of the sampling that goes on."""
+        """Number of timesteps of the current call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether the sampling that goes on is to do no further step."""
+        """Whether the current call is to stop before its next step."""
         return self._interrupt
 
     def label_of(self, name: str) -> int:
@@ -255,7 +256,9 @@ class SMDPipeline(DiffusionPipeline):
         raise UserError(f"classes: expected one of {known}, found {name!r}")
 
     def latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Of pictures of so many pixels, None as in training; ValueError where no latents have such pictures."""
+        """Return (height, width) of the latents of images of that size in pixels, None as in training.
+
+        Raises ValueError unless the autoencoder's factor divides both."""
         factor, side = spatial_factor(self.vae), self.unet.config.sample_size
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < factor or pixels % factor):
@@ -424,7 +427,7 @@ def model_folder(source: str | Path) -> Path:
 
 
 def weight_files(folder: Path, parts: Sequence[str]) -> list[Path]:
-    """Of those parts of a model folder that are there."""
+    """List the weight files of those parts of a model folder that exist."""
     return [path for part in parts for path in sorted((folder / part).glob("*.safetensors"))]
 
 

@@ -163,7 +163,7 @@ def load_clip(spec: str, pipelines: dict[str, SMDPipeline]) -> ClipEncoder:
 
 
 def embedding_of(clip: ClipEncoder, pipeline: SMDPipeline, like: str | None, text: str | None) -> torch.Tensor:
-    """Of words, or else of the picture at ``like``, (1, D)."""
+    """Return the embedding of the words, or else of the image at ``like``, (1, D)."""
     if text:
         return clip.texts([text])
     if like is None:
@@ -173,7 +173,7 @@ def embedding_of(clip: ClipEncoder, pipeline: SMDPipeline, like: str | None, tex
 
 
 def training_side(pipeline: SMDPipeline) -> int:
-    """Of the pictures that the model was trained on, in pixels."""
+    """Return the side of the training images, in pixels."""
     return spatial_factor(pipeline.vae) * pipeline.unet.config.sample_size
 
 

@@ -2,9 +2,8 @@
 
 What is to be done follows from the input alone: shard k holds the k-th slice of the pictures, sorted and then mixed, always
 alike, and worker i of n takes the shards i, i + n, ... Workers never talk to each other. Each shard is written under a
-temporary name, synced, renamed, and then vouched for by a record beside it; who starts again finds the records, checks the
-hashes, and goes on with what is missing; who finds the records complete writes the manifest, whose content does not depend on
-who did what.
+temporary name, synced, renamed, and then vouched for by a record beside it. A restart skips shards whose record hash matches.
+The worker that finds every record writes the manifest, whose content does not depend on who did what.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from .stream import index_tar
 PLAN = "plan.json"
 OF_PICTURES = ("pictures", "pictures_sha256", "files_sha256")
 NOT_IN_MANIFEST = ("format", "pictures", "files_sha256")
-"""Of the plan's settings. A copy of the pictures, with other modification times, has the same manifest."""
+"""Settings of the plan that stay out of the manifest: a copy of the images, with other modification times, has the same one."""
 AHEAD = 2
 """Batches that are encoded, or wait for that, while one is written."""
 

@@ -53,7 +53,7 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """Of manifest.json, and so of all that the latents depend on, and of the latents."""
+        """Hash of manifest.json, and so of the latents and all that they depend on."""
         return sha256(self.folder / MANIFEST)
 
     @property
@@ -71,7 +71,7 @@ class Manifest:
 
     @property
     def embedding(self) -> dict | None:
-        """Of the pictures' embeddings: the network, its sha256, resize, and their dimensions; None where there are none."""
+        """What the images' embeddings are: network, its sha256, resize, dimensions; None where there are none."""
         return self.metadata.get("embedding")
 
     @property

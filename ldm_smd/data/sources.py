@@ -284,8 +284,8 @@ def _list_dataset(source: str, split: str) -> tuple[list[Entry], list[str]]:
 
 @lru_cache(maxsize=2)
 def _dataset(source: str, split: str) -> Dataset:
-    """Of columns image, not decoded, and label, if it has labels: a folder of ``save_to_disk``, or whatever ``load_dataset``
-    finds."""
+    """Load a dataset with the columns image, not decoded, and label if it has labels: from a folder of ``save_to_disk``, or as
+    ``load_dataset`` finds it."""
     try:
         import datasets
     except ImportError as error:

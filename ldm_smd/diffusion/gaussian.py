@@ -75,7 +75,7 @@ class GaussianMixture:
         return self.weights @ self.means
 
     def covariance(self) -> torch.Tensor:
-        """Of the whole mixture, (D, D): sum_k w_k (S_k + m_k m_k^T) - m m^T."""
+        """Covariance of the whole mixture, (D, D): sum_k w_k (S_k + m_k m_k^T) - m m^T."""
         inner = torch.einsum("k,kde,ke,kfe->df", self.weights, self.bases, self.variances, self.bases)
         centred = self.means - self.mean()
         return inner + torch.einsum("k,kd,ke->de", self.weights, centred, centred)
@@ -136,7 +136,7 @@ class GaussianMixture:
 
 
 def leading(covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of a covariance (D, D): eigenvectors (rank, D) and eigenvalues (rank,), largest first, and the mean of the others."""
+    """Return eigenvectors (rank, D) and eigenvalues (rank,) of a covariance (D, D), largest first, and the mean of the rest."""
     variances, vectors = torch.linalg.eigh(covariance)
     variances = variances.clamp_min(0.0)
     return vectors[:, -rank:].flip(1).T, variances[-rank:].flip(0), variances[:-rank].mean()
@@ -190,7 +190,7 @@ def choose(shares: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def weights_by_class(weights: torch.Tensor, shares: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Of the components (K,) of a mixture, for every class and, in the last row, for no class: (classes + 1, K).
+    """Return the weights of the components (K,) for every class and, in the last row, for no class: (classes + 1, K).
 
     The mean responsibilities (N, K) of a class's points, with one point's worth of the weights of all.
     """

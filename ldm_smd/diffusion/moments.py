@@ -13,13 +13,13 @@ import torch
 from .process import DiffusionProcess
 
 WEIGHT = 1 / 3
-"""Of the first of the two components."""
+"""Weight of the first of the two components."""
 PAPER_ITERATIONS = 70
 
 
 @dataclass
 class Moments:
-    """Of a random number at every place, tensors of one shape: the mean, the variance and the third central moment."""
+    """Mean, variance and third central moment of every element, as tensors of one shape."""
 
     mean: torch.Tensor
     variance: torch.Tensor
@@ -75,7 +75,7 @@ def two_gaussians(moments: Moments, floor: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def moments_of(first: torch.Tensor, second: torch.Tensor, variance: torch.Tensor) -> Moments:
-    """Of 1/3 N(first, variance) + 2/3 N(second, variance)."""
+    """Return the moments of 1/3 N(first, variance) + 2/3 N(second, variance)."""
     mean, d = first / 3 + 2 * second / 3, first - second
     return Moments(mean, variance + 2 * d**2 / 9, 2 * d**3 / 27)
 

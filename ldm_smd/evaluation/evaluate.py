@@ -165,7 +165,7 @@ def look_at_real(
 
 
 def digest_of(entries: list[Entry], images: ImagesConfig, extractors: list[Extractor]) -> str:
-    """Of all that the features of a source depend on."""
+    """Hash everything that the features of a source depend on."""
     digest = hashlib.sha256(repr([getattr(images, key) for key in IMAGES]).encode())
     digest.update("".join(extractor.sha256 + extractor.resize for extractor in extractors).encode())
     digest.update(fingerprint(entries).encode())

@@ -43,7 +43,7 @@ class FeatureSet:
         return (kernel_sum(x, x) - ((x * x).mean(dim=1) + 1.0).pow(3).sum()) / (len(x) * (len(x) - 1))
 
     def radii(self, neighbour: int) -> torch.Tensor:
-        """Of each row the distance to its so-manieth nearest other, (N,)."""
+        """Return the distance from each row to its k-th nearest neighbour, k = ``neighbour``, (N,)."""
         if neighbour not in self._radii:
             parts = [
                 torch.cdist(rows, self.features).kthvalue(min(neighbour + 1, len(self)), dim=1).values

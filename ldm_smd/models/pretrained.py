@@ -38,7 +38,7 @@ def weights_file(key: str, source: str, known: Sequence[str], what: str) -> Path
 
 
 def state_sha256(model: nn.Module) -> str:
-    """Of weights that no file of ours holds."""
+    """Hash weights that are in no file of ours."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())

@@ -198,7 +198,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
 
     @property
     def noise(self) -> PosteriorNoise:
-        """Of a mixture."""
+        """The posterior noise of a mixture model."""
         return cast(PosteriorNoise, self.hyper["noise"])
 
     def forward(
@@ -328,7 +328,7 @@ class Stage(nn.Module):
 
 
 def is_mixture(unet: ModelMixin) -> bool:
-    """Of any denoiser, also a plain UNet2DModel of diffusers."""
+    """Tell whether a denoiser is a mixture; a plain UNet2DModel of diffusers is not."""
     return getattr(unet, "is_mixture", False)
 
 
@@ -338,7 +338,7 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 
 def num_classes(unet: ModelMixin) -> int | None:
-    """Of any denoiser; the last class embedding of a plain UNet2DModel is taken for "no label"."""
+    """Return a denoiser's number of classes; the last class embedding of a plain UNet2DModel is taken for "no label"."""
     if isinstance(uncompiled(unet), UNet2DModel):
         embeds = unet.config.num_class_embeds
         return None if embeds is None else embeds - 1
@@ -367,7 +367,7 @@ def predict(
 
 
 def embedding_dimensions(unet: ModelMixin) -> int | None:
-    """Of any denoiser: D of the image embeddings that it is conditioned on."""
+    """Return the dimensions D of the image embeddings that a denoiser is conditioned on, or None."""
     return getattr(unet.config, "embedding_dimensions", None)
 
 

@@ -68,7 +68,7 @@ def resume(folder: Path, model: ModelMixin, ema: EMA) -> dict:
 
 
 def resume_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Of the newest checkpoint, if there is one; after the parameters have been divided over the processes."""
+    """Load the optimizer of the newest checkpoint, if any. Call after FSDP sharding."""
     for path in checkpoints(folder)[-1:]:
         load_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
 

@@ -35,7 +35,7 @@ FLOOR = 1e-4
 
 @dataclass
 class LatentSums:
-    """Of the normalised latents of every class, and last of those without one: what mean and covariance are made of. Float64;
+    """Sums over the normalised latents of every class, and last over those without one, for means and covariances. Float64;
     sums of parts are the sums of all.
 
     Attributes:
@@ -141,7 +141,7 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
 def latent_sums(
     config: FitGaussianConfig, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int, state: PartialState
 ) -> LatentSums:
-    """Of all latents of the shards, by class, over all processes; with ``config.mirror`` half of them mirrored."""
+    """Sum over all latents of the shards by class, on all processes; half of them mirrored with ``config.mirror``."""
     channels, height, width = manifest.latent_shape
     numbers = channels * height * width
     sketch = None

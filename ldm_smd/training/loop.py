@@ -80,7 +80,7 @@ MAY_CHANGE = (
 )
 """Settings that a resumed run may have others of, which is logged and told in the model card."""
 STOP_EVERY_STEPS = 10
-"""Several processes agree so often whether to stop."""
+"""Ranks vote on stopping every this many steps."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -287,7 +287,7 @@ class TrainingStep:
         return total
 
     def losses(self, batch: LatentBatch, draws: Draws) -> torch.Tensor:
-        """Of each picture, (b,)."""
+        """Return the loss of each image, (b,)."""
         x0 = self.autoencoder.normalise(sample_latents(batch.moments, noise=draws.posterior))
         t, eta = draws.t, rearrange(draws.eta, "b m ... -> (b m) ...") if draws.eta.shape[1] else None
         prediction_type = self.config.diffusion.prediction_type
