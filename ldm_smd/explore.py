@@ -188,8 +188,8 @@ class Explorer:
 
 
 def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Decode normalised latents (B, C, h, w) small. Large ones are subsampled first: rough, but at 1024 pixels a filmstrip would
-    take a CPU a quarter of an hour."""
+    """Decode normalised latents (B, C, h, w) small. Large ones are subsampled first: rough, but a filmstrip of 1024
+    pixels would take a CPU a quarter of an hour."""
     share = ROUGH / (spatial_factor(pipeline.vae) * max(latents.shape[2:]))
     if share < 1:
         latents = F.interpolate(latents, scale_factor=share, mode="nearest-exact")

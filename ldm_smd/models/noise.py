@@ -32,8 +32,8 @@ class PosteriorNoise(nn.Module):
 
     and E[c | x_t] + s_t e is a draw of q(c | x_t). Back among the latents it is a draft of the picture in whose layout and
     colours all positions agree, whereas the paper's i.i.d. noise lets each pick a mode independently; what few components
-    cannot say, texture and edges, is the same for every draw of a step and left to the steps after it. With one mode it is the Gaussian
-    approximation of the score (arXiv 2412.09726), Cov(e) = Sigma (a_t^2 Sigma + s_t^2)^-1.
+    cannot say, texture and edges, is the same for every draw of a step and left to the steps after it. With one mode it is the
+    Gaussian approximation of the score (arXiv 2412.09726), Cov(e) = Sigma (a_t^2 Sigma + s_t^2)^-1.
 
     e is returned in the space of the network's prediction: added to the Gaussian model's, it makes a mixture of it.
 
