@@ -547,7 +547,7 @@ class SampleConfig:
     image: Optional[str] = None
     """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
     strength: float = 0.6
-    """With ``image``, the share of the steps that are done: 1 leaves nothing of it."""
+    """With ``image``, the share of the noise schedule that is gone through: 1 leaves nothing of it."""
     seed: int = 0
     """Picture i has seed ``seed + i``: it is the same at any batch size."""
     batch_size: int = 64
