@@ -48,6 +48,12 @@ class SchedulersConfig(ResultsConfig):
     """Of the training of both."""
     schedulers: list[str] = field(default_factory=lambda: sorted(SUPPORTED))
     """As make_scheduler takes them; DDIMScheduler, which all are compared with, comes first of itself."""
+    controls: list[str] = field(
+        default_factory=lambda: [
+            f"{name}:use_karras_sigmas=false" for name, needed in sorted(SUPPORTED.items()) if "use_karras_sigmas" in needed
+        ]
+    )
+    """What the settings are for: the same without them. No part of the targets."""
     steps: int = 20
 
 
@@ -56,7 +62,7 @@ def schedulers(config: SchedulersConfig) -> Path:
     results = Results("schedulers", config)
     own = build_scheduler(config.diffusion)
     autoencoder = AutoencoderKL.from_pretrained(config.autoencoder, use_safetensors=True)
-    names = list(dict.fromkeys([REFERENCE, *config.schedulers]))
+    names = list(dict.fromkeys([REFERENCE, *config.schedulers, *config.controls]))
     results.content |= {"steps": config.steps, "settings": {name: settings_of(name) for name in names}}
     rows: list[list[Image.Image]] = []
     for model, folder in (("gaussian", config.gaussian), ("smd", config.smd)):
@@ -66,27 +72,33 @@ def schedulers(config: SchedulersConfig) -> Path:
             pipeline.scheduler = make_scheduler(name, own)
             results.cell(model, name, pipeline, config.steps)
             rows.append(list(map(to_pil_image, results.yardstick.pictures(pipeline, config.steps, 0, SHOWN, f"{name}, grid"))))
-    results.content["targets"] = targets(results.content["models"], config.steps)
-    labelled_grid(rows, [f"{model}, {brief(name)}" for model in ("gaussian", "smd") for name in names]).save(
+    results.content["targets"] = targets(results.content["models"], config)
+    labelled_grid(rows, [f"{model}, {row_name(name)}" for model in ("gaussian", "smd") for name in names]).save(
         results.path.with_suffix(".jpg"), quality=88
     )
     return results.finish(table(config, results.content))
 
 
 def settings_of(name: str) -> str:
-    """Those that make_scheduler gives a class for our models, as make_scheduler takes them."""
+    """Those asked for, or that make_scheduler gives a class for our models, as make_scheduler takes them."""
+    if ":" in name:
+        return name.partition(":")[2]
     return ",".join(f"{key}={str(value).lower()}" for key, value in SUPPORTED.get(name, {}).items())
 
 
 def brief(name: str) -> str:
-    return name.replace("Scheduler", "")
+    return name.partition(":")[0].replace("Scheduler", "")
 
 
-def targets(models: dict, steps: int) -> list[dict]:
+def row_name(name: str) -> str:
+    return name.replace("Scheduler", "").replace(":", ", ")
+
+
+def targets(models: dict, config: SchedulersConfig) -> list[dict]:
     """Each scheduler against DDIM with as many steps."""
-    found = []
+    found, steps = [], config.steps
     for model, entry in models.items():
-        cells = {name: by_steps[steps] for name, by_steps in entry["distance"].items()}
+        cells = {name: by_steps[steps] for name, by_steps in entry["distance"].items() if name not in config.controls}
         reference = cells[REFERENCE]
         ratios = {name: cell["frechet"] / reference["frechet"] for name, cell in cells.items()}
         moves = {name: abs(cell["brightness"] - reference["brightness"]) for name, cell in cells.items()}

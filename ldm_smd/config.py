@@ -608,7 +608,7 @@ class SampleConfig(Settings):
     image: Optional[str] = None
     """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
     strength: float = number(0.6, above=0, most=1)
-    """With ``image``, the share of the steps that are done: 1 leaves nothing of it."""
+    """With ``image``, the share of the noise schedule that is gone through: 1 leaves nothing of it."""
     seed: int = number(0, 0, MOST_SEED)
     """Picture i has seed ``seed + i``: it is the same at any batch size."""
     batch_size: int = number(64, 1, 2**16)
