@@ -2,11 +2,11 @@
 or in a file with another header: also in processes that tests start. For `make test-cpus`."""
 
 import safetensors
-import safetensors.torch
-import torch
 
 
 def shifted(tensor):
+    import torch  # not above: some processes are not to import it
+
     if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
         return tensor
     size = tensor.numel() * tensor.element_size()
@@ -39,4 +39,4 @@ class SafeOpen:
 
 
 original = safetensors.safe_open
-safetensors.safe_open = safetensors.torch.safe_open = SafeOpen
+safetensors.safe_open = SafeOpen  # from which safetensors.torch takes it
