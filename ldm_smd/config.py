@@ -115,6 +115,8 @@ def check_field(item: Field, key: str, value: typing.Any) -> None:
     if value is None or value == MISSING:
         return
     entries = value if isinstance(value, list) else [value]
+    if isinstance(value, list):
+        check(not any(isinstance(entry, (list, dict)) for entry in value), key, "a list of plain values", value)
     if any(isinstance(entry, str) for entry in entries):
         for entry in entries:
             fits = 0 < len(entry) <= LONGEST_NAME and "\0" not in entry
@@ -712,6 +714,10 @@ class DemoRunConfig(Settings):
     schedulers: list[str] = field(default_factory=lambda: ["DDPMScheduler"])
     """Each is sampled with and stands in the report on its own."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(len(self.schedulers) > 0, "runs[].schedulers", "at least one", self.schedulers)
+
 
 @dataclass
 class DemoConfig(Settings):
@@ -759,8 +765,8 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
         _refuse_unknown_keys(schema, layer, origin)
         try:
             merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
-            key = error.full_key or origin
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: of a list in the place of a mapping
+            key = getattr(error, "full_key", None) or origin
             raise UserError(f"{key}: expected a value of its type, found: {_first_line(error)}") from error
     try:
         # First, as the errors of to_object do not know in which setting a schema stands.

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from diffusers import DDPMScheduler
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torchvision.utils import make_grid
 
 from .autoencoder import FrozenAutoencoder, sample_latents
@@ -37,6 +39,7 @@ from .training.metrics import read_metrics
 GRID_COLUMNS, GRID_ROWS = 8, 5
 SPREAD_PICTURES = 64
 LATENTS = "latents"
+LONGEST_NAME = 100
 
 
 def demo(config: DemoConfig) -> Path:
@@ -51,7 +54,7 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
     if len(config.runs) == 0:
         raise UserError("runs: expected at least one model, found none")
     for run in config.runs:
-        if run.name in (LATENTS, "..") or Path(run.name).name != run.name:
+        if run.name in (LATENTS, "..") or Path(run.name).name != run.name or len(run.name) > LONGEST_NAME:
             raise UserError(f"runs: expected a name for a folder below output, other than {LATENTS}, found {run.name!r}")
     require_shipped(config)
     seconds: dict[str, float] = {}
@@ -62,6 +65,8 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
         training_pixels, _, _ = load_pixels(encode_config.images)
         autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
         extractor = load_extractor(config.features)
+        for run in config.runs:
+            require_run(run)
     for name in (LATENTS, *(run.name for run in config.runs)):
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -146,6 +151,16 @@ def require_shipped(config: DemoConfig) -> None:
     for key, part in parts.items():
         if not Path(part).exists():
             raise UserError(f"{key}: expected a path from the folder of the repository, where demo is to run, found no {part}")
+
+
+def require_run(run: DemoRunConfig) -> None:
+    """Raise UserError unless the config, the weights and the schedulers of a run are there."""
+    load_config(TrainConfig, run.config)
+    weights = Path(run.checkpoint) / SAFETENSORS_WEIGHTS_NAME
+    if not weights.is_file():
+        raise UserError(f"runs: expected weights of {run.name} in {weights}, found no such file")
+    for scheduler in run.schedulers:
+        make_scheduler(scheduler, DDPMScheduler())
 
 
 def target(name: str, wanted: str, measured: float, holds: bool) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from PIL import Image
 from .autoencoder import encoder_sha256, spatial_factor
 from .config import ExploreConfig
 from .device import pick_device
-from .errors import UserError
+from .errors import UserError, brief
 from .models.unet import is_mixture, num_classes
 from .pipelines import SMDPipeline, load_pipeline, seeded_generators
 from .sampling import class_name, embedding_of, labelled_grid, load_clip, training_side
@@ -297,9 +298,18 @@ def import_gradio() -> ModuleType:
     return gradio
 
 
+def require_own_address(host: str) -> None:
+    """Raise UserError unless this machine can listen at ``host``; gradio would wait for ever."""
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"host: expected an address of this machine, found {host!r}: {brief(error)}") from error
+
+
 def explore(config: ExploreConfig) -> None:
     """Serve the page until it is interrupted."""
     gr = import_gradio()
+    require_own_address(config.host)
     blocks = page(Explorer(config))
     # Fonts of this machine: the page fetches nothing from elsewhere.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
