@@ -62,7 +62,10 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
     with timed(seconds, "read"):
         encode_config = load_config(EncodeConfig, config.encode, [f"output={output / LATENTS}"])
         held_out, labels, _ = load_pixels(config.held_out)
-        training_pixels, _, _ = load_pixels(encode_config.images)
+        training_pixels, _, classes = load_pixels(encode_config.images)
+        unknown = [label for label in labels if classes and (label is None or label >= len(classes))]
+        if unknown:
+            raise UserError(f"held_out.source: expected labels of the {len(classes)} training classes, found {unknown[0]}")
         autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
         extractor = load_extractor(config.features)
         for run in config.runs:
