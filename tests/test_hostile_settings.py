@@ -6,6 +6,7 @@ from operator import attrgetter
 import pytest
 import yaml
 
+from ldm_smd.commands import BY_NAME
 from ldm_smd.evaluation.features import FeatureNetwork
 from ldm_smd.training.loop import train
 from tests.hostile import cases, run_case
@@ -86,20 +87,7 @@ def bases(pictures, vae_folder, shards, train_config, gaussian_folder, tmp_path)
 
 
 WRONG = attrgetter("wrong")
-TOOLS = (
-    "encode",
-    "verify",
-    "train",
-    "train-autoencoder",
-    "train-classifier",
-    "average",
-    "train-moments",
-    "fit-gaussian",
-    "sample",
-    "evaluate",
-    "explore",
-    "demo",
-)
+TOOLS = tuple(BY_NAME)
 
 
 def failures(tool, base, folder, capfd, chosen):

@@ -40,7 +40,7 @@ UNNAMED_CLASSES = 1_000
 """Labels without a list of names may leave out classes up to here; above, a tenth of them must be there."""
 NUMBER_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 MOST_TARS = 1_000_000
-"""That braces may stand for."""
+"""Most tars that braces may stand for."""
 
 # As webdataset reads gs:// with gsutil; 1.0 has nothing for s3://.
 gopen_schemes.setdefault("s3", lambda url, mode, bufsize: Pipe(["aws", "s3", "cp", url, "-"], mode=mode, bufsize=bufsize))

@@ -28,7 +28,7 @@ from ..data.images import read_pictures
 from ..data.sources import Entry, fingerprint, list_entries
 from ..device import pick_device, process_group
 from ..errors import UserError
-from ..files import atomic_file, claimed, claimed_by_first, require_folder, sha256, this_process
+from ..files import atomic_file, claimed, claimed_by_first, sha256, this_process
 from ..models.unet import num_classes
 from ..pipelines import NETWORKS, load_pipeline, model_folder, weight_files
 from ..progress import progress
@@ -79,8 +79,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     if output.is_dir():
         raise UserError(f"output: expected a JSON file to write, found a folder at {output}")
     if config.cache is not None:  # which others may use at the same time
-        with claimed(Path(config.cache), "cache", worker=this_process()):
-            require_folder(Path(config.cache), "cache")
+        with claimed(Path(config.cache), "cache", worker=this_process(), inside=True):
+            pass  # it can be written
     with claimed_by_first(output), process_group() as state:
         return measure(config, output, state)
 

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import INPUT_RANGE, FrozenAutoencoder
-from ..config import TrainAutoencoderConfig, config_as_dict
+from ..config import TrainAutoencoderConfig
 from ..data.images import load_pixels
 from ..data.shards import ChannelStatistics
 from ..device import pick_device
@@ -22,7 +22,7 @@ from .card import card
 from .checkpoint import load_weights, newest_images, optimizer_tensors, resume, resume_optimizer, save_checkpoint
 from .ema import EMA
 from .metrics import MetricsLog, crossed
-from .record import RunRecord, flat, open_record
+from .record import RunRecord, compared_settings, open_record
 
 REPORT_EVERY_IMAGES = 1_000
 NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache", "held_out.", "work", "resume_changed")
@@ -83,8 +83,7 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     torch.manual_seed(config.seed)
     pixels, _, _ = load_pixels(config.images)
     held_out, _, _ = load_pixels(config.held_out)
-    settings = {name: value for name, value in flat(config_as_dict(config)).items() if not name.startswith(NOT_COMPARED)}
-    made_from = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), **settings}
+    made_from = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), **compared_settings(config, NOT_COMPARED)}
     there = newest_images(work / "checkpoints")
     record = open_record(work, made_from, there, MAY_CHANGE, config.resume_changed)
     model = build(config)

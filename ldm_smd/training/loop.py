@@ -41,7 +41,7 @@ from .draws import Draws, draw, step_seed
 from .ema import EMA, PowerEMA
 from .gaussian import LATENTS_PER_COMPONENT, fitting_latents
 from .metrics import MetricsLog, RunningMeans, crossed
-from .record import RunRecord, flat, open_record
+from .record import RunRecord, compared_settings, open_record
 from .sharding import gathered, is_divided, set_sharded_precision, whole
 from .signals import EXIT_CODE, sigterm_flag
 
@@ -112,10 +112,9 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
     manifest.check_autoencoder(autoencoder)
     scheduler = build_scheduler(config.diffusion)
     output, main = Path(config.output), accelerator.is_main_process
-    settings = {name: value for name, value in flat(config_as_dict(config)).items() if name not in NOT_COMPARED}
     record = open_record(
         output,
-        {"shards": manifest.sha256, **settings},
+        {"shards": manifest.sha256} | compared_settings(config, NOT_COMPARED),
         newest_images(output / "checkpoints"),
         MAY_CHANGE,
         config.resume_changed,

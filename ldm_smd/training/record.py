@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
+from ..config import config_as_dict
 from ..errors import UserError, shortened
 from ..files import atomic_file
 
@@ -94,6 +95,11 @@ def open_record(
     if changed:
         before.changes.append({"images": images_seen, "changed": changed})
     return RunRecord(made_from, before.changes)
+
+
+def compared_settings(config: object, left_out: tuple[str, ...]) -> dict:
+    """All settings by their full names, but for those whose names begin with one of ``left_out``."""
+    return {name: value for name, value in flat(config_as_dict(config)).items() if not name.startswith(left_out)}
 
 
 def flat(settings: Mapping, prefix: str = "") -> dict:
