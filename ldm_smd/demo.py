@@ -150,18 +150,16 @@ def require_shipped(config: DemoConfig) -> None:
     if ":" not in config.features:
         parts["features"] = config.features
     for index, run in enumerate(config.runs):
-        parts |= {f"runs[{index}].config": run.config, f"runs[{index}].checkpoint": run.checkpoint}
+        parts |= {f"runs[{index}].config": run.config}
+        parts |= {f"runs[{index}].checkpoint": str(Path(run.checkpoint) / SAFETENSORS_WEIGHTS_NAME)}
     for key, part in parts.items():
         if not Path(part).exists():
             raise UserError(f"{key}: expected a path from the folder of the repository, where demo is to run, found no {part}")
 
 
 def require_run(run: DemoRunConfig) -> None:
-    """Raise UserError unless the config, the weights and the schedulers of a run are there."""
+    """Raise UserError unless the config and the schedulers of a run can be read."""
     load_config(TrainConfig, run.config)
-    weights = Path(run.checkpoint) / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        raise UserError(f"runs: expected weights of {run.name} in {weights}, found no such file")
     for scheduler in run.schedulers:
         make_scheduler(scheduler, DDPMScheduler())
 
