@@ -30,7 +30,7 @@ from gmm_models import PointDenoiser, parameters_per_model, repeat
 from scipy.stats import chi2
 from sklearn.cluster import kmeans_plusplus
 
-from ldm_smd.diffusion.gaussian import GaussianMixture
+from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.objectives import energy, mixture_nll, mse, timestep_weight
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.progress import progress

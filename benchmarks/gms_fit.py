@@ -1,4 +1,4 @@
-"""The kernel of Gaussian mixture solvers: solved (ldm_smd/diffusion/moments.py) against fitted as the paper does.
+"""The kernel of Gaussian mixture solvers: solved (ldm_smd/diffusion/central_moments.py) against fitted as the paper does.
 
 The paper (arXiv 2311.00941) finds the two means and the shared variance of every number's kernel in 70 iterations of an
 optimizer, from a start where the means all but meet; a start with the means apart to the right side is tried too. All on the
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ldm_smd.diffusion.moments import PAPER_ITERATIONS, Moments, fit_two_gaussians, moments_of, two_gaussians
+from ldm_smd.diffusion.central_moments import PAPER_ITERATIONS, Moments, fit_two_gaussians, moments_of, two_gaussians
 
 RESULT = Path(__file__).parent / "results" / "gms_fit.json"
 SHAPE = (64, 16, 8, 8)

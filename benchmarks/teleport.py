@@ -33,7 +33,7 @@ from ldm_smd.models.unet import known_labels, num_classes, predict
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.sampling import make_scheduler
 from ldm_smd.schedulers import TeleportScheduler
-from ldm_smd.training.gaussian import fitting_latents
+from ldm_smd.training.fit_gaussian import fitting_latents
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

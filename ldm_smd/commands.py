@@ -156,7 +156,7 @@ examples:
     Command(
         "train-autoencoder",
         config.TrainAutoencoderConfig,
-        "ldm_smd.training.autoencoder:train_autoencoder",
+        "ldm_smd.training.train_autoencoder:train_autoencoder",
         """Train a small AutoencoderKL on your own pictures.
 
 examples:
@@ -168,7 +168,7 @@ examples:
     Command(
         "train-moments",
         config.TrainMomentsConfig,
-        "ldm_smd.training.moments:train_moments",
+        "ldm_smd.training.train_moments:train_moments",
         """Train what GMSScheduler needs beside a Gaussian model.
 
 That is the variance and the skew of the step, beside the model's prediction of its mean. The UNet stays as it is; a small head
@@ -183,7 +183,7 @@ examples:
     Command(
         "train-classifier",
         config.TrainClassifierConfig,
-        "ldm_smd.training.classifier:train_classifier",
+        "ldm_smd.training.train_classifier:train_classifier",
         """Train the small classifier that pictures are measured by.
 
 Distances are taken in its last features.
@@ -197,7 +197,7 @@ examples:
     Command(
         "fit-gaussian",
         config.FitGaussianConfig,
-        "ldm_smd.training.gaussian:fit_gaussian",
+        "ldm_smd.training.fit_gaussian:fit_gaussian",
         """Fit the Gaussians that TeleportScheduler starts from.
 
 Mean and covariance of the latents, for each class and for all, in one pass over the shards. The output is a model folder as

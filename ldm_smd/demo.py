@@ -25,16 +25,16 @@ from .data.stream import LatentStream
 from .diffusion.process import DiffusionProcess
 from .errors import UserError
 from .evaluation.diagnostics import spread_over_eta
+from .evaluation.distances import frechet_distance
 from .evaluation.features import load_extractor
-from .evaluation.metrics import frechet_distance
 from .evaluation.report import write_report
 from .files import claimed
 from .models.unet import known_labels
 from .pipelines import SMDPipeline, load_pipeline
 from .sampling import SamplingOptions, make_scheduler, sample_pixels
-from .training.autoencoder import measure
 from .training.loop import SPREAD_TIMESTEPS, train
-from .training.metrics import read_metrics
+from .training.metrics_log import read_metrics
+from .training.train_autoencoder import measure
 
 GRID_COLUMNS, GRID_ROWS = 8, 5
 SPREAD_PICTURES = 64

@@ -37,12 +37,12 @@ from ldm_smd.explore import Explorer, Wish
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import sample
 from ldm_smd.schedulers import make_scheduler
-from ldm_smd.training.autoencoder import train_autoencoder
 from ldm_smd.training.average import average
-from ldm_smd.training.classifier import train_classifier
-from ldm_smd.training.gaussian import fit_gaussian
+from ldm_smd.training.fit_gaussian import fit_gaussian
 from ldm_smd.training.loop import train
-from ldm_smd.training.moments import train_moments
+from ldm_smd.training.train_autoencoder import train_autoencoder
+from ldm_smd.training.train_classifier import train_classifier
+from ldm_smd.training.train_moments import train_moments
 
 MODEL, GAUSSIAN, CONDITIONAL, CLIP, SHARDS, VAE, PICTURES, OUTPUT = sys.argv[1:]
 OUTPUT = Path(OUTPUT)

@@ -14,10 +14,10 @@ from ldm_smd.data.encode import encode
 from ldm_smd.demo import demo
 from ldm_smd.evaluation.features import FeatureNetwork
 from ldm_smd.sampling import sample
-from ldm_smd.training.autoencoder import train_autoencoder
 from ldm_smd.training.ema import EMA
 from ldm_smd.training.loop import train
-from ldm_smd.training.metrics import read_metrics
+from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.train_autoencoder import train_autoencoder
 from tests.tiny import TINY_AUTOENCODER, TINY_MODEL
 
 

@@ -17,8 +17,8 @@ from ldm_smd.pipelines import SMDPipeline, load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler, sample
 from ldm_smd.schedulers import TeleportScheduler
 from ldm_smd.schedulers.support import SUPPORTED
-from ldm_smd.training.gaussian import fit_gaussian
-from ldm_smd.training.moments import train_moments
+from ldm_smd.training.fit_gaussian import fit_gaussian
+from ldm_smd.training.train_moments import train_moments
 from tests.rounding import alike
 from tests.tiny import diffusers_unet
 

@@ -34,8 +34,8 @@ from ..pipelines import NETWORKS, load_pipeline, model_folder, weight_files
 from ..progress import progress
 from ..sampling import SamplingOptions, sample_batches
 from ..schedulers import make_scheduler
+from .distances import FeatureSet, distances
 from .features import Extractor, load_extractor
-from .metrics import FeatureSet, distances
 
 IMAGES = ("source", "resolution", "crop", "background")
 COLUMNS = ("frechet", "kid", "cmmd", "precision", "recall", "density", "coverage")

@@ -9,7 +9,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..diffusion.gaussian import choose, shared_responsibilities
+from ..diffusion.gaussian_mixture import choose, shared_responsibilities
 
 
 class LatentGaussians(ModelMixin, ConfigMixin):

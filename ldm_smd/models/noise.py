@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..diffusion.gaussian import choose, fit_shared, leading, shared_responsibilities, weights_by_class
+from ..diffusion.gaussian_mixture import choose, fit_shared, leading, shared_responsibilities, weights_by_class
 from .blocks import repeat
 
 GRID = 8

@@ -10,14 +10,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..diffusion.moments import WEIGHT, Moments, fit_two_gaussians, reverse_moments, two_gaussians, x0_moments
+from ..diffusion.central_moments import WEIGHT, Moments, fit_two_gaussians, reverse_moments, two_gaussians, x0_moments
 from ..diffusion.process import DiffusionProcess
 
 
 class GMSScheduler(DDPMScheduler):
     """Gaussian mixture solver (arXiv 2311.00941): x_s ~ 1/3 N(m_1, var) + 2/3 N(m_2, var), elementwise, with the mean, the
     variance and the third central moment of q(x_s | x_t). The paper fits the kernel in 70 iterations of an optimizer at
-    every step; here it is solved (diffusion/moments.py), unless one asks for the fit.
+    every step; here it is solved (diffusion/central_moments.py), unless one asks for the fit.
 
     A scheduler of diffusers otherwise: ``set_timesteps``, ``add_noise``, ``from_config`` of any other's configuration. But
     ``step`` takes three outputs of the network where others take one, the prediction and two moments, as

@@ -39,8 +39,8 @@ from .card import card
 from .checkpoint import checkpoints, load_weights, newest_images, optimizer_tensors, resume, resume_optimizer, save_checkpoint
 from .draws import Draws, draw, step_seed
 from .ema import EMA, PowerEMA
-from .gaussian import LATENTS_PER_COMPONENT, fitting_latents
-from .metrics import MetricsLog, RunningMeans, crossed
+from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
+from .metrics_log import MetricsLog, RunningMeans, crossed
 from .record import RunRecord, compared_settings, open_record
 from .sharding import gathered, is_divided, set_sharded_precision, whole
 from .signals import EXIT_CODE, sigterm_flag

@@ -7,7 +7,7 @@ import yardstick
 from gms import GMSConfig, stroke
 
 from ldm_smd.config import TrainMomentsConfig, load_config
-from ldm_smd.training.moments import train_moments
+from ldm_smd.training.train_moments import train_moments
 
 
 @pytest.mark.slow

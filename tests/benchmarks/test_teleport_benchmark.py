@@ -6,7 +6,7 @@ import yardstick
 from teleport import PLAIN, TeleportBenchmarkConfig
 
 from ldm_smd.config import FitGaussianConfig, load_config
-from ldm_smd.training.gaussian import fit_gaussian
+from ldm_smd.training.fit_gaussian import fit_gaussian
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from ldm_smd.config import TrainClassifierConfig, load_config
 from ldm_smd.errors import UserError
 from ldm_smd.evaluation.features import DINOV2_SIDE, FeatureNetwork, load_extractor
-from ldm_smd.training.classifier import train_classifier
+from ldm_smd.training.train_classifier import train_classifier
 
 
 @pytest.fixture(scope="module")

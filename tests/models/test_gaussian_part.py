@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ldm_smd.diffusion.gaussian import GaussianMixture
+from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.models.gaussian import LatentGaussians
 from tests.rounding import alike
 
@@ -99,7 +99,7 @@ def test_saves_and_loads(tmp_path):
 
 
 def test_the_expected_x0_is_that_of_the_posterior():
-    """Against the closed form of diffusion/gaussian.py: a Gaussian for each class, and a mixture."""
+    """Against the closed form of diffusion/gaussian_mixture.py: a Gaussian for each class, and a mixture."""
     part, covariances = gaussians()
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(2)).double()
     found = part.expected_x0(x, at(0.7), torch.tensor([0, 1, 2])).flatten(1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm_smd.diffusion.gaussian import GaussianMixture
+from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.models.noise import FLOOR, PosteriorNoise, between
 from ldm_smd.models.unet import SMDUNet2DModel

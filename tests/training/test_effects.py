@@ -21,7 +21,7 @@ from ldm_smd.training import loop
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.draws import draw
 from ldm_smd.training.loop import TrainingStep, learning_rate_at, train
-from ldm_smd.training.metrics import read_metrics
+from ldm_smd.training.metrics_log import read_metrics
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OTHERS = {

@@ -24,7 +24,7 @@ from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.ema import EMA
 from ldm_smd.training.loop import TrainingStep, build_model, build_scheduler, learning_rate_at, train
-from ldm_smd.training.metrics import MetricsLog, read_metrics
+from ldm_smd.training.metrics_log import MetricsLog, read_metrics
 from tests.tiny import diffusers_unet
 
 

@@ -25,8 +25,10 @@ from ldm_smd.data.stream import LatentStream
 from ldm_smd.evaluation.features import FeatureNetwork
 from ldm_smd.models.moments import MomentHeads
 from ldm_smd.pipelines import load_pipeline
-from ldm_smd.training import autoencoder
-from ldm_smd.training.autoencoder import (
+from ldm_smd.training import train_autoencoder as autoencoder
+from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.rates import warmup_cosine
+from ldm_smd.training.train_autoencoder import (
     autoencoder_loss,
     measure,
     save_comparison,
@@ -34,10 +36,8 @@ from ldm_smd.training.autoencoder import (
     to_uint8,
     train_autoencoder,
 )
-from ldm_smd.training.classifier import LabelledPictures, accuracy, augmented_batch, train_classifier
-from ldm_smd.training.metrics import read_metrics
-from ldm_smd.training.moments import PredictionErrors, calibration, train_moments
-from ldm_smd.training.rates import warmup_cosine
+from ldm_smd.training.train_classifier import LabelledPictures, accuracy, augmented_batch, train_classifier
+from ldm_smd.training.train_moments import PredictionErrors, calibration, train_moments
 from tests.rounding import alike
 from tests.tiny import TINY_AUTOENCODER
 

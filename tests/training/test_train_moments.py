@@ -5,7 +5,7 @@ from ldm_smd.config import TrainMomentsConfig
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import make_scheduler
-from ldm_smd.training.moments import train_moments
+from ldm_smd.training.train_moments import train_moments
 from tests.rounding import alike
 
 

@@ -21,7 +21,7 @@ from ..progress import progress
 from .card import card
 from .checkpoint import load_weights, newest_images, optimizer_tensors, resume, resume_optimizer, save_checkpoint
 from .ema import EMA
-from .metrics import MetricsLog, crossed
+from .metrics_log import MetricsLog, crossed
 from .record import RunRecord, compared_settings, open_record
 
 REPORT_EVERY_IMAGES = 1_000

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ldm_smd.diffusion.gaussian import GaussianMixture, choose, fit_shared
+from ldm_smd.diffusion.gaussian_mixture import GaussianMixture, choose, fit_shared
 from ldm_smd.diffusion.process import DiffusionProcess
 
 GRID = torch.linspace(-9, 9, 361, dtype=torch.float64)

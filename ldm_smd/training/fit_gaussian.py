@@ -14,7 +14,7 @@ from ..config import FitGaussianConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
 from ..device import process_group
-from ..diffusion.gaussian import fit_shared, leading, weights_by_class
+from ..diffusion.gaussian_mixture import fit_shared, leading, weights_by_class
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
 from ..models.gaussian import LatentGaussians

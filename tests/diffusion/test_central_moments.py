@@ -5,8 +5,8 @@ import torch
 
 from ldm_smd.choices import PREDICTION_TYPES
 from ldm_smd.config import DiffusionConfig
-from ldm_smd.diffusion.gaussian import GaussianMixture
-from ldm_smd.diffusion.moments import Moments, fit_two_gaussians, moments_of, reverse_moments, two_gaussians, x0_moments
+from ldm_smd.diffusion.central_moments import Moments, fit_two_gaussians, moments_of, reverse_moments, two_gaussians, x0_moments
+from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.training.loop import build_scheduler
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.evaluation import metrics
+from ldm_smd.evaluation import distances as metrics
 from ldm_smd.evaluation.diagnostics import has_collapsed, spread_over_eta
-from ldm_smd.evaluation.metrics import (
+from ldm_smd.evaluation.distances import (
     FeatureSet,
     bootstrap_deviation,
     cmmd,
