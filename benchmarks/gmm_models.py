@@ -44,10 +44,10 @@ class StackedBlock(nn.Module):
 class StackedHyperNetwork(nn.Module):
     """f_phi: h + Linear_out(W_2 W_1 Linear_in(norm(h))) with W_l = v_l v_l^T / sqrt(width) + softplus(c_l) I, v_l from z."""
 
-    def __init__(self, models: int, channels: int, latent_channels: int, width: int) -> None:
+    def __init__(self, models: int, channels: int, z_channels: int, width: int) -> None:
         super().__init__()
         self.linear_in = StackedLinear(models, channels, width)
-        self.linear_v = StackedLinear(models, latent_channels, GATE_LAYERS * width)
+        self.linear_v = StackedLinear(models, z_channels, GATE_LAYERS * width)
         self.c = nn.Parameter(torch.full((GATE_LAYERS, models, 1, 1), math.log(math.e - 1.0)))
         self.linear_out = StackedLinear(models, width, channels, zero=True)
 
@@ -81,7 +81,7 @@ class PointDenoiser(nn.Module):
         head_blocks: int = 1,
         eta_dimensions: int = 0,
         components: int = 1,
-        latent_channels: int = 32,
+        z_channels: int = 32,
         hypernetwork_width: int = 32,
     ) -> None:
         super().__init__()
@@ -93,10 +93,10 @@ class PointDenoiser(nn.Module):
         self.out = StackedLinear(models, width, dimensions, zero=True)
         if self.is_mixture:
             self.identify = StackedLinear(models, width + eta_dimensions, width)
-            self.to_z = StackedLinear(models, width, latent_channels)
+            self.to_z = StackedLinear(models, width, z_channels)
             self.deviation = StackedLinear(models, width, dimensions, zero=True)
             self.hyper = nn.ModuleList(
-                StackedHyperNetwork(models, width, latent_channels, hypernetwork_width) for _ in range(head_blocks)
+                StackedHyperNetwork(models, width, z_channels, hypernetwork_width) for _ in range(head_blocks)
             )
         if components > 1:
             self.to_logits = StackedLinear(models, width, components, zero=True)

@@ -74,7 +74,7 @@ class Model:
     """
 
     def __init__(self, config: TrainConfig, mixture: bool, checkpointing: bool = False) -> None:
-        shape = config_as_dict(config.model) | ({} if mixture else {"latent_channels": 0})
+        shape = config_as_dict(config.model) | ({} if mixture else {"z_channels": 0})
         draws = config.objective.draws if mixture else 1
         kept: dict[int, int] = {}
 

@@ -73,8 +73,8 @@ def build(case: dict) -> dict[str, torch.nn.Module]:
     ).to(memory_format=torch.channels_last)
     return {
         "diffusers": theirs,
-        "vanilla": SMDUNet2DModel(block_out_channels=WIDTHS["vanilla"], latent_channels=0, **ours),
-        "smd": SMDUNet2DModel(block_out_channels=WIDTHS["smd"], latent_channels=32, hypernetwork_width=40, **ours),
+        "vanilla": SMDUNet2DModel(block_out_channels=WIDTHS["vanilla"], z_channels=0, **ours),
+        "smd": SMDUNet2DModel(block_out_channels=WIDTHS["smd"], z_channels=32, hypernetwork_width=40, **ours),
     }
 
 

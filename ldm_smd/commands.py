@@ -83,7 +83,7 @@ examples:
 
 examples:
   python tools/train.py --config configs/train/emoji-smd.yaml
-  python tools/train.py --config configs/train/emoji-smd.yaml model.latent_channels=0 objective.name=mse output=outputs/vanilla
+  python tools/train.py --config configs/train/emoji-smd.yaml model.z_channels=0 objective.name=mse output=outputs/vanilla
   python tools/train.py --config configs/train/emoji-smd.yaml --dry-run
   accelerate launch --num_processes 8 tools/train.py --config configs/train/emoji-smd.yaml
 """,

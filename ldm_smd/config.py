@@ -345,7 +345,7 @@ class ModelConfig(Settings):
     attention_head_dim: int = number(32, 1, 1024)
     norm_num_groups: int = number(16, 1, 4096)
     dropout: float = number(0.0, 0, 0.95)
-    latent_channels: int = number(32, 0, 4096)
+    z_channels: int = number(32, 0, 4096)
     """Channels of the mixture's latent map z. 0: the Gaussian baseline, without g_xi and f_phi."""
     identifier_channels: int = number(32, 1, 4096)
     hypernetwork_width: int = number(64, 1, 4096)
@@ -431,7 +431,7 @@ class TrainConfig(Settings):
     init_from: Optional[str] = None
     """Start from the weights of this model folder instead of random ones. A Gaussian SMDUNet2DModel's will do for a mixture
     with the same blocks, which then equals it in the mean of its draws; and one without embeddings for one with. A UNet2DModel
-    of diffusers is extended to a mixture, with its own blocks; of ``model``, latent_channels, identifier_channels,
+    of diffusers is extended to a mixture, with its own blocks; of ``model``, z_channels, identifier_channels,
     hypernetwork_width and noise_* count."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -486,9 +486,9 @@ class TrainConfig(Settings):
         super().__post_init__()
         check(self.images_total >= self.batch_size, "images_total", "at least one batch", self.images_total)
         check(
-            self.model.latent_channels > 0 or self.objective.name == "mse",
+            self.model.z_channels > 0 or self.objective.name == "mse",
             "objective.name",
-            "mse for a Gaussian model (model.latent_channels=0)",
+            "mse for a Gaussian model (model.z_channels=0)",
             self.objective.name,
         )
 

@@ -149,7 +149,7 @@ def model_folder(tmp_path_factory, shards, vae_folder):
 @pytest.fixture
 def gaussian_folder(train_config, tmp_path):
     """The pipeline folder of a Gaussian model after one step."""
-    gaussian = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8", "seed=1")
+    gaussian = ("model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8", "seed=1")
     return train(train_config(*gaussian))
 
 

@@ -34,7 +34,7 @@ def test_noise_schedules(schedule):
 
 @pytest.mark.parametrize("placement", choices.PLACEMENTS)
 def test_placements(placement):
-    sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8, "latent_channels": 4}
+    sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8, "z_channels": 4}
     assert SMDUNet2DModel(placement=placement, noise_rank=2, noise_modes=2, **sizes).is_mixture
 
 

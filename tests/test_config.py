@@ -8,9 +8,9 @@ GIVEN = ["shards=a", "autoencoder=b", "output=c"]
 
 def test_file_and_overrides_are_merged_in_order(tmp_path):
     file = tmp_path / "train.yaml"
-    file.write_text("shards: a\nautoencoder: b\noutput: c\nbatch_size: 8\nmodel: {latent_channels: 4}\n")
-    config = load_config(TrainConfig, file, ["model.latent_channels=6"])
-    assert (config.batch_size, config.model.latent_channels, config.model.placement) == (8, 6, "up")
+    file.write_text("shards: a\nautoencoder: b\noutput: c\nbatch_size: 8\nmodel: {z_channels: 4}\n")
+    config = load_config(TrainConfig, file, ["model.z_channels=6"])
+    assert (config.batch_size, config.model.z_channels, config.model.placement) == (8, 6, "up")
 
 
 def test_dump_loads_back_to_the_same(tmp_path):
@@ -23,12 +23,12 @@ def test_dump_loads_back_to_the_same(tmp_path):
     ("overrides", "message"),
     [
         (["bath_size=8"], "'bath_size'; the nearest known key is 'batch_size'"),
-        (["model.latent_chanels=8"], "the nearest known key is 'model.latent_channels'"),
+        (["model.z_chanels=8"], "the nearest known key is 'model.z_channels'"),
         (["batch_size=many"], "batch_size"),
         (["batch_size=0"], "batch_size: expected a number from 1 to 1,048,576, found 0"),
         (["model.placement=down"], "model.placement: expected one of in_out, up, all, found 'down'"),
         (["objective.draws=1"], "objective.draws: expected at least 2 for the energy score, found 1"),
-        (["model.latent_channels=0"], "objective.name: expected mse for a Gaussian model"),
+        (["model.z_channels=0"], "objective.name: expected mse for a Gaussian model"),
         (["model.block_out_channels=[30,60]"], "model.block_out_channels: expected multiples of norm_num_groups"),
         (["batch_size=1e30"], "batch_size: expected a value of its type, found: Value '1e+30'"),
         (["learning_rate=nan"], "learning_rate: expected a number more than 0 to 1, found nan"),

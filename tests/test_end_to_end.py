@@ -100,7 +100,7 @@ def test_missing_parts_exit_with_two(run, train_config, tmp_path, missing):
 def test_demo(pictures, vae_folder, train_config, tmp_path):
     """The demo's own code on tiny parts: both models, every table and picture of the report."""
     runs = []
-    for name, changes in (("smd", []), ("vanilla", ["model.latent_channels=0", "objective.name=mse"])):
+    for name, changes in (("smd", []), ("vanilla", ["model.z_channels=0", "objective.name=mse"])):
         config = train_config(*changes, f"output={tmp_path / 'shipped' / name}", "log_every_images=16")
         folder = train(config)
         settings = tmp_path / f"{name}.yaml"

@@ -52,7 +52,7 @@ def outcomes(model_folder, embedded, clip, shards, vae_folder, pictures, tmp_pat
         settings = training(data, vae_folder, output / name, "images_total=16", *settings)
         return train(load_config(TrainConfig, None, settings))
 
-    gaussian = trained("gaussian", shards, "model.latent_channels=0", "objective.name=mse", "seed=1")
+    gaussian = trained("gaussian", shards, "model.z_channels=0", "objective.name=mse", "seed=1")
     conditional = trained("conditional", embedded, "image_conditional=true")
     folders = [model_folder, gaussian, conditional, clip, shards, vae_folder, pictures, output]
     subprocess.run([sys.executable, SCRIPT, *folders], check=True, timeout=1800)

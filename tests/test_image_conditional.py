@@ -89,7 +89,7 @@ def test_a_model_without_embeddings_learns_them(train_config, embedded, model_fo
     """It starts as it was, whatever the embedding."""
     config = train_config(f"shards={embedded}", "image_conditional=true", f"init_from={model_folder / 'unet'}")
     before, after = load_pipeline(model_folder).unet, build_model(config, Manifest.load(embedded))
-    after.hyper["noise"].load_state_dict(before.hyper["noise"].state_dict())
+    after.mixture.noise.load_state_dict(before.mixture.noise.state_dict())
     x, t, eta, embeds = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8), torch.randn(2, 16)
     labels = torch.tensor([0, 1])
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from diffusers import UNet2DModel
 
-MIXTURE = {"latent_channels": 8, "identifier_channels": 8, "hypernetwork_width": 8}
+MIXTURE = {"z_channels": 8, "identifier_channels": 8, "hypernetwork_width": 8}
 SIZES = {
     "block_out_channels": (16, 32),
     "layers_per_block": 1,

@@ -12,7 +12,7 @@ from .blocks import Pointwise, add_shared, repeat, zero_init
 
 
 class MixtureIdentifier(nn.Module):
-    """z = g_xi(e, x_t, t): the latent variable of the mixture, a map with ``latent_channels`` channels.
+    """z = g_xi(e, x_t, t): the latent variable of the mixture, a map with ``z_channels`` channels.
 
         z = Linear( silu( norm(conv(e) + Linear(features)) (1 + scale) + shift ) ),    scale, shift = Linear(embedding)
 
@@ -34,7 +34,7 @@ class MixtureIdentifier(nn.Module):
         noise_channels: int,
         embedding_dim: int,
         channels: int,
-        latent_channels: int,
+        z_channels: int,
     ) -> None:
         super().__init__()
         self.stride = stride
@@ -42,11 +42,11 @@ class MixtureIdentifier(nn.Module):
         self.from_noise = nn.Conv2d(noise_channels, channels, 3, padding=1)
         self.norm = nn.GroupNorm(1, channels, affine=False)
         self.modulation = nn.Linear(embedding_dim, 2 * channels)
-        self.linear_out = Pointwise(channels, latent_channels)
+        self.linear_out = Pointwise(channels, z_channels)
 
     def forward(self, noise: torch.Tensor, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """e (B * M, C, H, W), features (B, feature_channels, h, w), embedding (B, embedding_dim), M rows a picture ->
-        z (B * M, latent_channels, h / stride, w / stride), sides rounded up."""
+        z (B * M, z_channels, h / stride, w / stride), sides rounded up."""
         if self.stride > 1:
             features = F.avg_pool2d(features, self.stride, ceil_mode=True)
         draws = len(noise) // len(features)
@@ -68,17 +68,17 @@ class HyperNetwork(nn.Module):
 
     LAYERS = 2
 
-    def __init__(self, channels: int, latent_channels: int, width: int, groups: int) -> None:
+    def __init__(self, channels: int, z_channels: int, width: int, groups: int) -> None:
         super().__init__()
         self.width = width
         self.norm = nn.GroupNorm(groups, channels)
         self.linear_in = Pointwise(channels, width)
-        self.linear_v = Pointwise(latent_channels, self.LAYERS * width)
+        self.linear_v = Pointwise(z_channels, self.LAYERS * width)
         self.c = nn.Parameter(torch.full((self.LAYERS,), math.log(math.e - 1.0)))  # softplus(c) = 1
         self.linear_out = zero_init(Pointwise(width, channels))
 
     def forward(self, h: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """h (B, channels, H', W') or (B * M, ...), z (B * M, latent_channels, H, W) -> (B * M, channels, H', W')."""
+        """h (B, channels, H', W') or (B * M, ...), z (B * M, z_channels, H, W) -> (B * M, channels, H', W')."""
         size = (h.shape[2], h.shape[3])
         if z.shape[2] > size[0] or z.shape[3] > size[1]:
             z = F.adaptive_avg_pool2d(z, size)

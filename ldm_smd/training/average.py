@@ -22,6 +22,7 @@ from safetensors import safe_open
 from ..config import AverageConfig
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
+from ..models.backbone import current_name
 from ..pipelines import load_pipeline
 from .card import card
 from .checkpoint import load_weights, written_whole
@@ -96,9 +97,11 @@ def average(config: AverageConfig) -> Path:
     found = shares(kept, images, config.sigma_rel)
     # A tensor at a time: the snapshots need not fit in memory together.
     files = [safe_open(snapshot.path / SAFETENSORS_WEIGHTS_NAME, framework="pt") for snapshot in kept]
+    names = [{current_name(name): name for name in file.keys()} for file in files]  # noqa: SIM118
     with torch.no_grad():
         for name, value in pipeline.unet.named_parameters():
-            value.copy_(sum(float(share) * file.get_tensor(name).double() for share, file in zip(found, files)))
+            tensors = (file.get_tensor(known[name]).double() for file, known in zip(files, names))
+            value.copy_(sum(float(share) * tensor for share, tensor in zip(found, tensors)))
     with atomic_folder(output) as folder:
         pipeline.save_pretrained(folder)
         text = f"The average of {len(kept)} snapshots, of relative width {config.sigma_rel:g} after {images:,} images of {run}."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,9 +19,11 @@ from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn import Module
 
 from ..errors import UserError
 from ..files import atomic_folder
+from ..models.backbone import current_name
 from .ema import EMA
 from .sharding import distribute_like, whole
 
@@ -67,7 +69,7 @@ def resume(folder: Path, model: ModelMixin, ema: EMA) -> dict:
     return json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
 
 
-def resume_optimizer(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def resume_optimizer(folder: Path, model: Module, optimizer: torch.optim.Optimizer) -> None:
     """Load the optimizer of the newest checkpoint, if any. Call after FSDP sharding."""
     for path in checkpoints(folder)[-1:]:
         load_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
@@ -84,30 +86,40 @@ def newest_images(folder: Path) -> int:
     return int(found[-1][1]) if found else 0
 
 
-def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> None:
+def load_weights(
+    model: ModelMixin, folder: Path, key: str, new: Sequence[Module | None] = (), kept: Module | None = None
+) -> None:
     """Copy the weights of a diffusers model folder into ``model``; ``key`` is the setting a mismatch is blamed on.
 
-    Parts of the model whose names start with one of ``new`` stay as they are where the folder has none that does: so a mixture
-    model starts from a Gaussian one. Those whose names start with one of ``kept`` stay as they are in any case.
+    Args:
+        new: modules of the model that stay as they are where the folder has no weight of theirs: so a mixture starts from a
+            Gaussian model.
+        kept: a module that stays as it is in any case.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise UserError(f"{key}: expected a model folder with {path.name}, found none in {folder}")
-    weights = {name: value for name, value in load_file(path).items() if not name.startswith(kept)}
-    expected = {name: value for name, value in model.state_dict().items() if not name.startswith(kept)}
-    absent = tuple(part for part in new if not any(name.startswith(part) for name in weights))
-    expected = {name: value for name, value in expected.items() if not name.startswith(absent)}
-    for name in sorted(expected.keys() | weights.keys()):
+    weights, expected = load_file(path), model.state_dict()
+    model._fix_state_dict_keys_on_load(weights)  # as from_pretrained does
+    left = names_in(model, kept).union(*(names for part in new if not (names := names_in(model, part)) & weights.keys()))
+    own = sorted(name for name in expected if name not in left)
+    for name in [*own, *sorted(weights.keys() - expected.keys())]:
         found = tuple(weights[name].shape) if name in weights else "nothing"
         wanted = tuple(expected[name].shape) if name in expected else "nothing"
         if found != wanted:
             raise UserError(
                 f"{key}: expected the weights of the configured model, with {name} {wanted}, found {found} in {folder}"
             )
-    model.load_state_dict(weights, strict=len(expected) == len(model.state_dict()))
+    model.load_state_dict({name: weights[name] for name in own}, strict=not left)
 
 
-def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def names_in(model: Module, part: Module | None) -> set[str]:
+    """Names in the model's state dict of the weights of one of its modules; none for None."""
+    prefix = next((name for name, module in model.named_modules() if module is part), None)
+    return set() if prefix is None else {name for name in model.state_dict() if name.startswith(f"{prefix}.")}
+
+
+def optimizer_tensors(model: Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state as one flat dictionary "parameter name/entry" -> tensor, whole: for all processes to call. On the
     CPU, as one GPU may not have the memory for what they have together."""
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -118,12 +130,13 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     }
 
 
-def load_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+def load_optimizer(model: Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """The inverse of ``optimizer_tensors``."""
     parameters = dict(model.named_parameters())
     fused = bool(optimizer.defaults.get("fused"))
     for flat, tensor in tensors.items():
-        name, _, entry = flat.rpartition("/")
+        former, _, entry = flat.rpartition("/")
+        name = current_name(former)
         # AdamW keeps its step counters on the CPU unless it is fused; then they lie beside the parameters.
         if entry != "step" or fused:
             tensor = distribute_like(tensor.to(parameters[name].device), parameters[name])

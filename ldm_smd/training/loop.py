@@ -31,7 +31,7 @@ from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder, claimed_by_first
 from ..models.attention import set_attention_backend
 from ..models.extended import ExtendedUNet2DModel, class_of
-from ..models.unet import EMBEDDING_PARTS, FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, embedding_dimensions, known_labels
+from ..models.unet import SMDUNet2DModel, embedding_dimensions, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
 from .average import resume_averages, save_snapshot
@@ -122,7 +122,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
 
     torch.manual_seed(config.seed)
     model = build_model(config, manifest)
-    if model.is_mixture and not model.noise.is_fitted and not checkpoints(output / "checkpoints"):
+    if model.is_mixture and not model.mixture.noise.is_fitted and not checkpoints(output / "checkpoints"):
         fit_noise(model, config, manifest, autoencoder, scheduler)
     model.to(device)
     ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
@@ -267,7 +267,7 @@ class TrainingStep:
         processes of another number.
         """
         size, rank = len(batch.labels), self.accelerator.process_index
-        objective_draws = self.config.objective.draws if self.config.model.latent_channels > 0 else 0
+        objective_draws = self.config.objective.draws if self.config.model.z_channels > 0 else 0
         self.generator.manual_seed(step_seed(self.config.seed, images_seen))
         shape = (size * self.accelerator.num_processes, *batch.moments.shape[2:])
         draws = draw(self.generator, shape, objective_draws, self.process.num_timesteps, self.config.label_dropout).rows(
@@ -323,7 +323,8 @@ def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | Ext
         **{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()},
     )
     if config.init_from:
-        load_weights(model, Path(config.init_from), "init_from", new=MIXTURE_PARTS + EMBEDDING_PARTS, kept=FITTED_PARTS)
+        kept = None if model.mixture is None else model.mixture.noise
+        load_weights(model, Path(config.init_from), "init_from", new=(model.mixture, model.image_embedding), kept=kept)
     return model
 
 
@@ -341,7 +342,7 @@ def fit_noise(
 ) -> None:
     """Colour the mixture's noise as the first latents of the stream, the same on every process."""
     latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror)
-    model.noise.fit(latents, labels, scheduler.alphas_cumprod, config.diffusion.prediction_type)
+    model.mixture.noise.fit(latents, labels, scheduler.alphas_cumprod, config.diffusion.prediction_type)
 
 
 def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DModel:
@@ -351,15 +352,15 @@ def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DMod
     assert config.init_from is not None
     if class_of(config.init_from) == "ExtendedUNet2DModel":
         model = ExtendedUNet2DModel.from_pretrained(config.init_from, use_safetensors=True)
-    elif shape.latent_channels == 0 or shape.placement != "up":
+    elif shape.z_channels == 0 or shape.placement != "up":
         raise UserError(
-            "init_from: expected a mixture, model.latent_channels > 0 and model.placement=up, to extend a diffusers "
-            f"UNet2DModel to, found {shape.latent_channels} and {shape.placement}"
+            "init_from: expected a mixture, model.z_channels > 0 and model.placement=up, to extend a diffusers "
+            f"UNet2DModel to, found {shape.z_channels} and {shape.placement}"
         )
     else:
         model = ExtendedUNet2DModel.from_unet(
             config.init_from,
-            latent_channels=shape.latent_channels,
+            z_channels=shape.z_channels,
             identifier_channels=shape.identifier_channels,
             hypernetwork_width=shape.hypernetwork_width,
             noise_rank=shape.noise_rank,

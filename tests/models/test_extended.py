@@ -29,7 +29,7 @@ def inputs(draws=1, side=8):
 def test_starts_as_the_unet_it_extends(folder):
     x, t, labels, eta = inputs(draws=3)
     model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE).eval()
-    expected = repeat(gaussian()(x, t, labels).sample, 3) + model.hyper["noise"](eta, x, t, labels)
+    expected = repeat(gaussian()(x, t, labels).sample, 3) + model.mixture.noise(eta, x, t, labels)
     assert alike(model(x, t, labels, eta).sample, expected)
     assert model.config.num_classes == 3 and model.is_mixture
 
@@ -37,7 +37,7 @@ def test_starts_as_the_unet_it_extends(folder):
 def test_draws_differ_and_share_the_trunk(folder):
     model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE).eval()
     with torch.no_grad():
-        for parameter in (*model.hyper.parameters(), *model.identifier.parameters()):
+        for parameter in model.mixture.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
     x, t, labels, eta = inputs(draws=3)
     together = model(x, t, labels, eta).sample
@@ -50,12 +50,11 @@ def test_draws_differ_and_share_the_trunk(folder):
 
 def test_every_part_of_the_mixture_learns(folder):
     model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE)
-    for parameter in (*model.hyper.parameters(), *model.identifier.parameters()):
+    for parameter in model.mixture.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x, t, labels, eta = inputs(draws=2)
     model(x, t, labels, eta).sample.square().mean().backward()
-    parts = (*model.identifier.named_parameters(), *model.hyper.named_parameters())
-    assert [name for name, p in parts if p.grad is None or not p.grad.any()] == []
+    assert [name for name, p in model.mixture.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_round_trip(folder, tmp_path):

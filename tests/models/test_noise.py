@@ -130,15 +130,15 @@ def test_rank_zero_is_white():
 
 def test_a_model_keeps_what_was_fitted(tmp_path):
     model = SMDUNet2DModel(
-        4, 2, 2, (8, 8), norm_num_groups=4, attention_head_dim=8, latent_channels=4, noise_modes=2, noise_timesteps=3
+        4, 2, 2, (8, 8), norm_num_groups=4, attention_head_dim=8, z_channels=4, noise_modes=2, noise_timesteps=3
     )
-    assert not model.hyper["noise"].is_fitted
+    assert not model.mixture.noise.is_fitted
     latents = correlated(100, 2, 4)
-    model.hyper["noise"].fit(latents, unlabelled(latents), ALPHAS_CUMPROD)
+    model.mixture.noise.fit(latents, unlabelled(latents), ALPHAS_CUMPROD)
     model.save_pretrained(tmp_path)
-    again = SMDUNet2DModel.from_pretrained(tmp_path).hyper["noise"]
+    again = SMDUNet2DModel.from_pretrained(tmp_path).mixture.noise
     assert again.is_fitted
-    for name, buffer in model.hyper["noise"].named_buffers():
+    for name, buffer in model.mixture.noise.named_buffers():
         assert torch.equal(dict(again.named_buffers())[name], buffer), name
 
 

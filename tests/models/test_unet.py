@@ -34,10 +34,10 @@ def inputs(batch=2, draws=1, side=(8, 8)):
 
 
 @pytest.mark.parametrize("side", [(8, 8), (7, 9), (5, 5), (1, 3), (16, 12)])
-@pytest.mark.parametrize("latent_channels", [0, 8])
-def test_any_size_goes_through(side, latent_channels):
+@pytest.mark.parametrize("z_channels", [0, 8])
+def test_any_size_goes_through(side, z_channels):
     x, t, labels, eta = inputs(side=side)
-    assert model(latent_channels=latent_channels)(x, t, labels, eta).sample.shape == x.shape
+    assert model(z_channels=z_channels)(x, t, labels, eta).sample.shape == x.shape
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -58,19 +58,19 @@ def test_a_new_mixture_is_the_gaussian_model_it_extends(placement, noise_rank):
     """Exactly, where its noise is white; else with the noise, which is 0 in the mean, added."""
     torch.manual_seed(0)
     mixture = SMDUNet2DModel(**TINY, placement=placement, noise_rank=noise_rank)
-    gaussian = SMDUNet2DModel(**{**TINY, "latent_channels": 0})
+    gaussian = SMDUNet2DModel(**{**TINY, "z_channels": 0})
     torch.nn.init.normal_(gaussian.conv_out.weight)  # it starts at zero; all else as it starts
     added = mixture.load_state_dict(gaussian.state_dict(), strict=False)
-    assert not added.unexpected_keys and all(name.startswith(("identifier.", "hyper.")) for name in added.missing_keys)
+    assert not added.unexpected_keys and all(name.startswith("mixture.") for name in added.missing_keys)
     x, t, labels, eta = inputs()
     expected = gaussian(x, t, labels).sample
     if noise_rank:
-        expected = expected + mixture.hyper["noise"](eta, x, t, labels)
+        expected = expected + mixture.mixture.noise(eta, x, t, labels)
     assert alike(mixture(x, t, labels, eta).sample, expected)
 
 
 def test_gaussian_model_does_not_read_eta():
-    unet = model(latent_channels=0)
+    unet = model(z_channels=0)
     x, t, labels, eta = inputs()
     assert not unet.is_mixture
     assert alike(unet(x, t, labels, eta).sample, unet(x, t, labels).sample)
@@ -116,7 +116,7 @@ def test_wrong_shapes_are_named():
 def test_hypernetwork_is_its_formula():
     """The matrices W_l = v_l v_l^T / sqrt(width) + softplus(c_l) I, built and multiplied at one place."""
     torch.manual_seed(0)
-    network = HyperNetwork(channels=6, latent_channels=5, width=4, groups=2).double()
+    network = HyperNetwork(channels=6, z_channels=5, width=4, groups=2).double()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter)
     h, z = torch.randn(1, 6, 3, 3).double(), torch.randn(1, 5, 3, 3).double()

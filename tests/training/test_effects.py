@@ -42,7 +42,7 @@ OTHERS = {
     "model.dropout": 0.5,
     "model.hypernetwork_width": 4,
     "model.identifier_channels": 4,
-    "model.latent_channels": 4,
+    "model.z_channels": 4,
     "model.layers_per_block": 2,
     "model.noise_modes": 1,
     "model.noise_rank": 4,
@@ -171,7 +171,7 @@ def test_the_average_follows_its_halflife(train_config, model_folder, tmp_path, 
     settings = [f"init_from={model_folder / 'unet'}", "images_total=8", "ema_halflife_images=16", "learning_rate=1e-2"]
     weights = trained(*settings)
     average = load_file(checkpoints(tmp_path / "run-0/checkpoints")[-1] / "ema" / WEIGHTS)
-    moved = [name for name in weights if not name.startswith("hyper.noise.") and not torch.equal(weights[name], start[name])]
+    moved = [name for name in weights if not name.startswith("mixture.noise.") and not torch.equal(weights[name], start[name])]
     assert len(moved) > 10
     for name in moved:
         expected = start[name] + (1 - 0.5**0.5) * (weights[name] - start[name])

@@ -36,7 +36,7 @@ def weights(folder):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.latent_channels=0", "objective.name=mse"],
+        ["model.z_channels=0", "objective.name=mse"],
         ["objective.name=mse"],
         ["objective.name=energy", "objective.patches=[0,2]"],
     ],
@@ -291,24 +291,24 @@ def test_init_from_starts_at_those_weights(train_config, model_folder, tmp_path)
     still = ("images_total=8", "learning_rate=1e-12", "weight_decay=0", "model.noise_modes=1")
     before = weights(model_folder / "unet")
     after = weights(train(train_config(f"init_from={model_folder / 'unet'}", *still)) / "unet")
-    trained = [name for name in before if not name.startswith("hyper.noise.")]
+    trained = [name for name in before if not name.startswith("mixture.noise.")]
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in trained)
-    assert len(before["hyper.noise.means"]) > len(after["hyper.noise.means"]) == 1
+    assert len(before["mixture.noise.means"]) > len(after["mixture.noise.means"]) == 1
     with pytest.raises(UserError, match="init_from: expected the weights of the configured model"):
-        train(train_config(f"init_from={model_folder / 'unet'}", "model.latent_channels=6", f"output={tmp_path / 'other'}"))
+        train(train_config(f"init_from={model_folder / 'unet'}", "model.z_channels=6", f"output={tmp_path / 'other'}"))
     with pytest.raises(UserError, match="init_from: expected a model folder"):
         train(train_config(f"init_from={model_folder}", f"output={tmp_path / 'other'}"))
 
 
 def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
-    gaussian = ("model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8")
+    gaussian = ("model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8")
     start = train(train_config(*gaussian)) / "unet"
     still = ("learning_rate=1e-12", "weight_decay=0", "images_total=8")
     after = weights(train(train_config(f"init_from={start}", *still)) / "unet")
     before = weights(start)
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
-    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"identifier", "hyper"}
-    assert after["hyper.noise.alphas_cumprod"].any()
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"mixture"}
+    assert after["mixture.noise.alphas_cumprod"].any()
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_a_diffusers_unet_starts_a_mixture(train_config, tmp_path):
     assert load_pipeline(folder)([0, 1], num_inference_steps=2, output_type="pt").images.isfinite().all()
     train(train_config(f"init_from={folder / 'unet'}", f"output={tmp_path / 'again'}", "images_total=8"))
     with pytest.raises(UserError, match="init_from: expected a mixture"):
-        train(train_config(start, "model.latent_channels=0", "objective.name=mse", f"output={tmp_path / 'x'}"))
+        train(train_config(start, "model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'x'}"))
 
 
 def test_a_collapsed_mixture_is_reported(train_config, caplog):

@@ -1,0 +1,122 @@
+"""Backbone: a denoiser that a mixture can be put into; the forward pass that all share, and folders of before."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from .mixture import Draws, Mixture
+
+
+@dataclass
+class Trunk:
+    """What a trunk leaves to g_xi and to the tail, once an image.
+
+    Attributes:
+        features: that g_xi reads and the tail goes on from, (B, C, h, w).
+        embedding: of timestep and conditions, as g_xi and the gate take it, (B, embedding_dim).
+        kept: whatever else the tail of the same network needs.
+    """
+
+    features: torch.Tensor
+    embedding: torch.Tensor
+    kept: Any
+
+
+class Backbone(ModelMixin, ConfigMixin):
+    """A denoiser cut in two: ``trunk`` runs once an image, ``tail`` once a draw, and asks its ``Draws`` wherever one enters.
+
+    Attributes:
+        mixture: None for a Gaussian model.
+    """
+
+    mixture: Mixture | None
+
+    @abstractmethod
+    def trunk(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        image_embeds: torch.Tensor | None,
+    ) -> Trunk:
+        """x_t (B, C, H, W), t (B,) or (1,), labels (B,) or None, embeddings (B, D) or None -> what the tail goes on from."""
+
+    @abstractmethod
+    def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
+        """The prediction for every draw, (B * M, C, H, W)."""
+
+    @property
+    def is_mixture(self) -> bool:
+        return self.mixture is not None
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        class_labels: torch.Tensor | None = None,
+        eta: torch.Tensor | None = None,
+        return_dict: bool = True,
+        image_embeds: torch.Tensor | None = None,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
+        """Predict for every image and draw.
+
+        Args:
+            sample: x_t, (B, C, H, W).
+            timestep: a number, or (B,).
+            class_labels: (B,) integers, ``num_classes`` for the null class; None is the null class for all.
+            eta: (B * M, C, H, W) with the M draws of an image in consecutive rows; None draws one for each image.
+                Not read by a Gaussian model.
+            image_embeds: of the image to be like, (B, D), of length 1; rows of zeros, or None for all, are no embedding.
+
+        Returns:
+            The prediction (B * M, C, H, W), rows as in ``eta``; (B, C, H, W) for a Gaussian model.
+        """
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # one number stays one: less work
+        trunk = self.trunk(sample, timestep, class_labels, image_embeds)
+        if self.mixture is None:
+            prediction = self.tail(trunk, Draws())
+        else:
+            draws = self.mixture.draw(eta, sample, timestep, class_labels, trunk.features, trunk.embedding)
+            prediction = self.mixture.gated(self.tail(trunk, draws), draws, trunk.embedding)
+        return UNet2DOutput(sample=prediction) if return_dict else (prediction,)
+
+    @classmethod
+    def from_config(cls, config: dict, **options: Any) -> Backbone:
+        """As of diffusers; also of configs of before."""
+        return super().from_config(current_config(config), **options)
+
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """diffusers calls this between reading weights and comparing their names."""
+        for name in list(state_dict):
+            state_dict[current_name(name)] = state_dict.pop(name)
+
+
+# The mixture's parts were entries of a dictionary once, "hyper", and their names are those of weights and optimizer states.
+FORMER_NAMES = (
+    (re.compile(r"^identifier\."), "mixture.identifier."),
+    (re.compile(r"^hyper\.(noise|gate|modulation)\."), r"mixture.\1."),
+    (re.compile(r"^hyper\.draft\."), "mixture.noise_skip."),
+    (re.compile(r"^hyper\.embedding\."), "mixture.modulation."),
+    (re.compile(r"^hyper\."), "mixture.hypernetworks."),
+)
+
+
+def current_name(name: str) -> str:
+    """Today's name of a weight that may have one of before."""
+    for pattern, current in FORMER_NAMES:
+        if pattern.match(name):
+            return pattern.sub(current, name)
+    return name
+
+
+def current_config(config: dict) -> dict:
+    """A model's config with today's names."""
+    return {"z_channels" if name == "latent_channels" else name: value for name, value in config.items()}

@@ -1,0 +1,166 @@
+"""Mixture: all that soft mixture denoising (arXiv 2309.14068) adds to a denoiser, whatever network that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .blocks import Pointwise, repeat, zero_init
+from .hypernetwork import HyperNetwork, MixtureIdentifier
+from .noise import PosteriorNoise
+
+
+@dataclass(frozen=True)
+class MixtureSizes:
+    """Sizes that are the mixture's own.
+
+    Attributes:
+        z_channels: channels of the latent map z.
+        identifier_channels: width of g_xi, which makes z (MixtureIdentifier).
+        hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
+        noise_rank: principal components of the latents that a draw chooses in (PosteriorNoise, to be fitted before training);
+            0: white noise, the paper's.
+        noise_modes: modes of the Gaussian mixture that the latents are taken to be from in those directions.
+        noise_timesteps: timesteps of the noise schedule that it is fitted for.
+    """
+
+    z_channels: int
+    identifier_channels: int
+    hypernetwork_width: int
+    noise_rank: int
+    noise_modes: int
+    noise_timesteps: int
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a network is cut in two, trunk and tail, and where draws enter the tail: all that a mixture knows of its network.
+
+    Attributes:
+        in_channels, sample_size, out_channels, num_classes: of the network.
+        feature_channels: channels of the trunk's features, which g_xi reads.
+        feature_stride: 1, or 2 where those are at full resolution and z is to have half the sides.
+        embedding_dim: length of the embedding of timestep and class.
+        places: name -> channels of the feature maps that f_phi acts on.
+        modulation_size: length of the modulation that z shifts; 0 for none.
+        last_channels: channels of the feature map that the noise is added to.
+        norm_num_groups: groups of f_phi's GroupNorm.
+    """
+
+    in_channels: int
+    sample_size: int
+    out_channels: int
+    num_classes: int | None
+    feature_channels: int
+    feature_stride: int
+    embedding_dim: int
+    places: dict[str, int]
+    modulation_size: int
+    last_channels: int
+    norm_num_groups: int
+
+
+class Draws:
+    """What a tail asks about its draws; of a Gaussian model, whose one draw changes nothing."""
+
+    def repeat(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, ...) -> (B * M, ...), the M draws of an image in consecutive rows."""
+        return x
+
+    def at(self, place: str, h: torch.Tensor) -> torch.Tensor:
+        """f_phi(z) on the feature map of a place: (B, C, H, W) or (B * M, C, H, W) -> (B * M, C, H, W)."""
+        return h
+
+    def modulated(self, modulation: torch.Tensor) -> torch.Tensor:
+        """Modulation of the tail, shifted by z: (B, size) -> (B * M, size)."""
+        return modulation
+
+    def with_noise(self, h: torch.Tensor) -> torch.Tensor:
+        """The last feature map of the tail, (B * M, C, H, W), with the noise added."""
+        return h
+
+
+class MixtureDraws(Draws):
+    """M draws of each image: their noise e (B * M, C, H, W) and z (B * M, z_channels, h, w)."""
+
+    def __init__(self, mixture: Mixture, noise: torch.Tensor, z: torch.Tensor, count: int) -> None:
+        self.mixture, self.noise, self.z, self.count = mixture, noise, z, count
+
+    def repeat(self, x: torch.Tensor) -> torch.Tensor:
+        return repeat(x, self.count)
+
+    def at(self, place: str, h: torch.Tensor) -> torch.Tensor:
+        return self.mixture.hypernetworks[place](h, self.z) if place in self.mixture.hypernetworks else h
+
+    def modulated(self, modulation: torch.Tensor) -> torch.Tensor:
+        modulation = self.repeat(modulation)
+        shift = self.mixture.modulation
+        return modulation if shift is None else modulation + shift(self.z.mean(dim=(2, 3)))
+
+    def with_noise(self, h: torch.Tensor) -> torch.Tensor:
+        return self.mixture.noise_skip.added_to(h, self.noise)
+
+
+class Mixture(nn.Module):
+    """From a draw eta to a component's prediction, in four parts; all but the first start at zero, so that a new mixture is the
+    network it is put into, with the noise e added to its prediction:
+
+        e = noise(eta, x_t, t),    z = g_xi(e, trunk(x_t, t)),    p = tail(trunk(x_t, t), f_phi(z), e) + gate(t) e
+
+    Attributes:
+        noise: e, a draw of what x_t leaves open of the latents' principal components.
+        identifier: g_xi.
+        hypernetworks: f_phi, one for each place of the tail.
+        modulation: from the mean of z to a shift of the tail's modulation, or None.
+        noise_skip: from e to the last feature map of the tail.
+        gate: from the embedding of timestep and class to the weight of e in each channel of the prediction.
+    """
+
+    def __init__(self, cut: Cut, sizes: MixtureSizes) -> None:
+        super().__init__()
+        z_channels = sizes.z_channels
+        self.hypernetworks = nn.ModuleDict(
+            {
+                place: HyperNetwork(channels, z_channels, sizes.hypernetwork_width, cut.norm_num_groups)
+                for place, channels in cut.places.items()
+            }
+        )
+        self.identifier = MixtureIdentifier(
+            cut.feature_channels,
+            cut.feature_stride,
+            cut.in_channels,
+            cut.embedding_dim,
+            sizes.identifier_channels,
+            z_channels,
+        )
+        self.noise = PosteriorNoise(
+            cut.in_channels, cut.sample_size, sizes.noise_rank, sizes.noise_modes, cut.num_classes, sizes.noise_timesteps
+        )
+        self.noise_skip = zero_init(Pointwise(cut.in_channels, cut.last_channels, bias=False))
+        self.gate = zero_init(nn.Linear(cut.embedding_dim, cut.out_channels))
+        self.modulation = zero_init(nn.Linear(z_channels, cut.modulation_size)) if cut.modulation_size else None
+
+    def draw(
+        self,
+        eta: torch.Tensor | None,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        features: torch.Tensor,
+        embedding: torch.Tensor,
+    ) -> MixtureDraws:
+        """The draws of eta (B * M, C, H, W), or one for each image where that is None.
+
+        Args:
+            sample, timestep, class_labels: x_t (B, C, H, W), t (B,) or (1,), and (B,) or None.
+            features, embedding: by the trunk, (B, feature_channels, h, w) and (B, embedding_dim).
+        """
+        noise = self.noise(eta, sample, timestep, class_labels)
+        return MixtureDraws(self, noise, self.identifier(noise, features, embedding), len(noise) // len(sample))
+
+    def gated(self, prediction: torch.Tensor, draws: MixtureDraws, embedding: torch.Tensor) -> torch.Tensor:
+        """The prediction of the tail (B * M, C, H, W), and the noise, each channel by its gate."""
+        gate = draws.repeat(self.noise.start + self.gate(embedding))
+        return torch.addcmul(prediction, gate[..., None, None], draws.noise)
