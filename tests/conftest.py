@@ -191,7 +191,9 @@ def launch(free_port):
         launcher.append(f"--master-port={free_port()}")
         # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
         environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
-        command = [*launcher, str(Path(__file__).parents[1] / script), *map(str, arguments)]
+        root = Path(__file__).parents[1]
+        environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [*launcher, str(root / script), *map(str, arguments)]
         return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
     return start

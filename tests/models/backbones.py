@@ -1,0 +1,56 @@
+"""The networks that a mixture is put into, tiny: each as a Gaussian model and as the mixture made from it."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DModel
+
+from ldm_smd.models.extended import ExtendedUNet2DModel, plain_config
+from ldm_smd.models.unet import PLACEMENTS, SMDUNet2DModel
+from tests.tiny import MIXTURE, SIZES, diffusers_unet
+
+NOISE = {"noise_rank": 5, "noise_modes": 2}
+BACKBONES = (*(f"smd-{placement}" for placement in PLACEMENTS), "unet2d")
+
+
+def gaussian(name, **changes):
+    """The Gaussian model, its last layer moved from zero."""
+    torch.manual_seed(0)
+    if name == "unet2d":
+        return diffusers_unet(**{"num_class_embeds": 4, **changes}).eval()
+    model = SMDUNet2DModel(8, 4, 4, num_classes=3, **{**SIZES, "z_channels": 0, **changes}).eval()
+    torch.nn.init.normal_(model.conv_out.weight)
+    return model
+
+
+def mixture(name, **changes):
+    """The mixture that ``gaussian(name)`` becomes, its own parts as they start."""
+    plain = gaussian(name)
+    torch.manual_seed(1)
+    if isinstance(plain, UNet2DModel):
+        sizes = {"sample_size": 8, "in_channels": 4, "num_classes": 3, **MIXTURE, **NOISE, **changes}
+        model = ExtendedUNet2DModel(plain_config(plain), **sizes).eval()
+        model.unet.load_state_dict(plain.state_dict())
+        return model
+    placement = name.removeprefix("smd-")
+    model = SMDUNet2DModel(8, 4, 4, num_classes=3, **{**SIZES, **NOISE, "placement": placement, **changes}).eval()
+    added = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not added.unexpected_keys and all(key.startswith("mixture.") for key in added.missing_keys)
+    return model
+
+
+def moved(model):
+    """The same with every weight moved, also those that start at zero."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def inputs(draws=1, side=(8, 8), batch=2):
+    """x_t, t, labels, eta."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, 4, *side, generator=generator)
+    eta = torch.randn(batch * draws, 4, *side, generator=generator)
+    return x, torch.tensor([900, 20])[:batch], torch.tensor([0, 2])[:batch], eta

@@ -1,0 +1,32 @@
+"""Every backbone with its parameters divided over two processes: the predictions and gradients of the whole one."""
+
+import os
+
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+
+from ldm_smd.training.sharding import is_divided, whole
+from tests.models.backbones import BACKBONES, inputs, mixture, moved
+from tests.rounding import alike
+
+distributed.init_process_group("gloo")
+mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
+for name in BACKBONES:
+    x, t, labels, eta = inputs(draws=3)
+    model = moved(mixture(name))
+    expected = model(x, t, labels, eta).sample
+    expected.square().mean().backward()
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+
+    model = moved(mixture(name))
+    for convolution in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
+        fully_shard(convolution, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert is_divided(model)
+    found = model(x, t, labels, eta).sample
+    assert alike(found, expected), name
+    found.square().mean().backward()
+    for key, parameter in model.named_parameters():
+        assert alike(whole(parameter.grad), gradients[key]), (name, key)
+distributed.barrier()  # or one leaves while the other still listens
+os._exit(0)  # at a usual end a thread of gloo's may still run, which aborts the process

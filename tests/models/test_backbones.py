@@ -1,0 +1,224 @@
+"""What holds for every network that a mixture is put into (ldm_smd/models/backbone.py)."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ldm_smd.models import backbone
+from ldm_smd.models.blocks import repeat
+from ldm_smd.training.checkpoint import load_optimizer, load_weights, optimizer_tensors
+from tests.models.backbones import BACKBONES, gaussian, inputs, mixture, moved
+from tests.rounding import alike
+
+every_backbone = pytest.mark.parametrize("name", BACKBONES)
+
+
+@every_backbone
+@pytest.mark.parametrize("noise_rank", [0, 5])
+def test_a_new_mixture_is_the_gaussian_model_it_extends(name, noise_rank):
+    """Exactly, where its noise is white; else with the noise, which is 0 in the mean, added."""
+    x, t, labels, eta = inputs(draws=3)
+    model = mixture(name, noise_rank=noise_rank)
+    expected = repeat(gaussian(name)(x, t, labels).sample, 3)
+    if noise_rank:
+        expected = expected + model.mixture.noise(eta, x, t, labels)
+    assert alike(model(x, t, labels, eta).sample, expected)
+    assert model.is_mixture and model.config.num_classes == 3
+
+
+@every_backbone
+def test_draws_share_the_trunk(name):
+    """M draws in one call are the M predictions of M calls, and the trunk runs on B rows."""
+    model = moved(mixture(name))
+    x, t, labels, eta = inputs(draws=3)
+    together = model(x, t, labels, eta).sample
+    one_by_one = model(repeat(x, 3), repeat(t, 3), repeat(labels, 3), eta).sample
+    assert together.shape == (6, 4, 8, 8)
+    assert alike(together, one_by_one)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+    assert len(model.trunk(x, t, labels, None).features) == 2
+
+
+@every_backbone
+def test_a_tail_can_run_again(name):
+    """Draws in two parts, on the same trunk."""
+    model = moved(mixture(name))
+    x, t, labels, eta = inputs(draws=2)
+    trunk = model.trunk(x, t, labels, None)
+    parts = []
+    for part in (eta[::2], eta[1::2]):
+        draws = model.mixture.draw(part, x, t, labels, trunk.features, trunk.embedding)
+        parts.append(model.mixture.gated(model.tail(trunk, draws), draws, trunk.embedding))
+    assert alike(torch.stack(parts, dim=1).flatten(0, 1), model(x, t, labels, eta).sample)
+
+
+@every_backbone
+def test_labels_and_the_null_class(name):
+    model = moved(mixture(name))
+    x, t, labels, eta = inputs()
+    null = torch.full_like(labels, 3)
+    assert alike(model(x, t, null, eta).sample, model(x, t, None, eta).sample)
+    assert not torch.allclose(model(x, t, labels, eta).sample, model(x, t, None, eta).sample)
+    one_t = model(x, 20, labels, eta).sample
+    assert alike(one_t, model(x, torch.tensor([20, 20]), labels, eta).sample)
+
+
+@every_backbone
+def test_every_parameter_learns(name):
+    model = moved(mixture(name)).train()
+    x, t, labels, eta = inputs(draws=2)
+    model(x, t, labels, eta).sample.square().mean().backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@every_backbone
+def test_gradient_checkpointing_gives_the_same_gradients(name, monkeypatch):
+    gradients, entered = [], []
+    for checkpointing in (False, True):
+        model = moved(mixture(name)).train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+            for module in model.modules():
+                if hasattr(module, "_gradient_checkpointing_func"):
+                    inner = module._gradient_checkpointing_func
+                    monkeypatch.setattr(
+                        module, "_gradient_checkpointing_func", lambda *a, inner=inner: (entered.append(1), inner(*a))[1]
+                    )
+        x, t, labels, eta = inputs(draws=2)
+        model(x, t, labels, eta).sample.square().mean().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters()})
+    assert entered
+    assert all(alike(gradients[1][key], value) for key, value in gradients[0].items())
+
+
+@every_backbone
+def test_bf16_autocast_is_close_to_float32(name):
+    model = moved(mixture(name))
+    x, t, labels, eta = inputs(draws=2)
+    exact = model(x, t, labels, eta).sample
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = model(x, t, labels, eta).sample
+    rough.float().square().mean().backward()
+    assert (rough.float() - exact).abs().max() < 0.1 * exact.abs().max()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@every_backbone
+def test_half_precision_weights(name, tmp_path):
+    """Loaded as float16, as pipelines on GPUs are."""
+    model = moved(mixture(name))
+    model.save_pretrained(tmp_path)
+    x, t, labels, eta = inputs(draws=2)
+    expected = model(x, t, labels, eta).sample
+    half = type(model).from_pretrained(tmp_path, torch_dtype=torch.float16).eval()
+    found = half(x.half(), t, labels, eta.half()).sample
+    assert found.dtype == torch.float16
+    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@every_backbone
+@pytest.mark.slow
+def test_compiled_it_predicts_the_same(name):
+    model = moved(mixture(name))
+    x, t, labels, eta = inputs(draws=2)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=name != "unet2d")
+    assert alike(compiled(x, t, labels, eta).sample, model(x, t, labels, eta).sample)
+
+
+@pytest.mark.slow
+def test_round_trips_in_a_fresh_process(tmp_path):
+    x, t, labels, eta = inputs()
+    for name in BACKBONES:
+        model = moved(mixture(name))
+        model.save_pretrained(tmp_path / name)
+        given = {"x": x, "t": t, "labels": labels, "eta": eta, "expected": model(x, t, labels, eta).sample.detach()}
+        save_file(given, tmp_path / f"{name}.safetensors")
+        assert {path.name for path in (tmp_path / name).iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    program = f"""
+import torch
+from pathlib import Path
+from safetensors.torch import load_file
+from ldm_smd import ExtendedUNet2DModel, SMDUNet2DModel
+for name in {BACKBONES}:
+    kind = ExtendedUNet2DModel if name == "unet2d" else SMDUNet2DModel
+    i = load_file(Path({str(tmp_path)!r}) / f"{{name}}.safetensors")
+    found = kind.from_pretrained(Path({str(tmp_path)!r}) / name)(i["x"], i["t"], i["labels"], i["eta"]).sample
+    assert (found - i["expected"]).abs().max() <= 1e-4 * i["expected"].abs().max(), name
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_with_parameters_divided_over_processes(launch):
+    """FSDP2 over two processes gives the predictions and gradients of one."""
+    process = launch(2, "tests/models/fsdp_backbones.py")
+    assert process.wait(timeout=300) == 0, process.stderr.read()
+
+
+FORMER = {
+    "mixture.identifier.": "identifier.",
+    "mixture.noise_skip.": "hyper.draft.",
+    "mixture.hypernetworks.": "hyper.",
+    "mixture.noise.": "hyper.noise.",
+    "mixture.gate.": "hyper.gate.",
+}
+
+
+def former(name, backbone_name):
+    """The name of a weight as version 0.1 had it."""
+    shift = "hyper.embedding." if backbone_name == "unet2d" else "hyper.modulation."
+    for new, old in {**FORMER, "mixture.modulation.": shift}.items():
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name
+
+
+@pytest.fixture(params=BACKBONES)
+def former_folder(request, tmp_path):
+    """A mixture, and its folder with names of weights and settings as version 0.1 wrote them."""
+    model = moved(mixture(request.param))
+    model.save_pretrained(tmp_path / "unet")
+    path = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    weights = {former(name, request.param): value for name, value in load_file(path).items()}
+    assert not any(name.startswith("mixture.") for name in weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "unet/config.json").read_text())
+    config["latent_channels"] = config.pop("z_channels")
+    (tmp_path / "unet/config.json").write_text(json.dumps(config))
+    return request.param, model, tmp_path / "unet"
+
+
+def test_a_folder_of_before_loads(former_folder):
+    name, model, folder = former_folder
+    x, t, labels, eta = inputs(draws=2)
+    expected = model(x, t, labels, eta).sample
+    again = type(model).from_pretrained(folder).eval()
+    assert torch.equal(again(x, t, labels, eta).sample, expected)
+    assert again.config.z_channels == 8
+    resumed = mixture(name)
+    load_weights(resumed, folder, "output")
+    assert torch.equal(resumed(x, t, labels, eta).sample, expected)
+
+
+@every_backbone
+def test_an_optimizer_of_before_loads(name):
+    x, t, labels, eta = inputs(draws=2)
+    model = moved(mixture(name))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(x, t, labels, eta).sample.square().mean().backward()
+    optimizer.step()
+    now = optimizer_tensors(model, optimizer)
+    again = torch.optim.AdamW(model.parameters())
+    load_optimizer(model, again, {former(key, name): tensor for key, tensor in now.items()})
+    loaded = optimizer_tensors(model, again)
+    assert loaded.keys() == now.keys() and all(torch.equal(loaded[key], tensor) for key, tensor in now.items())
+
+
+def test_names_of_other_networks_stay():
+    assert backbone.current_name("decoder.mid_block.hyper.weight") == "decoder.mid_block.hyper.weight"
