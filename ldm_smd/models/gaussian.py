@@ -39,12 +39,12 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        rows, numbers, bases = (num_classes or 0) + 1, channels * height * width, 1 if shared else count
+        rows, elements, bases = (num_classes or 0) + 1, channels * height * width, 1 if shared else count
         if not shared and count != rows:
             raise ValueError(f"count: expected one for each class and one for all, {rows}, found {count}")
         self.register_buffer("log_weights", torch.full((rows, count), -torch.inf))
-        self.register_buffer("means", torch.zeros(count, numbers))
-        self.register_buffer("vectors", torch.zeros(bases, rank, numbers))
+        self.register_buffer("means", torch.zeros(count, elements))
+        self.register_buffer("vectors", torch.zeros(bases, rank, elements))
         self.register_buffer("variances", torch.ones(bases, rank))
         self.register_buffer("tails", torch.ones(bases))
 
@@ -84,7 +84,7 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         """
         x, row = self._rows(x_t, class_labels)
         means = self.means.to(x.dtype)
-        means = self._shares(x, t, row) @ means if self.config.shared else means[row]
+        means = self._responsibilities(x, t, row) @ means if self.config.shared else means[row]
         a, s = t
         return (means + self._scale(x - a * means, row, lambda lam: a * lam / (a**2 * lam + s**2))).view_as(x_t)
 
@@ -115,9 +115,9 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         """A component for every row of x (B, D), drawn from its posterior."""
         if uniform is None:
             raise ValueError("uniform: expected a number for each sample, to choose among components, found None")
-        return choose(self._shares(x, t, row), uniform.to(x.dtype)[:, None])
+        return choose(self._responsibilities(x, t, row), uniform.to(x.dtype)[:, None])
 
-    def _shares(self, x: torch.Tensor, t: tuple[float, float], row: torch.Tensor) -> torch.Tensor:
+    def _responsibilities(self, x: torch.Tensor, t: tuple[float, float], row: torch.Tensor) -> torch.Tensor:
         """r_i ~ w_i N(x; a m_i, a^2 S + s^2 I), (B, n); the means differ in the leading directions of S alone."""
         a, s = t
         vectors, means = self.vectors[0].to(x.dtype), self.means.to(x.dtype)

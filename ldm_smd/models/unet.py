@@ -62,7 +62,7 @@ class SMDUNet2DModel(ModelMixin, ConfigMixin):
         latent_channels: channels of the mixture's latent map z; 0 for a Gaussian model.
         identifier_channels: width of g_xi, which makes z (MixtureIdentifier).
         hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
-        noise_rank: principal components of the latents that a draw chooses in (PosteriorNoise; ``hyper["noise"].fit`` comes
+        noise_rank: principal components of the latents that a draw chooses in (PosteriorNoise, fitted
             before training); 0: white noise, the paper's.
         noise_modes: of the Gaussian mixture that the latents are taken to be from in those directions.
         noise_timesteps: of the noise schedule it is fitted for.

@@ -1,14 +1,13 @@
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from ldm_smd.choices import PREDICTION_TYPES
 from ldm_smd.config import DiffusionConfig
-from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
+from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow, x0_per_prediction
 from ldm_smd.training.loop import build_scheduler
-
-SCHEDULER = build_scheduler(DiffusionConfig())
-PROCESS = DiffusionProcess(SCHEDULER.alphas_cumprod.double())
+from tests.diffusion.paths import KINDS, PATHS, PROCESS, SCHEDULER
 
 
 def draw(*shape):
@@ -23,19 +22,111 @@ def test_noise_and_velocity_agree_with_diffusers():
     assert torch.allclose(PROCESS.target(x0, eps, t, "v_prediction"), scheduler.get_velocity(x0, eps, t))
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
-def test_x0_comes_back_from_its_target(kind):
+def test_flow_and_its_velocity_agree_with_diffusers():
+    """A step of Euler along the exact velocity stays on the line from the noise to the data."""
+    scheduler, path = FlowMatchEulerDiscreteScheduler(), RectifiedFlow(1000)
+    scheduler.set_timesteps(7)
+    x0, eps = draw(7, 3, 4, 4).float(), draw(7, 3, 4, 4).flip(0).float()
+    x_t = path.noise(x0, eps, scheduler.timesteps)
+    assert torch.allclose(x_t, scheduler.scale_noise(x0, scheduler.timesteps, eps), atol=1e-6)
+    velocity = path.target(x0, eps, scheduler.timesteps, "flow_prediction")
+    x_s = path.noise(x0, eps, torch.cat((scheduler.timesteps[1:], torch.zeros(1))))
+    for t, *row in zip(scheduler.timesteps, velocity, x_t, x_s):
+        assert torch.allclose(scheduler.step(row[0], t, row[1]).prev_sample, row[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_x0_comes_back_from_its_target(path, kind):
     x0, eps, t = draw(3, 2, 4, 4), draw(3, 2, 4, 4) * 0.5, torch.tensor([0, 300, 900])
-    x_t = PROCESS.noise(x0, eps, t)
-    assert torch.allclose(PROCESS.to_x0(PROCESS.target(x0, eps, t, kind), x_t, t, kind), x0)
+    x_t = path.noise(x0, eps, t)
+    assert torch.allclose(path.to_x0(path.target(x0, eps, t, kind), x_t, t, kind), x0)
+    clean = torch.full_like(t, -1)
+    assert torch.allclose(path.to_x0(path.target(x0, eps, clean, kind), x0, clean, kind), x0)
 
 
-def test_posterior_is_bayes_rule():
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_of_the_prediction_is_so_much_of_x0(path, kind):
+    x_t, p, error, t = draw(4, 3), draw(4, 3, 1)[..., 0], 0.3, torch.tensor([1, 300, 900, 998])
+    off = path.to_x0(p + error, x_t, t, kind) - path.to_x0(p, x_t, t, kind)
+    gain = x0_per_prediction(kind, *path.signal_and_noise(t, x_t))
+    assert torch.allclose(off, gain * error, rtol=1e-6)
+    assert x0_per_prediction("sample", torch.ones(1), torch.zeros(1)) == 1
+
+
+@pytest.mark.parametrize("exact", PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_is_as_near_as_the_noise_lets_it(exact, kind):
+    """The rounding of x_t and p, made larger by what x_0 depends on them by, at every t; and today's forms with v and eps."""
+    table = isinstance(exact, DiffusionProcess)
+    path, t = (DiffusionProcess(exact.alphas_cumprod.float()) if table else exact), torch.arange(1, 1000)
+    exact = DiffusionProcess(path.alphas_cumprod.double()) if table else exact
+    x0, eps = draw(999, 4), draw(999, 4).flip(0)
+    x_t, p = exact.noise(x0, eps, t).float(), exact.target(x0, eps, t, kind).float()
+    a, s = exact.signal_and_noise(t, x0)
+    gain = x0_per_prediction(kind, a, s).abs()
+    found = path.to_x0(p, x_t, t, kind).double()
+    allowed = 4 * torch.finfo(torch.float32).eps * (4 + gain / s.clamp_max(a))
+    assert ((found - x0).abs() <= allowed * 4).all()
+    if kind == "v_prediction" and table:
+        a, s = path.signal_and_noise(t, x_t)
+        assert torch.allclose(path.to_x0(p, x_t, t, kind), a * x_t - s * p, rtol=1e-6, atol=1e-6)
+
+
+def test_real_timesteps_lie_between_those_of_the_table():
+    """Linear in the logarithm of the signal-to-noise ratio, and the table's own bits where they are whole."""
+    process, like = DiffusionProcess(SCHEDULER.alphas_cumprod), torch.zeros(5, 1)
+    whole = torch.tensor([-1, 0, 1, 500, 999])
+    for found, known in zip(process.signal_and_noise(whole.float(), like), process.signal_and_noise(whole, like)):
+        assert torch.equal(found, known)
+    t = torch.tensor([0.5, 20.25, 600.5, 998.75, 999.0])
+    table = SCHEDULER.alphas_cumprod.double().numpy()
+    log_snr = np.interp(t.numpy(), np.arange(1000), np.log(table / (1 - table)))
+    a, s = process.signal_and_noise(t, like)
+    assert torch.allclose((2 * (a / s).log()).flatten().double(), torch.from_numpy(log_snr), atol=1e-2, rtol=1e-4)
+    ends = DiffusionProcess(torch.tensor([0.5, 0.0]))  # without signal at the last
+    assert 0 < ends.signal_and_noise(torch.tensor([0.5]), like)[0] < 1e-2
+    assert ends.signal_and_noise(torch.tensor([1.0]), like)[0] == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_training_draws_timesteps_of_the_path(path):
+    t = path.random_t(100_000, generator=torch.Generator().manual_seed(0))
+    assert 0 <= t.min() < 2 and 998 < t.max() <= path.last
+    assert t.double().mean() == pytest.approx(500, abs=5) and t.double().std() == pytest.approx(1000 / 12**0.5, rel=0.01)
+    a, s = path.signal_and_noise(t, t)
+    assert (s > 0).all() and a.isfinite().all()
+
+
+def test_the_flow_is_a_variance_preserving_process_but_for_its_norm():
+    """At the same ratio of signal to noise, x_t over its norm is the same, and so is the posterior of x_0."""
+    flow, t = RectifiedFlow(10), torch.arange(1, 10)
+    x0, eps = draw(9, 4), draw(9, 4).flip(0)
+    a, s = flow.signal_and_noise(t, x0)
+    norm = torch.hypot(a, s)
+    process = DiffusionProcess(((a / norm) ** 2).flatten())
+    x_t, known = flow.noise(x0, eps, t), process.noise(x0, eps, t - 1)
+    assert torch.allclose(x_t / norm, known)
+    earlier = t - 1
+    mean, variance = flow.posterior(x_t, x0, t, earlier)
+    norm_s = torch.hypot(*flow.signal_and_noise(earlier, x0))
+    found, found_variance = process.posterior(known, x0, t - 1, earlier - 1)
+    assert torch.allclose(mean / norm_s, found) and torch.allclose(variance / norm_s**2, found_variance)
+    data = GaussianMixture.isotropic(draw(3, 4), 0.3)
+    for row in range(9):
+        ours = data.posterior(x_t[row : row + 1], a[row], s[row])
+        theirs = data.posterior(known[row : row + 1], *process.signal_and_noise(t[row] - 1, x0[row]))
+        assert torch.allclose(ours.mean(), theirs.mean()) and torch.allclose(ours.total_variance(), theirs.total_variance())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_posterior_is_bayes_rule(path):
     """q(x_s | x_t, x_0) against the product of the two Gaussians q(x_t | x_s) and q(x_s | x_0) on a grid."""
     t, s = torch.tensor([600]), torch.tensor([350])
     x_t, x0 = torch.tensor([[0.7]], dtype=torch.float64), torch.tensor([[-0.4]], dtype=torch.float64)
-    a_t, s_t = (value.item() for value in PROCESS.signal_and_noise(t, x_t))
-    a_s, s_s = (value.item() for value in PROCESS.signal_and_noise(s, x_t))
+    a_t, s_t = (value.item() for value in path.signal_and_noise(t, x_t))
+    a_s, s_s = (value.item() for value in path.signal_and_noise(s, x_t))
     a_ts = a_t / a_s
     beta_ts = s_t**2 - a_ts**2 * s_s**2
     grid = torch.linspace(-6, 6, 200_001, dtype=torch.float64)
@@ -43,14 +134,15 @@ def test_posterior_is_bayes_rule():
     weight = torch.softmax(log_density.flatten(), 0)
     mean = (weight * grid).sum()
     variance = (weight * (grid - mean) ** 2).sum()
-    found_mean, found_variance = PROCESS.posterior(x_t, x0, t, s)
+    found_mean, found_variance = path.posterior(x_t, x0, t, s)
     assert found_mean.item() == pytest.approx(mean.item(), abs=1e-9)
     assert found_variance.item() == pytest.approx(variance.item(), rel=1e-6)
 
 
-def test_the_last_posterior_is_the_data():
+@pytest.mark.parametrize("path", PATHS)
+def test_the_last_posterior_is_the_data(path):
     x_t, x0 = draw(1, 3), draw(1, 3) * 2
-    mean, variance = PROCESS.posterior(x_t, x0, torch.tensor([100]), torch.tensor([-1]))
+    mean, variance = path.posterior(x_t, x0, torch.tensor([100]), torch.tensor([-1]))
     assert torch.allclose(mean, x0) and variance.item() == pytest.approx(0, abs=1e-12)
 
 
