@@ -49,12 +49,11 @@ def timestep_weight(weighting: str, exponent: float, path: GaussianPath, t: torc
     a, s = path.signal_and_noise(t, t)
     if weighting == "prediction":
         return torch.ones_like(a)
+    e_0 = x0_per_prediction(prediction_type, a, s).abs()  # for one unit of the prediction's error
     if weighting == "min_snr":
-        factor = (a / s).clamp_max(MIN_SNR_GAMMA**0.5)
-    else:
-        space = {"v": "v_prediction", "epsilon": "epsilon", "x0": "sample"}[weighting]
-        factor = 1.0 / x0_per_prediction(space, a, s).abs()
-    return (factor * x0_per_prediction(prediction_type, a, s).abs()) ** exponent
+        return (e_0 * (a / s).clamp_max(MIN_SNR_GAMMA**0.5)) ** exponent
+    space = {"v": "v_prediction", "epsilon": "epsilon", "x0": "sample"}[weighting]
+    return (e_0 / x0_per_prediction(space, a, s).abs()) ** exponent
 
 
 def mse(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

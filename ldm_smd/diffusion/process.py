@@ -1,7 +1,5 @@
-"""Gaussian paths from data to noise, x_t = a_t x_0 + s_t eps, and what a network may predict on them.
-
-A step goes from t to s < t. Where a number is all that differs between paths, it is a function of (a_t, s_t).
-"""
+"""Gaussian paths from data to noise, x_t = a_t x_0 + s_t eps, and what a network may predict on them. A step goes from t to
+s < t."""
 
 from __future__ import annotations
 
@@ -33,12 +31,7 @@ def x0_per_prediction(prediction_type: str, a: torch.Tensor, s: torch.Tensor) ->
 
 
 class GaussianPath(ABC):
-    """A subclass says (a_t, s_t) for integer or real t, (B,).
-
-    Attributes:
-        num_timesteps: T.
-        last: the noisiest t.
-    """
+    """A subclass says (a_t, s_t) for integer or real t, (B,), up to ``last``."""
 
     num_timesteps: int
     last: int
@@ -48,7 +41,7 @@ class GaussianPath(ABC):
         """(a_t, s_t), each (B, 1, ..., 1) to multiply ``like`` (B, ...) with. t = -1 is clean data: (1, 0)."""
 
     def random_t(self, count: int, **options: Any) -> torch.Tensor:
-        """Timesteps to train at, (count,), never 0 where t is real; ``options``, as generator, are those of torch.rand."""
+        """Timesteps to train at, (count,), real ones above 0; ``options`` are those of torch.rand."""
         return self.last * (1.0 - torch.rand(count, **options))
 
     def to(self, device: torch.device) -> GaussianPath:

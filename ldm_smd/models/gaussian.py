@@ -64,7 +64,11 @@ class LatentGaussians(ModelMixin, ConfigMixin):
             uniform: (B,) numbers from [0, 1) that choose the components of a mixture; not read otherwise.
         """
         x, row = self._rows(x_t, class_labels)
-        which = self._choose(x, t, row, uniform) if self.config.shared else row
+        which = row
+        if self.config.shared:
+            if uniform is None:
+                raise ValueError("uniform: expected a number for each sample, to choose among components, found None")
+            which = choose(self._responsibilities(x, t, row), uniform.to(x.dtype)[:, None])
         (a_t, s_t), (a_s, s_s) = t, s
         means = self.means.to(x.dtype)[which]
         moved = self._scale(x - a_t * means, row, lambda lam: ((a_s**2 * lam + s_s**2) / (a_t**2 * lam + s_t**2)).sqrt())
@@ -110,12 +114,6 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         else:
             inside = torch.einsum("br,brd->bd", more * torch.einsum("bd,brd->br", x, vectors[basis]), vectors[basis])
         return inside + other * x
-
-    def _choose(self, x: torch.Tensor, t: tuple[float, float], row: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
-        """A component for every row of x (B, D), drawn from its posterior."""
-        if uniform is None:
-            raise ValueError("uniform: expected a number for each sample, to choose among components, found None")
-        return choose(self._responsibilities(x, t, row), uniform.to(x.dtype)[:, None])
 
     def _responsibilities(self, x: torch.Tensor, t: tuple[float, float], row: torch.Tensor) -> torch.Tensor:
         """r_i ~ w_i N(x; a m_i, a^2 S + s^2 I), (B, n); the means differ in the leading directions of S alone."""
