@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from ldm_smd.diffusion.central_moments import PAPER_ITERATIONS, Moments, fit_two_gaussians, moments_of, two_gaussians
+from ldm_smd.diffusion.central_moments import Moments, moments_of, two_gaussians
+from ldm_smd.schedulers.kernel_fit import PAPER_ITERATIONS, fit_two_gaussians
 
 RESULT = Path(__file__).parent / "results" / "gms_fit.json"
 SHAPE = (64, 16, 8, 8)

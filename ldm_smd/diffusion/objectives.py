@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from ..choices import OBJECTIVES
-from .process import DiffusionProcess
+from .process import GaussianPath, x0_per_prediction
 
 MIN_SNR_GAMMA = 5.0
 EPSILON = 1e-8
-"""Under the square root of squared distances per number: its gradient stays finite where two draws agree."""
+"""Under the square root of squared distances per element: its gradient stays finite where two draws agree."""
 
 
 def objective(
@@ -36,31 +36,28 @@ def objective(
     raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {name!r}")
 
 
-def timestep_weight(
-    weighting: str, exponent: float, process: DiffusionProcess, t: torch.Tensor, prediction_type: str
-) -> torch.Tensor:
+def timestep_weight(weighting: str, exponent: float, path: GaussianPath, t: torch.Tensor, prediction_type: str) -> torch.Tensor:
     """What the loss at t is to be multiplied with, (B,), where it is the ``exponent``-th power of a prediction's error.
 
     A proper score stays proper under any positive weight of t. "prediction" is 1. The others say in which space the error
     counts, whatever the network predicts; with x_0's error e_0 they are
 
-        v: e_0 / s_t,    epsilon: e_0 a_t / s_t,    x0: e_0,    min_snr: e_0 min(snr, 5)^(1/2)  (arXiv 2303.09556)
+        v, epsilon, x0: e_0 / |dx_0 / dp| for that p,    min_snr: e_0 min(snr, 5)^(1/2)  (arXiv 2303.09556)
+
+    the first three e_0 / s_t, e_0 a_t / s_t and e_0 where the path preserves variance.
     """
+    a, s = path.signal_and_noise(t, t)
     if weighting == "prediction":
-        return torch.ones_like(process.alphas_cumprod[t])
-    a, s = process.signal_and_noise(t, t)
-    per_prediction = {"v_prediction": s, "epsilon": s / a, "sample": torch.ones_like(s)}[prediction_type]  # e_0 / error
-    factor = {
-        "v": 1.0 / s,
-        "epsilon": a / s,
-        "x0": torch.ones_like(s),
-        "min_snr": (a / s).clamp_max(MIN_SNR_GAMMA**0.5),
-    }[weighting]
-    return (factor * per_prediction) ** exponent
+        return torch.ones_like(a)
+    e_0 = x0_per_prediction(prediction_type, a, s).abs()  # for one unit of the prediction's error
+    if weighting == "min_snr":
+        return (e_0 * (a / s).clamp_max(MIN_SNR_GAMMA**0.5)) ** exponent
+    space = {"v": "v_prediction", "epsilon": "epsilon", "x0": "sample"}[weighting]
+    return (e_0 / x0_per_prediction(space, a, s).abs()) ** exponent
 
 
 def mse(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The paper's loss (SMD, arXiv 2309.14068): mean over draws and numbers of (prediction - target)^2.
+    """The paper's loss (SMD, arXiv 2309.14068): mean over draws and elements of (prediction - target)^2.
 
     eta is independent of the target given x_t, so the minimiser is the posterior mean for every eta: it collapses to a
     Gaussian model. It is here for comparison, and for Gaussian models.
@@ -138,7 +135,7 @@ def mixture_nll(
 
         - (2 h^2 / n) log( sum_j w_j exp( - |y - p_j|^2 / (2 h^2) ) )
 
-    for the n numbers of the picture or patch (as in ``energy``, averaged over patches): per number and up to a constant,
+    for the n elements of the picture or patch (as in ``energy``, averaged over patches): per element and up to a constant,
     scaled so that h -> infinity gives the squared error. It is the likelihood of SMD's own equation, with the step's
     standard deviation as h. With few draws it is a bound, and in many dimensions one draw takes all the weight.
 
@@ -149,13 +146,13 @@ def mixture_nll(
     draws, channels = predictions.shape[1:3]
     weights = component_weights(log_weights, predictions)
     each = draws // weights.shape[1]
-    log_shares = (weights / each).log().repeat_interleave(each, dim=1)[..., None, None]
+    log_weight_per_draw = (weights / each).log().repeat_interleave(each, dim=1)[..., None, None]
     squared = (predictions - target.unsqueeze(1)).square().sum(dim=2)  # (B, M, H, W), sum over channels
     total = predictions.new_zeros(())
     for side in patches:
-        sums, places = patch_sums(squared, side)
-        log_density = (log_shares - sums / (2 * bandwidth**2)).logsumexp(dim=1)
-        total = total - 2 * bandwidth**2 / (places * channels) * log_density.mean(dim=(1, 2))
+        sums, positions = patch_sums(squared, side)
+        log_density = (log_weight_per_draw - sums / (2 * bandwidth**2)).logsumexp(dim=1)
+        total = total - 2 * bandwidth**2 / (positions * channels) * log_density.mean(dim=(1, 2))
     return total / len(patches)
 
 
@@ -169,8 +166,8 @@ def distance(a: torch.Tensor, b: torch.Tensor, beta: float, patches: Sequence[in
     squared = (a - b).square().mean(dim=2)  # (B, M, H, W), mean over channels
     total = a.new_zeros(())
     for side in patches:
-        sums, places = patch_sums(squared, side)
-        total = total + (sums / places + EPSILON).pow(0.5 * beta).mean(dim=(2, 3))
+        sums, positions = patch_sums(squared, side)
+        total = total + (sums / positions + EPSILON).pow(0.5 * beta).mean(dim=(2, 3))
     return total / len(patches)
 
 
@@ -191,7 +188,7 @@ def pair_distance(
 
 
 def patch_sums(x: torch.Tensor, side: int) -> tuple[torch.Tensor, int]:
-    """Sums of (B, M, H, W) over every side x side window, or the whole for side 0; and the number of places in one."""
+    """Sums of (B, M, H, W) over every side x side window, or the whole for side 0; and the number of positions in one."""
     height, width = (side, side) if side else x.shape[2:]
     kernel = (min(height, x.shape[2]), min(width, x.shape[3]))
     return F.avg_pool2d(x, kernel, stride=1, divisor_override=1), kernel[0] * kernel[1]

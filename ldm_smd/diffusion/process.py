@@ -1,33 +1,51 @@
-"""The variance-preserving forward process, its posterior, and the three things a network may predict.
-
-Notation: x_t = a_t x_0 + s_t eps with a_t = sqrt(alphabar_t), s_t = sqrt(1 - alphabar_t); a step goes from t to s < t.
-"""
+"""Gaussian paths from data to noise, x_t = a_t x_0 + s_t eps, and what a network may predict on them. A step goes from t to
+s < t."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Any
+
 import torch
 
+Coefficients = tuple[torch.Tensor | float, torch.Tensor | float]
+LEAST_ALPHABAR = 1e-12
+"""Between timesteps the logarithm of a smaller one is not taken: schedules may end without signal."""
 
-class DiffusionProcess:
-    """Args:
-    alphas_cumprod: alphabar_t for t = 0 .. T-1, as diffusers schedulers have it. Kept in its own dtype.
+
+def prediction_coefficients(prediction_type: str, a: torch.Tensor, s: torch.Tensor) -> Coefficients:
+    """(alpha, beta) of the prediction p = alpha x_0 + beta eps. With x_t it gives x_0 back:
+
+    x_0 = (beta x_t - s p) / (a beta - s alpha)
     """
+    known: dict[str, Coefficients] = {"epsilon": (0.0, 1.0), "sample": (1.0, 0.0), "flow_prediction": (-1.0, 1.0)}
+    return (-s, a) if prediction_type == "v_prediction" else known[prediction_type]
 
-    def __init__(self, alphas_cumprod: torch.Tensor) -> None:
-        self.alphas_cumprod = alphas_cumprod
 
-    @property
-    def num_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+def x0_per_prediction(prediction_type: str, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """dx_0 / dp = -s / (a beta - s alpha) at one x_t: what an error of the prediction is multiplied with in x_0."""
+    if prediction_type == "sample":
+        return torch.ones_like(s)
+    alpha, beta = prediction_coefficients(prediction_type, a, s)
+    return -s / (a * beta - s * alpha)
 
-    def to(self, device: torch.device) -> DiffusionProcess:
-        return DiffusionProcess(self.alphas_cumprod.to(device))
 
+class GaussianPath(ABC):
+    """A subclass says (a_t, s_t) for integer or real t, (B,), up to ``last``."""
+
+    num_timesteps: int
+    last: int
+
+    @abstractmethod
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(a_t, s_t), each (B, 1, ..., 1) to multiply ``like`` (B, ...) with. t = -1 is clean data: (1, 0)."""
-        alphabar = torch.where(t < 0, 1.0, self.alphas_cumprod[t.clamp_min(0)])
-        alphabar = alphabar.view(-1, *[1] * (like.ndim - 1))
-        return alphabar.sqrt(), (1.0 - alphabar).sqrt()
+
+    def random_t(self, count: int, **options: Any) -> torch.Tensor:
+        """Timesteps to train at, (count,), real ones above 0; ``options`` are those of torch.rand."""
+        return self.last * (1.0 - torch.rand(count, **options))
+
+    def to(self, device: torch.device) -> GaussianPath:
+        return self
 
     def noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t = a_t x_0 + s_t eps."""
@@ -35,22 +53,17 @@ class DiffusionProcess:
         return a * x0 + s * eps
 
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, prediction_type: str) -> torch.Tensor:
-        """What the network is to predict: eps, v = a_t eps - s_t x_0, or x_0."""
-        if prediction_type == "epsilon":
-            return eps
-        if prediction_type == "sample":
-            return x0
-        a, s = self.signal_and_noise(t, x0)
-        return a * eps - s * x0
+        """What the network is to predict, alpha x_0 + beta eps."""
+        alpha, beta = prediction_coefficients(prediction_type, *self.signal_and_noise(t, x0))
+        return alpha * x0 + beta * eps
 
     def to_x0(self, prediction: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, prediction_type: str) -> torch.Tensor:
-        """x_0 from a prediction: (x_t - s_t eps) / a_t, a_t x_t - s_t v, or x_0 itself."""
-        if prediction_type == "sample":
+        """x_0 = (beta x_t - s_t p) / (a_t beta - s_t alpha) from a prediction p."""
+        if prediction_type == "sample":  # also where s_t is 0
             return prediction
         a, s = self.signal_and_noise(t, x_t)
-        if prediction_type == "epsilon":
-            return (x_t - s * prediction) / a
-        return a * x_t - s * prediction
+        alpha, beta = prediction_coefficients(prediction_type, a, s)
+        return (beta * x_t - s * prediction) / (a * beta - s * alpha)
 
     def posterior(
         self, x_t: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, s: torch.Tensor
@@ -71,3 +84,48 @@ class DiffusionProcess:
         a_ts = a_t / a_s
         beta_ts = s_t**2 - a_ts**2 * s_s**2
         return a_ts * s_s**2 / s_t**2, a_s * beta_ts / s_t**2, s_s**2 * beta_ts / s_t**2
+
+
+class DiffusionProcess(GaussianPath):
+    """The variance-preserving process of a table: a_t = sqrt(alphabar_t), s_t = sqrt(1 - alphabar_t).
+
+    Args:
+        alphas_cumprod: alphabar_t for t = 0 .. T-1, as diffusers schedulers have it. Kept in its own dtype.
+    """
+
+    def __init__(self, alphas_cumprod: torch.Tensor) -> None:
+        self.alphas_cumprod = alphas_cumprod
+        self.num_timesteps = len(alphas_cumprod)
+        self.last = self.num_timesteps - 1
+
+    def to(self, device: torch.device) -> DiffusionProcess:
+        return DiffusionProcess(self.alphas_cumprod.to(device))
+
+    def random_t(self, count: int, **options: Any) -> torch.Tensor:
+        return torch.randint(self.num_timesteps, (count,), **options)
+
+    def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        known = self._between(t) if t.is_floating_point() else self.alphas_cumprod[t.clamp_min(0)]
+        alphabar = torch.where(t < 0, 1.0, known).view(-1, *[1] * (like.ndim - 1))
+        return alphabar.sqrt(), (1.0 - alphabar).sqrt()
+
+    def _between(self, t: torch.Tensor) -> torch.Tensor:
+        """alphabar at real t: that of the table, and between two of its entries linear in log(alphabar / (1 - alphabar))."""
+        t = t.clamp(0, self.last)
+        ends = self.alphas_cumprod[torch.stack((t.floor(), t.ceil())).long()]
+        limits = torch.finfo(ends.dtype)
+        below, above = ends.clamp(max(LEAST_ALPHABAR, limits.tiny), 1.0 - limits.eps).logit()
+        return torch.where(t == t.floor(), ends[0], below.lerp(above, t.frac().to(ends.dtype)).sigmoid())
+
+
+class RectifiedFlow(GaussianPath):
+    """a_t = 1 - t / T, s_t = t / T for real t in [0, T], as diffusers counts them; its velocity eps - x_0 is
+    "flow_prediction"."""
+
+    def __init__(self, num_timesteps: int = 1000) -> None:
+        self.num_timesteps = self.last = num_timesteps
+
+    def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """In the dtype of ``like``, float32 or better."""
+        t = t.clamp_min(0).to(torch.promote_types(like.dtype, torch.float32)).view(-1, *[1] * (like.ndim - 1))
+        return (self.num_timesteps - t) / self.num_timesteps, t / self.num_timesteps

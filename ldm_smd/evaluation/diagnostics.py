@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 
-from ..diffusion.process import DiffusionProcess
+from ..diffusion.process import GaussianPath
 from ..models.blocks import repeat
 from ..models.unet import SMDUNet2DModel
 
@@ -20,24 +20,24 @@ class Spread:
     """How far the components of the mixture are apart at one timestep.
 
     Attributes:
-        over_eta: root of the mean, over pictures and numbers, of Var_eta[x_0(x_t, eta)], in units of the normalised latents.
+        over_eta: root of the mean, over pictures and elements, of Var_eta[x_0(x_t, eta)], in units of the normalised latents.
             The true value, the spread of the posterior q(x_0 | x_t), falls from about 1 at the noisiest t to 0 at t = 0.
-        share: ``over_eta`` as a share of the posterior's spread. The latter is not known for pictures, but the error of its
+        ratio: of ``over_eta`` to the posterior's spread. The latter is not known for pictures, but the error of its
             mean is: E|x_0 - E[x_0 | x_t]|^2 is the posterior's variance. So with the mean over M draws for E[x_0 | x_t],
 
-                share^2 = (1 + 1/M) E Var_eta / E|x_0 - mean_j x_0j|^2
+                ratio^2 = (1 + 1/M) E Var_eta / E|x_0 - mean_j x_0j|^2
 
             1 for a calibrated model, 0 for one that has collapsed to a Gaussian.
     """
 
     over_eta: float
-    share: float
+    ratio: float
 
 
 @torch.no_grad()
 def spread_over_eta(
     model: SMDUNet2DModel,
-    process: DiffusionProcess,
+    path: GaussianPath,
     prediction_type: str,
     latents: torch.Tensor,
     labels: torch.Tensor | None,
@@ -53,17 +53,17 @@ def spread_over_eta(
     for t in timesteps:
         steps = torch.full((len(latents),), t, device=latents.device)
         eps = torch.randn(latents.shape, generator=generator, device=latents.device)
-        x_t = process.noise(latents, eps, steps)
+        x_t = path.noise(latents, eps, steps)
         eta = torch.randn((len(latents) * draws, *latents.shape[1:]), generator=generator, device=latents.device)
         prediction = model(x_t, steps, labels, eta).sample.float()
-        x0 = process.to_x0(prediction, repeat(x_t, draws), repeat(steps, draws), prediction_type)
+        x0 = path.to_x0(prediction, repeat(x_t, draws), repeat(steps, draws), prediction_type)
         x0 = rearrange(x0, "(b m) ... -> b m ...", m=draws)
         variance, error = x0.var(dim=1).mean(), (x0.mean(dim=1) - latents).square().mean()
-        share = ((1 + 1 / draws) * variance / error).sqrt()
-        spread[t] = Spread(float(variance.sqrt()), float(share))
+        ratio = ((1 + 1 / draws) * variance / error).sqrt()
+        spread[t] = Spread(float(variance.sqrt()), float(ratio))
     return spread
 
 
 def has_collapsed(spread: dict[int, Spread]) -> bool:
     """Whether the draws agree at every timestep: the mixture is a Gaussian model in all but name."""
-    return all(at.share < COLLAPSED for at in spread.values())
+    return all(at.ratio < COLLAPSED for at in spread.values())

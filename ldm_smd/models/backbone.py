@@ -97,6 +97,8 @@ class Backbone(ModelMixin, ConfigMixin):
         """diffusers calls this between reading weights and comparing their names."""
         for name in list(state_dict):
             state_dict[current_name(name)] = state_dict.pop(name)
+        if "mixture.noise.alphas_cumprod" in state_dict:  # before there were other paths than variance-preserving ones
+            state_dict.setdefault("mixture.noise.norms", torch.ones_like(state_dict["mixture.noise.alphas_cumprod"]))
 
 
 # The mixture's parts were entries of a dictionary once, "hyper", and their names are those of weights and optimizer states.

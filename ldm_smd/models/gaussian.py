@@ -39,12 +39,12 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        rows, numbers, bases = (num_classes or 0) + 1, channels * height * width, 1 if shared else count
+        rows, elements, bases = (num_classes or 0) + 1, channels * height * width, 1 if shared else count
         if not shared and count != rows:
             raise ValueError(f"count: expected one for each class and one for all, {rows}, found {count}")
         self.register_buffer("log_weights", torch.full((rows, count), -torch.inf))
-        self.register_buffer("means", torch.zeros(count, numbers))
-        self.register_buffer("vectors", torch.zeros(bases, rank, numbers))
+        self.register_buffer("means", torch.zeros(count, elements))
+        self.register_buffer("vectors", torch.zeros(bases, rank, elements))
         self.register_buffer("variances", torch.ones(bases, rank))
         self.register_buffer("tails", torch.ones(bases))
 
@@ -64,7 +64,11 @@ class LatentGaussians(ModelMixin, ConfigMixin):
             uniform: (B,) numbers from [0, 1) that choose the components of a mixture; not read otherwise.
         """
         x, row = self._rows(x_t, class_labels)
-        which = self._choose(x, t, row, uniform) if self.config.shared else row
+        which = row
+        if self.config.shared:
+            if uniform is None:
+                raise ValueError("uniform: expected a number for each sample, to choose among components, found None")
+            which = choose(self._responsibilities(x, t, row), uniform.to(x.dtype)[:, None])
         (a_t, s_t), (a_s, s_s) = t, s
         means = self.means.to(x.dtype)[which]
         moved = self._scale(x - a_t * means, row, lambda lam: ((a_s**2 * lam + s_s**2) / (a_t**2 * lam + s_t**2)).sqrt())
@@ -84,7 +88,7 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         """
         x, row = self._rows(x_t, class_labels)
         means = self.means.to(x.dtype)
-        means = self._shares(x, t, row) @ means if self.config.shared else means[row]
+        means = self._responsibilities(x, t, row) @ means if self.config.shared else means[row]
         a, s = t
         return (means + self._scale(x - a * means, row, lambda lam: a * lam / (a**2 * lam + s**2))).view_as(x_t)
 
@@ -111,13 +115,7 @@ class LatentGaussians(ModelMixin, ConfigMixin):
             inside = torch.einsum("br,brd->bd", more * torch.einsum("bd,brd->br", x, vectors[basis]), vectors[basis])
         return inside + other * x
 
-    def _choose(self, x: torch.Tensor, t: tuple[float, float], row: torch.Tensor, uniform: torch.Tensor | None) -> torch.Tensor:
-        """A component for every row of x (B, D), drawn from its posterior."""
-        if uniform is None:
-            raise ValueError("uniform: expected a number for each sample, to choose among components, found None")
-        return choose(self._shares(x, t, row), uniform.to(x.dtype)[:, None])
-
-    def _shares(self, x: torch.Tensor, t: tuple[float, float], row: torch.Tensor) -> torch.Tensor:
+    def _responsibilities(self, x: torch.Tensor, t: tuple[float, float], row: torch.Tensor) -> torch.Tensor:
         """r_i ~ w_i N(x; a m_i, a^2 S + s^2 I), (B, n); the means differ in the leading directions of S alone."""
         a, s = t
         vectors, means = self.vectors[0].to(x.dtype), self.means.to(x.dtype)

@@ -18,7 +18,7 @@ START = 0.5413248546129181
 
 
 class MomentHeads(ModelMixin, ConfigMixin):
-    """The variance and the third central moment of v given x_t at every place, from what the UNet's last convolution reads.
+    """The variance and the third central moment of v given x_t at every position, from what the UNet's last convolution reads.
 
     The paper's heads give E[eps^2 | x_t] and E[eps^3 | x_t]. Central moments of v = a_t eps - s_t x_0 say the same,
 

@@ -6,15 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..diffusion.gaussian_mixture import choose, fit_shared, leading, shared_responsibilities, weights_by_class
+from ..diffusion.gaussian_mixture import choose, shared_responsibilities
 from .blocks import repeat
 
 GRID = 8
-"""Side of the grid on which the distribution of the latents is known: 64 numbers a channel, whatever the latents' size."""
+"""Side of the grid on which the distribution of the latents is known: 64 elements a channel, whatever the latents' size."""
 
 SMALLEST = 1e-4
-FLOOR = 0.05
-"""Added to the variances inside the modes, as a share of the mean variance of the principal components taken."""
 
 
 class PosteriorNoise(nn.Module):
@@ -37,15 +35,17 @@ class PosteriorNoise(nn.Module):
 
     e is returned in the space of the network's prediction: added to the Gaussian model's, it makes a mixture of it.
 
-    The components are those of latents averaged to GRID x GRID places. Before ``fit``, or loaded weights, they are random
-    directions with unit variances, at t without signal, for v-prediction.
+    Any Gaussian path is a variance-preserving one, a_t^2 + s_t^2 = 1, times a norm: x_t, and e, are divided by it.
+
+    The components are those of latents averaged to GRID x GRID positions. Before ``fit_posterior_noise``, or loaded weights,
+    they are random directions with unit variances, at t without signal, for v-prediction.
 
     Args:
         channels, side: of the latents.
         rank: principal components; 0 for e = eta, as in the SMD paper.
         modes: K.
         num_classes: None for an unconditional model.
-        timesteps: of the noise schedule.
+        timesteps: t = 0, 1, .. to the last of the path.
     """
 
     basis: torch.Tensor
@@ -55,20 +55,22 @@ class PosteriorNoise(nn.Module):
     variances: torch.Tensor
     alphas_cumprod: torch.Tensor
     scale: torch.Tensor
+    norms: torch.Tensor
 
     def __init__(self, channels: int, side: int, rank: int, modes: int, num_classes: int | None, timesteps: int) -> None:
         super().__init__()
         self.side = min(GRID, side)
-        numbers = channels * self.side**2
-        self.rank = rank = min(rank, numbers - 1)
-        basis = torch.empty(rank, numbers, dtype=torch.float32)  # where a model is loaded in half precision too
+        elements = channels * self.side**2
+        self.rank = rank = min(rank, elements - 1)
+        basis = torch.empty(rank, elements, dtype=torch.float32)  # where a model is loaded in half precision too
         self.register_buffer("basis", nn.init.orthogonal_(basis) if rank else basis)
-        self.register_buffer("centre", torch.zeros(numbers))
+        self.register_buffer("centre", torch.zeros(elements))
         self.register_buffer("log_weights", torch.zeros((num_classes or 0) + 1, modes).log_softmax(dim=1))
         self.register_buffer("means", torch.zeros(modes, rank))
         self.register_buffer("variances", torch.ones(rank))
         self.register_buffer("alphas_cumprod", torch.zeros(timesteps))
         self.register_buffer("scale", torch.full((timesteps,), -1.0))
+        self.register_buffer("norms", torch.ones(timesteps))
 
     @property
     def start(self) -> float:
@@ -78,39 +80,6 @@ class PosteriorNoise(nn.Module):
     @property
     def is_fitted(self) -> bool:
         return self.rank == 0 or bool(self.alphas_cumprod.any())
-
-    @torch.no_grad()
-    def fit(
-        self, latents: torch.Tensor, labels: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str = "v_prediction"
-    ) -> None:
-        """Take the principal components and their mixture from data.
-
-        Args:
-            latents: (N, C, H, W), normalised as in training, N at least the number of modes.
-            labels: (N,), -1 for unlabelled.
-            alphas_cumprod: of the noise schedule, (T,).
-            prediction_type: of the network; "v_prediction", "epsilon" or "sample".
-        """
-        if len(latents) < len(self.means):
-            raise ValueError(f"latents: expected at least one for each of {len(self.means)} modes, found {len(latents)}")
-        pooled = self._on_grid(latents).double()
-        centre = pooled.mean(dim=0)
-        pooled = pooled - centre
-        basis, variances, _ = leading(pooled.T @ pooled / len(pooled), self.rank)
-        points = pooled @ basis.T
-        floor = FLOOR * float(variances.mean()) + SMALLEST
-        weights, means, covariance, shares = fit_shared(points, len(self.means), floor)
-        by_class = weights_by_class(weights, shares, labels, len(self.log_weights) - 1)
-        # The basis turned to the axes of the modes' covariance.
-        variances, axes = torch.linalg.eigh(covariance)
-        self.log_weights.copy_(by_class.clamp_min(SMALLEST**2).log())
-        self.basis.copy_(axes.T @ basis)
-        self.centre.copy_(centre)
-        self.means.copy_(means @ axes)
-        self.variances.copy_(variances)
-        self.alphas_cumprod.copy_(alphas_cumprod)
-        a, s = alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt()
-        self.scale.copy_({"v_prediction": -torch.ones_like(a), "epsilon": -a, "sample": s}[prediction_type])
 
     @torch.no_grad()
     def forward(
@@ -133,13 +102,13 @@ class PosteriorNoise(nn.Module):
                 white = white.repeat(1, self.rank // white.shape[1] + 1)[:, : self.rank + 1]
         # Exponents of sums of squares: not for half precision.
         with torch.autocast(sample.device.type, enabled=False):
-            cell = (sample.shape[2] * sample.shape[3]) ** 0.5 / self.side  # numbers in a mean: its square
-            drafts = self._drafts(white, self._on_grid(sample), timestep, class_labels, cell)
+            cell = (sample.shape[2] * sample.shape[3]) ** 0.5 / self.side  # elements in a mean: its square
+            drafts = self._drafts(white, self.on_grid(sample), timestep, class_labels, cell)
         drafts = drafts.view(-1, sample.shape[1], self.side, self.side).to(sample.dtype, memory_format=torch.channels_last)
         same = drafts.shape[2:] == sample.shape[2:]
         return drafts if same else F.interpolate(drafts, size=sample.shape[2:], mode="bilinear")
 
-    def _on_grid(self, x: torch.Tensor) -> torch.Tensor:
+    def on_grid(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, C * side * side), float32."""
         return (x if x.shape[2:] == (self.side, self.side) else F.adaptive_avg_pool2d(x, self.side)).flatten(1).float()
 
@@ -149,25 +118,27 @@ class PosteriorNoise(nn.Module):
         """white noise (B * M, rank + 1), the last for the choice of the mode, and x_t (B, N) on the grid, its noise s_t / cell
         -> e (B * M, N)."""
         basis, means = self.basis.float(), self.means.float()
-        alphabar = between(self.alphas_cumprod, timestep)[:, None]
+        tables = torch.stack((self.alphas_cumprod, self.scale, self.norms))
+        alphabar, scale, norm = between(tables, timestep)[..., None]
         a, s = alphabar.sqrt(), (1.0 - alphabar).clamp_min(SMALLEST).sqrt()  # (B, 1), or (1, 1) where all have one t
         precision = 1.0 / (alphabar * self.variances + (s / cell) ** 2)  # of u given the mode, (B or 1, rank)
-        known = (x_t - a * self.centre) @ basis.T
+        known = (x_t / norm - a * self.centre) @ basis.T
         prior = self.log_weights[-1:] if class_labels is None else self.log_weights[class_labels]
-        shares = shared_responsibilities(prior, means, a * precision * known, alphabar * precision)  # (B, K)
+        responsibilities = shared_responsibilities(prior, means, a * precision * known, alphabar * precision)  # (B, K)
 
         draws = len(white) // len(x_t)
         # Both factors of e for one unit of scale: s_t / cell^2 of the means apart, 1 / cell of the deviation inside a mode.
-        scale = between(self.scale, timestep)[:, None] / cell
+        scale = scale / cell
         apart, inside = scale * (s / cell) * precision, scale * (self.variances * precision).sqrt()
         if len(timestep) > 1:
             apart, inside = repeat(apart, draws), repeat(inside, draws)
-        mode = choose(repeat(shares, draws), torch.special.ndtr(white[:, -1:]))
-        moved = apart * (means[mode] - repeat(shares @ means, draws))
+        mode = choose(repeat(responsibilities, draws), torch.special.ndtr(white[:, -1:]))
+        moved = apart * (means[mode] - repeat(responsibilities @ means, draws))
         return torch.addcmul(moved, inside, white[:, :-1]) @ basis
 
 
 def between(values: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """values (T,) at timesteps (B,), float32; some schedulers' timesteps lie between two of training."""
+    """values (..., T) at timesteps (B,) -> (..., B), float32; some schedulers' timesteps lie between two of training."""
     below = timestep.floor()
-    return torch.lerp(values[below.long()].float(), values[timestep.ceil().long()].float(), (timestep - below).float())
+    first, second = (values[..., index.long()].float() for index in (below, timestep.ceil()))
+    return first.lerp(second, (timestep - below).float())

@@ -10,8 +10,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..diffusion.central_moments import WEIGHT, Moments, fit_two_gaussians, reverse_moments, two_gaussians, x0_moments
+from ..diffusion.central_moments import WEIGHT, Moments, reverse_moments, two_gaussians, x0_moments
 from ..diffusion.process import DiffusionProcess
+from .kernel_fit import fit_two_gaussians
 
 
 class GMSScheduler(DDPMScheduler):

@@ -14,9 +14,9 @@ from ..config import FitGaussianConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
 from ..device import process_group
-from ..diffusion.gaussian_mixture import fit_shared, leading, weights_by_class
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
+from ..models.fit import fit_shared, leading, weights_by_class
 from ..models.gaussian import LatentGaussians
 from ..models.unet import num_classes
 from ..pipelines import load_pipeline

@@ -31,6 +31,7 @@ from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder, claimed_by_first
 from ..models.attention import set_attention_backend
 from ..models.extended import ExtendedUNet2DModel, class_of
+from ..models.fit import fit_posterior_noise
 from ..models.unet import SMDUNet2DModel, embedding_dimensions, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
@@ -342,7 +343,8 @@ def fit_noise(
 ) -> None:
     """Colour the mixture's noise as the first latents of the stream, the same on every process."""
     latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror)
-    model.mixture.noise.fit(latents, labels, scheduler.alphas_cumprod, config.diffusion.prediction_type)
+    path = DiffusionProcess(scheduler.alphas_cumprod)
+    fit_posterior_noise(model.mixture.noise, latents, labels, path, config.diffusion.prediction_type)
 
 
 def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DModel:
@@ -439,7 +441,7 @@ def preview(
         steps = [t for t in SPREAD_TIMESTEPS if t < process.num_timesteps]
         spread = spread_over_eta(unet, process, prediction_type, latents, known, steps)
         over_eta = {f"spread/{t}": at.over_eta for t, at in spread.items()}
-        log.log(images_seen, over_eta | {f"spread_share/{t}": at.share for t, at in spread.items()})
+        log.log(images_seen, over_eta | {f"spread_share/{t}": at.ratio for t, at in spread.items()})
         if has_collapsed(spread):
             logger.warning(
                 "the mixture has collapsed: at no timestep do its draws differ by %.0f %% of the posterior's spread%s",

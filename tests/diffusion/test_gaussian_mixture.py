@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ldm_smd.diffusion.gaussian_mixture import GaussianMixture, choose, fit_shared
+from ldm_smd.diffusion.gaussian_mixture import GaussianMixture, choose
 from ldm_smd.diffusion.process import DiffusionProcess
 
 GRID = torch.linspace(-9, 9, 361, dtype=torch.float64)
@@ -99,41 +99,15 @@ def test_samples_have_the_moments(mixture):
     assert torch.allclose(draws.var(1).sum(-1), conditional.total_variance(), rtol=0.02)
 
 
-def test_fit_finds_the_components(mixture):
-    generator = torch.Generator().manual_seed(0)
-    fitted = GaussianMixture.fit(mixture.sample(20_000, generator), components=3)
-    unseen = mixture.sample(20_000, generator)
-    gap = mixture.log_prob(unseen).mean() - fitted.log_prob(unseen).mean()
-    assert abs(gap.item()) < 3e-3
-    assert torch.allclose(fitted.covariance(), mixture.covariance(), atol=0.05)
-
-
 def test_mistakes_are_named(mixture):
     with pytest.raises(ValueError, match="weights: expected positive numbers that sum to 1"):
         GaussianMixture.from_covariances(torch.tensor([0.5, 0.6]), torch.zeros(2, 2), torch.eye(2).expand(2, 2, 2))
     with pytest.raises(ValueError, match="covariances: expected none with a negative eigenvalue"):
         GaussianMixture.from_covariances(torch.ones(1), torch.zeros(1, 2), torch.tensor([[[1.0, 2.0], [2.0, 1.0]]]))
-    with pytest.raises(ValueError, match="points: expected at least as many as components"):
-        GaussianMixture.fit(torch.zeros(2, 2), components=3)
 
 
-def test_modes_of_one_covariance_are_found_again():
-    """EM finds the mixture the points are from, and its responsibilities are the exact ones."""
-    covariance = torch.tensor([[0.05, 0.03], [0.03, 0.04]], dtype=torch.float64)
-    places = torch.tensor([[0.0, 0.0], [1.5, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    truth = GaussianMixture.from_covariances(weights, places, covariance.expand(3, -1, -1))
-    points = truth.sample(20_000, torch.Generator().manual_seed(0))
-    found_weights, means, found, shares = fit_shared(points, 3, floor=0.0, iterations=30)
-    order = torch.cdist(places, means).argmin(dim=1)
-    assert torch.allclose(means[order], places, atol=0.02)
-    assert torch.allclose(found_weights[order], weights, atol=0.02)
-    assert torch.allclose(found, covariance, atol=0.005)
-    assert (shares[:, order] - truth.responsibilities(points)).abs().mean() < 0.01
-
-
-def test_components_are_chosen_by_their_shares_also_at_the_ends():
-    """Shares whose sum is rounded below 1 leave no number without a component."""
-    shares = torch.tensor([[0.25, 0.5, 0.25 - 1e-6]]).expand(5, 3)
+def test_components_are_chosen_by_their_responsibilities_also_at_the_ends():
+    """Those whose sum is rounded below 1 leave no number without a component."""
+    responsibilities = torch.tensor([[0.25, 0.5, 0.25 - 1e-6]]).expand(5, 3)
     uniform = torch.tensor([[0.0], [0.2], [0.3], [0.8], [1.0]])
-    assert choose(shares, uniform).tolist() == [0, 0, 1, 2, 2]
+    assert choose(responsibilities, uniform).tolist() == [0, 0, 1, 2, 2]

@@ -3,7 +3,8 @@ import torch
 
 from ldm_smd.choices import OBJECTIVES, WEIGHTINGS
 from ldm_smd.diffusion.objectives import EPSILON, energy, mixture_nll, mse, objective, timestep_weight
-from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow
+from tests.diffusion.paths import KINDS
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -141,21 +142,23 @@ def test_mixture_nll_survives_far_targets_in_half_precision():
     assert torch.isfinite(loss).all() and torch.isfinite(predictions.grad).all()
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize(
+    "path, first", [(DiffusionProcess(torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)), 0), (RectifiedFlow(4), 1)]
+)
+@pytest.mark.parametrize("prediction_type", KINDS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_a_weighting_is_the_same_for_every_prediction_type(weighting, prediction_type):
+def test_a_weighting_is_the_same_for_every_prediction_type(path, first, weighting, prediction_type):
     """The weighted error of the same x_0, whatever the network predicts; "prediction" is the error itself."""
-    process = DiffusionProcess(torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64))
-    t = torch.tensor([0, 1, 2])
+    t = torch.arange(first, first + 3)
     x0, eps, off = draw(3, 4), draw(3, 4, seed=1), 0.3
-    x_t = process.noise(x0, eps, t)
-    a, s = process.signal_and_noise(t, x0)
+    x_t = path.noise(x0, eps, t)
+    a, s = path.signal_and_noise(t, x0)
     wrong_eps = (x_t - a * (x0 + off)) / s  # what goes with the wrong x_0
-    errors = process.target(x0 + off, wrong_eps, t, prediction_type) - process.target(x0, eps, t, prediction_type)
+    errors = path.target(x0 + off, wrong_eps, t, prediction_type) - path.target(x0, eps, t, prediction_type)
     error = errors.square().mean(dim=1).sqrt()
-    weighted = timestep_weight(weighting, 1.5, process, t, prediction_type) * error**1.5
+    weighted = timestep_weight(weighting, 1.5, path, t, prediction_type) * error**1.5
     a, s = a.flatten(), s.flatten()
-    expected = {"v": off / s, "epsilon": off * a / s, "x0": off * torch.ones(3), "prediction": error}
+    expected = {"v": off * (a**2 + s**2) / s, "epsilon": off * a / s, "x0": off * torch.ones(3), "prediction": error}
     expected["min_snr"] = off * (a / s).clamp_max(5**0.5)
     assert torch.allclose(weighted, expected[weighting].double() ** 1.5)
 

@@ -1,14 +1,16 @@
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from ldm_smd.choices import PREDICTION_TYPES
 from ldm_smd.config import DiffusionConfig
-from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
+from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow, prediction_coefficients, x0_per_prediction
 from ldm_smd.training.loop import build_scheduler
-
-SCHEDULER = build_scheduler(DiffusionConfig())
-PROCESS = DiffusionProcess(SCHEDULER.alphas_cumprod.double())
+from tests.diffusion.paths import KINDS, PATHS, PROCESS, SCHEDULER
 
 
 def draw(*shape):
@@ -23,19 +25,129 @@ def test_noise_and_velocity_agree_with_diffusers():
     assert torch.allclose(PROCESS.target(x0, eps, t, "v_prediction"), scheduler.get_velocity(x0, eps, t))
 
 
-@pytest.mark.parametrize("kind", PREDICTION_TYPES)
-def test_x0_comes_back_from_its_target(kind):
+def test_flow_and_its_velocity_agree_with_diffusers():
+    """A step of Euler along the exact velocity stays on the line from the noise to the data."""
+    scheduler, path = FlowMatchEulerDiscreteScheduler(), RectifiedFlow(1000)
+    scheduler.set_timesteps(7)
+    x0, eps = draw(7, 3, 4, 4).float(), draw(7, 3, 4, 4).flip(0).float()
+    x_t = path.noise(x0, eps, scheduler.timesteps)
+    assert torch.allclose(x_t, scheduler.scale_noise(x0, scheduler.timesteps, eps), atol=1e-6)
+    velocity = path.target(x0, eps, scheduler.timesteps, "flow_prediction")
+    x_s = path.noise(x0, eps, torch.cat((scheduler.timesteps[1:], torch.zeros(1))))
+    for t, *row in zip(scheduler.timesteps, velocity, x_t, x_s):
+        assert torch.allclose(scheduler.step(row[0], t, row[1]).prev_sample, row[2], atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_x0_comes_back_from_its_target(path, kind):
     x0, eps, t = draw(3, 2, 4, 4), draw(3, 2, 4, 4) * 0.5, torch.tensor([0, 300, 900])
-    x_t = PROCESS.noise(x0, eps, t)
-    assert torch.allclose(PROCESS.to_x0(PROCESS.target(x0, eps, t, kind), x_t, t, kind), x0)
+    x_t = path.noise(x0, eps, t)
+    assert torch.allclose(path.to_x0(path.target(x0, eps, t, kind), x_t, t, kind), x0)
+    clean = torch.full_like(t, -1)
+    assert torch.allclose(path.to_x0(path.target(x0, eps, clean, kind), x0, clean, kind), x0)
 
 
-def test_posterior_is_bayes_rule():
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_of_the_prediction_is_so_much_of_x0(path, kind):
+    x_t, p, error, t = draw(4, 3), draw(4, 3, 1)[..., 0], 0.3, torch.tensor([1, 300, 900, 998])
+    off = path.to_x0(p + error, x_t, t, kind) - path.to_x0(p, x_t, t, kind)
+    gain = x0_per_prediction(kind, *path.signal_and_noise(t, x_t))
+    assert torch.allclose(off, gain * error, rtol=1e-6)
+    assert x0_per_prediction("sample", torch.ones(1), torch.zeros(1)) == 1
+
+
+TABLE = SCHEDULER.alphas_cumprod
+LOW_PRECISION = [
+    (DiffusionProcess(TABLE), DiffusionProcess(TABLE.double()), torch.float32),
+    (DiffusionProcess(TABLE.half()), DiffusionProcess(TABLE.half().double()), torch.float16),
+    (RectifiedFlow(1000), RectifiedFlow(1000), torch.float32),
+    (RectifiedFlow(1000), RectifiedFlow(1000), torch.float16),
+]
+
+
+@pytest.mark.parametrize("path, exact, dtype", LOW_PRECISION)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounding_is_that_of_the_two_terms_of_x0(path, exact, dtype, kind):
+    """At every t, also where s / a is huge: float32 and float16 against float64 lose no digit but in their difference."""
+    t = torch.arange(1, 1000)
+    x0, eps = draw(999, 4), draw(999, 4).flip(0)
+    x_t, p = exact.noise(x0, eps, t).to(dtype), exact.target(x0, eps, t, kind).to(dtype)
+    found = path.to_x0(p, x_t, t, kind).double()
+    a, s = exact.signal_and_noise(t, x0)
+    alpha, beta = prediction_coefficients(kind, a, s)
+    terms = ((beta * x_t).abs() + (s * p).abs()) / (a * beta - s * alpha).abs()
+    known = a.flatten() > 0 if kind == "epsilon" else t > 0  # without signal eps does not say x_0
+    if kind == "sample":
+        terms = p.double().abs()
+    assert known.sum() > 980 and ((found - x0).abs() <= 4 * torch.finfo(dtype).eps * terms)[known].all()
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_a_table_gives_the_forms_of_a_variance_preserving_process(kind):
+    process, t = DiffusionProcess(TABLE), torch.arange(1000)
+    x_t, p = draw(1000, 4).float(), draw(1000, 4).flip(0).float()
+    a, s = process.signal_and_noise(t, x_t)
+    wanted = {"epsilon": (x_t - s * p) / a, "sample": p, "v_prediction": a * x_t - s * p}[kind]
+    assert torch.allclose(process.to_x0(p, x_t, t, kind), wanted, rtol=1e-6, atol=1e-6)
+    wanted = {"epsilon": p, "sample": x_t, "v_prediction": a * p - s * x_t}[kind]
+    assert torch.equal(process.target(x_t, p, t, kind), wanted)
+
+
+def test_real_timesteps_lie_between_those_of_the_table():
+    """Linear in the logarithm of the signal-to-noise ratio, and the table's own bits where they are whole."""
+    process, like = DiffusionProcess(TABLE), torch.zeros(5, 1)
+    whole = torch.tensor([-1, 0, 1, 500, 999])
+    for found, known in zip(process.signal_and_noise(whole.float(), like), process.signal_and_noise(whole, like)):
+        assert torch.equal(found, known)
+    t = torch.tensor([0.5, 20.25, 600.5, 998.75, 999.0])
+    table = TABLE.double().numpy()
+    log_snr = np.interp(t.numpy(), np.arange(1000), np.log(table / (1 - table)))
+    a, s = process.signal_and_noise(t, like)
+    assert torch.allclose((2 * (a / s).log()).flatten().double(), torch.from_numpy(log_snr), atol=1e-2, rtol=1e-4)
+    ends = DiffusionProcess(torch.tensor([0.5, 0.0]))  # without signal at the last
+    assert 0 < ends.signal_and_noise(torch.tensor([0.5]), like)[0] < 1e-2
+    assert ends.signal_and_noise(torch.tensor([1.0]), like)[0] == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_training_draws_timesteps_of_the_path(path):
+    t = path.random_t(100_000, generator=torch.Generator().manual_seed(0))
+    assert 0 <= t.min() < 2 and 998 < t.max() <= path.last
+    assert t.double().mean() == pytest.approx(500, abs=5) and t.double().std() == pytest.approx(1000 / 12**0.5, rel=0.01)
+    a, s = path.signal_and_noise(t, t)
+    assert (s > 0).all() and a.isfinite().all()
+
+
+def test_the_flow_is_a_variance_preserving_process_but_for_its_norm():
+    """At the same ratio of signal to noise, x_t over its norm is the same, and so is the posterior of x_0."""
+    flow, t = RectifiedFlow(10), torch.arange(1, 10)
+    x0, eps = draw(9, 4), draw(9, 4).flip(0)
+    a, s = flow.signal_and_noise(t, x0)
+    norm = torch.hypot(a, s)
+    process = DiffusionProcess(((a / norm) ** 2).flatten())
+    x_t, known = flow.noise(x0, eps, t), process.noise(x0, eps, t - 1)
+    assert torch.allclose(x_t / norm, known)
+    earlier = t - 1
+    mean, variance = flow.posterior(x_t, x0, t, earlier)
+    norm_s = torch.hypot(*flow.signal_and_noise(earlier, x0))
+    found, found_variance = process.posterior(known, x0, t - 1, earlier - 1)
+    assert torch.allclose(mean / norm_s, found) and torch.allclose(variance / norm_s**2, found_variance)
+    data = GaussianMixture.isotropic(draw(3, 4), 0.3)
+    for row in range(9):
+        ours = data.posterior(x_t[row : row + 1], a[row], s[row])
+        theirs = data.posterior(known[row : row + 1], *process.signal_and_noise(t[row] - 1, x0[row]))
+        assert torch.allclose(ours.mean(), theirs.mean()) and torch.allclose(ours.total_variance(), theirs.total_variance())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_posterior_is_bayes_rule(path):
     """q(x_s | x_t, x_0) against the product of the two Gaussians q(x_t | x_s) and q(x_s | x_0) on a grid."""
     t, s = torch.tensor([600]), torch.tensor([350])
     x_t, x0 = torch.tensor([[0.7]], dtype=torch.float64), torch.tensor([[-0.4]], dtype=torch.float64)
-    a_t, s_t = (value.item() for value in PROCESS.signal_and_noise(t, x_t))
-    a_s, s_s = (value.item() for value in PROCESS.signal_and_noise(s, x_t))
+    a_t, s_t = (value.item() for value in path.signal_and_noise(t, x_t))
+    a_s, s_s = (value.item() for value in path.signal_and_noise(s, x_t))
     a_ts = a_t / a_s
     beta_ts = s_t**2 - a_ts**2 * s_s**2
     grid = torch.linspace(-6, 6, 200_001, dtype=torch.float64)
@@ -43,14 +155,15 @@ def test_posterior_is_bayes_rule():
     weight = torch.softmax(log_density.flatten(), 0)
     mean = (weight * grid).sum()
     variance = (weight * (grid - mean) ** 2).sum()
-    found_mean, found_variance = PROCESS.posterior(x_t, x0, t, s)
+    found_mean, found_variance = path.posterior(x_t, x0, t, s)
     assert found_mean.item() == pytest.approx(mean.item(), abs=1e-9)
     assert found_variance.item() == pytest.approx(variance.item(), rel=1e-6)
 
 
-def test_the_last_posterior_is_the_data():
+@pytest.mark.parametrize("path", PATHS)
+def test_the_last_posterior_is_the_data(path):
     x_t, x0 = draw(1, 3), draw(1, 3) * 2
-    mean, variance = PROCESS.posterior(x_t, x0, torch.tensor([100]), torch.tensor([-1]))
+    mean, variance = path.posterior(x_t, x0, torch.tensor([100]), torch.tensor([-1]))
     assert torch.allclose(mean, x0) and variance.item() == pytest.approx(0, abs=1e-12)
 
 
@@ -71,6 +184,14 @@ def test_the_schedulers_step_is_a_draw_from_the_posterior(steps):
         residual = stepped - mean
         assert residual.var().item() == pytest.approx(variance.item(), rel=0.15, abs=1e-6)
         assert residual.mean().abs().item() < 0.1
+
+
+def test_the_mathematics_needs_torch_alone():
+    modules = ", ".join(
+        f"ldm_smd.diffusion.{name}" for name in ("process", "objectives", "central_moments", "gaussian_mixture")
+    )
+    script = f"import sys, {modules}; print(*{{'diffusers', 'sklearn', 'timm', 'torchvision'}} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split() == []
 
 
 def test_other_schedulers_take_the_same_configuration():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow
 from ldm_smd.evaluation import distances as metrics
 from ldm_smd.evaluation.diagnostics import has_collapsed, spread_over_eta
 from ldm_smd.evaluation.distances import (
@@ -143,15 +143,15 @@ class KnownMixture(torch.nn.Module):
         return type("Output", (), {"sample": self.scale * eta})
 
 
+@pytest.mark.parametrize("path", [DiffusionProcess(torch.linspace(0.99, 0.0, 10)), RectifiedFlow(9)])
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
-def test_spread_is_the_deviation_over_eta_and_its_share_of_the_posteriors(scale):
+def test_spread_is_the_deviation_over_eta_and_its_ratio_to_the_posteriors(scale, path):
     """The latents are N(0, 1) and x_t says nothing at the last step: the posterior has deviation 1."""
-    process = DiffusionProcess(torch.linspace(0.99, 0.0, 10))
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(64, 4, 8, 8, generator=generator)
-    spread = spread_over_eta(KnownMixture(scale), process, "sample", latents, None, [9], draws=16)
+    spread = spread_over_eta(KnownMixture(scale), path, "sample", latents, None, [9], draws=16)
     assert spread[9].over_eta == pytest.approx(scale, rel=0.05)
     # The mean of 16 draws of deviation ``scale`` is off by scale / 4.
     expected = scale * ((1 + 1 / 16) / (1 + scale**2 / 16)) ** 0.5
-    assert spread[9].share == pytest.approx(expected, rel=0.05)
+    assert spread[9].ratio == pytest.approx(expected, rel=0.05)
     assert has_collapsed(spread) == (scale == 0.0)

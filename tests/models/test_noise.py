@@ -2,12 +2,15 @@ import pytest
 import torch
 
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
-from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.models.noise import FLOOR, PosteriorNoise, between
+from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow, x0_per_prediction
+from ldm_smd.models.fit import FLOOR, fit_posterior_noise
+from ldm_smd.models.noise import PosteriorNoise, between
 from ldm_smd.models.unet import SMDUNet2DModel
+from tests.diffusion.paths import KINDS
 from tests.rounding import alike
 
 ALPHAS_CUMPROD = torch.tensor([0.99, 0.5, 0.01])
+PROCESS = DiffusionProcess(ALPHAS_CUMPROD)
 
 
 def correlated(count, channels, side, dtype=torch.float64):
@@ -22,9 +25,9 @@ def unlabelled(latents):
     return torch.full((len(latents),), -1)
 
 
-def fitted(latents, rank, modes=1, num_classes=None, labels=None):
-    noise = PosteriorNoise(latents.shape[1], latents.shape[2], rank, modes, num_classes, timesteps=3)
-    noise.fit(latents, unlabelled(latents) if labels is None else labels, ALPHAS_CUMPROD)
+def fitted(latents, rank, modes=1, num_classes=None, labels=None, path=PROCESS, prediction_type="v_prediction"):
+    noise = PosteriorNoise(latents.shape[1], latents.shape[2], rank, modes, num_classes, timesteps=path.last + 1)
+    fit_posterior_noise(noise, latents, unlabelled(latents) if labels is None else labels, path, prediction_type)
     return noise
 
 
@@ -49,30 +52,32 @@ def test_one_mode_has_the_covariance_of_the_gaussian_posterior(t):
 
 
 def two_classes(count=4000):
-    """Latents (N, 1, 2, 2) about one of three places; class 0 has the first two of them, class 1 the last."""
+    """Latents (N, 1, 2, 2) about one of three centres; class 0 has the first two of them, class 1 the last."""
     generator = torch.Generator().manual_seed(0)
-    places = torch.tensor([[2.0, 1, 0, 0], [-2, 1, 0, 0], [0, -2, 0, 0]]).double()
+    centres = torch.tensor([[2.0, 1, 0, 0], [-2, 1, 0, 0], [0, -2, 0, 0]]).double()
     which = torch.randint(3, (count,), generator=generator)
     spread = torch.tensor([0.4, 0.3, 0.2, 0.1]).double()
-    points = places[which] + spread * torch.randn(count, 4, generator=generator).double()
-    return points.view(-1, 1, 2, 2), (which == 2).long(), places, spread
+    points = centres[which] + spread * torch.randn(count, 4, generator=generator).double()
+    return points.view(-1, 1, 2, 2), (which == 2).long(), centres, spread
 
 
+@pytest.mark.parametrize("path, kind", [(PROCESS, "v_prediction"), (RectifiedFlow(4), "flow_prediction")])
 @pytest.mark.parametrize("t, label", [(1, 0), (2, 0), (2, 1), (1, None), (2, None)])
-def test_a_mixture_is_drawn_from_its_posterior(t, label):
+def test_a_mixture_is_drawn_from_its_posterior(t, label, path, kind):
     """Mean and covariance of c over eta, at an x_t that leaves more than one mode, are those of the exact posterior."""
-    latents, labels, places, spread = two_classes()
-    noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels)
+    latents, labels, centres, spread = two_classes()
+    noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels, path=path, prediction_type=kind)
     weights = {None: [1 / 3] * 3, 0: [0.5, 0.5, 1e-9], 1: [1e-9, 1e-9, 1.0]}[label]
     weights = torch.tensor(weights).double() / sum(weights)
     floor = FLOOR * torch.linalg.eigvalsh(torch.cov(latents.flatten(1).T))[1:].mean()
-    exact = GaussianMixture.from_covariances(weights, places, torch.diag(spread**2 + floor).expand(3, 4, 4))
-    a, s = float(ALPHAS_CUMPROD[t]) ** 0.5, (1 - float(ALPHAS_CUMPROD[t])) ** 0.5
+    exact = GaussianMixture.from_covariances(weights, centres, torch.diag(spread**2 + floor).expand(3, 4, 4))
+    a, s = (value.item() for value in path.signal_and_noise(torch.tensor([t]), torch.zeros(1)))
     x_t = torch.tensor([[0.05, 0.1, 0.0, 0.0]]).double()
     posterior = exact.posterior(x_t, a, s)
     class_labels = None if label is None else torch.tensor([label])
     eta = torch.randn(40_000, 1, 2, 2, generator=torch.Generator().manual_seed(1))
-    e = -noise(eta, x_t.float().view(1, 1, 2, 2), torch.tensor([t]), class_labels).flatten(1).double()  # v is -e
+    e = noise(eta, x_t.float().view(1, 1, 2, 2), torch.tensor([t]), class_labels).flatten(1).double()
+    e = e * x0_per_prediction(kind, torch.tensor(a), torch.tensor(s)) / s  # x_0 in units of s
     drawn = posterior.sample(40_000, torch.Generator().manual_seed(2))[0]
     assert e.mean(dim=0).abs().max() < 0.02 * drawn.std(dim=0).max() / s
     assert torch.allclose(s * e.std(dim=0)[:3], drawn.std(dim=0)[:3], rtol=0.05, atol=0.01)
@@ -90,7 +95,7 @@ def test_a_low_rank_takes_the_leading_components():
 
 
 def test_larger_latents_get_the_same_picture():
-    """The mean of 2 x 2 places has the covariance that the latents averaged so have, in noise a quarter as large."""
+    """The mean of 2 x 2 positions has the covariance that the latents averaged so have, in noise a quarter as large."""
     small = correlated(5000, 2, 8)
     noise = fitted(small, rank=127)
     eta = torch.randn(4000, 2, 16, 16)
@@ -134,7 +139,7 @@ def test_a_model_keeps_what_was_fitted(tmp_path):
     )
     assert not model.mixture.noise.is_fitted
     latents = correlated(100, 2, 4)
-    model.mixture.noise.fit(latents, unlabelled(latents), ALPHAS_CUMPROD)
+    fit_posterior_noise(model.mixture.noise, latents, unlabelled(latents), PROCESS, "v_prediction")
     model.save_pretrained(tmp_path)
     again = SMDUNet2DModel.from_pretrained(tmp_path).mixture.noise
     assert again.is_fitted
@@ -151,18 +156,35 @@ def test_half_precision():
     assert half.dtype == torch.float16 and torch.allclose(half.float(), exact, atol=0.05)
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize("prediction_type", KINDS)
 def test_it_adds_the_same_to_x0_whatever_the_network_predicts(prediction_type):
+    """And under any path of the same signal-to-noise ratios, x_t being in its units."""
     latents = correlated(200, 2, 4)
-    noise = PosteriorNoise(2, 4, 3, 2, None, timesteps=3)
-    noise.fit(latents, unlabelled(latents), ALPHAS_CUMPROD, prediction_type)
-    process = DiffusionProcess(ALPHAS_CUMPROD)
+    flow = RectifiedFlow(4)
+    a, s = (value[1:4] for value in flow.signal_and_noise(torch.arange(5), torch.zeros(1)))
+    preserving = DiffusionProcess(a**2 / (a**2 + s**2))
     eta, x_t, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0, 1, 2])
-    e = noise(eta, x_t, t)
-    x0 = process.to_x0(e, x_t, t, prediction_type) - process.to_x0(torch.zeros_like(e), x_t, t, prediction_type)
-    noise.fit(latents, unlabelled(latents), ALPHAS_CUMPROD)
-    s_t = (1 - ALPHAS_CUMPROD).sqrt().view(-1, 1, 1, 1)
-    assert alike(x0, -s_t * noise(eta, x_t, t))
+    norm = torch.hypot(a, s).view(-1, 1, 1, 1)
+    wanted = fitted(latents, 3, modes=2, path=preserving)(eta, x_t, t)
+    wanted = wanted * -preserving.signal_and_noise(t, wanted)[1]
+    for path, x, step in ((preserving, x_t, t), (flow, norm * x_t, t + 1)):
+        e = fitted(latents, 3, modes=2, path=path, prediction_type=prediction_type)(eta, x, step)
+        x0 = path.to_x0(e, x, step, prediction_type) - path.to_x0(torch.zeros_like(e), x, step, prediction_type)
+        assert alike(x0, wanted)
+
+
+def test_tables_of_a_process_are_its_own():
+    """No norm but 1, to the rounding, as the weights had it that were written before there was one."""
+    noise = fitted(correlated(100, 2, 4), 3)
+    assert torch.allclose(noise.norms, torch.ones(3), rtol=2e-7, atol=0.0)
+    assert torch.allclose(noise.alphas_cumprod, ALPHAS_CUMPROD, rtol=2e-7, atol=0.0)
+    assert torch.allclose(noise.scale, -torch.ones(3), rtol=2e-7, atol=0.0)
+
+
+def test_a_path_has_as_many_timesteps_as_the_noise():
+    noise = PosteriorNoise(2, 4, 3, 1, None, timesteps=4)
+    with pytest.raises(ValueError, match="timesteps: expected 5, 0 to the last of the path, found 4"):
+        fit_posterior_noise(noise, correlated(100, 2, 4), torch.full((100,), -1), RectifiedFlow(4), "flow_prediction")
 
 
 def test_timesteps_between_those_of_training():

@@ -1,0 +1,11 @@
+"""What the tests of the mathematics run over: a path of each kind, and all that a network may predict on it."""
+
+from ldm_smd.choices import PREDICTION_TYPES
+from ldm_smd.config import DiffusionConfig
+from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow
+from ldm_smd.training.loop import build_scheduler
+
+SCHEDULER = build_scheduler(DiffusionConfig())
+PROCESS = DiffusionProcess(SCHEDULER.alphas_cumprod.double())
+PATHS = (PROCESS, RectifiedFlow(1000))
+KINDS = (*PREDICTION_TYPES, "flow_prediction")
