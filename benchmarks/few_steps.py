@@ -24,9 +24,9 @@ from torchvision.utils import make_grid
 from yardstick import SCHEDULERS, Results, ResultsConfig, distance_table
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import at_least
 from ldm_smd.pipelines import load_pipeline
-from ldm_smd.sampling import make_scheduler
+from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schema import at_least
 
 GRID_PICTURES, GRID_STEPS = 16, (1, 2, 4, 8, 32)
 

@@ -24,9 +24,10 @@ from torchvision.utils import make_grid
 from yardstick import BATCH_SIZE, SCHEDULERS, Results, ResultsConfig, distance_table, plain_log_ticks
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import at_least
 from ldm_smd.pipelines import load_pipeline
-from ldm_smd.sampling import SamplingOptions, make_scheduler, sample_pixels
+from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
+from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schema import at_least
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -24,12 +24,13 @@ from omegaconf import MISSING
 from safetensors.torch import save_file
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import ImagesConfig, at_least, check
 from ldm_smd.data.images import Pictures, read_pictures
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.sources import list_entries
 from ldm_smd.device import pick_device
 from ldm_smd.files import atomic_folder
 from ldm_smd.progress import progress
+from ldm_smd.schema import at_least, check
 
 SKIN_TONES = {
     0x1F3FB: "light skin tone",

@@ -15,12 +15,13 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from omegaconf import MISSING
 
-from ldm_smd.config import ImagesConfig, at_least, check
 from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.evaluation.distances import FeatureSet, distances, frechet_distance
 from ldm_smd.evaluation.features import load_extractor
 from ldm_smd.pipelines import NETWORKS, SMDPipeline, weight_files
-from ldm_smd.sampling import SamplingOptions, sample_pixels
+from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
+from ldm_smd.schema import at_least, check
 
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 125

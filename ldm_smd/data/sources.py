@@ -25,9 +25,9 @@ from urllib.parse import urlsplit
 import braceexpand
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 
-from ..config import ImagesConfig
 from ..errors import UserError, brief
 from ..files import atomic_file, this_process
+from .settings import ImagesConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -15,7 +15,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from ..choices import PLACEMENTS
 from .blocks import (
     AttentionBlock,
     Downsample,
@@ -28,6 +27,7 @@ from .blocks import (
 )
 from .hypernetwork import HyperNetwork, MixtureIdentifier
 from .noise import PosteriorNoise
+from .settings import PLACEMENTS
 
 MIXTURE_PARTS = ("identifier.", "hyper.")
 """Where the names of the weights begin that a mixture model has and the Gaussian model it extends has not."""

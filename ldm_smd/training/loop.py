@@ -20,12 +20,13 @@ from einops import rearrange
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import FrozenAutoencoder, sample_latents
-from ..config import DiffusionConfig, TrainConfig, check, config_as_dict, dump_config
+from ..config import config_as_dict, dump_config
 from ..data.shards import Manifest
 from ..data.stream import LatentBatch, LatentStream, latent_loader
 from ..device import pick_precision
 from ..diffusion.objectives import objective, timestep_weight
 from ..diffusion.process import DiffusionProcess
+from ..diffusion.settings import DiffusionConfig
 from ..errors import UserError
 from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder, claimed_by_first
@@ -34,6 +35,7 @@ from ..models.extended import ExtendedUNet2DModel, class_of
 from ..models.unet import EMBEDDING_PARTS, FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, embedding_dimensions, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
+from ..schema import check
 from .average import resume_averages, save_snapshot
 from .card import card
 from .checkpoint import checkpoints, load_weights, newest_images, optimizer_tensors, resume, resume_optimizer, save_checkpoint
@@ -42,6 +44,7 @@ from .ema import EMA, PowerEMA
 from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
 from .metrics_log import MetricsLog, RunningMeans, crossed
 from .record import RunRecord, compared_settings, open_record
+from .settings import TrainConfig
 from .sharding import gathered, is_divided, set_sharded_precision, whole
 from .signals import EXIT_CODE, sigterm_flag
 

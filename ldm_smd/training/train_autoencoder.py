@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import INPUT_RANGE, FrozenAutoencoder
-from ..config import TrainAutoencoderConfig
 from ..data.images import load_pixels
 from ..data.shards import ChannelStatistics
 from ..device import pick_device
@@ -23,6 +22,7 @@ from .checkpoint import load_weights, newest_images, optimizer_tensors, resume, 
 from .ema import EMA
 from .metrics_log import MetricsLog, crossed
 from .record import RunRecord, compared_settings, open_record
+from .settings import TrainAutoencoderConfig
 
 REPORT_EVERY_IMAGES = 1_000
 NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache", "held_out.", "work", "resume_changed")

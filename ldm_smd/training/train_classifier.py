@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..config import ClassifierSetConfig, TrainClassifierConfig
 from ..data.images import load_pixels
 from ..device import pick_device
 from ..errors import UserError
@@ -17,6 +16,7 @@ from ..files import atomic_folder, makes_folder
 from ..progress import progress
 from .card import card
 from .rates import warmup_cosine
+from .settings import ClassifierSetConfig, TrainClassifierConfig
 
 REPORT_EVERY_BATCHES = 50
 WARMUP = 0.15

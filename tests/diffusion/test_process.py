@@ -2,9 +2,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ldm_smd.choices import PREDICTION_TYPES
-from ldm_smd.config import DiffusionConfig
 from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import PREDICTION_TYPES, DiffusionConfig
 from ldm_smd.training.loop import build_scheduler
 
 SCHEDULER = build_scheduler(DiffusionConfig())

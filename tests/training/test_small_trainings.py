@@ -11,15 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import (
-    ClassifierSetConfig,
-    ImagesConfig,
-    TrainAutoencoderConfig,
-    TrainClassifierConfig,
-    TrainMomentsConfig,
-    load_config,
-)
+from ldm_smd.config import load_config
 from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream
 from ldm_smd.evaluation.features import FeatureNetwork
@@ -28,6 +22,7 @@ from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training import train_autoencoder as autoencoder
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.rates import warmup_cosine
+from ldm_smd.training.settings import ClassifierSetConfig, TrainAutoencoderConfig, TrainClassifierConfig, TrainMomentsConfig
 from ldm_smd.training.train_autoencoder import (
     autoencoder_loss,
     measure,

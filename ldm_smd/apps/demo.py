@@ -16,25 +16,29 @@ from diffusers import DDPMScheduler
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torchvision.utils import make_grid
 
-from .autoencoder import FrozenAutoencoder, sample_latents
-from .config import DemoConfig, DemoRunConfig, EncodeConfig, TrainConfig, load_config
-from .data.encode import encode
-from .data.images import load_pixels
-from .data.shards import Manifest
-from .data.stream import LatentStream
-from .diffusion.process import DiffusionProcess
-from .errors import UserError
-from .evaluation.diagnostics import spread_over_eta
-from .evaluation.distances import frechet_distance
-from .evaluation.features import load_extractor
-from .evaluation.report import write_report
-from .files import claimed
-from .models.unet import known_labels
-from .pipelines import SMDPipeline, load_pipeline
-from .sampling import SamplingOptions, make_scheduler, sample_pixels
-from .training.loop import SPREAD_TIMESTEPS, train
-from .training.metrics_log import read_metrics
-from .training.train_autoencoder import measure
+from ..autoencoder import FrozenAutoencoder, sample_latents
+from ..config import load_config
+from ..data.encode import encode
+from ..data.images import load_pixels
+from ..data.settings import EncodeConfig
+from ..data.shards import Manifest
+from ..data.stream import LatentStream
+from ..diffusion.process import DiffusionProcess
+from ..errors import UserError
+from ..evaluation.diagnostics import spread_over_eta
+from ..evaluation.distances import frechet_distance
+from ..evaluation.features import load_extractor
+from ..files import claimed
+from ..models.unet import known_labels
+from ..pipelines import SMDPipeline, load_pipeline
+from ..sampling.batches import SamplingOptions, sample_pixels
+from ..schedulers import make_scheduler
+from ..training.loop import SPREAD_TIMESTEPS, train
+from ..training.metrics_log import read_metrics
+from ..training.settings import TrainConfig
+from ..training.train_autoencoder import measure
+from .report import write_report
+from .settings import DemoConfig, DemoRunConfig
 
 GRID_COLUMNS, GRID_ROWS = 8, 5
 SPREAD_PICTURES = 64

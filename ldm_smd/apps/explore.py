@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from .autoencoder import encoder_sha256, spatial_factor
-from .config import ExploreConfig
-from .device import pick_device
-from .errors import UserError, brief
-from .models.unet import is_mixture, num_classes
-from .pipelines import SMDPipeline, load_pipeline, seeded_generators
-from .sampling import class_name, embedding_of, labelled_grid, load_clip, training_side
-from .schedulers import make_scheduler
+from ..autoencoder import encoder_sha256, spatial_factor
+from ..device import pick_device
+from ..errors import UserError, brief
+from ..models.unet import is_mixture, num_classes
+from ..pipelines import SMDPipeline, load_pipeline, seeded_generators
+from ..sampling.given import embedding_of, load_clip, training_side
+from ..sampling.grid import class_name, labelled_grid
+from ..schedulers import make_scheduler
+from .settings import ExploreConfig
 
 if TYPE_CHECKING:
     import gradio

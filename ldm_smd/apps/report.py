@@ -33,7 +33,7 @@ def write_report(
     """
     with atomic_file(folder / "report.json") as path:
         path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm_smd.evaluation", "."), autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm_smd.apps", "."), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         report=report,
         steps=sorted({steps for by_steps in grids.values() for steps in by_steps}),
