@@ -34,7 +34,7 @@ from ldm_smd.models.unet import num_classes
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
 from ldm_smd.sampling.given import load_clip
-from ldm_smd.schema import at_least
+from ldm_smd.schema import check
 
 NEAR = 10
 """A sample is near where the picture asked for is among so many nearest."""
@@ -63,7 +63,7 @@ class LikeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least("per_picture", self.per_picture, 1)
+        check(self.per_picture >= 1, "per_picture", "at least 1", self.per_picture)
 
 
 def like(config: LikeConfig) -> Path:

@@ -30,7 +30,7 @@ from ldm_smd.data.sources import list_entries
 from ldm_smd.device import pick_device
 from ldm_smd.files import atomic_folder
 from ldm_smd.progress import progress
-from ldm_smd.schema import at_least, check
+from ldm_smd.schema import check
 
 SKIN_TONES = {
     0x1F3FB: "light skin tone",
@@ -63,7 +63,7 @@ class TrainClipConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        at_least("images_total", self.images_total, self.batch_size)
+        check(self.images_total >= self.batch_size, "images_total", f"at least {self.batch_size}", self.images_total)
         side = MODEL["vision_cfg"]["image_size"]
         check(self.images.resolution == side, "images.resolution", str(side), self.images.resolution)
 

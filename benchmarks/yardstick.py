@@ -21,7 +21,7 @@ from ldm_smd.evaluation.distances import FeatureSet, distances, frechet_distance
 from ldm_smd.evaluation.features import load_extractor
 from ldm_smd.pipelines import NETWORKS, SMDPipeline, weight_files
 from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
-from ldm_smd.schema import at_least, check
+from ldm_smd.schema import check
 
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 125
@@ -57,7 +57,7 @@ class YardstickConfig:
     """Training pictures compared with, at most."""
 
     def __post_init__(self) -> None:
-        at_least("sampling_seeds", self.sampling_seeds, 1)
+        check(self.sampling_seeds >= 1, "sampling_seeds", "at least 1", self.sampling_seeds)
         check(self.samples % self.sampling_seeds == 0, "samples", "a multiple of sampling_seeds", self.samples)
 
 

@@ -11,10 +11,9 @@ import difflib
 import inspect
 import itertools
 import textwrap
-import types
 import typing
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,9 +34,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
     of range, and a mandatory value that is missing.
     """
     merged = OmegaConf.structured(schema)
-    layers: list[tuple[str, DictConfig]] = []
-    if path is not None:
-        layers.append((str(path), _read_yaml(path)))
+    layers = [] if path is None else [(str(path), _read_yaml(path))]
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override: expected key=value, found {override!r}")
@@ -90,23 +87,20 @@ class Setting:
 
 def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
     """All of a schema, nested ones by their full names; those of the entries of a list as NAME[].KEY."""
-    hints, texts = typing.get_type_hints(schema), _docstrings(schema)
-    for item in fields(schema):
+    texts = _docstrings(schema)
+    for item, inner, entries in _fields(schema):
         name = prefix + item.name
-        inner = _dataclass_of(hints[item.name])
         if inner is not None:
             yield from settings(inner, f"{name}.")
             continue
         default = item.default_factory() if item.default_factory is not NO_DEFAULT else item.default
-        required = default is NO_DEFAULT or default == MISSING
-        entries = _dataclass_of(next(iter(typing.get_args(hints[item.name])), None))
-        if required:
+        if default is NO_DEFAULT or default == MISSING:
             text = None
         elif entries is not None and default is not None:
             text = "[...]"  # the entries' own settings say what is in it
         else:
             text = yaml.safe_dump(default, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
-        choices = ("true", "false") if hints[item.name] is bool else item.metadata.get("choices", ())
+        choices = ("true", "false") if isinstance(default, bool) else item.metadata.get("choices", ())
         yield Setting(name, text, texts.get(item.name, ""), choices, str(item.metadata.get("bounds", "")))
         if entries is not None:
             yield from settings(entries, f"{name}[].")
@@ -143,26 +137,23 @@ def _read_yaml(path: str | Path) -> DictConfig:
 
 
 def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: str = "") -> None:
-    hints = typing.get_type_hints(schema)
-    known = {item.name for item in fields(schema)}
+    known = {item.name: inner for item, inner, _ in _fields(schema)}
     for key in layer:
         full = f"{prefix}{key!s}"
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise UserError(f"{origin}: unknown key {full!r}; the nearest known key is {prefix + near!r}")
-        inner = _dataclass_of(hints[key])
+        inner = known[key]
         if inner is not None and not OmegaConf.is_missing(layer, key) and isinstance(layer[key], DictConfig):
             _refuse_unknown_keys(inner, layer[key], origin, f"{full}.")
 
 
 def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
     """``check_field`` of all settings that have a value, by their full names."""
-    hints = typing.get_type_hints(schema)
-    for item in fields(schema):
+    for item, inner, entries in _fields(schema):
         if OmegaConf.is_missing(node, item.name) or node[item.name] is None:
             continue
-        value, inner = node[item.name], _dataclass_of(hints[item.name])
-        entries = _dataclass_of(next(iter(typing.get_args(hints[item.name])), None))
+        value = node[item.name]
         if inner is not None:
             _check_fields(inner, value, f"{prefix}{item.name}.")
         elif entries is not None:
@@ -174,10 +165,13 @@ def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
             check_field(item, prefix + item.name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
 
 
-def _dataclass_of(hint: object) -> type | None:
-    """The dataclass inside ``X`` or ``Optional[X]``, else None."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return next((option for option in options if isinstance(option, type) and is_dataclass(option)), None)
+def _fields(schema: type) -> typing.Iterator[tuple[Field, type | None, type | None]]:
+    """Yield each field with the schema that it is, and the schema of its entries where it is a list of them."""
+    hints = typing.get_type_hints(schema)
+    for item in fields(schema):
+        hint = hints[item.name]
+        inner, entries = (kind if is_dataclass(kind) else None for kind in (hint, next(iter(typing.get_args(hint)), None)))
+        yield item, inner, entries
 
 
 def _first_line(error: Exception) -> str:

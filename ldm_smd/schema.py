@@ -53,16 +53,6 @@ class Bounds:
         return low if self.most == math.inf else f"{low} to {self.most:,}"
 
 
-def at_least(key: str, value: float, least: float) -> None:
-    """Raise UserError unless ``value >= least``, a bound that depends on another setting."""
-    check(value >= least, key, f"at least {least}", value)
-
-
-def one_of(key: str, value: object, allowed: typing.Collection) -> None:
-    """Raise UserError unless ``value`` is one of ``allowed``."""
-    check(value in allowed, key, "one of " + ", ".join(map(str, allowed)), value)
-
-
 def number(
     default: typing.Any,
     least: float | None = None,
@@ -97,7 +87,7 @@ def check_field(item: Field, key: str, value: typing.Any) -> None:
             fits = 0 < len(entry) <= LONGEST_NAME and "\0" not in entry
             check(fits, key, f"a name, a path or words of at most {LONGEST_NAME} characters", entry)
         if "choices" in item.metadata:
-            one_of(key, value, item.metadata["choices"])
+            check(value in item.metadata["choices"], key, "one of " + ", ".join(item.metadata["choices"]), value)
     bounds = item.metadata.get("bounds")
     if bounds is not None:
         check(len(entries) >= bounds.fewest, key, f"at least {bounds.fewest} numbers", value)

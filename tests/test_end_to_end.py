@@ -14,7 +14,7 @@ from ldm_smd.apps.settings import DemoConfig
 from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode
 from ldm_smd.data.settings import EncodeConfig
-from ldm_smd.evaluation.features import FeatureNetwork
+from ldm_smd.models.feature_network import FeatureNetwork
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
 from ldm_smd.training.ema import EMA

@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..evaluation.diagnostics import spread_over_eta
 from ..evaluation.distances import frechet_distance
 from ..evaluation.features import load_extractor
+from ..evaluation.reconstruction import reconstruction_psnr
 from ..files import claimed
 from ..models.unet import known_labels
 from ..pipelines import SMDPipeline, load_pipeline
@@ -36,7 +37,6 @@ from ..schedulers import make_scheduler
 from ..training.loop import SPREAD_TIMESTEPS, train
 from ..training.metrics_log import read_metrics
 from ..training.settings import TrainConfig
-from ..training.train_autoencoder import measure
 from .report import write_report
 from .settings import DemoConfig, DemoRunConfig
 
@@ -73,7 +73,9 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
         autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
         extractor = load_extractor(config.features)
         for run in config.runs:
-            require_run(run)
+            load_config(TrainConfig, run.config)
+            for scheduler in run.schedulers:
+                make_scheduler(scheduler, DDPMScheduler())
     for name in (LATENTS, *(run.name for run in config.runs)):
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
     if manifest is None:
         raise UserError(f"worker: expected null in {config.encode}, as the demo encodes all, found {encode_config.worker}")
     with timed(seconds, "measure the autoencoder"):
-        psnr = measure(autoencoder, held_out)["psnr"]
+        psnr = reconstruction_psnr(autoencoder, held_out)["psnr"]
 
     pipelines: dict[str, SMDPipeline] = {}
     for run in config.runs:
@@ -159,13 +161,6 @@ def require_shipped(config: DemoConfig) -> None:
     for key, part in parts.items():
         if not Path(part).exists():
             raise UserError(f"{key}: expected a path from the folder of the repository, where demo is to run, found no {part}")
-
-
-def require_run(run: DemoRunConfig) -> None:
-    """Raise UserError unless the config and the schedulers of a run can be read."""
-    load_config(TrainConfig, run.config)
-    for scheduler in run.schedulers:
-        make_scheduler(scheduler, DDPMScheduler())
 
 
 def target(name: str, wanted: str, measured: float, holds: bool) -> dict:

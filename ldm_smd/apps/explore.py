@@ -117,7 +117,8 @@ class Explorer:
         self.pipelines = {name: load_pipeline(folder).to(device) for name, folder in config.models.items()}
         for pipeline in self.pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
-        for what, of in (("classes", class_names), ("autoencoder", encoder), ("pixels", training_side)):
+        shared = {"classes": class_names, "autoencoder": lambda pipe: encoder_sha256(pipe.vae), "pixels": training_side}
+        for what, of in shared.items():
             wanted, *others = (of(pipeline) for pipeline in self.pipelines.values())
             for name, found in zip(list(self.pipelines)[1:], others):
                 if wanted != found:
@@ -204,11 +205,6 @@ def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image
 def class_names(pipeline: SMDPipeline) -> list[str]:
     """By number; [] of an unconditional model."""
     return [class_name(pipeline, number) for number in range(num_classes(pipeline.unet) or 0)]
-
-
-def encoder(pipeline: SMDPipeline) -> str:
-    """Whose latents these are."""
-    return encoder_sha256(pipeline.vae)
 
 
 def spaced(frames: list[Frame], most: int) -> list[Frame]:

@@ -1,7 +1,5 @@
 """Settings of tools/explore.py and tools/demo.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Optional
 

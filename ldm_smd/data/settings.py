@@ -1,13 +1,10 @@
 """Settings of the images, of tools/encode.py and tools/verify.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Optional
 
 from ..schema import MISSING, Settings, choice, number
 
-CROPS = ("center", "pad")
 MOST_PIXELS = 100_000_000
 
 
@@ -20,7 +17,7 @@ class ImagesConfig(Settings):
     or s3:// URLs), or datasets:NAME, a Hugging Face dataset of the hub or of a folder."""
     resolution: int = number(64, 8, 8192)
     """Side of the square pictures, in pixels."""
-    crop: str = choice("center", CROPS)
+    crop: str = choice("center", ("center", "pad"))
     """"center": scale the short side, crop the middle. "pad": scale the long side, pad with ``background``."""
     classes: Optional[str] = None
     """A JSON list of class names; found by itself where ``classes.json`` lies beside the tars."""

@@ -1,7 +1,5 @@
 """Settings of the forward process and of the objective."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..schema import Settings, check, choice, number, numbers

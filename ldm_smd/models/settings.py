@@ -1,7 +1,5 @@
 """Settings of the networks that are trained: the SMD UNet and the autoencoder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..schema import Settings, check, choice, number, numbers

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torchvision.transforms.functional import to_pil_image
 
 from ..autoencoder import spatial_factor
 from ..data.images import decode
@@ -39,11 +37,6 @@ def embedding_of(clip: ClipEncoder, pipeline: SMDPipeline, like: str | None, tex
         raise ValueError("like: expected a picture where there are no words, found none")
     # Brought to the size of the training pictures first, as those were.
     return clip.images(read_picture("like", like, training_side(pipeline))[None])
-
-
-def starting_picture(path: str, pipeline: SMDPipeline) -> Image.Image:
-    """The picture at ``path``, at the size of the pictures that the model makes."""
-    return to_pil_image(read_picture("image", path, training_side(pipeline)))
 
 
 def read_picture(key: str, path: str, side: int) -> torch.Tensor:

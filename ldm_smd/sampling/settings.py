@@ -1,7 +1,5 @@
 """Settings of tools/sample.py."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Optional

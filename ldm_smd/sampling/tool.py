@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
+from torchvision.transforms.functional import to_pil_image
 
 from ..device import pick_device
 from ..errors import UserError
@@ -16,7 +17,7 @@ from ..models.unet import SMDUNet2DModel, num_classes
 from ..pipelines import SMDPipeline, load_pipeline
 from ..schedulers import make_scheduler
 from .batches import SamplingOptions, sample_pixels
-from .given import embedding_of, load_clip, starting_picture
+from .given import embedding_of, load_clip, read_picture, training_side
 from .grid import class_name, labelled_grid
 from .settings import SampleConfig
 
@@ -30,7 +31,9 @@ def sample(config: SampleConfig) -> Path:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     labels = choose_labels(config, pipeline)
     count = config.per_class if labels is None else len(labels)
-    image = None if config.image is None else starting_picture(config.image, pipeline)
+    image = None
+    if config.image is not None:
+        image = to_pil_image(read_picture("image", config.image, training_side(pipeline)))
     if config.guide is not None:
         pipeline.register_modules(guide=load_guide(config.guide, pipeline).to(pipeline.device))
     embedding = None

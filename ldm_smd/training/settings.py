@@ -1,7 +1,5 @@
 """Settings of the tools that train, average and fit."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Optional
 

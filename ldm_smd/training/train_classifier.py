@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from ..data.images import load_pixels
 from ..device import pick_device
 from ..errors import UserError
-from ..evaluation.features import FeatureNetwork
 from ..files import atomic_folder, makes_folder
+from ..models.feature_network import FeatureNetwork
 from ..progress import progress
 from .card import card
 from .rates import warmup_cosine

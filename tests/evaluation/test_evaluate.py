@@ -11,8 +11,9 @@ from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.errors import UserError
 from ldm_smd.evaluation.distances import frechet_distance, kernel_distance
 from ldm_smd.evaluation.evaluate import choose_labels, evaluate
-from ldm_smd.evaluation.features import Extractor, FeatureNetwork
+from ldm_smd.evaluation.features import Extractor
 from ldm_smd.evaluation.settings import EvaluateConfig
+from ldm_smd.models.feature_network import FeatureNetwork
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ from safetensors.torch import save_file
 
 from ldm_smd.config import load_config
 from ldm_smd.errors import UserError
-from ldm_smd.evaluation.features import DINOV2_SIDE, FeatureNetwork, load_extractor
+from ldm_smd.evaluation.features import DINOV2_SIDE, load_extractor
+from ldm_smd.models.feature_network import FeatureNetwork
 from ldm_smd.training.settings import TrainClassifierConfig
 from ldm_smd.training.train_classifier import train_classifier
 
