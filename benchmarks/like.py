@@ -33,7 +33,7 @@ from ldm_smd.evaluation.features import load_extractor
 from ldm_smd.models.unet import num_classes
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
-from ldm_smd.sampling.given import load_clip
+from ldm_smd.sampling.inputs import load_clip
 from ldm_smd.schema import check
 
 NEAR = 10

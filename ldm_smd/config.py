@@ -169,8 +169,8 @@ def _fields(schema: type) -> typing.Iterator[tuple[Field, type | None, type | No
     """Yield each field with the schema that it is, and the schema of its entries where it is a list of them."""
     hints = typing.get_type_hints(schema)
     for item in fields(schema):
-        hint = hints[item.name]
-        inner, entries = (kind if is_dataclass(kind) else None for kind in (hint, next(iter(typing.get_args(hint)), None)))
+        kinds = (hints[item.name], next(iter(typing.get_args(hints[item.name])), None))
+        inner, entries = (kind if isinstance(kind, type) and is_dataclass(kind) else None for kind in kinds)
         yield item, inner, entries
 
 

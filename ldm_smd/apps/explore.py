@@ -19,8 +19,8 @@ from ..device import pick_device
 from ..errors import UserError, brief
 from ..models.unet import is_mixture, num_classes
 from ..pipelines import SMDPipeline, load_pipeline, seeded_generators
-from ..sampling.given import embedding_of, load_clip, training_side
 from ..sampling.grid import class_name, labelled_grid
+from ..sampling.inputs import embedding_of, load_clip, training_side
 from ..schedulers import make_scheduler
 from .settings import ExploreConfig
 

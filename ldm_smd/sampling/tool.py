@@ -17,8 +17,8 @@ from ..models.unet import SMDUNet2DModel, num_classes
 from ..pipelines import SMDPipeline, load_pipeline
 from ..schedulers import make_scheduler
 from .batches import SamplingOptions, sample_pixels
-from .given import embedding_of, load_clip, read_picture, training_side
 from .grid import class_name, labelled_grid
+from .inputs import embedding_of, load_clip, read_picture, training_side
 from .settings import SampleConfig
 
 
