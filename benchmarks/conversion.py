@@ -25,11 +25,13 @@ from yardstick import RESULTS, Yardstick, YardstickConfig
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.cli import run_tool
-from ldm_smd.config import TrainConfig, at_least, check, load_config
+from ldm_smd.config import load_config
 from ldm_smd.data.shards import Manifest
 from ldm_smd.models.unet import SMDUNet2DModel
+from ldm_smd.schema import check
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import build_model, build_pipeline, build_scheduler, fit_noise, train
+from ldm_smd.training.settings import TrainConfig
 
 
 @dataclass
@@ -48,7 +50,7 @@ class ConversionConfig(YardstickConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("every_images", self.every_images, 1)
+        check(self.every_images >= 1, "every_images", "at least 1", self.every_images)
         check(self.images_total >= self.every_images, "images_total", "at least every_images", self.images_total)
 
 

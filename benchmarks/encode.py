@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import EncodeConfig, ImagesConfig
 from ldm_smd.data.encode import encode
 from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import EncodeConfig, ImagesConfig
 from ldm_smd.device import pick_device
 
 RESULT = Path(__file__).parent / "results" / "encode.json"

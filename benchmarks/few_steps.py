@@ -24,9 +24,9 @@ from torchvision.utils import make_grid
 from yardstick import SCHEDULERS, Results, ResultsConfig, distance_table
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import at_least
 from ldm_smd.pipelines import load_pipeline
-from ldm_smd.sampling import make_scheduler
+from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schema import check
 
 GRID_PICTURES, GRID_STEPS = 16, (1, 2, 4, 8, 32)
 
@@ -47,7 +47,7 @@ class FewStepsConfig(ResultsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("samples", self.samples, 2 * GRID_PICTURES)
+        check(self.samples >= 2 * GRID_PICTURES, "samples", f"at least {2 * GRID_PICTURES}", self.samples)
         self.check_schedulers("smd_schedulers", "gaussian_schedulers")
 
 

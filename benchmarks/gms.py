@@ -24,9 +24,10 @@ from torchvision.utils import make_grid
 from yardstick import BATCH_SIZE, SCHEDULERS, Results, ResultsConfig, distance_table, plain_log_ticks
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import at_least
 from ldm_smd.pipelines import load_pipeline
-from ldm_smd.sampling import SamplingOptions, make_scheduler, sample_pixels
+from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
+from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schema import check
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -65,8 +66,8 @@ class GMSConfig(ResultsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("stroke_side", self.stroke_side, 1)
-        at_least("stroke_colours", self.stroke_colours, 2)
+        check(self.stroke_side >= 1, "stroke_side", "at least 1", self.stroke_side)
+        check(self.stroke_colours >= 2, "stroke_colours", "at least 2", self.stroke_colours)
         self.check_schedulers("schedulers", "stroke_schedulers")
 
 

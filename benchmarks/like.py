@@ -26,13 +26,15 @@ from train_clip import name_of, named_pictures
 from yardstick import BATCH_SIZE, RESULTS, weights_sha256
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import ImagesConfig, at_least
 from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.evaluation.distances import frechet_distance
 from ldm_smd.evaluation.features import load_extractor
 from ldm_smd.models.unet import num_classes
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
-from ldm_smd.sampling import SamplingOptions, load_clip, sample_pixels
+from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
+from ldm_smd.sampling.inputs import load_clip
+from ldm_smd.schema import check
 
 NEAR = 10
 """A sample is near where the picture asked for is among so many nearest."""
@@ -61,7 +63,7 @@ class LikeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least("per_picture", self.per_picture, 1)
+        check(self.per_picture >= 1, "per_picture", "at least 1", self.per_picture)
 
 
 def like(config: LikeConfig) -> Path:

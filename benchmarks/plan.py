@@ -20,8 +20,9 @@ from autoencoders import stable_diffusion
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_smd.config import TrainConfig, config_as_dict, load_config
+from ldm_smd.config import config_as_dict, load_config
 from ldm_smd.models.unet import SMDUNet2DModel
+from ldm_smd.training.settings import TrainConfig
 
 RESULT = Path(__file__).parent / "results" / "plan.md"
 TRAINING_CONFIG = "configs/train/imagenet-256.yaml"

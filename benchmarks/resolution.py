@@ -27,9 +27,10 @@ from autoencoders import deep_compression, stable_diffusion
 from diffusers import DDPMScheduler
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import TrainConfig, config_as_dict, load_config
+from ldm_smd.config import config_as_dict, load_config
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.pipelines import SMDPipeline
+from ldm_smd.training.settings import TrainConfig
 
 RESULT = Path(__file__).parent / "results" / "resolution.json"
 AUTOENCODERS = {"f8": stable_diffusion, "f32": deep_compression}

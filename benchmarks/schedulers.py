@@ -23,10 +23,11 @@ from torchvision.transforms.functional import to_pil_image
 from yardstick import Results, ResultsConfig
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import DiffusionConfig
+from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.pipelines import SMDPipeline
-from ldm_smd.sampling import labelled_grid, make_scheduler
+from ldm_smd.sampling.grid import labelled_grid
+from ldm_smd.schedulers import make_scheduler
 from ldm_smd.schedulers.support import SUPPORTED
 from ldm_smd.training.loop import build_scheduler
 

@@ -37,11 +37,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import TrainConfig, load_config
+from ldm_smd.config import load_config
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentBatch, LatentStream, latent_loader, open_shard
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.training.loop import TrainingStep, build_model, build_scheduler, fit_noise
+from ldm_smd.training.settings import TrainConfig
 
 RESULT = Path(__file__).parent / "results" / "stream.json"
 WORKERS = (0, 1, 2, 4)

@@ -24,12 +24,13 @@ from omegaconf import MISSING
 from safetensors.torch import save_file
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import ImagesConfig, at_least, check
 from ldm_smd.data.images import Pictures, read_pictures
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.sources import list_entries
 from ldm_smd.device import pick_device
 from ldm_smd.files import atomic_folder
 from ldm_smd.progress import progress
+from ldm_smd.schema import check
 
 SKIN_TONES = {
     0x1F3FB: "light skin tone",
@@ -62,7 +63,7 @@ class TrainClipConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        at_least("images_total", self.images_total, self.batch_size)
+        check(self.images_total >= self.batch_size, "images_total", f"at least {self.batch_size}", self.images_total)
         side = MODEL["vision_cfg"]["image_size"]
         check(self.images.resolution == side, "images.resolution", str(side), self.images.resolution)
 

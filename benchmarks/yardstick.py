@@ -15,12 +15,13 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from omegaconf import MISSING
 
-from ldm_smd.config import ImagesConfig, at_least, check
 from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.evaluation.distances import FeatureSet, distances, frechet_distance
 from ldm_smd.evaluation.features import load_extractor
 from ldm_smd.pipelines import NETWORKS, SMDPipeline, weight_files
-from ldm_smd.sampling import SamplingOptions, sample_pixels
+from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
+from ldm_smd.schema import check
 
 RESULTS = Path(__file__).parent / "results"
 BATCH_SIZE = 125
@@ -56,7 +57,7 @@ class YardstickConfig:
     """Training pictures compared with, at most."""
 
     def __post_init__(self) -> None:
-        at_least("sampling_seeds", self.sampling_seeds, 1)
+        check(self.sampling_seeds >= 1, "sampling_seeds", "at least 1", self.sampling_seeds)
         check(self.samples % self.sampling_seeds == 0, "samples", "a multiple of sampling_seeds", self.samples)
 
 

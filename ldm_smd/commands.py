@@ -11,7 +11,18 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import config
+from .apps.settings import DemoConfig, ExploreConfig
+from .data.settings import EncodeConfig, VerifyConfig
+from .evaluation.settings import EvaluateConfig
+from .sampling.settings import SampleConfig
+from .training.settings import (
+    AverageConfig,
+    FitGaussianConfig,
+    TrainAutoencoderConfig,
+    TrainClassifierConfig,
+    TrainConfig,
+    TrainMomentsConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Command:
 COMMANDS = (
     Command(
         "encode",
-        config.EncodeConfig,
+        EncodeConfig,
         "ldm_smd.data.encode:encode",
         """Turn pictures into latent shards for training.
 
@@ -62,7 +73,7 @@ examples:
     ),
     Command(
         "verify",
-        config.VerifyConfig,
+        VerifyConfig,
         "ldm_smd.data.verify:verify",
         """Check latent shards, and look at some of them, decoded.
 
@@ -77,7 +88,7 @@ examples:
     ),
     Command(
         "train",
-        config.TrainConfig,
+        TrainConfig,
         "ldm_smd.training.loop:train",
         """Train an SMD UNet, or the Gaussian baseline, on latents.
 
@@ -90,8 +101,8 @@ examples:
     ),
     Command(
         "sample",
-        config.SampleConfig,
-        "ldm_smd.sampling:sample",
+        SampleConfig,
+        "ldm_smd.sampling.tool:sample",
         """Sample pictures from a trained model.
 
 examples:
@@ -109,7 +120,7 @@ examples:
     ),
     Command(
         "evaluate",
-        config.EvaluateConfig,
+        EvaluateConfig,
         "ldm_smd.evaluation.evaluate:evaluate",
         """Measure pictures against real ones.
 
@@ -126,8 +137,8 @@ examples:
     ),
     Command(
         "explore",
-        config.ExploreConfig,
-        "ldm_smd.explore:explore",
+        ExploreConfig,
+        "ldm_smd.apps.explore:explore",
         """Serve a local page for trained models, side by side.
 
 Class, steps, scheduler, seed, guidance; the way of a picture; draws of eta. Needs the package gradio: pip install 'gradio>=6'.
@@ -140,7 +151,7 @@ examples:
     ),
     Command(
         "average",
-        config.AverageConfig,
+        AverageConfig,
         "ldm_smd.training.average:average",
         """Average a run's weights after it has ended (post-hoc EMA).
 
@@ -155,7 +166,7 @@ examples:
     ),
     Command(
         "train-autoencoder",
-        config.TrainAutoencoderConfig,
+        TrainAutoencoderConfig,
         "ldm_smd.training.train_autoencoder:train_autoencoder",
         """Train a small AutoencoderKL on your own pictures.
 
@@ -167,7 +178,7 @@ examples:
     ),
     Command(
         "train-moments",
-        config.TrainMomentsConfig,
+        TrainMomentsConfig,
         "ldm_smd.training.train_moments:train_moments",
         """Train what GMSScheduler needs beside a Gaussian model.
 
@@ -182,7 +193,7 @@ examples:
     ),
     Command(
         "train-classifier",
-        config.TrainClassifierConfig,
+        TrainClassifierConfig,
         "ldm_smd.training.train_classifier:train_classifier",
         """Train the small classifier that pictures are measured by.
 
@@ -196,7 +207,7 @@ examples:
     ),
     Command(
         "fit-gaussian",
-        config.FitGaussianConfig,
+        FitGaussianConfig,
         "ldm_smd.training.fit_gaussian:fit_gaussian",
         """Fit the Gaussians that TeleportScheduler starts from.
 
@@ -211,8 +222,8 @@ examples:
     ),
     Command(
         "demo",
-        config.DemoConfig,
-        "ldm_smd.demo:demo",
+        DemoConfig,
+        "ldm_smd.apps.demo:demo",
         """Encode, train, sample and report: the demo.
 
 On the shipped pictures, training on from the shipped weights; the report is a page to look at.

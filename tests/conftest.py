@@ -15,10 +15,12 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from ldm_smd.cli import run_tool
-from ldm_smd.config import EncodeConfig, TrainConfig, load_config
+from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode
+from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.loop import train
+from ldm_smd.training.settings import TrainConfig
 from tests.tiny import TINY_MODEL, training
 
 if "OMP_NUM_THREADS" not in os.environ:

@@ -17,29 +17,29 @@ import torch
 from accelerate.state import AcceleratorState
 from pretend_gpu import DEVICE
 
-from ldm_smd.config import (
-    AverageConfig,
-    EncodeConfig,
-    EvaluateConfig,
-    ExploreConfig,
-    FitGaussianConfig,
-    SampleConfig,
-    TrainAutoencoderConfig,
-    TrainClassifierConfig,
-    TrainConfig,
-    TrainMomentsConfig,
-    load_config,
-)
+from ldm_smd.apps.explore import Explorer, Wish
+from ldm_smd.apps.settings import ExploreConfig
+from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode
+from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.data.shards import Manifest
 from ldm_smd.evaluation.evaluate import evaluate
-from ldm_smd.explore import Explorer, Wish
+from ldm_smd.evaluation.settings import EvaluateConfig
 from ldm_smd.pipelines import load_pipeline, seeded_generators
-from ldm_smd.sampling import sample
+from ldm_smd.sampling.settings import SampleConfig
+from ldm_smd.sampling.tool import sample
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.training.average import average
 from ldm_smd.training.fit_gaussian import fit_gaussian
 from ldm_smd.training.loop import train
+from ldm_smd.training.settings import (
+    AverageConfig,
+    FitGaussianConfig,
+    TrainAutoencoderConfig,
+    TrainClassifierConfig,
+    TrainConfig,
+    TrainMomentsConfig,
+)
 from ldm_smd.training.train_autoencoder import train_autoencoder
 from ldm_smd.training.train_classifier import train_classifier
 from ldm_smd.training.train_moments import train_moments

@@ -3,36 +3,39 @@
 import pytest
 import torch
 
-from ldm_smd import choices
-from ldm_smd.config import DiffusionConfig, EvaluateConfig, ImagesConfig
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.device import pick_precision
 from ldm_smd.diffusion.objectives import objective, timestep_weight
 from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import BETA_SCHEDULES, OBJECTIVES, PREDICTION_TYPES, WEIGHTINGS, DiffusionConfig
 from ldm_smd.evaluation.evaluate import choose_labels
+from ldm_smd.evaluation.settings import SAMPLED_LABELS, EvaluateConfig
 from ldm_smd.models.attention import set_attention_backend
+from ldm_smd.models.settings import ATTENTION_BACKENDS, PLACEMENTS
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.training.loop import build_scheduler
+from ldm_smd.training.settings import PRECISIONS
 
 
-@pytest.mark.parametrize("name", choices.OBJECTIVES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives(name):
     assert objective(name)(torch.ones(3, 2, 1, 2, 2), torch.zeros(3, 1, 2, 2)).shape == (3,)
 
 
-@pytest.mark.parametrize("prediction_type", choices.PREDICTION_TYPES)
-@pytest.mark.parametrize("weighting", choices.WEIGHTINGS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weightings(weighting, prediction_type):
     process = DiffusionProcess(torch.tensor([0.9, 0.1]))
     assert (timestep_weight(weighting, 1.0, process, torch.tensor([0, 1]), prediction_type) > 0).all()
 
 
-@pytest.mark.parametrize("schedule", choices.BETA_SCHEDULES)
+@pytest.mark.parametrize("schedule", BETA_SCHEDULES)
 def test_noise_schedules(schedule):
     alphas_cumprod = build_scheduler(DiffusionConfig(beta_schedule=schedule)).alphas_cumprod
     assert (alphas_cumprod.diff() < 0).all() and alphas_cumprod[0] > 0.9 and alphas_cumprod[-1] < 0.1
 
 
-@pytest.mark.parametrize("placement", choices.PLACEMENTS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
 def test_placements(placement):
     sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "attention_head_dim": 8, "z_channels": 4}
     assert SMDUNet2DModel(placement=placement, noise_rank=2, noise_modes=2, **sizes).is_mixture
@@ -47,18 +50,18 @@ def test_a_name_that_is_not_among_them_is_refused():
         set_attention_backend("flash")
 
 
-@pytest.mark.parametrize("backend", choices.ATTENTION_BACKENDS)
+@pytest.mark.parametrize("backend", ATTENTION_BACKENDS)
 def test_attention_backends(backend):
     set_attention_backend(backend)
     set_attention_backend("auto")
 
 
-@pytest.mark.parametrize("precision", choices.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_precisions(precision):
     assert pick_precision(precision) in ("no", "bf16")
 
 
-@pytest.mark.parametrize("labels", choices.SAMPLED_LABELS)
+@pytest.mark.parametrize("labels", SAMPLED_LABELS)
 def test_sampled_labels(labels):
     config = EvaluateConfig(output="x", reference=ImagesConfig(source="x"), model="x", count=6, labels=labels)
     assert set(choose_labels(config, [0, 1, 2], 3)) <= {0, 1, 2}

@@ -153,11 +153,13 @@ import json, sys
 import ldm_smd
 known = dir(ldm_smd)
 light = sorted({HEAVY} & set(sys.modules))
+import ldm_smd.models.unet
+networks = "omegaconf" in sys.modules
 from ldm_smd import *
-print(json.dumps([light, known, SMDPipeline.__module__, ldm_smd.__all__, "torch" in sys.modules, __version__]))
+print(json.dumps([light, known, networks, SMDPipeline.__module__, ldm_smd.__all__, "torch" in sys.modules, __version__]))
 """
-    light, known, home, names, heavy_now, version = json.loads(python(program))
-    assert light == [] and heavy_now and home == "ldm_smd.pipelines" and set(names) <= set(known)
+    light, known, networks_read_settings, home, names, heavy_now, version = json.loads(python(program))
+    assert light == [] and not networks_read_settings and heavy_now and home == "ldm_smd.pipelines" and set(names) <= set(known)
     assert {"SMDPipeline", "SMDUNet2DModel", "ExtendedUNet2DModel", "GMSScheduler", "TeleportScheduler"} <= set(names)
     assert version
 

@@ -1,7 +1,10 @@
 import pytest
 
-from ldm_smd.config import EncodeConfig, SampleConfig, TrainAutoencoderConfig, TrainConfig, dump_config, load_config
+from ldm_smd.config import dump_config, load_config
+from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.errors import UserError
+from ldm_smd.sampling.settings import SampleConfig
+from ldm_smd.training.settings import TrainAutoencoderConfig, TrainConfig
 
 GIVEN = ["shards=a", "autoencoder=b", "output=c"]
 

@@ -9,14 +9,18 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm_smd.config import DemoConfig, EncodeConfig, SampleConfig, TrainAutoencoderConfig, TrainConfig, load_config
+from ldm_smd.apps.demo import demo
+from ldm_smd.apps.settings import DemoConfig
+from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode
-from ldm_smd.demo import demo
-from ldm_smd.evaluation.features import FeatureNetwork
-from ldm_smd.sampling import sample
+from ldm_smd.data.settings import EncodeConfig
+from ldm_smd.models.feature_network import FeatureNetwork
+from ldm_smd.sampling.settings import SampleConfig
+from ldm_smd.sampling.tool import sample
 from ldm_smd.training.ema import EMA
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.settings import TrainAutoencoderConfig, TrainConfig
 from ldm_smd.training.train_autoencoder import train_autoencoder
 from tests.tiny import TINY_AUTOENCODER, TINY_MODEL
 

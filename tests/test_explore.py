@@ -16,8 +16,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from ldm_smd.config import ExploreConfig, load_config
-from ldm_smd.explore import DRAWS, FILM_FRAMES, Explorer, Frame, Wish, explore, spaced, thumbnails
+from ldm_smd.apps.explore import DRAWS, FILM_FRAMES, Explorer, Frame, Wish, explore, spaced, thumbnails
+from ldm_smd.apps.settings import ExploreConfig
+from ldm_smd.config import load_config
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -72,7 +73,7 @@ def test_thumbnails_of_large_pictures_are_decoded_small(explorer, monkeypatch):
     decoded = []
     decode = explorer.first.decode_latents
     monkeypatch.setattr(explorer.first, "decode_latents", lambda latents: decoded.append(latents.shape[2:]) or decode(latents))
-    monkeypatch.setattr("ldm_smd.explore.ROUGH", 64)
+    monkeypatch.setattr("ldm_smd.apps.explore.ROUGH", 64)
     [picture] = thumbnails(explorer.first, torch.randn(1, 4, 64, 48))
     assert decoded == [(32, 24)] and picture.size == (48, 64)
 

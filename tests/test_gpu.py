@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from torch.utils import backend_registration
 
-from ldm_smd.config import TrainConfig, load_config
+from ldm_smd.config import load_config
 from ldm_smd.training.loop import train
+from ldm_smd.training.settings import TrainConfig
 from tests.tiny import training
 
 SCRIPT = Path(__file__).parent / "gpu_run.py"

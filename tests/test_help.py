@@ -1,7 +1,8 @@
 from pathlib import Path
 
 from ldm_smd.cli import all_help
-from ldm_smd.config import ClassifierSetConfig, TrainClassifierConfig, TrainConfig, settings
+from ldm_smd.config import settings
+from ldm_smd.training.settings import ClassifierSetConfig, TrainClassifierConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ldm_smd.commands import BY_NAME
-from ldm_smd.evaluation.features import FeatureNetwork
+from ldm_smd.models.feature_network import FeatureNetwork
 from ldm_smd.training.loop import train
 from tests.hostile import cases, run_case
 from tests.tiny import TINY_MODEL

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_smd.config import ImagesConfig, SampleConfig, VerifyConfig
 from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig, VerifyConfig
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream, latent_loader
 from ldm_smd.data.verify import verify
 from ldm_smd.errors import UserError
 from ldm_smd.models.clip import ClipEncoder
 from ldm_smd.pipelines import load_pipeline, seeded_generators
-from ldm_smd.sampling import sample
+from ldm_smd.sampling.settings import SampleConfig
+from ldm_smd.sampling.tool import sample
 from ldm_smd.training.loop import build_model, train
 from tests.rounding import alike
 from tests.tiny import diffusers_unet

@@ -9,15 +9,16 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import FitGaussianConfig, SampleConfig, TrainMomentsConfig
 from ldm_smd.errors import UserError
 from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.models.moments import MomentHeads
 from ldm_smd.pipelines import SMDPipeline, load_pipeline, seeded_generators
-from ldm_smd.sampling import make_scheduler, sample
-from ldm_smd.schedulers import TeleportScheduler
+from ldm_smd.sampling.settings import SampleConfig
+from ldm_smd.sampling.tool import sample
+from ldm_smd.schedulers import TeleportScheduler, make_scheduler
 from ldm_smd.schedulers.support import SUPPORTED
 from ldm_smd.training.fit_gaussian import fit_gaussian
+from ldm_smd.training.settings import FitGaussianConfig, TrainMomentsConfig
 from ldm_smd.training.train_moments import train_moments
 from tests.rounding import alike
 from tests.tiny import diffusers_unet

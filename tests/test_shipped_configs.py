@@ -14,19 +14,13 @@ from schedulers import SchedulersConfig
 from teleport import TeleportBenchmarkConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ldm_smd.apps.settings import DemoConfig, ExploreConfig
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import (
-    DemoConfig,
-    EncodeConfig,
-    EvaluateConfig,
-    ExploreConfig,
-    TrainAutoencoderConfig,
-    TrainClassifierConfig,
-    TrainConfig,
-    config_as_dict,
-    load_config,
-)
+from ldm_smd.config import config_as_dict, load_config
+from ldm_smd.data.settings import EncodeConfig
+from ldm_smd.evaluation.settings import EvaluateConfig
 from ldm_smd.models.unet import SMDUNet2DModel
+from ldm_smd.training.settings import TrainAutoencoderConfig, TrainClassifierConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1] / "configs"
 FOLDERS = {

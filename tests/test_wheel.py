@@ -73,7 +73,7 @@ def test_the_wheel_has_what_is_no_python(outside):
     prefix, file, version = json.loads(outside("python", "-c", program))
     package = Path(file).parent
     assert package.is_relative_to(prefix) and not package.is_relative_to(ROOT / "ldm_smd")
-    assert (package / "py.typed").is_file() and (package / "evaluation/report.html.j2").is_file()
+    assert (package / "py.typed").is_file() and (package / "apps/report.html.j2").is_file()
     assert version == tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert outside("ldm-smd", "--version") == f"ldm-smd {version}\n"
 

@@ -29,13 +29,13 @@ import webdataset as wds
 from tqdm import tqdm
 
 from ..autoencoder import FrozenAutoencoder
-from ..config import EncodeConfig
 from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_file, claimed, sha256
 from ..models.clip import ClipEncoder
 from ..progress import progress
 from .images import Pictures, read_pictures
+from .settings import EncodeConfig
 from .shards import DTYPE, EMBEDDING, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json
 from .sources import Entry, fingerprint, list_entries
 from .stream import index_tar

@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageColor, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import ImagesConfig
 from ..errors import UserError
+from .settings import MOST_PIXELS, ImagesConfig
 from .sources import Entry, list_entries
 
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -54,20 +54,22 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     return image.convert("RGB")
 
 
-def decode(data: bytes, config: ImagesConfig) -> torch.Tensor:
+def decode(
+    data: bytes, resolution: int, crop: str = "center", background: str = "white", max_pixels: int = MOST_PIXELS
+) -> torch.Tensor:
     """An encoded picture as uint8 (3, R, R), cropped and resized. Raises whatever PIL raises for a broken one."""
     with Image.open(io.BytesIO(data)) as image:
         pixels = image.width * image.height
-        if pixels > config.max_pixels:
-            raise ValueError(f"{pixels} pixels, more than images.max_pixels={config.max_pixels}")
+        if pixels > max_pixels:
+            raise ValueError(f"{pixels} pixels, more than images.max_pixels={max_pixels}")
         image.load()
-        rgb = to_rgb(image, config.background)
-    size = (config.resolution, config.resolution)
+        rgb = to_rgb(image, background)
+    size = (resolution, resolution)
     # Both scale with PIL's area-aware filter, so a large picture does not alias.
-    if config.crop == "center":
+    if crop == "center":
         square = ImageOps.fit(rgb, size, Image.Resampling.LANCZOS)
     else:
-        square = ImageOps.pad(rgb, size, Image.Resampling.LANCZOS, color=config.background)
+        square = ImageOps.pad(rgb, size, Image.Resampling.LANCZOS, color=background)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
@@ -81,11 +83,11 @@ class PictureBatches(Dataset):
         return len(self.batches)
 
     def __getitem__(self, index: int) -> Pictures:
-        found = Pictures(torch.empty(0, 3, self.config.resolution, self.config.resolution, dtype=torch.uint8), [], [], [])
-        pixels = []
+        config, pixels = self.config, []
+        found = Pictures(torch.empty(0, 3, config.resolution, config.resolution, dtype=torch.uint8), [], [], [])
         for entry in (self.entries[place] for place in self.batches[index]):
             try:
-                pixels.append(decode(entry.read(), self.config))
+                pixels.append(decode(entry.read(), config.resolution, config.crop, config.background, config.max_pixels))
             except Exception as reason:  # PIL's decoders raise many kinds (OSError, SyntaxError, struct.error, ...)
                 said = ADDRESS.sub("", f"{type(reason).__name__}: {reason}")
                 found.unreadable.append({"name": entry.name, "reason": said})

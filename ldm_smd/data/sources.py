@@ -25,9 +25,9 @@ from urllib.parse import urlsplit
 import braceexpand
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 
-from ..config import ImagesConfig
 from ..errors import UserError, brief
 from ..files import atomic_file, this_process
+from .settings import ImagesConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -168,14 +168,13 @@ def _list_tars(pattern: str, config: ImagesConfig) -> tuple[list[Entry], list[st
         paths += [str(_fetch(expanded, config))] if remote else sorted(glob.glob(expanded))
     if not paths:
         raise UserError(f"images.source: expected a folder, a .zip or webdataset tars, found nothing at {pattern}")
-    classes_path = config.classes
     entries = [entry for path in paths for entry in _list_tar(path)]
-    classes_file = Path(classes_path) if classes_path else Path(paths[0]).parent / "classes.json"
+    classes_file = Path(config.classes) if config.classes else Path(paths[0]).parent / "classes.json"
     if classes_file.is_file():
         classes = json.loads(classes_file.read_text(encoding="utf-8"))
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise UserError(f"images.classes: expected a JSON list of class names, found something else in {classes_file}")
-    elif classes_path:
+    elif config.classes:
         raise UserError(f"images.classes: expected a JSON list of class names, found no file {classes_file}")
     else:
         classes = _unnamed_classes({entry.label for entry in entries if entry.label is not None}, classes_file)

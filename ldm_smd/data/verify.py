@@ -13,11 +13,11 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ..autoencoder import FrozenAutoencoder
-from ..config import VerifyConfig
 from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_file, claimed, sha256
 from ..progress import progress
+from .settings import VerifyConfig
 from .shards import Manifest, ShardStatistics
 from .stream import Shard, index_tar, open_shard
 

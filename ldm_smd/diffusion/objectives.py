@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..choices import OBJECTIVES
 from .process import GaussianPath, x0_per_prediction
+from .settings import OBJECTIVES
 
 MIN_SNR_GAMMA = 5.0
 EPSILON = 1e-8

@@ -23,8 +23,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..config import EvaluateConfig, ImagesConfig
 from ..data.images import read_pictures
+from ..data.settings import ImagesConfig
 from ..data.sources import Entry, fingerprint, list_entries
 from ..device import pick_device, process_group
 from ..errors import UserError
@@ -32,10 +32,11 @@ from ..files import atomic_file, claimed, claimed_by_first, sha256, this_process
 from ..models.unet import num_classes
 from ..pipelines import NETWORKS, load_pipeline, model_folder, weight_files
 from ..progress import progress
-from ..sampling import SamplingOptions, sample_batches
+from ..sampling.batches import SamplingOptions, sample_batches
 from ..schedulers import make_scheduler
 from .distances import FeatureSet, distances
 from .features import Extractor, load_extractor
+from .settings import EvaluateConfig
 
 IMAGES = ("source", "resolution", "crop", "background")
 COLUMNS = ("frechet", "kid", "cmmd", "precision", "recall", "density", "coverage")

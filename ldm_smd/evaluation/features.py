@@ -12,65 +12,17 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
-from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import nn
 
 from ..device import pick_device
 from ..errors import UserError
 from ..files import sha256
 from ..models.clip import ClipEncoder
+from ..models.feature_network import FeatureNetwork
 from ..models.pretrained import Resize, state_sha256, weights_file
 from ..progress import progress
 
 DINOV2_SIDE = 224
-
-
-class FeatureNetwork(ModelMixin, ConfigMixin):
-    """A small residual classifier of several picture sets with one head each; its pooled last layer is the features.
-
-    Args:
-        block_out_channels: channels of the stem, then of each stage; a stage halves the sides.
-        classes: {name of the picture set: its number of classes}.
-    """
-
-    @register_to_config
-    def __init__(self, block_out_channels: tuple[int, ...] = (16, 32, 64, 128), classes: dict[str, int] | None = None) -> None:
-        super().__init__()
-        first, *rest = block_out_channels
-        self.stem = nn.Conv2d(3, first, 3, padding=1, bias=False)
-        self.stages = nn.Sequential(*(ClassifierStage(a, b) for a, b in zip((first, *rest), rest)))
-        self.norm = nn.BatchNorm2d(block_out_channels[-1])
-        self.heads = nn.ModuleDict({name: nn.Linear(block_out_channels[-1], n) for name, n in (classes or {}).items()})
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (N, 3, H, W) in [-1, 1] -> features (N, D)."""
-        h = self.stages(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
-        return F.relu(self.norm(h)).mean(dim=(2, 3))
-
-
-class ClassifierStage(nn.Module):
-    """A strided convolution, then a pre-activation residual block."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.down = nn.Sequential(
-            nn.BatchNorm2d(in_channels), nn.ReLU(), nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=False)
-        )
-        self.block = nn.Sequential(
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(),
-            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.down(x)
-        return h + self.block(h)
 
 
 @dataclass
@@ -168,8 +120,4 @@ def inception_extractor(file: Path, device: torch.device) -> Extractor:
         raise UserError(f"features: expected the weights file of torch-fidelity's Inception, found none at {str(file)!r}")
     model = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file)).to(device)
     resize = "bilinear to 299 pixels, as TensorFlow 1"
-
-    def network(pixels: torch.Tensor) -> torch.Tensor:
-        return model((pixels * 255).round().to(torch.uint8))[0]
-
-    return Extractor("Inception", network, device, sha256(file), resize)
+    return Extractor("Inception", lambda pixels: model((pixels * 255).round().byte())[0], device, sha256(file), resize)

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from ..choices import ATTENTION_BACKENDS
+from .settings import ATTENTION_BACKENDS
 
 logger = logging.getLogger(__name__)
 

@@ -63,12 +63,7 @@ class ClipEncoder:
 
     def identity(self) -> dict:
         """For manifests: two with equal identities give equal embeddings."""
-        return {
-            "network": self.name,
-            "sha256": self.sha256,
-            "resize": self.resize.name,
-            "dimensions": self.dimensions,
-        }
+        return {"network": self.name, "sha256": self.sha256, "resize": self.resize.name, "dimensions": self.dimensions}
 
     @torch.no_grad()
     def images(self, pixels: torch.Tensor) -> torch.Tensor:

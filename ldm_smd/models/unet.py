@@ -15,10 +15,10 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..choices import PLACEMENTS
 from .backbone import Backbone, Trunk
 from .blocks import AttentionBlock, Downsample, ResidualBlock, assign_modulation_slices, upsample, zero_init
 from .mixture import Cut, Draws, Mixture, MixtureSizes
+from .settings import PLACEMENTS
 
 
 class SMDUNet2DModel(Backbone):

@@ -19,7 +19,6 @@ from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from ..config import AverageConfig
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
 from ..models.backbone import current_name
@@ -27,6 +26,7 @@ from ..pipelines import load_pipeline
 from .card import card
 from .checkpoint import load_weights, written_whole
 from .ema import PowerEMA, gamma_of
+from .settings import AverageConfig
 
 FOLDER = re.compile(r"images-(\d{12})-width-([0-9.]+)")
 

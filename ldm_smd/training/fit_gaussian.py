@@ -10,7 +10,6 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 
 from ..autoencoder import FrozenAutoencoder, sample_latents
-from ..config import FitGaussianConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
 from ..device import process_group
@@ -23,6 +22,7 @@ from ..pipelines import load_pipeline
 from ..progress import progress
 from ..schedulers import TeleportScheduler
 from .card import card
+from .settings import FitGaussianConfig
 
 FITTING_LATENTS = 16_384
 """A mixture is fitted to so many at most."""

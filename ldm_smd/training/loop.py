@@ -20,12 +20,13 @@ from einops import rearrange
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import FrozenAutoencoder, sample_latents
-from ..config import DiffusionConfig, TrainConfig, check, config_as_dict, dump_config
+from ..config import config_as_dict, dump_config
 from ..data.shards import Manifest
 from ..data.stream import LatentBatch, LatentStream, latent_loader
 from ..device import pick_precision
 from ..diffusion.objectives import objective, timestep_weight
 from ..diffusion.process import DiffusionProcess
+from ..diffusion.settings import DiffusionConfig
 from ..errors import UserError
 from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder, claimed_by_first
@@ -35,6 +36,7 @@ from ..models.fit import fit_posterior_noise
 from ..models.unet import SMDUNet2DModel, embedding_dimensions, known_labels
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
+from ..schema import check
 from .average import resume_averages, save_snapshot
 from .card import card
 from .checkpoint import checkpoints, load_weights, newest_images, optimizer_tensors, resume, resume_optimizer, save_checkpoint
@@ -43,6 +45,7 @@ from .ema import EMA, PowerEMA
 from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
 from .metrics_log import MetricsLog, RunningMeans, crossed
 from .record import RunRecord, compared_settings, open_record
+from .settings import TrainConfig
 from .sharding import gathered, is_divided, set_sharded_precision, whole
 from .signals import EXIT_CODE, sigterm_flag
 
@@ -123,7 +126,7 @@ def run(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) ->
 
     torch.manual_seed(config.seed)
     model = build_model(config, manifest)
-    if model.is_mixture and not model.mixture.noise.is_fitted and not checkpoints(output / "checkpoints"):
+    if model.mixture is not None and not model.mixture.noise.is_fitted and not checkpoints(output / "checkpoints"):
         fit_noise(model, config, manifest, autoencoder, scheduler)
     model.to(device)
     ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
@@ -343,6 +346,7 @@ def fit_noise(
 ) -> None:
     """Colour the mixture's noise as the first latents of the stream, the same on every process."""
     latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror)
+    assert model.mixture is not None
     path = DiffusionProcess(scheduler.alphas_cumprod)
     fit_posterior_noise(model.mixture.noise, latents, labels, path, config.diffusion.prediction_type)
 

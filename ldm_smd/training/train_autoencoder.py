@@ -11,11 +11,11 @@ from diffusers import AutoencoderKL
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import INPUT_RANGE, FrozenAutoencoder
-from ..config import TrainAutoencoderConfig
 from ..data.images import load_pixels
 from ..data.shards import ChannelStatistics
 from ..device import pick_device
 from ..errors import UserError
+from ..evaluation.reconstruction import reconstruction_psnr
 from ..files import atomic_folder, claimed, require_folder
 from ..progress import progress
 from .card import card
@@ -23,6 +23,7 @@ from .checkpoint import load_weights, newest_images, optimizer_tensors, resume, 
 from .ema import EMA
 from .metrics_log import MetricsLog, crossed
 from .record import RunRecord, compared_settings, open_record
+from .settings import TrainAutoencoderConfig
 
 REPORT_EVERY_IMAGES = 1_000
 NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache", "held_out.", "work", "resume_changed")
@@ -107,12 +108,13 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     while images_seen < config.images_total:
         # The batch is a function of (seed, images_seen) alone, so a resumed run sees what an undisturbed one would.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
-        x = _batch(pixels, config, generator).to(device)
+        x = random_batch(pixels, config, generator).to(device)
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(config, images_seen)
-        noise = torch.randn(_latent_shape(config, len(x)), generator=generator).to(device)
-        reconstruction, mean, logvar = _forward(model, x, noise)
-        terms = autoencoder_loss(reconstruction, x, mean, logvar, config)
+            group["lr"] = learning_rate(config, images_seen)
+        posterior = model.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
+        terms = autoencoder_loss(reconstruction, x, posterior.mean, posterior.logvar, config)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -132,7 +134,7 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
             bar.set_postfix(l1=f"{means['l1']:.4f}")
             totals, steps = {}, 0
         if crossed(before, images_seen, config.checkpoint_every_images):
-            measured = measure(FrozenAutoencoder(ema.model), held_out)
+            measured = reconstruction_psnr(FrozenAutoencoder(ema.model), held_out)
             log.log(images_seen, {"held_out_psnr": measured["psnr"]})
             bar.write(f"{images_seen} images: held-out PSNR {measured['psnr']:.2f} dB")
             tensors = optimizer_tensors(model, optimizer)
@@ -144,7 +146,7 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     if config.train_encoder:
         set_latent_statistics(ema.model, pixels)
     frozen = FrozenAutoencoder(ema.model)
-    measured = measure(frozen, held_out)
+    measured = reconstruction_psnr(frozen, held_out)
     save_comparison(frozen, held_out[:24], work / "reconstructions.png")
     with atomic_folder(output) as folder:
         ema.model.save_pretrained(folder)
@@ -153,13 +155,7 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     return output
 
 
-def _forward(model: AutoencoderKL, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    posterior = model.encode(x).latent_dist
-    z = posterior.mean + posterior.std * noise
-    return model.decode(z).sample, posterior.mean, posterior.logvar
-
-
-def _batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torch.Generator) -> torch.Tensor:
+def random_batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torch.Generator) -> torch.Tensor:
     """A random batch in [-1, 1], half of it mirrored where ``flip``."""
     index = torch.randint(len(pixels), (config.batch_size,), generator=generator)
     low, high = INPUT_RANGE
@@ -170,38 +166,10 @@ def _batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torc
     return x
 
 
-def _latent_shape(config: TrainAutoencoderConfig, batch: int) -> tuple[int, int, int, int]:
-    side = config.images.resolution // 2 ** (len(config.model.block_out_channels) - 1)
-    return batch, config.model.latent_channels, side, side
-
-
-def _learning_rate(config: TrainAutoencoderConfig, images_seen: int) -> float:
+def learning_rate(config: TrainAutoencoderConfig, images_seen: int) -> float:
     """Linear warm-up, then a half cosine to zero."""
     warmup = min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
     return config.learning_rate * warmup * 0.5 * (1.0 + math.cos(math.pi * images_seen / config.images_total))
-
-
-def measure(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int = 64) -> dict[str, float]:
-    """Reconstruction of ``pixels`` (uint8) by the posterior mean, rounded to 8 bits.
-
-    psnr: mean over pictures of 10 log10(255^2 / MSE of the picture), in dB, the usual figure; psnr_of_mean: the PSNR of
-    the MSE over all pictures (always the lower one).
-    """
-    errors = []
-    for batch in pixels.split(batch_size):
-        latents = autoencoder.normalise(autoencoder.encode_moments(batch)[:, 0])
-        decoded = to_uint8(autoencoder.decode(latents)).cpu()
-        errors.append((decoded.double() - batch.double()).square().mean(dim=(1, 2, 3)))
-    mse = torch.cat(errors).clamp_min(1e-3)
-    return {
-        "psnr": float((10 * torch.log10(255.0**2 / mse)).mean()),
-        "psnr_of_mean": float(10 * torch.log10(255.0**2 / mse.mean())),
-    }
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Pictures in [-1, 1] as uint8, rounded."""
-    return ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def set_latent_statistics(model: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 64) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..config import ClassifierSetConfig, TrainClassifierConfig
 from ..data.images import load_pixels
 from ..device import pick_device
 from ..errors import UserError
-from ..evaluation.features import FeatureNetwork
 from ..files import atomic_folder, makes_folder
+from ..models.feature_network import FeatureNetwork
 from ..progress import progress
 from .card import card
 from .rates import warmup_cosine
+from .settings import ClassifierSetConfig, TrainClassifierConfig
 
 REPORT_EVERY_BATCHES = 50
 WARMUP = 0.15

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from ..autoencoder import FrozenAutoencoder, sample_latents
-from ..config import TrainMomentsConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentBatch, LatentStream, latent_loader
 from ..device import pick_device
@@ -23,6 +22,7 @@ from ..schedulers.gms import GMSScheduler
 from .card import card
 from .ema import EMA
 from .rates import warmup_cosine
+from .settings import TrainMomentsConfig
 
 REPORT_EVERY_BATCHES = 50
 WARMUP = 0.05

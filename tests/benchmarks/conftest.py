@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm_smd.evaluation.features import FeatureNetwork
+from ldm_smd.models.feature_network import FeatureNetwork
 
 
 @pytest.fixture

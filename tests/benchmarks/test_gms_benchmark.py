@@ -6,7 +6,8 @@ import torch
 import yardstick
 from gms import GMSConfig, stroke
 
-from ldm_smd.config import TrainMomentsConfig, load_config
+from ldm_smd.config import load_config
+from ldm_smd.training.settings import TrainMomentsConfig
 from ldm_smd.training.train_moments import train_moments
 
 

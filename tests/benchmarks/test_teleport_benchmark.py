@@ -5,8 +5,9 @@ import teleport
 import yardstick
 from teleport import PLAIN, TeleportBenchmarkConfig
 
-from ldm_smd.config import FitGaussianConfig, load_config
+from ldm_smd.config import load_config
 from ldm_smd.training.fit_gaussian import fit_gaussian
+from ldm_smd.training.settings import FitGaussianConfig
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import EncodeConfig, load_config
+from ldm_smd.config import load_config
 from ldm_smd.data.encode import Plan, encode
+from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.data.sources import Entry
 from ldm_smd.errors import UserError
 from ldm_smd.files import claimed

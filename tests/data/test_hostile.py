@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from ldm_smd.config import ImagesConfig
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.sources import list_entries
 from ldm_smd.data.stream import LatentStream

@@ -5,12 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_smd.config import ImagesConfig
 from ldm_smd.data.images import decode, read_pictures
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.sources import list_entries
 from ldm_smd.errors import UserError
-
-CONFIG = ImagesConfig(source="unused", resolution=16)
 
 
 def encoded(image, kind="PNG", **options):
@@ -20,7 +18,7 @@ def encoded(image, kind="PNG", **options):
 
 
 def centre(data):
-    return decode(data, CONFIG)[:, 8, 8].tolist()
+    return decode(data, 16)[:, 8, 8].tolist()
 
 
 def test_cmyk_is_converted():
@@ -44,8 +42,7 @@ def test_palette_with_transparency_shows_the_background():
 def test_alpha_is_composited():
     half = Image.new("RGBA", (16, 16), (255, 0, 0, 128))
     assert np.allclose(centre(encoded(half)), [255, 127, 127], atol=1)
-    black = ImagesConfig(source="unused", resolution=16, background="black")
-    assert np.allclose(decode(encoded(half), black)[:, 8, 8], [128, 0, 0], atol=1)
+    assert np.allclose(decode(encoded(half), 16, background="black")[:, 8, 8], [128, 0, 0], atol=1)
 
 
 def test_first_frame_of_an_animation():
@@ -58,15 +55,15 @@ def test_exif_rotation_is_applied():
     image.paste("red", (0, 0, 16, 16))  # the left half
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees clockwise": left goes up
-    pixels = decode(encoded(image, exif=exif), ImagesConfig(source="unused", resolution=16, crop="pad"))
+    pixels = decode(encoded(image, exif=exif), 16, crop="pad")
     assert pixels[:, 2, 8].tolist() == [255, 0, 0]
     assert pixels[:, 13, 8].tolist() == [255, 255, 255]
 
 
 def test_crop_and_pad():
     wide = Image.new("RGB", (64, 16), "red")
-    assert decode(encoded(wide), CONFIG).unique().tolist() == [0, 255]
-    padded = decode(encoded(wide), ImagesConfig(source="unused", resolution=16, crop="pad", background="blue"))
+    assert decode(encoded(wide), 16).unique().tolist() == [0, 255]
+    padded = decode(encoded(wide), 16, crop="pad", background="blue")
     assert padded[:, 0, 8].tolist() == [0, 0, 255] and padded[:, 8, 8].tolist() == [255, 0, 0]
 
 
@@ -91,6 +88,6 @@ def test_unreadable_pictures_are_listed_or_stop(tmp_path):
 
 def test_too_many_pixels_count_as_unreadable():
     picture = encoded(Image.new("RGB", (16, 16)))
-    assert decode(picture, ImagesConfig(source="unused", resolution=16, max_pixels=256)).shape == (3, 16, 16)
+    assert decode(picture, 16, max_pixels=256).shape == (3, 16, 16)
     with pytest.raises(ValueError, match="max_pixels=255"):
-        decode(picture, ImagesConfig(source="unused", max_pixels=255))
+        decode(picture, 64, max_pixels=255)

@@ -9,8 +9,8 @@ import torch
 import webdataset as wds
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import ImagesConfig
 from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.shards import ChannelStatistics, Manifest
 from ldm_smd.data.sources import list_entries
 from ldm_smd.errors import UserError

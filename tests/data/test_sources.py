@@ -14,8 +14,8 @@ import webdataset as wds
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from ldm_smd.config import ImagesConfig
 from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.sources import Entry, list_entries, with_unique_keys
 from ldm_smd.errors import UserError
 

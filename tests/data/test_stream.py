@@ -5,8 +5,9 @@ import pytest
 import torch
 import webdataset as wds
 
-from ldm_smd.config import EncodeConfig, load_config
+from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode
+from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream, latent_loader
 from ldm_smd.errors import UserError

@@ -9,7 +9,7 @@ import webdataset as wds
 from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import VerifyConfig
+from ldm_smd.data.settings import VerifyConfig
 from ldm_smd.data.verify import verify
 from ldm_smd.files import sha256
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_smd.config import EncodeConfig, load_config
+from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode
+from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream, latent_loader
 

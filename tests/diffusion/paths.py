@@ -1,8 +1,7 @@
 """What the tests of the mathematics run over: a path of each kind, and all that a network may predict on it."""
 
-from ldm_smd.choices import PREDICTION_TYPES
-from ldm_smd.config import DiffusionConfig
 from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow
+from ldm_smd.diffusion.settings import PREDICTION_TYPES, DiffusionConfig
 from ldm_smd.training.loop import build_scheduler
 
 SCHEDULER = build_scheduler(DiffusionConfig())

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from ldm_smd.choices import OBJECTIVES, WEIGHTINGS
 from ldm_smd.diffusion.objectives import EPSILON, energy, mixture_nll, mse, objective, timestep_weight
 from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow
+from ldm_smd.diffusion.settings import OBJECTIVES, WEIGHTINGS
 from tests.diffusion.paths import KINDS
 
 

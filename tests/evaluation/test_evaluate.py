@@ -5,12 +5,15 @@ import shutil
 import pytest
 import torch
 
-from ldm_smd.config import EvaluateConfig, ImagesConfig, load_config
+from ldm_smd.config import load_config
 from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.errors import UserError
 from ldm_smd.evaluation.distances import frechet_distance, kernel_distance
 from ldm_smd.evaluation.evaluate import choose_labels, evaluate
-from ldm_smd.evaluation.features import Extractor, FeatureNetwork
+from ldm_smd.evaluation.features import Extractor
+from ldm_smd.evaluation.settings import EvaluateConfig
+from ldm_smd.models.feature_network import FeatureNetwork
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm_smd.config import TrainClassifierConfig, load_config
+from ldm_smd.config import load_config
 from ldm_smd.errors import UserError
-from ldm_smd.evaluation.features import DINOV2_SIDE, FeatureNetwork, load_extractor
+from ldm_smd.evaluation.features import DINOV2_SIDE, load_extractor
+from ldm_smd.models.feature_network import FeatureNetwork
+from ldm_smd.training.settings import TrainClassifierConfig
 from ldm_smd.training.train_classifier import train_classifier
 
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ldm_smd.choices import PREDICTION_TYPES
-from ldm_smd.config import DiffusionConfig
 from ldm_smd.diffusion.central_moments import reverse_moments, two_gaussians, x0_moments
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import PREDICTION_TYPES, DiffusionConfig
 from ldm_smd.schedulers.gms import GMSScheduler
 from ldm_smd.training.loop import build_scheduler
 

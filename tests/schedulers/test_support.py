@@ -7,9 +7,11 @@ import diffusers
 import pytest
 import torch
 
-from ldm_smd.config import DiffusionConfig, SampleConfig, settings
+from ldm_smd.config import settings
 from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.errors import UserError
+from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.schedulers.support import REFUSED, SUPPORTED, check_scheduler, check_timesteps, run_from, warn_once
 from ldm_smd.training.loop import build_scheduler

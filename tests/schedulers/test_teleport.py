@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ldm_smd.config import DiffusionConfig
 from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.errors import UserError
 from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.schedulers import TeleportScheduler, make_scheduler

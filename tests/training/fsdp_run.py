@@ -7,8 +7,9 @@ import threading
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
-from ldm_smd.config import TrainConfig, load_config
+from ldm_smd.config import load_config
 from ldm_smd.training.loop import run
+from ldm_smd.training.settings import TrainConfig
 from ldm_smd.training.sharding import is_divided
 
 config = load_config(TrainConfig, sys.argv[1])

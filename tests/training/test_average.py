@@ -3,13 +3,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm_smd.config import AverageConfig
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.average import Snapshot, average, inner_product, save_snapshot, shares, snapshots
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.ema import PowerEMA, gamma_of
 from ldm_smd.training.loop import train
+from ldm_smd.training.settings import AverageConfig
 
 
 def test_gamma_gives_the_width():

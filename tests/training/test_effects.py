@@ -11,10 +11,10 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import DiffusionConfig, TrainConfig
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream
 from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.models import attention
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.training import loop
@@ -22,6 +22,7 @@ from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.draws import draw
 from ldm_smd.training.loop import TrainingStep, learning_rate_at, train
 from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.settings import TrainConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OTHERS = {

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import FitGaussianConfig
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
-from ldm_smd.sampling import make_scheduler
+from ldm_smd.schedulers import make_scheduler
 from ldm_smd.training import fit_gaussian as gaussian
 from ldm_smd.training.fit_gaussian import LatentSums, class_gaussians, fit_gaussian
+from ldm_smd.training.settings import FitGaussianConfig
 
 
 def test_sums_are_the_moments_of_the_draws():

@@ -11,29 +11,23 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import (
-    ClassifierSetConfig,
-    ImagesConfig,
-    TrainAutoencoderConfig,
-    TrainClassifierConfig,
-    TrainMomentsConfig,
-    load_config,
-)
+from ldm_smd.config import load_config
 from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream
-from ldm_smd.evaluation.features import FeatureNetwork
+from ldm_smd.evaluation.reconstruction import to_uint8
+from ldm_smd.models.feature_network import FeatureNetwork
 from ldm_smd.models.moments import MomentHeads
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training import train_autoencoder as autoencoder
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.rates import warmup_cosine
+from ldm_smd.training.settings import ClassifierSetConfig, TrainAutoencoderConfig, TrainClassifierConfig, TrainMomentsConfig
 from ldm_smd.training.train_autoencoder import (
     autoencoder_loss,
-    measure,
     save_comparison,
     set_latent_statistics,
-    to_uint8,
     train_autoencoder,
 )
 from ldm_smd.training.train_classifier import LabelledPictures, accuracy, augmented_batch, train_classifier
@@ -115,7 +109,7 @@ def test_the_loss_is_its_formula(config):
 
 def test_the_autoencoders_rate_warms_up_and_falls_to_zero(config):
     settings = config("images_total=80", "batch_size=10", "warmup_images=40", "learning_rate=0.2")
-    found = [autoencoder._learning_rate(settings, seen) for seen in (0, 20, 40, 80)]
+    found = [autoencoder.learning_rate(settings, seen) for seen in (0, 20, 40, 80)]
     half = 1 + math.cos(math.pi / 4)
     assert found == pytest.approx([0.2 * 0.25, 0.075 * half, 0.1, 0])
 
@@ -127,26 +121,13 @@ def test_batches_are_of_all_pictures_half_of_them_mirrored(config):
     seen, mirrored = set(), 0
     for flip in ("true", "false"):
         settings = config("images_total=200", "batch_size=200", f"flip={flip}")
-        for picture in autoencoder._batch(pixels, settings, generator):
+        for picture in autoencoder.random_batch(pixels, settings, generator):
             same = [torch.allclose(picture, each, atol=1e-5) for each in whole]
             turned = [torch.allclose(picture, each.flip(2), atol=1e-5) for each in whole]
             assert any(same) or (flip == "true" and any(turned))
             seen.add((same if any(same) else turned).index(True))
             mirrored += flip == "true" and not any(same)
     assert seen == set(range(22)) and 60 < mirrored < 140
-
-
-def test_psnr_is_the_usual_one(vae_folder, pixels):
-    frozen = FrozenAutoencoder.from_pretrained(vae_folder)
-    decoded = frozen.decode(frozen.normalise(frozen.encode_moments(pixels)[:, 0]))
-    errors = (((decoded + 1) * 127.5).round().clamp(0, 255) - pixels.float()).square().mean(dim=(1, 2, 3))
-    found = measure(frozen, pixels, batch_size=5)
-    assert found["psnr"] == pytest.approx(float((10 * torch.log10(255**2 / errors)).mean()), abs=0.01)
-    assert found["psnr_of_mean"] == pytest.approx(float(10 * torch.log10(255**2 / errors.mean())), abs=0.01)
-
-
-def test_numbers_beyond_a_pictures_range_are_cut_off():
-    assert to_uint8(torch.tensor([-1.2, -1.0, 0.1, 1.0, 1.3])).tolist() == [0, 0, 140, 255, 255]
 
 
 def test_pictures_stand_above_their_reconstructions(vae_folder, pixels, tmp_path):

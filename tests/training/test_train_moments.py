@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from ldm_smd.config import TrainMomentsConfig
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
-from ldm_smd.sampling import make_scheduler
+from ldm_smd.schedulers import make_scheduler
+from ldm_smd.training.settings import TrainMomentsConfig
 from ldm_smd.training.train_moments import train_moments
 from tests.rounding import alike
 

@@ -33,13 +33,13 @@ def write_report(
     """
     with atomic_file(folder / "report.json") as path:
         path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm_smd.evaluation", "."), autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm_smd.apps", "."), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         report=report,
         steps=sorted({steps for by_steps in grids.values() for steps in by_steps}),
         grids={name: {n: grid_uri(grid) for n, grid in by_steps.items()} for name, by_steps in grids.items()},
-        curve=figure_uri(curve_figure(curves)),
-        spread=figure_uri(spread_figure(report["spread"])),
+        curve=data_uri(figure_png(curve_figure(curves))),
+        spread=data_uri(figure_png(spread_figure(report["spread"]))),
     )
     with atomic_file(folder / "comparison.png") as path:
         path.write_bytes(figure_png(comparison_figure(grids)))
@@ -86,10 +86,6 @@ def figure_png(figure: plt.Figure) -> bytes:
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     return buffer.getvalue()
-
-
-def figure_uri(figure: plt.Figure) -> str:
-    return data_uri(figure_png(figure))
 
 
 def grid_uri(grid: torch.Tensor) -> str:

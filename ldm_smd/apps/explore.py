@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from .autoencoder import encoder_sha256, spatial_factor
-from .config import ExploreConfig
-from .device import pick_device
-from .errors import UserError, brief
-from .models.unet import is_mixture, num_classes
-from .pipelines import SMDPipeline, load_pipeline, seeded_generators
-from .sampling import class_name, embedding_of, labelled_grid, load_clip, training_side
-from .schedulers import make_scheduler
+from ..autoencoder import encoder_sha256, spatial_factor
+from ..device import pick_device
+from ..errors import UserError, brief
+from ..models.unet import is_mixture, num_classes
+from ..pipelines import SMDPipeline, load_pipeline, seeded_generators
+from ..sampling.grid import class_name, labelled_grid
+from ..sampling.inputs import embedding_of, load_clip, training_side
+from ..schedulers import make_scheduler
+from .settings import ExploreConfig
 
 if TYPE_CHECKING:
     import gradio
@@ -116,7 +117,8 @@ class Explorer:
         self.pipelines = {name: load_pipeline(folder).to(device) for name, folder in config.models.items()}
         for pipeline in self.pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
-        for what, of in (("classes", class_names), ("autoencoder", encoder), ("pixels", training_side)):
+        shared = {"classes": class_names, "autoencoder": lambda pipe: encoder_sha256(pipe.vae), "pixels": training_side}
+        for what, of in shared.items():
             wanted, *others = (of(pipeline) for pipeline in self.pipelines.values())
             for name, found in zip(list(self.pipelines)[1:], others):
                 if wanted != found:
@@ -203,11 +205,6 @@ def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image
 def class_names(pipeline: SMDPipeline) -> list[str]:
     """By number; [] of an unconditional model."""
     return [class_name(pipeline, number) for number in range(num_classes(pipeline.unet) or 0)]
-
-
-def encoder(pipeline: SMDPipeline) -> str:
-    """Whose latents these are."""
-    return encoder_sha256(pipeline.vae)
 
 
 def spaced(frames: list[Frame], most: int) -> list[Frame]:

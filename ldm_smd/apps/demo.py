@@ -16,25 +16,29 @@ from diffusers import DDPMScheduler
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torchvision.utils import make_grid
 
-from .autoencoder import FrozenAutoencoder, sample_latents
-from .config import DemoConfig, DemoRunConfig, EncodeConfig, TrainConfig, load_config
-from .data.encode import encode
-from .data.images import load_pixels
-from .data.shards import Manifest
-from .data.stream import LatentStream
-from .diffusion.process import DiffusionProcess
-from .errors import UserError
-from .evaluation.diagnostics import spread_over_eta
-from .evaluation.distances import frechet_distance
-from .evaluation.features import load_extractor
-from .evaluation.report import write_report
-from .files import claimed
-from .models.unet import known_labels
-from .pipelines import SMDPipeline, load_pipeline
-from .sampling import SamplingOptions, make_scheduler, sample_pixels
-from .training.loop import SPREAD_TIMESTEPS, train
-from .training.metrics_log import read_metrics
-from .training.train_autoencoder import measure
+from ..autoencoder import FrozenAutoencoder, sample_latents
+from ..config import load_config
+from ..data.encode import encode
+from ..data.images import load_pixels
+from ..data.settings import EncodeConfig
+from ..data.shards import Manifest
+from ..data.stream import LatentStream
+from ..diffusion.process import DiffusionProcess
+from ..errors import UserError
+from ..evaluation.diagnostics import spread_over_eta
+from ..evaluation.distances import frechet_distance
+from ..evaluation.features import load_extractor
+from ..evaluation.reconstruction import reconstruction_psnr
+from ..files import claimed
+from ..models.unet import known_labels
+from ..pipelines import SMDPipeline, load_pipeline
+from ..sampling.batches import SamplingOptions, sample_pixels
+from ..schedulers import make_scheduler
+from ..training.loop import SPREAD_TIMESTEPS, train
+from ..training.metrics_log import read_metrics
+from ..training.settings import TrainConfig
+from .report import write_report
+from .settings import DemoConfig, DemoRunConfig
 
 GRID_COLUMNS, GRID_ROWS = 8, 5
 SPREAD_PICTURES = 64
@@ -69,7 +73,9 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
         autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
         extractor = load_extractor(config.features)
         for run in config.runs:
-            require_run(run)
+            load_config(TrainConfig, run.config)
+            for scheduler in run.schedulers:
+                make_scheduler(scheduler, DDPMScheduler())
     for name in (LATENTS, *(run.name for run in config.runs)):
         shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -79,7 +85,7 @@ def run_demo(config: DemoConfig, output: Path) -> Path:
     if manifest is None:
         raise UserError(f"worker: expected null in {config.encode}, as the demo encodes all, found {encode_config.worker}")
     with timed(seconds, "measure the autoencoder"):
-        psnr = measure(autoencoder, held_out)["psnr"]
+        psnr = reconstruction_psnr(autoencoder, held_out)["psnr"]
 
     pipelines: dict[str, SMDPipeline] = {}
     for run in config.runs:
@@ -155,13 +161,6 @@ def require_shipped(config: DemoConfig) -> None:
     for key, part in parts.items():
         if not Path(part).exists():
             raise UserError(f"{key}: expected a path from the folder of the repository, where demo is to run, found no {part}")
-
-
-def require_run(run: DemoRunConfig) -> None:
-    """Raise UserError unless the config and the schedulers of a run can be read."""
-    load_config(TrainConfig, run.config)
-    for scheduler in run.schedulers:
-        make_scheduler(scheduler, DDPMScheduler())
 
 
 def target(name: str, wanted: str, measured: float, holds: bool) -> dict:

@@ -1,0 +1,1 @@
+"""What shows: the page of tools/explore.py, and the demo with its report. Nothing else imports it."""

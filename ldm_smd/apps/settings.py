@@ -1,0 +1,64 @@
+"""Settings of tools/explore.py and tools/demo.py."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from ..data.settings import ImagesConfig
+from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, number, numbers
+
+
+@dataclass
+class ExploreConfig(Settings):
+    """tools/explore.py"""
+
+    models: dict[str, str] = field(default_factory=dict)
+    """Name -> model folder (RUN/model) or hub id: side by side on the page, with the same noise and classes."""
+    clip: Optional[str] = None
+    """open_clip:ARCHITECTURE:FILE.safetensors or open_clip:FOLDER, for models trained with image_conditional=true: ask for
+    pictures like another one, or by words."""
+    host: str = "127.0.0.1"
+    """Where the page listens: this machine alone. 0.0.0.0: whoever reaches it may use it."""
+    port: Optional[int] = number(None, 1, 2**16 - 1)
+    """null: the first free one from 7860 on."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(len(self.models) > 0, "models", "at least one, models.NAME=FOLDER", "none")
+
+
+@dataclass
+class DemoRunConfig(Settings):
+    """One model of the demo: the shipped weights it starts from and the training config it goes on with."""
+
+    name: str = MISSING
+    config: str = MISSING
+    """Training config; its settings but for output, init_from and the lengths below are kept."""
+    checkpoint: str = MISSING
+    """Shipped UNet folder, with the metrics of its training in metrics.jsonl."""
+    schedulers: list[str] = field(default_factory=lambda: ["DDPMScheduler"])
+    """Each is sampled with and stands in the report on its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(len(self.schedulers) > 0, "runs[].schedulers", "at least one", self.schedulers)
+
+
+@dataclass
+class DemoConfig(Settings):
+    """tools/demo.py"""
+
+    output: str = "outputs/demo"
+    encode: str = "configs/encode/emoji.yaml"
+    held_out: ImagesConfig = field(default_factory=ImagesConfig)
+    """Pictures never trained on: the floor of the distance, and the labels to sample."""
+    features: str = "checkpoints/classifier"
+    """Feature network of the distance: a FeatureNetwork folder, open_clip:ARCHITECTURE:FILE.safetensors or inception:FILE."""
+    runs: list[DemoRunConfig] = field(default_factory=list)
+    images: int = number(3_000, 1, MOST_IMAGES)
+    """Images each model is trained on, from its checkpoint on."""
+    steps: list[int] = numbers([2, 4, 8, 32], 1, 10**5, fewest=1)
+    guidance_scale: float = number(1.0, 0, 1000)
+    seed: int = number(0, 0, MOST_SEED)
+    seconds_target: float = number(600.0, above=0, most=1e9)
+    memory_target_gb: float = number(4.0, above=0, most=1e6)

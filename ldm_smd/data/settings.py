@@ -1,0 +1,81 @@
+"""Settings of the images, of tools/encode.py and tools/verify.py."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from ..schema import MISSING, Settings, choice, number
+
+MOST_PIXELS = 100_000_000
+
+
+@dataclass
+class ImagesConfig(Settings):
+    """Where pictures come from and how they are brought to one size."""
+
+    source: str = MISSING
+    """A folder (class = first sub-folder), a .zip of one, webdataset tars ("data/train-*.tar", "{000..009}", also at https://
+    or s3:// URLs), or datasets:NAME, a Hugging Face dataset of the hub or of a folder."""
+    resolution: int = number(64, 8, 8192)
+    """Side of the square pictures, in pixels."""
+    crop: str = choice("center", ("center", "pad"))
+    """"center": scale the short side, crop the middle. "pad": scale the long side, pad with ``background``."""
+    classes: Optional[str] = None
+    """A JSON list of class names; found by itself where ``classes.json`` lies beside the tars."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    cache: str = "~/.cache/ldm_smd"
+    """Where tars from URLs are kept."""
+    allow_pipe: bool = False
+    """Run "pipe:COMMAND" sources, as webdataset does: any command, in a shell."""
+    background: str = "white"
+    """Colour under transparent pixels and in the padding, as HTML names it: white, #00ff00."""
+    strict: bool = False
+    """Stop at the first picture that cannot be read; otherwise skip it, count it and list it."""
+    max_pixels: int = number(MOST_PIXELS, 1, 10**10)
+    """A picture with more pixels than this counts as unreadable (a decompression bomb, or a mistake)."""
+
+
+@dataclass
+class EncodeConfig(Settings):
+    """tools/encode.py"""
+
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    autoencoder: str = MISSING
+    """A local diffusers model folder or a hub id ("stabilityai/sd-vae-ft-mse")."""
+    output: str = MISSING
+    """Folder for the latent shards and manifest.json; an unfinished one of the same run is gone on with."""
+    worker: Optional[str] = None
+    """i/n: do the shards of worker i of n, 0/n to n-1/n, as in an array job. null: all; or under torchrun and accelerate launch
+    those of this process."""
+    mirror: bool = True
+    """Store the encoding of the mirrored picture too (twice the work and size). Not for letters or flags."""
+    embedding: Optional[str] = None
+    """open_clip:ARCHITECTURE:FILE.safetensors, a name of pretrained weights for the file, or open_clip:FOLDER with the files of
+    an OpenCLIP model on the hub: also store each picture's embedding, for models that make pictures like another one."""
+    shuffle: bool = True
+    """Mix the pictures over the shards, always alike: training goes through a shard before it opens the next, so one should be
+    as good as another. false: in the order of the source, where reading it in another is slow."""
+    shard_size: int = number(1000, 1, 10**7)
+    """Pictures in a shard."""
+    batch_size: int = number(32, 1, 2**16)
+    num_workers: int = number(1, 0, 256)
+    """Processes that decode pictures while the autoencoder runs."""
+    compare_contents: bool = False
+    """A run goes on only if the pictures are still the same: by their contents, which are all read once more at the start.
+    false: by the sizes and modification times of their files."""
+    device: str = "auto"
+
+
+@dataclass
+class VerifyConfig(Settings):
+    """tools/verify.py"""
+
+    shards: str = MISSING
+    """Folder with latent shards and manifest.json (tools/encode.py)."""
+    sheet: Optional[str] = None
+    """PNG to write: some of the latents, from all over the shards, decoded. null: none."""
+    autoencoder: Optional[str] = None
+    """That decodes them; null: the one the manifest names."""
+    pictures: int = number(64, 1, 10_000)
+    """On the sheet."""
+    device: str = "auto"

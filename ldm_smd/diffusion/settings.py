@@ -1,0 +1,48 @@
+"""Settings of the forward process and of the objective."""
+
+from dataclasses import dataclass
+
+from ..schema import Settings, check, choice, number, numbers
+
+OBJECTIVES = ("mse", "energy", "mixture_nll")
+WEIGHTINGS = ("prediction", "v", "epsilon", "x0", "min_snr")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+"""diffusers' names: eps, v = a_t eps - s_t x_0, x_0."""
+BETA_SCHEDULES = ("cosine", "squaredcos_cap_v2", "linear", "scaled_linear")
+
+
+@dataclass
+class DiffusionConfig(Settings):
+    """The forward process, in diffusers' words."""
+
+    num_train_timesteps: int = number(1000, 2, 10**5)
+    beta_schedule: str = choice("cosine", BETA_SCHEDULES)
+    """cosine: squaredcos_cap_v2 but for its last step, which ends at sigma = 1,300 and not 20,000, where float32 schedulers
+    that work in sigma (EulerAncestralDiscreteScheduler) give NaN. Or squaredcos_cap_v2, linear, scaled_linear."""
+    prediction_type: str = choice("v_prediction", PREDICTION_TYPES)
+    """v_prediction, epsilon or sample (x_0)."""
+
+
+@dataclass
+class ObjectiveConfig(Settings):
+    """What the draws of the prediction are compared with the target by (ldm_smd/diffusion/objectives.py)."""
+
+    name: str = choice("energy", OBJECTIVES)
+    """energy: a strictly proper score, learns the mixture. mixture_nll: likelihood of the draws' mixture. mse: the paper's
+    loss, which collapses; the one for Gaussian models."""
+    draws: int = number(4, 1, 1024)
+    """M, predictions per picture (energy: at least 2)."""
+    beta: float = number(1.0, above=0, below=2)
+    """Exponent of the energy score's distance: smaller is sharper and noisier."""
+    diversity: float = number(1.0, 0, 1)
+    """Weight of the distance between draws; below 1 the mixture is narrower than the data."""
+    patches: list[int] = numbers([0, 4, 2, 1], 0, 1024, fewest=1)
+    """Sides of the patches, in latent places, that energy and mixture_nll measure distances over; 0: the whole picture."""
+    bandwidth: float = number(0.2, above=0, most=1e6)
+    """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""
+    weighting: str = choice("prediction", WEIGHTINGS)
+    """Weighting of the timesteps: the space in which errors weigh the same at each (prediction, v, epsilon, x0), or min_snr."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.draws > 1 or self.name != "energy", "objective.draws", "at least 2 for the energy score", self.draws)

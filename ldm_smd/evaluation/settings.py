@@ -1,0 +1,52 @@
+"""Settings of tools/evaluate.py."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from ..data.settings import ImagesConfig
+from ..schema import MISSING, MOST_SEED, Settings, check, choice, number
+
+SAMPLED_LABELS = ("reference", "balanced", "random")
+
+
+@dataclass
+class EvaluateConfig(Settings):
+    """tools/evaluate.py"""
+
+    output: str = MISSING
+    """JSON file to write; the same as a table beside it, .md."""
+    reference: ImagesConfig = field(default_factory=ImagesConfig)
+    """Real pictures to compare with. Whatever else is compared is brought to the same size in the same way."""
+    held_out: Optional[str] = None
+    """Source of real pictures that no model has seen: their distance to the reference is the floor."""
+    pictures: Optional[str] = None
+    """Source of pictures to measure, as tools/sample.py or another program made them; or"""
+    model: Optional[str] = None
+    """a model folder, or hub id, to sample them from, with the settings below."""
+    count: int = number(5000, 2, 10**9)
+    """Pictures to sample."""
+    labels: str = choice("reference", SAMPLED_LABELS)
+    """Classes sampled. "reference": as often as among the reference; "balanced": each as often as the others; "random"."""
+    steps: int = number(8, 1, 10**5)
+    scheduler: Optional[str] = None
+    """As of tools/sample.py."""
+    guidance_scale: float = number(1.0, 0, 1000)
+    seed: int = number(0, 0, MOST_SEED)
+    """Picture i has seed ``seed + i``."""
+    batch_size: int = number(64, 1, 2**16)
+    features: list[str] = field(default_factory=lambda: ["checkpoints/classifier"])
+    """Feature networks: a FeatureNetwork folder; open_clip:ARCHITECTURE:FILE.safetensors; dinov2:ARCHITECTURE:FILE.safetensors
+    with timm's name; inception:FILE. A name of pretrained weights instead of a file is fetched: open_clip:ViT-L-14-336:openai,
+    dinov2:vit_large_patch14_dinov2:lvd142m. With #SHA256 after it the weights must have that hash."""
+    cache: Optional[str] = None
+    """Folder to keep the features of real pictures in: the next evaluation against the same ones need not look at them."""
+    bootstrap: int = number(20, 2, 10_000)
+    """Resampled sets that the confidence of the distances is taken from."""
+    num_workers: int = number(1, 0, 256)
+    """Processes that decode pictures."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check((self.pictures is None) != (self.model is None), "pictures", "either these or a model", self.pictures)
+        check(len(self.features) > 0, "features", "at least one feature network", self.features)

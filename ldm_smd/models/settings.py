@@ -1,0 +1,67 @@
+"""Settings of the networks that are trained: the SMD UNet and the autoencoder."""
+
+from dataclasses import dataclass
+
+from ..schema import Settings, check, choice, number, numbers
+
+PLACEMENTS = ("in_out", "up", "all")
+ATTENTION_BACKENDS = ("auto", "sdpa", "xformers")
+
+
+@dataclass
+class ModelConfig(Settings):
+    """SMDUNet2DModel, less what the shards say (latent size and channels, number of classes)."""
+
+    block_out_channels: list[int] = numbers([128, 256], 1, 8192, fewest=1)
+    layers_per_block: int = number(2, 1, 32)
+    up_layers_per_block: int = number(1, 1, 32)
+    """Residual blocks of a level on the way up, which M draws repeat; not more than layers_per_block."""
+    attention_levels: list[int] = numbers([1], 0, 32)
+    attention_head_dim: int = number(32, 1, 1024)
+    norm_num_groups: int = number(16, 1, 4096)
+    dropout: float = number(0.0, 0, 0.95)
+    z_channels: int = number(32, 0, 4096)
+    """Channels of the mixture's latent map z. 0: the Gaussian baseline, without g_xi and f_phi."""
+    identifier_channels: int = number(32, 1, 4096)
+    hypernetwork_width: int = number(64, 1, 4096)
+    placement: str = choice("up", PLACEMENTS)
+    """Where the hypernetwork acts: in_out (the paper), up (the trunk runs once for all draws), all."""
+    noise_rank: int = number(128, 0, 2**16)
+    """Principal components of the latents that a draw chooses in (ldm_smd/models/noise.py). 0: white noise (the paper)."""
+    noise_modes: int = number(256, 1, 2**16)
+    """Modes of the Gaussian mixture that the latents are taken to be from, in those directions. 1: one Gaussian."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.up_layers_per_block <= self.layers_per_block,
+            "model.up_layers_per_block",
+            f"at most layers_per_block={self.layers_per_block}",
+            self.up_layers_per_block,
+        )
+        levels = len(self.block_out_channels)
+        for level, channels in enumerate(self.block_out_channels):
+            check_multiple(channels, "norm_num_groups", self.norm_num_groups)
+            if level in self.attention_levels or level == levels - 1:
+                check_multiple(channels, "attention_head_dim", self.attention_head_dim, " where attention is")
+
+
+@dataclass
+class AutoencoderModelConfig(Settings):
+    """The AutoencoderKL that is trained; each entry of ``block_out_channels`` after the first halves the resolution."""
+
+    block_out_channels: list[int] = numbers([32, 64, 128, 128], 1, 8192, fewest=1)
+    layers_per_block: int = number(1, 1, 32)
+    latent_channels: int = number(16, 1, 4096)
+    norm_num_groups: int = number(8, 1, 4096)
+    mid_block_add_attention: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for channels in self.block_out_channels:
+            check_multiple(channels, "norm_num_groups", self.norm_num_groups)
+
+
+def check_multiple(channels: int, name: str, divisor: int, where: str = "") -> None:
+    """Raise UserError unless ``channels`` of a block are a multiple of the setting ``name``."""
+    check(channels % divisor == 0, "model.block_out_channels", f"multiples of {name}={divisor}{where}", channels)

@@ -1,0 +1,1 @@
+"""Pictures of a trained model: the tool, and what others sample with."""

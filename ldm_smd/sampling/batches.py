@@ -1,0 +1,76 @@
+"""Sample any number of pictures, a batch at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from ..errors import UserError
+from ..pipelines import SMDPipeline, seeded_generators
+from ..progress import progress
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What ``SMDPipeline`` is asked for.
+
+    Attributes:
+        seed: of the first picture; picture i has seed ``seed + i`` at any batch size.
+        image: where pictures start, one for all, or a tensor (N, 3, H, W) with one for each.
+        image_embeds: of the picture that all are to be like, (1, D), or for each its own, (N, D).
+        steps, guidance_scale, guidance_interval, height, width, strength: as of the pipeline.
+    """
+
+    steps: int
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, math.inf)
+    seed: int = 0
+    batch_size: int = 64
+    height: int | None = None
+    width: int | None = None
+    image: Image.Image | torch.Tensor | None = None
+    strength: float = 1.0
+    image_embeds: torch.Tensor | None = None
+
+
+def sample_pixels(
+    pipeline: SMDPipeline, labels: list[int] | None, count: int, options: SamplingOptions, description: str
+) -> torch.Tensor:
+    """``count`` pictures, float (N, 3, H, W) in [0, 1]."""
+    return torch.cat(list(sample_batches(pipeline, labels, range(count), options, description)))
+
+
+def sample_batches(
+    pipeline: SMDPipeline, labels: list[int] | None, indices: range, options: SamplingOptions, description: str
+) -> Iterator[torch.Tensor]:
+    """Those of ``indices``, as ``sample_pixels`` has them, a batch at a time."""
+    pipeline.set_progress_bar_config(disable=True)
+    with progress(len(indices), 0, description) as bar:
+        for start in range(indices.start, indices.stop, options.batch_size):
+            stop = min(start + options.batch_size, indices.stop)
+            image, embeds = options.image, options.image_embeds
+            if embeds is not None:
+                embeds = embeds.expand(stop - start, -1) if len(embeds) == 1 else embeds[start:stop]
+            try:
+                pictures = pipeline(
+                    None if labels is None else labels[start:stop],
+                    batch_size=stop - start,
+                    num_inference_steps=options.steps,
+                    guidance_scale=options.guidance_scale,
+                    guidance_interval=options.guidance_interval,
+                    height=options.height,
+                    width=options.width,
+                    generator=seeded_generators(range(options.seed + start, options.seed + stop)),
+                    output_type="pt",
+                    image=image[start:stop] if isinstance(image, torch.Tensor) else image,
+                    strength=options.strength,
+                    image_embeds=embeds,
+                )[0]
+            except ValueError as error:  # an argument that this model or scheduler cannot do
+                raise UserError(str(error)) from error
+            yield pictures.cpu()
+            bar.update(stop - start)

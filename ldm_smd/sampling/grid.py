@@ -1,0 +1,28 @@
+"""Grids of pictures with a name at each row."""
+
+from __future__ import annotations
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..pipelines import SMDPipeline
+
+
+def class_name(pipeline: SMDPipeline, number: int) -> str:
+    return pipeline.id2label.get(number, str(number))
+
+
+def labelled_grid(rows: list[list[Image.Image]], names: list[str]) -> Image.Image:
+    """Rows of pictures with a name at the left of each."""
+    font = ImageFont.load_default(size=13)
+    width, height = rows[0][0].size
+    margin = max((int(font.getlength(name)) + 12 for name in names if name), default=0)
+    gap = 2
+    columns = max(map(len, rows))
+    grid = Image.new("RGB", (margin + columns * (width + gap), len(rows) * (height + gap)), "white")
+    draw = ImageDraw.Draw(grid)
+    for row, (pictures, name) in enumerate(zip(rows, names)):
+        top = row * (height + gap)
+        draw.text((6, top + height // 2), name, fill="black", font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            grid.paste(picture, (margin + column * (width + gap), top))
+    return grid

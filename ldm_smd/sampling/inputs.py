@@ -1,0 +1,52 @@
+"""Pictures and words that a model is given: to be like, or to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..autoencoder import spatial_factor
+from ..data.images import decode
+from ..errors import UserError
+from ..models.clip import ClipEncoder
+from ..pipelines import SMDPipeline
+
+
+def load_clip(spec: str, pipelines: dict[str, SMDPipeline]) -> ClipEncoder:
+    """The OpenCLIP network of the embeddings that all these models, by folder, were trained with."""
+    for folder, pipeline in pipelines.items():
+        if pipeline.config.embedding is None:
+            raise UserError(f"clip: expected null, {folder} is not conditioned on embeddings, found {spec}")
+    clip = ClipEncoder.of(spec, next(iter(pipelines.values())).device, "clip")
+    for pipeline in pipelines.values():
+        known = pipeline.config.embedding
+        if clip.sha256 != known["sha256"]:
+            raise UserError(
+                f"clip: expected the network of the training, {known['network']} with SHA-256 {known['sha256'][:16]}..., found "
+                f"{clip.name} with {clip.sha256[:16]}..."
+            )
+    return clip
+
+
+def embedding_of(clip: ClipEncoder, pipeline: SMDPipeline, like: str | None, text: str | None) -> torch.Tensor:
+    """Return the embedding of the words, or else of the image at ``like``, (1, D)."""
+    if text:
+        return clip.texts([text])
+    if like is None:
+        raise ValueError("like: expected a picture where there are no words, found none")
+    # Brought to the size of the training pictures first, as those were.
+    return clip.images(read_picture("like", like, training_side(pipeline))[None])
+
+
+def read_picture(key: str, path: str, side: int) -> torch.Tensor:
+    """uint8 (3, side, side)"""
+    try:
+        return decode(Path(path).read_bytes(), side)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: expected a picture, found {path}: {error}") from error
+
+
+def training_side(pipeline: SMDPipeline) -> int:
+    """Return the side of the training images, in pixels."""
+    return spatial_factor(pipeline.vae) * pipeline.unet.config.sample_size

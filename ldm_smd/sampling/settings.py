@@ -1,0 +1,61 @@
+"""Settings of tools/sample.py."""
+
+import math
+from dataclasses import dataclass
+from typing import Optional
+
+from ..schema import MISSING, MOST_SEED, Settings, check, number
+
+
+@dataclass
+class SampleConfig(Settings):
+    """tools/sample.py"""
+
+    model: str = MISSING
+    """A model folder as tools/train.py writes it (RUN/model), or the id of one on the hub."""
+    output: str = MISSING
+    """Folder for the pictures: one PNG each, named by class and seed, and grid.png."""
+    classes: Optional[list[str]] = None
+    """Names or numbers of the classes, ``per_class`` pictures each. null: all classes. []: unconditional."""
+    per_class: int = number(8, 1, 10**6)
+    """Pictures per class; of an unconditional run, pictures in all."""
+    steps: int = number(8, 1, 10**5)
+    scheduler: Optional[str] = None
+    """Class of diffusers or ours: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
+    DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, GMS, HeunDiscrete, KDPM2AncestralDiscrete, KDPM2Discrete,
+    LMSDiscrete, PNDM, SASolver, Teleport or UniPCMultistep, each followed by "Scheduler"; with settings of its own where
+    wanted, as DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
+    guidance_scale: float = number(1.0, 0, 1000)
+    """Guidance scale, away from the prediction without a class, or from that of ``guide``; 1 is no guidance."""
+    guidance_interval: Optional[list[float]] = number(None, 0, math.inf)
+    """[low, high]: guidance only at noise levels sigma between these, as [0.3, 5]. null: at all."""
+    guide: Optional[str] = None
+    """UNet folder of a weaker model (less trained, smaller) to be guided away from, as RUN/checkpoints/images-N/ema."""
+    height: Optional[int] = number(None, 1, 2**16)
+    """Height of the images in pixels; null: as in training."""
+    width: Optional[int] = number(None, 1, 2**16)
+    like: Optional[str] = None
+    """Make pictures like this one, with a model trained with image_conditional=true."""
+    text: Optional[str] = None
+    """The same from words: OpenCLIP's two towers share a space, though the model was trained without texts."""
+    clip: Optional[str] = None
+    """open_clip:ARCHITECTURE:FILE.safetensors, or a name of pretrained weights for the file: the network that the embeddings
+    of its training are of, for ``like`` and ``text``."""
+    image: Optional[str] = None
+    """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
+    strength: float = number(0.6, above=0, most=1)
+    """With ``image``, the share of the noise schedule that is gone through: 1 leaves nothing of it."""
+    seed: int = number(0, 0, MOST_SEED)
+    """Picture i has seed ``seed + i``: it is the same at any batch size."""
+    batch_size: int = number(64, 1, 2**16)
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        interval = self.guidance_interval
+        ordered = interval is None or (len(interval) == 2 and interval[0] <= interval[1])
+        check(ordered, "guidance_interval", "[low, high], low not above high", interval)
+        check(self.like is None or self.text is None, "text", "null where there is a picture to be like", self.text)
+        given = self.like is not None or self.text is not None
+        check(given == (self.clip is not None), "clip", "an OpenCLIP network with like or text, and only then", self.clip)
+        check(self.image is None or self.height is self.width is None, "height", "null where there is an image", self.height)

@@ -1,0 +1,94 @@
+"""tools/sample.py: pictures and a labelled grid from a model folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from diffusers import ModelMixin, UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
+from torchvision.transforms.functional import to_pil_image
+
+from ..device import pick_device
+from ..errors import UserError
+from ..files import atomic_folder, makes_folder
+from ..models.extended import ExtendedUNet2DModel, class_of
+from ..models.unet import SMDUNet2DModel, num_classes
+from ..pipelines import SMDPipeline, load_pipeline
+from ..schedulers import make_scheduler
+from .batches import SamplingOptions, sample_pixels
+from .grid import class_name, labelled_grid
+from .inputs import embedding_of, load_clip, read_picture, training_side
+from .settings import SampleConfig
+
+
+@makes_folder
+def sample(config: SampleConfig) -> Path:
+    """Sample and decode; writes ``output`` with one PNG per picture (named by class and seed) and grid.png."""
+    output = Path(config.output)
+    pipeline = load_pipeline(config.model).to(pick_device(config.device))
+    if config.scheduler:
+        pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
+    labels = choose_labels(config, pipeline)
+    count = config.per_class if labels is None else len(labels)
+    image = None
+    if config.image is not None:
+        image = to_pil_image(read_picture("image", config.image, training_side(pipeline)))
+    if config.guide is not None:
+        pipeline.register_modules(guide=load_guide(config.guide, pipeline).to(pipeline.device))
+    embedding = None
+    if config.clip is not None:
+        embedding = embedding_of(load_clip(config.clip, {config.model: pipeline}), pipeline, config.like, config.text)
+    low, high = config.guidance_interval or (0.0, math.inf)
+    options = SamplingOptions(
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        guidance_interval=(low, high),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        height=config.height,
+        width=config.width,
+        image=image,
+        strength=config.strength,
+        image_embeds=embedding,
+    )
+    pixels = sample_pixels(pipeline, labels, count, options, "sample")
+    pictures = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
+    with atomic_folder(output) as folder:
+        for index, picture in enumerate(pictures):
+            name = "picture" if labels is None else f"class{labels[index]:04d}"
+            picture.save(folder / f"{name}-seed{config.seed + index:08d}.png")
+        rows = [pictures[start : start + config.per_class] for start in range(0, count, config.per_class)]
+        names = [""] if labels is None else [class_name(pipeline, number) for number in labels[:: config.per_class]]
+        labelled_grid(rows, names).save(folder / "grid.png")
+    print(f"{count} pictures; wrote {output}")
+    return output
+
+
+def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | None:
+    """One class number per picture; None for unconditional sampling."""
+    classes = num_classes(pipeline.unet)
+    if classes is None:
+        if config.classes:
+            raise UserError(f"classes: expected none, {config.model} is unconditional, found {config.classes}")
+        return None
+    if config.classes == []:
+        return None
+    chosen = list(range(classes)) if config.classes is None else [pipeline.label_of(name) for name in config.classes]
+    return [number for number in chosen for _ in range(config.per_class)]
+
+
+def load_guide(folder: str, pipeline: SMDPipeline) -> ModelMixin:
+    """The UNet at a folder, for the same latents and classes."""
+    kinds = {kind.__name__: kind for kind in (SMDUNet2DModel, ExtendedUNet2DModel, UNet2DModel)}
+    name = class_of(folder)
+    if name not in kinds:
+        raise UserError(f"guide: expected the folder of a UNet (RUN/checkpoints/images-N/ema), found none at {folder}")
+    guide = kinds[name].from_pretrained(folder, use_safetensors=True)
+    for what, found, wanted in (
+        ("channels", guide.config.in_channels, pipeline.unet.config.in_channels),
+        ("classes", num_classes(guide), num_classes(pipeline.unet)),
+    ):
+        if found != wanted:
+            raise UserError(f"guide: expected {wanted} {what}, as the model has, found {found} in {folder}")
+    return guide

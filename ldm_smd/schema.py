@@ -1,0 +1,104 @@
+"""Fields of the settings: what each allows, and its checks.
+
+Free of OmegaConf: networks import the names of choices from the settings of their package.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from dataclasses import Field, dataclass, field, fields
+
+from .errors import UserError, shortened
+
+MISSING: typing.Any = "???"
+"""OmegaConf's mark of a value that must be given."""
+LONGEST_NAME = 4096
+MOST_IMAGES = 10**12
+MOST_SEED = 2**32 - 1
+"""NumPy's and torch's generators both take it."""
+
+
+def check(condition: bool, key: str, expected: str, found: object) -> None:
+    """Raise UserError "key: expected ..., found ..." unless ``condition`` holds."""
+    if not condition:
+        raise UserError(f"{key}: expected {expected}, found {shortened(repr(found))}")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a number, or each of a list, may be: from ``least`` to ``most``; more than ``above``, less than ``below``, where
+    given. A list has ``fewest`` entries or more."""
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    fewest: int = 0
+
+    def __contains__(self, value: float) -> bool:
+        """NaN is in no bounds."""
+        return (
+            not math.isnan(value)
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        low = f"more than {self.above:,}" if self.least is None else f"from {self.least:,}"
+        if self.below is not None:
+            return f"{low}, less than {self.below:,}"
+        return low if self.most == math.inf else f"{low} to {self.most:,}"
+
+
+def number(
+    default: typing.Any,
+    least: float | None = None,
+    most: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> typing.Any:
+    """A field that takes numbers within ``Bounds``."""
+    return field(default=default, metadata={"bounds": Bounds(least, most, above, below)})
+
+
+def numbers(default: list, least: float, most: float, fewest: int = 0) -> typing.Any:
+    """A field that takes a list of ``fewest`` or more numbers within ``Bounds``."""
+    return field(default_factory=lambda: list(default), metadata={"bounds": Bounds(least, most, fewest=fewest)})
+
+
+def choice(default: str, allowed: tuple[str, ...]) -> typing.Any:
+    """A field that takes one of these names, which shells complete."""
+    return field(default=default, metadata={"choices": allowed})
+
+
+def check_field(item: Field, key: str, value: typing.Any) -> None:
+    """Raise UserError unless ``value`` is what a field allows; ``key`` is its full name."""
+    if value is None or value == MISSING:
+        return
+    entries = value if isinstance(value, list) else [value]
+    if isinstance(value, list):
+        check(not any(isinstance(entry, (list, dict)) for entry in value), key, "a list of plain values", value)
+    if any(isinstance(entry, str) for entry in entries):
+        for entry in entries:
+            fits = 0 < len(entry) <= LONGEST_NAME and "\0" not in entry
+            check(fits, key, f"a name, a path or words of at most {LONGEST_NAME} characters", entry)
+        if "choices" in item.metadata:
+            check(value in item.metadata["choices"], key, "one of " + ", ".join(item.metadata["choices"]), value)
+    bounds = item.metadata.get("bounds")
+    if bounds is not None:
+        check(len(entries) >= bounds.fewest, key, f"at least {bounds.fewest} numbers", value)
+        for entry in entries:
+            check(isinstance(entry, (int, float)) and entry in bounds, key, f"a number {bounds}", entry)
+
+
+@dataclass
+class Settings:
+    """What all schemas are: every field holds what it allows."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            check_field(item, item.name, getattr(self, item.name))
