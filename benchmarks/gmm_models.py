@@ -69,7 +69,7 @@ class PointDenoiser(nn.Module):
         eta_dimensions: of eta, at least ``dimensions``; 0 for a Gaussian model.
         components: K. With K > 1 the identifier also reads which of K components was chosen, with weights the trunk gives:
             a mixture of K, each spread by eta. Each has a ``place`` of its own, which training starts at the data
-            (gmm_lab.train): components that start together have to be told apart first.
+            (gmm_training.train): components that start together have to be told apart first.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class PointDenoiser(nn.Module):
         return h
 
     def log_weights(self, x_t: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Of the components, (E, N, K): log w_k = b_k(features) + c(features) <x_t, place_k> + const, the form they have where
-        the data are modes of one covariance sigma^2 at the places, with c = a_t / (a_t^2 sigma^2 + s_t^2)."""
+        """The components' log weights, (E, N, K): log w_k = b_k(features) + c(features) <x_t, place_k> + const, the form they
+        have where the data are modes of one covariance sigma^2 at the places, with c = a_t / (a_t^2 sigma^2 + s_t^2)."""
         likeness = self.likeness(features) * (x_t @ self.place.mT)
         return (self.to_logits(features) + likeness).log_softmax(dim=-1)
 

@@ -1,9 +1,12 @@
-import gmm_lab
+import gmm_cells
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from gmm_lab import Budget, Model, Problem, components, energy_distance, kernel, modes, sliced_w2, train
+from gmm_cells import Budget, Model, components
+from gmm_data import Problem
+from gmm_measures import energy_distance, kernel, modes, sample, sliced_w2
 from gmm_models import PointDenoiser
+from gmm_training import train
 
 
 class Oracle:
@@ -30,7 +33,7 @@ def test_the_exact_posterior_is_perfect_under_every_measure(data):
     assert max(map(abs, distances)) < 5e-3
     assert shares == pytest.approx([1, 1], abs=0.02)
     generator = torch.Generator().manual_seed(0)
-    samples = gmm_lab.sample(problem, Oracle(problem), 4000, generator)[0]
+    samples = sample(problem, Oracle(problem), 4000, generator)[0]
     data = problem.mixture.sample(4000, generator)
     assert abs(float(energy_distance(samples, data))) < 0.01
     found = modes(problem.mixture, samples)
@@ -65,9 +68,9 @@ def test_sliced_w2_of_a_shift():
 @pytest.mark.parametrize(
     "model",
     [
-        gmm_lab.GAUSSIAN,
-        gmm_lab.PAPER,
-        gmm_lab.FROZEN,
+        gmm_cells.GAUSSIAN,
+        gmm_cells.PAPER,
+        gmm_cells.FROZEN,
         Model("nll", "mixture_nll", 2),
         Model("energy", draws=2),
         components(3),
@@ -77,7 +80,7 @@ def test_sliced_w2_of_a_shift():
 def test_every_model_trains(model):
     problem = Problem("ring of 8", 2)
     network = train(problem, model, Budget(5, batch=16), seeds=2)
-    samples = gmm_lab.sample(problem, network, 10, torch.Generator().manual_seed(0))
+    samples = sample(problem, network, 10, torch.Generator().manual_seed(0))
     assert samples.shape == (2, 10, 2) and samples.isfinite().all()
 
 

@@ -1,0 +1,135 @@
+"""The results of the Gaussian mixture lab as targets, a table and plots."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+import matplotlib
+import torch
+from gmm_cells import GAUSSIAN, SMD
+from gmm_data import DATA, Problem
+from gmm_measures import sample
+from gmm_models import PointDenoiser
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def targets(done: list[dict]) -> list[dict]:
+    """Check what the components model is to reach, in the cells that there are."""
+
+    def cell(data: str, steps: int, gaussian: bool) -> dict | None:
+        kind = GAUSSIAN.name if gaussian else "components"
+        found = [e["measures"] for e in done if (e["data"], e["T"]) == (data, steps) and kind in e["model"]]
+        return found[0] if found else None
+
+    checks = []
+
+    def add(name: str, wanted: str, measured: float, holds: bool) -> None:
+        checks.append({"name": name, "target": wanted, "measured": round(measured, 4), "holds": bool(holds)})
+
+    wanted = (("ring of 8", 2, 1.15, 0.95), ("ring of 8", 5, 1.1, 0.98), ("5x5 grid", 5, 1.1, 0.98))
+    for data, steps, over_floor, share in wanted:
+        if smd := cell(data, steps, False):
+            ratio, inside = statistics.mean(smd["sliced_w2_over_floor"]), statistics.mean(smd["in_mode"])
+            add(f"{data}, T = {steps}: sliced W2 over its floor", f"<= {over_floor}", ratio, ratio <= over_floor)
+            add(f"{data}, T = {steps}: share in a mode", f">= {share}", inside, inside >= share)
+            if steps == 2:
+                worst = max(smd["worst_mode"])
+                add("ring of 8, T = 2: worst mode's relative error", "<= 0.2", worst, worst <= 0.2)
+    smd, baseline = cell("mixture in 64-D", 5, False), cell("mixture in 64-D", 5, True)
+    if smd and baseline:
+        ratio = statistics.mean(smd["energy_distance"]) / statistics.mean(baseline["energy_distance"])
+        add("mixture in 64-D, T = 5: energy distance to the data over the Gaussian's", "<= 0.25", ratio, ratio <= 0.25)
+    smd, baseline = cell("one Gaussian", 5, False), cell("one Gaussian", 5, True)
+    if smd and baseline and len(smd["sliced_w2"]) > 1:
+        apart = statistics.mean(smd["sliced_w2"]) - statistics.mean(baseline["sliced_w2"])
+        noise = math.hypot(statistics.stdev(smd["sliced_w2"]), statistics.stdev(baseline["sliced_w2"]))
+        title = "one Gaussian, T = 5: SMD's sliced W2 less the Gaussian's, over the seed noise"
+        add(title, "<= 1", apart / noise, apart <= noise)
+    return checks
+
+
+def line(entry: dict) -> str:
+    """One row of the table: mean and, over seeds, standard deviation."""
+
+    def value(name: str, digits: int) -> str:
+        values = entry["measures"][name]
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    columns = [entry["data"], str(entry["T"]), entry["model"], value("sliced_w2_over_floor", 2), value("in_mode", 3)]
+    columns += [f"{statistics.mean(entry['measures']['modes_covered']):.0f}", value("energy_distance", 4)]
+    columns += [value("kernel_energy_distance", 4), value("spread_share", 2), value("seconds", 0).split(" ")[0]]
+    return "| " + " | ".join(columns) + " |"
+
+
+def table(result: dict) -> str:
+    head = "| data | T | model | sliced W2 / floor | in a mode | modes | energy distance | kernel's | spread share | s |"
+    lines = [f"`{result['command']}`, {result['seeds']} seeds: mean ± standard deviation.", "", head, "|---" * 10 + "|"]
+    lines += [line(entry) for entry in result["cells"]]
+    if result["targets"]:
+        lines += ["", "| target | wanted | measured | |", "|---|---|---|---|"]
+        lines += [
+            f"| {entry['name']} | {entry['target']} | {entry['measured']:.3f} | {'yes' if entry['holds'] else 'no'} |"
+            for entry in result["targets"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def plot(trained: dict[tuple[str, int, str], tuple[Problem, PointDenoiser]], path: Path) -> None:
+    """Draw for every (data, T, model): above, samples; below, draws of x_0 for one x_t of the last step, over the exact
+    posterior."""
+    if not trained:
+        return
+    figure, axes = plt.subplots(2, len(trained), figsize=(2.6 * len(trained), 5.6), squeeze=False)
+    for (above, below), ((name, steps, model), (problem, network)) in zip(axes.T, trained.items()):
+        generator = torch.Generator().manual_seed(5)
+        points = sample(problem, network, 3000, generator)[0]
+        above.scatter(*points.T, s=1, alpha=0.3, linewidths=0)
+        above.set_title(f"{name}, T = {steps}\n{model}", fontsize=7)
+        x_t = problem.process.noise(problem.sample(1, generator), torch.randn(1, 2, generator=generator), torch.tensor([0]))
+        a, s = (float(v) for v in problem.process.signal_and_noise(torch.tensor([0]), torch.zeros(1)))
+        exact = problem.normalised.posterior(x_t.double(), a, s).sample(1000, generator)[0]
+        drawn = problem.draw(network, x_t.expand(network.models, -1, -1), 0, 1000, generator)[0]
+        below.scatter(*exact.T, s=6, alpha=0.5, linewidths=0, color="tab:gray", label="exact q(x0 | x_t)")
+        below.scatter(*drawn.T, s=2, alpha=0.5, linewidths=0, color="tab:red", label="learned")
+        below.legend(fontsize=6, loc="upper right")
+        for axis in (above, below):
+            axis.set_aspect("equal")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        limit = float(problem.mixture.means.abs().max() + 4 * problem.mixture.variances.max().sqrt())
+        above.set_xlim(-limit, limit)
+        above.set_ylim(-limit, limit)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def plot_sweep(done: list[dict], path: Path) -> None:
+    """Draw the samples' distance and the one-step kernel's against T, for every data set."""
+    figure, axes = plt.subplots(2, len(DATA), figsize=(2.9 * len(DATA), 5.2), sharex=True, squeeze=False)
+    for (above, below), data in zip(axes.T, DATA):
+        for model in (GAUSSIAN, SMD):
+            entries = sorted((e for e in done if (e["data"], e["model"]) == (data, model.name)), key=lambda e: e["T"])
+            for axis, name in ((above, "sliced_w2_over_floor"), (below, "kernel_energy_distance")):
+                values = [entry["measures"][name] for entry in entries]
+                means = [statistics.mean(v) for v in values]
+                deviations = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+                axis.errorbar([e["T"] for e in entries], means, deviations, marker="o", markersize=3, label=model.name)
+        above.set_title(data, fontsize=9)
+        above.set_yscale("log")
+        above.axhline(1.0, color="gray", linewidth=0.5)
+        below.set_yscale("symlog", linthresh=1e-3)
+        below.set_xscale("log")
+        below.set_xlabel("T")
+    axes[0, 0].set_ylabel("sliced W2 / floor")
+    axes[1, 0].set_ylabel("kernel's energy distance")
+    axes[0, 0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
