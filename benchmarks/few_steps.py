@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import MISSING
+from targets import target, target_table
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from yardstick import SCHEDULERS, Results, ResultsConfig, distance_table
@@ -72,7 +73,8 @@ def few_steps(config: FewStepsConfig) -> Path:
 
     grid = make_grid(torch.cat(rows), nrow=GRID_PICTURES, padding=2, pad_value=0.8)
     to_pil_image(grid).save(results.path.with_suffix(".jpg"), quality=88)
-    return results.finish(table(config, results.content))
+    lines = distance_table(results.content, config.name, config.steps)
+    return results.finish(lines + target_table(results.content["targets"]))
 
 
 def targets(models: dict) -> list[dict]:
@@ -86,20 +88,11 @@ def targets(models: dict) -> list[dict]:
     found = []
     if 4 in steps:
         ratio = best("smd", 4) / best("gaussian", 4)
-        found.append(target("4 steps: SMD / best Gaussian scheduler at 4 steps", "<= 0.5", ratio, ratio <= 0.5))
+        found.append(target("4 steps: SMD / best Gaussian scheduler at 4 steps", "<= 0.5", ratio))
     if 8 in steps:
         ratio = best("smd", 8) / best("gaussian")
-        found.append(target("8 steps: SMD / best Gaussian at any steps", "<= 1", ratio, ratio <= 1))
+        found.append(target("8 steps: SMD / best Gaussian at any steps", "<= 1", ratio))
     return found
-
-
-def target(name: str, wanted: str, measured: float, holds: bool) -> dict:
-    return {"name": name, "target": wanted, "measured": round(measured, 3), "holds": holds}
-
-
-def table(config: FewStepsConfig, result: dict) -> list[str]:
-    lines = [*distance_table(result, config.name, config.steps), "", "| target | wanted | measured |", "|---|---|---|"]
-    return lines + [f"| {entry['name']} | {entry['target']} | {entry['measured']} |" for entry in result["targets"]]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from autoencoders import deep_compression, stable_diffusion
 from diffusers import DDPMScheduler
+from targets import target
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import config_as_dict, load_config
@@ -87,7 +88,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "torch": version("torch"),
         "cases": cases,
-        "targets": [{"name": "peak memory, GB", "target": f"<= {LIMIT_GB:g}", "measured": worst, "holds": worst <= LIMIT_GB}],
+        "targets": [target("peak memory, GB", f"<= {LIMIT_GB:g}", worst)],
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     lines = ["| autoencoder | pixels | latents | UNet, one evaluation | decoding | peak memory, all in it |", "|---" * 6 + "|"]

@@ -19,6 +19,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from omegaconf import MISSING
 from PIL import Image
+from targets import target
 from torchvision.transforms.functional import to_pil_image
 from yardstick import Results, ResultsConfig
 
@@ -109,8 +110,7 @@ def targets(models: dict, config: SchedulersConfig) -> list[dict]:
         ):
             worst = max(values, key=values.get)
             title = f"{model}, {steps} steps: largest {what}, {brief(worst)}"
-            measured = round(values[worst], 3)
-            found.append({"name": title, "target": f"<= {limit}", "measured": measured, "holds": measured <= limit})
+            found.append(target(title, f"<= {limit}", round(values[worst], 3)))
     return found
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DModel
+from targets import target
 
 from ldm_smd.diffusion.objectives import energy, mse
 from ldm_smd.models.unet import SMDUNet2DModel
@@ -163,15 +164,7 @@ def targets(name: str, case: dict) -> list[dict]:
         ("SMD, M = 4, training step over vanilla's", "<= 2.0", case["smd_training_step_to_vanilla"]),
         ("SMD, sampling step over vanilla's", "<= 1.05", case["smd_sampling_step_to_vanilla"]),
     ]
-    return [
-        {
-            "name": f"{what}, {name}",
-            "target": limit,
-            "measured": round(value, 3),
-            "holds": value >= float(limit[3:]) if limit[0] == ">" else value <= float(limit[3:]),
-        }
-        for what, limit, value in wanted
-    ]
+    return [target(f"{what}, {name}", limit, value) for what, limit, value in wanted]
 
 
 def main() -> None:
@@ -183,8 +176,8 @@ def main() -> None:
     cases = {}
     for name, case in CASES.items():
         cases[name] = measure(case, rounds, device)
-        for target in targets(name, cases[name]):
-            print(f"{target['name']}: {target['measured']} ({target['target']})", flush=True)
+        for each in targets(name, cases[name]):
+            print(f"{each['name']}: {each['measured']} ({each['target']})", flush=True)
     result = {
         "command": " ".join(["python", "benchmarks/unet_throughput.py", *sys.argv[1:]]),
         "quick": arguments.quick,
@@ -200,7 +193,7 @@ def main() -> None:
         "seeds": [0],
         "draws": DRAWS,
         "cases": cases,
-        "targets": [target for name, case in cases.items() for target in targets(name, case)],
+        "targets": [each for name, case in cases.items() for each in targets(name, case)],
     }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
