@@ -1,4 +1,8 @@
+import json
+
 import gmm_cells
+import gmm_lab
+import gmm_measures
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -82,6 +86,25 @@ def test_every_model_trains(model):
     network = train(problem, model, Budget(5, batch=16), seeds=2)
     samples = sample(problem, network, 10, torch.Generator().manual_seed(0))
     assert samples.shape == (2, 10, 2) and samples.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_part_writes_its_results_and_a_resumed_one_keeps_them(tmp_path, monkeypatch):
+    cells = [("ring of 8", 11, model, Budget(2, batch=8)) for model in (gmm_cells.GAUSSIAN, gmm_cells.SMD)]
+    for name, count in {"PAIRS": 2, "SETS": 1, "KERNEL_POINTS": 4, "KERNEL_DRAWS": 16}.items():
+        monkeypatch.setattr(gmm_measures, name, count)
+    monkeypatch.setattr(gmm_lab, "RESULTS", tmp_path)
+    monkeypatch.setattr(gmm_lab, "cells", lambda part: cells[:1])
+    gmm_lab.run("objectives", 2, resume=False)
+    path = tmp_path / "gmm_lab-objectives.json"
+    first = json.loads(path.read_text())["cells"]
+    assert [len(values) for values in first[0]["measures"].values()] == [2] * 9
+    monkeypatch.setattr(gmm_lab, "cells", lambda part: cells)
+    gmm_lab.run("objectives", 2, resume=True)
+    result = json.loads(path.read_text())
+    assert result["cells"][:1] == first and result["models"] == ["Gaussian", gmm_cells.SMD.name]
+    assert path.with_suffix(".md").read_text().count("| ring of 8 | 11 |") == 2
+    assert path.with_suffix(".png").stat().st_size > 1000
 
 
 def test_models_of_a_stack_are_independent():
