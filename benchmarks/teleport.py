@@ -28,8 +28,8 @@ from ldm_smd.cli import run_tool
 from ldm_smd.config import check
 from ldm_smd.data.shards import Manifest
 from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.models.denoiser import known_labels, num_classes, predict
 from ldm_smd.models.gaussian import LatentGaussians
-from ldm_smd.models.unet import known_labels, num_classes, predict
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.sampling import make_scheduler
 from ldm_smd.schedulers import TeleportScheduler

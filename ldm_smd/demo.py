@@ -29,7 +29,7 @@ from .evaluation.distances import frechet_distance
 from .evaluation.features import load_extractor
 from .evaluation.report import write_report
 from .files import claimed
-from .models.unet import known_labels
+from .models.denoiser import known_labels
 from .pipelines import SMDPipeline, load_pipeline
 from .sampling import SamplingOptions, make_scheduler, sample_pixels
 from .training.loop import SPREAD_TIMESTEPS, train

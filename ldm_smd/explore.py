@@ -18,7 +18,7 @@ from .autoencoder import encoder_sha256, spatial_factor
 from .config import ExploreConfig
 from .device import pick_device
 from .errors import UserError, brief
-from .models.unet import is_mixture, num_classes
+from .models.denoiser import is_mixture, num_classes
 from .pipelines import SMDPipeline, load_pipeline, seeded_generators
 from .sampling import class_name, embedding_of, labelled_grid, load_clip, training_side
 from .schedulers import make_scheduler

@@ -20,8 +20,9 @@ from .device import pick_device
 from .errors import UserError
 from .files import atomic_folder, makes_folder
 from .models.clip import ClipEncoder
+from .models.denoiser import num_classes
 from .models.extended import ExtendedUNet2DModel, class_of
-from .models.unet import SMDUNet2DModel, num_classes
+from .models.unet import SMDUNet2DModel
 from .pipelines import SMDPipeline, load_pipeline, seeded_generators
 from .progress import progress
 from .schedulers import make_scheduler

@@ -17,8 +17,8 @@ from ..device import process_group
 from ..diffusion.gaussian_mixture import fit_shared, leading, weights_by_class
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
+from ..models.denoiser import num_classes
 from ..models.gaussian import LatentGaussians
-from ..models.unet import num_classes
 from ..pipelines import load_pipeline
 from ..progress import progress
 from ..schedulers import TeleportScheduler

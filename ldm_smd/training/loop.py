@@ -30,8 +30,9 @@ from ..errors import UserError
 from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder, claimed_by_first
 from ..models.attention import set_attention_backend
+from ..models.denoiser import embedding_dimensions, known_labels
 from ..models.extended import ExtendedUNet2DModel, class_of
-from ..models.unet import EMBEDDING_PARTS, FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel, embedding_dimensions, known_labels
+from ..models.unet import EMBEDDING_PARTS, FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
 from .average import resume_averages, save_snapshot
