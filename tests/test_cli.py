@@ -157,7 +157,7 @@ from ldm_smd import *
 print(json.dumps([light, known, SMDPipeline.__module__, ldm_smd.__all__, "torch" in sys.modules, __version__]))
 """
     light, known, home, names, heavy_now, version = json.loads(python(program))
-    assert light == [] and heavy_now and home == "ldm_smd.pipelines" and set(names) <= set(known)
+    assert light == [] and heavy_now and home == "ldm_smd.pipelines.smd" and set(names) <= set(known)
     assert {"SMDPipeline", "SMDUNet2DModel", "ExtendedUNet2DModel", "GMSScheduler", "TeleportScheduler"} <= set(names)
     assert version
 

@@ -11,7 +11,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from ..models.denoiser import embedding_dimensions, null_labels, num_classes, predict
 from ..models.moments import MomentHeads
-from ..schedulers.run import alphas_cumprod_at
+from ..schedulers.timesteps import alphas_cumprod_at
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from ..models.extended import ExtendedUNet2DModel
 from ..models.gaussian import LatentGaussians
 from ..models.moments import MomentHeads
 from ..models.unet import SMDUNet2DModel
-from ..schedulers.run import Generators, begin_run, predicted_x0, step_options
 from ..schedulers.support import check_scheduler
+from ..schedulers.timesteps import Generators, begin_run, predicted_x0, step_options
 from .decoding import decode_latents, encode_images
 from .guidance import Conditions, guided_prediction, guided_steps, read_conditions
 
@@ -262,7 +262,7 @@ class SMDPipeline(DiffusionPipeline):
         return guided_prediction(self.unet, x_t, t, conditions, eta, scale, self.guide, moments)
 
     def _scheduler_part(self, purpose: str) -> Any:
-        """Return the component that the scheduler names in ``purpose`` (schedulers/run.py); None if it names none."""
+        """Return the component that the scheduler names in ``purpose`` (schedulers/timesteps.py); None if it names none."""
         name = getattr(self.scheduler, purpose, None)
         part = None if name is None else getattr(self, name)
         if name is not None and part is None:

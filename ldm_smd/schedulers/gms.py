@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..diffusion.central_moments import WEIGHT, Moments, fit_two_gaussians, reverse_moments, two_gaussians, x0_moments
 from ..diffusion.process import DiffusionProcess
-from .run import Generators
+from .timesteps import Generators
 
 
 class GMSScheduler(DDPMScheduler):

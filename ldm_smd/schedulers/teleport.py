@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.gaussian import LatentGaussians
 from .factory import scheduler_from
 from .gms import GMSScheduler
-from .run import Generators
+from .timesteps import Generators
 
 
 class TeleportScheduler(SchedulerMixin, ConfigMixin):
