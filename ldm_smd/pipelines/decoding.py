@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from diffusers import ModelMixin
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import logging
 
-from ..autoencoder import FrozenAutoencoder
+from ..autoencoder import Autoencoder, FrozenAutoencoder
 
 logger = logging.get_logger(__name__)
 
@@ -18,7 +17,7 @@ SLICE_PIXELS = 512 * 512
 1024 x 1024."""
 
 
-def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+def decode_latents(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
     """Decode normalised latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], SLICE_PIXELS at a time.
 
     Above TILED_PIXELS an image is decoded in tiles, whose seams may show; tiling is as it was afterwards.
@@ -38,7 +37,7 @@ def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
             vae.disable_tiling()
 
 
-def encode_images(vae: ModelMixin, images: PipelineImageInput, shape: torch.Size) -> torch.Tensor:
+def encode_images(vae: Autoencoder, images: PipelineImageInput, shape: tuple[int, ...]) -> torch.Tensor:
     """Encode one image, or one for each sample, to normalised latents (B, C, h, w) = ``shape``."""
     autoencoder = FrozenAutoencoder(vae)
     pixels = ((VaeImageProcessor(do_resize=False).preprocess(images) + 1.0) * 127.5).round().to(torch.uint8)
@@ -46,5 +45,5 @@ def encode_images(vae: ModelMixin, images: PipelineImageInput, shape: torch.Size
         raise ValueError(f"image: expected one picture, or one for each of {shape[0]} samples, found {len(pixels)}")
     latents = autoencoder.normalise(autoencoder.encode_moments(pixels)[:, 0])
     if latents.shape[1:] != shape[1:]:
-        raise ValueError(f"image: expected pictures with latents {tuple(shape[1:])}, found {tuple(latents.shape[1:])}")
+        raise ValueError(f"image: expected pictures with latents {shape[1:]}, found {tuple(latents.shape[1:])}")
     return latents.expand(shape[0], -1, -1, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -14,20 +14,15 @@ from ..models.moments import MomentHeads
 from ..schedulers.timesteps import alphas_cumprod_at
 
 
-@dataclass(frozen=True)
-class Conditions:
+class Conditions(NamedTuple):
     """Class labels (B,) and image embeddings (B, D), each None where it is not given."""
 
     labels: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
 
-    def rows(self, default: int) -> int:
-        """Return B, or ``default`` where nothing is given."""
-        return next((len(given) for given in (self.labels, self.image_embeds) if given is not None), default)
-
     def with_null(self, unet: ModelMixin) -> Conditions:
         """Return these B rows followed by B of the null class and the zero embedding."""
-        labels, embeds = self.labels, self.image_embeds
+        labels, embeds = self
         null = None if labels is None else null_labels(unet, labels)
         return Conditions(joined(labels, null), joined(embeds, None if embeds is None else torch.zeros_like(embeds)))
 
@@ -79,8 +74,7 @@ def guided_prediction(
             return moments.predict(unet, x_t, timestep, given.labels, given.image_embeds)
         return predict(unet, x_t, timestep, given.labels, eta, given.image_embeds)
 
-    unconditional = conditions.labels is None and conditions.image_embeds is None
-    if scale == 1.0 or (unconditional and guide is None):
+    if scale == 1.0 or (guide is None and all(given is None for given in conditions)):
         return evaluate(x_t, conditions, eta)
     if guide is not None:
         own = evaluate(x_t, conditions, eta)

@@ -7,20 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    AutoencoderTiny,
-    DiffusionPipeline,
-    ImagePipelineOutput,
-    SchedulerMixin,
-    UNet2DModel,
-)
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..autoencoder import spatial_factor
+from ..autoencoder import Autoencoder, spatial_factor
 from ..errors import UserError
 from ..models.denoiser import is_mixture
 from ..models.extended import ExtendedUNet2DModel
@@ -63,7 +55,7 @@ class SMDPipeline(DiffusionPipeline):
     def __init__(
         self,
         unet: SMDUNet2DModel | ExtendedUNet2DModel | UNet2DModel,
-        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC,
+        vae: Autoencoder,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,
         moments: MomentHeads | None = None,
@@ -125,18 +117,24 @@ class SMDPipeline(DiffusionPipeline):
         check_scheduler(self.scheduler)
         device, dtype = self._execution_device, self.unet.dtype
         conditions = read_conditions(self.unet, class_labels, image_embeds, device)
-        batch_size = conditions.rows(batch_size)
+        batch_size = next((len(given) for given in conditions if given is not None), batch_size)
         if not 0.0 < strength <= 1.0:
             raise ValueError(f"strength: expected more than 0, to 1, found {strength}")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: expected one per picture, {batch_size}, found {len(generator)}")
 
+        shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
+
         timesteps = begin_run(self.scheduler, num_inference_steps, None if image is None else strength)
         guided = guided_steps(self.scheduler, timesteps, guidance_interval)
         if latents is None:
-            shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = self._first_sample(latents.to(device, dtype), image, timesteps[:1], conditions.labels, generator)
+        latents = latents.to(device, dtype)
+        if image is None:
+            latents = self._start(latents, conditions.labels, generator)
+        else:
+            clean = encode_images(self.vae, image, shape).to(dtype)
+            latents = self.scheduler.add_noise(clean, latents, timesteps[:1].repeat(batch_size))
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
         with self.progress_bar(total=len(timesteps)) as bar:
@@ -174,12 +172,8 @@ class SMDPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         image_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Predict x_0, (B, C, h, w), with the arguments of a sampling; a mixture draws one for each x_t.
-
-        Args:
-            sample: x_t = a_t x_0 + s_t eps, (B, C, h, w), what callbacks are given as "sample".
-            timestep: t, one for all.
-        """
+        """Predict x_0, (B, C, h, w), of ``sample`` x_t = a_t x_0 + s_t eps (what callbacks are given under that name) at one t
+        for all; a mixture draws one x_0 for each x_t. The other arguments are those of a sampling."""
         conditions = read_conditions(self.unet, class_labels, image_embeds, self._execution_device)
         [guided] = guided_steps(self.scheduler, timestep[None], guidance_interval)
         prediction = self._predict(sample, timestep.to(sample.device), conditions, guidance_scale if guided else 1.0, generator)
@@ -224,53 +218,32 @@ class SMDPipeline(DiffusionPipeline):
 
     def _callback_tensors(self, callback: object, names: Sequence[str]) -> Sequence[str]:
         """Return the names of the tensors that the callback is given; ValueError for unknown ones."""
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            names = callback.tensor_inputs
-        unknown = set(names) - set(self._callback_tensor_inputs)
-        if unknown:
+        names = callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
+        if unknown := ", ".join(sorted({*names} - {*self._callback_tensor_inputs})):
             known = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs: expected some of {known}, found {', '.join(sorted(unknown))}"
-            )
+            raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {known}, found {unknown}")
         return names
 
-    def _first_sample(
-        self,
-        noise: torch.Tensor,
-        image: PipelineImageInput | None,
-        t: torch.Tensor,
-        labels: torch.Tensor | None,
-        generator: Generators,
-    ) -> torch.Tensor:
-        """Return the sample at t, (1,), that a run begins with: noised images, or what the scheduler makes of unit noise."""
-        if image is not None:
-            clean = encode_images(self.vae, image, noise.shape).to(noise.dtype)
-            return self.scheduler.add_noise(clean, noise, t.repeat(len(noise)))
+    def _start(self, noise: torch.Tensor, labels: torch.Tensor | None, generator: Generators) -> torch.Tensor:
+        """Return what a run starts with: what the scheduler makes of unit noise (B, C, h, w)."""
         part = self._scheduler_part("start_part")
-        if part is None:
-            return noise * self.scheduler.init_noise_sigma
-        return self.scheduler.start(noise, part, labels, generator)
+        return noise * self.scheduler.init_noise_sigma if part is None else self.scheduler.start(noise, part, labels, generator)
 
     def _predict(
         self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, scale: float, generator: Generators
     ) -> torch.Tensor:
         """Return what ``step`` takes, with one draw of eta for each row of a mixture's x_t."""
-        eta = None
-        if is_mixture(self.unet):
-            eta = randn_tensor(x_t.shape, generator=generator, device=x_t.device, dtype=x_t.dtype)
+        eta = randn_tensor(x_t.shape, generator, x_t.device, x_t.dtype) if is_mixture(self.unet) else None
         moments = self._scheduler_part("step_part")
         return guided_prediction(self.unet, x_t, t, conditions, eta, scale, self.guide, moments)
 
     def _scheduler_part(self, purpose: str) -> Any:
         """Return the component that the scheduler names in ``purpose`` (schedulers/timesteps.py); None if it names none."""
         name = getattr(self.scheduler, purpose, None)
-        part = None if name is None else getattr(self, name)
-        if name is not None and part is None:
-            kind = type(self.scheduler).__name__
-            raise UserError(
-                f"scheduler: expected a {name} part of the model for {kind}, found none; tools/{TOOLS[name]}.py makes it"
-            )
-        return part
+        if name is not None and getattr(self, name) is None:
+            kind, tool = type(self.scheduler).__name__, TOOLS[name]
+            raise UserError(f"scheduler: expected a {name} part of the model for {kind}, found none; tools/{tool}.py makes it")
+        return None if name is None else getattr(self, name)
 
 
 def seeded_generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:

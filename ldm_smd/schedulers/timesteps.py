@@ -3,9 +3,9 @@
 One of our own schedulers may have these attributes, which those of diffusers have not:
 
     rest: the scheduler that takes the steps, where it is another one.
-    start_part, start: the component of a pipeline, by name, that ``start(noise, component, class_labels, generator)`` makes the
-        first sample with; otherwise it is ``noise * init_noise_sigma``.
-    step_part: the component whose ``predict`` makes the ``model_output`` of ``step``; otherwise the denoiser predicts it.
+    start_part, start: the name of a component of the pipeline, with which ``start(noise, component, class_labels, generator)``
+        makes the first sample; otherwise it is ``noise * init_noise_sigma``.
+    step_part: the name of that whose ``predict`` makes the ``model_output`` of ``step``; otherwise the denoiser predicts it.
 """
 
 from __future__ import annotations

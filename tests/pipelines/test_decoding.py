@@ -57,6 +57,6 @@ def test_images_are_encoded_to_what_is_decoded_to_them(pipeline):
     """The normalised mean; one image is for all samples."""
     image, autoencoder = torch.rand(1, 3, 16, 16), FrozenAutoencoder(pipeline.vae)
     expected = autoencoder.normalise(autoencoder.encode_moments((image * 255).round().to(torch.uint8))[:, 0])
-    found = encode_images(pipeline.vae, image, torch.Size((3, 4, 8, 8)))
+    found = encode_images(pipeline.vae, image, (3, 4, 8, 8))
     assert found.shape == (3, 4, 8, 8) and all(torch.equal(each, expected[0]) for each in found)
     assert alike(decode_latents(pipeline.vae, expected), autoencoder.decode(expected))
