@@ -1,11 +1,11 @@
 """A run of any scheduler: its timesteps and their noise, what its step takes, and x_0 at a step.
 
-One of our own schedulers may have these attributes, which those of diffusers have not:
+SMDPipeline asks a scheduler for these attributes beside those that diffusers' schedulers have:
 
-    rest: the scheduler that takes the steps, where it is another one.
-    start_part, start: the name of a component of the pipeline, with which ``start(noise, component, class_labels, generator)``
-        makes the first sample; otherwise it is ``noise * init_noise_sigma``.
-    step_part: the name of that whose ``predict`` makes the ``model_output`` of ``step``; otherwise the denoiser predicts it.
+    rest: the scheduler that takes the steps, if it is another one.
+    start_part: the name of the pipeline's component with which ``start(noise, component, class_labels, generator)`` makes the
+        first sample; without it that is ``noise * init_noise_sigma``.
+    step_part: the name of the component whose ``predict`` returns ``model_output``; without it the denoiser's ``predict`` does.
 """
 
 from __future__ import annotations
