@@ -30,7 +30,7 @@ from ..evaluation.distances import frechet_distance
 from ..evaluation.features import load_extractor
 from ..evaluation.reconstruction import reconstruction_psnr
 from ..files import claimed
-from ..models.unet import known_labels
+from ..models.denoiser import known_labels
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers import make_scheduler

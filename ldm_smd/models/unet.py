@@ -9,10 +9,8 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .backbone import Backbone, Trunk
@@ -269,52 +267,3 @@ class Stage(nn.Module):
         groups = block.norm2.num_groups
         self.blocks.append(block)
         self.attentions.append(AttentionBlock(channels, head_dim, groups) if level in attention_levels else nn.Identity())
-
-
-def is_mixture(unet: ModelMixin) -> bool:
-    """Tell whether a denoiser is a mixture; a plain UNet2DModel of diffusers is not."""
-    return getattr(unet, "is_mixture", False)
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """Itself, or what torch.compile made it of."""
-    return getattr(module, "_orig_mod", module)
-
-
-def num_classes(unet: ModelMixin) -> int | None:
-    """Return a denoiser's number of classes; the last class embedding of a plain UNet2DModel is taken for "no label"."""
-    if isinstance(uncompiled(unet), UNet2DModel):
-        embeds = unet.config.num_class_embeds
-        return None if embeds is None else embeds - 1
-    return unet.config.num_classes
-
-
-def predict(
-    unet: ModelMixin,
-    sample: torch.Tensor,
-    timestep: torch.Tensor | float | int,
-    class_labels: torch.Tensor | None = None,
-    eta: torch.Tensor | None = None,
-    image_embeds: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The prediction of any denoiser, as SMDUNet2DModel.forward; a plain UNet2DModel reads no eta and has no default label."""
-    if isinstance(uncompiled(unet), SMDUNet2DModel):
-        return unet(sample, timestep, class_labels, eta, return_dict=False, image_embeds=image_embeds)[0]
-    if image_embeds is not None:
-        raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
-    if not isinstance(uncompiled(unet), UNet2DModel):
-        return unet(sample, timestep, class_labels, eta, return_dict=False)[0]
-    classes = num_classes(unet)
-    if class_labels is None and classes is not None:
-        class_labels = torch.full((len(sample),), classes, device=sample.device)
-    return unet(sample, timestep, class_labels, return_dict=False)[0]
-
-
-def embedding_dimensions(unet: ModelMixin) -> int | None:
-    """Return the dimensions D of the image embeddings that a denoiser is conditioned on, or None."""
-    return getattr(unet.config, "embedding_dimensions", None)
-
-
-def known_labels(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor | None:
-    """The labels of latent shards as the model takes them: the null class for -1; None for an unconditional model."""
-    return None if num_classes is None else torch.where(labels < 0, num_classes, labels)

@@ -15,9 +15,9 @@ from ..data.stream import LatentStream
 from ..device import process_group
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
+from ..models.denoiser import num_classes
 from ..models.fit import fit_shared, leading, weights_by_class
 from ..models.gaussian import LatentGaussians
-from ..models.unet import num_classes
 from ..pipelines import load_pipeline
 from ..progress import progress
 from ..schedulers import TeleportScheduler

@@ -31,9 +31,10 @@ from ..errors import UserError
 from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
 from ..files import atomic_folder, claimed_by_first
 from ..models.attention import set_attention_backend
+from ..models.denoiser import embedding_dimensions, known_labels
 from ..models.extended import ExtendedUNet2DModel, class_of
 from ..models.fit import fit_posterior_noise
-from ..models.unet import SMDUNet2DModel, embedding_dimensions, known_labels
+from ..models.unet import SMDUNet2DModel
 from ..pipelines import SMDPipeline, seeded_generators
 from ..progress import progress
 from ..schema import check

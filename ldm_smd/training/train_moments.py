@@ -14,8 +14,8 @@ from ..device import pick_device
 from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
+from ..models.denoiser import is_mixture, known_labels, num_classes
 from ..models.moments import MomentHeads
-from ..models.unet import is_mixture, known_labels, num_classes
 from ..pipelines import SMDPipeline, load_pipeline
 from ..progress import progress
 from ..schedulers.gms import GMSScheduler
