@@ -12,6 +12,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from .backbone import Backbone, Trunk
+from .denoiser import null_labels
 from .mixture import Cut, Draws, Mixture, MixtureSizes
 
 
@@ -92,16 +93,14 @@ class ExtendedUNet2DModel(Backbone):
         class_labels: torch.Tensor | None,
         image_embeds: torch.Tensor | None,
     ) -> Trunk:
-        unet, batch = self.unet, len(sample)
+        unet = self.unet
         if image_embeds is not None:
             raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
         if unet.config.center_input_sample:
             sample = 2 * sample - 1
-        embedding = unet.time_embedding(unet.time_proj(timestep.expand(batch)).to(sample.dtype))
+        embedding = unet.time_embedding(unet.time_proj(timestep.expand(len(sample))).to(sample.dtype))
         if unet.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full((batch,), self.config.num_classes, device=sample.device)
-            embedding = embedding + unet.class_embedding(class_labels)
+            embedding = embedding + unet.class_embedding(null_labels(self, sample) if class_labels is None else class_labels)
         h = unet.conv_in(sample)
         skips = [h]
         for block in unet.down_blocks:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .backbone import Backbone, Trunk
 from .blocks import AttentionBlock, Downsample, ResidualBlock, assign_modulation_slices, upsample, zero_init
+from .denoiser import null_labels
 from .mixture import Cut, Draws, Mixture, MixtureSizes
 from .settings import PLACEMENTS
 
@@ -206,9 +207,7 @@ class SMDUNet2DModel(Backbone):
         if self.class_embedding is None and class_labels is not None:
             raise ValueError("class_labels: expected None, this model has num_classes=None")
         if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full((len(sample),), self.config.num_classes, device=sample.device)
-            embedding = embedding + self.class_embedding(class_labels)
+            embedding = embedding + self.class_embedding(null_labels(self, sample) if class_labels is None else class_labels)
         if image_embeds is None:
             return embedding
         if self.image_embedding is None:

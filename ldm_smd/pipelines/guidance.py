@@ -11,7 +11,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from ..models.denoiser import embedding_dimensions, null_labels, num_classes, predict
 from ..models.moments import MomentHeads
-from ..schedulers.timesteps import alphas_cumprod_at
+from ..schedulers.timesteps import path_of
 
 
 class Conditions(NamedTuple):
@@ -89,8 +89,8 @@ def guided_steps(scheduler: SchedulerMixin, timesteps: torch.Tensor, interval: t
     """Tell for each timestep whether its noise level sigma = s_t / a_t is in the interval."""
     if interval == (0.0, math.inf):
         return [True] * len(timesteps)
-    alphabar = alphas_cumprod_at(scheduler, timesteps)
-    sigma = ((1.0 - alphabar) / alphabar).sqrt()
+    a, s = path_of(scheduler).signal_and_noise(timesteps, timesteps)
+    sigma = s / a
     return ((sigma >= interval[0]) & (sigma <= interval[1])).tolist()
 
 

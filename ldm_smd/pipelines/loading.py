@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
 from ..errors import UserError, brief
 from ..models.extended import ExtendedUNet2DModel
@@ -18,7 +18,8 @@ from .smd import SMDPipeline
 
 for kind in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, GMSScheduler, TeleportScheduler):
     # Without this diffusers refuses pipelines of the hub that contain these: they belong to no library that it knows.
-    LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = ["save_pretrained", "from_pretrained"]
+    methods = ["save_pretrained", "from_pretrained"]
+    ALL_IMPORTABLE_CLASSES[kind.__name__] = LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = methods
 
 NETWORKS = ("unet", "moments", "gaussian", "guide")
 """Components of a pipeline that are networks, apart from the autoencoder."""

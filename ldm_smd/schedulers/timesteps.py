@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import inspect
 
-import numpy as np
 import torch
 from diffusers import PNDMScheduler, SchedulerMixin
 
-from ..diffusion.process import DiffusionProcess
+from ..diffusion.process import LEAST_ALPHABAR, DiffusionProcess
 from .support import SPACINGS, warn_once
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -82,20 +81,17 @@ def run_from(scheduler: SchedulerMixin, begin: int) -> torch.Tensor:
     return torch.cat((once[:1], once[1:2], once[1:]))
 
 
-def alphas_cumprod_at(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> torch.Tensor:
-    """Return alphabar at any timesteps (N,), on the CPU; between those of training log(alphabar / (1 - alphabar)) is linear."""
-    known = scheduler.alphas_cumprod.cpu().double().numpy().clip(1e-12)
-    log_snr = np.interp(timesteps.cpu().numpy(), np.arange(len(known)), np.log(known / (1.0 - known)))
-    return torch.from_numpy(1.0 / (1.0 + np.exp(-log_snr))).float()
+def path_of(scheduler: SchedulerMixin) -> DiffusionProcess:
+    """The process that a scheduler goes back along, on the CPU; one that ends without signal ends with next to none."""
+    return DiffusionProcess(scheduler.alphas_cumprod.cpu().clamp_min(LEAST_ALPHABAR))
 
 
 def predicted_x0(
     scheduler: SchedulerMixin, prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """Return x_0 (B, C, h, w) by a prediction, whose channels after the first C are not read."""
-    process = DiffusionProcess(alphas_cumprod_at(scheduler, timestep[None]).to(x_t.device))
-    mean, only = prediction[:, : x_t.shape[1]], torch.zeros(1, dtype=torch.long, device=x_t.device)
-    return process.to_x0(mean, x_t, only, scheduler.config.prediction_type).to(x_t.dtype)
+    """Return x_0 (B, C, h, w) by a prediction at one timestep, whose channels after the first C are not read."""
+    path, mean = path_of(scheduler).to(x_t.device), prediction[:, : x_t.shape[1]]
+    return path.to_x0(mean, x_t, timestep[None].to(x_t.device), scheduler.config.prediction_type).to(x_t.dtype)
 
 
 def step_options(scheduler: SchedulerMixin, generator: Generators, index: int) -> dict[str, object]:

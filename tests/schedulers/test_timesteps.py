@@ -11,7 +11,7 @@ from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.schedulers.support import warn_once
-from ldm_smd.schedulers.timesteps import alphas_cumprod_at, begin_run, predicted_x0, step_options
+from ldm_smd.schedulers.timesteps import begin_run, path_of, predicted_x0, step_options
 from ldm_smd.training.loop import build_scheduler
 
 OURS = build_scheduler(DiffusionConfig())
@@ -38,7 +38,8 @@ def test_a_scheduler_that_goes_on_with_another_has_its_timesteps_and_step():
         begin_run(scheduler, 900)
     assert inspect.signature(scheduler.step) == inspect.signature(scheduler.rest.step)
     assert torch.equal(copy.deepcopy(scheduler).timesteps, timesteps) and not hasattr(scheduler, "no_such_thing")
-    assert torch.equal(alphas_cumprod_at(scheduler, timesteps), alphas_cumprod_at(scheduler.rest, timesteps))
+    noise, rest = (path_of(each).signal_and_noise(timesteps, timesteps)[1] for each in (scheduler, scheduler.rest))
+    assert torch.equal(noise, rest)
 
 
 def test_numbers_of_steps_that_diffusers_rounds_badly(caplog, monkeypatch):
@@ -53,12 +54,12 @@ def test_numbers_of_steps_that_diffusers_rounds_badly(caplog, monkeypatch):
         assert len(caplog.records) == warned
 
 
-def test_alphabar_at_any_timestep():
-    """At those of training it is theirs; between two it lies between."""
-    known = OURS.alphas_cumprod
-    found = alphas_cumprod_at(OURS, torch.tensor([0, 300, 600.5, 999]))
-    assert torch.allclose(found[[0, 1, 3]], known[[0, 300, 999]], rtol=1e-4)
-    assert known[601] < found[2] < known[600]
+def test_x0_where_the_schedule_ends_without_signal():
+    """Training is without, and a scheduler's own arithmetic too: what callbacks are given stays finite."""
+    scheduler = make_scheduler("DDIMScheduler:rescale_betas_zero_snr=true,prediction_type=epsilon", OURS)
+    x_t = torch.randn(2, 4, 8, 8)
+    assert scheduler.alphas_cumprod[-1] == 0 and path_of(scheduler).signal_and_noise(torch.tensor([999]), x_t)[0] > 0
+    assert predicted_x0(scheduler, x_t + 1e-3, x_t, torch.tensor(999)).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
