@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 
 from .backbone import Backbone, Trunk
 from .denoiser import null_labels
-from .mixture import Cut, Draws, Mixture, MixtureSizes
+from .mixture import Cut, Draws, Mixture
 
 
 class ExtendedUNet2DModel(Backbone):
@@ -26,7 +26,8 @@ class ExtendedUNet2DModel(Backbone):
         sample_size, in_channels: of the UNet.
         num_classes: number of classes, one less than the UNet's ``num_class_embeds``, whose last is "no label"; None for an
             unconditional UNet.
-        z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in MixtureSizes.
+        z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in
+            SMDUNet2DModel.
     """
 
     _supports_gradient_checkpointing = True  # of its UNet's blocks
@@ -56,20 +57,16 @@ class ExtendedUNet2DModel(Backbone):
         # What an up block takes in is what the one before it put out.
         widths = (last, *reversed(config.block_out_channels))[: len(self.unet.up_blocks)]
         cut = Cut(
-            in_channels=in_channels,
-            sample_size=sample_size,
-            out_channels=config.out_channels,
-            num_classes=num_classes,
             feature_channels=last,
             feature_stride=1,
             embedding_dim=embedding_dim,
             places={f"up{index}": width for index, width in enumerate(widths[:-1] or widths)},
             modulation_size=embedding_dim,
             last_channels=widths[-1],
+            out_channels=config.out_channels,
             norm_num_groups=config.norm_num_groups,
         )
-        sizes = (z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps)
-        self.mixture = Mixture(cut, MixtureSizes(*sizes))
+        self.mixture = Mixture(cut, self.config)
 
     @classmethod
     def from_unet(cls, folder: str | Path, **mixture: int) -> ExtendedUNet2DModel:

@@ -16,7 +16,7 @@ from torch import nn
 from .backbone import Backbone, Trunk
 from .blocks import AttentionBlock, Downsample, ResidualBlock, assign_modulation_slices, upsample, zero_init
 from .denoiser import null_labels
-from .mixture import Cut, Draws, Mixture, MixtureSizes
+from .mixture import Cut, Draws, Mixture
 from .settings import PLACEMENTS
 
 
@@ -40,8 +40,13 @@ class SMDUNet2DModel(Backbone):
             class: "no label".
         norm_num_groups: groups of every GroupNorm.
         dropout: inside the residual blocks.
-        z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: of the mixture
-            (MixtureSizes); ``z_channels=0`` for a Gaussian model.
+        z_channels: channels of the mixture's latent map z; 0 for a Gaussian model.
+        identifier_channels: width of g_xi, which makes z (MixtureIdentifier).
+        hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
+        noise_rank: principal components of the latents that a draw chooses in (PosteriorNoise, fitted before training); 0:
+            white noise, the paper's.
+        noise_modes: modes of the Gaussian mixture that the latents are taken to be from in those directions.
+        noise_timesteps: timesteps of the noise schedule that it is fitted for.
         embedding_dimensions: D of the OpenCLIP embeddings that it can be conditioned on; None where it cannot.
         placement: where f_phi acts, and with it where the network is cut. "in_out" (the paper): after the first and before
             the last convolution. "up": before each level of the decoder path but the last, so that the encoder path and the
@@ -147,20 +152,16 @@ class SMDUNet2DModel(Backbone):
             downs = {f"down{level}": block_out_channels[level - 1] for level in range(1, levels)}
             ends = {"in": first, "out": first}
             cut = Cut(
-                in_channels=in_channels,
-                sample_size=sample_size,
-                out_channels=out_channels,
-                num_classes=num_classes,
                 feature_channels=last if self.cut_after_middle else first,
                 feature_stride=1 if self.cut_after_middle and levels > 1 else 2,
                 embedding_dim=embedding_dim,
                 places={"in_out": ends, "up": ups, "all": ends | downs | ups}[placement],
                 modulation_size=0 if placement == "in_out" else self.modulation_sizes[1],
                 last_channels=first,
+                out_channels=out_channels,
                 norm_num_groups=groups,
             )
-            sizes = (z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps)
-            self.mixture = Mixture(cut, MixtureSizes(*sizes))
+            self.mixture = Mixture(cut, self.config)
 
     def trunk(
         self,
