@@ -27,8 +27,8 @@ from ldm_smd.config import DiffusionConfig
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.pipelines import SMDPipeline
 from ldm_smd.sampling import labelled_grid, make_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.schedulers.support import SUPPORTED
-from ldm_smd.training.loop import build_scheduler
 
 REFERENCE = "DDIMScheduler"
 SHOWN = 12

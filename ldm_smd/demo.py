@@ -32,8 +32,9 @@ from .files import claimed
 from .models.unet import known_labels
 from .pipelines import SMDPipeline, load_pipeline
 from .sampling import SamplingOptions, make_scheduler, sample_pixels
-from .training.loop import SPREAD_TIMESTEPS, train
+from .training.loop import train
 from .training.metrics_log import read_metrics
+from .training.preview import SPREAD_TIMESTEPS
 from .training.train_autoencoder import measure
 
 GRID_COLUMNS, GRID_ROWS = 8, 5

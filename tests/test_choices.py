@@ -11,7 +11,7 @@ from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.evaluation.evaluate import choose_labels
 from ldm_smd.models.attention import set_attention_backend
 from ldm_smd.models.unet import SMDUNet2DModel
-from ldm_smd.training.loop import build_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 
 
 @pytest.mark.parametrize("name", choices.OBJECTIVES)

@@ -17,7 +17,8 @@ from ldm_smd.errors import UserError
 from ldm_smd.models.clip import ClipEncoder
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.sampling import sample
-from ldm_smd.training.loop import build_model, train
+from ldm_smd.training.build import build_model
+from ldm_smd.training.loop import train
 from tests.rounding import alike
 from tests.tiny import diffusers_unet
 

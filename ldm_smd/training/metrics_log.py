@@ -47,34 +47,36 @@ class MetricsLog:
 
 
 class RunningMeans:
-    """Means over the steps since the last report, on the device.
+    """Means over the steps since the last report, on the device, and over all processes.
 
     Args:
-        names: of the quantities.
         state: of a run that was stopped between two reports.
     """
 
-    def __init__(self, names: tuple[str, ...], device: torch.device, state: dict | None = None) -> None:
-        self.names, self.device = names, device
-        self.reset()
+    def __init__(self, accelerator: Accelerator, state: dict | None = None) -> None:
+        self.accelerator = accelerator
+        self.steps, self._sums = 0, {}
         if state:
-            self.steps = state["steps"]
-            self._totals = torch.tensor([state[name] for name in names], device=device)
+            sums = {name: torch.tensor(value, device=accelerator.device) for name, value in state.items() if name != "steps"}
+            self.steps, self._sums = state["steps"], sums
 
-    def add(self, *values: torch.Tensor) -> None:
-        self._totals = self._totals + torch.stack([value.detach() for value in values])
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """The same names at every step."""
+        self._sums = {name: self._sums.get(name, 0.0) + value.detach() for name, value in values.items()}
         self.steps += 1
 
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means, over all processes too."""
-        totals = accelerator.reduce(self._totals, "mean")
-        return dict(zip(self.names, (totals / max(self.steps, 1)).tolist()))
+    def read(self) -> dict[str, float]:
+        """The means; the next ones start here."""
+        means = self._reduced(max(self.steps, 1))
+        self.steps, self._sums = 0, {name: torch.zeros_like(total) for name, total in self._sums.items()}
+        return means
 
-    def state(self, accelerator: Accelerator) -> dict:
-        return {"steps": self.steps, **dict(zip(self.names, accelerator.reduce(self._totals, "mean").tolist()))}
+    def state(self) -> dict:
+        return {"steps": self.steps, **self._reduced(1)}
 
-    def reset(self) -> None:
-        self.steps, self._totals = 0, torch.zeros(len(self.names), device=self.device)
+    def _reduced(self, steps: int) -> dict[str, float]:
+        totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "mean")
+        return dict(zip(self._sums, (totals / steps).tolist()))
 
 
 def read_metrics(path: Path) -> list[dict]:

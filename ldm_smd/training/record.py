@@ -20,6 +20,34 @@ from ..files import atomic_file
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
+NOT_COMPARED = (
+    "shards",
+    "autoencoder",
+    "output",
+    "accumulate",
+    "gradient_checkpointing",
+    "compile",
+    "attention",
+    "num_workers",
+    "resume_changed",
+)
+"""Settings of tools/train.py that are paths, whose contents are compared, or say how and not what is computed."""
+MAY_CHANGE = (
+    "images_total",
+    "learning_rate",
+    "warmup_images",
+    "cooldown_images",
+    "weight_decay",
+    "gradient_clip",
+    "ema_halflife_images",
+    "precision",
+    "log_every_images",
+    "sample_every_images",
+    "sample_steps",
+    "checkpoint_every_images",
+    "keep_checkpoints",
+)
+"""Settings of tools/train.py that a resumed run may have others of, which is logged and told in the model card."""
 
 
 @dataclass

@@ -16,13 +16,15 @@ from ..data.images import load_pixels
 from ..data.shards import ChannelStatistics
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_folder, claimed, require_folder
+from ..files import claimed, require_folder
 from ..progress import progress
-from .card import card
-from .checkpoint import load_weights, newest_images, optimizer_tensors, resume, resume_optimizer, save_checkpoint
+from .checkpoint import load_weights, newest_images, resume, resume_optimizers, save_checkpoint
 from .ema import EMA
 from .metrics_log import MetricsLog, crossed
+from .model_folder import model_card, write_model_folder
+from .rates import warmup_times_cosine
 from .record import RunRecord, compared_settings, open_record
+from .trained import TrainedNetwork
 
 REPORT_EVERY_IMAGES = 1_000
 NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache", "held_out.", "work", "resume_changed")
@@ -94,11 +96,12 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     model.encoder.requires_grad_(config.train_encoder)
     model.to(device)
     ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    trained = {"model": TrainedNetwork(model, optimizer)}
 
-    images_seen = resume(work / "checkpoints", model, ema)["images_seen"]
-    resume_optimizer(work / "checkpoints", model, optimizer)
+    images_seen = resume(work / "checkpoints", trained, ema)["images_seen"]
+    resume_optimizers(work / "checkpoints", trained)
     record.save(work)
     log = MetricsLog(work, images_seen)
     bar = progress(config.images_total, images_seen, "autoencoder")
@@ -108,15 +111,12 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
         # The batch is a function of (seed, images_seen) alone, so a resumed run sees what an undisturbed one would.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
         x = _batch(pixels, config, generator).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(config, images_seen)
         noise = torch.randn(_latent_shape(config, len(x)), generator=generator).to(device)
         reconstruction, mean, logvar = _forward(model, x, noise)
         terms = autoencoder_loss(reconstruction, x, mean, logvar, config)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad()
         terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        trained["model"].descend(warmup_times_cosine(config, images_seen), gradient_clip=1.0)
 
         before = images_seen
         images_seen += len(x)
@@ -135,8 +135,7 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
             measured = measure(FrozenAutoencoder(ema.model), held_out)
             log.log(images_seen, {"held_out_psnr": measured["psnr"]})
             bar.write(f"{images_seen} images: held-out PSNR {measured['psnr']:.2f} dB")
-            tensors = optimizer_tensors(model, optimizer)
-            save_checkpoint(work / "checkpoints", model, ema.model, tensors, {"images_seen": images_seen}, keep=1)
+            save_checkpoint(work / "checkpoints", trained, ema.model, {"images_seen": images_seen}, keep=1)
             save_comparison(FrozenAutoencoder(ema.model), held_out[:24], work / "reconstructions.png")
     bar.close()
     log.close()
@@ -146,9 +145,7 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     frozen = FrozenAutoencoder(ema.model)
     measured = measure(frozen, held_out)
     save_comparison(frozen, held_out[:24], work / "reconstructions.png")
-    with atomic_folder(output) as folder:
-        ema.model.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(config, frozen, measured, len(pixels), record), encoding="utf-8")
+    write_model_folder(output, ema.model, autoencoder_card(config, frozen, measured, len(pixels), record))
     print(f"held-out PSNR {measured['psnr']:.2f} dB; wrote {output}")
     return output
 
@@ -173,12 +170,6 @@ def _batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torc
 def _latent_shape(config: TrainAutoencoderConfig, batch: int) -> tuple[int, int, int, int]:
     side = config.images.resolution // 2 ** (len(config.model.block_out_channels) - 1)
     return batch, config.model.latent_channels, side, side
-
-
-def _learning_rate(config: TrainAutoencoderConfig, images_seen: int) -> float:
-    """Linear warm-up, then a half cosine to zero."""
-    warmup = min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
-    return config.learning_rate * warmup * 0.5 * (1.0 + math.cos(math.pi * images_seen / config.images_total))
 
 
 def measure(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int = 64) -> dict[str, float]:
@@ -221,7 +212,7 @@ def save_comparison(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, path: 
     save_image(make_grid(torch.cat(rows), nrow=8, padding=2, pad_value=0.7), path)
 
 
-def model_card(
+def autoencoder_card(
     config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, pictures: int, record: RunRecord
 ) -> str:
     """README.md of the model folder."""
@@ -239,4 +230,4 @@ Trained by `tools/train_autoencoder.py` on {pictures:,} pictures of `{config.ima
 | PSNR of the mean squared error | {measured["psnr_of_mean"]:.2f} |
 
 Latents are normalised by `latents_mean` and `latents_std` in `config.json`, measured on the training pictures."""
-    return card("A small AutoencoderKL", text, config)
+    return model_card("A small AutoencoderKL", text, config)

@@ -14,15 +14,15 @@ from ..data.stream import LatentBatch, LatentStream, latent_loader
 from ..device import pick_device
 from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
-from ..files import atomic_folder, makes_folder
+from ..files import makes_folder
 from ..models.moments import MomentHeads
 from ..models.unet import is_mixture, known_labels, num_classes
 from ..pipelines import SMDPipeline, load_pipeline
 from ..progress import progress
 from ..schedulers.gms import GMSScheduler
-from .card import card
 from .ema import EMA
-from .rates import warmup_cosine
+from .model_folder import model_card, write_model_folder
+from .rates import warmup_then_cosine
 
 REPORT_EVERY_BATCHES = 50
 WARMUP = 0.05
@@ -54,7 +54,7 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     bar, images_seen = progress(config.images_total, 0, output.name), 0
     for index, batch in enumerate(latent_loader(stream, num_workers=0)):
         for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(config.learning_rate, images_seen / config.images_total, WARMUP)
+            group["lr"] = warmup_then_cosine(config.learning_rate, images_seen / config.images_total, WARMUP)
         variance, third, error = errors(heads, batch.to(device))
         loss = (variance - error**2).square().mean() + config.third_weight * (third - error**3).square().mean()
         optimizer.zero_grad(set_to_none=True)
@@ -71,11 +71,7 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     few = LatentStream(manifest, CALIBRATION_PICTURES, CALIBRATION_PICTURES, seed=config.seed).batch_at(0).to(device)
     shares = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few)
     pipeline.register_modules(moments=ema.model, scheduler=GMSScheduler.from_config(pipeline.scheduler.config))
-    with atomic_folder(output) as folder:
-        pipeline.save_pretrained(folder)
-        text = moments_card(config, ema.model, images_seen, shares)
-        for path in (folder, folder / "moments"):
-            (path / "README.md").write_text(text, encoding="utf-8")
+    write_model_folder(output, pipeline, moments_card(config, ema.model, images_seen, shares), "moments")
     print("predicted variance over that found: " + ", ".join(f"{share:.2f} at t = {t}" for t, share in shares.items()))
     return output
 
@@ -131,4 +127,4 @@ def moments_card(config: TrainMomentsConfig, heads: MomentHeads, images_seen: in
 after {images_seen:,} images. Predicted variance over the squared error: {measured}.
 
 Made by `tools/train_moments.py` with these settings:"""
-    return card("Variance and skew of the step, for GMSScheduler", text, config)
+    return model_card("Variance and skew of the step, for GMSScheduler", text, config)

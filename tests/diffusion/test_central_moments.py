@@ -8,7 +8,7 @@ from ldm_smd.config import DiffusionConfig
 from ldm_smd.diffusion.central_moments import Moments, fit_two_gaussians, moments_of, reverse_moments, two_gaussians, x0_moments
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.training.loop import build_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 
 PROCESS = DiffusionProcess(build_scheduler(DiffusionConfig()).alphas_cumprod.double())
 MIXTURE = GaussianMixture.isotropic(torch.tensor([[-1.2], [0.3], [1.0]]).double(), 0.1, torch.tensor([0.5, 0.2, 0.3]).double())

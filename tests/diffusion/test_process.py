@@ -5,7 +5,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from ldm_smd.choices import PREDICTION_TYPES
 from ldm_smd.config import DiffusionConfig
 from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.training.loop import build_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 
 SCHEDULER = build_scheduler(DiffusionConfig())
 PROCESS = DiffusionProcess(SCHEDULER.alphas_cumprod.double())

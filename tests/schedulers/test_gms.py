@@ -10,7 +10,7 @@ from ldm_smd.diffusion.central_moments import reverse_moments, two_gaussians, x0
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.schedulers.gms import GMSScheduler
-from ldm_smd.training.loop import build_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 
 SCHEDULER = build_scheduler(DiffusionConfig())
 MIXTURE = GaussianMixture.isotropic(torch.tensor([[-1.2], [0.3], [1.0]]).double(), 0.1)

@@ -11,8 +11,8 @@ from ldm_smd.config import DiffusionConfig, SampleConfig, settings
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.errors import UserError
 from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.schedulers.support import REFUSED, SUPPORTED, check_scheduler, check_timesteps, run_from, warn_once
-from ldm_smd.training.loop import build_scheduler
 
 OURS = build_scheduler(DiffusionConfig())
 MEAN, DEVIATION = torch.tensor([0.0, 1.0, -1.0]), torch.tensor([1.0, 0.5, 0.7])

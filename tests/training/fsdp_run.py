@@ -8,7 +8,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
 from ldm_smd.config import TrainConfig, load_config
-from ldm_smd.training.loop import run
+from ldm_smd.training.loop import training_loop
 from ldm_smd.training.sharding import is_divided
 
 config = load_config(TrainConfig, sys.argv[1])
@@ -17,6 +17,6 @@ accelerator.state.distributed_type = DistributedType.FSDP
 accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
     fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
 )
-run(config, accelerator, threading.Event())
+training_loop(config, accelerator, threading.Event())
 assert is_divided(accelerator._models[0])
 accelerator.end_training()

@@ -1,0 +1,78 @@
+"""What a run of tools/train.py has from its start to its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+
+from ..autoencoder import FrozenAutoencoder
+from ..config import TrainConfig
+from ..data.shards import Manifest
+from ..data.stream import LatentStream
+from ..diffusion.process import DiffusionProcess
+from ..schedulers.schedule import build_scheduler
+from .checkpoint import newest_images
+from .record import MAY_CHANGE, NOT_COMPARED, RunRecord, compared_settings, open_record
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings, data and frozen networks of a training, and the processes that share it.
+
+    Attributes:
+        manifest: of the latent shards.
+        autoencoder: that made them, on the accelerator's device.
+        scheduler: the noise schedule.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    manifest: Manifest
+    autoencoder: FrozenAutoencoder
+    scheduler: DDPMScheduler
+    record: RunRecord
+
+    @classmethod
+    def open(cls, config: TrainConfig, accelerator: Accelerator) -> Run:
+        """Read what ``config`` names, writing nothing; UserError where the parts do not belong together."""
+        manifest = Manifest.load(config.shards)
+        autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(accelerator.device)
+        manifest.check_autoencoder(autoencoder)
+        record = open_record(
+            Path(config.output),
+            {"shards": manifest.sha256} | compared_settings(config, NOT_COMPARED),
+            newest_images(Path(config.output) / "checkpoints"),
+            MAY_CHANGE,
+            config.resume_changed,
+        )
+        return cls(config, accelerator, manifest, autoencoder, build_scheduler(config.diffusion), record)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def process(self) -> DiffusionProcess:
+        """The noise schedule's forward process, on the device."""
+        return DiffusionProcess(self.scheduler.alphas_cumprod).to(self.accelerator.device)
+
+    def batches(self, images_seen: int = 0) -> LatentStream:
+        """This process's part of every batch after ``images_seen``."""
+        config, accelerator = self.config, self.accelerator
+        return LatentStream(
+            self.manifest,
+            config.batch_size,
+            config.images_total,
+            images_seen,
+            config.seed,
+            config.mirror,
+            accelerator.process_index,
+            accelerator.num_processes,
+            embeddings=config.image_conditional,
+        )
