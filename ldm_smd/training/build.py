@@ -11,10 +11,10 @@ from ..models.extended import ExtendedUNet2DModel, class_of
 from ..models.unet import EMBEDDING_PARTS, FITTED_PARTS, MIXTURE_PARTS, SMDUNet2DModel
 from .checkpoint import checkpoints, load_weights
 from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
-from .run import Run
+from .run import Denoiser, Run
 
 
-def initial_model(run: Run) -> SMDUNet2DModel | ExtendedUNet2DModel:
+def initial_model(run: Run) -> Denoiser:
     """``build_model``, on the device. Its noise is fitted unless a checkpoint has it."""
     model = build_model(run.config, run.manifest)
     if model.is_mixture and not model.noise.is_fitted and not checkpoints(run.checkpoints):
@@ -22,7 +22,7 @@ def initial_model(run: Run) -> SMDUNet2DModel | ExtendedUNet2DModel:
     return model.to(run.accelerator.device)
 
 
-def build_model(config: TrainConfig, manifest: Manifest) -> SMDUNet2DModel | ExtendedUNet2DModel:
+def build_model(config: TrainConfig, manifest: Manifest) -> Denoiser:
     """The configured UNet for the latents and classes of the shards, untrained or with the weights of ``init_from``; the
     extension of ``init_from`` to a mixture where that is a UNet2DModel of diffusers."""
     if config.init_from and class_of(config.init_from) in ("UNet2DModel", "ExtendedUNet2DModel"):
@@ -81,7 +81,7 @@ def noise_modes(config: TrainConfig, manifest: Manifest) -> int:
     return max(1, min(config.model.noise_modes, manifest.count // LATENTS_PER_COMPONENT))
 
 
-def fit_noise(model: SMDUNet2DModel | ExtendedUNet2DModel, run: Run) -> None:
+def fit_noise(model: Denoiser, run: Run) -> None:
     """Colour the mixture's noise as the first latents of the stream, the same on every process."""
     latents, labels = fitting_latents(run.manifest, run.autoencoder, run.config.seed, run.config.mirror)
     model.noise.fit(latents, labels, run.scheduler.alphas_cumprod, run.config.diffusion.prediction_type)

@@ -9,7 +9,6 @@ from (seed, images_seen) in every step.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from ..files import atomic_folder
 from .ema import EMA
 from .trained import TrainedNetwork
 
-PATTERN = re.compile(r"images-(\d{12})")
 Networks = dict[str, TrainedNetwork]
 
 
@@ -80,13 +78,13 @@ def resume_optimizers(folder: Path, networks: Networks) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("images-*") if PATTERN.fullmatch(path.name))
+    return sorted(folder.glob("images-" + 12 * "[0-9]"))
 
 
 def newest_images(folder: Path) -> int:
     """Images seen by the newest checkpoint; 0 where there is none."""
-    found = [match for path in checkpoints(folder) if (match := PATTERN.fullmatch(path.name))]
-    return int(found[-1][1]) if found else 0
+    found = checkpoints(folder)
+    return int(found[-1].name.removeprefix("images-")) if found else 0
 
 
 def load_weights(model: ModelMixin, folder: Path, key: str, new: tuple[str, ...] = (), kept: tuple[str, ...] = ()) -> None:

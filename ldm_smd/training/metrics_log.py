@@ -47,22 +47,20 @@ class MetricsLog:
 
 
 class RunningMeans:
-    """Means over the steps since the last report, on the device, and over all processes.
+    """Means over the steps since the last report, on the device, and over the processes of ``accelerator``.
 
     Args:
         state: of a run that was stopped between two reports.
     """
 
-    def __init__(self, accelerator: Accelerator, state: dict | None = None) -> None:
+    def __init__(self, accelerator: Accelerator | None = None, state: dict | None = None) -> None:
         self.accelerator = accelerator
-        self.steps, self._sums = 0, {}
-        if state:
-            sums = {name: torch.tensor(value, device=accelerator.device) for name, value in state.items() if name != "steps"}
-            self.steps, self._sums = state["steps"], sums
+        sums = {"steps": 0} | (state or {})
+        self.steps, self._sums = sums.pop("steps"), sums
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
         """The same names at every step."""
-        self._sums = {name: self._sums.get(name, 0.0) + value.detach() for name, value in values.items()}
+        self._sums = {name: value.detach() + self._sums.get(name, 0.0) for name, value in values.items()}
         self.steps += 1
 
     def read(self) -> dict[str, float]:
@@ -75,7 +73,8 @@ class RunningMeans:
         return {"steps": self.steps, **self._reduced(1)}
 
     def _reduced(self, steps: int) -> dict[str, float]:
-        totals = self.accelerator.reduce(torch.stack(list(self._sums.values())), "mean")
+        totals = torch.stack(list(self._sums.values()))
+        totals = totals if self.accelerator is None else self.accelerator.reduce(totals, "mean")
         return dict(zip(self._sums, (totals / steps).tolist()))
 
 

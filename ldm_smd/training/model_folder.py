@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Protocol
+
+from diffusers import ModelMixin
 
 from ..config import config_as_dict
 from ..files import atomic_folder
-from ..models.extended import ExtendedUNet2DModel
-from ..models.unet import SMDUNet2DModel, embedding_dimensions
+from ..models.unet import embedding_dimensions
 from ..pipelines import SMDPipeline
-from .run import Run
+from .run import Denoiser, Run
 
 CARD_CLASSES = 20
 
 
-class Saved(Protocol):
-    """A model or pipeline of diffusers."""
-
-    def save_pretrained(self, folder: Path) -> None: ...
-
-
-def write_model_folder(path: Path, model: Saved, card: str, *parts: str) -> None:
+def write_model_folder(path: Path, model: ModelMixin | SMDPipeline, card: str, *parts: str) -> None:
     """Write ``model`` and its card, which also the ``parts`` have that are of use alone."""
     with atomic_folder(path) as folder:
         model.save_pretrained(folder)
@@ -47,7 +41,7 @@ tags: [ldm_smd, latent-diffusion]
 """
 
 
-def build_pipeline(run: Run, unet: SMDUNet2DModel | ExtendedUNet2DModel) -> SMDPipeline:
+def build_pipeline(run: Run, unet: Denoiser) -> SMDPipeline:
     """The pipeline of a run's denoiser."""
     manifest = run.manifest
     labels = {str(number): name for number, name in enumerate(manifest.classes)} if unet.config.num_classes else None
@@ -55,12 +49,12 @@ def build_pipeline(run: Run, unet: SMDUNet2DModel | ExtendedUNet2DModel) -> SMDP
     return SMDPipeline(unet, run.autoencoder.model, run.scheduler, labels, embedding=embedding)
 
 
-def save_model_folder(run: Run, unet: SMDUNet2DModel | ExtendedUNet2DModel, images_seen: int) -> None:
+def save_model_folder(run: Run, unet: Denoiser, images_seen: int) -> None:
     """Write OUTPUT/model: the pipeline with the EMA weights, and its card."""
     write_model_folder(run.output / "model", build_pipeline(run, unet), denoiser_card(run, unet, images_seen), "unet")
 
 
-def denoiser_card(run: Run, unet: SMDUNet2DModel | ExtendedUNet2DModel, images_seen: int) -> str:
+def denoiser_card(run: Run, unet: Denoiser, images_seen: int) -> str:
     """README.md of a model folder: what it is and the settings that made it."""
     config, manifest = run.config, run.manifest
     kind = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"

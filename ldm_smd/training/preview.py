@@ -7,12 +7,11 @@ import logging
 from torchvision.utils import make_grid, save_image
 
 from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
-from ..models.extended import ExtendedUNet2DModel
-from ..models.unet import SMDUNet2DModel, known_labels
+from ..models.unet import known_labels
 from ..pipelines import seeded_generators
 from .metrics_log import MetricsLog
 from .model_folder import build_pipeline
-from .run import Run
+from .run import Denoiser, Run
 
 logger = logging.getLogger(__name__)
 
@@ -21,18 +20,10 @@ SPREAD_PICTURES = 16
 PREVIEW_PICTURES = 40
 
 
-def preview(run: Run, unet: SMDUNet2DModel | ExtendedUNet2DModel, images_seen: int, log: MetricsLog) -> None:
+def preview(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None:
     """A grid of samples from fixed seeds, and the spread over eta by timestep, both from the EMA weights."""
     home = unet.device  # the CPU, where the training weights are divided over the processes
-    unet.to(run.accelerator.device)
-    log_samples(run, unet, images_seen, log)
-    if unet.is_mixture:
-        log_spread(run, unet, images_seen, log)
-    unet.to(home)
-
-
-def log_samples(run: Run, unet: SMDUNet2DModel | ExtendedUNet2DModel, images_seen: int, log: MetricsLog) -> None:
-    pipeline = build_pipeline(run, unet)
+    pipeline = build_pipeline(run, unet.to(run.accelerator.device))
     pipeline.set_progress_bar_config(disable=True)
     classes = unet.config.num_classes
     labels = None if classes is None else [index % classes for index in range(PREVIEW_PICTURES)]
@@ -43,10 +34,13 @@ def log_samples(run: Run, unet: SMDUNet2DModel | ExtendedUNet2DModel, images_see
     path.parent.mkdir(exist_ok=True)
     save_image(grid, path)
     log.image(images_seen, "samples", grid)
+    if unet.is_mixture:
+        log_spread(run, unet, images_seen, log)
+    unet.to(home)
 
 
-def log_spread(run: Run, unet: SMDUNet2DModel | ExtendedUNet2DModel, images_seen: int, log: MetricsLog) -> None:
-    """Warn where the draws of the mixture have become one."""
+def log_spread(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None:
+    """Log how far apart the draws of the mixture are; warn where they have become one."""
     batch, process = run.batches().batch_at(0).rows(0, SPREAD_PICTURES).to(run.accelerator.device), run.process()
     latents = run.autoencoder.normalise(batch.moments[:, 0].float())
     known = known_labels(batch.labels, unet.config.num_classes)

@@ -13,9 +13,12 @@ from ..config import TrainConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
 from ..diffusion.process import DiffusionProcess
+from ..models.extended import ExtendedUNet2DModel
+from ..models.unet import SMDUNet2DModel
 from ..schedulers.schedule import build_scheduler
-from .checkpoint import newest_images
-from .record import MAY_CHANGE, NOT_COMPARED, RunRecord, compared_settings, open_record
+from .record import MAY_CHANGE, NOT_COMPARED, RunRecord, open_record
+
+Denoiser = SMDUNet2DModel | ExtendedUNet2DModel
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,7 @@ class Run:
         manifest = Manifest.load(config.shards)
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(accelerator.device)
         manifest.check_autoencoder(autoencoder)
-        record = open_record(
-            Path(config.output),
-            {"shards": manifest.sha256} | compared_settings(config, NOT_COMPARED),
-            newest_images(Path(config.output) / "checkpoints"),
-            MAY_CHANGE,
-            config.resume_changed,
-        )
+        record = open_record(Path(config.output), {"shards": manifest.sha256}, config, NOT_COMPARED, MAY_CHANGE)
         return cls(config, accelerator, manifest, autoencoder, build_scheduler(config.diffusion), record)
 
     @property
@@ -64,15 +61,7 @@ class Run:
 
     def batches(self, images_seen: int = 0) -> LatentStream:
         """This process's part of every batch after ``images_seen``."""
-        config, accelerator = self.config, self.accelerator
-        return LatentStream(
-            self.manifest,
-            config.batch_size,
-            config.images_total,
-            images_seen,
-            config.seed,
-            config.mirror,
-            accelerator.process_index,
-            accelerator.num_processes,
-            embeddings=config.image_conditional,
-        )
+        config = self.config
+        rank, world, embeddings = self.accelerator.process_index, self.accelerator.num_processes, config.image_conditional
+        lengths = (config.batch_size, config.images_total, images_seen)
+        return LatentStream(self.manifest, *lengths, config.seed, config.mirror, rank, world, embeddings)

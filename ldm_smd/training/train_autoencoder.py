@@ -11,19 +11,19 @@ from diffusers import AutoencoderKL
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import INPUT_RANGE, FrozenAutoencoder
-from ..config import TrainAutoencoderConfig
+from ..config import TrainAutoencoderConfig, config_as_dict
 from ..data.images import load_pixels
 from ..data.shards import ChannelStatistics
 from ..device import pick_device
 from ..errors import UserError
 from ..files import claimed, require_folder
 from ..progress import progress
-from .checkpoint import load_weights, newest_images, resume, resume_optimizers, save_checkpoint
+from .checkpoint import load_weights, resume, resume_optimizers, save_checkpoint
 from .ema import EMA
-from .metrics_log import MetricsLog, crossed
+from .metrics_log import MetricsLog, RunningMeans, crossed
 from .model_folder import model_card, write_model_folder
 from .rates import warmup_times_cosine
-from .record import RunRecord, compared_settings, open_record
+from .record import RunRecord, open_record
 from .trained import TrainedNetwork
 
 REPORT_EVERY_IMAGES = 1_000
@@ -34,21 +34,16 @@ MAY_CHANGE = ("images_total", "learning_rate", "warmup_images", "ema_halflife_im
 
 def build(config: TrainAutoencoderConfig) -> AutoencoderKL:
     """An untrained AutoencoderKL of the configured shape."""
-    shape = config.model
-    levels = len(shape.block_out_channels)
+    levels = len(config.model.block_out_channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(shape.block_out_channels),
-        layers_per_block=shape.layers_per_block,
-        latent_channels=shape.latent_channels,
-        norm_num_groups=shape.norm_num_groups,
-        mid_block_add_attention=shape.mid_block_add_attention,
         use_quant_conv=False,
         use_post_quant_conv=False,
         sample_size=config.images.resolution,
         scaling_factor=1.0,
         force_upcast=False,
+        **config_as_dict(config.model),
     )
 
 
@@ -85,9 +80,8 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     torch.manual_seed(config.seed)
     pixels, _, _ = load_pixels(config.images)
     held_out, _, _ = load_pixels(config.held_out)
-    made_from = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), **compared_settings(config, NOT_COMPARED)}
-    there = newest_images(work / "checkpoints")
-    record = open_record(work, made_from, there, MAY_CHANGE, config.resume_changed)
+    hashes = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}
+    record = open_record(work, hashes, config, NOT_COMPARED, MAY_CHANGE)
     model = build(config)
     if config.init_from:
         load_weights(model, Path(config.init_from), "init_from")
@@ -105,32 +99,30 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     record.save(work)
     log = MetricsLog(work, images_seen)
     bar = progress(config.images_total, images_seen, "autoencoder")
-    totals: dict[str, torch.Tensor] = {}
-    steps = 0
+    means = RunningMeans()
     while images_seen < config.images_total:
         # The batch is a function of (seed, images_seen) alone, so a resumed run sees what an undisturbed one would.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
         x = _batch(pixels, config, generator).to(device)
-        noise = torch.randn(_latent_shape(config, len(x)), generator=generator).to(device)
-        reconstruction, mean, logvar = _forward(model, x, noise)
-        terms = autoencoder_loss(reconstruction, x, mean, logvar, config)
+        posterior = model.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
+        terms = autoencoder_loss(reconstruction, x, posterior.mean, posterior.logvar, config)
         model.zero_grad()
         terms["loss"].backward()
         trained["model"].descend(warmup_times_cosine(config, images_seen), gradient_clip=1.0)
 
         before = images_seen
         images_seen += len(x)
-        steps += 1
         ema.update(model, len(x), images_seen)
-        totals = {name: totals.get(name, 0.0) + value.detach() for name, value in terms.items()}
+        means.add(terms)
         bar.update(len(x))
         if crossed(before, images_seen, REPORT_EVERY_IMAGES):
-            means = {name: float(total) / steps for name, total in totals.items()}
-            if not math.isfinite(means["loss"]):
-                raise UserError(f"loss: expected a finite number, found {means['loss']} at {images_seen} images")
-            log.log(images_seen, means)
-            bar.set_postfix(l1=f"{means['l1']:.4f}")
-            totals, steps = {}, 0
+            values = means.read()
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"loss: expected a finite number, found {values['loss']} at {images_seen} images")
+            log.log(images_seen, values)
+            bar.set_postfix(l1=f"{values['l1']:.4f}")
         if crossed(before, images_seen, config.checkpoint_every_images):
             measured = measure(FrozenAutoencoder(ema.model), held_out)
             log.log(images_seen, {"held_out_psnr": measured["psnr"]})
@@ -150,12 +142,6 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     return output
 
 
-def _forward(model: AutoencoderKL, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    posterior = model.encode(x).latent_dist
-    z = posterior.mean + posterior.std * noise
-    return model.decode(z).sample, posterior.mean, posterior.logvar
-
-
 def _batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torch.Generator) -> torch.Tensor:
     """A random batch in [-1, 1], half of it mirrored where ``flip``."""
     index = torch.randint(len(pixels), (config.batch_size,), generator=generator)
@@ -165,11 +151,6 @@ def _batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torc
         mirrored = torch.rand(config.batch_size, generator=generator) < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     return x
-
-
-def _latent_shape(config: TrainAutoencoderConfig, batch: int) -> tuple[int, int, int, int]:
-    side = config.images.resolution // 2 ** (len(config.model.block_out_channels) - 1)
-    return batch, config.model.latent_channels, side, side
 
 
 def measure(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int = 64) -> dict[str, float]:

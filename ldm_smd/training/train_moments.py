@@ -23,6 +23,7 @@ from ..schedulers.gms import GMSScheduler
 from .ema import EMA
 from .model_folder import model_card, write_model_folder
 from .rates import warmup_then_cosine
+from .trained import TrainedNetwork
 
 REPORT_EVERY_BATCHES = 50
 WARMUP = 0.05
@@ -49,18 +50,17 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     heads = MomentHeads.for_unet(pipeline.unet).to(device)
     ema = EMA(heads, config.ema_halflife_images)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+    trained = TrainedNetwork(heads, optimizer)
     errors = PredictionErrors(pipeline, autoencoder, config.label_dropout)
     stream = LatentStream(manifest, config.batch_size, config.images_total, seed=config.seed)
     bar, images_seen = progress(config.images_total, 0, output.name), 0
     for index, batch in enumerate(latent_loader(stream, num_workers=0)):
-        for group in optimizer.param_groups:
-            group["lr"] = warmup_then_cosine(config.learning_rate, images_seen / config.images_total, WARMUP)
         variance, third, error = errors(heads, batch.to(device))
         loss = (variance - error**2).square().mean() + config.third_weight * (third - error**3).square().mean()
-        optimizer.zero_grad(set_to_none=True)
+        heads.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
-        optimizer.step()
+        learning_rate = warmup_then_cosine(config.learning_rate, images_seen / config.images_total, WARMUP)
+        trained.descend(learning_rate, gradient_clip=1.0)
         images_seen += config.batch_size
         ema.update(heads, config.batch_size, images_seen)
         bar.update(config.batch_size)
