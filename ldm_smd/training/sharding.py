@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -35,6 +35,13 @@ def distribute_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tens
         return tensor
     # Every process has read the same, so none needs to send it.
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def divide_again(module: nn.Module, *_: object) -> None:
+    """Hook after a forward pass: FSDP leaves some parameters whole until the way back, which one without gradients has not."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule) and not torch.is_grad_enabled():
+            part.reshard()
 
 
 def is_divided(module: nn.Module) -> bool:

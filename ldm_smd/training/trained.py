@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import nn
 
-from .sharding import distribute_like, gather_into, is_divided, set_sharded_precision, whole
+from .sharding import distribute_like, divide_again, gather_into, is_divided, set_sharded_precision, whole
 
 
 class TrainedNetwork:
@@ -33,13 +33,15 @@ class TrainedNetwork:
             self.network.enable_gradient_checkpointing()
         set_sharded_precision(accelerator)
         prepared, _ = accelerator.prepare(self.network, self.optimizer)
+        if is_divided(self.network):
+            prepared.register_forward_hook(divide_again)
         self.forward = cast(nn.Module, torch.compile(prepared)) if compiled else prepared
 
     def descend(self, learning_rate: float, gradient_clip: float) -> torch.Tensor:
         """Clip the gradients and take a step; returns the norm they had."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        # Not accelerate's: it compares parameters by value where FSDP divides two networks of as many.
+        # accelerate's own fails under FSDP where two networks have the same number of parameters.
         norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip))
         self.optimizer.step()
         return norm

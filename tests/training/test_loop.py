@@ -15,10 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ldm_smd.config import dump_config
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline
+from ldm_smd.training import loop
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
+from tests.training.critic import WithCritic
 from tests.training.results import assert_same_losses, logged_losses, weights
 
 
@@ -155,6 +157,22 @@ def test_divided_parameters_learn_as_whole_ones(train_config, tmp_path, launch_w
     first, second = (logged_losses(tmp_path / name) for name in ("one", "divided"))
     assert second[:2] == [(images, pytest.approx(loss, rel=1e-4)) for images, loss in first[:2]]
     assert second[2:] == [(images, pytest.approx(loss, rel=0.02)) for images, loss in first[2:]]
+
+
+@pytest.mark.distributed
+def test_two_divided_networks_learn_as_whole_ones(train_config, tmp_path, launch_with, monkeypatch):
+    """One of which last runs without gradients, after which FSDP would leave it whole."""
+    one = train_config(f"output={tmp_path / 'one'}", "images_total=16")
+    process = launch_with(dataclasses.replace(one, output=str(tmp_path / "divided")), 2, "tests/training/fsdp_run.py", "critic")
+    _, error = process.communicate()
+    assert process.returncode == 0, error[-6000:]
+    monkeypatch.setattr(loop, "learner_for", WithCritic)
+    train(one)
+    paths = [checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("one", "divided")]
+    for part in ("model/diffusion_pytorch_model", "critic/diffusion_pytorch_model", "optimizer", "critic-optimizer"):
+        first, second = (load_file(path / f"{part}.safetensors") for path in paths)
+        assert first.keys() == second.keys()
+        assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-6) for name in first), part
 
 
 @pytest.fixture

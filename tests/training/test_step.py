@@ -5,14 +5,12 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_smd.data.stream import LatentBatch
-from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.training import loop
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
-from ldm_smd.training.trained import TrainedNetwork
-from tests.tiny import SIZES
+from tests.training.critic import WithCritic
 from tests.training.results import assert_same_losses, logged_losses
 
 
@@ -52,28 +50,6 @@ def test_parts_of_a_batch_add_up(train_config, tmp_path, monkeypatch):
         train(train_config(f"output={tmp_path / name}", f"accumulate={accumulate}"))
         assert rows == 8 * parts
     assert_same_losses(tmp_path / "whole", tmp_path / "parts")
-
-
-class WithCritic:
-    """A learner of two networks: the denoiser, and a critic that learns twice a step what the denoiser predicts."""
-
-    def __init__(self, run):
-        self.denoising, self.accelerator = Denoising(run), run.accelerator
-        network = SMDUNet2DModel(in_channels=4, out_channels=4, **SIZES | {"latent_channels": 0}).to(run.accelerator.device)
-        self.critic = TrainedNetwork(network, torch.optim.AdamW(network.parameters(), fused=True))
-        self.networks = {**self.denoising.networks, "critic": self.critic}
-
-    def step(self, batch, images_seen, learning_rate):
-        metrics = self.denoising.step(batch, images_seen, learning_rate)
-        for _ in range(2):
-            x, t = torch.randn(batch.moments[:, 0].shape, device=batch.labels.device), batch.labels + 500
-            with torch.no_grad():
-                target = self.denoising.model.forward(x, t, return_dict=False)[0]
-            self.critic.network.zero_grad()
-            loss = (self.critic.forward(x, t, return_dict=False)[0] - target).square().mean()
-            self.accelerator.backward(loss)
-            norm = self.critic.descend(10 * learning_rate, gradient_clip=1.0)
-        return metrics | {"critic_loss": loss.detach(), "critic_norm": norm}
 
 
 @pytest.mark.slow
