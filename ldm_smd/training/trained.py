@@ -33,9 +33,9 @@ class TrainedNetwork:
             self.network.enable_gradient_checkpointing()
         set_sharded_precision(accelerator)
         prepared, _ = accelerator.prepare(self.network, self.optimizer)
-        if is_divided(self.network):
-            prepared.register_forward_hook(divide_again)
         self.forward = cast(nn.Module, torch.compile(prepared)) if compiled else prepared
+        if is_divided(self.network):
+            self.forward.register_forward_hook(divide_again)
 
     def descend(self, learning_rate: float, gradient_clip: float) -> torch.Tensor:
         """Clip the gradients and take a step; returns the norm they had."""
