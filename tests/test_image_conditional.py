@@ -19,7 +19,8 @@ from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.pipelines.guidance import Conditions, guided_prediction
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
-from ldm_smd.training.loop import build_model, train
+from ldm_smd.training.build import build_model
+from ldm_smd.training.loop import train
 from tests.rounding import alike
 from tests.tiny import diffusers_unet
 

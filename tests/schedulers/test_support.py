@@ -13,9 +13,9 @@ from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.errors import UserError
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.schedulers.support import REFUSED, SUPPORTED, check_scheduler, warn_once
 from ldm_smd.schedulers.timesteps import run_from
-from ldm_smd.training.loop import build_scheduler
 
 OURS = build_scheduler(DiffusionConfig())
 MEAN, DEVIATION = torch.tensor([0.0, 1.0, -1.0]), torch.tensor([1.0, 0.5, 0.7])
