@@ -20,17 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from omegaconf import MISSING
 from yardstick import RESULTS, Yardstick, YardstickConfig
 
-from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.cli import run_tool
 from ldm_smd.config import load_config
-from ldm_smd.data.shards import Manifest
+from ldm_smd.device import pick_precision
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schema import check
+from ldm_smd.training.build import build_model, fit_noise
 from ldm_smd.training.checkpoint import checkpoints
-from ldm_smd.training.loop import build_model, build_pipeline, build_scheduler, fit_noise, train
+from ldm_smd.training.loop import train
+from ldm_smd.training.model_folder import build_pipeline
+from ldm_smd.training.run import Run
 from ldm_smd.training.settings import TrainConfig
 
 
@@ -71,11 +74,10 @@ def conversion(config: ConversionConfig) -> Path:
             checkpoint_every_images=config.every_images,
             keep_checkpoints=config.images_total // config.every_images + 1,
         )
-        manifest, scheduler = Manifest.load(run.shards), build_scheduler(run.diffusion)
-        autoencoder = FrozenAutoencoder.from_pretrained(run.autoencoder)
+        opened = Run.open(run, Accelerator(mixed_precision=pick_precision(run.precision)))
         torch.manual_seed(run.seed)
-        untrained = build_model(run, manifest)
-        fit_noise(untrained, run, manifest, autoencoder, scheduler)
+        untrained = build_model(run, opened.manifest)
+        fit_noise(untrained, opened)
         models = {0: untrained.eval()}
         train(run)
         for checkpoint in checkpoints(Path(run.output) / "checkpoints"):
@@ -83,7 +85,7 @@ def conversion(config: ConversionConfig) -> Path:
             models[images] = SMDUNet2DModel.from_pretrained(checkpoint / "ema")
         curves[name] = []
         for images, model in models.items():
-            pipeline = build_pipeline(model, autoencoder, scheduler, manifest)
+            pipeline = build_pipeline(opened, model.to(opened.accelerator.device))
             point = {"images": images}
             for steps in config.steps:
                 point[f"frechet_{steps}_steps"] = yardstick.cell(pipeline, steps, f"{name}, {steps} steps")["frechet"]

@@ -30,7 +30,7 @@ from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.evaluation.distances import frechet_distance
 from ldm_smd.evaluation.features import load_extractor
-from ldm_smd.models.unet import num_classes
+from ldm_smd.models.denoiser import num_classes
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
 from ldm_smd.sampling.inputs import load_clip

@@ -29,8 +29,8 @@ from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.pipelines import SMDPipeline
 from ldm_smd.sampling.grid import labelled_grid
 from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.schedulers.support import SUPPORTED
-from ldm_smd.training.loop import build_scheduler
 
 REFERENCE = "DDIMScheduler"
 SHOWN = 12

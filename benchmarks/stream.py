@@ -37,13 +37,12 @@ from targets import target, target_table
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import load_config
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentBatch, LatentStream, latent_loader, open_shard
-from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.training.loop import TrainingStep, build_model, build_scheduler, fit_noise
+from ldm_smd.training.run import Run
 from ldm_smd.training.settings import TrainConfig
+from ldm_smd.training.step import Denoising
 
 RESULT = Path(__file__).parent / "results" / "stream.json"
 WORKERS = (0, 1, 2, 4)
@@ -155,23 +154,17 @@ class Trainee:
     """The mixture model of the CIFAR-10 benchmark, a step at a time."""
 
     def __init__(self, manifest: Manifest, autoencoder: str) -> None:
-        config = load_config(TrainConfig, TRAINING_CONFIG, ["init_from=null", "mirror=false"])
+        data = [f"shards={manifest.folder}", f"autoencoder={autoencoder}", f"output={RESULT.with_suffix('.run')}"]
+        config = load_config(TrainConfig, TRAINING_CONFIG, ["init_from=null", "mirror=false", *data])
         accelerator = Accelerator(mixed_precision="no")
-        encoder, scheduler = FrozenAutoencoder.from_pretrained(autoencoder), build_scheduler(config.diffusion)
-        model = build_model(config, manifest)
-        fit_noise(model, config, manifest, encoder, scheduler)
         self.batch_size, self.images_seen, self.device = config.batch_size, 0, accelerator.device
-        self.model = accelerator.prepare(model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        process = DiffusionProcess(scheduler.alphas_cumprod).to(self.device)
-        self.step = TrainingStep(config, accelerator, self.model, process, encoder.to(self.device))
+        self.learner = Denoising(Run.open(config, accelerator))
+        self.learner.model.prepare(accelerator)
 
     def images_per_second(self, batches: Iterator[LatentBatch], steps: int) -> float:
         started = time.perf_counter()
         for _ in range(steps):
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step(next(batches).to(self.device), self.images_seen)
-            self.optimizer.step()
+            self.learner.step(next(batches).to(self.device), self.images_seen, learning_rate=1e-4)
             self.images_seen += self.batch_size
         return steps * self.batch_size / (time.perf_counter() - started)
 

@@ -27,8 +27,8 @@ from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.cli import run_tool
 from ldm_smd.data.shards import Manifest
 from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.models.denoiser import known_labels, num_classes, predict
 from ldm_smd.models.gaussian import LatentGaussians
-from ldm_smd.models.unet import known_labels, num_classes, predict
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.schedulers import TeleportScheduler, make_scheduler
 from ldm_smd.schema import check

@@ -19,7 +19,8 @@ from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.evaluation.distances import FeatureSet, distances, frechet_distance
 from ldm_smd.evaluation.features import load_extractor
-from ldm_smd.pipelines import NETWORKS, SMDPipeline, weight_files
+from ldm_smd.pipelines import SMDPipeline
+from ldm_smd.pipelines.loading import NETWORKS, weight_files
 from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
 from ldm_smd.schema import check
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias, get_args
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, ModelMixin
@@ -17,7 +18,7 @@ from torch import nn
 
 from .errors import UserError, brief
 
-KINDS = (AutoencoderKL, AutoencoderTiny, AutoencoderDC)
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 INPUT_RANGE = (-1.0, 1.0)
 """All three diffusers classes take pixels in [-1, 1] (AutoencoderTiny rescales inside)."""
 
@@ -35,8 +36,8 @@ class FrozenAutoencoder(nn.Module):
 
     def __init__(self, model: ModelMixin, name: str = "") -> None:
         super().__init__()
-        if not isinstance(model, KINDS):
-            allowed = ", ".join(kind.__name__ for kind in KINDS)
+        if not isinstance(model, Autoencoder):
+            allowed = ", ".join(kind.__name__ for kind in get_args(Autoencoder))
             raise UserError(f"autoencoder: expected one of {allowed}, found {type(model).__name__}")
         self.model = model
         self.name = name

@@ -13,7 +13,7 @@ from ldm_smd.evaluation.settings import SAMPLED_LABELS, EvaluateConfig
 from ldm_smd.models.attention import set_attention_backend
 from ldm_smd.models.settings import ATTENTION_BACKENDS, PLACEMENTS
 from ldm_smd.models.unet import SMDUNet2DModel
-from ldm_smd.training.loop import build_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training.settings import PRECISIONS
 
 

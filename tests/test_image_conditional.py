@@ -16,9 +16,11 @@ from ldm_smd.data.verify import verify
 from ldm_smd.errors import UserError
 from ldm_smd.models.clip import ClipEncoder
 from ldm_smd.pipelines import load_pipeline, seeded_generators
+from ldm_smd.pipelines.guidance import Conditions, guided_prediction
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
-from ldm_smd.training.loop import build_model, train
+from ldm_smd.training.build import build_model
+from ldm_smd.training.loop import train
 from tests.rounding import alike
 from tests.tiny import diffusers_unet
 
@@ -77,7 +79,7 @@ def test_the_embedding_matters_and_none_is_zeros(loud_pipeline, conditional_fold
             own, without = (
                 pipeline.unet(x, t, given, eta, image_embeds=e).sample for given, e in ((labels, embeds), (None, None))
             )
-            guided = pipeline._predict(x, t, labels, eta, 3.0, embeds)
+            guided = guided_prediction(pipeline.unet, x, t, Conditions(labels, embeds), eta, 3.0)
         assert alike(guided, without + 3 * (own - without))
     assert latents(embeds, labels=None).shape == (2, 4, 8, 8)
     for wrong in (embeds[:1], embeds[:, :7]):

@@ -30,12 +30,13 @@ from ..evaluation.distances import frechet_distance
 from ..evaluation.features import load_extractor
 from ..evaluation.reconstruction import reconstruction_psnr
 from ..files import claimed
-from ..models.unet import known_labels
+from ..models.denoiser import known_labels
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers import make_scheduler
-from ..training.loop import SPREAD_TIMESTEPS, train
+from ..training.loop import train
 from ..training.metrics_log import read_metrics
+from ..training.preview import SPREAD_TIMESTEPS
 from ..training.settings import TrainConfig
 from .report import write_report
 from .settings import DemoConfig, DemoRunConfig

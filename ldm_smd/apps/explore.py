@@ -17,7 +17,7 @@ from PIL import Image
 from ..autoencoder import encoder_sha256, spatial_factor
 from ..device import pick_device
 from ..errors import UserError, brief
-from ..models.unet import is_mixture, num_classes
+from ..models.denoiser import is_mixture, num_classes
 from ..pipelines import SMDPipeline, load_pipeline, seeded_generators
 from ..sampling.grid import class_name, labelled_grid
 from ..sampling.inputs import embedding_of, load_clip, training_side

@@ -29,8 +29,8 @@ from ..data.sources import Entry, fingerprint, list_entries
 from ..device import pick_device, process_group
 from ..errors import UserError
 from ..files import atomic_file, claimed, claimed_by_first, sha256, this_process
-from ..models.unet import num_classes
-from ..pipelines import NETWORKS, load_pipeline, model_folder, weight_files
+from ..models.denoiser import num_classes
+from ..pipelines.loading import NETWORKS, load_pipeline, model_folder, weight_files
 from ..progress import progress
 from ..sampling.batches import SamplingOptions, sample_batches
 from ..schedulers import make_scheduler

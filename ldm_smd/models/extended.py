@@ -12,7 +12,8 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from .backbone import Backbone, Trunk
-from .mixture import Cut, Draws, Mixture, MixtureSizes
+from .denoiser import null_labels
+from .mixture import Cut, Draws, Mixture
 
 
 class ExtendedUNet2DModel(Backbone):
@@ -25,7 +26,8 @@ class ExtendedUNet2DModel(Backbone):
         sample_size, in_channels: of the UNet.
         num_classes: number of classes, one less than the UNet's ``num_class_embeds``, whose last is "no label"; None for an
             unconditional UNet.
-        z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in MixtureSizes.
+        z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in
+            SMDUNet2DModel.
     """
 
     _supports_gradient_checkpointing = True  # of its UNet's blocks
@@ -55,20 +57,16 @@ class ExtendedUNet2DModel(Backbone):
         # What an up block takes in is what the one before it put out.
         widths = (last, *reversed(config.block_out_channels))[: len(self.unet.up_blocks)]
         cut = Cut(
-            in_channels=in_channels,
-            sample_size=sample_size,
-            out_channels=config.out_channels,
-            num_classes=num_classes,
             feature_channels=last,
             feature_stride=1,
             embedding_dim=embedding_dim,
             places={f"up{index}": width for index, width in enumerate(widths[:-1] or widths)},
             modulation_size=embedding_dim,
             last_channels=widths[-1],
+            out_channels=config.out_channels,
             norm_num_groups=config.norm_num_groups,
         )
-        sizes = (z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps)
-        self.mixture = Mixture(cut, MixtureSizes(*sizes))
+        self.mixture = Mixture(cut, self.config)
 
     @classmethod
     def from_unet(cls, folder: str | Path, **mixture: int) -> ExtendedUNet2DModel:
@@ -92,16 +90,14 @@ class ExtendedUNet2DModel(Backbone):
         class_labels: torch.Tensor | None,
         image_embeds: torch.Tensor | None,
     ) -> Trunk:
-        unet, batch = self.unet, len(sample)
+        unet = self.unet
         if image_embeds is not None:
             raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
         if unet.config.center_input_sample:
             sample = 2 * sample - 1
-        embedding = unet.time_embedding(unet.time_proj(timestep.expand(batch)).to(sample.dtype))
+        embedding = unet.time_embedding(unet.time_proj(timestep.expand(len(sample))).to(sample.dtype))
         if unet.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full((batch,), self.config.num_classes, device=sample.device)
-            embedding = embedding + unet.class_embedding(class_labels)
+            embedding = embedding + unet.class_embedding(null_labels(self, sample) if class_labels is None else class_labels)
         h = unet.conv_in(sample)
         skips = [h]
         for block in unet.down_blocks:

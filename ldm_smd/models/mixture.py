@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from .blocks import Pointwise, repeat, zero_init
@@ -13,52 +14,28 @@ from .noise import PosteriorNoise
 
 
 @dataclass(frozen=True)
-class MixtureSizes:
-    """Sizes that are the mixture's own.
-
-    Attributes:
-        z_channels: channels of the latent map z.
-        identifier_channels: width of g_xi, which makes z (MixtureIdentifier).
-        hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
-        noise_rank: principal components of the latents that a draw chooses in (PosteriorNoise, to be fitted before training);
-            0: white noise, the paper's.
-        noise_modes: modes of the Gaussian mixture that the latents are taken to be from in those directions.
-        noise_timesteps: timesteps of the noise schedule that it is fitted for.
-    """
-
-    z_channels: int
-    identifier_channels: int
-    hypernetwork_width: int
-    noise_rank: int
-    noise_modes: int
-    noise_timesteps: int
-
-
-@dataclass(frozen=True)
 class Cut:
-    """Where a network is cut in two, trunk and tail, and where draws enter the tail: all that a mixture knows of its network.
+    """Where a network is cut in two, trunk and tail, and where draws enter the tail: all that a mixture knows of it, beside its
+    config.
 
     Attributes:
-        in_channels, sample_size, out_channels, num_classes: of the network.
         feature_channels: channels of the trunk's features, which g_xi reads.
         feature_stride: 1, or 2 where those are at full resolution and z is to have half the sides.
         embedding_dim: length of the embedding of timestep and class.
         places: name -> channels of the feature maps that f_phi acts on.
         modulation_size: length of the modulation that z shifts; 0 for none.
         last_channels: channels of the feature map that the noise is added to.
+        out_channels: channels of the prediction.
         norm_num_groups: groups of f_phi's GroupNorm.
     """
 
-    in_channels: int
-    sample_size: int
-    out_channels: int
-    num_classes: int | None
     feature_channels: int
     feature_stride: int
     embedding_dim: int
     places: dict[str, int]
     modulation_size: int
     last_channels: int
+    out_channels: int
     norm_num_groups: int
 
 
@@ -118,27 +95,19 @@ class Mixture(nn.Module):
         gate: from the embedding of timestep and class to the weight of e in each channel of the prediction.
     """
 
-    def __init__(self, cut: Cut, sizes: MixtureSizes) -> None:
+    def __init__(self, cut: Cut, config: FrozenDict) -> None:
+        """``config`` is that of the network, with ``z_channels``, ``identifier_channels``, ``hypernetwork_width`` and
+        ``noise_*`` (SMDUNet2DModel)."""
         super().__init__()
-        z_channels = sizes.z_channels
-        self.hypernetworks = nn.ModuleDict(
-            {
-                place: HyperNetwork(channels, z_channels, sizes.hypernetwork_width, cut.norm_num_groups)
-                for place, channels in cut.places.items()
-            }
-        )
-        self.identifier = MixtureIdentifier(
-            cut.feature_channels,
-            cut.feature_stride,
-            cut.in_channels,
-            cut.embedding_dim,
-            sizes.identifier_channels,
-            z_channels,
-        )
-        self.noise = PosteriorNoise(
-            cut.in_channels, cut.sample_size, sizes.noise_rank, sizes.noise_modes, cut.num_classes, sizes.noise_timesteps
-        )
-        self.noise_skip = zero_init(Pointwise(cut.in_channels, cut.last_channels, bias=False))
+        z_channels, in_channels = config.z_channels, config.in_channels
+        self.hypernetworks = nn.ModuleDict()
+        for place, channels in cut.places.items():
+            self.hypernetworks[place] = HyperNetwork(channels, z_channels, config.hypernetwork_width, cut.norm_num_groups)
+        features = (cut.feature_channels, cut.feature_stride, in_channels, cut.embedding_dim)
+        self.identifier = MixtureIdentifier(*features, config.identifier_channels, z_channels)
+        modes, timesteps = config.noise_modes, config.noise_timesteps
+        self.noise = PosteriorNoise(in_channels, config.sample_size, config.noise_rank, modes, config.num_classes, timesteps)
+        self.noise_skip = zero_init(Pointwise(in_channels, cut.last_channels, bias=False))
         self.gate = zero_init(nn.Linear(cut.embedding_dim, cut.out_channels))
         self.modulation = zero_init(nn.Linear(z_channels, cut.modulation_size)) if cut.modulation_size else None
 

@@ -11,7 +11,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .blocks import ResidualBlock, assign_modulation_slices, zero_init
-from .unet import SMDUNet2DModel, predict
+from .denoiser import predict
+from .unet import SMDUNet2DModel
 
 START = 0.5413248546129181
 """softplus of it is 1."""

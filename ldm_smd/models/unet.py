@@ -9,15 +9,14 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .backbone import Backbone, Trunk
 from .blocks import AttentionBlock, Downsample, ResidualBlock, assign_modulation_slices, upsample, zero_init
-from .mixture import Cut, Draws, Mixture, MixtureSizes
+from .denoiser import null_labels
+from .mixture import Cut, Draws, Mixture
 from .settings import PLACEMENTS
 
 
@@ -41,8 +40,13 @@ class SMDUNet2DModel(Backbone):
             class: "no label".
         norm_num_groups: groups of every GroupNorm.
         dropout: inside the residual blocks.
-        z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: of the mixture
-            (MixtureSizes); ``z_channels=0`` for a Gaussian model.
+        z_channels: channels of the mixture's latent map z; 0 for a Gaussian model.
+        identifier_channels: width of g_xi, which makes z (MixtureIdentifier).
+        hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
+        noise_rank: principal components of the latents that a draw chooses in (PosteriorNoise, fitted before training); 0:
+            white noise, the paper's.
+        noise_modes: modes of the Gaussian mixture that the latents are taken to be from in those directions.
+        noise_timesteps: timesteps of the noise schedule that it is fitted for.
         embedding_dimensions: D of the OpenCLIP embeddings that it can be conditioned on; None where it cannot.
         placement: where f_phi acts, and with it where the network is cut. "in_out" (the paper): after the first and before
             the last convolution. "up": before each level of the decoder path but the last, so that the encoder path and the
@@ -148,20 +152,16 @@ class SMDUNet2DModel(Backbone):
             downs = {f"down{level}": block_out_channels[level - 1] for level in range(1, levels)}
             ends = {"in": first, "out": first}
             cut = Cut(
-                in_channels=in_channels,
-                sample_size=sample_size,
-                out_channels=out_channels,
-                num_classes=num_classes,
                 feature_channels=last if self.cut_after_middle else first,
                 feature_stride=1 if self.cut_after_middle and levels > 1 else 2,
                 embedding_dim=embedding_dim,
                 places={"in_out": ends, "up": ups, "all": ends | downs | ups}[placement],
                 modulation_size=0 if placement == "in_out" else self.modulation_sizes[1],
                 last_channels=first,
+                out_channels=out_channels,
                 norm_num_groups=groups,
             )
-            sizes = (z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps)
-            self.mixture = Mixture(cut, MixtureSizes(*sizes))
+            self.mixture = Mixture(cut, self.config)
 
     def trunk(
         self,
@@ -208,9 +208,7 @@ class SMDUNet2DModel(Backbone):
         if self.class_embedding is None and class_labels is not None:
             raise ValueError("class_labels: expected None, this model has num_classes=None")
         if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full((len(sample),), self.config.num_classes, device=sample.device)
-            embedding = embedding + self.class_embedding(class_labels)
+            embedding = embedding + self.class_embedding(null_labels(self, sample) if class_labels is None else class_labels)
         if image_embeds is None:
             return embedding
         if self.image_embedding is None:
@@ -269,52 +267,3 @@ class Stage(nn.Module):
         groups = block.norm2.num_groups
         self.blocks.append(block)
         self.attentions.append(AttentionBlock(channels, head_dim, groups) if level in attention_levels else nn.Identity())
-
-
-def is_mixture(unet: ModelMixin) -> bool:
-    """Tell whether a denoiser is a mixture; a plain UNet2DModel of diffusers is not."""
-    return getattr(unet, "is_mixture", False)
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """Itself, or what torch.compile made it of."""
-    return getattr(module, "_orig_mod", module)
-
-
-def num_classes(unet: ModelMixin) -> int | None:
-    """Return a denoiser's number of classes; the last class embedding of a plain UNet2DModel is taken for "no label"."""
-    if isinstance(uncompiled(unet), UNet2DModel):
-        embeds = unet.config.num_class_embeds
-        return None if embeds is None else embeds - 1
-    return unet.config.num_classes
-
-
-def predict(
-    unet: ModelMixin,
-    sample: torch.Tensor,
-    timestep: torch.Tensor | float | int,
-    class_labels: torch.Tensor | None = None,
-    eta: torch.Tensor | None = None,
-    image_embeds: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The prediction of any denoiser, as SMDUNet2DModel.forward; a plain UNet2DModel reads no eta and has no default label."""
-    if isinstance(uncompiled(unet), SMDUNet2DModel):
-        return unet(sample, timestep, class_labels, eta, return_dict=False, image_embeds=image_embeds)[0]
-    if image_embeds is not None:
-        raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
-    if not isinstance(uncompiled(unet), UNet2DModel):
-        return unet(sample, timestep, class_labels, eta, return_dict=False)[0]
-    classes = num_classes(unet)
-    if class_labels is None and classes is not None:
-        class_labels = torch.full((len(sample),), classes, device=sample.device)
-    return unet(sample, timestep, class_labels, return_dict=False)[0]
-
-
-def embedding_dimensions(unet: ModelMixin) -> int | None:
-    """Return the dimensions D of the image embeddings that a denoiser is conditioned on, or None."""
-    return getattr(unet.config, "embedding_dimensions", None)
-
-
-def known_labels(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor | None:
-    """The labels of latent shards as the model takes them: the null class for -1; None for an unconditional model."""
-    return None if num_classes is None else torch.where(labels < 0, num_classes, labels)

@@ -12,8 +12,9 @@ from torchvision.transforms.functional import to_pil_image
 from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
+from ..models.denoiser import num_classes
 from ..models.extended import ExtendedUNet2DModel, class_of
-from ..models.unet import SMDUNet2DModel, num_classes
+from ..models.unet import SMDUNet2DModel
 from ..pipelines import SMDPipeline, load_pipeline
 from ..schedulers import make_scheduler
 from .batches import SamplingOptions, sample_pixels

@@ -10,7 +10,7 @@ __all__ = ["GMSScheduler", "TeleportScheduler", "make_scheduler"]
 
 
 def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler class called ``name``, of diffusers or ours, with the noise schedule of ``current``.
+    """Make a scheduler of the class called ``name``, of diffusers or ours, with the noise schedule of ``current``.
 
     ``name`` may go on with settings of the class: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
     """

@@ -16,12 +16,8 @@ from .support import EVERYWHERE, REFUSED, SPACINGS, SUPPORTED, check_scheduler, 
 
 
 def scheduler_from(name: str, config: dict, ours: dict[str, type[SchedulerMixin]]) -> SchedulerMixin:
-    """The scheduler class called ``name``, of diffusers or of ``ours``, with the noise schedule of a scheduler's ``config`` and
-    the settings that it needs for our models (support.py).
-
-    ``name`` may go on with settings of the class, which come before all others:
-    DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
-    """
+    """Make a scheduler as make_scheduler does, of diffusers or of ``ours``, with the noise schedule in ``config`` and the
+    settings that it needs for our models (support.py), but for those that ``name`` chooses."""
     name, _, settings = name.partition(":")
     kind = ours.get(name, getattr(diffusers, name, None))
     if name in REFUSED:

@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..diffusion.central_moments import WEIGHT, Moments, reverse_moments, two_gaussians, x0_moments
 from ..diffusion.process import DiffusionProcess
 from .kernel_fit import fit_two_gaussians
+from .timesteps import Generators
 
 
 class GMSScheduler(DDPMScheduler):
@@ -20,9 +21,9 @@ class GMSScheduler(DDPMScheduler):
     variance and the third central moment of q(x_s | x_t). The paper fits the kernel in 70 iterations of an optimizer at
     every step; here it is solved (diffusion/central_moments.py), unless one asks for the fit.
 
-    A scheduler of diffusers otherwise: ``set_timesteps``, ``add_noise``, ``from_config`` of any other's configuration. But
-    ``step`` takes three outputs of the network where others take one, the prediction and two moments, as
-    MomentHeads.predict returns them; SMDPipeline with its ``moments`` part does so by itself.
+    Otherwise a DDPMScheduler: ``set_timesteps``, ``add_noise``, ``from_config`` of any other's configuration. As DDPMScheduler
+    takes a learned variance in further channels of ``model_output``, ``step`` takes two moments there, as
+    MomentHeads.predict returns them; SMDPipeline with its ``moments`` part hands them over.
 
     Args:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, timestep_spacing,
@@ -34,6 +35,8 @@ class GMSScheduler(DDPMScheduler):
             normal term of variance v; with it the kernel is worse than one Gaussian (tests/schedulers/test_gms.py).
         fit_iterations: 0 to solve the kernel; or of the paper's fit, to compare with.
     """
+
+    step_part = "moments"
 
     @register_to_config
     def __init__(
@@ -79,7 +82,7 @@ class GMSScheduler(DDPMScheduler):
         model_output: torch.Tensor,
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """One step, to the next timestep of ``set_timesteps``; the last is to the mean of x_0.
@@ -114,10 +117,8 @@ class GMSScheduler(DDPMScheduler):
             return drawn, x0.mean
         return DDPMSchedulerOutput(prev_sample=drawn, pred_original_sample=x0.mean)
 
-    def _draw(
-        self, moments: Moments, floor: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
-    ) -> torch.Tensor:
-        """From the kernel of these moments."""
+    def _draw(self, moments: Moments, floor: torch.Tensor, generator: Generators) -> torch.Tensor:
+        """Draw from the kernel of these moments."""
         shape, device, dtype = moments.mean.shape, moments.mean.device, moments.mean.dtype
         noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         if self.config.num_moments == 2:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 
-import torch
-from diffusers import PNDMScheduler, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -92,11 +91,6 @@ REFUSED: dict[str, str] = {
 }
 """Class -> why it does not sample our models."""
 
-WHOLE_STRIDES = ("CogVideoXDDIMScheduler", "DDIMParallelScheduler", "DDIMScheduler", "PNDMScheduler")
-"""They step by the whole part of the distance of two timesteps."""
-LOST = 0.02
-"""Share of the noise schedule left out by that, above which there is a warning."""
-
 
 def refusal(kind: type) -> str | None:
     """Why a scheduler of this class does not sample our models; None where it does, or is of another library."""
@@ -136,47 +130,6 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
             warn_once(f"scheduler: expected {name} with {key}={value}, as make_scheduler sets it, found {config[key]}")
 
 
-def check_timesteps(scheduler: SchedulerMixin, steps: int) -> None:
-    """ValueError for a number of steps at which diffusers rounds the last timestep to -1; a warning for one at which much of
-    the noise schedule is left out by rounding."""
-    if int(scheduler.timesteps.min()) < 0:
-        raise ValueError(f"num_inference_steps: expected a number at which no timestep is rounded to -1, found {steps}")
-    name, known = type(scheduler).__name__, scheduler.config.num_train_timesteps
-    if name in WHOLE_STRIDES and known % steps / known > LOST:
-        warn_once(
-            f"scheduler: {name} steps by {known // steps} timesteps, which {steps} times is {known // steps * steps} and not "
-            f"{known}; EulerDiscreteScheduler is the same solver as DDIMScheduler, without that error"
-        )
-
-
 @functools.cache
 def warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def steps_before(scheduler: SchedulerMixin, steps: int, strength: float) -> int:
-    """Steps that are left out where a run begins with a picture: all but a share of ``strength``; where steps are not even in
-    t, those before that share of the timesteps."""
-    if not any(scheduler.config.get(spacing) for spacing in SPACINGS):
-        return steps - max(1, round(steps * strength))
-    begins = scheduler.timesteps[:: scheduler.order]
-    return int((begins + 1 - strength * scheduler.config.num_train_timesteps).abs().argmin())
-
-
-def run_from(scheduler: SchedulerMixin, begin: int) -> torch.Tensor:
-    """The timesteps from step ``begin`` on, of which the scheduler is told."""
-    # A step of a second-order scheduler has two timesteps, as diffusers counts them.
-    index = begin * scheduler.order
-    if hasattr(scheduler, "set_begin_index"):
-        # Otherwise it looks its first timestep up, and takes the second where noise levels are so near that two are the same.
-        scheduler.set_begin_index(index)
-    timesteps = scheduler.timesteps
-    if not isinstance(scheduler, PNDMScheduler) or begin == 0:
-        return timesteps[index:]
-    if not scheduler.config.skip_prk_steps:
-        raise ValueError(
-            "image: expected PNDMScheduler with skip_prk_steps, whose first steps can be left out, found it without"
-        )
-    # Its first step, wherever that is, has two evaluations: the second timestep comes twice.
-    once = torch.cat((timesteps[:1], timesteps[2:]))[begin:]
-    return torch.cat((once[:1], once[1:2], once[1:]))

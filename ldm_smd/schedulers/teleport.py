@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, SchedulerMixin
@@ -13,14 +14,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..models.gaussian import LatentGaussians
 from .factory import scheduler_from
 from .gms import GMSScheduler
+from .timesteps import Generators
 
 
 class TeleportScheduler(SchedulerMixin, ConfigMixin):
     """Analytical teleportation (arXiv 2412.09726): from pure noise to ``sigma_skip`` = s_t / a_t by the closed-form flow of a
     Gaussian (LatentGaussians), then any other scheduler with all its steps on what remains.
 
-    A scheduler of diffusers otherwise, but for ``start``, which takes the noise to where ``timesteps`` begin. SMDPipeline with
-    its ``gaussian`` part does so by itself.
+    ``start`` takes the noise to where ``timesteps`` begin; SMDPipeline with its ``gaussian`` part calls it. All else but
+    ``config`` and the noise schedule is that of the other scheduler, ``rest``.
 
     Args:
         scheduler: class of diffusers, or GMSScheduler, that goes on; with settings as make_scheduler takes them.
@@ -30,6 +32,8 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = [known.name for known in KarrasDiffusionSchedulers]
+    start_part = "gaussian"
+    init_noise_sigma = 1.0  # what ``start`` returns needs no scaling
 
     @register_to_config
     def __init__(
@@ -68,33 +72,21 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         }
         self.rest = scheduler_from(scheduler, rest, {"GMSScheduler": GMSScheduler})
 
-    @property
-    def timesteps(self) -> torch.Tensor:
-        return self.rest.timesteps
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is that of the scheduler that goes on: timesteps, order, add_noise, step and its parameters, ..."""
+        if name == "rest":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.rest, name)
 
-    @property
-    def order(self) -> int:
-        return self.rest.order
-
-    @property
-    def init_noise_sigma(self) -> float:
-        """1: what ``start`` returns needs no scaling."""
-        return 1.0
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """As many steps as said, all after the jump."""
-        self.rest.set_timesteps(num_inference_steps, device=device)
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        if hasattr(self.rest, "set_begin_index"):
-            self.rest.set_begin_index(begin_index)
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
 
     def start(
         self,
         noise: torch.Tensor,
         gaussians: LatentGaussians,
         class_labels: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
     ) -> torch.Tensor:
         """Unit noise (B, C, H, W), at the end of the whole schedule -> the sample for the first of ``timesteps``, in the units
         of the scheduler that goes on.
@@ -112,16 +104,3 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         x_s = gaussians.transport(noise, (a_t, s_t), (a_s, s_s), class_labels, uniform).to(noise.dtype)
         # add_noise says in which units a scheduler keeps its sample: a x_0 + s eps, or x_0 + (s / a) eps.
         return self.rest.add_noise(torch.zeros_like(x_s), x_s / s_s, self.timesteps[:1].repeat(len(x_s)))
-
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        return self.rest.add_noise(original_samples, noise, timesteps)
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return self.rest.scale_model_input(sample, timestep)
-
-    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, **options: object):
-        """As the scheduler that goes on."""
-        return self.rest.step(model_output, timestep, sample, **options)
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps

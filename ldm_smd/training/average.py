@@ -15,17 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from ..errors import UserError
-from ..files import atomic_folder, makes_folder
+from ..files import makes_folder
 from ..models.backbone import current_name
 from ..pipelines import load_pipeline
-from .card import card
 from .checkpoint import load_weights, written_whole
 from .ema import PowerEMA, gamma_of
+from .model_folder import model_card, write_model_folder
 from .settings import AverageConfig
 
 FOLDER = re.compile(r"images-(\d{12})-width-([0-9.]+)")
@@ -44,9 +43,12 @@ def snapshot_path(run: Path, images: int, sigma_rel: float) -> Path:
     return run / "averages" / f"images-{images:012d}-width-{sigma_rel:g}"
 
 
-def save_snapshot(run: Path, images: int, sigma_rel: float, model: ModelMixin) -> None:
-    with written_whole(snapshot_path(run, images, sigma_rel)) as folder:
-        model.save_pretrained(folder)
+def save_snapshot(run: Path, images: int, average: PowerEMA, writes: bool = True) -> None:
+    """Save the average as it is after ``images``. For all processes to call, the one that ``writes`` among them."""
+    model = average.gather()
+    if writes:
+        with written_whole(snapshot_path(run, images, average.sigma_rel)) as folder:
+            model.save_pretrained(folder)
 
 
 def resume_averages(run: Path, images: int, averages: list[PowerEMA]) -> None:
@@ -102,10 +104,7 @@ def average(config: AverageConfig) -> Path:
         for name, value in pipeline.unet.named_parameters():
             tensors = (file.get_tensor(known[name]).double() for file, known in zip(files, names))
             value.copy_(sum(float(share) * tensor for share, tensor in zip(found, tensors)))
-    with atomic_folder(output) as folder:
-        pipeline.save_pretrained(folder)
-        text = f"The average of {len(kept)} snapshots, of relative width {config.sigma_rel:g} after {images:,} images of {run}."
-        for path in (folder, folder / "unet"):
-            (path / "README.md").write_text(card(type(pipeline.unet).__name__, text, config), encoding="utf-8")
+    text = f"The average of {len(kept)} snapshots, of relative width {config.sigma_rel:g} after {images:,} images of {run}."
+    write_model_folder(output, pipeline, model_card(type(pipeline.unet).__name__, text, config), "unet")
     print(f"{len(kept)} snapshots, {images:,} images; wrote {output}")
     return output

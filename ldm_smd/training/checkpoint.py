@@ -1,20 +1,19 @@
 """Checkpoints: whole or not there, safetensors and JSON only, the newest complete one is resumed.
 
 A checkpoint is a folder ``images-N`` with ``model/`` and ``ema/`` (diffusers layout), ``optimizer.safetensors`` and
-``state.json``. It is written under another name and renamed at the end, so one that has its name is complete. Random
-numbers need no state: they are drawn from (seed, images_seen) in every step.
+``state.json``; of every other network that is trained, it has ``NAME/`` and ``NAME-optimizer.safetensors``. It is written
+under another name and renamed at the end, so one that has its name is complete. Random numbers need no state: they are drawn
+from (seed, images_seen) in every step.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -23,29 +22,31 @@ from torch.nn import Module
 
 from ..errors import UserError
 from ..files import atomic_folder
-from ..models.backbone import current_name
 from .ema import EMA
-from .sharding import distribute_like, whole
+from .trained import TrainedNetwork
 
-PATTERN = re.compile(r"images-(\d{12})")
+Networks = dict[str, TrainedNetwork]
 
 
-def save_checkpoint(
-    folder: Path, model: ModelMixin, ema: ModelMixin, optimizer: dict[str, torch.Tensor], state: dict, keep: int
-) -> Path:
-    """Write ``folder/images-N``, N the state's images_seen, and remove all but the newest ``keep``.
-
-    ``optimizer`` is of ``optimizer_tensors``.
-    """
-    path = folder / f"images-{state['images_seen']:012d}"
-    with written_whole(path) as temporary:
-        model.save_pretrained(temporary / "model")
-        ema.save_pretrained(temporary / "ema")
-        save_file(optimizer, temporary / "optimizer.safetensors")
+def save_checkpoint(folder: Path, networks: Networks, ema: ModelMixin, state: dict, keep: int, writes: bool = True) -> None:
+    """Write ``folder/images-N``, N the state's images_seen, and remove all but the newest ``keep``. For all processes to call,
+    the one that ``writes`` among them."""
+    models = {name: trained.whole_network() for name, trained in networks.items()} | {"ema": ema}
+    optimizers = {optimizer_file(name): trained.optimizer_tensors() for name, trained in networks.items()}
+    if not writes:
+        return
+    with written_whole(folder / f"images-{state['images_seen']:012d}") as temporary:
+        for name, model in models.items():
+            model.save_pretrained(temporary / name)
+        for name, tensors in optimizers.items():
+            save_file(tensors, temporary / name)
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
-    return path
+
+
+def optimizer_file(name: str) -> str:
+    return "optimizer.safetensors" if name == "model" else f"{name}-optimizer.safetensors"
 
 
 @contextmanager
@@ -58,32 +59,33 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise UserError(f"output: expected to write {path}, found {error}; the checkpoints before it are kept") from error
 
 
-def resume(folder: Path, model: ModelMixin, ema: EMA) -> dict:
-    """Load the newest checkpoint under ``folder`` in place, but for the optimizer; returns its state, images_seen 0 where there
-    is none."""
+def resume(folder: Path, networks: Networks, ema: EMA) -> dict:
+    """Load the newest checkpoint under ``folder`` in place, but for the optimizers; returns its state, images_seen 0 without
+    one."""
     found = checkpoints(folder)
     if not found:
         return {"images_seen": 0}
-    for module, name in ((model, "model"), (ema.model, "ema")):
-        load_weights(module, found[-1] / name, "output")
+    for name, model in ({name: trained.network for name, trained in networks.items()} | {"ema": ema.model}).items():
+        load_weights(model, found[-1] / name, "output")
     return json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
 
 
-def resume_optimizer(folder: Path, model: Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer of the newest checkpoint, if any. Call after FSDP sharding."""
+def resume_optimizers(folder: Path, networks: Networks) -> None:
+    """Load the optimizers of the newest checkpoint, if any. Call after FSDP sharding."""
     for path in checkpoints(folder)[-1:]:
-        load_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
+        for name, trained in networks.items():
+            trained.load_optimizer(load_file(path / optimizer_file(name)))
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("images-*") if PATTERN.fullmatch(path.name))
+    return sorted(folder.glob("images-" + 12 * "[0-9]"))
 
 
 def newest_images(folder: Path) -> int:
     """Images seen by the newest checkpoint; 0 where there is none."""
-    found = [match for path in checkpoints(folder) if (match := PATTERN.fullmatch(path.name))]
-    return int(found[-1][1]) if found else 0
+    found = checkpoints(folder)
+    return int(found[-1].name.removeprefix("images-")) if found else 0
 
 
 def load_weights(
@@ -117,27 +119,3 @@ def names_in(model: Module, part: Module | None) -> set[str]:
     """Names in the model's state dict of the weights of one of its modules; none for None."""
     prefix = next((name for name, module in model.named_modules() if module is part), None)
     return set() if prefix is None else {name for name in model.state_dict() if name.startswith(f"{prefix}.")}
-
-
-def optimizer_tensors(model: Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state as one flat dictionary "parameter name/entry" -> tensor, whole: for all processes to call. On the
-    CPU, as one GPU may not have the memory for what they have together."""
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{entry}": whole(value).cpu()
-        for parameter, state in optimizer.state.items()
-        for entry, value in state.items()
-    }
-
-
-def load_optimizer(model: Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of ``optimizer_tensors``."""
-    parameters = dict(model.named_parameters())
-    fused = bool(optimizer.defaults.get("fused"))
-    for flat, tensor in tensors.items():
-        former, _, entry = flat.rpartition("/")
-        name = current_name(former)
-        # AdamW keeps its step counters on the CPU unless it is fused; then they lie beside the parameters.
-        if entry != "step" or fused:
-            tensor = distribute_like(tensor.to(parameters[name].device), parameters[name])
-        optimizer.state[parameters[name]][entry] = tensor

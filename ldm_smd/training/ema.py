@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .sharding import distribute_like, gather_into, local
+from .sharding import distribute_like, gather_into, is_divided, local
 
 RAMP = 0.05
 """With ``ramp`` the half-life is at most this share of the images seen."""
@@ -32,8 +32,10 @@ class EMA(Generic[Model]):
         self._averages: dict[str, torch.Tensor] = dict(self.model.named_parameters())
 
     def divide_as(self, model: nn.Module) -> None:
-        """Keep of the averages what this process has of ``model`` (FSDP). ``self.model`` goes to the CPU, where ``gather``
-        brings it up to date; its buffers stay as they are."""
+        """Keep of the averages what this process has of ``model``, where that is divided (FSDP). ``self.model`` goes to the CPU
+        then, where ``gather`` brings it up to date; its buffers stay as they are."""
+        if not is_divided(model):
+            return
         weights = dict(model.named_parameters())
         self._averages = {name: distribute_like(average, weights[name]) for name, average in self._averages.items()}
         self.model.to("cpu")

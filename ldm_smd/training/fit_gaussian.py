@@ -14,14 +14,14 @@ from ..data.shards import Manifest
 from ..data.stream import LatentStream
 from ..device import process_group
 from ..errors import UserError
-from ..files import atomic_folder, makes_folder
+from ..files import makes_folder
+from ..models.denoiser import num_classes
 from ..models.fit import fit_shared, leading, weights_by_class
 from ..models.gaussian import LatentGaussians
-from ..models.unet import num_classes
 from ..pipelines import load_pipeline
 from ..progress import progress
 from ..schedulers import TeleportScheduler
-from .card import card
+from .model_folder import model_card, write_model_folder
 from .settings import FitGaussianConfig
 
 FITTING_LATENTS = 16_384
@@ -129,11 +129,7 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
         gaussians = shared_gaussians(config, sums, manifest, autoencoder, classes)
     scheduler = TeleportScheduler.from_config(pipeline.scheduler.config, sigma_skip=config.sigma_skip)
     pipeline.register_modules(gaussian=gaussians, scheduler=scheduler)
-    with atomic_folder(output) as folder:
-        pipeline.save_pretrained(folder)
-        text = gaussian_card(config, gaussians, int(sums.counts.sum()))
-        for path in (folder, folder / "gaussian"):
-            (path / "README.md").write_text(text, encoding="utf-8")
+    write_model_folder(output, pipeline, gaussian_card(config, gaussians, int(sums.counts.sum())), "gaussian")
     print(f"{len(gaussians.means)} Gaussians of {int(sums.counts.sum()):,} latents; wrote {output}")
     return output
 
@@ -219,4 +215,4 @@ def gaussian_card(config: FitGaussianConfig, gaussians: LatentGaussians, count: 
 `{config.model}`, unchanged.
 
 Made by `tools/fit_gaussian.py` with these settings:"""
-    return card("Gaussians of the latents, for TeleportScheduler", text, config)
+    return model_card("Gaussians of the latents, for TeleportScheduler", text, config)

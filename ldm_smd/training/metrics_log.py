@@ -47,34 +47,35 @@ class MetricsLog:
 
 
 class RunningMeans:
-    """Means over the steps since the last report, on the device.
+    """Means over the steps since the last report, on the device, and over the processes of ``accelerator``.
 
     Args:
-        names: of the quantities.
         state: of a run that was stopped between two reports.
     """
 
-    def __init__(self, names: tuple[str, ...], device: torch.device, state: dict | None = None) -> None:
-        self.names, self.device = names, device
-        self.reset()
-        if state:
-            self.steps = state["steps"]
-            self._totals = torch.tensor([state[name] for name in names], device=device)
+    def __init__(self, accelerator: Accelerator | None = None, state: dict | None = None) -> None:
+        self.accelerator = accelerator
+        sums = {"steps": 0} | (state or {})
+        self.steps, self._sums = sums.pop("steps"), sums
 
-    def add(self, *values: torch.Tensor) -> None:
-        self._totals = self._totals + torch.stack([value.detach() for value in values])
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """The same names at every step."""
+        self._sums = {name: value.detach() + self._sums.get(name, 0.0) for name, value in values.items()}
         self.steps += 1
 
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means, over all processes too."""
-        totals = accelerator.reduce(self._totals, "mean")
-        return dict(zip(self.names, (totals / max(self.steps, 1)).tolist()))
+    def read(self) -> dict[str, float]:
+        """The means; the next ones start here."""
+        means = self._reduced(max(self.steps, 1))
+        self.steps, self._sums = 0, {name: torch.zeros_like(total) for name, total in self._sums.items()}
+        return means
 
-    def state(self, accelerator: Accelerator) -> dict:
-        return {"steps": self.steps, **dict(zip(self.names, accelerator.reduce(self._totals, "mean").tolist()))}
+    def state(self) -> dict:
+        return {"steps": self.steps, **self._reduced(1)}
 
-    def reset(self) -> None:
-        self.steps, self._totals = 0, torch.zeros(len(self.names), device=self.device)
+    def _reduced(self, steps: int) -> dict[str, float]:
+        totals = torch.stack(list(self._sums.values()))
+        totals = totals if self.accelerator is None else self.accelerator.reduce(totals, "mean")
+        return dict(zip(self._sums, (totals / steps).tolist()))
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -1,8 +1,29 @@
-"""Learning rates as a function of the share of the training that is done."""
+"""Learning rates as a function of the training that is done."""
+
+from __future__ import annotations
 
 import math
 
+from .settings import TrainAutoencoderConfig, TrainConfig
 
-def warmup_cosine(peak: float, done: float, warmup: float) -> float:
+
+def warmup_cooldown(config: TrainConfig, images_seen: int) -> float:
+    """Linear warm-up over ``warmup_images``, constant, linear cool-down to zero over the last ``cooldown_images``."""
+    warm = (images_seen + config.batch_size) / max(config.warmup_images, config.batch_size)
+    cool = (config.images_total - images_seen) / max(config.cooldown_images, config.batch_size)
+    return config.learning_rate * min(1.0, warm, cool)
+
+
+def warmup_times_cosine(config: TrainAutoencoderConfig, images_seen: int) -> float:
+    """Linear warm-up over ``warmup_images``, times a half cosine to zero over the whole training."""
+    warm = min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
+    return config.learning_rate * warm * half_cosine(images_seen / config.images_total)
+
+
+def warmup_then_cosine(peak: float, done: float, warmup: float) -> float:
     """Linear up to ``peak`` over the first ``warmup`` of the training, then a half cosine to zero; done in [0, 1]."""
-    return peak * done / warmup if done < warmup else peak * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+    return peak * done / warmup if done < warmup else peak * half_cosine((done - warmup) / (1 - warmup))
+
+
+def half_cosine(done: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * done))

@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 from ..config import config_as_dict
 from ..errors import UserError, shortened
 from ..files import atomic_file
+from .checkpoint import newest_images
+from .settings import TrainAutoencoderConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
+NOT_COMPARED = (
+    "shards", "autoencoder", "output", "accumulate", "gradient_checkpointing", "compile", "attention", "num_workers",
+    "resume_changed",
+)  # fmt: skip
+"""Settings of tools/train.py that are paths, whose contents are compared, or say how and not what is computed."""
+MAY_CHANGE = (
+    "images_total", "learning_rate", "warmup_images", "cooldown_images", "weight_decay", "gradient_clip",
+    "ema_halflife_images", "precision", "log_every_images", "sample_every_images", "sample_steps",
+    "checkpoint_every_images", "keep_checkpoints",
+)  # fmt: skip
+"""Settings of tools/train.py that a resumed run may have others of, which is logged and told in the model card."""
 
 
 @dataclass
@@ -53,21 +65,27 @@ class RunRecord:
 
 
 def open_record(
-    folder: Path, made_from: Mapping, images_seen: int, may_change: Collection[str], resume_changed: bool
+    folder: Path,
+    hashes: dict[str, str],
+    config: TrainConfig | TrainAutoencoderConfig,
+    not_compared: tuple[str, ...],
+    may_change: tuple[str, ...],
 ) -> RunRecord:
-    """The record of the run in ``folder``, to be saved when it starts: a new one where no images have been seen, else the one
+    """The record of the run in ``folder``, to be saved when it starts: a new one where there are no checkpoints, else the one
     there, compared.
 
     Args:
-        made_from: as of RunRecord, of now.
-        images_seen: by the checkpoint that the run goes on from.
+        hashes: of the data and networks that it reads now.
+        not_compared: how the names of settings begin that are left out.
         may_change: names of settings that a user may sensibly change; such changes are logged.
-        resume_changed: also go on where something else has changed.
 
     Raises:
-        UserError: something has changed that breaks the promise of an exact resume, or would make the card untrue.
+        UserError: something else has changed, without ``config.resume_changed``: that breaks the promise of an exact resume, or
+            would make the card untrue.
     """
-    made_from = cast(dict, json.loads(json.dumps(dict(made_from))))  # as it is read back
+    settings = {name: value for name, value in flat(config_as_dict(config)).items() if not name.startswith(not_compared)}
+    made_from = json.loads(json.dumps(hashes | settings))  # as it is read back
+    images_seen = newest_images(folder / "checkpoints")
     if not images_seen:
         return RunRecord(made_from, [])
     if not (folder / RECORD).is_file():
@@ -85,7 +103,7 @@ def open_record(
     refused = [
         f"{name} was {_short(old)} and is {_short(new)}" for name, (old, new) in changed.items() if name not in may_change
     ]
-    if refused and not resume_changed:
+    if refused and not config.resume_changed:
         raise UserError(
             f"output: expected what the {images_seen:,} images in {folder} were seen with (resume_changed=true goes on with "
             f"other data and settings), found: {'; '.join(refused)}"
@@ -95,11 +113,6 @@ def open_record(
     if changed:
         before.changes.append({"images": images_seen, "changed": changed})
     return RunRecord(made_from, before.changes)
-
-
-def compared_settings(config: object, left_out: tuple[str, ...]) -> dict:
-    """All settings by their full names, but for those whose names begin with one of ``left_out``."""
-    return {name: value for name, value in flat(config_as_dict(config)).items() if not name.startswith(left_out)}
 
 
 def flat(settings: Mapping, prefix: str = "") -> dict:

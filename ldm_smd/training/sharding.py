@@ -3,16 +3,11 @@ that no GPU ever has all of them."""
 
 from __future__ import annotations
 
-import copy
-from typing import TypeVar
-
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def set_sharded_precision(accelerator: Accelerator) -> None:
@@ -42,6 +37,13 @@ def distribute_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tens
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+def divide_again(module: nn.Module, *_: object) -> None:
+    """Hook after a forward pass: FSDP leaves some parameters whole until the way back, which one without gradients has not."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule) and not torch.is_grad_enabled():
+            part.reshard()
+
+
 def is_divided(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
@@ -52,14 +54,3 @@ def gather_into(module: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
     for name, parameter in module.named_parameters():
         if isinstance(parameters[name], DTensor):
             parameter.copy_(whole(parameters[name]))
-
-
-def gathered(module: Model, like: Model) -> Model:
-    """The module itself, or where it is divided, a whole one of the kind of ``like``: for all processes to call."""
-    if not is_divided(module):
-        return module
-    copied = copy.deepcopy(like)
-    gather_into(copied, dict(module.named_parameters()))
-    for buffer, value in zip(copied.buffers(), module.buffers()):
-        buffer.copy_(value)
-    return copied

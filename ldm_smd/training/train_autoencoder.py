@@ -11,19 +11,22 @@ from diffusers import AutoencoderKL
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import INPUT_RANGE, FrozenAutoencoder
+from ..config import config_as_dict
 from ..data.images import load_pixels
 from ..data.shards import ChannelStatistics
 from ..device import pick_device
 from ..errors import UserError
 from ..evaluation.reconstruction import reconstruction_psnr
-from ..files import atomic_folder, claimed, require_folder
+from ..files import claimed, require_folder
 from ..progress import progress
-from .card import card
-from .checkpoint import load_weights, newest_images, optimizer_tensors, resume, resume_optimizer, save_checkpoint
+from .checkpoint import load_weights, resume, resume_optimizers, save_checkpoint
 from .ema import EMA
-from .metrics_log import MetricsLog, crossed
-from .record import RunRecord, compared_settings, open_record
+from .metrics_log import MetricsLog, RunningMeans, crossed
+from .model_folder import model_card, write_model_folder
+from .rates import warmup_times_cosine
+from .record import RunRecord, open_record
 from .settings import TrainAutoencoderConfig
+from .trained import TrainedNetwork
 
 REPORT_EVERY_IMAGES = 1_000
 NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache", "held_out.", "work", "resume_changed")
@@ -33,21 +36,16 @@ MAY_CHANGE = ("images_total", "learning_rate", "warmup_images", "ema_halflife_im
 
 def build(config: TrainAutoencoderConfig) -> AutoencoderKL:
     """An untrained AutoencoderKL of the configured shape."""
-    shape = config.model
-    levels = len(shape.block_out_channels)
+    levels = len(config.model.block_out_channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(shape.block_out_channels),
-        layers_per_block=shape.layers_per_block,
-        latent_channels=shape.latent_channels,
-        norm_num_groups=shape.norm_num_groups,
-        mid_block_add_attention=shape.mid_block_add_attention,
         use_quant_conv=False,
         use_post_quant_conv=False,
         sample_size=config.images.resolution,
         scaling_factor=1.0,
         force_upcast=False,
+        **config_as_dict(config.model),
     )
 
 
@@ -84,9 +82,8 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     torch.manual_seed(config.seed)
     pixels, _, _ = load_pixels(config.images)
     held_out, _, _ = load_pixels(config.held_out)
-    made_from = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(), **compared_settings(config, NOT_COMPARED)}
-    there = newest_images(work / "checkpoints")
-    record = open_record(work, made_from, there, MAY_CHANGE, config.resume_changed)
+    hashes = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}
+    record = open_record(work, hashes, config, NOT_COMPARED, MAY_CHANGE)
     model = build(config)
     if config.init_from:
         load_weights(model, Path(config.init_from), "init_from")
@@ -95,50 +92,44 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     model.encoder.requires_grad_(config.train_encoder)
     model.to(device)
     ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    trained = {"model": TrainedNetwork(model, optimizer)}
 
-    images_seen = resume(work / "checkpoints", model, ema)["images_seen"]
-    resume_optimizer(work / "checkpoints", model, optimizer)
+    images_seen = resume(work / "checkpoints", trained, ema)["images_seen"]
+    resume_optimizers(work / "checkpoints", trained)
     record.save(work)
     log = MetricsLog(work, images_seen)
     bar = progress(config.images_total, images_seen, "autoencoder")
-    totals: dict[str, torch.Tensor] = {}
-    steps = 0
+    means = RunningMeans()
     while images_seen < config.images_total:
         # The batch is a function of (seed, images_seen) alone, so a resumed run sees what an undisturbed one would.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
         x = random_batch(pixels, config, generator).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, images_seen)
         posterior = model.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
         terms = autoencoder_loss(reconstruction, x, posterior.mean, posterior.logvar, config)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad()
         terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
+        trained["model"].descend(warmup_times_cosine(config, images_seen), gradient_clip=1.0)
 
         before = images_seen
         images_seen += len(x)
-        steps += 1
         ema.update(model, len(x), images_seen)
-        totals = {name: totals.get(name, 0.0) + value.detach() for name, value in terms.items()}
+        means.add(terms)
         bar.update(len(x))
         if crossed(before, images_seen, REPORT_EVERY_IMAGES):
-            means = {name: float(total) / steps for name, total in totals.items()}
-            if not math.isfinite(means["loss"]):
-                raise UserError(f"loss: expected a finite number, found {means['loss']} at {images_seen} images")
-            log.log(images_seen, means)
-            bar.set_postfix(l1=f"{means['l1']:.4f}")
-            totals, steps = {}, 0
+            values = means.read()
+            if not math.isfinite(values["loss"]):
+                raise UserError(f"loss: expected a finite number, found {values['loss']} at {images_seen} images")
+            log.log(images_seen, values)
+            bar.set_postfix(l1=f"{values['l1']:.4f}")
         if crossed(before, images_seen, config.checkpoint_every_images):
             measured = reconstruction_psnr(FrozenAutoencoder(ema.model), held_out)
             log.log(images_seen, {"held_out_psnr": measured["psnr"]})
             bar.write(f"{images_seen} images: held-out PSNR {measured['psnr']:.2f} dB")
-            tensors = optimizer_tensors(model, optimizer)
-            save_checkpoint(work / "checkpoints", model, ema.model, tensors, {"images_seen": images_seen}, keep=1)
+            save_checkpoint(work / "checkpoints", trained, ema.model, {"images_seen": images_seen}, keep=1)
             save_comparison(FrozenAutoencoder(ema.model), held_out[:24], work / "reconstructions.png")
     bar.close()
     log.close()
@@ -148,9 +139,7 @@ def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
     frozen = FrozenAutoencoder(ema.model)
     measured = reconstruction_psnr(frozen, held_out)
     save_comparison(frozen, held_out[:24], work / "reconstructions.png")
-    with atomic_folder(output) as folder:
-        ema.model.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(config, frozen, measured, len(pixels), record), encoding="utf-8")
+    write_model_folder(output, ema.model, autoencoder_card(config, frozen, measured, len(pixels), record))
     print(f"held-out PSNR {measured['psnr']:.2f} dB; wrote {output}")
     return output
 
@@ -164,12 +153,6 @@ def random_batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator
         mirrored = torch.rand(config.batch_size, generator=generator) < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     return x
-
-
-def learning_rate(config: TrainAutoencoderConfig, images_seen: int) -> float:
-    """Linear warm-up, then a half cosine to zero."""
-    warmup = min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
-    return config.learning_rate * warmup * 0.5 * (1.0 + math.cos(math.pi * images_seen / config.images_total))
 
 
 def set_latent_statistics(model: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 64) -> None:
@@ -189,7 +172,7 @@ def save_comparison(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, path: 
     save_image(make_grid(torch.cat(rows), nrow=8, padding=2, pad_value=0.7), path)
 
 
-def model_card(
+def autoencoder_card(
     config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, pictures: int, record: RunRecord
 ) -> str:
     """README.md of the model folder."""
@@ -207,4 +190,4 @@ Trained by `tools/train_autoencoder.py` on {pictures:,} pictures of `{config.ima
 | PSNR of the mean squared error | {measured["psnr_of_mean"]:.2f} |
 
 Latents are normalised by `latents_mean` and `latents_std` in `config.json`, measured on the training pictures."""
-    return card("A small AutoencoderKL", text, config)
+    return model_card("A small AutoencoderKL", text, config)

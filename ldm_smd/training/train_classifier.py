@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from ..data.images import load_pixels
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_folder, makes_folder
+from ..files import makes_folder
 from ..models.feature_network import FeatureNetwork
 from ..progress import progress
-from .card import card
-from .rates import warmup_cosine
+from .model_folder import model_card, write_model_folder
+from .rates import warmup_then_cosine
 from .settings import ClassifierSetConfig, TrainClassifierConfig
 
 REPORT_EVERY_BATCHES = 50
@@ -57,7 +57,7 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
     bar = progress(steps * per_step, 0, output.name)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(config.learning_rate, step / steps, WARMUP)
+            group["lr"] = warmup_then_cosine(config.learning_rate, step / steps, WARMUP)
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for entry in config.sets:
@@ -73,9 +73,7 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
 
     model.eval()
     measured = {name: accuracy(model, name, pictures, device) for name, pictures in held_out.items()}
-    with atomic_folder(output) as folder:
-        model.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(config, model, training, held_out, measured), encoding="utf-8")
+    write_model_folder(output, model, classifier_card(config, model, training, held_out, measured))
     print("held-out pictures right: " + ", ".join(f"{name} {share:.1%}" for name, share in measured.items()))
     return output
 
@@ -106,7 +104,7 @@ def accuracy(model: FeatureNetwork, name: str, pictures: LabelledPictures, devic
     return right / len(pictures.labels)
 
 
-def model_card(
+def classifier_card(
     config: TrainClassifierConfig,
     model: FeatureNetwork,
     training: dict[str, LabelledPictures],
@@ -130,4 +128,4 @@ distance compares models on these picture sets, and is not an FID.
 {rows}
 
 Made by `tools/train_classifier.py` with these settings:"""
-    return card("A small classifier, for features", text, config)
+    return model_card("A small classifier, for features", text, config)

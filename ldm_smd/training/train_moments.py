@@ -13,16 +13,17 @@ from ..data.stream import LatentBatch, LatentStream, latent_loader
 from ..device import pick_device
 from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
-from ..files import atomic_folder, makes_folder
+from ..files import makes_folder
+from ..models.denoiser import is_mixture, known_labels, num_classes
 from ..models.moments import MomentHeads
-from ..models.unet import is_mixture, known_labels, num_classes
 from ..pipelines import SMDPipeline, load_pipeline
 from ..progress import progress
 from ..schedulers.gms import GMSScheduler
-from .card import card
 from .ema import EMA
-from .rates import warmup_cosine
+from .model_folder import model_card, write_model_folder
+from .rates import warmup_then_cosine
 from .settings import TrainMomentsConfig
+from .trained import TrainedNetwork
 
 REPORT_EVERY_BATCHES = 50
 WARMUP = 0.05
@@ -49,18 +50,17 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     heads = MomentHeads.for_unet(pipeline.unet).to(device)
     ema = EMA(heads, config.ema_halflife_images)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+    trained = TrainedNetwork(heads, optimizer)
     errors = PredictionErrors(pipeline, autoencoder, config.label_dropout)
     stream = LatentStream(manifest, config.batch_size, config.images_total, seed=config.seed)
     bar, images_seen = progress(config.images_total, 0, output.name), 0
     for index, batch in enumerate(latent_loader(stream, num_workers=0)):
-        for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(config.learning_rate, images_seen / config.images_total, WARMUP)
         variance, third, error = errors(heads, batch.to(device))
         loss = (variance - error**2).square().mean() + config.third_weight * (third - error**3).square().mean()
-        optimizer.zero_grad(set_to_none=True)
+        heads.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
-        optimizer.step()
+        learning_rate = warmup_then_cosine(config.learning_rate, images_seen / config.images_total, WARMUP)
+        trained.descend(learning_rate, gradient_clip=1.0)
         images_seen += config.batch_size
         ema.update(heads, config.batch_size, images_seen)
         bar.update(config.batch_size)
@@ -71,11 +71,7 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     few = LatentStream(manifest, CALIBRATION_PICTURES, CALIBRATION_PICTURES, seed=config.seed).batch_at(0).to(device)
     shares = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few)
     pipeline.register_modules(moments=ema.model, scheduler=GMSScheduler.from_config(pipeline.scheduler.config))
-    with atomic_folder(output) as folder:
-        pipeline.save_pretrained(folder)
-        text = moments_card(config, ema.model, images_seen, shares)
-        for path in (folder, folder / "moments"):
-            (path / "README.md").write_text(text, encoding="utf-8")
+    write_model_folder(output, pipeline, moments_card(config, ema.model, images_seen, shares), "moments")
     print("predicted variance over that found: " + ", ".join(f"{share:.2f} at t = {t}" for t, share in shares.items()))
     return output
 
@@ -131,4 +127,4 @@ def moments_card(config: TrainMomentsConfig, heads: MomentHeads, images_seen: in
 after {images_seen:,} images. Predicted variance over the squared error: {measured}.
 
 Made by `tools/train_moments.py` with these settings:"""
-    return card("Variance and skew of the step, for GMSScheduler", text, config)
+    return model_card("Variance and skew of the step, for GMSScheduler", text, config)

@@ -2,7 +2,7 @@
 
 from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow
 from ldm_smd.diffusion.settings import PREDICTION_TYPES, DiffusionConfig
-from ldm_smd.training.loop import build_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 
 SCHEDULER = build_scheduler(DiffusionConfig())
 PROCESS = DiffusionProcess(SCHEDULER.alphas_cumprod.double())

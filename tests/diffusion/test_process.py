@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow, prediction_coefficients, x0_per_prediction
 from ldm_smd.diffusion.settings import DiffusionConfig
-from ldm_smd.training.loop import build_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 from tests.diffusion.paths import KINDS, PATHS, PROCESS, SCHEDULER
 
 

@@ -6,7 +6,8 @@ import torch
 from diffusers import UNet2DModel
 
 from ldm_smd.models.extended import ExtendedUNet2DModel, plain_config
-from ldm_smd.models.unet import PLACEMENTS, SMDUNet2DModel
+from ldm_smd.models.settings import PLACEMENTS
+from ldm_smd.models.unet import SMDUNet2DModel
 from tests.tiny import MIXTURE, SIZES, diffusers_unet
 
 NOISE = {"noise_rank": 5, "noise_modes": 2}

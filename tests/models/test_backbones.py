@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from ldm_smd.models import backbone
 from ldm_smd.models.blocks import repeat
-from ldm_smd.training.checkpoint import load_optimizer, load_weights, optimizer_tensors
+from ldm_smd.training.checkpoint import load_weights
+from ldm_smd.training.trained import TrainedNetwork
 from tests.models.backbones import BACKBONES, gaussian, inputs, mixture, moved
 from tests.rounding import alike
 
@@ -211,13 +212,13 @@ def test_a_folder_of_before_loads(former_folder):
 def test_an_optimizer_of_before_loads(name):
     x, t, labels, eta = inputs(draws=2)
     model = moved(mixture(name))
-    optimizer = torch.optim.AdamW(model.parameters())
+    trained = TrainedNetwork(model, torch.optim.AdamW(model.parameters()))
     model(x, t, labels, eta).sample.square().mean().backward()
-    optimizer.step()
-    now = optimizer_tensors(model, optimizer)
-    again = torch.optim.AdamW(model.parameters())
-    load_optimizer(model, again, {former(key, name): tensor for key, tensor in now.items()})
-    loaded = optimizer_tensors(model, again)
+    trained.descend(1e-3, gradient_clip=1.0)
+    now = trained.optimizer_tensors()
+    again = TrainedNetwork(model, torch.optim.AdamW(model.parameters()))
+    again.load_optimizer({former(key, name): tensor for key, tensor in now.items()})
+    loaded = again.optimizer_tensors()
     assert loaded.keys() == now.keys() and all(torch.equal(loaded[key], tensor) for key, tensor in now.items())
 
 

@@ -9,7 +9,7 @@ from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import PREDICTION_TYPES, DiffusionConfig
 from ldm_smd.schedulers.gms import GMSScheduler
-from ldm_smd.training.loop import build_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 
 SCHEDULER = build_scheduler(DiffusionConfig())
 MIXTURE = GaussianMixture.isotropic(torch.tensor([[-1.2], [0.3], [1.0]]).double(), 0.1)

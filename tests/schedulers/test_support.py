@@ -13,8 +13,9 @@ from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.errors import UserError
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.schedulers import make_scheduler
-from ldm_smd.schedulers.support import REFUSED, SUPPORTED, check_scheduler, check_timesteps, run_from, warn_once
-from ldm_smd.training.loop import build_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.schedulers.support import REFUSED, SUPPORTED, check_scheduler, warn_once
+from ldm_smd.schedulers.timesteps import run_from
 
 OURS = build_scheduler(DiffusionConfig())
 MEAN, DEVIATION = torch.tensor([0.0, 1.0, -1.0]), torch.tensor([1.0, 0.5, 0.7])
@@ -157,17 +158,6 @@ def test_settings_that_are_missing_are_warned_of_once(caplog, monkeypatch):
         assert not warnings_of(caplog, monkeypatch, check_scheduler, make_scheduler(name, OURS))
 
 
-def test_numbers_of_steps_that_diffusers_rounds_badly(caplog, monkeypatch):
-    scheduler = make_scheduler("UniPCMultistepScheduler", OURS)
-    scheduler.set_timesteps(61)
-    with pytest.raises(ValueError, match=r"num_inference_steps: expected .* rounded to -1, found 61"):
-        check_timesteps(scheduler, 61)
-    for name, steps, warned in (("DDIMScheduler", 600, 1), ("DDIMScheduler", 30, 0), ("EulerDiscreteScheduler", 600, 0)):
-        scheduler = make_scheduler(name, OURS)
-        scheduler.set_timesteps(steps)
-        assert len(warnings_of(caplog, monkeypatch, check_timesteps, scheduler, steps)) == warned
-
-
 def test_settings_do_not_follow_from_one_scheduler_to_another():
     """The noise schedule does; clipping, which these do not know, stays off, and spacing of sigmas is of the class."""
     between = make_scheduler("UniPCMultistepScheduler:use_karras_sigmas=true", OURS)
@@ -196,3 +186,15 @@ def test_wrong_settings_are_one_line(name, said):
     with pytest.raises(UserError) as error:
         make_scheduler(name, OURS)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_scheduler_takes_settings():
+    name = "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,thresholding=true,solver_order=1"
+    scheduler = make_scheduler(name, OURS)
+    chosen = (scheduler.config.algorithm_type, scheduler.config.thresholding, scheduler.config.solver_order)
+    assert chosen == ("sde-dpmsolver++", True, 1)
+    assert torch.equal(scheduler.alphas_cumprod, OURS.alphas_cumprod)
+    with pytest.raises(UserError, match=r"scheduler: expected a scheduler class \(DDIM.*GMSScheduler"):
+        make_scheduler("UNet2DModel", OURS)
+    with pytest.raises(UserError, match=r"scheduler: expected a setting of DDIMScheduler .*found 'solver_order'"):
+        make_scheduler("DDIMScheduler:solver_order=2", OURS)

@@ -8,7 +8,7 @@ from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.errors import UserError
 from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.schedulers import TeleportScheduler, make_scheduler
-from ldm_smd.training.loop import build_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
 
 SCHEDULER = build_scheduler(DiffusionConfig())
 ODE = [

@@ -105,4 +105,4 @@ def test_mistakes_are_named(run, train_config, tmp_path):
     unwritable = tmp_path / "file"
     unwritable.write_text("")
     with pytest.raises(UserError, match="output: expected to write"):
-        save_snapshot(unwritable, 1, 0.1, None)
+        save_snapshot(unwritable, 1, PowerEMA(torch.nn.Linear(1, 1), 0.1))

@@ -5,24 +5,24 @@ import functools
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 
-from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream
-from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.models import attention
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
+from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training import loop
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.draws import draw
-from ldm_smd.training.loop import TrainingStep, learning_rate_at, train
+from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.rates import warmup_cooldown
 from ldm_smd.training.settings import TrainConfig
+from ldm_smd.training.step import Denoising
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OTHERS = {
@@ -65,7 +65,7 @@ OTHERS = {
 NEEDS = {"model.up_layers_per_block": ["model.layers_per_block=2"], "objective.bandwidth": ["objective.name=mixture_nll"]}
 OTHERS["objective.bandwidth"] = 0.5
 ELSEWHERE = {
-    "accumulate",  # test_loop.py: parts of a batch
+    "accumulate",  # test_step.py: parts of a batch
     "attention",
     "autoencoder",  # test_loop.py: another one is refused
     "checkpoint_every_images",
@@ -74,7 +74,7 @@ ELSEWHERE = {
     "ema_widths",  # test_average.py
     "gradient_checkpointing",  # test_loop.py: in less memory
     "image_conditional",
-    "init_from",  # test_loop.py
+    "init_from",  # test_build.py
     "keep_checkpoints",
     "log_every_images",
     "num_workers",
@@ -157,7 +157,7 @@ def test_the_optimizer_has_the_rates_and_the_clipped_gradients(trained, train_co
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     settings = ["images_total=48", "warmup_images=24", "cooldown_images=16", "learning_rate=1e-3", "weight_decay=0.3"]
     trained(*settings, "gradient_clip=0.01")
-    expected = [learning_rate_at(train_config(*settings), seen) for seen in range(0, 48, 8)]
+    expected = [warmup_cooldown(train_config(*settings), seen) for seen in range(0, 48, 8)]
     rates, decays, norms = zip(*steps)
     assert list(rates) == expected and 0 < expected[0] < max(expected) == 1e-3 and expected[-1] == 5e-4
     assert set(decays) == {0.3} and all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms)
@@ -182,10 +182,10 @@ def test_the_average_follows_its_halflife(train_config, model_folder, tmp_path, 
 @pytest.fixture
 def network_inputs(monkeypatch):
     """What the network is called with in training: (arguments, keywords) of each call, and the type of its first features."""
-    calls, real = [], TrainingStep.losses
+    calls, real = [], Denoising.losses
 
     def losses(self, *arguments):
-        network = self.accelerator.unwrap_model(self.model)
+        network = self.model.network
         hooks = [
             network.register_forward_pre_hook(lambda _, given, named: calls.append((*given, named)), with_kwargs=True),
             network.conv_in.register_forward_hook(lambda *given: calls.append((*calls.pop(), given[-1].dtype))),
@@ -196,7 +196,7 @@ def network_inputs(monkeypatch):
             for hook in hooks:
                 hook.remove()
 
-    monkeypatch.setattr(TrainingStep, "losses", losses)
+    monkeypatch.setattr(Denoising, "losses", losses)
     return calls
 
 
@@ -240,13 +240,13 @@ def test_attention_is_chosen(trained, name, monkeypatch):
 @pytest.fixture
 def step_inputs(monkeypatch):
     """(batch, draws, seed of what else is random) of every step."""
-    found, real = [], TrainingStep.losses
+    found, real = [], Denoising.losses
 
     def losses(self, batch, draws):
         found.append((batch, draws, torch.initial_seed()))
         return real(self, batch, draws)
 
-    monkeypatch.setattr(TrainingStep, "losses", losses)
+    monkeypatch.setattr(Denoising, "losses", losses)
     return found
 
 
@@ -263,22 +263,17 @@ def test_a_seed_is_also_of_the_first_weights(trained):
     assert (a - b).abs().max() > 0.01
 
 
-def test_a_weighting_has_the_power_of_the_objective(train_config, shards):
+def test_a_weighting_has_the_power_of_the_objective(open_run, shards):
     """The energy score is of power beta, the others are squares."""
-    manifest = Manifest.load(shards)
-    batch = LatentStream(manifest, 8, 8).batch_at(0)
+    batch = LatentStream(Manifest.load(shards), 8, 8).batch_at(0)
     for objective, power in ((["objective.beta=0.5"], 0.5), (["objective.name=mse"], 2), (["objective.name=mixture_nll"], 2)):
         losses = []
         for weighting in ("prediction", "x0"):
-            config = train_config(*objective, f"objective.weighting={weighting}")
+            run = open_run(*objective, f"objective.weighting={weighting}")
             torch.manual_seed(0)
-            model = loop.build_model(config, manifest)
-            process = DiffusionProcess(loop.build_scheduler(config.diffusion).alphas_cumprod)
-            vae = FrozenAutoencoder.from_pretrained(config.autoencoder)
-            step = TrainingStep(config, Accelerator(), model, process, vae)
             draws = draw(torch.Generator().manual_seed(0), (8, 4, 8, 8), 2, 1000, 0.1)
-            losses.append(step.losses(batch, draws))
-        _, s = process.signal_and_noise(draws.t, draws.t)
+            losses.append(Denoising(run).losses(batch, draws))
+        _, s = run.process().signal_and_noise(draws.t, draws.t)
         assert torch.allclose(losses[1], losses[0] * s**power, rtol=1e-4)
 
 
@@ -286,7 +281,7 @@ def test_the_scheduler_is_that_of_the_training(train_config):
     folder = train(train_config("images_total=8", "diffusion.prediction_type=epsilon", "diffusion.num_train_timesteps=500"))
     found = load_pipeline(folder).scheduler
     assert (found.config.prediction_type, len(found.alphas_cumprod), found.config.num_train_timesteps) == ("epsilon", 500, 500)
-    linear = loop.build_scheduler(DiffusionConfig(beta_schedule="linear")).alphas_cumprod
+    linear = build_scheduler(DiffusionConfig(beta_schedule="linear")).alphas_cumprod
     assert torch.allclose(linear, DDPMScheduler(beta_schedule="linear").alphas_cumprod)
 
 

@@ -17,9 +17,9 @@ from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.errors import UserError
 from ldm_smd.files import claimed
 from ldm_smd.training.checkpoint import newest_images
-from ldm_smd.training.loop import MAY_CHANGE, NOT_COMPARED, train
+from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
-from ldm_smd.training.record import flat
+from ldm_smd.training.record import MAY_CHANGE, NOT_COMPARED, flat
 from ldm_smd.training.settings import TrainAutoencoderConfig, TrainConfig
 from ldm_smd.training.train_autoencoder import train_autoencoder
 

@@ -1,12 +1,19 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.config import load_config
+from ldm_smd.data.shards import Manifest
+from ldm_smd.data.stream import LatentStream
 from ldm_smd.errors import UserError
+from ldm_smd.models.moments import MomentHeads
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.training.settings import TrainMomentsConfig
-from ldm_smd.training.train_moments import train_moments
+from ldm_smd.training.train_moments import PredictionErrors, calibration, train_moments
 from tests.rounding import alike
+from tests.training.results import WEIGHTS
 
 
 @pytest.mark.slow
@@ -36,3 +43,75 @@ def test_mistakes_are_named(gaussian_folder, model_folder, shards, tmp_path):
     pipeline.scheduler = make_scheduler("GMSScheduler:num_moments=2", pipeline.scheduler)
     with pytest.raises(UserError, match=r"a moments part of the model for GMSScheduler, found none; tools/train_moments\.py"):
         pipeline([0])
+
+
+@pytest.fixture
+def errors(gaussian_folder):
+    pipeline = load_pipeline(gaussian_folder)
+    return PredictionErrors(pipeline, FrozenAutoencoder(pipeline.vae), label_dropout=0.0)
+
+
+def test_the_error_is_that_of_v(errors, shards):
+    """(prediction of x_0 - x_0) / s_t, whatever the network predicts; here it says 0."""
+    unet = errors.pipeline.unet
+    heads = MomentHeads.for_unet(unet)
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    few = LatentStream(Manifest.load(shards), 8, 8).batch_at(0)
+    few.moments[:, 1] = -30.0  # no posterior noise
+    x0 = errors.autoencoder.normalise(few.moments[:, 0].float())
+    t = torch.full((8,), 400)
+    alphabar = errors.pipeline.scheduler.alphas_cumprod[400]
+    a, s = alphabar.sqrt(), (1 - alphabar).sqrt()
+    for kind, expected in (("sample", lambda noise: -x0 / s), ("v_prediction", lambda noise: a * noise - s * x0)):
+        errors.pipeline.scheduler.register_to_config(prediction_type=kind)
+        torch.manual_seed(0)
+        variance, third, found = errors(heads, few, t)
+        torch.manual_seed(0)
+        torch.randn_like(x0), torch.rand(8)  # of the posterior, and of the labels to leave out
+        assert alike(found, expected(torch.randn_like(x0)), 1e-3)
+        assert torch.allclose(variance, torch.ones_like(x0)) and not third.any()
+
+
+def test_calibration_is_the_predicted_variance_over_that_found(errors, shards):
+    heads = MomentHeads.for_unet(errors.pipeline.unet)
+    few = LatentStream(Manifest.load(shards), 22, 22).batch_at(0)
+    found = calibration(errors, heads, few)
+    assert list(found) == [99, 249, 499, 749, 999]
+    torch.manual_seed(0)
+    again = calibration(errors, heads, few)
+    torch.manual_seed(0)
+    for t, share in again.items():
+        variance, _, error = errors(heads, few, torch.full((22,), t))
+        assert share == pytest.approx(float((variance.mean() / (error**2).mean()).detach()), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_settings_change_what_the_heads_learn(gaussian_folder, loud_pipeline, shards, tmp_path):
+    loud_pipeline(gaussian_folder).save_pretrained(tmp_path / "loud")
+
+    def trained(name, *changes):
+        settings = [f"model={tmp_path / 'loud'}", f"shards={shards}", "images_total=32", "batch_size=8"]
+        config = load_config(TrainMomentsConfig, None, [*settings, *changes, f"output={tmp_path / name}"])
+        return load_file(train_moments(config) / "moments" / WEIGHTS)
+
+    usual = trained("usual")
+    for setting in ("learning_rate=1e-2", "third_weight=1", "ema_halflife_images=1", "label_dropout=0.9", "seed=1"):
+        found = trained(setting, setting)
+        assert usual.keys() == found.keys() and not all(torch.equal(found[name], usual[name]) for name in found), setting
+
+
+def test_a_step_of_the_heads_has_its_loss_and_the_gradients_of_its_batch_clipped(
+    gaussian_folder, loud_pipeline, shards, tmp_path, adamw_steps, monkeypatch
+):
+    """mean (variance - e^2)^2 + third_weight mean (third - e^3)^2."""
+    loud_pipeline(gaussian_folder).save_pretrained(tmp_path / "loud")
+    outputs, real = [], PredictionErrors.__call__
+    monkeypatch.setattr(PredictionErrors, "__call__", lambda *given: outputs.append(real(*given)) or outputs[-1])
+    settings = [f"model={tmp_path / 'loud'}", f"shards={shards}", "images_total=24", "batch_size=8", "third_weight=0.7"]
+    train_moments(load_config(TrainMomentsConfig, None, [*settings, f"output={tmp_path / 'heads'}"]))
+    assert [before for _, before, _ in adamw_steps] == [False] * 3
+    for (loss, _, norm), (variance, third, error) in zip(adamw_steps, outputs):
+        expected = ((variance - error**2) ** 2).mean() + 0.7 * ((third - error**3) ** 2).mean()
+        assert loss == pytest.approx(expected.item(), rel=1e-4) and norm < 1.001
+    assert max(norm for *_, norm in adamw_steps) > 0.99

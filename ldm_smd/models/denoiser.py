@@ -1,0 +1,58 @@
+"""Any denoiser: ours, or a plain UNet2DModel of diffusers, compiled or not."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ModelMixin, UNet2DModel
+
+
+def is_mixture(unet: ModelMixin) -> bool:
+    """Tell whether a denoiser is a mixture; a plain UNet2DModel is not."""
+    return getattr(unet, "is_mixture", False)
+
+
+def is_plain(unet: ModelMixin) -> bool:
+    """Tell whether a denoiser is a UNet2DModel, perhaps wrapped by torch.compile."""
+    return isinstance(getattr(unet, "_orig_mod", unet), UNet2DModel)
+
+
+def num_classes(unet: ModelMixin) -> int | None:
+    """Return a denoiser's number of classes; the last class embedding of a plain UNet2DModel is that of the null class."""
+    if not is_plain(unet):
+        return unet.config.num_classes
+    embeds = unet.config.num_class_embeds
+    return None if embeds is None else embeds - 1
+
+
+def null_labels(unet: ModelMixin, rows: torch.Tensor) -> torch.Tensor | None:
+    """Return the null class, "no label", for each row of a batch, (B,); None for an unconditional model."""
+    classes = num_classes(unet)
+    return None if classes is None else torch.full((len(rows),), classes, device=rows.device)
+
+
+def known_labels(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor | None:
+    """Return the labels of latent shards as a model takes them: the null class for -1; None for an unconditional model."""
+    return None if num_classes is None else torch.where(labels < 0, num_classes, labels)
+
+
+def embedding_dimensions(unet: ModelMixin) -> int | None:
+    """Return the dimensions D of the image embeddings that a denoiser is conditioned on, or None."""
+    return getattr(unet.config, "embedding_dimensions", None)
+
+
+def predict(
+    unet: ModelMixin,
+    sample: torch.Tensor,
+    timestep: torch.Tensor | float | int,
+    class_labels: torch.Tensor | None = None,
+    eta: torch.Tensor | None = None,
+    image_embeds: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the prediction of any denoiser, as SMDUNet2DModel.forward does; a plain UNet2DModel does not read eta."""
+    if image_embeds is not None and embedding_dimensions(unet) is None:
+        raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
+    if is_plain(unet):
+        labels = null_labels(unet, sample) if class_labels is None else class_labels
+        return unet(sample, timestep, labels, return_dict=False)[0]
+    embeds = {} if image_embeds is None else {"image_embeds": image_embeds}
+    return unet(sample, timestep, class_labels, eta, return_dict=False, **embeds)[0]

@@ -1,0 +1,61 @@
+"""Pipelines from model folders and from the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+
+from ..errors import UserError, brief
+from ..models.extended import ExtendedUNet2DModel
+from ..models.gaussian import LatentGaussians
+from ..models.moments import MomentHeads
+from ..models.unet import SMDUNet2DModel
+from ..schedulers import GMSScheduler, TeleportScheduler
+from .smd import SMDPipeline
+
+for kind in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, GMSScheduler, TeleportScheduler):
+    # Without this diffusers refuses pipelines of the hub that contain these: they belong to no library that it knows.
+    methods = ["save_pretrained", "from_pretrained"]
+    ALL_IMPORTABLE_CLASSES[kind.__name__] = LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = methods
+
+NETWORKS = ("unet", "moments", "gaussian", "guide")
+"""Components of a pipeline that are networks, apart from the autoencoder."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def model_folder(source: str | Path) -> Path:
+    """Return a local model folder: ``source`` itself, or the cached copy of a hub id, downloaded if it is missing."""
+    folder = Path(source)
+    if not folder.exists() and HUB_ID.fullmatch(str(source)):
+        try:
+            folder = Path(SMDPipeline.download(str(source), use_safetensors=True))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"model: expected a model folder (RUN/model) or a hub id, found {source}: {brief(error)}"
+            ) from error
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"model: expected a model folder (tools/train.py writes RUN/model) or a hub id, found none at {source}")
+    return folder
+
+
+def weight_files(folder: Path, parts: Sequence[str]) -> list[Path]:
+    """List the weight files of those parts of a model folder that exist."""
+    return [path for part in parts for path in sorted((folder / part).glob("*.safetensors"))]
+
+
+def load_pipeline(source: str | Path) -> SMDPipeline:
+    """Load a model folder or a hub id as SMDPipeline.from_pretrained does, with clear errors."""
+    folder = model_folder(source)
+    try:
+        pipeline = SMDPipeline.from_pretrained(folder, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model: expected a readable model folder, found {folder}: {brief(error)}") from error
+    for part in NETWORKS:
+        module = getattr(pipeline, part)
+        missing = [] if module is None else [name for name, value in module.state_dict().items() if value.is_meta]
+        if missing:
+            raise UserError(f"model: expected weights for every part of {folder}/{part}, found none for {missing[0]}")
+    return pipeline

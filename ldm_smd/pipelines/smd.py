@@ -1,0 +1,251 @@
+"""SMDPipeline: noise -> latents -> images, with any diffusers scheduler of a noise schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..autoencoder import Autoencoder, spatial_factor
+from ..errors import UserError
+from ..models.denoiser import is_mixture
+from ..models.extended import ExtendedUNet2DModel
+from ..models.gaussian import LatentGaussians
+from ..models.moments import MomentHeads
+from ..models.unet import SMDUNet2DModel
+from ..schedulers.support import check_scheduler
+from ..schedulers.timesteps import Generators, begin_run, predicted_x0, step_options
+from .decoding import decode_latents, encode_images
+from .guidance import Conditions, guided_prediction, guided_steps, read_conditions
+
+TOOLS = {"moments": "train_moments", "gaussian": "fit_gaussian"}
+"""The tools that make the components which a scheduler may need."""
+
+
+class SMDPipeline(DiffusionPipeline):
+    """Class-conditional and unconditional sampling in the latent space of a frozen autoencoder.
+
+    Every evaluation of a mixture draws its own eta for each image. With x_0 = D(x_t, eta) the scheduler's ordinary step is then
+    a draw from the mixture: exact ancestral sampling with the posterior variance of DDPMScheduler. It is exact with
+    DDIMScheduler too, at any variance: (x_t, x_0) being a true pair, (x_t - a_t x_0) / s_t is as good as fresh noise.
+
+    Args:
+        unet: the denoiser; a plain UNet2DModel is a Gaussian one, whose last class embedding is that of no class.
+        vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
+        scheduler: a scheduler of diffusers that schedulers/support.py lists, with the settings there, or one of ours.
+        id2label: class names by number (as a string, as JSON has it).
+        moments: what GMSScheduler needs of a Gaussian unet beside its prediction (tools/train_moments.py).
+        gaussian: the distribution of the latents that TeleportScheduler starts from (tools/fit_gaussian.py).
+        embedding: the OpenCLIP network that made the unet's image embeddings, as the manifest of its shards describes it.
+        guide: a weaker denoiser of the same latents, smaller or less trained, to be guided away from (autoguidance, arXiv
+            2406.02507), instead of from the same one without the class.
+    """
+
+    # The others come between two evaluations of the unet: they stay on the device to the end of a sampling.
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["moments", "gaussian", "guide"]
+    _callback_tensor_inputs = ["latents", "sample", "pred_original_sample"]
+
+    def __init__(
+        self,
+        unet: SMDUNet2DModel | ExtendedUNet2DModel | UNet2DModel,
+        vae: Autoencoder,
+        scheduler: SchedulerMixin,
+        id2label: dict[str, str] | None = None,
+        moments: MomentHeads | None = None,
+        gaussian: LatentGaussians | None = None,
+        guide: SMDUNet2DModel | ExtendedUNet2DModel | UNet2DModel | None = None,
+        embedding: dict | None = None,
+    ) -> None:
+        super().__init__()
+        check_scheduler(scheduler)
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler, moments=moments, gaussian=gaussian, guide=guide)
+        self.register_to_config(id2label=id2label, embedding=embedding)
+        self.id2label = {int(number): name for number, name in (id2label or {}).items()}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        batch_size: int = 1,
+        num_inference_steps: int = 8,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, math.inf),
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        image: PipelineImageInput | None = None,
+        strength: float = 0.6,
+        image_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Sample images.
+
+        Args:
+            class_labels: one class number per image; None for unconditional images.
+            batch_size: number of images where neither labels nor embeddings are given.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: w of guidance, other + w (own - other), both with the same eta; 1 is none. ``other`` is the
+                prediction without the class (classifier-free guidance), or where the pipeline has one, that of ``guide``.
+            guidance_interval: the noise levels sigma = s_t / a_t at which there is guidance (arXiv 2404.07724).
+            height, width: in pixels; None as in training.
+            generator: one for all, or a list with one per image: then an image does not depend on its batch.
+            latents: starting noise (B, C, h, w) of unit variance, instead of a draw.
+            image: start from these images, noised, and not from pure noise (SDEdit, arXiv 2108.01073): one for each sample,
+                or one for all; PIL, or arrays or tensors of floats in [0, 1], as diffusers' image processor takes them.
+            strength: share of the timesteps that is gone through from ``image``, more than 0 to 1; not read without it.
+            image_embeds: OpenCLIP embeddings (B, D) of images or texts that the samples are to be like, by the network in
+                ``embedding``.
+            output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
+            callback_on_step_end: as in diffusers, called with the pipeline, the step, its timestep and the tensors asked for;
+                may return {"latents": ...}, set ``pipeline._guidance_scale``, or set ``pipeline._interrupt = True``, after
+                which no further step is done.
+            callback_on_step_end_tensor_inputs: of "latents" (after the step), "sample" (before it, as the network saw them) and
+                "pred_original_sample" (x_0 by the network).
+        """
+        tensor_names = self._callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        check_scheduler(self.scheduler)
+        device, dtype = self._execution_device, self.unet.dtype
+        conditions = read_conditions(self.unet, class_labels, image_embeds, device)
+        batch_size = next((len(given) for given in conditions if given is not None), batch_size)
+        if not 0.0 < strength <= 1.0:
+            raise ValueError(f"strength: expected more than 0, to 1, found {strength}")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator: expected one per picture, {batch_size}, found {len(generator)}")
+
+        shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
+
+        timesteps = begin_run(self.scheduler, num_inference_steps, None if image is None else strength)
+        guided = guided_steps(self.scheduler, timesteps, guidance_interval)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        latents = latents.to(device, dtype)
+        if image is None:
+            latents = self._start(latents, conditions.labels, generator)
+        else:
+            clean = encode_images(self.vae, image, shape).to(dtype)
+            latents = self.scheduler.add_noise(clean, latents, timesteps[:1].repeat(batch_size))
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
+
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for index, (timestep, t) in enumerate(zip(timesteps, timesteps.to(device))):
+                if self.interrupt:
+                    continue
+                x_t = self.scheduler.scale_model_input(latents, timestep).to(dtype)
+                scale = self.guidance_scale if guided[index] else 1.0
+                prediction = self._predict(x_t, t, conditions, scale, generator)
+                options = step_options(self.scheduler, generator, index)
+                latents = self.scheduler.step(prediction, timestep, latents, **options).prev_sample
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "sample": x_t}
+                    if "pred_original_sample" in tensor_names:
+                        tensors["pred_original_sample"] = predicted_x0(self.scheduler, prediction, x_t, timestep)
+                    wanted = {name: tensors[name] for name in tensor_names}
+                    latents = callback_on_step_end(self, index, timestep, wanted).get("latents", latents)
+                bar.update()
+
+        if output_type == "latent":
+            images = latents
+        else:
+            images = VaeImageProcessor(do_resize=False).postprocess(self.decode_latents(latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def pred_original_sample(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, math.inf),
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        image_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict x_0, (B, C, h, w), of ``sample`` x_t = a_t x_0 + s_t eps (what callbacks are given under that name) at one t
+        for all; a mixture draws one x_0 for each x_t. The other arguments are those of a sampling."""
+        conditions = read_conditions(self.unet, class_labels, image_embeds, self._execution_device)
+        [guided] = guided_steps(self.scheduler, timestep[None], guidance_interval)
+        prediction = self._predict(sample, timestep.to(sample.device), conditions, guidance_scale if guided else 1.0, generator)
+        return predicted_x0(self.scheduler, prediction, sample, timestep)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode normalised latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1]; see pipelines/decoding.py."""
+        return decode_latents(self.vae, latents)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the current call."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of timesteps of the current call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the current call is to stop before its next step."""
+        return self._interrupt
+
+    def label_of(self, name: str) -> int:
+        """Return the number of a class given by name or number."""
+        for number, label in self.id2label.items():
+            if name == label or name == str(number):
+                return number
+        known = ", ".join(self.id2label.values()) or "none"
+        raise UserError(f"classes: expected one of {known}, found {name!r}")
+
+    def latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Return (height, width) of the latents of images of that size in pixels, None as in training.
+
+        Raises ValueError unless the autoencoder's factor divides both."""
+        factor, side = spatial_factor(self.vae), self.unet.config.sample_size
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < factor or pixels % factor):
+                raise ValueError(f"{name}: expected a multiple of {factor}, found {pixels}")
+        return height // factor if height else side, width // factor if width else side
+
+    def _callback_tensors(self, callback: object, names: Sequence[str]) -> Sequence[str]:
+        """Return the names of the tensors that the callback is given; ValueError for unknown ones."""
+        names = callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
+        if unknown := ", ".join(sorted({*names} - {*self._callback_tensor_inputs})):
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {known}, found {unknown}")
+        return names
+
+    def _start(self, noise: torch.Tensor, labels: torch.Tensor | None, generator: Generators) -> torch.Tensor:
+        """Return what a run starts with: what the scheduler makes of unit noise (B, C, h, w)."""
+        part = self._scheduler_part("start_part")
+        return noise * self.scheduler.init_noise_sigma if part is None else self.scheduler.start(noise, part, labels, generator)
+
+    def _predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, scale: float, generator: Generators
+    ) -> torch.Tensor:
+        """Return what ``step`` takes, with one draw of eta for each row of a mixture's x_t."""
+        eta = randn_tensor(x_t.shape, generator, x_t.device, x_t.dtype) if is_mixture(self.unet) else None
+        moments = self._scheduler_part("step_part")
+        return guided_prediction(self.unet, x_t, t, conditions, eta, scale, self.guide, moments)
+
+    def _scheduler_part(self, purpose: str) -> Any:
+        """Return the component that the scheduler names in ``purpose`` (schedulers/timesteps.py); None if it names none."""
+        name = getattr(self.scheduler, purpose, None)
+        if name is not None and getattr(self, name) is None:
+            kind, tool = type(self.scheduler).__name__, TOOLS[name]
+            raise UserError(f"scheduler: expected a {name} part of the model for {kind}, found none; tools/{tool}.py makes it")
+        return None if name is None else getattr(self, name)
+
+
+def seeded_generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """Return one generator per image, on the CPU by default: its numbers are the same on every machine."""
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]

@@ -1,0 +1,30 @@
+"""The noise schedule of a training, as the diffusers scheduler that its pipeline starts with."""
+
+from __future__ import annotations
+
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
+
+from ..diffusion.settings import DiffusionConfig
+
+COSINE_MAX_BETA = 0.75
+
+
+def build_scheduler(config: DiffusionConfig) -> DDPMScheduler:
+    """Ancestral sampling with the exact posterior variance, which for a mixture is exact sampling of the mixture.
+
+    "trailing" spacing starts few-step sampling at the noisiest timestep (arXiv 2305.08891).
+    """
+    if config.beta_schedule == "cosine":
+        betas = betas_for_alpha_bar(config.num_train_timesteps, max_beta=COSINE_MAX_BETA)
+        noise = {"trained_betas": betas.tolist()}
+    else:
+        noise = {"beta_schedule": config.beta_schedule}
+    return DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        **noise,
+        prediction_type=config.prediction_type,
+        variance_type="fixed_small",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )

@@ -1,0 +1,92 @@
+"""The denoiser as a training starts with it: untrained, or with the weights of ``init_from``, its noise fitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import config_as_dict
+from ..data.shards import Manifest
+from ..errors import UserError
+from ..models.extended import ExtendedUNet2DModel, class_of
+from ..models.fit import fit_posterior_noise
+from ..models.mixture import Mixture
+from ..models.unet import SMDUNet2DModel
+from ..schema import check
+from .checkpoint import checkpoints, load_weights
+from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
+from .run import Denoiser, Run
+from .settings import TrainConfig
+
+
+def initial_model(run: Run) -> Denoiser:
+    """``build_model``, on the device. Its noise is fitted unless a checkpoint has it."""
+    model = build_model(run.config, run.manifest)
+    if model.mixture is not None and not model.mixture.noise.is_fitted and not checkpoints(run.checkpoints):
+        fit_noise(model.mixture, run)
+    return model.to(run.accelerator.device)
+
+
+def build_model(config: TrainConfig, manifest: Manifest) -> Denoiser:
+    """The configured UNet for the latents and classes of the shards, untrained or with the weights of ``init_from``; the
+    extension of ``init_from`` to a mixture where that is a UNet2DModel of diffusers."""
+    if config.init_from and class_of(config.init_from) in ("UNet2DModel", "ExtendedUNet2DModel"):
+        return extended_model(config, manifest)
+    channels, height, width = manifest.latent_shape
+    classes = len(manifest.classes) if config.class_conditional else 0
+    shape = config_as_dict(config.model)
+    shape["noise_modes"] = noise_modes(config, manifest)
+    model = SMDUNet2DModel(
+        sample_size=max(height, width),
+        in_channels=channels,
+        out_channels=channels,
+        num_classes=classes or None,
+        noise_timesteps=config.diffusion.num_train_timesteps,
+        embedding_dimensions=manifest.embedding_dimensions if config.image_conditional else None,
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()},
+    )
+    if config.init_from:
+        kept = None if model.mixture is None else model.mixture.noise
+        load_weights(model, Path(config.init_from), "init_from", new=(model.mixture, model.image_embedding), kept=kept)
+    return model
+
+
+def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DModel:
+    """``init_from``, extended; its own blocks, and the sizes of the mixture from ``config.model``."""
+    shape = config.model
+    check(not config.image_conditional, "image_conditional", "false for a UNet2DModel of diffusers", True)
+    assert config.init_from is not None
+    if class_of(config.init_from) == "ExtendedUNet2DModel":
+        check(shape.z_channels > 0, "model.z_channels", f"more than 0 for the mixture {config.init_from}", 0)
+        model = ExtendedUNet2DModel.from_pretrained(config.init_from, use_safetensors=True)
+    elif shape.z_channels == 0 or shape.placement != "up":
+        raise UserError(
+            "init_from: expected a mixture, model.z_channels > 0 and model.placement=up, to extend a diffusers "
+            f"UNet2DModel to, found {shape.z_channels} and {shape.placement}"
+        )
+    else:
+        model = ExtendedUNet2DModel.from_unet(
+            config.init_from,
+            z_channels=shape.z_channels,
+            identifier_channels=shape.identifier_channels,
+            hypernetwork_width=shape.hypernetwork_width,
+            noise_rank=shape.noise_rank,
+            noise_modes=noise_modes(config, manifest),
+            noise_timesteps=config.diffusion.num_train_timesteps,
+        )
+    channels, classes = manifest.latent_shape[0], len(manifest.classes)
+    check(model.config.in_channels == channels, "init_from", f"{channels} channels, as the latents", model.config.in_channels)
+    if model.config.num_classes is not None:
+        what = f"{classes + 1} class embeddings, {classes} classes and no label"
+        check(model.config.num_classes == classes, "init_from", what, model.config.num_classes + 1)
+    return model
+
+
+def noise_modes(config: TrainConfig, manifest: Manifest) -> int:
+    """Modes of the mixture's noise: fewer than configured where there are few pictures."""
+    return max(1, min(config.model.noise_modes, manifest.count // LATENTS_PER_COMPONENT))
+
+
+def fit_noise(mixture: Mixture, run: Run) -> None:
+    """Colour the mixture's noise as the first latents of the stream, the same on every process."""
+    latents, labels = fitting_latents(run.manifest, run.autoencoder, run.config.seed, run.config.mirror)
+    fit_posterior_noise(mixture.noise, latents, labels, run.process(), run.config.diffusion.prediction_type)

@@ -1,0 +1,80 @@
+"""What users keep of a training: a model folder with its card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffusers import ModelMixin
+
+from ..config import config_as_dict
+from ..files import atomic_folder
+from ..models.denoiser import embedding_dimensions
+from ..pipelines import SMDPipeline
+from .run import Denoiser, Run
+
+CARD_CLASSES = 20
+
+
+def write_model_folder(path: Path, model: ModelMixin | SMDPipeline, card: str, *parts: str) -> None:
+    """Write ``model`` and its card, which also the ``parts`` have that are of use alone."""
+    with atomic_folder(path) as folder:
+        model.save_pretrained(folder)
+        for part in ("", *parts):
+            (folder / part / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(title: str, text: str, config: object) -> str:
+    """README.md: front matter of the hub, the title, the text, and the settings of the run that made the model. The licence is
+    for its owner to say."""
+    return f"""---
+library_name: diffusers
+tags: [ldm_smd, latent-diffusion]
+---
+# {title}
+
+{text}
+
+```json
+{json.dumps(config_as_dict(config), indent=2)}
+```
+"""
+
+
+def build_pipeline(run: Run, unet: Denoiser) -> SMDPipeline:
+    """The pipeline of a run's denoiser."""
+    manifest = run.manifest
+    labels = {str(number): name for number, name in enumerate(manifest.classes)} if unet.config.num_classes else None
+    embedding = manifest.embedding if embedding_dimensions(unet) else None
+    return SMDPipeline(unet, run.autoencoder.model, run.scheduler, labels, embedding=embedding)
+
+
+def save_model_folder(run: Run, unet: Denoiser, images_seen: int) -> None:
+    """Write OUTPUT/model: the pipeline with the EMA weights, and its card."""
+    write_model_folder(run.output / "model", build_pipeline(run, unet), denoiser_card(run, unet, images_seen), "unet")
+
+
+def denoiser_card(run: Run, unet: Denoiser, images_seen: int) -> str:
+    """README.md of a model folder: what it is and the settings that made it."""
+    config, manifest = run.config, run.manifest
+    kind = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
+    start = f", starting from `{config.init_from}`" if config.init_from else ""
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(manifest.classes[:CARD_CLASSES]))
+    more = ", ..." if len(manifest.classes) > CARD_CLASSES else ""
+    conditions = [f"Classes: {names}{more}."] if unet.config.num_classes else []
+    if embedding_dimensions(unet) and manifest.embedding is not None:
+        conditions.append(f"`image_embeds`: of {manifest.embedding['network']}, SHA-256 `{manifest.embedding['sha256']}`.")
+    given = "[0, 1]" if unet.config.num_classes else "batch_size=2"
+    text = f"""\
+{unet.num_parameters() / 1e6:.2f} million parameters, EMA weights after {images_seen:,} images{start}; \
+{manifest.count:,} pictures, {len(manifest.classes)} classes, {manifest.metadata["resolution"]} pixels, latents \
+{"x".join(map(str, manifest.latent_shape))}. {" ".join(conditions)}
+
+```python
+from ldm_smd.pipelines import SMDPipeline
+
+pictures = SMDPipeline.from_pretrained("this folder")({given}, num_inference_steps=8).images
+```
+
+How good the pictures are, `tools/evaluate.py` says. {run.record.history()}Made by `tools/train.py` with these settings:"""
+    return model_card(f"{type(unet).__name__}, {kind}", text, config)

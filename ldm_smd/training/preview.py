@@ -1,0 +1,56 @@
+"""What a run shows on its way: a grid of samples, and whether its mixture still is one."""
+
+from __future__ import annotations
+
+import logging
+
+from torchvision.utils import make_grid, save_image
+
+from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
+from ..models.denoiser import known_labels
+from ..pipelines import seeded_generators
+from .metrics_log import MetricsLog
+from .model_folder import build_pipeline
+from .run import Denoiser, Run
+
+logger = logging.getLogger(__name__)
+
+SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
+SPREAD_PICTURES = 16
+PREVIEW_PICTURES = 40
+
+
+def preview(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None:
+    """A grid of samples from fixed seeds, and the spread over eta by timestep, both from the EMA weights."""
+    home = unet.device  # the CPU, where the training weights are divided over the processes
+    pipeline = build_pipeline(run, unet.to(run.accelerator.device))
+    pipeline.set_progress_bar_config(disable=True)
+    classes = unet.config.num_classes
+    labels = None if classes is None else [index % classes for index in range(PREVIEW_PICTURES)]
+    generators = seeded_generators(range(PREVIEW_PICTURES))
+    images = pipeline(labels, PREVIEW_PICTURES, run.config.sample_steps, generator=generators, output_type="pt")[0]
+    grid = make_grid(images.cpu(), nrow=10, padding=2, pad_value=0.7)
+    path = run.output / "samples" / f"{images_seen:012d}.png"
+    path.parent.mkdir(exist_ok=True)
+    save_image(grid, path)
+    log.image(images_seen, "samples", grid)
+    if unet.is_mixture:
+        log_spread(run, unet, images_seen, log)
+    unet.to(home)
+
+
+def log_spread(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None:
+    """Log how far apart the draws of the mixture are; warn where they have become one."""
+    batch, process = run.batches().batch_at(0).rows(0, SPREAD_PICTURES).to(run.accelerator.device), run.process()
+    latents = run.autoencoder.normalise(batch.moments[:, 0].float())
+    known = known_labels(batch.labels, unet.config.num_classes)
+    steps = [t for t in SPREAD_TIMESTEPS if t < process.num_timesteps]
+    spread = spread_over_eta(unet, process, run.config.diffusion.prediction_type, latents, known, steps)
+    over_eta = {f"spread/{t}": at.over_eta for t, at in spread.items()}
+    log.log(images_seen, over_eta | {f"spread_share/{t}": at.ratio for t, at in spread.items()})
+    if has_collapsed(spread):
+        logger.warning(
+            "the mixture has collapsed: at no timestep do its draws differ by %.0f %% of the posterior's spread%s",
+            100 * COLLAPSED,
+            "; the mse objective does that, use energy" if run.config.objective.name == "mse" else "",
+        )

@@ -1,0 +1,67 @@
+"""What a run of tools/train.py has from its start to its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+
+from ..autoencoder import FrozenAutoencoder
+from ..data.shards import Manifest
+from ..data.stream import LatentStream
+from ..diffusion.process import DiffusionProcess
+from ..models.extended import ExtendedUNet2DModel
+from ..models.unet import SMDUNet2DModel
+from ..schedulers.schedule import build_scheduler
+from .record import MAY_CHANGE, NOT_COMPARED, RunRecord, open_record
+from .settings import TrainConfig
+
+Denoiser = SMDUNet2DModel | ExtendedUNet2DModel
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings, data and frozen networks of a training, and the processes that share it.
+
+    Attributes:
+        manifest: of the latent shards.
+        autoencoder: that made them, on the accelerator's device.
+        scheduler: the noise schedule.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    manifest: Manifest
+    autoencoder: FrozenAutoencoder
+    scheduler: DDPMScheduler
+    record: RunRecord
+
+    @classmethod
+    def open(cls, config: TrainConfig, accelerator: Accelerator) -> Run:
+        """Read what ``config`` names, writing nothing; UserError where the parts do not belong together."""
+        manifest = Manifest.load(config.shards)
+        autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(accelerator.device)
+        manifest.check_autoencoder(autoencoder)
+        record = open_record(Path(config.output), {"shards": manifest.sha256}, config, NOT_COMPARED, MAY_CHANGE)
+        return cls(config, accelerator, manifest, autoencoder, build_scheduler(config.diffusion), record)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def process(self) -> DiffusionProcess:
+        """The noise schedule's forward process, on the device."""
+        return DiffusionProcess(self.scheduler.alphas_cumprod).to(self.accelerator.device)
+
+    def batches(self, images_seen: int = 0) -> LatentStream:
+        """This process's part of every batch after ``images_seen``."""
+        config = self.config
+        rank, world, embeddings = self.accelerator.process_index, self.accelerator.num_processes, config.image_conditional
+        lengths = (config.batch_size, config.images_total, images_seen)
+        return LatentStream(self.manifest, *lengths, config.seed, config.mirror, rank, world, embeddings)

@@ -1,0 +1,87 @@
+"""A network under training and its optimizer, also where both are divided over the processes."""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from torch import nn
+
+from ..models.backbone import current_name
+from .sharding import distribute_like, divide_again, gather_into, is_divided, set_sharded_precision, whole
+
+
+class TrainedNetwork:
+    """A network with the optimizer of its parameters.
+
+    Attributes:
+        network: holds the weights.
+        forward: what training steps call: ``network``, or what DDP, FSDP and torch.compile make of it.
+    """
+
+    def __init__(self, network: ModelMixin, optimizer: torch.optim.Optimizer) -> None:
+        self.network, self.optimizer = network, optimizer
+        self.forward: nn.Module = network
+        self._empty = without_numbers(network)
+
+    def prepare(self, accelerator: Accelerator, gradient_checkpointing: bool = False, compiled: bool = False) -> None:
+        """Share the network with the other processes, as the launcher says: after its weights are loaded, before its
+        optimizer's."""
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()
+        set_sharded_precision(accelerator)
+        prepared, _ = accelerator.prepare(self.network, self.optimizer)
+        self.forward = cast(nn.Module, torch.compile(prepared)) if compiled else prepared
+        if is_divided(self.network):
+            self.forward.register_forward_hook(divide_again)
+
+    def descend(self, learning_rate: float, gradient_clip: float) -> torch.Tensor:
+        """Clip the gradients and take a step; returns the norm they had."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # accelerate's own fails under FSDP where two networks have the same number of parameters.
+        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip))
+        self.optimizer.step()
+        return norm
+
+    def whole_network(self) -> ModelMixin:
+        """``network``; a copy on the CPU with all weights where it is divided. For all processes to call."""
+        if not is_divided(self.network):
+            return self.network
+        copied = copy.deepcopy(self._empty).to_empty(device="cpu")
+        gather_into(copied, dict(self.network.named_parameters()))
+        for buffer, value in zip(copied.buffers(), self.network.buffers()):
+            buffer.copy_(value)
+        return copied
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """The optimizer's state as one flat dictionary "parameter name/entry" -> tensor, whole: for all processes to call. On
+        the CPU, as one GPU may not have the memory for what they have together."""
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
+        return {
+            f"{names[parameter]}/{entry}": whole(value).cpu()
+            for parameter, state in self.optimizer.state.items()
+            for entry, value in state.items()
+        }
+
+    def load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of ``optimizer_tensors``."""
+        parameters = dict(self.network.named_parameters())
+        fused = bool(self.optimizer.defaults.get("fused"))
+        for flat, tensor in tensors.items():
+            former, _, entry = flat.rpartition("/")
+            name = current_name(former)
+            # AdamW keeps its step counters on the CPU unless it is fused; then they lie beside the parameters.
+            if entry != "step" or fused:
+                tensor = distribute_like(tensor.to(parameters[name].device), parameters[name])
+            self.optimizer.state[parameters[name]][entry] = tensor
+
+
+def without_numbers(network: ModelMixin) -> ModelMixin:
+    """A copy on the meta device: the structure, and no memory for weights."""
+    parameters = {id(each): nn.Parameter(torch.empty_like(each, device="meta")) for each in network.parameters()}
+    buffers = {id(each): torch.empty_like(each, device="meta") for each in network.buffers()}
+    return copy.deepcopy(network, parameters | buffers)

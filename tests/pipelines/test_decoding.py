@@ -1,0 +1,62 @@
+"""Latents to images and back: what is decoded, in which pieces, and that the autoencoder stays the user's."""
+
+import logging
+
+import pytest
+import torch
+
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.pipelines.decoding import decode_latents, encode_images
+from ldm_smd.schedulers import make_scheduler
+from tests.rounding import alike
+from tests.sampled import latents
+
+
+def test_the_autoencoder_stays_as_it_was(pipeline):
+    """A pipeline reads from it, and decodes with it, whatever the user does with it besides."""
+    pipeline.vae.half().train().requires_grad_(True)
+    assert pipeline.latent_sides(None, 32) == (8, 16)
+    assert latents(pipeline, [0], [1], output_type="pt").isfinite().all()
+    assert pipeline.vae.dtype == torch.float16 and pipeline.vae.training
+    assert all(weights.requires_grad for weights in pipeline.vae.parameters())
+
+
+def test_image_to_image_names_mistakes(pipeline):
+    with pytest.raises(ValueError, match="strength: expected more than 0"):
+        pipeline([0], image=torch.rand(1, 3, 16, 16), strength=0.0)
+    with pytest.raises(ValueError, match="image: expected one picture, or one for each of 3 samples, found 2"):
+        pipeline([0, 1, 0], image=torch.rand(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"image: expected pictures with latents \(4, 8, 8\), found \(4, 16, 16\)"):
+        pipeline([0], image=torch.rand(1, 3, 32, 32))
+    pipeline.scheduler = make_scheduler("PNDMScheduler:skip_prk_steps=false", pipeline.scheduler)
+    with pytest.raises(ValueError, match="image: expected PNDMScheduler with skip_prk_steps"):
+        pipeline([0], num_inference_steps=20, image=torch.rand(1, 3, 16, 16))
+
+
+def test_decoding_goes_picture_by_picture_and_in_tiles_above_a_budget(pipeline, monkeypatch, caplog):
+    whole = latents(pipeline, [0, 1, 0], [1, 2, 3], output_type="pt")
+    monkeypatch.setattr("ldm_smd.pipelines.decoding.SLICE_PIXELS", 256)
+    assert torch.allclose(latents(pipeline, [0, 1, 0], [1, 2, 3], output_type="pt"), whole, atol=1e-4)
+    monkeypatch.setattr("ldm_smd.pipelines.decoding.TILED_PIXELS", 255)
+    logger = logging.getLogger("ldm_smd.pipelines.decoding")
+    monkeypatch.setattr(logger, "propagate", True)
+    assert latents(pipeline, [0], [1], output_type="pt").shape == (1, 3, 16, 16)
+    assert any("decoding in tiles" in record.message for record in caplog.records)
+    assert not pipeline.vae.use_tiling
+
+
+def test_other_sizes(pipeline):
+    images = latents(pipeline, [0, 1], [1, 2], height=24, width=32, output_type="pt")
+    assert images.shape == (2, 3, 24, 32)
+    for wrong in ({"height": 23}, {"width": 1}):
+        with pytest.raises(ValueError, match="expected a multiple of 2, found"):
+            latents(pipeline, [0], [1], **wrong)
+
+
+def test_images_are_encoded_to_what_is_decoded_to_them(pipeline):
+    """The normalised mean; one image is for all samples."""
+    image, autoencoder = torch.rand(1, 3, 16, 16), FrozenAutoencoder(pipeline.vae)
+    expected = autoencoder.normalise(autoencoder.encode_moments((image * 255).round().to(torch.uint8))[:, 0])
+    found = encode_images(pipeline.vae, image, (3, 4, 8, 8))
+    assert found.shape == (3, 4, 8, 8) and all(torch.equal(each, expected[0]) for each in found)
+    assert alike(decode_latents(pipeline.vae, expected), autoencoder.decode(expected))

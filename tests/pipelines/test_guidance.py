@@ -1,0 +1,78 @@
+"""Conditions, and guidance by its formula."""
+
+import pytest
+import torch
+
+from ldm_smd.models.moments import MomentHeads
+from ldm_smd.pipelines import load_pipeline
+from ldm_smd.pipelines.guidance import Conditions, guided_prediction, guided_steps, read_conditions
+from tests.rounding import alike
+from tests.sampled import latents
+from tests.tiny import diffusers_unet
+
+
+def test_guidance_is_its_formula(pipeline):
+    """One step of prediction x0-free algebra: guidance 1 is conditional, 0 unconditional, w linear in between."""
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor(500)
+    labels, eta = torch.tensor([0, 1]), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        cond, uncond, guided = (guided_prediction(pipeline.unet, x, t, Conditions(labels), eta, w) for w in (1.0, 0.0, 3.0))
+        assert alike(uncond, pipeline.unet(x, t, None, eta).sample)
+    assert alike(guided, uncond + 3 * (cond - uncond))
+
+
+def test_guidance_only_between_two_noise_levels(pipeline):
+    """From 0 to infinity it is guidance; outside the interval it is none; and the scale of each step follows sigma."""
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    everywhere, nowhere = latents(pipeline, [0], [1], **options), latents(pipeline, [0], [1], num_inference_steps=4)
+    inside = latents(pipeline, [0], [1], guidance_interval=(1e-9, 1e9), **options)
+    outside = latents(pipeline, [0], [1], guidance_interval=(1e8, 1e9), **options)
+    assert alike(inside, everywhere) and alike(outside, nowhere) and not torch.allclose(inside, outside, atol=1e-2)
+    timesteps, alphabar = torch.tensor([999, 600.5, 300, 10]), pipeline.scheduler.alphas_cumprod
+    sigma = float(((1 - alphabar[300]) / alphabar[300]).sqrt())
+    assert guided_steps(pipeline.scheduler, timesteps, (0.9 * sigma, 1.1 * sigma)) == [False, False, True, False]
+
+
+def test_a_weaker_network_guides(pipeline, model_folder, tmp_path):
+    """own + (w - 1) (own - other), also without classes; saved and loaded with the pipeline."""
+    guide = load_pipeline(model_folder).unet
+    pipeline.register_modules(guide=guide)
+    x, t, eta = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8)
+    for labels in (torch.tensor([0, 1]), None):
+        with torch.no_grad():
+            own, other = (unet(x, t, labels, eta).sample for unet in (pipeline.unet, guide))
+            guided, unguided = (guided_prediction(pipeline.unet, x, t, Conditions(labels), eta, w, guide) for w in (2.0, 1.0))
+        assert torch.allclose(guided, own + (own - other), atol=1e-3)
+        assert alike(unguided, own)
+    pipeline.save_pretrained(tmp_path / "guided")
+    again = load_pipeline(tmp_path / "guided")
+    again.set_progress_bar_config(disable=True)
+    a, b = (latents(each, [0, 1], [1, 2], guidance_scale=2.0) for each in (pipeline, again))
+    assert alike(a, b)
+
+
+def test_guidance_moves_the_mean_and_leaves_the_moments(gaussian_folder, loud_pipeline):
+    unet = loud_pipeline(gaussian_folder).unet
+    moments, x, t = MomentHeads.for_unet(unet), torch.randn(2, 4, 8, 8), torch.tensor(500)
+    conditions = Conditions(torch.tensor([0, 1]))
+    with torch.no_grad():
+        own, guided = (guided_prediction(unet, x, t, conditions, None, w, moments=moments) for w in (1.0, 3.0))
+        mean = guided_prediction(unet, x, t, conditions, None, 3.0)
+    assert alike(guided[:, :4], mean) and alike(guided[:, 4:], own[:, 4:]) and own.shape == (2, 12, 8, 8)
+
+
+def test_null_conditions_follow_the_given_ones(pipeline):
+    doubled = Conditions(torch.tensor([0, 1]), torch.ones(2, 16)).with_null(pipeline.unet)
+    assert doubled.labels.tolist() == [0, 1, 2, 2] and doubled.image_embeds.sum(dim=1).tolist() == [16, 16, 0, 0]
+    assert Conditions().with_null(pipeline.unet) == Conditions()
+
+
+def test_conditions_that_do_not_fit_are_named(pipeline):
+    cpu = torch.device("cpu")
+    assert read_conditions(pipeline.unet, [1, 0], None, cpu).labels.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="class_labels: expected 0 to 2"):
+        pipeline([3])
+    with pytest.raises(ValueError, match="image_embeds: expected None, this model is not conditioned"):
+        read_conditions(pipeline.unet, None, torch.ones(1, 16), cpu)
+    with pytest.raises(ValueError, match="class_labels: expected None, this model is unconditional"):
+        read_conditions(diffusers_unet(num_class_embeds=None), [0], None, cpu)

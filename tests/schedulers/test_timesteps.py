@@ -1,0 +1,83 @@
+"""A run of any scheduler: its timesteps, the noise at them, and what its step takes."""
+
+import copy
+import inspect
+import logging
+
+import pytest
+import torch
+
+from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import DiffusionConfig
+from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.schedulers.support import warn_once
+from ldm_smd.schedulers.timesteps import begin_run, path_of, predicted_x0, step_options
+
+OURS = build_scheduler(DiffusionConfig())
+TELEPORT = "TeleportScheduler:scheduler=LMSDiscreteScheduler"
+
+
+def test_a_run_has_its_steps_or_the_last_share_of_them():
+    scheduler = make_scheduler("DDIMScheduler", OURS)
+    assert begin_run(scheduler, 5).tolist() == [999, 799, 599, 399, 199]
+    assert begin_run(scheduler, 5, strength=0.4).tolist() == [399, 199] == begin_run(scheduler, 5, strength=0.41).tolist()
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=f"num_inference_steps: expected 1 to 1000, found {steps}"):
+            begin_run(scheduler, steps)
+
+
+def test_a_scheduler_that_goes_on_with_another_has_its_timesteps_and_step():
+    """Whatever is asked of it but for the whole noise schedule; also of a copy."""
+    scheduler = make_scheduler(TELEPORT, OURS)
+    kept = len(scheduler.rest.alphas_cumprod)
+    assert kept < 1000 == len(scheduler) == len(scheduler.alphas_cumprod)
+    timesteps = begin_run(scheduler, 5)
+    assert timesteps[0] == kept - 1 and torch.equal(timesteps, scheduler.timesteps) and scheduler.order == 1
+    with pytest.raises(ValueError, match=f"num_inference_steps: expected 1 to {kept}, found 900"):
+        begin_run(scheduler, 900)
+    assert inspect.signature(scheduler.step) == inspect.signature(scheduler.rest.step)
+    assert torch.equal(copy.deepcopy(scheduler).timesteps, timesteps) and not hasattr(scheduler, "no_such_thing")
+    noise, rest = (path_of(each).signal_and_noise(timesteps, timesteps)[1] for each in (scheduler, scheduler.rest))
+    assert torch.equal(noise, rest)
+
+
+def test_numbers_of_steps_that_diffusers_rounds_badly(caplog, monkeypatch):
+    with pytest.raises(ValueError, match=r"num_inference_steps: expected .* rounded to -1, found 61"):
+        begin_run(make_scheduler("UniPCMultistepScheduler", OURS), 61)
+    monkeypatch.setattr(logging.getLogger("ldm_smd.schedulers.support"), "propagate", True)
+    for name, steps, warned in (("DDIMScheduler", 600, 1), ("DDIMScheduler", 30, 0), ("EulerDiscreteScheduler", 600, 0)):
+        warn_once.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            begin_run(make_scheduler(name, OURS), steps)
+        assert len(caplog.records) == warned
+
+
+def test_x0_where_the_schedule_ends_without_signal():
+    """Training is without, and a scheduler's own arithmetic too: what callbacks are given stays finite."""
+    scheduler = make_scheduler("DDIMScheduler:rescale_betas_zero_snr=true,prediction_type=epsilon", OURS)
+    x_t = torch.randn(2, 4, 8, 8)
+    assert scheduler.alphas_cumprod[-1] == 0 and path_of(scheduler).signal_and_noise(torch.tensor([999]), x_t)[0] > 0
+    assert predicted_x0(scheduler, x_t + 1e-3, x_t, torch.tensor(999)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_x0_of_a_true_prediction(kind):
+    scheduler, t = make_scheduler(f"DDIMScheduler:prediction_type={kind}", OURS), torch.tensor(400)
+    process, (x0, eps) = DiffusionProcess(OURS.alphas_cumprod), torch.randn(2, 3, 4, 8, 8)
+    x_t, prediction = process.noise(x0, eps, t[None]), process.target(x0, eps, t[None], kind)
+    with_moments = torch.cat((prediction, torch.ones(3, 8, 8, 8)), dim=1)
+    assert torch.allclose(predicted_x0(scheduler, with_moments, x_t, t), x0, atol=1e-3)
+
+
+def test_steps_differ_in_their_arguments():
+    generator = torch.Generator()
+    for name, expected in (
+        ("DDPMScheduler", {"generator": generator}),
+        ("DPMSolverSinglestepScheduler", {"generator": generator}),
+        ("UniPCMultistepScheduler", {}),
+        (TELEPORT, {"order": 2}),
+    ):
+        assert step_options(make_scheduler(name, OURS), generator, 1) == expected
+    assert step_options(make_scheduler("LMSDiscreteScheduler", OURS), generator, 9) == {"order": 4}

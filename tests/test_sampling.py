@@ -1,0 +1,41 @@
+"""tools/sample.py."""
+
+import pytest
+from PIL import Image
+
+from ldm_smd.sampling.settings import SampleConfig
+from ldm_smd.sampling.tool import sample
+
+
+@pytest.mark.slow
+def test_sample_tool(run, model_folder, tmp_path):
+    options = [f"model={model_folder}", "per_class=3", "steps=2"]
+    code, out, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'a'}", "classes=[square,0]", "batch_size=2")
+    assert code == 0 and "6 pictures" in out
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert len(names) == 7 and names[0] == "class0000-seed00000003.png" and names[-1] == "grid.png"
+    code, _, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'free'}", "classes=[]")
+    assert code == 0 and len(list((tmp_path / "free").glob("picture-*.png"))) == 3
+    sketch = [f"image={tmp_path / 'a' / names[0]}", "strength=0.5"]
+    code, _, _ = run(SampleConfig, sample, *options, *sketch, f"output={tmp_path / 'sketch'}", "classes=[0]")
+    assert code == 0 and len(list((tmp_path / "sketch").glob("class0000-*.png"))) == 3
+    guided = [f"guide={model_folder / 'unet'}", "guidance_scale=2", "guidance_interval=[0.1,10]", "height=24", "width=16"]
+    code, _, _ = run(SampleConfig, sample, *options, *guided, f"output={tmp_path / 'guided'}", "classes=[0]")
+    assert code == 0 and Image.open(tmp_path / "guided/class0000-seed00000000.png").size == (16, 24)
+    for setting, message in (
+        ("guide=nowhere", "guide: expected the folder of a UNet"),
+        ("steps=1001", "num_inference_steps: expected 1 to 1000, found 1001"),
+        ("steps=61", "num_inference_steps: expected a number at which no timestep is rounded to -1, found 61"),
+        ("scheduler=FlowMatchEulerDiscreteScheduler", "scheduler: expected one of the noise schedule that models are trained"),
+        ("scheduler=DPMSolverMultistepScheduler:algorithm_type=none", "scheduler: DPMSolverMultistepScheduler: none is not"),
+        ("height=23", "height: expected a multiple of 2, found 23"),
+        ("guidance_interval=[1]", "guidance_interval: expected [low, high]"),
+    ):
+        code, _, err = run(SampleConfig, sample, *options, setting, f"output={tmp_path / 'b'}")
+        assert code == 2 and message in err
+    code, _, err = run(SampleConfig, sample, *options, f"image={tmp_path / 'none.png'}", f"output={tmp_path / 'b'}")
+    assert code == 2 and "image: expected a picture, found" in err
+    code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'a'}")
+    assert code == 2 and "output: expected a new or empty folder" in err
+    code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'b'}", "classes=[cat]")
+    assert code == 2 and "found 'cat'" in err and not (tmp_path / "b").exists()

@@ -1,0 +1,54 @@
+"""What a training starts from."""
+
+import json
+
+import pytest
+import torch
+
+from ldm_smd.errors import UserError
+from ldm_smd.pipelines import load_pipeline
+from ldm_smd.training.loop import train
+from tests.tiny import diffusers_unet
+from tests.training.results import weights
+
+
+def test_init_from_starts_at_those_weights(train_config, model_folder, tmp_path):
+    """But with the noise of its own latents, here of fewer modes."""
+    still = ("images_total=8", "learning_rate=1e-12", "weight_decay=0", "model.noise_modes=1")
+    before = weights(model_folder / "unet")
+    after = weights(train(train_config(f"init_from={model_folder / 'unet'}", *still)) / "unet")
+    trained = [name for name in before if not name.startswith("mixture.noise.")]
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in trained)
+    assert len(before["mixture.noise.means"]) > len(after["mixture.noise.means"]) == 1
+    with pytest.raises(UserError, match="init_from: expected the weights of the configured model"):
+        train(train_config(f"init_from={model_folder / 'unet'}", "model.z_channels=6", f"output={tmp_path / 'other'}"))
+    with pytest.raises(UserError, match="init_from: expected a model folder"):
+        train(train_config(f"init_from={model_folder}", f"output={tmp_path / 'other'}"))
+
+
+def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
+    gaussian = ("model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8")
+    start = train(train_config(*gaussian)) / "unet"
+    still = ("learning_rate=1e-12", "weight_decay=0", "images_total=8")
+    after = weights(train(train_config(f"init_from={start}", *still)) / "unet")
+    before = weights(start)
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"mixture"}
+    assert after["mixture.noise.alphas_cumprod"].any()
+
+
+@pytest.mark.slow
+def test_a_diffusers_unet_starts_a_mixture(train_config, tmp_path):
+    """UNet2DModel -> mixture -> training, resumed -> a pipeline that samples -> training from that."""
+    diffusers_unet().save_pretrained(tmp_path / "unet")
+    start = f"init_from={tmp_path / 'unet'}"
+    train(train_config(start, "images_total=32"))
+    folder = train(train_config(start, "images_total=64"))
+    assert json.loads((folder / "unet/config.json").read_text())["_class_name"] == "ExtendedUNet2DModel"
+    assert load_pipeline(folder)([0, 1], num_inference_steps=2, output_type="pt").images.isfinite().all()
+    train(train_config(f"init_from={folder / 'unet'}", f"output={tmp_path / 'again'}", "images_total=8"))
+    gaussian = (f"init_from={folder / 'unet'}", "model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'x'}")
+    with pytest.raises(UserError, match=r"model\.z_channels: expected more than 0 for the mixture .*unet, found 0"):
+        train(train_config(*gaussian))
+    with pytest.raises(UserError, match="init_from: expected a mixture"):
+        train(train_config(start, "model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'x'}"))

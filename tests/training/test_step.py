@@ -1,0 +1,73 @@
+"""Learners: that of the denoiser, and that the loop takes others."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_smd.data.stream import LatentBatch
+from ldm_smd.training import loop
+from ldm_smd.training.checkpoint import checkpoints
+from ldm_smd.training.loop import train
+from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.step import Denoising
+from tests.training.critic import WithCritic
+from tests.training.results import assert_same_losses, logged_losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.z_channels=0", "objective.name=mse"],
+        ["objective.name=mse"],
+        ["objective.name=energy", "objective.patches=[0,2]"],
+    ],
+)
+def test_one_batch_can_be_overfitted(open_run, overrides):
+    """Every kind of model and objective learns two pictures: the loss falls far below where it began."""
+    run = open_run(*overrides, "label_dropout=0")
+    torch.manual_seed(0)
+    learner = Denoising(run)
+    two = run.batches().batch_at(0).rows(0, 2)
+    moments = two.moments.repeat(4, 1, 1, 1, 1)
+    moments[:, 1] = -20.0  # no posterior noise: the two pictures and nothing else
+    batch = LatentBatch(moments, two.labels.repeat(4))
+    losses = [learner.step(batch, number, learning_rate=5e-3)["loss"].item() for number in range(120)]
+    first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
+    # Not to zero: at the noisiest timesteps two pictures remain two, whatever the model.
+    assert last < 0.5 * first
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_add_up(train_config, tmp_path, monkeypatch):
+    """But for rounding: 3 parts of 3, 3 and 2 pictures."""
+    rows, real = [], Denoising.losses
+    monkeypatch.setattr(
+        Denoising, "losses", lambda self, batch, draws: rows.append(len(batch.labels)) or real(self, batch, draws)
+    )
+    for name, accumulate, parts in (("whole", 1, [8]), ("parts", 3, [3, 3, 2])):
+        rows.clear()
+        train(train_config(f"output={tmp_path / name}", f"accumulate={accumulate}"))
+        assert rows == 8 * parts
+    assert_same_losses(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_the_loop_trains_and_resumes_every_network_of_a_learner(train_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "learner_for", WithCritic)
+    train(train_config(f"output={tmp_path / 'straight'}"))
+    train(train_config(f"output={tmp_path / 'stopped'}", "images_total=32"))
+    train(train_config(f"output={tmp_path / 'stopped'}"))
+    a, b = (checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("straight", "stopped"))
+    files = {path.relative_to(a) for path in a.rglob("*.safetensors")}
+    parts = {f"{name}/diffusion_pytorch_model.safetensors" for name in ("model", "ema", "critic")}
+    assert set(map(str, files)) == parts | {"optimizer.safetensors", "critic-optimizer.safetensors"}
+    for file in files:
+        first, second = load_file(a / file), load_file(b / file)
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first), file
+    steps = [load_file(a / f"{name}.safetensors")["conv_in.weight/step"] for name in ("optimizer", "critic-optimizer")]
+    assert steps == [8, 16]
+    lines = [line for line in read_metrics(tmp_path / "straight/metrics.jsonl") if "loss" in line]
+    assert len(lines) == 4 and all(line["critic_loss"] > 0 and line["critic_norm"] > 0 for line in lines)
+    assert logged_losses(tmp_path / "straight") == logged_losses(tmp_path / "stopped")
+    assert not (tmp_path / "straight/model/critic").exists()

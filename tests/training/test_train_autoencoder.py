@@ -1,0 +1,150 @@
+"""Training of the autoencoder: its formulas, and that settings have effects."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig
+from ldm_smd.evaluation.reconstruction import to_uint8
+from ldm_smd.training import train_autoencoder as autoencoder
+from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.train_autoencoder import autoencoder_loss, save_comparison, set_latent_statistics, train_autoencoder
+from tests.training.results import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def pixels(pictures):
+    return load_pixels(ImagesConfig(source=str(pictures), resolution=16))[0]
+
+
+def test_the_loss_is_its_formula(vae_config):
+    generator = torch.Generator().manual_seed(0)
+    x, found = torch.randn(2, 2, 3, 4, 5, generator=generator).double()
+    mean, logvar = torch.randn(2, 2, 4, 2, 2, generator=generator).double()
+    terms = autoencoder_loss(found, x, mean, logvar, vae_config("kl_weight=0.3", "squared_weight=0.7", "gradient_weight=0.2"))
+    error = found - x
+    down, right = error[:, :, 1:] - error[:, :, :-1], error[..., 1:] - error[..., :-1]
+    expected = {
+        "l1": error.abs().mean(),
+        "l2": (error**2).mean(),
+        "gradient": (down.abs().mean() + right.abs().mean()) / 2,
+        "kl": ((mean**2 + logvar.exp() - 1 - logvar) / 2).mean(),
+    }
+    expected["loss"] = expected["l1"] + 0.7 * expected["l2"] + 0.2 * expected["gradient"] + 0.3 * expected["kl"]
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx({n: v.item() for n, v in expected.items()})
+
+
+def test_batches_are_of_all_pictures_half_of_them_mirrored(vae_config):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (22, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    whole = pixels / 127.5 - 1
+    seen, mirrored = set(), 0
+    for flip in ("true", "false"):
+        settings = vae_config("images_total=200", "batch_size=200", f"flip={flip}")
+        for picture in autoencoder.random_batch(pixels, settings, generator):
+            same = [torch.allclose(picture, each, atol=1e-5) for each in whole]
+            turned = [torch.allclose(picture, each.flip(2), atol=1e-5) for each in whole]
+            assert any(same) or (flip == "true" and any(turned))
+            seen.add((same if any(same) else turned).index(True))
+            mirrored += flip == "true" and not any(same)
+    assert seen == set(range(22)) and 60 < mirrored < 140
+
+
+def test_pictures_stand_above_their_reconstructions(vae_folder, pixels, tmp_path):
+    frozen = FrozenAutoencoder.from_pretrained(vae_folder)
+    save_comparison(frozen, pixels[:10], tmp_path / "both.png")
+    decoded = to_uint8(frozen.decode(frozen.normalise(frozen.encode_moments(pixels[:10])[:, 0])))
+    sheet = torch.from_numpy(np.array(Image.open(tmp_path / "both.png"))).permute(2, 0, 1).int()
+    for row, (pictures, first) in enumerate(((pixels, 0), (decoded, 0), (pixels, 8), (decoded, 8))):
+        for column in range(2 if first else 8):
+            # The last two and their reconstructions follow each other, as rows are of eight.
+            place = 8 * row + column if first == 0 else 16 + column + 2 * (row - 2)
+            top, left = (2 + 18 * part for part in divmod(place, 8))
+            apart = sheet[:, top : top + 16, left : left + 16] - pictures[first + column].int()
+            assert apart.abs().max() <= 1
+
+
+def test_a_step_of_the_autoencoder_has_the_gradients_of_its_batch_clipped(vae_config, adamw_steps):
+    train_autoencoder(vae_config("gradient_weight=100"))
+    assert [before for _, before, _ in adamw_steps] == [False] * 4
+    assert all(norm == pytest.approx(1, rel=1e-3) for *_, norm in adamw_steps)
+
+
+def test_reports_are_means_over_their_steps(vae_config, monkeypatch):
+    totals, real = [], autoencoder.autoencoder_loss
+    monkeypatch.setattr(autoencoder, "autoencoder_loss", lambda *given: totals.append(real(*given)) or totals[-1])
+    monkeypatch.setattr(autoencoder, "REPORT_EVERY_IMAGES", 16)
+    settings = vae_config()
+    train_autoencoder(settings)
+    lines = [line for line in read_metrics(Path(settings.work) / "metrics.jsonl") if "l1" in line]
+    assert [line["images_seen"] for line in lines] == [16, 32]
+    for line, pair in zip(lines, (totals[:2], totals[2:])):
+        assert {n: line[n] for n in pair[0]} == pytest.approx({n: float(sum(t[n].detach() for t in pair) / 2) for n in pair[0]})
+
+
+def test_normalised_latents_have_mean_zero_and_variance_one(vae_folder, pixels):
+    model = AutoencoderKL.from_pretrained(vae_folder, scaling_factor=1.0, shift_factor=None)
+    set_latent_statistics(model, pixels, batch_size=5)
+    frozen = FrozenAutoencoder(model)
+    mean, logvar = frozen.encode_moments(pixels).unbind(dim=1)
+    normalised = frozen.normalise(mean)
+    variance = normalised.var(dim=(0, 2, 3), correction=0) + logvar.exp().mean(dim=(0, 2, 3)) * frozen.scale.flatten() ** 2
+    assert torch.allclose(normalised.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(variance, torch.ones(4), atol=1e-3)
+
+
+OTHERS = [
+    "batch_size=4",
+    "ema_halflife_images=1",
+    "flip=false",
+    "gradient_weight=2",
+    "images_total=24",
+    "kl_weight=0.1",
+    "learning_rate=1e-2",
+    "model.latent_channels=3",
+    "model.layers_per_block=2",
+    "model.mid_block_add_attention=false",
+    "model.norm_num_groups=2",
+    "seed=1",
+    "squared_weight=2",
+    "warmup_images=64",
+]
+
+
+@pytest.fixture(scope="module")
+def usual():
+    """The weights that the settings as they are end at, once they have been computed."""
+    return {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", OTHERS)
+def test_a_setting_changes_what_the_autoencoder_learns(vae_config, usual, tmp_path, setting):
+    if not usual:
+        usual.update(
+            load_file(train_autoencoder(vae_config(f"output={tmp_path / 'usual'}", f"work={tmp_path / 'first'}")) / WEIGHTS)
+        )
+    found = load_file(train_autoencoder(vae_config(setting)) / WEIGHTS)
+    assert found.keys() != usual.keys() or not all(torch.equal(found[name], usual[name]) for name in found)
+
+
+def test_the_decoder_alone_is_trained_from_given_weights(vae_config, tmp_path):
+    """The encoder and the constants of its latents stay, so that shards do."""
+    model = autoencoder.build(vae_config())
+    model.register_to_config(latents_mean=[1.0, 2, 3, 4], latents_std=[2.0] * 4)
+    model.save_pretrained(tmp_path / "start")
+    start = model.state_dict()
+    settings = [f"init_from={tmp_path / 'start'}", "train_encoder=false", "learning_rate=1e-2"]
+    folder = train_autoencoder(vae_config(*settings))
+    after = load_file(folder / WEIGHTS)
+    changed = {name.split(".")[0] for name in start if not torch.equal(start[name], after[name])}
+    assert changed == {"decoder"}
+    assert AutoencoderKL.load_config(folder)["latents_mean"] == [1, 2, 3, 4]
+    assert "by the decoder alone after those of" in (folder / "README.md").read_text()

@@ -1,0 +1,55 @@
+"""Training of the classifier: its formulas."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_smd.config import load_config
+from ldm_smd.models.feature_network import FeatureNetwork
+from ldm_smd.training.settings import ClassifierSetConfig, TrainClassifierConfig
+from ldm_smd.training.train_classifier import LabelledPictures, accuracy, augmented_batch, train_classifier
+from tests.training.results import WEIGHTS
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_pictures_of_the_classifier_are_shifted_and_some_mirrored(mirror):
+    """By up to an eighth of the side, the edge repeated, and all pictures of a class with its label."""
+    picture = torch.arange(16).expand(3, 16, 16).to(torch.uint8) * 8  # a ramp to the right
+    labelled = LabelledPictures(torch.stack([picture, picture // 2]), torch.tensor([4, 7]))
+    torch.manual_seed(0)
+    settings = ClassifierSetConfig(name="x", batch_size=400, mirror=mirror)
+    found, labels = augmented_batch(labelled, settings)
+    assert found.shape == (400, 3, 16, 16) and set(labels.tolist()) == {4, 7}
+    shifts, turned = set(), 0
+    for ramp, label in zip((found[:, 0, 8] + 1) * 127.5 / 8, labels):
+        ramp = (ramp if label == 4 else 2 * ramp).round()
+        turned += int(ramp[0] > ramp[-1])
+        ramp = ramp.flip(0) if ramp[0] > ramp[-1] else ramp
+        [shift] = [s for s in range(-4, 5) if (ramp - (torch.arange(16) + s).clamp(0, 15)).abs().max() < 0.5]
+        shifts.add(shift)
+    assert {-2, 2} <= shifts <= set(range(-2, 3))
+    assert 140 < turned < 260 if mirror else turned == 0
+
+
+def test_accuracy_is_the_share_that_is_right():
+    torch.manual_seed(0)
+    model = FeatureNetwork((4, 8), {"x": 3}).eval()
+    pixels = torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        likely = model.heads["x"](model(pixels / 127.5 - 1)).argmax(dim=1)
+    labels = torch.where(torch.arange(300) < 75, (likely + 1) % 3, likely)
+    ranges = set()
+    model.register_forward_pre_hook(lambda _, given: ranges.add((given[0].min().item(), given[0].max().item())))
+    assert accuracy(model, "x", LabelledPictures(pixels, labels), torch.device("cpu")) == pytest.approx(0.75, abs=0.01)
+    assert ranges == {(-1.0, 1.0)}
+
+
+def test_a_seed_gives_a_classifier(pictures, tmp_path):
+    def trained(name, seed):
+        images = f"{{source: '{pictures}', resolution: 16}}"
+        sets = f"sets=[{{name: a, batch_size: 8, images: {images}, held_out: {images}}}]"
+        settings = [sets, "images_total=8", f"output={tmp_path / name}", f"seed={seed}", "block_out_channels=[4,8]"]
+        return load_file(train_classifier(load_config(TrainClassifierConfig, None, settings)) / WEIGHTS)
+
+    a, b, c = trained("a", 0), trained("b", 0), trained("c", 1)
+    assert all(torch.equal(a[name], b[name]) for name in a) and not all(torch.equal(a[name], c[name]) for name in a)
