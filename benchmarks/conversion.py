@@ -77,7 +77,7 @@ def conversion(config: ConversionConfig) -> Path:
         opened = Run.open(run, Accelerator(mixed_precision=pick_precision(run.precision)))
         torch.manual_seed(run.seed)
         untrained = build_model(run, opened.manifest)
-        fit_noise(untrained, opened)
+        fit_noise(untrained.mixture, opened)
         models = {0: untrained.eval()}
         train(run)
         for checkpoint in checkpoints(Path(run.output) / "checkpoints"):
