@@ -40,6 +40,10 @@ class GaussianPath(ABC):
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(a_t, s_t), each (B, 1, ..., 1) to multiply ``like`` (B, ...) with. t = -1 is clean data: (1, 0)."""
 
+    @abstractmethod
+    def timestep_of(self, ratio: torch.Tensor) -> torch.Tensor:
+        """The real t at which a_t^2 / s_t^2 is ``ratio``, (B,); 0 where it never is so large."""
+
     def random_t(self, count: int, **options: Any) -> torch.Tensor:
         """Timesteps to train at, (count,), real ones above 0; ``options`` are those of torch.rand."""
         return self.last * (1.0 - torch.rand(count, **options))
@@ -109,6 +113,13 @@ class DiffusionProcess(GaussianPath):
         alphabar = torch.where(t < 0, 1.0, known).view(-1, *[1] * (like.ndim - 1))
         return alphabar.sqrt(), (1.0 - alphabar).sqrt()
 
+    def timestep_of(self, ratio: torch.Tensor) -> torch.Tensor:
+        known = self.alphas_cumprod.clamp(LEAST_ALPHABAR, 1.0 - torch.finfo(self.alphas_cumprod.dtype).eps).logit().flip(0)
+        wanted = ratio.to(known.dtype).log().clamp(known[0], known[-1])
+        above = torch.searchsorted(known, wanted).clamp_min(1)
+        share = (wanted - known[above - 1]) / (known[above] - known[above - 1])
+        return self.last - (above - 1 + share)
+
     def _between(self, t: torch.Tensor) -> torch.Tensor:
         """alphabar at real t: that of the table, and between two of its entries linear in log(alphabar / (1 - alphabar))."""
         t = t.clamp(0, self.last)
@@ -129,3 +140,6 @@ class RectifiedFlow(GaussianPath):
         """In the dtype of ``like``, float32 or better."""
         t = t.clamp_min(0).to(torch.promote_types(like.dtype, torch.float32)).view(-1, *[1] * (like.ndim - 1))
         return (self.num_timesteps - t) / self.num_timesteps, t / self.num_timesteps
+
+    def timestep_of(self, ratio: torch.Tensor) -> torch.Tensor:
+        return self.num_timesteps / (1.0 + ratio.sqrt())

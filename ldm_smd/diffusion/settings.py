@@ -1,10 +1,12 @@
 """Settings of the forward process and of the objective."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Optional
 
 from ..schema import Settings, check, choice, number, numbers
 
-OBJECTIVES = ("mse", "energy", "mixture_nll")
+OBJECTIVES = ("mse", "energy", "mixture_nll", "distillation")
+VIEWS = ("conditional", "marginal")
 WEIGHTINGS = ("prediction", "v", "epsilon", "x0", "min_snr")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 """diffusers' names: eps, v = a_t eps - s_t x_0, x_0."""
@@ -24,12 +26,27 @@ class DiffusionConfig(Settings):
 
 
 @dataclass
+class DistillationConfig(Settings):
+    """What objective.name=distillation needs beside the model (ldm_smd/training/distillation.py)."""
+
+    teacher: Optional[str] = None
+    """Folder of the Gaussian denoiser that is learnt from, RUN/model/unet; null: init_from."""
+    views: str = choice("conditional", VIEWS)
+    """conditional: a draw is judged together with the x_t it was made from, so that chains of any length stay right.
+    marginal: by itself (as DMD)."""
+    critic_learning_rate: float = number(5e-4, above=0, most=1)
+    """Learning rate of the critic at the peak of the model's; it rises and falls with that."""
+    pure_noise: float = number(0.3, 0, 1)
+    """Share of the images whose t is the last, where sampling begins."""
+
+
+@dataclass
 class ObjectiveConfig(Settings):
     """What the draws of the prediction are compared with the target by (ldm_smd/diffusion/objectives.py)."""
 
     name: str = choice("energy", OBJECTIVES)
     """energy: a strictly proper score, learns the mixture. mixture_nll: likelihood of the draws' mixture. mse: the paper's
-    loss, which collapses; the one for Gaussian models."""
+    loss, which collapses; the one for Gaussian models. distillation: from a trained Gaussian model."""
     draws: int = number(4, 1, 1024)
     """M, predictions per picture (energy: at least 2)."""
     beta: float = number(1.0, above=0, below=2)
@@ -42,6 +59,7 @@ class ObjectiveConfig(Settings):
     """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""
     weighting: str = choice("prediction", WEIGHTINGS)
     """Weighting of the timesteps: the space in which errors weigh the same at each (prediction, v, epsilon, x0), or min_snr."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ class Draws:
     dropped: torch.Tensor
     unlike: torch.Tensor
 
-    def rows(self, start: int, stop: int) -> Draws:
-        return Draws(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
+    def rows(self, start: int, stop: int) -> Self:
+        return type(self)(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
 
 
 def draw(generator: torch.Generator, shape: tuple[int, ...], draws: int, num_timesteps: int, label_dropout: float) -> Draws:

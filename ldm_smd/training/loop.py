@@ -21,6 +21,7 @@ from ..progress import progress
 from .average import resume_averages, save_snapshot
 from .checkpoint import resume, resume_optimizers, save_checkpoint
 from .ema import EMA, PowerEMA
+from .learners import learner_for
 from .metrics_log import MetricsLog, RunningMeans, crossed
 from .model_folder import save_model_folder
 from .preview import preview
@@ -28,7 +29,6 @@ from .rates import warmup_cooldown
 from .run import Run
 from .settings import TrainConfig
 from .signals import EXIT_CODE, sigterm_flag
-from .step import learner_for
 
 STOP_EVERY_STEPS = 10
 """Ranks vote on stopping every this many steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from einops import rearrange
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
 from ..diffusion.objectives import objective, timestep_weight
+from ..diffusion.process import DiffusionProcess
 from ..models.denoiser import known_labels
 from .build import initial_model
 from .draws import Draws, draw, step_seed
@@ -33,59 +35,31 @@ class Learner(Protocol):
         "loss" among them, the same ones at every step. Reading one here would make the host wait."""
 
 
-def learner_for(run: Run) -> Learner:
-    """Choose by the objective; all so far compare the prediction of one network with a target."""
-    return Denoising(run)
-
-
 class Denoising:
     """The denoiser learns alone: draw latents, noise and eta; predict; compare."""
 
     def __init__(self, run: Run) -> None:
-        config, o = run.config, run.config.objective
-        network = initial_model(run)
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-        )
-        self.run, self.process = run, run.process()
-        self.model = TrainedNetwork(network, optimizer)
+        o = run.config.objective
+        self.run, self.process, self.model = run, run.process(), trained_model(run)
         self.networks = {"model": self.model}
         self.objective = objective(o.name, o.beta, o.diversity, o.patches, o.bandwidth)
         self.exponent = o.beta if o.name == "energy" else 2.0
-        self.draws = o.draws if network.is_mixture else 0
-        self.null_class = network.config.num_classes
+        self.draws = o.draws if self.model.network.is_mixture else 0
 
     def step(self, batch: LatentBatch, images_seen: int, learning_rate: float) -> dict[str, torch.Tensor]:
         self.model.network.zero_grad()
-        loss = self.backward(batch, self.draw(batch, images_seen))
+        loss = self.backward(batch, draw_step(self.run, self.process, batch, images_seen, self.draws))
         norm = self.model.descend(learning_rate, self.run.config.gradient_clip)
         return {"loss": loss, "gradient_norm": norm}
 
-    def draw(self, batch: LatentBatch, images_seen: int) -> Draws:
-        """Draw the random numbers of this process's part of a batch.
-
-        They are a function of (seed, images_seen): a resumed run draws what it would have drawn, and so do processes of
-        another number.
-        """
-        config, accelerator = self.run.config, self.run.accelerator
-        size, rank = len(batch.labels), accelerator.process_index
-        generator = torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, images_seen))
-        shape = (size * accelerator.num_processes, *batch.moments.shape[2:])
-        draws = draw(generator, shape, self.draws, self.process.num_timesteps, config.label_dropout)
-        torch.manual_seed(step_seed(config.seed, images_seen, rank))  # for dropout inside the network
-        return draws.rows(rank * size, (rank + 1) * size)
-
     def backward(self, batch: LatentBatch, draws: Draws) -> torch.Tensor:
         """Add the gradients of a batch, in ``accumulate`` parts; returns its mean loss."""
-        size, accelerator = len(batch.labels), self.run.accelerator
-        part = -(-size // self.run.config.accumulate)
         total = torch.zeros((), device=batch.labels.device)
-        for start in range(0, size, part):
-            rows = (start, min(start + part, size))
+        for rows, last in parts(len(batch.labels), self.run.config.accumulate):
             # Processes exchange gradients once, with the last part.
-            with accelerator.no_sync(self.model.forward) if rows[1] < size else nullcontext():
-                loss = self.losses(batch.rows(*rows), draws.rows(*rows)).sum() / size
-                accelerator.backward(loss)
+            with nullcontext() if last else self.run.accelerator.no_sync(self.model.forward):
+                loss = self.losses(batch.rows(*rows), draws.rows(*rows)).sum() / len(batch.labels)
+                self.run.accelerator.backward(loss)
             total += loss.detach()
         return total
 
@@ -97,13 +71,49 @@ class Denoising:
         prediction_type = config.diffusion.prediction_type
         x_t = self.process.noise(x0, draws.eps, t)
         target = self.process.target(x0, draws.eps, t, prediction_type)
-        labels = known_labels(batch.labels, self.null_class)
-        if labels is not None:
-            labels = torch.where(draws.dropped, self.null_class, labels)
-        inputs = {}
-        if batch.embeddings is not None:
-            inputs["image_embeds"] = batch.embeddings.float() * ~draws.unlike[:, None]
+        conditions = known_conditions(batch, draws, self.model.network.config.num_classes)
         with self.run.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
-            prediction = self.model.forward(x_t, t, labels, eta, return_dict=False, **inputs)[0].float()
+            prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
         losses = self.objective(rearrange(prediction, "(b m) ... -> b m ...", b=len(x0)), target)
         return losses * timestep_weight(config.objective.weighting, self.exponent, self.process, t, prediction_type)
+
+
+def trained_model(run: Run) -> TrainedNetwork:
+    """The denoiser as a training starts with it, and its optimizer."""
+    network, config = initial_model(run), run.config
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=decay, fused=True
+    )
+    return TrainedNetwork(network, optimizer)
+
+
+def draw_step(run: Run, process: DiffusionProcess, batch: LatentBatch, images_seen: int, count: int) -> Draws:
+    """Draw the random numbers of this process's part of a batch, ``count`` of eta for each image.
+
+    They are a function of (seed, images_seen): a resumed run draws what it would have drawn, and so do processes of
+    another number.
+    """
+    config, accelerator = run.config, run.accelerator
+    size, rank = len(batch.labels), accelerator.process_index
+    generator = torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, images_seen))
+    shape = (size * accelerator.num_processes, *batch.moments.shape[2:])
+    draws = draw(generator, shape, count, process.num_timesteps, config.label_dropout)
+    torch.manual_seed(step_seed(config.seed, images_seen, rank))  # for dropout inside the network
+    return draws.rows(rank * size, (rank + 1) * size)
+
+
+def parts(size: int, count: int) -> Iterator[tuple[tuple[int, int], bool]]:
+    """The first and last row of each of ``count`` parts of a batch, and whether it is the last part."""
+    part = -(-size // count)
+    for start in range(0, size, part):
+        yield (start, min(start + part, size)), start + part >= size
+
+
+def known_conditions(batch: LatentBatch, draws: Draws, null_class: int | None) -> dict[str, torch.Tensor | None]:
+    """Labels and embeddings as a model takes them, left out where the draws say so."""
+    labels = known_labels(batch.labels, null_class)
+    if labels is not None and null_class is not None:
+        labels = torch.where(draws.dropped, null_class, labels)
+    embeds = {} if batch.embeddings is None else {"image_embeds": batch.embeddings.float() * ~draws.unlike[:, None]}
+    return {"class_labels": labels, **embeds}

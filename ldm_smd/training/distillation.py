@@ -1,0 +1,132 @@
+"""Posterior distillation: a mixture learns q(x_0 | x_t) from a Gaussian model, noise-conditional variational score distillation
+(NCVSD, Cheng et al., ICML 2025, arXiv 2506.09416) for SMD's networks."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+
+from ..autoencoder import sample_latents
+from ..data.stream import LatentBatch
+from ..diffusion.two_views import joined_view
+from ..models.unet import SMDUNet2DModel
+from ..schema import check
+from .draws import Draws, step_seed
+from .run import Run
+from .step import draw_step, known_conditions, parts, trained_model
+from .trained import TrainedNetwork
+
+NEAREST, FARTHEST = 0.02, 0.98
+"""Part of the timesteps that the second view is taken at."""
+SMALLEST = 1e-4
+
+
+@dataclass
+class TwoViews(Draws):
+    """Attributes:
+    r: timesteps of the second view, (B,).
+    second_eps: its noise, (B, C, h, w).
+    """
+
+    r: torch.Tensor
+    second_eps: torch.Tensor
+
+
+class Distillation:
+    """A draw of the mixture, x = D(x_t, eta), is noised anew: x_r = a_r x + s_r eps'. Were x a true draw of q(x_0 | x_t), x_t
+    and x_r would be two independent views of one x_0, as good as one, x_u (diffusion/two_views.py). So the frozen teacher
+    knows the score of the true q(x_r | x_t); and a critic, trained by the denoising loss on the mixture's draws, that of the
+    mixture's own. Their KL divergence falls along
+
+        x <- x - (D_critic(x_u, u) - D_teacher(x_u, u)) / mean |x - D_teacher(x_u, u)|,    each image weighted by s_t.
+    """
+
+    def __init__(self, run: Run) -> None:
+        config, settings = run.config, run.config.objective.distillation
+        self.run, self.process, self.model = run, run.process(), trained_model(run)
+        check(self.model.network.is_mixture, "objective.name", "mse for a Gaussian model", "distillation")
+        source = settings.teacher or config.init_from
+        check(source is not None, "objective.distillation.teacher", "the folder of a Gaussian model, or init_from", source)
+        self.teacher, critic = (gaussian(source, run) for _ in range(2))
+        self.teacher.requires_grad_(False).eval()
+        rate = settings.critic_learning_rate
+        optimizer = torch.optim.AdamW(critic.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.critic = TrainedNetwork(critic, optimizer)
+        self.critic_rate = rate / config.learning_rate
+        self.networks = {"model": self.model, "critic": self.critic}
+
+    def step(self, batch: LatentBatch, images_seen: int, learning_rate: float) -> dict[str, torch.Tensor]:
+        run, size = self.run, len(batch.labels)
+        for trained in self.networks.values():
+            trained.network.zero_grad()
+        draws = self.draw(batch, images_seen)
+        totals = dict.fromkeys(("loss", "critic_loss", "teacher_loss"), torch.zeros((), device=batch.labels.device))
+        for rows, last in parts(size, run.config.accumulate):
+            with ExitStack() as waiting:
+                for trained in () if last else self.networks.values():
+                    waiting.enter_context(run.accelerator.no_sync(trained.forward))
+                losses = self.losses(batch.rows(*rows), draws.rows(*rows))
+                for name in ("loss", "critic_loss"):
+                    run.accelerator.backward(losses[name].sum() / size)
+            totals = {name: total + losses[name].detach().sum() / size for name, total in totals.items()}
+        norm = self.model.descend(learning_rate, run.config.gradient_clip)
+        self.critic.descend(learning_rate * self.critic_rate, run.config.gradient_clip)
+        return totals | {"gradient_norm": norm}
+
+    def losses(self, batch: LatentBatch, draws: TwoViews) -> dict[str, torch.Tensor]:
+        """Return the model's loss, the critic's, and the teacher's error where the critic's is taken, each (b,)."""
+        run, path = self.run, self.process
+        prediction_type, t, r = run.config.diffusion.prediction_type, draws.t, draws.r
+        x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=draws.posterior))
+        x_t = path.noise(x0, draws.eps, t)
+        conditions = known_conditions(batch, draws, self.model.network.config.num_classes)
+        eta = rearrange(draws.eta, "b m ... -> (b m) ...")
+        with run.accelerator.autocast():
+            prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
+        x = path.to_x0(prediction, x_t, t, prediction_type)
+
+        drawn = x.detach()
+        view, u = path.noise(drawn, draws.second_eps, r), r
+        if run.config.objective.distillation.views == "conditional":
+            view, u = joined_view(path, x_t, t, view, r)
+        with run.accelerator.autocast():
+            critic = self.critic.forward(view, u, return_dict=False, **conditions)[0].float()
+            with torch.no_grad():
+                teacher = self.teacher(view, u, return_dict=False, **conditions)[0].float()
+        true, own = (path.to_x0(each, view, u, prediction_type) for each in (teacher, critic.detach()))
+        scale = (drawn - true).abs().flatten(1).mean(dim=1).clamp_min(SMALLEST).view(-1, 1, 1, 1)
+        goal = drawn - (own - true) / scale
+        weight = path.signal_and_noise(t, t)[1]
+
+        a, s = path.signal_and_noise(u, view)
+        target = path.target(drawn, (view - a * drawn) / s.clamp_min(SMALLEST), u, prediction_type)
+        return {
+            "loss": 0.5 * weight * (x - goal).square().flatten(1).mean(dim=1),
+            "critic_loss": (critic - target).square().flatten(1).mean(dim=1),
+            "teacher_loss": (teacher - target).square().flatten(1).mean(dim=1),
+        }
+
+    def draw(self, batch: LatentBatch, images_seen: int) -> TwoViews:
+        """Draw this process's part of the random numbers, of which more t are the last than in other trainings."""
+        run, last, settings = self.run, self.process.last, self.run.config.objective.distillation
+        draws = draw_step(run, self.process, batch, images_seen, 1)
+        size, rank, device = len(batch.labels), run.accelerator.process_index, batch.labels.device
+        count = size * run.accelerator.num_processes
+        generator = torch.Generator(device).manual_seed(step_seed(run.config.seed, images_seen, 0, 1))
+        pure = torch.rand(count, generator=generator, device=device) < settings.pure_noise
+        r = torch.empty(count, device=device).uniform_(NEAREST * last, FARTHEST * last, generator=generator).round().long()
+        eps = torch.randn((count, *draws.eps.shape[1:]), generator=generator, device=device)
+        rows = slice(rank * size, (rank + 1) * size)
+        draws.t = torch.where(pure[rows], last, draws.t)
+        return TwoViews(**vars(draws), r=r[rows], second_eps=eps[rows])
+
+
+def gaussian(folder: str, run: Run) -> SMDUNet2DModel:
+    """The Gaussian denoiser of a folder, on the device."""
+    model = SMDUNet2DModel.from_pretrained(Path(folder), use_safetensors=True)
+    check(not model.is_mixture, "objective.distillation.teacher", "a Gaussian model", f"a mixture in {folder}")
+    return model.to(run.accelerator.device)

@@ -1,0 +1,98 @@
+"""Posterior distillation in the loop of tools/train.py."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm_smd.errors import UserError
+from ldm_smd.training.checkpoint import checkpoints
+from ldm_smd.training.distillation import Distillation
+from ldm_smd.training.loop import train
+from ldm_smd.training.metrics_log import read_metrics
+from tests.training.results import assert_same_losses, logged_losses, weights
+
+
+@pytest.fixture
+def settings(gaussian_folder):
+    """Settings of a distillation from the Gaussian model."""
+    return f"init_from={gaussian_folder / 'unet'}", "objective.name=distillation", "objective.draws=1"
+
+
+@pytest.fixture
+def distil(train_config, settings):
+    return lambda *overrides: train_config(*settings, *overrides)
+
+
+@pytest.fixture
+def learner(open_run, settings):
+    return lambda *overrides: Distillation(open_run(*settings, *overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("views", ["conditional", "marginal"])
+def test_it_resumes_where_it_was(distil, tmp_path, views):
+    """All networks and optimizers, bit by bit; the teacher stays as it is."""
+    chosen = f"objective.distillation.views={views}"
+    train(distil(chosen, f"output={tmp_path / 'straight'}"))
+    train(distil(chosen, f"output={tmp_path / 'stopped'}", "images_total=32"))
+    train(distil(chosen, f"output={tmp_path / 'stopped'}"))
+    a, b = (checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("straight", "stopped"))
+    files = sorted(path.relative_to(a) for path in a.rglob("*.safetensors"))
+    assert len(files) == 5
+    for file in files:
+        first, second = load_file(a / file), load_file(b / file)
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first), file
+    assert logged_losses(tmp_path / "straight") == logged_losses(tmp_path / "stopped")
+    lines = [line for line in read_metrics(tmp_path / "straight/metrics.jsonl") if "loss" in line]
+    assert lines and all(line["critic_loss"] > 0 and line["teacher_loss"] > 0 for line in lines)
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_add_up(distil, tmp_path):
+    for name, accumulate in (("whole", 1), ("parts", 3)):
+        train(distil(f"output={tmp_path / name}", f"accumulate={accumulate}"))
+    assert_same_losses(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_critic_that_agrees_with_the_teacher_moves_nothing(learner):
+    """At the start they are one network, so the mixture has no reason to move; the critic has, from the mixture's draws."""
+    learner = learner()
+    batch = learner.run.batches().batch_at(0)
+    losses = learner.losses(batch, learner.draw(batch, 0))
+    assert losses["loss"].shape == (8,) and losses["loss"].abs().max() < 1e-10
+    assert torch.allclose(losses["critic_loss"], losses["teacher_loss"]) and losses["critic_loss"].min() > 0
+    before = {name: value.clone() for name, value in learner.teacher.state_dict().items()}
+    for number in range(3):
+        learner.step(batch, number, learning_rate=1e-3)
+    assert all(torch.equal(before[name], value) for name, value in learner.teacher.state_dict().items())
+    assert learner.losses(batch, learner.draw(batch, 3))["loss"].max() > 0
+
+
+def test_pure_noise_is_as_frequent_as_said(learner):
+    found = {}
+    for share in (0.0, 1.0):
+        chosen = learner(f"objective.distillation.pure_noise={share}")
+        draws = chosen.draw(chosen.run.batches().batch_at(0), 0)
+        found[share] = draws.t
+        assert draws.r.min() >= 20 and draws.r.max() <= 979 and draws.second_eps.shape == draws.eps.shape
+    assert (found[1.0] == 999).all() and (found[0.0] < 999).all()
+
+
+def test_the_critic_learns_at_its_own_rate(learner):
+    learner = learner("objective.distillation.critic_learning_rate=0.01", "learning_rate=1e-3")
+    learner.step(learner.run.batches().batch_at(0), 0, learning_rate=5e-4)
+    rates = {name: trained.optimizer.param_groups[0]["lr"] for name, trained in learner.networks.items()}
+    assert rates == {"model": 5e-4, "critic": pytest.approx(5e-3)}
+
+
+def test_another_teacher_than_the_start(distil, train_config, gaussian_folder, model_folder, tmp_path):
+    plain = ("objective.name=distillation", "objective.draws=1")
+    with pytest.raises(UserError, match=r"objective\.distillation\.teacher: expected .*, found None"):
+        train(train_config(*plain))
+    with pytest.raises(UserError, match=r"objective\.distillation\.teacher: expected a Gaussian model, found 'a mixture in"):
+        train(train_config(*plain, f"init_from={model_folder / 'unet'}"))
+    teacher = f"objective.distillation.teacher={gaussian_folder / 'unet'}"
+    folder = train(train_config(*plain, teacher, f"init_from={model_folder / 'unet'}", "images_total=16"))
+    assert any(name.startswith("mixture.") for name in weights(folder / "unet"))
+    with pytest.raises(UserError, match=r"objective\.name: expected mse for a Gaussian model"):
+        distil("model.z_channels=0")
