@@ -7,7 +7,7 @@ from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.device import pick_precision
 from ldm_smd.diffusion.objectives import objective, timestep_weight
 from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.diffusion.settings import BETA_SCHEDULES, OBJECTIVES, PREDICTION_TYPES, WEIGHTINGS, DiffusionConfig
+from ldm_smd.diffusion.settings import BETA_SCHEDULES, LOSSES, PREDICTION_TYPES, WEIGHTINGS, DiffusionConfig
 from ldm_smd.evaluation.evaluate import choose_labels
 from ldm_smd.evaluation.settings import SAMPLED_LABELS, EvaluateConfig
 from ldm_smd.models.attention import set_attention_backend
@@ -17,7 +17,7 @@ from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training.settings import PRECISIONS
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_objectives(name):
     assert objective(name)(torch.ones(3, 2, 1, 2, 2), torch.zeros(3, 1, 2, 2)).shape == (3,)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .process import GaussianPath, x0_per_prediction
-from .settings import OBJECTIVES
+from .settings import LOSSES
 
 MIN_SNR_GAMMA = 5.0
 EPSILON = 1e-8
@@ -33,7 +33,7 @@ def objective(
         return lambda predictions, target: energy(predictions, target, beta, diversity, patches)
     if name == "mixture_nll":
         return lambda predictions, target: mixture_nll(predictions, target, bandwidth, patches)
-    raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {name!r}")
+    raise ValueError(f"objective: expected one of {', '.join(LOSSES)}, found {name!r}")
 
 
 def timestep_weight(weighting: str, exponent: float, path: GaussianPath, t: torch.Tensor, prediction_type: str) -> torch.Tensor:

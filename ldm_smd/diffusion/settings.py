@@ -5,7 +5,9 @@ from typing import Optional
 
 from ..schema import Settings, check, choice, number, numbers
 
-OBJECTIVES = ("mse", "energy", "mixture_nll", "distillation")
+LOSSES = ("mse", "energy", "mixture_nll")
+"""They compare predictions with a target (objectives.py)."""
+OBJECTIVES = (*LOSSES, "distillation")
 VIEWS = ("conditional", "marginal")
 WEIGHTINGS = ("prediction", "v", "epsilon", "x0", "min_snr")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

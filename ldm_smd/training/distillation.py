@@ -13,6 +13,7 @@ from einops import rearrange
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
 from ..diffusion.two_views import joined_view
+from ..errors import UserError
 from ..models.unet import SMDUNet2DModel
 from ..schema import check
 from .draws import Draws, step_seed
@@ -50,7 +51,8 @@ class Distillation:
         self.run, self.process, self.model = run, run.process(), trained_model(run)
         check(self.model.network.is_mixture, "objective.name", "mse for a Gaussian model", "distillation")
         source = settings.teacher or config.init_from
-        check(source is not None, "objective.distillation.teacher", "the folder of a Gaussian model, or init_from", source)
+        if source is None:
+            raise UserError("objective.distillation.teacher: expected the folder of a Gaussian model, or init_from, found None")
         self.teacher, critic = (gaussian(source, run) for _ in range(2))
         self.teacher.requires_grad_(False).eval()
         rate = settings.critic_learning_rate

@@ -3,7 +3,7 @@ import torch
 
 from ldm_smd.diffusion.objectives import EPSILON, energy, mixture_nll, mse, objective, timestep_weight
 from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow
-from ldm_smd.diffusion.settings import OBJECTIVES, WEIGHTINGS
+from ldm_smd.diffusion.settings import LOSSES, WEIGHTINGS
 from tests.diffusion.paths import KINDS
 
 
@@ -48,7 +48,7 @@ def test_energy_over_patches_is_the_mean_over_windows():
     assert torch.allclose(energy(high, high_target, patches=[3]), expected)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_gradients(name):
     loss = objective(name, beta=1.0, diversity=1.0, patches=[0, 2])
     predictions, target = draw(2, 3, 2, 3, 3).requires_grad_(), draw(2, 2, 3, 3, seed=1)

@@ -78,6 +78,10 @@ ELSEWHERE = {
     "keep_checkpoints",
     "log_every_images",
     "num_workers",
+    "objective.distillation.critic_learning_rate",  # test_distillation.py, as those below
+    "objective.distillation.pure_noise",
+    "objective.distillation.teacher",
+    "objective.distillation.views",
     "output",
     "resume_changed",  # test_record.py
     "sample_every_images",
@@ -91,7 +95,7 @@ def settings_of(schema, prefix=""):
     for field in dataclasses.fields(schema):
         inner = field.default_factory
         if dataclasses.is_dataclass(inner):
-            yield from settings_of(inner, f"{field.name}.")
+            yield from settings_of(inner, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name
 
