@@ -41,11 +41,7 @@ class Backbone(ModelMixin, ConfigMixin):
 
     @abstractmethod
     def trunk(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> Trunk:
         """x_t (B, C, H, W), t (B,) or (1,), labels (B,) or None, embeddings (B, D) or None -> what the tail goes on from."""
 

@@ -84,11 +84,7 @@ class ExtendedUNet2DModel(Backbone):
         return model
 
     def trunk(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> Trunk:
         unet = self.unet
         if image_embeds is not None:

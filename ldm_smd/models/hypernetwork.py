@@ -28,13 +28,7 @@ class MixtureIdentifier(nn.Module):
     """
 
     def __init__(
-        self,
-        feature_channels: int,
-        stride: int,
-        noise_channels: int,
-        embedding_dim: int,
-        channels: int,
-        z_channels: int,
+        self, feature_channels: int, stride: int, noise_channels: int, embedding_dim: int, channels: int, z_channels: int
     ) -> None:
         super().__init__()
         self.stride = stride

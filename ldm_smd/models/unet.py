@@ -164,11 +164,7 @@ class SMDUNet2DModel(Backbone):
             self.mixture = Mixture(cut, self.config)
 
     def trunk(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> Trunk:
         embedding = F.silu(self._embed(sample, timestep, class_labels, image_embeds))
         modulations = self.modulation(embedding).split(self.modulation_sizes, dim=1)
@@ -198,11 +194,7 @@ class SMDUNet2DModel(Backbone):
         return self.conv_out(F.silu(self.norm_out(h))).contiguous()
 
     def _embed(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> torch.Tensor:
         embedding = self.time_embedding(self.time_proj(timestep).to(sample.dtype)).expand(len(sample), -1)
         if self.class_embedding is None and class_labels is not None:

@@ -31,7 +31,7 @@ from .signals import EXIT_CODE, sigterm_flag
 from .step import learner_for
 
 STOP_EVERY_STEPS = 10
-"""Ranks vote on stopping every this many steps."""
+"""Processes agree on stopping after every so many steps."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -75,7 +75,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
         trained.prepare(accelerator, config.gradient_checkpointing, config.compile)
     resume_optimizers(run.checkpoints, learner.networks)
     for average in (ema, *averages):
-        average.divide_as(model)
+        average.shard_like(model)
     means = RunningMeans(accelerator, state.get("means"))
     log = MetricsLog(run.output, images_seen) if main else None
     if main:
