@@ -202,7 +202,7 @@ class SMDUNet2DModel(Backbone):
             return embedding
         if self.image_embedding is None:
             raise ValueError("image_embeds: expected None, this model has embedding_dimensions=None")
-        # Of unit variance, as the other inputs of the first layers.
+        # To unit variance, as the other inputs of the first layers.
         unit = image_embeds.to(embedding.dtype) * math.sqrt(self.config.embedding_dimensions)
         return embedding + self.image_embedding(unit)
 

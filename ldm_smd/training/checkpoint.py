@@ -111,6 +111,6 @@ def load_weights(
 
 
 def names_in(model: Module, part: Module | None) -> set[str]:
-    """Names in the model's state dict of the weights of one of its modules; none for None."""
+    """List the names, in the model's state dict, of the weights of one of its modules; none for None."""
     prefix = next((name for name, module in model.named_modules() if module is part), None)
     return set() if prefix is None else {name for name in model.state_dict() if name.startswith(f"{prefix}.")}

@@ -127,8 +127,15 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
         gaussians = shared_gaussians(config, sums, manifest, autoencoder, classes)
     scheduler = TeleportScheduler.from_config(pipeline.scheduler.config, sigma_skip=config.sigma_skip)
     pipeline.register_modules(gaussian=gaussians, scheduler=scheduler)
-    write_model_folder(output, pipeline, gaussian_card(config, gaussians, int(sums.counts.sum())), "gaussian")
-    print(f"{len(gaussians.means)} Gaussians of {int(sums.counts.sum()):,} latents; wrote {output}")
+    found = f"{len(gaussians.means)} Gaussians of {int(sums.counts.sum()):,} latents"
+    covariance = "a mixture with one covariance" if gaussians.config.shared else "one for each class and one for all"
+    text = f"""\
+{found}, {covariance}; {gaussians.config.rank} directions each. The rest is that of `{config.model}`, unchanged.
+
+Made by `tools/fit_gaussian.py` with these settings:"""
+    card = model_card("Gaussians of the latents, for TeleportScheduler", text, config)
+    write_model_folder(output, pipeline, card, "gaussian")
+    print(f"{found}; wrote {output}")
     return output
 
 
@@ -151,8 +158,8 @@ def latent_sums(
     bar = progress(size * len(starts), 0, "fit")
     for start in starts:
         batch = stream.batch_at(start)
-        once = manifest.count - start  # the last batch goes on with the next epoch's
-        moments, labels = batch.moments[:once].float(), batch.labels[:once]
+        left = manifest.count - start  # the last batch continues into the next epoch
+        moments, labels = batch.moments[:left].float(), batch.labels[:left]
         means = autoencoder.normalise(moments[:, 0])
         variances = torch.zeros_like(means) if moments.shape[1] == 1 else moments[:, 1].exp() * autoencoder.scale**2
         sums.add(means.flatten(1), variances.flatten(1), labels if classes else torch.full_like(labels, -1))
@@ -167,8 +174,8 @@ def class_gaussians(sums: LatentSums, shape: tuple[int, int, int], rank: int, cl
     gaussians = LatentGaussians(*shape, rank, classes + 1, num_classes=classes or None)
     pooled = sums.pooled()
     for row in range(classes + 1):
-        whole = row == classes or sums.counts[row] == 0
-        mean, vectors, variances, tail = pooled.principal(0, rank) if whole else sums.principal(row, rank)
+        pools = row == classes or sums.counts[row] == 0
+        mean, vectors, variances, tail = pooled.principal(0, rank) if pools else sums.principal(row, rank)
         gaussians.log_weights[row, row], gaussians.means[row] = 0.0, mean
         gaussians.vectors[row], gaussians.variances[row], gaussians.tails[row] = vectors, variances, tail
     return gaussians
@@ -200,14 +207,3 @@ def fitting_latents(
     batch = LatentStream(manifest, count, count, seed=seed, mirror=mirror).batch_at(0)
     latents = autoencoder.normalise(sample_latents(batch.moments.to(autoencoder.device), generator))
     return latents.cpu(), batch.labels
-
-
-def gaussian_card(config: FitGaussianConfig, gaussians: LatentGaussians, count: int) -> str:
-    """README.md of the model folder and of its gaussian part."""
-    kind = "a mixture with one covariance" if gaussians.config.shared else "one for each class and one for all"
-    text = f"""\
-{len(gaussians.means)} Gaussians of {count:,} latents, {kind}; {gaussians.config.rank} directions each. The rest is that of \
-`{config.model}`, unchanged.
-
-Made by `tools/fit_gaussian.py` with these settings:"""
-    return model_card("Gaussians of the latents, for TeleportScheduler", text, config)

@@ -52,7 +52,7 @@ def build_pipeline(run: Run, unet: Denoiser) -> SMDPipeline:
 def save_model_folder(run: Run, unet: Denoiser, images_seen: int) -> None:
     """Write OUTPUT/model: the pipeline with the EMA weights, and its card."""
     config, manifest = run.config, run.manifest
-    kind = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
+    method = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
     start = f", starting from `{config.init_from}`" if config.init_from else ""
     names = ", ".join(f"{number} {name}" for number, name in enumerate(manifest.classes[:CARD_CLASSES]))
     more = ", ..." if len(manifest.classes) > CARD_CLASSES else ""
@@ -72,5 +72,5 @@ pictures = SMDPipeline.from_pretrained("this folder")({given}, num_inference_ste
 ```
 
 How good the pictures are, `tools/evaluate.py` says. {run.record.history()}Made by `tools/train.py` with these settings:"""
-    card = model_card(f"{type(unet).__name__}, {kind}", text, config)
+    card = model_card(f"{type(unet).__name__}, {method}", text, config)
     write_model_folder(run.output / "model", build_pipeline(run, unet), card, "unet")

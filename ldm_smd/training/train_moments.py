@@ -72,7 +72,13 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     ratios = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few)
     measured = ", ".join(f"{ratio:.2f} at t = {t}" for t, ratio in ratios.items())
     pipeline.register_modules(moments=ema.model, scheduler=GMSScheduler.from_config(pipeline.scheduler.config))
-    write_model_folder(output, pipeline, moments_card(config, ema.model, images_seen, measured), "moments")
+    text = f"""\
+{heads.num_parameters() / 1e6:.2f} million parameters beside the UNet of `{config.model}`, which is unchanged; EMA weights \
+after {images_seen:,} images. Predicted variance over the squared error: {measured}.
+
+Made by `tools/train_moments.py` with these settings:"""
+    card = model_card("Variance and skew of the step, for GMSScheduler", text, config)
+    write_model_folder(output, pipeline, card, "moments")
     print(f"predicted variance over that found: {measured}")
     return output
 
@@ -118,13 +124,3 @@ def calibration(errors: PredictionErrors, heads: MomentHeads, batch: LatentBatch
             variance, _, error = errors(heads, batch, torch.full((len(batch.labels),), t, device=batch.moments.device))
             ratios[t] = float(variance.mean() / error.square().mean())
     return ratios
-
-
-def moments_card(config: TrainMomentsConfig, heads: MomentHeads, images_seen: int, measured: str) -> str:
-    """README.md of the model folder and of its moments part."""
-    text = f"""\
-{heads.num_parameters() / 1e6:.2f} million parameters beside the UNet of `{config.model}`, which is unchanged; EMA weights \
-after {images_seen:,} images. Predicted variance over the squared error: {measured}.
-
-Made by `tools/train_moments.py` with these settings:"""
-    return model_card("Variance and skew of the step, for GMSScheduler", text, config)
