@@ -27,7 +27,7 @@ class Resize:
 
 
 def weights_file(key: str, source: str, known: Sequence[str], what: str) -> Path | None:
-    """Return the file, or None for pretrained weights of that name; never a pickle. A mistake is blamed on the setting ``key``."""
+    """Return the file, or None for pretrained weights of that name; never a pickle. Mistakes are blamed on setting ``key``."""
     if source in known:
         return None
     file = Path(source)

@@ -56,13 +56,8 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         if kept == 0:
             raise ValueError(f"sigma_skip: expected at least the least of the schedule, {sigmas[0]:.3g}, found {sigma_skip}")
         # On a schedule that ends there, every scheduler spaces its steps by its own rule, in timesteps that the network knows.
-        rest = {
-            "num_train_timesteps": kept,
-            "trained_betas": self.betas[:kept].tolist(),
-            "prediction_type": prediction_type,
-            "timestep_spacing": "trailing",
-            "clip_sample": False,
-        }
+        betas = self.betas[:kept].tolist()
+        rest = {"num_train_timesteps": kept, "trained_betas": betas, "prediction_type": prediction_type}
         self.rest = scheduler_from(scheduler, rest, {"GMSScheduler": GMSScheduler})
 
     def __getattr__(self, name: str) -> Any:

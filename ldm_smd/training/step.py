@@ -94,9 +94,8 @@ class Denoising:
         labels = known_labels(batch.labels, self.null_class)
         if labels is not None:
             labels = torch.where(noise.drop_label, self.null_class, labels)
-        inputs = {}
-        if batch.embeddings is not None:
-            inputs["image_embeds"] = batch.embeddings.float() * ~noise.drop_embedding[:, None]
+        embeds = batch.embeddings
+        inputs = {} if embeds is None else {"image_embeds": embeds.float() * ~noise.drop_embedding[:, None]}
         with self.run.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
             prediction = self.model.forward(x_t, t, labels, eta, return_dict=False, **inputs)[0].float()
         losses = self.objective(rearrange(prediction, "(b m) ... -> b m ...", b=len(x0)), target)
