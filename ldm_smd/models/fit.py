@@ -10,7 +10,7 @@ from ..diffusion.process import GaussianPath, prediction_coefficients
 from .noise import SMALLEST, PosteriorNoise
 
 FLOOR = 0.05
-"""Added to the variances inside the modes, as a share of the mean variance of the principal components taken."""
+"""Added to the variances inside the modes, as a fraction of the mean variance of the principal components taken."""
 
 
 @torch.no_grad()

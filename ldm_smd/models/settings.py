@@ -15,7 +15,7 @@ class ModelConfig(Settings):
     block_out_channels: list[int] = numbers([128, 256], 1, 8192, fewest=1)
     layers_per_block: int = number(2, 1, 32)
     up_layers_per_block: int = number(1, 1, 32)
-    """Residual blocks of a level on the way up, which M draws repeat; not more than layers_per_block."""
+    """Residual blocks of a level of the decoder path, which M draws repeat; not more than layers_per_block."""
     attention_levels: list[int] = numbers([1], 0, 32)
     attention_head_dim: int = number(32, 1, 1024)
     norm_num_groups: int = number(16, 1, 4096)
@@ -33,12 +33,8 @@ class ModelConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.up_layers_per_block <= self.layers_per_block,
-            "model.up_layers_per_block",
-            f"at most layers_per_block={self.layers_per_block}",
-            self.up_layers_per_block,
-        )
+        up, most = self.up_layers_per_block, self.layers_per_block
+        check(up <= most, "model.up_layers_per_block", f"at most layers_per_block={most}", up)
         levels = len(self.block_out_channels)
         for level, channels in enumerate(self.block_out_channels):
             check_multiple(channels, "norm_num_groups", self.norm_num_groups)

@@ -16,10 +16,10 @@ from ..models.unet import SMDUNet2DModel
 from ..schedulers import GMSScheduler, TeleportScheduler
 from .smd import SMDPipeline
 
-for kind in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, GMSScheduler, TeleportScheduler):
+for cls in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, GMSScheduler, TeleportScheduler):
     # Without this diffusers refuses pipelines of the hub that contain these: they belong to no library that it knows.
     methods = ["save_pretrained", "from_pretrained"]
-    ALL_IMPORTABLE_CLASSES[kind.__name__] = LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = methods
+    ALL_IMPORTABLE_CLASSES[cls.__name__] = LOADABLE_CLASSES.setdefault(cls.__module__, {})[cls.__name__] = methods
 
 NETWORKS = ("unet", "moments", "gaussian", "guide")
 """Components of a pipeline that are networks, apart from the autoencoder."""
