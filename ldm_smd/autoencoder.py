@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, ModelMixin
 from torch import nn
 
-from .errors import UserError, brief
+from .errors import UserError, one_line
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 INPUT_RANGE = (-1.0, 1.0)
@@ -54,7 +54,7 @@ class FrozenAutoencoder(nn.Module):
             model = AutoModel.from_pretrained(str(source), revision=revision, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"autoencoder: expected a local model folder or a hub id, found {str(source)!r}: {brief(error)}"
+                f"autoencoder: expected a local model folder or a hub id, found {str(source)!r}: {one_line(error)}"
             ) from error
         return cls(model.eval().requires_grad_(False), str(source))
 

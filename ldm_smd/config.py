@@ -21,7 +21,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import UserError, brief
+from .errors import UserError, one_line
 from .schema import MISSING, check_field
 
 Config = TypeVar("Config")
@@ -130,7 +130,7 @@ def _read_yaml(path: str | Path) -> DictConfig:
     except FileNotFoundError:
         raise UserError(f"--config: expected a YAML file, found no file {path}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"--config: expected a YAML file, found {path}: {brief(error)}") from error
+        raise UserError(f"--config: expected a YAML file, found {path}: {one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"--config: expected a YAML mapping, found a list or nothing in {path}")
     return loaded

@@ -8,7 +8,7 @@ class UserError(Exception):
     """
 
 
-def brief(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What a library said, as part of that one line."""
     return shortened(" ".join(str(error).split()))
 

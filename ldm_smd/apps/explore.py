@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..autoencoder import encoder_sha256, spatial_factor
 from ..device import pick_device
-from ..errors import UserError, brief
+from ..errors import UserError, one_line
 from ..models.denoiser import is_mixture, num_classes
 from ..pipelines import SMDPipeline, load_pipeline, seeded_generators
 from ..sampling.grid import class_name, labelled_grid
@@ -300,7 +300,7 @@ def require_own_address(host: str) -> None:
     try:
         socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, UnicodeError) as error:
-        raise UserError(f"host: expected an address of this machine, found {host!r}: {brief(error)}") from error
+        raise UserError(f"host: expected an address of this machine, found {host!r}: {one_line(error)}") from error
 
 
 def explore(config: ExploreConfig) -> None:
