@@ -57,8 +57,7 @@ examples:
 """,
     "verify": """Check latent shards, and look at some of them, decoded.
 
-Checked against their manifest are hashes, counts, statistics and labels; and keys that are there twice, and numbers that are
-not finite.
+Hashes, counts, statistics and labels are compared with the manifest; duplicate keys and non-finite values are reported.
 
 examples:
   python tools/verify.py shards=my/latents
@@ -101,7 +100,7 @@ examples:
 """,
     "explore": """Serve a local page for trained models, side by side.
 
-Class, steps, scheduler, seed, guidance; the way of a picture; draws of eta. Needs the package gradio: pip install 'gradio>=6'.
+Class, steps, scheduler, seed, guidance; a picture's steps; draws of eta. Needs the package gradio: pip install 'gradio>=6'.
 
 examples:
   python tools/explore.py --config configs/explore.yaml
@@ -110,7 +109,7 @@ examples:
 """,
     "average": """Average a run's weights after it has ended (post-hoc EMA).
 
-Over any share of its training, of the snapshots that ema_widths keeps.
+Over any fraction of its training, from the snapshots that ema_widths keeps.
 
 examples:
   python tools/train.py --config my/train.yaml ema_widths=[0.05,0.1]
@@ -156,7 +155,7 @@ examples:
 """,
     "demo": """Encode, train, sample and report: the demo.
 
-On the shipped pictures, training on from the shipped weights; the report is a page to look at.
+Training uses the shipped pictures and starts from the shipped weights; the report is an HTML page.
 
 examples:
   python tools/demo.py --config configs/demo.yaml

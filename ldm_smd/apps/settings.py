@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from ..data.settings import ImagesConfig
-from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, number, numbers
+from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, number
 
 
 @dataclass
@@ -57,7 +57,7 @@ class DemoConfig(Settings):
     runs: list[DemoRunConfig] = field(default_factory=list)
     images: int = number(3_000, 1, MOST_IMAGES)
     """Images each model is trained on, from its checkpoint on."""
-    steps: list[int] = numbers([2, 4, 8, 32], 1, 10**5, fewest=1)
+    steps: list[int] = number([2, 4, 8, 32], 1, 10**5, fewest=1)
     guidance_scale: float = number(1.0, 0, 1000)
     seed: int = number(0, 0, MOST_SEED)
     seconds_target: float = number(600.0, above=0, most=1e9)
