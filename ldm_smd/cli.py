@@ -114,7 +114,7 @@ def run_tool(
         code, message = 2, f"error: expected files that can be read and written, found {where}{error.strerror}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    # Last, as progress bars end their line when the frames of the exception are gone.
+    # Printed last: progress bars end their line only when the frames of the exception are gone.
     if message:
         print(f"{parser.prog}: {message}", file=sys.stderr)
     return code
