@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..schema import Settings, check, choice, number, numbers
+from ..schema import Settings, check, choice, number
 
 OBJECTIVES = ("mse", "energy", "mixture_nll")
 WEIGHTINGS = ("prediction", "v", "epsilon", "x0", "min_snr")
@@ -36,7 +36,7 @@ class ObjectiveConfig(Settings):
     """Exponent of the energy score's distance: smaller is sharper and noisier."""
     diversity: float = number(1.0, 0, 1)
     """Weight of the distance between draws; below 1 the mixture is narrower than the data."""
-    patches: list[int] = numbers([0, 4, 2, 1], 0, 1024, fewest=1)
+    patches: list[int] = number([0, 4, 2, 1], 0, 1024, fewest=1)
     """Sides of the patches, in latent positions, that energy and mixture_nll measure distances over; 0: the whole image."""
     bandwidth: float = number(0.2, above=0, most=1e6)
     """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..schema import Settings, check, choice, number, numbers
+from ..schema import Settings, check, choice, number
 
 PLACEMENTS = ("in_out", "up", "all")
 ATTENTION_BACKENDS = ("auto", "sdpa", "xformers")
@@ -12,11 +12,11 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "xformers")
 class ModelConfig(Settings):
     """SMDUNet2DModel, less what the shards say (latent size and channels, number of classes)."""
 
-    block_out_channels: list[int] = numbers([128, 256], 1, 8192, fewest=1)
+    block_out_channels: list[int] = number([128, 256], 1, 8192, fewest=1)
     layers_per_block: int = number(2, 1, 32)
     up_layers_per_block: int = number(1, 1, 32)
     """Residual blocks of a level of the decoder path, which M draws repeat; not more than layers_per_block."""
-    attention_levels: list[int] = numbers([1], 0, 32)
+    attention_levels: list[int] = number([1], 0, 32)
     attention_head_dim: int = number(32, 1, 1024)
     norm_num_groups: int = number(16, 1, 4096)
     dropout: float = number(0.0, 0, 0.95)
@@ -46,7 +46,7 @@ class ModelConfig(Settings):
 class AutoencoderModelConfig(Settings):
     """The AutoencoderKL that is trained; each entry of ``block_out_channels`` after the first halves the resolution."""
 
-    block_out_channels: list[int] = numbers([32, 64, 128, 128], 1, 8192, fewest=1)
+    block_out_channels: list[int] = number([32, 64, 128, 128], 1, 8192, fewest=1)
     layers_per_block: int = number(1, 1, 32)
     latent_channels: int = number(16, 1, 4096)
     norm_num_groups: int = number(8, 1, 4096)

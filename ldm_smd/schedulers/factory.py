@@ -11,7 +11,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..errors import UserError, brief
+from ..errors import UserError, one_line
 from .support import EVERYWHERE, REFUSED, SPACINGS, SUPPORTED, check_scheduler, defaults, refused
 
 
@@ -38,7 +38,7 @@ def scheduler_from(name: str, config: dict, custom: dict[str, type[SchedulerMixi
         check_scheduler(scheduler)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         said = str(error)
-        raise UserError(said if said.startswith("scheduler: ") else f"scheduler: {name}: {brief(error)}") from error
+        raise UserError(said if said.startswith("scheduler: ") else f"scheduler: {name}: {one_line(error)}") from error
     return scheduler
 
 

@@ -6,7 +6,7 @@ from typing import Optional
 from ..data.settings import ImagesConfig
 from ..diffusion.settings import DiffusionConfig, ObjectiveConfig
 from ..models.settings import ATTENTION_BACKENDS, AutoencoderModelConfig, ModelConfig
-from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, choice, number, numbers
+from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, choice, number
 
 PRECISIONS = ("auto", "no", "bf16")
 
@@ -43,7 +43,7 @@ class TrainConfig(Settings):
     weight_decay: float = number(0.01, 0, 100)
     gradient_clip: float = number(1.0, above=0, most=1e9)
     ema_halflife_images: int = number(50_000, 0, MOST_IMAGES)
-    ema_widths: list[float] = numbers([], 0.001, 0.28)
+    ema_widths: list[float] = number([], 0.001, 0.28)
     """Also keep averages of these relative widths, as [0.05, 0.1], and a snapshot of each at every checkpoint, from which
     tools/average.py makes one of any width."""
     label_dropout: float = number(0.1, 0, 1)
@@ -142,7 +142,7 @@ class TrainClassifierConfig(Settings):
     """Every step takes a batch of each."""
     output: str = MISSING
     """Model folder to write (diffusers layout and a model card)."""
-    block_out_channels: list[int] = numbers([16, 32, 64, 128], 1, 8192, fewest=2)
+    block_out_channels: list[int] = number([16, 32, 64, 128], 1, 8192, fewest=2)
     """Channels of the stem, then of each level; the last are the features."""
     images_total: int = number(400_000, 1, MOST_IMAGES)
     """Images seen, all sets together."""
