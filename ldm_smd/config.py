@@ -137,8 +137,11 @@ def _read_yaml(path: str | Path) -> DictConfig:
 
 def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: str = "") -> None:
     known = {item.name: inner for item, inner, _ in _fields(schema)}
+    renamed = {item.metadata.get("former"): item.name for item in fields(schema)}
     for key in layer:
         full = f"{prefix}{key!s}"
+        if key in renamed:
+            raise UserError(f"{origin}: {full} is called {prefix + renamed[key]} now")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise UserError(f"{origin}: unknown key {full!r}; the nearest known key is {prefix + near!r}")

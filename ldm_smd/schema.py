@@ -53,9 +53,12 @@ class Bounds:
         return low if self.most == math.inf else f"{low} to {self.most:,}"
 
 
-def number(default: typing.Any, least: float | None = None, most: float | None = None, **others: typing.Any) -> typing.Any:
-    """Make a field that takes a number, or a list of them, within ``Bounds``, whose other arguments are ``others``."""
-    metadata = {"bounds": Bounds(least, most, **others)}
+def number(
+    default: typing.Any, least: float | None = None, most: float | None = None, former: str | None = None, **others: typing.Any
+) -> typing.Any:
+    """Make a field that takes a number, or a list of them, within ``Bounds``, whose other arguments are ``others``; ``former``
+    is a name that it had."""
+    metadata = {"bounds": Bounds(least, most, **others), "former": former}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -20,7 +20,7 @@ class ModelConfig(Settings):
     attention_head_dim: int = number(32, 1, 1024)
     norm_num_groups: int = number(16, 1, 4096)
     dropout: float = number(0.0, 0, 0.95)
-    z_channels: int = number(32, 0, 4096)
+    z_channels: int = number(32, 0, 4096, former="latent_channels")
     """Channels of the mixture's latent map z. 0: the Gaussian baseline, without g_xi and f_phi."""
     identifier_channels: int = number(32, 1, 4096)
     hypernetwork_width: int = number(64, 1, 4096)

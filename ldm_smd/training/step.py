@@ -67,7 +67,7 @@ class Denoising:
         size, rank = len(batch.labels), accelerator.process_index
         generator = torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, images_seen))
         shape = (size * accelerator.num_processes, *batch.moments.shape[2:])
-        noise = draw_step_noise(generator, shape, self.draws, self.process.num_timesteps, config.label_dropout)
+        noise = draw_step_noise(generator, shape, self.draws, self.process, config.label_dropout)
         torch.manual_seed(step_seed(config.seed, images_seen, rank))  # for dropout inside the network
         return noise.rows(rank * size, (rank + 1) * size)
 

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..diffusion.process import GaussianPath
+
 
 @dataclass
 class StepNoise:
     """The random numbers of a step, one row for each image of the batch.
 
     Attributes:
-        posterior: of the latents given the picture, (B, C, h, w), unit normal.
+        posterior: of the latents given the image, (B, C, h, w), unit normal.
         t: timesteps, (B,).
         eps: noise, (B, C, h, w).
         eta: of the mixture's draws, (B, M, C, h, w); M is 0 for a Gaussian model.
@@ -34,13 +36,13 @@ class StepNoise:
 
 
 def draw_step_noise(
-    generator: torch.Generator, shape: tuple[int, ...], draws: int, num_timesteps: int, label_dropout: float
+    generator: torch.Generator, shape: tuple[int, ...], draws: int, path: GaussianPath, label_dropout: float
 ) -> StepNoise:
     """Draw for a batch of latents of ``shape`` (B, C, h, w), on the generator's device."""
     options: dict[str, Any] = {"generator": generator, "device": generator.device}
     return StepNoise(
         posterior=torch.randn(shape, **options),
-        t=torch.randint(num_timesteps, shape[:1], **options),
+        t=path.random_t(shape[0], **options),
         eps=torch.randn(shape, **options),
         eta=torch.randn((shape[0], draws, *shape[1:]), **options),
         drop_label=torch.rand(shape[:1], **options) < label_dropout,

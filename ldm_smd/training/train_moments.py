@@ -102,7 +102,7 @@ class PredictionErrors:
         x0 = self.autoencoder.normalise(sample_latents(batch.moments))
         process = DiffusionProcess(scheduler.alphas_cumprod.to(x0.device))
         if t is None:
-            t = torch.randint(process.num_timesteps, (len(x0),), device=x0.device)
+            t = process.random_t(len(x0), device=x0.device)
         classes = num_classes(unet)
         labels = known_labels(batch.labels, classes)
         if labels is not None and classes is not None:
