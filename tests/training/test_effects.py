@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream
-from ldm_smd.diffusion.process import RectifiedFlow
 from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.models import attention
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
@@ -272,7 +271,7 @@ def test_a_weighting_has_the_power_of_the_objective(open_run, shards):
         for weighting in ("prediction", "x0"):
             run = open_run(*objective, f"objective.weighting={weighting}")
             torch.manual_seed(0)
-            draws = draw_step_noise(torch.Generator().manual_seed(0), (8, 4, 8, 8), 2, RectifiedFlow(), 0.1)
+            draws = draw_step_noise(torch.Generator().manual_seed(0), (8, 4, 8, 8), 2, run.process(), 0.1)
             losses.append(Denoising(run).losses(batch, draws))
         _, s = run.process().signal_and_noise(draws.t, draws.t)
         assert torch.allclose(losses[1], losses[0] * s**power, rtol=1e-4)
