@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin  # noqa: F401 - from_pretrained looks for it in a component's module
+from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
