@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from ldm_smd.diffusion.central_moments import Moments, moments_of, two_gaussians
+from ldm_smd.diffusion.central_moments import CentralMoments, moments_of, two_gaussians
 from ldm_smd.schedulers.kernel_fit import PAPER_ITERATIONS, fit_two_gaussians
 
 RESULT = Path(__file__).parent / "results" / "gms_fit.json"
@@ -30,7 +30,7 @@ ROUNDS = 5
 FIT_FLOOR = torch.tensor(1e-3)
 
 
-def feasible_moments() -> Moments:
+def feasible_moments() -> CentralMoments:
     """Of random mixtures: means normal, variances from 0.05 to 1.05."""
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, *SHAPE, generator=generator)
@@ -38,7 +38,7 @@ def feasible_moments() -> Moments:
     return moments_of(first, second, variance)
 
 
-def residual(moments: Moments, kernel: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
+def residual(moments: CentralMoments, kernel: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
     """Root of the mean squared error of the three central moments, in float64."""
     found = moments_of(*(part.double() for part in kernel))
     pairs = [(getattr(found, name), getattr(moments, name).double()) for name in ("mean", "variance", "third")]

@@ -22,12 +22,17 @@ _HOMES = {
     "SMDUNet2DModel": ".models.unet",
     "TeleportScheduler": ".schedulers",
 }
-"""Modules of the classes, imported when one is asked for: torch and diffusers take seconds, which --help has no need of."""
+"""Modules of the classes, imported at first use: torch and diffusers take seconds, which --help must not."""
 
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        value: object = _version()
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: object = version("ldm_smd")
+        except PackageNotFoundError:
+            value = "0+source"  # a tree that is not installed
     elif name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name], __name__), name)
     else:
@@ -38,12 +43,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("ldm_smd")
-    except PackageNotFoundError:
-        return "0+source"  # a tree that is not installed

@@ -1,7 +1,7 @@
-"""FrozenAutoencoder: one face for AutoencoderKL, AutoencoderTiny and AutoencoderDC of diffusers.
+"""FrozenAutoencoder: one interface to AutoencoderKL, AutoencoderTiny and AutoencoderDC of diffusers.
 
-Pictures go in as uint8 and come out as floats in [-1, 1]; latents are normalised by the model's own constants. What is
-written to disk is what the encoder said (moments); normalisation happens just in time.
+Images go in as uint8 and come out as floats in [-1, 1]; latents are normalised by the model's own constants. The encoder's
+moments are written to disk, and normalised only when they are read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, ModelMixin
 from torch import nn
 
-from .errors import UserError, brief
+from .errors import UserError, one_line
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 INPUT_RANGE = (-1.0, 1.0)
@@ -24,11 +24,11 @@ INPUT_RANGE = (-1.0, 1.0)
 
 
 class FrozenAutoencoder(nn.Module):
-    """Encodes and decodes with a diffusers autoencoder, without gradients. The wrapped model itself is left as it is.
+    """Encodes and decodes with a diffusers autoencoder, without gradients. The wrapped model is not changed.
 
     Args:
         model: an AutoencoderKL, AutoencoderTiny or AutoencoderDC.
-        name: what manifests and messages call it: the folder or hub id it came from.
+        name: its folder or hub id, for manifests and messages.
     """
 
     shift: torch.Tensor
@@ -37,7 +37,7 @@ class FrozenAutoencoder(nn.Module):
     def __init__(self, model: ModelMixin, name: str = "") -> None:
         super().__init__()
         if not isinstance(model, Autoencoder):
-            allowed = ", ".join(kind.__name__ for kind in get_args(Autoencoder))
+            allowed = ", ".join(cls.__name__ for cls in get_args(Autoencoder))
             raise UserError(f"autoencoder: expected one of {allowed}, found {type(model).__name__}")
         self.model = model
         self.name = name
@@ -53,9 +53,8 @@ class FrozenAutoencoder(nn.Module):
         try:
             model = AutoModel.from_pretrained(str(source), revision=revision, use_safetensors=True)
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"autoencoder: expected a local model folder or a hub id, found {str(source)!r}: {brief(error)}"
-            ) from error
+            found = f"{str(source)!r}: {one_line(error)}"
+            raise UserError(f"autoencoder: expected a local model folder or a hub id, found {found}") from error
         return cls(model.eval().requires_grad_(False), str(source))
 
     @property
@@ -64,7 +63,7 @@ class FrozenAutoencoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it works; a model that is offloaded waits elsewhere."""
+        """Return the device it runs on, also while it is offloaded."""
         return getattr(getattr(self.model, "_hf_hook", None), "execution_device", self.model.device)
 
     @property
@@ -73,12 +72,11 @@ class FrozenAutoencoder(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along each side."""
         return spatial_factor(self.model)
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Within the block the model is in evaluation mode, and in float32 if it overflows in float16; then as before.
+        """Within the block, put the model into evaluation mode, and into float32 if it overflows in float16.
 
         ``force_upcast`` marks weights that overflow in float16 (the SDXL autoencoder); bfloat16 has float32's range. Blocks
         nest: several calls in one convert the weights once.
@@ -99,34 +97,30 @@ class FrozenAutoencoder(nn.Module):
 
     @torch.no_grad()
     def encode_moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 pictures (B, 3, H, W) -> float32 moments (B, 2, C, h, w): mean and log-variance; (B, 1, C, h, w) for a
+        """Encode uint8 images (B, 3, H, W) to float32 moments (B, 2, C, h, w), mean and log-variance; (B, 1, C, h, w) from a
         deterministic autoencoder."""
         low, high = INPUT_RANGE
         # Autocast would run the convolutions in half precision even for weights that must stay in float32.
         with self.working(), torch.autocast(self.device.type, enabled=False):
             encoded = self.model.encode(pixels.to(self.device, self.dtype) / 255.0 * (high - low) + low)
         if isinstance(self.model, AutoencoderKL):
-            moments = torch.stack((encoded.latent_dist.mean, encoded.latent_dist.logvar), dim=1)
-        elif isinstance(self.model, AutoencoderTiny):
-            moments = encoded.latents.unsqueeze(1)
-        else:
-            moments = encoded.latent.unsqueeze(1)
-        return moments.float()
+            return torch.stack((encoded.latent_dist.mean, encoded.latent_dist.logvar), dim=1).float()
+        return (encoded.latents if isinstance(self.model, AutoencoderTiny) else encoded.latent).unsqueeze(1).float()
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
-        """Encoder units -> the units the denoiser learns in: (z - shift) * scale."""
+        """Convert encoder units to the denoiser's: (z - shift) * scale."""
         return (latents - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents (B, C, h, w) -> float32 pictures (B, 3, H, W), clamped to [-1, 1]."""
+        """Decode normalised latents (B, C, h, w) to float32 images (B, 3, H, W), clamped to [-1, 1]."""
         z = latents.to(self.device, torch.float32) / self.scale + self.shift
         with self.working(), torch.autocast(self.device.type, enabled=False):
             x = self.model.decode(z.to(self.dtype)).sample
         return x.float().clamp(*INPUT_RANGE)
 
     def identity(self) -> dict:
-        """What a latent depends on, for manifests: two autoencoders with equal identities give equal latents."""
+        """Return all that latents depend on, for manifests: autoencoders of equal identities give equal latents."""
         return {
             "class": type(self.model).__name__,
             "encoder_sha256": encoder_sha256(self.model),
@@ -138,7 +132,7 @@ class FrozenAutoencoder(nn.Module):
 
 
 def spatial_factor(model: ModelMixin) -> int:
-    """Pixels per latent along each side."""
+    """Return the number of pixels per latent along each side."""
     if isinstance(model, AutoencoderKL):
         return 2 ** (len(model.config.block_out_channels) - 1)
     return model.spatial_scale_factor if isinstance(model, AutoencoderTiny) else model.spatial_compression_ratio
@@ -148,7 +142,7 @@ def sample_latents(
     moments: torch.Tensor, generator: torch.Generator | None = None, noise: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Draw latents (B, C, h, w) from moments (B, 2 or 1, C, h, w): mean + exp(logvar / 2) * noise, in float32. ``noise`` is
-    drawn where it is not given."""
+    drawn if it is not given."""
     mean = moments[:, 0].float()
     if moments.shape[1] == 1:
         return mean
@@ -158,7 +152,7 @@ def sample_latents(
 
 
 def latent_affine(config: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(shift, scale), each (1, C or 1, 1, 1), from a diffusers autoencoder's config.
+    """Return (shift, scale), each (1, C or 1, 1, 1), of a diffusers autoencoder's config.
 
     diffusers has two conventions: (z - shift_factor) * scaling_factor, and with per-channel constants
     (z - latents_mean) * scaling_factor / latents_std.
@@ -173,14 +167,13 @@ def latent_affine(config: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def encoder_sha256(model: nn.Module) -> str:
-    """Hash of the parameters and buffers that latents depend on, by name: of all but the decoder's.
+    """Hash the parameters and buffers that latents depend on, by name: all but the decoder's.
 
-    The file they are stored in does not matter, and a decoder may be trained on without making latents void.
+    The file they are stored in does not matter, and further training of the decoder leaves latents valid.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(("decoder.", "post_quant_conv.")):
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        if not name.startswith(("decoder.", "post_quant_conv.")):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()

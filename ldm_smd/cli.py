@@ -1,4 +1,4 @@
-"""What every command line shares: ``--config``, ``key=value`` overrides, ``--dry-run``, help and honest exit codes.
+"""Common parts of all command lines: ``--config``, ``key=value`` overrides, ``--dry-run``, help and exit codes.
 
 ``python -m ldm_smd.cli > docs/tools.md`` writes the help of all tools.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import errno
 import io
 import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from errno import EACCES, EDQUOT, EEXIST, EIO, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 from textwrap import indent
 from typing import Any, TypeVar
@@ -26,20 +26,8 @@ from .errors import UserError, shortened
 
 Config = TypeVar("Config")
 CONSOLE = "ldm-smd"
-USERS_FILES = {
-    errno.ENOENT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EIO,
-}
-"""Errors of the system that say something of a file, and nothing of this code."""
+FILE_ERRORS = {EACCES, EDQUOT, EEXIST, EIO, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS}
+"""Errors of the system about the user's files, and not of this code."""
 HEAD = f"""# The tools
 
 What `--help` prints (`python -m ldm_smd.cli > docs/tools.md`). After `pip install .` each is also a command:
@@ -55,7 +43,7 @@ eval "$(register-python-argcomplete {CONSOLE})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console command: run the sub-command that ``arguments`` (those of the process) name; returns the exit code."""
+    """Run the sub-command that ``arguments``, by default those of the process, name; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "_ARGCOMPLETE" in os.environ:
         from .completion import complete
@@ -74,15 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, arguments: Sequence[str] | None = None, console: bool = False) -> int:
-    """Run a command with these arguments, or those of the process; returns the exit code.
+    """Run a command with these arguments, by default those of the process; returns the exit code.
 
     Args:
         console: whether it was called as a sub-command of ldm-smd, and not as its script in tools/.
     """
     command = BY_NAME[name]
-    if console:
-        return run_tool(command.schema, command.run, command.description, arguments, f"{CONSOLE} {name}", for_console)
-    return run_tool(command.schema, command.run, command.description, arguments)
+    prog, wording = (f"{CONSOLE} {name}", for_console) if console else (None, str)
+    return run_tool(command.schema, command.run, command.description, arguments, prog, wording)
 
 
 def run_tool(
@@ -95,12 +82,12 @@ def run_tool(
 ) -> int:
     """Parse the command line, load the configuration, run ``main(config)``; returns the exit code.
 
-    0 done, 2 a mistake of the user's (one line on standard error, no traceback), 130 interrupted.
+    0: done; 2: a user's mistake (one line on standard error, no traceback); 130: interrupted.
 
     Args:
-        arguments: null: those of the process.
-        prog: what it was called as; null: the name of its file.
-        wording: changes what it prints about itself and other tools.
+        arguments: None for those of the process.
+        prog: name of the command; None for that of the script.
+        wording: applied to all that is printed about the tools.
     """
     parser = SettingsParser(
         lambda: wording("settings:\n" + "\n".join(map(described, settings(schema)))),
@@ -111,7 +98,7 @@ def run_tool(
     )
     add_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
-    code, said = 0, ""
+    code, message = 0, ""
     try:
         config = load_config(schema, options.config, options.overrides)
         if options.dry_run:
@@ -119,41 +106,41 @@ def run_tool(
             return 0
         main(config)
     except UserError as error:
-        code, said = 2, f"error: {wording(str(error))}"
+        code, message = 2, f"error: {wording(str(error))}"
     except OSError as error:
-        if error.errno not in USERS_FILES:
+        if error.errno not in FILE_ERRORS:
             raise
         where = f"{shortened(str(error.filename))}: " if error.filename is not None else ""
-        code, said = 2, f"error: expected files that can be read and written, found {where}{error.strerror}"
+        code, message = 2, f"error: expected files that can be read and written, found {where}{error.strerror}"
     except KeyboardInterrupt:
-        code, said = 130, "interrupted"
-    # Last of all: with the exception go the frames that hold progress bars, which end their line.
-    if said:
-        print(f"{parser.prog}: {said}", file=sys.stderr)
+        code, message = 130, "interrupted"
+    # Printed last: progress bars end their line only when the frames of the exception are gone.
+    if message:
+        print(f"{parser.prog}: {message}", file=sys.stderr)
     return code
 
 
 class SettingsParser(argparse.ArgumentParser):
-    """Lists settings at the end of its help, which are read from the sources of their schemas only when it is printed."""
+    """Lists settings at the end of its help; their docstrings are read from the sources only when it is printed."""
 
-    def __init__(self, listed: Callable[[], str], **options: Any) -> None:
+    def __init__(self, list_settings: Callable[[], str], **options: Any) -> None:
         super().__init__(**options)
-        self.listed = listed
+        self.list_settings = list_settings
 
     def format_help(self) -> str:
-        self.epilog = self.listed()
+        self.epilog = self.list_settings()
         return super().format_help()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.Action:
-    """Add what all commands take; returns the positional argument, ``key=value``."""
+    """Add the arguments of all commands; returns the positional one, ``key=value``."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
     return parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, before those of the file")
 
 
 def console_parser() -> argparse.ArgumentParser:
-    """The parser of ldm-smd without a sub-command; its help lists them."""
+    """Make the parser of ldm-smd without a sub-command; its help lists them."""
     widest = max(map(len, BY_NAME))
     commands = "\n".join(f"  {command.name:{widest}}  {command.summary}" for command in COMMANDS)
     parser = argparse.ArgumentParser(
@@ -169,7 +156,7 @@ def console_parser() -> argparse.ArgumentParser:
 
 
 def described(setting: Setting) -> str:
-    """A setting for --help: name, default, what a number may be, and what its docstring says."""
+    """Describe a setting for --help: name, default, bounds and docstring."""
     value = "(required)" if setting.default is None else f"= {setting.default}"
     if setting.bounds:
         value += f"  ({setting.bounds})"
@@ -177,7 +164,7 @@ def described(setting: Setting) -> str:
 
 
 def all_help(tools: Path) -> str:
-    """The help of every tool, as Markdown."""
+    """Return the help of every tool, as Markdown."""
     from unittest import mock  # not above: it brings asyncio
 
     parts = [HEAD]

@@ -1,7 +1,7 @@
-"""The commands: what each is called, what it reads, what it runs, and what it says of itself.
+"""The commands: names, settings, functions and help texts.
 
-``ldm-smd NAME`` (or ``python -m ldm_smd NAME``) and ``python tools/NAME.py`` are two doors to the same. Texts name the second;
-``for_console`` makes them those of the first.
+``ldm-smd NAME`` (or ``python -m ldm_smd NAME``) and ``python tools/NAME.py`` run the same. Help texts name the script;
+``for_console`` makes that the console command.
 """
 
 from __future__ import annotations
@@ -15,31 +15,20 @@ from .apps.settings import DemoConfig, ExploreConfig
 from .data.settings import EncodeConfig, VerifyConfig
 from .evaluation.settings import EvaluateConfig
 from .sampling.settings import SampleConfig
-from .training.settings import (
-    AverageConfig,
-    FitGaussianConfig,
-    TrainAutoencoderConfig,
-    TrainClassifierConfig,
-    TrainConfig,
-    TrainMomentsConfig,
-)
+from .training import settings as training
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
-
-    Attributes:
-        name: of the command, in words joined by dashes.
-        schema: dataclass of its settings.
-        function: "module:function" that runs it, imported no sooner.
-        description: a line for the list of commands, what else there is to say, and examples.
-    """
+    """A command in words joined by dashes, the dataclass of its settings, and "module:function", imported when it is run."""
 
     name: str
     schema: type
     function: str
-    description: str
+
+    @property
+    def description(self) -> str:
+        return DESCRIPTIONS[self.name]
 
     @property
     def summary(self) -> str:
@@ -47,7 +36,7 @@ class Command:
 
     @property
     def script(self) -> str:
-        """Its file in the repository."""
+        """Return its file in the repository."""
         return f"tools/{self.name.replace('-', '_')}.py"
 
     def run(self, settings: object) -> None:
@@ -57,12 +46,8 @@ class Command:
         main(settings)
 
 
-COMMANDS = (
-    Command(
-        "encode",
-        EncodeConfig,
-        "ldm_smd.data.encode:encode",
-        """Turn pictures into latent shards for training.
+DESCRIPTIONS = {
+    "encode": """Turn pictures into latent shards for training.
 
 examples:
   python tools/encode.py --config configs/encode/emoji.yaml
@@ -70,27 +55,16 @@ examples:
       autoencoder=stabilityai/sd-vae-ft-mse output=my/latents
   python tools/encode.py --config configs/encode/emoji.yaml --dry-run
 """,
-    ),
-    Command(
-        "verify",
-        VerifyConfig,
-        "ldm_smd.data.verify:verify",
-        """Check latent shards, and look at some of them, decoded.
+    "verify": """Check latent shards, and look at some of them, decoded.
 
-Checked against their manifest are hashes, counts, statistics and labels; and keys that are there twice, and numbers that are
-not finite.
+Hashes, counts, statistics and labels are compared with the manifest; duplicate keys and non-finite values are reported.
 
 examples:
   python tools/verify.py shards=my/latents
   python tools/verify.py shards=my/latents sheet=my/sheet.png
   python tools/verify.py shards=my/latents sheet=my/sheet.png autoencoder=my/vae pictures=100
 """,
-    ),
-    Command(
-        "train",
-        TrainConfig,
-        "ldm_smd.training.loop:train",
-        """Train an SMD UNet, or the Gaussian baseline, on latents.
+    "train": """Train an SMD UNet, or the Gaussian baseline, on latents.
 
 examples:
   python tools/train.py --config configs/train/emoji-smd.yaml
@@ -98,12 +72,7 @@ examples:
   python tools/train.py --config configs/train/emoji-smd.yaml --dry-run
   accelerate launch --num_processes 8 tools/train.py --config configs/train/emoji-smd.yaml
 """,
-    ),
-    Command(
-        "sample",
-        SampleConfig,
-        "ldm_smd.sampling.tool:sample",
-        """Sample pictures from a trained model.
+    "sample": """Sample pictures from a trained model.
 
 examples:
   python tools/sample.py model=outputs/demo/smd/model output=outputs/samples
@@ -117,12 +86,7 @@ examples:
       guidance_scale=2 guidance_interval=[0.3,5]
   python tools/sample.py model=my/like/model output=outputs/text text="a red balloon" clip=open_clip:ViT-B-32:laion2b_s34b_b79k
 """,
-    ),
-    Command(
-        "evaluate",
-        EvaluateConfig,
-        "ldm_smd.evaluation.evaluate:evaluate",
-        """Measure pictures against real ones.
+    "evaluate": """Measure pictures against real ones.
 
 Frechet distance, KID, CMMD, precision, recall, density and coverage, in the features of any networks. A distance is named
 after its network; only that of Inception is an FID.
@@ -134,28 +98,18 @@ examples:
   accelerate launch tools/evaluate.py --config configs/evaluate/emoji.yaml model=my/run/model count=50000 labels=balanced \\
       output=my/result.json
 """,
-    ),
-    Command(
-        "explore",
-        ExploreConfig,
-        "ldm_smd.apps.explore:explore",
-        """Serve a local page for trained models, side by side.
+    "explore": """Serve a local page for trained models, side by side.
 
-Class, steps, scheduler, seed, guidance; the way of a picture; draws of eta. Needs the package gradio: pip install 'gradio>=6'.
+Class, steps, scheduler, seed, guidance; a picture's steps; draws of eta. Needs the package gradio: pip install 'gradio>=6'.
 
 examples:
   python tools/explore.py --config configs/explore.yaml
   python tools/explore.py models.mine=my/run/model port=8000
   python tools/explore.py models.like=my/like/model clip=open_clip:ViT-B-32:my/clip.safetensors
 """,
-    ),
-    Command(
-        "average",
-        AverageConfig,
-        "ldm_smd.training.average:average",
-        """Average a run's weights after it has ended (post-hoc EMA).
+    "average": """Average a run's weights after it has ended (post-hoc EMA).
 
-Over any share of its training, of the snapshots that ema_widths keeps.
+Over any fraction of its training, from the snapshots that ema_widths keeps.
 
 examples:
   python tools/train.py --config my/train.yaml ema_widths=[0.05,0.1]
@@ -163,24 +117,14 @@ examples:
   python tools/average.py run=my/run sigma_rel=0.07 images=150000 output=my/earlier
   python tools/sample.py model=my/average output=my/samples
 """,
-    ),
-    Command(
-        "train-autoencoder",
-        TrainAutoencoderConfig,
-        "ldm_smd.training.train_autoencoder:train_autoencoder",
-        """Train a small AutoencoderKL on your own pictures.
+    "train-autoencoder": """Train a small AutoencoderKL on your own pictures.
 
 examples:
   python tools/train_autoencoder.py --config configs/autoencoder/emoji.yaml
   python tools/train_autoencoder.py --config configs/autoencoder/emoji.yaml images.source=my/pictures output=my/vae
   python tools/train_autoencoder.py --config configs/autoencoder/emoji.yaml --dry-run
 """,
-    ),
-    Command(
-        "train-moments",
-        TrainMomentsConfig,
-        "ldm_smd.training.train_moments:train_moments",
-        """Train what GMSScheduler needs beside a Gaussian model.
+    "train-moments": """Train what GMSScheduler needs beside a Gaussian model.
 
 That is the variance and the skew of the step, beside the model's prediction of its mean. The UNet stays as it is; a small head
 on its last features learns. The output is a model folder as the input, with a moments part and GMSScheduler as its scheduler.
@@ -190,12 +134,7 @@ examples:
   python tools/train_moments.py model=my/run/model shards=my/latents output=my/gms images_total=200000 batch_size=256
   python tools/sample.py model=outputs/gms output=outputs/gms-samples steps=10
 """,
-    ),
-    Command(
-        "train-classifier",
-        TrainClassifierConfig,
-        "ldm_smd.training.train_classifier:train_classifier",
-        """Train the small classifier that pictures are measured by.
+    "train-classifier": """Train the small classifier that pictures are measured by.
 
 Distances are taken in its last features.
 
@@ -204,12 +143,7 @@ examples:
   python tools/train_classifier.py --config configs/classifier.yaml output=outputs/classifier images_total=20000
   python tools/train_classifier.py --config configs/classifier.yaml --dry-run
 """,
-    ),
-    Command(
-        "fit-gaussian",
-        FitGaussianConfig,
-        "ldm_smd.training.fit_gaussian:fit_gaussian",
-        """Fit the Gaussians that TeleportScheduler starts from.
+    "fit-gaussian": """Fit the Gaussians that TeleportScheduler starts from.
 
 Mean and covariance of the latents, for each class and for all, in one pass over the shards. The output is a model folder as
 the input, with a gaussian part and TeleportScheduler as its scheduler.
@@ -219,21 +153,30 @@ examples:
   python tools/fit_gaussian.py model=outputs/demo/vanilla/model shards=outputs/demo/latents output=outputs/gm components=256
   python tools/sample.py model=outputs/teleport output=outputs/teleport-samples steps=8
 """,
-    ),
-    Command(
-        "demo",
-        DemoConfig,
-        "ldm_smd.apps.demo:demo",
-        """Encode, train, sample and report: the demo.
+    "demo": """Encode, train, sample and report: the demo.
 
-On the shipped pictures, training on from the shipped weights; the report is a page to look at.
+Training uses the shipped pictures and starts from the shipped weights; the report is an HTML page.
 
 examples:
   python tools/demo.py --config configs/demo.yaml
   python tools/demo.py --config configs/demo.yaml images=20000 output=outputs/longer
   python tools/demo.py --config configs/demo.yaml --dry-run
 """,
-    ),
+}
+"""A line for the list of commands, what else there is to say, and examples."""
+COMMANDS = (
+    Command("encode", EncodeConfig, "ldm_smd.data.encode:encode"),
+    Command("verify", VerifyConfig, "ldm_smd.data.verify:verify"),
+    Command("train", training.TrainConfig, "ldm_smd.training.loop:train"),
+    Command("sample", SampleConfig, "ldm_smd.sampling.tool:sample"),
+    Command("evaluate", EvaluateConfig, "ldm_smd.evaluation.evaluate:evaluate"),
+    Command("explore", ExploreConfig, "ldm_smd.apps.explore:explore"),
+    Command("average", training.AverageConfig, "ldm_smd.training.average:average"),
+    Command("train-autoencoder", training.TrainAutoencoderConfig, "ldm_smd.training.train_autoencoder:train_autoencoder"),
+    Command("train-moments", training.TrainMomentsConfig, "ldm_smd.training.train_moments:train_moments"),
+    Command("train-classifier", training.TrainClassifierConfig, "ldm_smd.training.train_classifier:train_classifier"),
+    Command("fit-gaussian", training.FitGaussianConfig, "ldm_smd.training.fit_gaussian:fit_gaussian"),
+    Command("demo", DemoConfig, "ldm_smd.apps.demo:demo"),
 )
 BY_NAME = {command.name: command for command in COMMANDS}
 BY_SCRIPT = {command.script: command for command in COMMANDS}
@@ -243,12 +186,12 @@ CALL = re.compile(
 
 
 def for_console(text: str) -> str:
-    """The same for those who have the console command: "python tools/train.py" is "ldm-smd train"."""
+    """Replace scripts by the console command: "python tools/train.py" by "ldm-smd train"."""
 
-    def spoken(call: re.Match) -> str:
+    def replacement(call: re.Match) -> str:
         command = BY_SCRIPT.get(call["script"])
         if command is None:
             return call[0]
         return f"{call['launcher']}-m ldm_smd {command.name}" if call["launcher"] else f"ldm-smd {command.name}"
 
-    return CALL.sub(spoken, text)
+    return CALL.sub(replacement, text)

@@ -18,7 +18,7 @@ class SettingCompleter:
         self.settings = {setting.name: setting for setting in settings(schema) if "[]" not in setting.name}
 
     def __call__(self, prefix: str, **_: object) -> dict[str, str]:
-        """Completions of what is typed so far, each with what zsh says beside it."""
+        """Return completions of ``prefix``, each with the description that zsh shows."""
         key, equals, _value = prefix.partition("=")
         if not equals:
             return {f"{name}=": for_console(setting.text).partition("\n")[0] for name, setting in self.settings.items()}

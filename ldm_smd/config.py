@@ -21,14 +21,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import UserError, brief
+from .errors import UserError, one_line
 from .schema import MISSING, check_field
 
 Config = TypeVar("Config")
 
 
 def load_config(schema: type[Config], path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
-    """Defaults of ``schema`` < YAML file < ``key=value`` overrides, checked, as an instance of ``schema``.
+    """Merge defaults of ``schema`` < YAML file < ``key=value`` overrides, check them, and return an instance of ``schema``.
 
     Raises UserError for an unreadable file, an unknown key (with the nearest known one), a value of the wrong type or out
     of range, and a mandatory value that is missing.
@@ -47,22 +47,22 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
         _refuse_unknown_keys(schema, layer, origin)
         try:
             merged = OmegaConf.merge(merged, layer)
-        except (OmegaConfBaseException, TypeError) as error:  # TypeError: of a list in the place of a mapping
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in place of a mapping
             key = getattr(error, "full_key", None) or origin
             raise UserError(f"{key}: expected a value of its type, found: {_first_line(error)}") from error
     try:
-        # First, as the errors of to_object do not know in which setting a schema stands.
+        # Before to_object, whose errors do not name the setting that holds a schema.
         _check_fields(schema, merged)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{missing[0]}: expected a value ({missing[0]}=..., or in the config file), found none")
         return typing.cast(Config, OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:  # of an interpolation, ${...}
+    except OmegaConfBaseException as error:  # in an interpolation, ${...}
         raise UserError(f"settings: expected values that can be resolved, found: {_first_line(error)}") from error
 
 
 def dump_config(config: object) -> str:
-    """The resolved configuration as YAML."""
+    """Format the resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -72,10 +72,10 @@ class Setting:
 
     Attributes:
         name: full name, as model.placement.
-        default: as YAML; None where a value is required.
+        default: in YAML; None where a value is required.
         text: docstring.
-        choices: the values it takes, where they are a few.
-        bounds: of a number, in words.
+        choices: the values it takes, if they are few.
+        bounds: range of a number, in words.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Setting:
 
 
 def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
-    """All of a schema, nested ones by their full names; those of the entries of a list as NAME[].KEY."""
+    """Yield all settings of a schema, nested ones by their full names; those of the entries of a list as NAME[].KEY."""
     texts = _docstrings(schema)
     for item, inner, entries in _fields(schema):
         name = prefix + item.name
@@ -107,20 +107,19 @@ def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
 
 
 def _docstrings(schema: type) -> dict[str, str]:
-    """The string after each field, of a class and those it extends."""
+    """Read the string after each field, of a class and those it extends."""
     found: dict[str, str] = {}
-    for kind in reversed(schema.__mro__):
-        if is_dataclass(kind):
-            (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-            assert isinstance(definition, ast.ClassDef)
-            for one, following in itertools.pairwise(definition.body):
-                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(following, ast.Expr):
-                    found[one.target.id] = inspect.cleandoc(ast.literal_eval(following.value))
+    for cls in filter(is_dataclass, reversed(schema.__mro__)):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(definition, ast.ClassDef)
+        for item, following in itertools.pairwise(definition.body):
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(following, ast.Expr):
+                found[item.target.id] = inspect.cleandoc(ast.literal_eval(following.value))
     return found
 
 
 def config_as_dict(config: object) -> dict:
-    """The configuration as plain dictionaries and lists, for JSON."""
+    """Convert the configuration to plain dictionaries and lists, for JSON."""
     return typing.cast(dict, OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
 
 
@@ -130,7 +129,7 @@ def _read_yaml(path: str | Path) -> DictConfig:
     except FileNotFoundError:
         raise UserError(f"--config: expected a YAML file, found no file {path}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"--config: expected a YAML file, found {path}: {brief(error)}") from error
+        raise UserError(f"--config: expected a YAML file, found {path}: {one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"--config: expected a YAML mapping, found a list or nothing in {path}")
     return loaded
@@ -138,8 +137,11 @@ def _read_yaml(path: str | Path) -> DictConfig:
 
 def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: str = "") -> None:
     known = {item.name: inner for item, inner, _ in _fields(schema)}
+    renamed = {item.metadata.get("former"): item.name for item in fields(schema)}
     for key in layer:
         full = f"{prefix}{key!s}"
+        if key in renamed:
+            raise UserError(f"{origin}: {full} is called {prefix + renamed[key]} now")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise UserError(f"{origin}: unknown key {full!r}; the nearest known key is {prefix + near!r}")
@@ -149,7 +151,7 @@ def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: s
 
 
 def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
-    """``check_field`` of all settings that have a value, by their full names."""
+    """Call ``check_field`` for all settings that have a value, by their full names."""
     for item, inner, entries in _fields(schema):
         if OmegaConf.is_missing(node, item.name) or node[item.name] is None:
             continue
@@ -160,20 +162,20 @@ def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
             for index, entry in enumerate(value):
                 _check_fields(entries, entry, f"{prefix}{item.name}[{index}].")
         elif value == "False" and "no" in item.metadata.get("choices", ()):
-            node[item.name] = "no"  # as YAML has an unquoted no
+            node[item.name] = "no"  # which YAML reads as False if unquoted
         else:
             check_field(item, prefix + item.name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
 
 
 def _fields(schema: type) -> typing.Iterator[tuple[Field, type | None, type | None]]:
-    """Yield each field with the schema that it is, and the schema of its entries where it is a list of them."""
+    """Yield each field with its schema, and that of its entries if it is a list; None for neither."""
     hints = typing.get_type_hints(schema)
     for item in fields(schema):
-        kinds = (hints[item.name], next(iter(typing.get_args(hints[item.name])), None))
-        inner, entries = (kind if isinstance(kind, type) and is_dataclass(kind) else None for kind in kinds)
+        types = (hints[item.name], next(iter(typing.get_args(hints[item.name])), None))
+        inner, entries = (cls if isinstance(cls, type) and is_dataclass(cls) else None for cls in types)
         yield item, inner, entries
 
 
 def _first_line(error: Exception) -> str:
-    """What is wrong; OmegaConf names the class of the schema in further lines."""
+    """Return the message without OmegaConf's further lines, which name the class of the schema."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""What "auto" means: the device and the precision of this machine; and the processes that share a run."""
+"""The device and the precision that "auto" stands for on this machine, and the process group of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called ``name``; for "auto" the GPU where there is one, of several processes on a node each its own."""
+    """Return the device called ``name``; for "auto" the GPU if there is one, for each process on a node its own."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
@@ -23,7 +23,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str) -> str:
-    """accelerate's name for a ``precision`` setting. CPUs without bf16 units run bf16 10-20 times slower than float32."""
+    """Return accelerate's name for a ``precision`` setting. On CPUs without bf16 units bf16 is 10-20 times slower."""
     if name != "auto":
         return name
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
@@ -31,10 +31,9 @@ def pick_precision(name: str) -> str:
 
 @contextmanager
 def process_group() -> Iterator[PartialState]:
-    """The processes of a launcher as one group, on CPUs too.
+    """Join the processes of a launcher in one group, on CPUs too, until the block ends.
 
-    The group ends with the block. A process that exits as a member of one may abort, and the launcher then ends the others,
-    whatever they are still doing.
+    A process that exits as a member of a group may abort, and the launcher then kills the others.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     try:

@@ -1,4 +1,4 @@
-"""The one exception for a mistake the user can mend."""
+"""The exception for mistakes that the user can correct."""
 
 
 class UserError(Exception):
@@ -8,11 +8,11 @@ class UserError(Exception):
     """
 
 
-def brief(error: Exception) -> str:
-    """What a library said, as part of that one line."""
+def one_line(error: Exception) -> str:
+    """Return a library's message as a part of that line."""
     return shortened(" ".join(str(error).split()))
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """``text``, or the beginning and the end of a longer one."""
+    """Return ``text``, or the beginning and the end of a longer one."""
     return text if len(text) <= most else f"{text[: most // 2 - 2]}...{text[1 - most // 2 :]}"

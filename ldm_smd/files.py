@@ -1,4 +1,4 @@
-"""Writing files and folders so that they are either whole under their final name, or not there at all."""
+"""Files and folders that are either complete under their final name, or absent; and locks on outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .errors import UserError
 
 
 class HasOutput(Protocol):
-    """The settings of a tool that makes a folder."""
+    """Settings of a tool that makes a folder."""
 
     output: str
 
@@ -33,11 +33,10 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def atomic_file(final: Path, writer: str = "") -> Iterator[Path]:
-    """A temporary path beside ``final`` to write to; fsynced and renamed when the block ends without an exception.
+    """Give a temporary path beside ``final`` to write to, fsynced and renamed when the block ends without an exception.
 
-    ``writer`` tells apart processes that may write the same file at once.
+    ``writer`` distinguishes processes that may write the same file at once.
     """
-    final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{writer}tmp")
     try:
@@ -50,7 +49,7 @@ def atomic_file(final: Path, writer: str = "") -> Iterator[Path]:
 
 
 def this_process() -> str:
-    """A name that no other process has, on any machine, for ``writer``."""
+    """Return a name for ``writer`` that no other process has, on any machine."""
     return f"{socket.gethostname()}-{os.getpid()}-"
 
 
@@ -61,37 +60,37 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def claimed(output: Path, key: str = "output", worker: str = "", inside: bool = False) -> Iterator[None]:
-    """For the whole of a run: ``output``, a folder or file, can be written, and no other run writes it.
+    """Check that ``output``, a folder or file, can be written, and lock it against other runs until the block ends.
 
-    The lock is on a hidden file beside ``output``, or inside. The kernel, or over NFS the server, gives it back when its
-    process ends, however it ends; the file that a killed run leaves does no harm. Where nothing was written, nothing is left.
+    The lock is on a hidden file beside ``output``, or inside. The kernel, or over NFS the server, releases it when its
+    process ends, however it ends; the file that a killed run leaves does no harm. If nothing was written, nothing is left.
 
     Args:
         key: the setting that names ``output``, for messages.
         worker: workers of different names may share ``output``.
-        inside: ``output`` is a folder that is written into, and not one that is put there when it is finished.
+        inside: ``output`` is a folder that is written into, and not one that is renamed to its place when it is complete.
 
     Raises:
         UserError: ``output`` cannot be written, or another run holds it.
     """
     output = Path(os.path.abspath(output))
-    place = output if inside else output.parent
-    lock = FileLock(place / (f".{worker}lock" if inside else f".{output.name}.{worker}lock"), timeout=0)
+    parent = output if inside else output.parent
+    lock = FileLock(parent / (f".{worker}lock" if inside else f".{output.name}.{worker}lock"), timeout=0)
     missing: list[Path] = []
     try:
         try:
             if inside:
                 require_folder(output, key)
-            missing = [folder for folder in (place, *place.parents) if not folder.exists()]
-            place.mkdir(parents=True, exist_ok=True)
+            missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+            parent.mkdir(parents=True, exist_ok=True)
             _lock(lock, output, key)
-        except (OSError, ValueError) as error:  # ValueError: of characters that no path has
-            said = getattr(error, "strerror", None) or error
-            raise UserError(f"{key}: expected a place that can be written, found {str(output)!r}: {said}") from error
+        except (OSError, ValueError) as error:  # ValueError: characters that no path can have
+            found = f"{str(output)!r}: {getattr(error, 'strerror', None) or error}"
+            raise UserError(f"{key}: expected a place that can be written, found {found}") from error
         yield
     finally:
         if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)  # before it is released: who opens it later finds none, or another
+            Path(lock.lock_file).unlink(missing_ok=True)  # before the release: others find no file, or a new one
             lock.release()
         for folder in missing:
             with suppress(OSError, ValueError):  # not empty
@@ -105,7 +104,7 @@ def _lock(lock: FileLock, output: Path, key: str) -> None:
     try:
         lock.acquire()
     except Timeout:
-        if not path.exists():  # filelock tries again where a file cannot be made, and gives up here
+        if not path.exists():  # filelock retries where it cannot make the file, and ends here
             raise OSError(errno.EROFS, "no files can be made there") from None
         holder = path.read_text(encoding="utf-8", errors="replace") or "another"
         raise UserError(f"{key}: expected no other run at {output}, found {holder}") from None
@@ -118,12 +117,12 @@ def _lock(lock: FileLock, output: Path, key: str) -> None:
 
 
 def claimed_by_first(output: Path, inside: bool = False) -> AbstractContextManager[None]:
-    """``claimed``, by the first of the processes of a launcher; the others run without."""
+    """Apply ``claimed`` in the first process of a launcher, and nothing in the others."""
     return nullcontext() if int(os.environ.get("RANK", 0)) > 0 else claimed(output, inside=inside)
 
 
 def makes_folder(tool: Callable[[Config], Result]) -> Callable[[Config], Result]:
-    """Decorate a tool that makes the folder ``config.output``: it must be new or empty, and is claimed while the tool runs."""
+    """Decorate a tool that makes the folder ``config.output``: it must be new or empty, and is claimed during the run."""
 
     @functools.wraps(tool)
     def run(config: Config) -> Result:
@@ -136,13 +135,13 @@ def makes_folder(tool: Callable[[Config], Result]) -> Callable[[Config], Result]
 
 
 def require_folder(output: Path, key: str = "output") -> None:
-    """Raise UserError where something that is no folder has the name of one that a tool writes."""
+    """Raise UserError if a tool's output folder exists as a file."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{key}: expected a folder, or nothing yet, found a file at {output}")
 
 
 def require_unused(output: Path) -> None:
-    """Raise UserError where a tool's output folder has files in it already."""
+    """Raise UserError if a tool's output folder contains files already."""
     require_folder(output)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output: expected a new or empty folder, found files in {output}")
@@ -150,21 +149,17 @@ def require_unused(output: Path) -> None:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside ``final``; renamed to it, fsynced, when the block ends without an exception.
+    """Give a temporary folder beside ``final``, fsynced and renamed to it when the block ends without an exception.
 
-    An existing ``final`` is replaced; for the moment between the two renames the old one lies under ``.NAME.old``.
+    An existing ``final`` is replaced; between the two renames the old one is ``.NAME.old``.
     """
-    final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.tmp")
-    old = final.with_name(f".{final.name}.old")
+    temporary, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _fsync(path)
+        for path in filter(Path.is_file, temporary.rglob("*")):
+            _fsync(path)
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)

@@ -1,6 +1,6 @@
 """Fields of the settings: what each allows, and its checks.
 
-Free of OmegaConf: networks import the names of choices from the settings of their package.
+OmegaConf is not imported: networks import the names of choices from the settings of their package.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import Field, dataclass, field, fields
 from .errors import UserError, shortened
 
 MISSING: typing.Any = "???"
-"""OmegaConf's mark of a value that must be given."""
+"""OmegaConf's mark for a required value."""
 LONGEST_NAME = 4096
 MOST_IMAGES = 10**12
 MOST_SEED = 2**32 - 1
-"""NumPy's and torch's generators both take it."""
+"""Both NumPy's and torch's generators take it."""
 
 
 def check(condition: bool, key: str, expected: str, found: object) -> None:
@@ -27,8 +27,8 @@ def check(condition: bool, key: str, expected: str, found: object) -> None:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number, or each of a list, may be: from ``least`` to ``most``; more than ``above``, less than ``below``, where
-    given. A list has ``fewest`` entries or more."""
+    """Range of a number, or of each in a list: from ``least`` to ``most``, more than ``above``, less than ``below``, if given.
+    A list has at least ``fewest`` entries."""
 
     least: float | None = None
     most: float | None = None
@@ -37,7 +37,7 @@ class Bounds:
     fewest: int = 0
 
     def __contains__(self, value: float) -> bool:
-        """NaN is in no bounds."""
+        """Tell whether a value is in the range; NaN never is."""
         return (
             not math.isnan(value)
             and (self.least is None or value >= self.least)
@@ -54,29 +54,23 @@ class Bounds:
 
 
 def number(
-    default: typing.Any,
-    least: float | None = None,
-    most: float | None = None,
-    *,
-    above: float | None = None,
-    below: float | None = None,
+    default: typing.Any, least: float | None = None, most: float | None = None, former: str | None = None, **others: typing.Any
 ) -> typing.Any:
-    """A field that takes numbers within ``Bounds``."""
-    return field(default=default, metadata={"bounds": Bounds(least, most, above, below)})
-
-
-def numbers(default: list, least: float, most: float, fewest: int = 0) -> typing.Any:
-    """A field that takes a list of ``fewest`` or more numbers within ``Bounds``."""
-    return field(default_factory=lambda: list(default), metadata={"bounds": Bounds(least, most, fewest=fewest)})
+    """Make a field that takes a number, or a list of them, within ``Bounds``, whose other arguments are ``others``; ``former``
+    is a name that it had."""
+    metadata = {"bounds": Bounds(least, most, **others), "former": former}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def choice(default: str, allowed: tuple[str, ...]) -> typing.Any:
-    """A field that takes one of these names, which shells complete."""
+    """Make a field that takes one of these names, which shells complete."""
     return field(default=default, metadata={"choices": allowed})
 
 
 def check_field(item: Field, key: str, value: typing.Any) -> None:
-    """Raise UserError unless ``value`` is what a field allows; ``key`` is its full name."""
+    """Raise UserError unless the field allows ``value``; ``key`` is its full name."""
     if value is None or value == MISSING:
         return
     entries = value if isinstance(value, list) else [value]
@@ -97,7 +91,7 @@ def check_field(item: Field, key: str, value: typing.Any) -> None:
 
 @dataclass
 class Settings:
-    """What all schemas are: every field holds what it allows."""
+    """Base of all schemas: every field holds what it allows."""
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from pretend_gpu import DEVICE
 
-from ldm_smd.apps.explore import Explorer, Wish
+from ldm_smd.apps.explore import Explorer, Request
 from ldm_smd.apps.settings import ExploreConfig
 from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode
@@ -197,17 +197,17 @@ def encodes():
 
 @check
 def samples_by_words():
-    wish = ["text=a disc", f"clip={CLIP}", "per_class=2", "steps=2", f"output={OUTPUT / 'pictures'}"]
-    tool(SampleConfig, sample, f"model={CONDITIONAL}", *wish)
+    request = ["text=a disc", f"clip={CLIP}", "per_class=2", "steps=2", f"output={OUTPUT / 'pictures'}"]
+    tool(SampleConfig, sample, f"model={CONDITIONAL}", *request)
 
 
 @check
 def explores():
     explorer = tool(ExploreConfig, Explorer, f"models.a={CONDITIONAL}", f"models.b={CONDITIONAL}", f"clip={CLIP}")
-    wish = Wish(steps=2, embedding=explorer.embedding(None, "a square"))
-    [outcome, _] = explorer.sample(wish, lambda share: None).values()
-    explorer.film("a", outcome.frames)
-    explorer.draws(outcome.frames[0], wish)
+    request = Request(steps=2, embedding=explorer.embedding(None, "a square"))
+    [outcome, _] = explorer.sample(request, lambda share: None).values()
+    explorer.filmstrip("a", outcome.frames)
+    explorer.draws(outcome.frames[0], request)
 
 
 @check

@@ -26,6 +26,7 @@ def test_dump_loads_back_to_the_same(tmp_path):
     ("overrides", "message"),
     [
         (["bath_size=8"], "'bath_size'; the nearest known key is 'batch_size'"),
+        (["model.latent_channels=8"], "model.latent_channels is called model.z_channels now"),
         (["model.z_chanels=8"], "the nearest known key is 'model.z_channels'"),
         (["batch_size=many"], "batch_size"),
         (["batch_size=0"], "batch_size: expected a number from 1 to 1,048,576, found 0"),

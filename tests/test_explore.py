@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from ldm_smd.apps.explore import DRAWS, FILM_FRAMES, Explorer, Frame, Wish, explore, spaced, thumbnails
+from ldm_smd.apps.explore import DRAWS, FILMSTRIP_FRAMES, Explorer, Frame, Request, explore, spaced, thumbnails
 from ldm_smd.apps.settings import ExploreConfig
 from ldm_smd.config import load_config
 from ldm_smd.pipelines import load_pipeline, seeded_generators
@@ -41,28 +41,28 @@ def quiet(share):
 
 
 def test_pictures_are_those_of_the_pipeline(explorer, model_folder, gaussian_folder):
-    wish = Wish(label=1, count=2, steps=3, seed=5, guidance_scale=2.0, interval=(0.5, 1000.0), scheduler="DDIMScheduler")
-    outcomes = explorer.sample(wish, quiet)
+    request = Request(label=1, count=2, steps=3, seed=5, guidance_scale=2.0, interval=(0.5, 1000.0), scheduler="DDIMScheduler")
+    outcomes = explorer.sample(request, quiet)
     assert list(outcomes) == ["smd", "plain"]
     for name, outcome in outcomes.items():
         assert [frame.number for frame in outcome.frames] == [1, 2, 3] and outcome.frames[0].sample.shape == (1, 4, 8, 8)
-        assert explorer.film(name, outcome.frames).height == 2 * (16 + 2)
+        assert explorer.filmstrip(name, outcome.frames).height == 2 * (16 + 2)
     options = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.5, 1000.0)}
     for name, folder in (("smd", model_folder), ("plain", gaussian_folder)):
         pipeline = load_pipeline(folder)
         pipeline.scheduler = explorer.pipelines[name].scheduler
         pictures = pipeline([1, 1], generator=seeded_generators([5, 6]), **options).images
         assert all(alike(a, b) for a, b in zip(outcomes[name].pictures, pictures))
-    own = Wish(label=None, count=1, steps=1)
+    own = Request(label=None, count=1, steps=1)
     explorer.sample(own, quiet)
     assert type(explorer.first.scheduler).__name__ == "DDPMScheduler"
 
 
 def test_draws_differ_for_a_mixture_and_a_gaussian_model_has_one(explorer, loud_pipeline, model_folder, monkeypatch):
     monkeypatch.setitem(explorer.pipelines, "smd", loud_pipeline(model_folder))
-    wish = Wish(steps=2)
-    frames = explorer.sample(wish, quiet)["smd"].frames
-    drawn = np.array(explorer.draws(frames[0], wish))
+    request = Request(steps=2)
+    frames = explorer.sample(request, quiet)["smd"].frames
+    drawn = np.array(explorer.draws(frames[0], request))
     side, margin = 16 + 2, drawn.shape[1] - DRAWS * (16 + 2)
     rows = drawn[:, margin:].reshape(2, side, DRAWS, side, 3).swapaxes(1, 2)[:, :, :16, :16]
     assert len({picture.tobytes() for picture in rows[0]}) == DRAWS
@@ -73,7 +73,7 @@ def test_thumbnails_of_large_pictures_are_decoded_small(explorer, monkeypatch):
     decoded = []
     decode = explorer.first.decode_latents
     monkeypatch.setattr(explorer.first, "decode_latents", lambda latents: decoded.append(latents.shape[2:]) or decode(latents))
-    monkeypatch.setattr("ldm_smd.apps.explore.ROUGH", 64)
+    monkeypatch.setattr("ldm_smd.apps.explore.DECODED", 64)
     [picture] = thumbnails(explorer.first, torch.randn(1, 4, 64, 48))
     assert decoded == [(32, 24)] and picture.size == (48, 64)
 
@@ -86,15 +86,15 @@ def test_it_can_be_stopped(explorer):
         if len(shares) == 3:
             explorer.stop()
 
-    outcomes = explorer.sample(Wish(count=1, steps=20), stop_at_third)
+    outcomes = explorer.sample(Request(count=1, steps=20), stop_at_third)
     assert [len(outcome.frames) for outcome in outcomes.values()] == [3, 1]
-    assert len(explorer.sample(Wish(count=1, steps=4), quiet)["plain"].frames) == 4
+    assert len(explorer.sample(Request(count=1, steps=4), quiet)["plain"].frames) == 4
 
 
 def test_a_film_has_its_ends():
     frames = [Frame(number, None, None, None) for number in range(1, 98)]
-    numbers = [frame.number for frame in spaced(frames, FILM_FRAMES)]
-    assert numbers[0] == 1 and numbers[-1] == 97 and len(numbers) == FILM_FRAMES == len(set(numbers))
+    numbers = [frame.number for frame in spaced(frames, FILMSTRIP_FRAMES)]
+    assert numbers[0] == 1 and numbers[-1] == 97 and len(numbers) == FILMSTRIP_FRAMES == len(set(numbers))
 
 
 @pytest.mark.slow

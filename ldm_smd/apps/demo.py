@@ -1,4 +1,4 @@
-"""The whole way in one go: encode, train SMD and the Gaussian baseline on from the shipped weights, sample, report."""
+"""tools/demo.py: encode, continue the training of SMD and the Gaussian baseline from the shipped weights, sample, report."""
 
 from __future__ import annotations
 
@@ -49,114 +49,106 @@ LONGEST_NAME = 100
 
 def demo(config: DemoConfig) -> Path:
     """Run every stage anew under ``config.output``; returns the path of report.html."""
+    check_inputs(config)
     output = Path(config.output)
     with claimed(output, inside=True):
-        return run_demo(config, output)
+        seconds: dict[str, float] = {}
+        # Everything is read first, so that missing parts are reported before an earlier demo's results are removed.
+        with timed(seconds, "read"):
+            encode_config = load_config(EncodeConfig, config.encode, [f"output={output / LATENTS}"])
+            held_out, labels, _ = load_pixels(config.held_out)
+            training_pixels, _, classes = load_pixels(encode_config.images)
+            unknown = [label for label in labels if classes and (label is None or label >= len(classes))]
+            if unknown:
+                raise UserError(f"held_out.source: expected labels of the {len(classes)} training classes, found {unknown[0]}")
+            autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
+            extractor = load_extractor(config.features)
+            for run in config.runs:
+                load_config(TrainConfig, run.config)
+                for scheduler in run.schedulers:
+                    make_scheduler(scheduler, DDPMScheduler())
+        for name in (LATENTS, *(run.name for run in config.runs)):
+            shutil.rmtree(output / name, ignore_errors=True)
+        output.mkdir(parents=True, exist_ok=True)
+
+        with timed(seconds, "encode"):
+            manifest = encode(encode_config)
+        if manifest is None:
+            raise UserError(f"worker: expected null in {config.encode}, as the demo encodes all, found {encode_config.worker}")
+        with timed(seconds, "measure the autoencoder"):
+            psnr = reconstruction_psnr(autoencoder, held_out)["psnr"]
+
+        pipelines: dict[str, SMDPipeline] = {}
+        for run in config.runs:
+            with timed(seconds, f"train {run.name}"):
+                pipelines[run.name] = load_pipeline(train(run_config(config, run, encode_config.autoencoder)))
+
+        reference = extractor(training_pixels, description="reference")
+        distance: dict = {"floor": frechet_distance(extractor(held_out, description="floor"), reference)}
+        grids: dict[str, dict[int, torch.Tensor]] = {}
+        # The labels of the held-out pictures, shuffled so that the grid shows all classes, and the same for every model.
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))
+        sampled_labels = [labels[index] for index in order]
+        with timed(seconds, "sample"):
+            for run in config.runs:
+                pipeline = pipelines[run.name]
+                own = pipeline.scheduler
+                for scheduler in run.schedulers:
+                    title = f"{run.name}, {scheduler.removesuffix('Scheduler')}"
+                    pipeline.scheduler = make_scheduler(scheduler, own)
+                    distance[title], grids[title] = {}, {}
+                    for steps in config.steps:
+                        options = SamplingOptions(steps, config.guidance_scale, seed=config.seed)
+                        count, what = len(sampled_labels), f"{title}, {steps} steps"
+                        pixels = sample_pixels(pipeline, sampled_labels, count, options, what)
+                        eight_bit = (pixels * 255).round().to(torch.uint8)
+                        distance[title][steps] = frechet_distance(extractor(eight_bit), reference)
+                        shown = pixels[: GRID_COLUMNS * GRID_ROWS]
+                        grids[title][steps] = make_grid(shown, nrow=GRID_COLUMNS, padding=2, pad_value=0.8)
+
+        with timed(seconds, "spread over eta"):
+            spread = {name: measure_spread(config, pipeline, manifest) for name, pipeline in pipelines.items()}
+
+        parameters = {name: pipeline.unet.num_parameters() for name, pipeline in pipelines.items()}
+        total = sum(seconds.values())
+        memory = peak_memory_gb()
+        weights = sum(path.stat().st_size for path in Path(encode_config.autoencoder).glob("*.safetensors")) / 2**20
+        latent_elements = int(torch.tensor(manifest.latent_shape).prod())
+        apart = max(parameters.values()) / min(parameters.values()) - 1
+        limit, allowed = config.seconds_target, config.memory_target_gb
+        report = {
+            "targets": [
+                target("autoencoder, held-out PSNR", ">= 30 dB", psnr, psnr >= 30),
+                target("autoencoder, weights", "<= 16 MB", weights, weights <= 16),
+                target("latent numbers per picture", "512 to 1024", latent_elements, 512 <= latent_elements <= 1024),
+                target("parameters of the models, apart by", "<= 2 %", 100 * apart, apart <= 0.02),
+                target("demo, after the installation", f"<= {limit:g} s", total, total <= limit),
+                target("demo, peak memory", f"<= {allowed:g} GB", memory, memory <= allowed),
+            ],
+            "seconds": {**seconds, "total": total},
+            "distance_name": f"Frechet distance in the features of {extractor.name}",
+            "distance": distance,
+            "spread": spread,
+            "parameters": parameters,
+            "samples": len(sampled_labels),
+            "guidance_scale": config.guidance_scale,
+            "threads": torch.get_num_threads(),
+        }
+        curves = {run.name: training_curve(output, run) for run in config.runs}
+        path = write_report(output, report, grids, curves)
+        print(json.dumps(report["targets"], indent=1))
+        print(f"{total:.0f} seconds in all; open {path}")
+        return path
 
 
-def run_demo(config: DemoConfig, output: Path) -> Path:
-    """What ``demo`` does."""
+def check_inputs(config: DemoConfig) -> None:
+    """Raise UserError where a run has no name for its folder, or a part that the repository ships is missing."""
     if len(config.runs) == 0:
         raise UserError("runs: expected at least one model, found none")
-    for run in config.runs:
+    parts = {"encode": config.encode} | ({} if ":" in config.features else {"features": config.features})
+    for index, run in enumerate(config.runs):
         if run.name in (LATENTS, "..") or Path(run.name).name != run.name or len(run.name) > LONGEST_NAME:
             raise UserError(f"runs: expected a name for a folder below output, other than {LATENTS}, found {run.name!r}")
-    require_shipped(config)
-    seconds: dict[str, float] = {}
-    # All that is read comes first: what is missing is said before an earlier demo's results go.
-    with timed(seconds, "read"):
-        encode_config = load_config(EncodeConfig, config.encode, [f"output={output / LATENTS}"])
-        held_out, labels, _ = load_pixels(config.held_out)
-        training_pixels, _, classes = load_pixels(encode_config.images)
-        unknown = [label for label in labels if classes and (label is None or label >= len(classes))]
-        if unknown:
-            raise UserError(f"held_out.source: expected labels of the {len(classes)} training classes, found {unknown[0]}")
-        autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
-        extractor = load_extractor(config.features)
-        for run in config.runs:
-            load_config(TrainConfig, run.config)
-            for scheduler in run.schedulers:
-                make_scheduler(scheduler, DDPMScheduler())
-    for name in (LATENTS, *(run.name for run in config.runs)):
-        shutil.rmtree(output / name, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-
-    with timed(seconds, "encode"):
-        manifest = encode(encode_config)
-    if manifest is None:
-        raise UserError(f"worker: expected null in {config.encode}, as the demo encodes all, found {encode_config.worker}")
-    with timed(seconds, "measure the autoencoder"):
-        psnr = reconstruction_psnr(autoencoder, held_out)["psnr"]
-
-    pipelines: dict[str, SMDPipeline] = {}
-    for run in config.runs:
-        with timed(seconds, f"train {run.name}"):
-            pipelines[run.name] = load_pipeline(train(run_config(config, run, encode_config.autoencoder)))
-
-    reference = extractor(training_pixels, description="reference")
-    distance: dict = {"floor": frechet_distance(extractor(held_out, description="floor"), reference)}
-    grids: dict[str, dict[int, torch.Tensor]] = {}
-    # The labels of the held-out pictures, shuffled so that the grid shows all classes, and the same for every model.
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))
-    sampled_labels = [labels[index] for index in order]
-    with timed(seconds, "sample"):
-        for run in config.runs:
-            pipeline = pipelines[run.name]
-            own = pipeline.scheduler
-            for scheduler in run.schedulers:
-                title = f"{run.name}, {scheduler.removesuffix('Scheduler')}"
-                pipeline.scheduler = make_scheduler(scheduler, own)
-                distance[title], grids[title] = {}, {}
-                for steps in config.steps:
-                    options = SamplingOptions(steps, config.guidance_scale, seed=config.seed)
-                    count, what = len(sampled_labels), f"{title}, {steps} steps"
-                    pixels = sample_pixels(pipeline, sampled_labels, count, options, what)
-                    eight_bit = (pixels * 255).round().to(torch.uint8)
-                    distance[title][steps] = frechet_distance(extractor(eight_bit), reference)
-                    shown = pixels[: GRID_COLUMNS * GRID_ROWS]
-                    grids[title][steps] = make_grid(shown, nrow=GRID_COLUMNS, padding=2, pad_value=0.8)
-
-    with timed(seconds, "spread over eta"):
-        spread = {name: measure_spread(config, pipeline, manifest) for name, pipeline in pipelines.items()}
-
-    parameters = {name: pipeline.unet.num_parameters() for name, pipeline in pipelines.items()}
-    total = sum(seconds.values())
-    memory = peak_memory_gb()
-    weights = sum(path.stat().st_size for path in Path(encode_config.autoencoder).glob("*.safetensors")) / 2**20
-    latent_numbers = int(torch.tensor(manifest.latent_shape).prod())
-    apart = max(parameters.values()) / min(parameters.values()) - 1
-    limit, allowed = config.seconds_target, config.memory_target_gb
-    report = {
-        "targets": [
-            target("autoencoder, held-out PSNR", ">= 30 dB", psnr, psnr >= 30),
-            target("autoencoder, weights", "<= 16 MB", weights, weights <= 16),
-            target("latent numbers per picture", "512 to 1024", latent_numbers, 512 <= latent_numbers <= 1024),
-            target("parameters of the models, apart by", "<= 2 %", 100 * apart, apart <= 0.02),
-            target("demo, after the installation", f"<= {limit:g} s", total, total <= limit),
-            target("demo, peak memory", f"<= {allowed:g} GB", memory, memory <= allowed),
-        ],
-        "seconds": {**seconds, "total": total},
-        "distance_name": f"Frechet distance in the features of {extractor.name}",
-        "distance": distance,
-        "spread": spread,
-        "parameters": parameters,
-        "samples": len(sampled_labels),
-        "guidance_scale": config.guidance_scale,
-        "threads": torch.get_num_threads(),
-    }
-    curves = {run.name: training_curve(output, run) for run in config.runs}
-    path = write_report(output, report, grids, curves)
-    print(json.dumps(report["targets"], indent=1))
-    print(f"{total:.0f} seconds in all; open {path}")
-    return path
-
-
-def require_shipped(config: DemoConfig) -> None:
-    """Raise UserError where a part that the repository ships is missing, before an earlier demo is removed."""
-    parts = {"encode": config.encode}
-    if ":" not in config.features:
-        parts["features"] = config.features
-    for index, run in enumerate(config.runs):
         parts |= {f"runs[{index}].config": run.config}
         parts |= {f"runs[{index}].checkpoint": str(Path(run.checkpoint) / SAFETENSORS_WEIGHTS_NAME)}
     for key, part in parts.items():
@@ -177,50 +169,50 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def run_config(config: DemoConfig, run: DemoRunConfig, autoencoder: str) -> TrainConfig:
-    """The run's training config with the demo's lengths, starting from the shipped weights."""
+    """Return the run's training config with the demo's lengths, starting from the shipped weights."""
     output = Path(config.output)
-    trained = load_config(TrainConfig, run.config)
+    base = load_config(TrainConfig, run.config)
     return dataclasses.replace(
-        trained,
+        base,
         shards=str(output / LATENTS),
         autoencoder=autoencoder,
         output=str(output / run.name),
         init_from=run.checkpoint,
         images_total=config.images,
-        # Gently: the shipped weights are averages, and a full learning rate would first undo the averaging.
-        learning_rate=trained.learning_rate / 10,
+        # The shipped weights are averages: a full learning rate would first undo the averaging.
+        learning_rate=base.learning_rate / 10,
         warmup_images=config.images // 10,
         cooldown_images=config.images // 2,
-        ema_halflife_images=min(trained.ema_halflife_images, config.images // 4),
-        log_every_images=max(config.images // 20, trained.batch_size),
+        ema_halflife_images=min(base.ema_halflife_images, config.images // 4),
+        log_every_images=max(config.images // 20, base.batch_size),
         sample_every_images=config.images,
         checkpoint_every_images=config.images,
     )
 
 
 def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest) -> dict[int, float]:
-    """spread_over_eta on training latents."""
-    stream = LatentStream(manifest, SPREAD_PICTURES, SPREAD_PICTURES, seed=config.seed)
-    batch = stream.batch_at(0)
+    """Measure spread_over_eta on training latents."""
+    batch = LatentStream(manifest, SPREAD_PICTURES, SPREAD_PICTURES, seed=config.seed).batch_at(0)
     generator = torch.Generator().manual_seed(config.seed)
     latents = FrozenAutoencoder(pipeline.vae).normalise(sample_latents(batch.moments, generator))
     process = DiffusionProcess(pipeline.scheduler.alphas_cumprod)
-    kind = pipeline.scheduler.config.prediction_type
+    prediction = pipeline.scheduler.config.prediction_type
     labels = known_labels(batch.labels, pipeline.unet.config.num_classes)
-    spread = spread_over_eta(pipeline.unet, process, kind, latents, labels, SPREAD_TIMESTEPS, seed=config.seed)
+    spread = spread_over_eta(pipeline.unet, process, prediction, latents, labels, SPREAD_TIMESTEPS, seed=config.seed)
     return {t: at.over_eta for t, at in spread.items()}
 
 
 def training_curve(output: Path, run: DemoRunConfig) -> list[tuple[int, float]]:
-    """(images seen, loss) of the shipped training, and of the demo's after it."""
-    shipped = [line for line in read_metrics(Path(run.checkpoint) / "metrics.jsonl") if "loss" in line]
-    start = shipped[-1]["images_seen"] if shipped else 0
-    here = [line for line in read_metrics(output / run.name / "metrics.jsonl") if "loss" in line]
-    points = [(line["images_seen"], line["loss"]) for line in shipped]
-    return points + [(start + line["images_seen"], line["loss"]) for line in here]
+    """Return (images seen, loss) of the shipped training, and of the demo's after it."""
+    shipped, continued = (
+        [(line["images_seen"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+        for folder in (Path(run.checkpoint), output / run.name)
+    )
+    start = shipped[-1][0] if shipped else 0
+    return shipped + [(start + images, loss) for images, loss in continued]
 
 
 def peak_memory_gb() -> float:
-    """Largest resident size so far of this process, and of its largest finished child, together."""
+    """Return the largest resident size so far of this process plus that of its largest finished child."""
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return kilobytes / 2**20

@@ -1,4 +1,4 @@
-"""tools/explore.py: a local page with the pictures of several models side by side, the way there, and the draws of eta."""
+"""tools/explore.py: a local page with samples of several models side by side, their steps, and draws of eta."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 from ..autoencoder import encoder_sha256, spatial_factor
 from ..device import pick_device
-from ..errors import UserError, brief
+from ..errors import UserError, one_line
 from ..models.denoiser import is_mixture, num_classes
 from ..pipelines import SMDPipeline, load_pipeline, seeded_generators
 from ..sampling.grid import class_name, labelled_grid
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 MOST_PICTURES, MOST_STEPS = 16, 100
 MOST_SIGMA = 1000.0
 """Beyond that of any schedule."""
-FILM_FRAMES = 10
+FILMSTRIP_FRAMES = 10
 """Most frames of a filmstrip, evenly spaced."""
 DRAWS = 8
 """Draws of eta that are shown."""
 THUMBNAIL = 96
-"""Longer side of the pictures in a strip, in pixels."""
-ROUGH = 256
+"""Longer side of the images in a strip, in pixels."""
+DECODED = 256
 """Longer side at which they are decoded at most."""
 OWN = "the model's own"
 SCHEDULERS = (
@@ -50,7 +51,7 @@ SCHEDULERS = (
     "TeleportScheduler",
 )
 NO_CLASS = "no class"
-TIGHT = ".grid-wrap.fixed-height { min-height: 0 !important }"
+CSS = ".grid-wrap.fixed-height { min-height: 0 !important }"
 """No empty rows under the pictures."""
 ABOUT = """# Models side by side
 Every model starts from the same noise. Below the pictures, the way of the first one: `x_t` before a step, `x_0` as the network
@@ -59,15 +60,15 @@ one answer."""
 
 
 @dataclass
-class Wish:
-    """What is asked for; the pictures of a model are a function of it.
+class Request:
+    """What the page asks for; the images of a model are a function of it.
 
     Attributes:
         label: class number; None for no class.
-        seed: of the first picture; picture i has ``seed + i``.
-        scheduler: as tools/sample.py takes it, or OWN.
-        interval: of noise levels sigma at which there is guidance.
-        embedding: of a picture or words, (1, D); None for neither.
+        seed: seed of the first image; image i has ``seed + i``.
+        scheduler: as in tools/sample.py, or OWN.
+        interval: noise levels sigma between which there is guidance.
+        embedding: OpenCLIP embedding of an image or of words, (1, D), or None.
     """
 
     label: int | None = None
@@ -92,7 +93,7 @@ class Wish:
 
 @dataclass
 class Frame:
-    """Step ``number`` of the first picture: x_t as the network saw it, and x_0 by the network, each (1, C, h, w)."""
+    """Step ``number`` of the first image: the network's input x_t and its prediction of x_0, each (1, C, h, w)."""
 
     number: int
     timestep: torch.Tensor
@@ -101,8 +102,8 @@ class Frame:
 
 
 @dataclass
-class Outcome:
-    """Result of one model: its images, at most FILM_FRAMES frames of the first, and the seconds it took."""
+class ModelSamples:
+    """Samples of one model: images, at most FILMSTRIP_FRAMES frames of the first, and the seconds they took."""
 
     pictures: list[Image.Image]
     frames: list[Frame]
@@ -110,7 +111,7 @@ class Outcome:
 
 
 class Explorer:
-    """The models of a page. UserError where they are not of the same classes and latents."""
+    """The models of a page. Raises UserError where their classes or latents differ."""
 
     def __init__(self, config: ExploreConfig) -> None:
         device = pick_device(config.device)
@@ -118,16 +119,15 @@ class Explorer:
         for pipeline in self.pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
         shared = {"classes": class_names, "autoencoder": lambda pipe: encoder_sha256(pipe.vae), "pixels": training_side}
-        for what, of in shared.items():
-            wanted, *others = (of(pipeline) for pipeline in self.pipelines.values())
-            for name, found in zip(list(self.pipelines)[1:], others):
-                if wanted != found:
+        for what, value_of in shared.items():
+            wanted = value_of(self.first)
+            for name, pipeline in self.pipelines.items():
+                if (found := value_of(pipeline)) != wanted:
                     raise UserError(f"models.{name}: expected {what} {wanted}, as the first model's, found {found}")
         self.own = {name: pipeline.scheduler for name, pipeline in self.pipelines.items()}
         self.stopping = False
-        self.clip = None
-        if config.clip is not None:
-            self.clip = load_clip(config.clip, dict(zip(config.models.values(), self.pipelines.values())))
+        by_folder = dict(zip(config.models.values(), self.pipelines.values()))
+        self.clip = None if config.clip is None else load_clip(config.clip, by_folder)
 
     @property
     def first(self) -> SMDPipeline:
@@ -137,24 +137,21 @@ class Explorer:
         """Return the embedding of the words, or else of the image at ``like``, (1, D); None for neither."""
         return embedding_of(self.clip, self.first, like, text) if self.clip is not None and (like or text) else None
 
-    def sample(self, wish: Wish, report: Callable[[float], None]) -> dict[str, Outcome]:
-        """By every model; ``report`` is told the share that is done."""
-        outcomes, models = {}, len(self.pipelines)
+    def sample(self, request: Request, report: Callable[[float], None]) -> dict[str, ModelSamples]:
+        """Sample from every model; ``report`` is called with the fraction that is done."""
+
+        def of_all(done: int, fraction: float) -> None:
+            report((done + fraction) / len(self.pipelines))
+
         self.stopping = False
-        for done, name in enumerate(self.pipelines):
+        return {name: self._sample(name, request, partial(of_all, done)) for done, name in enumerate(self.pipelines)}
 
-            def of_all(share: float, done: int = done) -> None:
-                report((done + share) / models)
-
-            outcomes[name] = self._sample(name, wish, of_all)
-        return outcomes
-
-    def _sample(self, name: str, wish: Wish, report: Callable[[float], None]) -> Outcome:
-        started, frames, pipeline = time.perf_counter(), [], self.pipelines[name]
-        pipeline.scheduler = self.own[name] if wish.scheduler == OWN else make_scheduler(wish.scheduler, self.own[name])
+    def _sample(self, name: str, request: Request, report: Callable[[float], None]) -> ModelSamples:
+        started, frames, pipeline, own = time.perf_counter(), [], self.pipelines[name], self.own[name]
+        pipeline.scheduler = own if request.scheduler == OWN else make_scheduler(request.scheduler, own)
 
         def keep(pipe: SMDPipeline, index: int, timestep: torch.Tensor, tensors: dict) -> dict:
-            # Of the first picture alone: a view would keep those of all.
+            # Copied: a view of the first image would keep those of all.
             x_t, x_0 = (tensors[what][:1].clone() for what in ("sample", "pred_original_sample"))
             frames.append(Frame(index + 1, timestep, x_t, x_0))
             report((index + 1) / pipe.num_timesteps)
@@ -162,30 +159,30 @@ class Explorer:
             return {}
 
         pictures = pipeline(
-            num_inference_steps=wish.steps,
-            batch_size=wish.count,
+            num_inference_steps=request.steps,
+            batch_size=request.count,
             callback_on_step_end=keep,
             callback_on_step_end_tensor_inputs=("sample", "pred_original_sample"),
-            **wish.options(wish.count),
+            **request.options(request.count),
         ).images
-        return Outcome(pictures, spaced(frames, FILM_FRAMES), time.perf_counter() - started)
+        return ModelSamples(pictures, spaced(frames, FILMSTRIP_FRAMES), time.perf_counter() - started)
 
     def stop(self) -> None:
-        """What is being sampled ends after the step it is at; models that have not begun do one."""
+        """End sampling after the current step; models that have not begun do one step."""
         self.stopping = True
 
-    def film(self, name: str, frames: list[Frame]) -> Image.Image:
+    def filmstrip(self, name: str, frames: list[Frame]) -> Image.Image:
         """Draw a model's frames in two rows: x_t, and x_0 as the network predicts it."""
         rows = ([frame.sample for frame in frames], [frame.prediction for frame in frames])
         return labelled_grid([thumbnails(self.pipelines[name], torch.cat(row)) for row in rows], ["x_t", "x_0"])
 
-    def draws(self, frame: Frame, wish: Wish) -> Image.Image:
-        """A row for each model: DRAWS predictions of x_0 for one x_t, of a Gaussian model the one it has."""
+    def draws(self, frame: Frame, request: Request) -> Image.Image:
+        """Draw a row for each model: DRAWS predictions of x_0 for one x_t, or the single one of a Gaussian model."""
         rows = []
         for pipeline in self.pipelines.values():
             count = DRAWS if is_mixture(pipeline.unet) else 1
             sample = frame.sample.expand(count, -1, -1, -1)
-            drawn = pipeline.pred_original_sample(sample, frame.timestep, **wish.options(count))
+            drawn = pipeline.pred_original_sample(sample, frame.timestep, **request.options(count))
             rows.append(thumbnails(pipeline, drawn))
         return labelled_grid(rows, list(self.pipelines))
 
@@ -193,9 +190,9 @@ class Explorer:
 def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image]:
     """Decode normalised latents (B, C, h, w) small. Large ones are subsampled first: rough, but a filmstrip of 1024
     pixels would take a CPU a quarter of an hour."""
-    share = ROUGH / (spatial_factor(pipeline.vae) * max(latents.shape[2:]))
-    if share < 1:
-        latents = F.interpolate(latents, scale_factor=share, mode="nearest-exact")
+    scale = DECODED / (spatial_factor(pipeline.vae) * max(latents.shape[2:]))
+    if scale < 1:
+        latents = F.interpolate(latents, scale_factor=scale, mode="nearest-exact")
     pictures = VaeImageProcessor().postprocess(pipeline.decode_latents(latents), output_type="pil")
     for picture in pictures:
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -203,26 +200,26 @@ def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image
 
 
 def class_names(pipeline: SMDPipeline) -> list[str]:
-    """By number; [] of an unconditional model."""
+    """List the names of the classes by number; [] for an unconditional model."""
     return [class_name(pipeline, number) for number in range(num_classes(pipeline.unet) or 0)]
 
 
 def spaced(frames: list[Frame], most: int) -> list[Frame]:
-    """The first, the last, and others evenly between."""
+    """Choose ``most`` frames, evenly spaced from the first to the last."""
     if len(frames) <= most:
         return frames
-    return [frames[round(place * (len(frames) - 1) / (most - 1))] for place in range(most)]
+    return [frames[round(index * (len(frames) - 1) / (most - 1))] for index in range(most)]
 
 
 def page(explorer: Explorer) -> gradio.Blocks:
-    """The page, not yet served."""
+    """Build the page, not yet served."""
     gr = import_gradio()
     names, classes = list(explorer.pipelines), class_names(explorer.first)
     picture = {"format": "png", "type": "pil", "show_label": False, "buttons": ["download", "fullscreen"]}
 
     with gr.Blocks(title="ldm_smd", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(ABOUT)
-        kept = gr.State()
+        shown = gr.State()
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 choices = [*((name, number) for number, name in enumerate(classes)), (NO_CLASS, len(classes))]
@@ -242,17 +239,17 @@ def page(explorer: Explorer) -> gradio.Blocks:
                 with gr.Row():
                     start = gr.Button("Sample", variant="primary", min_width=100)
                     stop = gr.Button("Stop", min_width=100)
-                said = gr.Markdown()
+                message = gr.Markdown()
             with gr.Column(scale=4):
-                galleries, films = [], []
+                galleries, filmstrips = [], []
                 with gr.Row():
                     for name, pipeline in explorer.pipelines.items():
                         with gr.Column(min_width=300):
                             gr.Markdown(f"### {name}\n{pipeline.unet.num_parameters() / 1e6:.1f} M parameters")
                             galleries.append(gr.Gallery(show_label=False, columns=4, height="auto", format="png"))
                             gr.Markdown("The first picture, step by step")
-                            films.append(gr.Image(**picture))
-                at = gr.Radio([], label="Draws of eta for the first model's x_t of step")
+                            filmstrips.append(gr.Image(**picture))
+                step = gr.Radio([], label="Draws of eta for the first model's x_t of step")
                 draws = gr.Image(**picture)
 
         def sample(label, count, steps, scheduler, seed, scale, low, high, like, text, progress=gr.Progress()):  # noqa: B008
@@ -260,29 +257,29 @@ def page(explorer: Explorer) -> gradio.Blocks:
                 raise gr.Error("seed, from sigma, to sigma: expected numbers, found an empty field")
             try:
                 number = label if label < len(classes) else None
-                wish = Wish(number, count, steps, scheduler, seed, scale, (low, high), explorer.embedding(like, text))
-                outcomes = explorer.sample(wish, progress)
+                request = Request(number, count, steps, scheduler, seed, scale, (low, high), explorer.embedding(like, text))
+                by_model = explorer.sample(request, progress)
             except (UserError, ValueError) as error:
                 raise gr.Error(str(error)) from error
-            frames = outcomes[names[0]].frames
-            of_steps = [(f"{frame.number} (t = {float(frame.timestep):.0f})", place) for place, frame in enumerate(frames)]
+            frames = by_model[names[0]].frames
+            steps_shown = [(f"{frame.number} (t = {float(frame.timestep):.0f})", index) for index, frame in enumerate(frames)]
             return [
-                *(outcome.pictures for outcome in outcomes.values()),
-                *(explorer.film(name, outcome.frames) for name, outcome in outcomes.items()),
-                gr.Radio(of_steps, value=0),
-                explorer.draws(frames[0], wish),
-                ", ".join(f"{name} {outcome.seconds:.1f} s" for name, outcome in outcomes.items()),
-                (frames, wish),
+                *(samples.pictures for samples in by_model.values()),
+                *(explorer.filmstrip(name, samples.frames) for name, samples in by_model.items()),
+                gr.Radio(steps_shown, value=0),
+                explorer.draws(frames[0], request),
+                ", ".join(f"{name} {samples.seconds:.1f} s" for name, samples in by_model.items()),
+                (frames, request),
             ]
 
-        def draw(place, kept):
-            frames, wish = kept
-            return explorer.draws(frames[place], wish)
+        def draw(index, shown):
+            frames, request = shown
+            return explorer.draws(frames[index], request)
 
-        asked = [label, count, steps, scheduler, seed, scale, low, high, like, text]
-        # One of the two at a time: they share the models.
-        start.click(sample, asked, [*galleries, *films, at, draws, said, kept], concurrency_id="models")
-        at.input(draw, [at, kept], draws, concurrency_id="models")
+        inputs = [label, count, steps, scheduler, seed, scale, low, high, like, text]
+        # Only one of the two runs at a time: they share the models.
+        start.click(sample, inputs, [*galleries, *filmstrips, step, draws, message, shown], concurrency_id="models")
+        step.input(draw, [step, shown], draws, concurrency_id="models")
         stop.click(explorer.stop, queue=False)
     return blocks
 
@@ -296,11 +293,11 @@ def import_gradio() -> ModuleType:
 
 
 def require_own_address(host: str) -> None:
-    """Raise UserError unless this machine can listen at ``host``; gradio would wait for ever."""
+    """Raise UserError unless this machine can listen at ``host``; gradio would wait forever."""
     try:
         socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, UnicodeError) as error:
-        raise UserError(f"host: expected an address of this machine, found {host!r}: {brief(error)}") from error
+        raise UserError(f"host: expected an address of this machine, found {host!r}: {one_line(error)}") from error
 
 
 def explore(config: ExploreConfig) -> None:
@@ -310,7 +307,7 @@ def explore(config: ExploreConfig) -> None:
     blocks = page(Explorer(config))
     # Fonts of this machine: the page fetches nothing from elsewhere.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    looks: dict[str, Any] = {"theme": theme, "css": TIGHT, "footer_links": []}
+    looks: dict[str, Any] = {"theme": theme, "css": CSS, "footer_links": []}
     where: dict[str, Any] = {"server_name": config.host, "server_port": config.port}
     try:
         _, url, _ = blocks.launch(**where, **looks, quiet=True, prevent_thread_lock=True)

@@ -1,4 +1,4 @@
-"""report.html and report.json: numbers and pictures of a comparison, in one file that needs no other."""
+"""report.html and report.json: a comparison of models in values and images; the page needs no other file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,7 @@ import matplotlib.pyplot as plt
 
 
 def write_report(
-    folder: Path,
-    report: dict,
-    grids: dict[str, dict[int, torch.Tensor]],
-    curves: dict[str, list[tuple[int, float]]],
+    folder: Path, report: dict, grids: dict[str, dict[int, torch.Tensor]], curves: dict[str, list[tuple[int, float]]]
 ) -> Path:
     """Write ``folder``/report.json, report.html and comparison.png (all grids); returns the path of the page.
 
@@ -36,7 +33,7 @@ def write_report(
     environment = jinja2.Environment(loader=jinja2.PackageLoader("ldm_smd.apps", "."), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         report=report,
-        steps=sorted({steps for by_steps in grids.values() for steps in by_steps}),
+        steps=sorted({n for by_steps in grids.values() for n in by_steps}),
         grids={name: {n: grid_uri(grid) for n, grid in by_steps.items()} for name, by_steps in grids.items()},
         curve=data_uri(figure_png(curve_figure(curves))),
         spread=data_uri(figure_png(spread_figure(report["spread"]))),
@@ -52,7 +49,7 @@ def curve_figure(curves: dict[str, list[tuple[int, float]]]) -> plt.Figure:
     figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3), squeeze=False)
     for axis, (name, points) in zip(axes[0], curves.items()):
         axis.plot([images for images, _ in points], [loss for _, loss in points], linewidth=1)
-        # The losses are not of one kind (energy score and squared error), so each has its own axis.
+        # Energy scores and squared errors are not comparable: each loss has its own axis.
         axis.set(title=name, xlabel="images seen", ylabel="training loss")
         axis.locator_params(axis="x", nbins=5)
     return figure
@@ -68,7 +65,7 @@ def spread_figure(spread: dict[str, dict[int, float]]) -> plt.Figure:
 
 
 def comparison_figure(grids: dict[str, dict[int, torch.Tensor]]) -> plt.Figure:
-    """A row per number of steps, a column per model."""
+    """Draw a row per number of steps, a column per model."""
     steps = sorted({n for by_steps in grids.values() for n in by_steps})
     figure, axes = plt.subplots(len(steps), len(grids), figsize=(4.2 * len(grids), 2.8 * len(steps)), squeeze=False)
     for column, (name, by_steps) in zip(axes.T, grids.items()):
@@ -80,7 +77,7 @@ def comparison_figure(grids: dict[str, dict[int, torch.Tensor]]) -> plt.Figure:
 
 
 def figure_png(figure: plt.Figure) -> bytes:
-    """The figure as a PNG file; closes it."""
+    """Encode the figure as PNG, and close it."""
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=110)

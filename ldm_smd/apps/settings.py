@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from ..data.settings import ImagesConfig
-from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, number, numbers
+from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, number
 
 
 @dataclass
@@ -29,7 +29,7 @@ class ExploreConfig(Settings):
 
 @dataclass
 class DemoRunConfig(Settings):
-    """One model of the demo: the shipped weights it starts from and the training config it goes on with."""
+    """One model of the demo: the shipped weights that it starts from, and its training config."""
 
     name: str = MISSING
     config: str = MISSING
@@ -37,7 +37,7 @@ class DemoRunConfig(Settings):
     checkpoint: str = MISSING
     """Shipped UNet folder, with the metrics of its training in metrics.jsonl."""
     schedulers: list[str] = field(default_factory=lambda: ["DDPMScheduler"])
-    """Each is sampled with and stands in the report on its own."""
+    """The report shows samples of each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,13 +51,13 @@ class DemoConfig(Settings):
     output: str = "outputs/demo"
     encode: str = "configs/encode/emoji.yaml"
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
-    """Pictures never trained on: the floor of the distance, and the labels to sample."""
+    """Pictures never trained on: they give the lowest distance to expect, and the labels to sample."""
     features: str = "checkpoints/classifier"
     """Feature network of the distance: a FeatureNetwork folder, open_clip:ARCHITECTURE:FILE.safetensors or inception:FILE."""
     runs: list[DemoRunConfig] = field(default_factory=list)
     images: int = number(3_000, 1, MOST_IMAGES)
     """Images each model is trained on, from its checkpoint on."""
-    steps: list[int] = numbers([2, 4, 8, 32], 1, 10**5, fewest=1)
+    steps: list[int] = number([2, 4, 8, 32], 1, 10**5, fewest=1)
     guidance_scale: float = number(1.0, 0, 1000)
     seed: int = number(0, 0, MOST_SEED)
     seconds_target: float = number(600.0, above=0, most=1e9)

@@ -1,1 +1,1 @@
-"""Pictures in, latents on disk, batches out."""
+"""Image sources, latent shards and batches of latents."""

@@ -1,9 +1,9 @@
-"""tools/encode.py: pictures -> latent shards, by any number of processes, stopped and started again as often as need be.
+"""tools/encode.py: images -> latent shards, by any number of processes, which may be stopped and restarted at any time.
 
-What is to be done follows from the input alone: shard k holds the k-th slice of the pictures, sorted and then mixed, always
-alike, and worker i of n takes the shards i, i + n, ... Workers never talk to each other. Each shard is written under a
-temporary name, synced, renamed, and then vouched for by a record beside it. A restart skips shards whose record hash matches.
-The worker that finds every record writes the manifest, whose content does not depend on who did what.
+The work follows from the input alone: shard k holds the k-th slice of the images, sorted and then shuffled with a fixed seed,
+and worker i of n takes the shards i, i + n, ... Workers never talk to each other. Each shard is written under a temporary name,
+synced and renamed, and then confirmed by a record beside it. A restart skips shards that match their record. The worker that
+finds every record writes the manifest, which is the same whoever encoded what.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,9 +49,18 @@ AHEAD = 2
 """Batches that are encoded, or wait for that, while one is written."""
 
 
+class EncodedBatch(NamedTuple):
+    """Images of one shard, with float16 moments of them, and then of the mirrored ones, and embeddings, where asked for."""
+
+    shard: int
+    pictures: Pictures
+    moments: list[np.ndarray]
+    embeddings: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done. ``settings``, all that the shards depend on, go to plan.json: no run goes on with another's."""
+    """What is to be encoded. ``settings``, all that the shards depend on, go to plan.json: no run continues with others."""
 
     entries: list[Entry]
     settings: dict
@@ -61,7 +71,7 @@ class Plan:
     def of(cls, config: EncodeConfig, autoencoder: FrozenAutoencoder, clip: ClipEncoder | None = None) -> Plan:
         entries, classes = list_entries(config.images)
         if config.shuffle:
-            entries = [entries[place] for place in np.random.default_rng(0).permutation(len(entries))]
+            entries = [entries[index] for index in np.random.default_rng(0).permutation(len(entries))]
         digest = hashlib.sha256()
         for entry in entries:
             digest.update(repr((entry.key, entry.label, entry.size)).encode())
@@ -98,52 +108,52 @@ class Plan:
         return output / f"latents-{shard:0{width}d}.tar"
 
     def batches(self, shard: int) -> list[range]:
-        """The entries of a shard, a batch at a time: no batch goes over its end, for who takes the next shard is open."""
-        start, stop = shard * self.shard_size, min((shard + 1) * self.shard_size, len(self.entries))
-        return [range(first, min(first + self.batch_size, stop)) for first in range(start, stop, self.batch_size)]
+        """Entries of a shard, a batch at a time. No batch crosses the end: another worker may take the next shard."""
+        indices = range(len(self.entries))[shard * self.shard_size : (shard + 1) * self.shard_size]
+        return [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
 
     def count(self, shard: int) -> int:
         return sum(map(len, self.batches(shard)))
 
 
 def encode(config: EncodeConfig) -> Manifest | None:
-    """This worker's share of the shards under ``config.output``; the manifest too, and returned, where they are then all there.
+    """Encode this worker's shards to ``config.output``; if all shards are there then, write the manifest and return it.
 
     Raises UserError where ``output`` holds something else, or a run with other settings.
     """
     worker, workers = which_worker(config.worker)
-    output = Path(config.output)
-    writer = f"worker-{worker}-of-{workers}-"
+    output, writer = Path(config.output), f"worker-{worker}-of-{workers}-"
     with claimed(output, worker=writer, inside=True):
-        return encode_part(config, output, worker, workers, writer)
-
-
-def encode_part(config: EncodeConfig, output: Path, worker: int, workers: int, writer: str) -> Manifest | None:
-    """What ``encode`` does, for one worker, whose temporary files have ``writer`` in their names."""
-    device = pick_device(config.device)
-    autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
-    if config.images.resolution % autoencoder.factor:
-        raise UserError(
-            f"images.resolution: expected a multiple of {autoencoder.factor}, by which {config.autoencoder} divides, found "
-            f"{config.images.resolution}"
-        )
-    clip = None if config.embedding is None else ClipEncoder.of(config.embedding, device, "embedding")
-    plan = Plan.of(config, autoencoder, clip)
-    claim(output, plan, writer)
-    mine = plan.shards[worker::workers]
-    missing = [shard for shard in mine if not finished(output, plan, shard)]
-    if len(missing) < len(mine):
-        print(f"{len(mine) - len(missing)} of {len(mine)} shards are there already", file=sys.stderr)
-    if missing:
-        try:
-            encode_shards(output, plan, missing, autoencoder, clip, config, writer)
-        except OSError as error:  # of writing: that a picture cannot be read is no exception
-            raise UserError(f"output: expected to write the shards to {output}, found {error}; run again to go on") from error
-    return merge(output, plan, writer, config.images.strict)
+        device = pick_device(config.device)
+        autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
+        if config.images.resolution % autoencoder.factor:
+            raise UserError(
+                f"images.resolution: expected a multiple of {autoencoder.factor}, by which {config.autoencoder} divides, found "
+                f"{config.images.resolution}"
+            )
+        clip = None if config.embedding is None else ClipEncoder.of(config.embedding, device, "embedding")
+        plan = Plan.of(config, autoencoder, clip)
+        claim(output, plan, writer)
+        shards = plan.shards[worker::workers]
+        missing = [shard for shard in shards if not finished(output, plan, shard)]
+        if len(missing) < len(shards):
+            print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already", file=sys.stderr)
+        if missing:
+            total, hidden = sum(map(plan.count, missing)), int(os.environ.get("LOCAL_RANK", 0)) > 0
+            try:
+                with progress(total, 0, "encode", disable=hidden) as bar:
+                    batches = encoded_batches(plan, missing, autoencoder, clip, config)
+                    for shard, group in groupby(batches, key=attrgetter("shard")):
+                        write_shard(plan, plan.path(output, shard), group, bar, writer)
+            except OSError as error:  # while writing: an unreadable image raises none
+                raise UserError(
+                    f"output: expected to write the shards to {output}, found {error}; run again to go on"
+                ) from error
+        return write_manifest(output, plan, writer, config.images.strict)
 
 
 def which_worker(worker: str | None) -> tuple[int, int]:
-    """(i, n) of "i/n"; or else as torchrun and accelerate launch say in the environment; or else the only one."""
+    """Return (i, n) of "i/n"; of None those that torchrun and accelerate launch put in the environment, or else (0, 1)."""
     if worker is None:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     index, _, count = worker.partition("/")
@@ -155,8 +165,7 @@ def which_worker(worker: str | None) -> tuple[int, int]:
 def claim(output: Path, plan: Plan, writer: str) -> None:
     """Write plan.json into a new folder; in one that has it, check that it is this plan."""
     if not (output / PLAN).is_file():
-        others = (path for path in output.glob("[!.]*") if path.name != PLAN)  # which another worker may just have written
-        if any(others):
+        if any(path.name != PLAN for path in output.glob("[!.]*")):  # another worker may just have written the plan
             raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
         with atomic_file(output / PLAN, writer) as temporary:
             temporary.write_text(json.dumps(plan.settings, indent=1), encoding="utf-8")
@@ -175,46 +184,28 @@ def claim(output: Path, plan: Plan, writer: str) -> None:
 
 
 def finished(output: Path, plan: Plan, shard: int) -> bool:
-    """Whether the shard is there as its record says."""
+    """Tell whether the shard is there as its record says."""
     path = plan.path(output, shard)
     record = read_json(path.with_suffix(".json"))
     return record.get("plan") == plan.sha256 and path.is_file() and sha256(path) == record["shard"]["sha256"]
 
 
-def encode_shards(
-    output: Path,
-    plan: Plan,
-    shards: list[int],
-    autoencoder: FrozenAutoencoder,
-    clip: ClipEncoder | None,
-    config: EncodeConfig,
-    writer: str,
-) -> None:
-    """Three things at a time: processes decode pictures, threads run the networks, and this one writes."""
-    bar = progress(sum(plan.count(shard) for shard in shards), 0, "encode", disable=int(os.environ.get("LOCAL_RANK", 0)) > 0)
-    for shard, group in groupby(encoded(plan, shards, autoencoder, clip, config), key=itemgetter(0)):
-        parts = ((pictures, moments, embeddings) for _, pictures, moments, embeddings in group)
-        write_shard(plan, plan.path(output, shard), parts, bar, writer)
-    bar.close()
-
-
-def encoded(
+def encoded_batches(
     plan: Plan, shards: list[int], autoencoder: FrozenAutoencoder, clip: ClipEncoder | None, config: EncodeConfig
-) -> Iterator[tuple[int, Pictures, list[np.ndarray], np.ndarray | None]]:
-    """The shard, the pictures, and in the precision of the shards their moments, as they are and mirrored where asked for, and
-    their embeddings where asked for."""
+) -> Iterator[EncodedBatch]:
+    """Yield the batches of the shards in order. Processes decode images and threads run the networks meanwhile."""
     todo = [(shard, batch) for shard in shards for batch in plan.batches(shard)]
     parts = read_pictures(plan.entries, config.images, [batch for _, batch in todo], config.num_workers)
 
-    def encode_batch(shard: int, pictures: Pictures) -> tuple[int, Pictures, list[np.ndarray], np.ndarray | None]:
+    def encode_batch(shard: int, pictures: Pictures) -> EncodedBatch:
         pixels = pictures.pixels.to(autoencoder.device, non_blocking=True)
         views = (pixels, pixels.flip(3)) if config.mirror else (pixels,)
         moments = [autoencoder.encode_moments(view).half().cpu().numpy() for view in views] if len(pixels) else []
         embeddings = clip.images(pixels).half().cpu().numpy() if clip is not None and len(pixels) else None
-        return shard, pictures, moments, embeddings
+        return EncodedBatch(shard, pictures, moments, embeddings)
 
     with batch_threads(autoencoder.device) as threads, ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future] = deque()
+        waiting: deque[Future[EncodedBatch]] = deque()
         for (shard, _), pictures in zip(todo, parts):
             waiting.append(pool.submit(encode_batch, shard, pictures))
             if len(waiting) > threads + AHEAD:
@@ -225,9 +216,9 @@ def encoded(
 
 @contextmanager
 def batch_threads(device: torch.device) -> Iterator[int]:
-    """How many batches are encoded at a time. On a CPU as many as torch would have threads for one, each then with a single
-    thread: faster, as none waits for the others while pictures are decoded and written, and the result no longer depends on
-    their number, which convolutions round by."""
+    """Give the number of batches that are encoded at a time: on a GPU 1; on a CPU as many as torch has threads, which it then
+    runs with one each. That is faster, as none waits for the others while images are decoded and written, and the result no
+    longer depends on the number of threads, by which convolutions round."""
     threads = torch.get_num_threads()
     if device.type != "cpu":
         yield 1
@@ -239,27 +230,21 @@ def batch_threads(device: torch.device) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def write_shard(
-    plan: Plan,
-    path: Path,
-    batches: Iterable[tuple[Pictures, list[np.ndarray], np.ndarray | None]],
-    bar: tqdm,
-    writer: str,
-) -> None:
-    """The tar, and then the record that vouches for it."""
+def write_shard(plan: Plan, path: Path, batches: Iterable[EncodedBatch], bar: tqdm, writer: str) -> None:
+    """Write the tar, and then the record that confirms it."""
     statistics, channels, skipped = ShardStatistics(), ChannelStatistics(), []
     with (
         atomic_file(path, writer) as temporary,
         open(temporary, "wb") as stream,
         wds.TarWriter(stream, mtime=0, user="", group="") as tar,
     ):
-        for pictures, encodings, embeddings in batches:
+        for _, pictures, moments, embeddings in batches:
             skipped += pictures.unreadable
-            for encoding in encodings[:1]:
-                statistics.add(encoding)
-                channels.add(encoding)
+            if moments:
+                statistics.add(moments[0])
+                channels.add(moments[0])
             for row, (key, label) in enumerate(zip(pictures.keys, pictures.labels)):
-                sample = {"__key__": key, **{name: encoding[row] for name, encoding in zip(FIELDS, encodings)}}
+                sample = {"__key__": key, **{name: view[row] for name, view in zip(FIELDS, moments)}}
                 if embeddings is not None:
                     sample[EMBEDDING] = embeddings[row]
                 tar.write(sample if label is None else sample | {"cls": str(label)})
@@ -276,9 +261,9 @@ def write_shard(
         temporary.write_text(json.dumps(record), encoding="utf-8")
 
 
-def merge(output: Path, plan: Plan, writer: str, strict: bool) -> Manifest | None:
-    """manifest.json from the records of all shards; None while some are missing. Raises UserError where ``strict`` and pictures
-    were skipped, by an earlier run too."""
+def write_manifest(output: Path, plan: Plan, writer: str, strict: bool) -> Manifest | None:
+    """Write manifest.json from the records of all shards; None while some are missing. Raises UserError where ``strict`` and
+    images were skipped, also by an earlier run."""
     records = [read_json(plan.path(output, shard).with_suffix(".json")) for shard in plan.shards]
     missing = [shard for shard, record in zip(plan.shards, records) if record.get("plan") != plan.sha256]
     if missing:

@@ -10,7 +10,7 @@ MOST_PIXELS = 100_000_000
 
 @dataclass
 class ImagesConfig(Settings):
-    """Where pictures come from and how they are brought to one size."""
+    """Where pictures come from and how they are resized."""
 
     source: str = MISSING
     """A folder (class = first sub-folder), a .zip of one, webdataset tars ("data/train-*.tar", "{000..009}", also at https://
@@ -43,7 +43,7 @@ class EncodeConfig(Settings):
     autoencoder: str = MISSING
     """A local diffusers model folder or a hub id ("stabilityai/sd-vae-ft-mse")."""
     output: str = MISSING
-    """Folder for the latent shards and manifest.json; an unfinished one of the same run is gone on with."""
+    """Folder for the latent shards and manifest.json; an unfinished one of the same run is continued."""
     worker: Optional[str] = None
     """i/n: do the shards of worker i of n, 0/n to n-1/n, as in an array job. null: all; or under torchrun and accelerate launch
     those of this process."""
@@ -53,16 +53,16 @@ class EncodeConfig(Settings):
     """open_clip:ARCHITECTURE:FILE.safetensors, a name of pretrained weights for the file, or open_clip:FOLDER with the files of
     an OpenCLIP model on the hub: also store each picture's embedding, for models that make pictures like another one."""
     shuffle: bool = True
-    """Mix the pictures over the shards, always alike: training goes through a shard before it opens the next, so one should be
-    as good as another. false: in the order of the source, where reading it in another is slow."""
+    """Shuffle the pictures over the shards, with a fixed seed: training reads a whole shard before the next, so all should be
+    alike. false: keep the order of the source, if reading it in another is slow."""
     shard_size: int = number(1000, 1, 10**7)
     """Pictures in a shard."""
     batch_size: int = number(32, 1, 2**16)
     num_workers: int = number(1, 0, 256)
     """Processes that decode pictures while the autoencoder runs."""
     compare_contents: bool = False
-    """A run goes on only if the pictures are still the same: by their contents, which are all read once more at the start.
-    false: by the sizes and modification times of their files."""
+    """A restarted run checks that the pictures are the same, by their contents, which are all read again. false: by the sizes
+    and modification times of their files."""
     device: str = "auto"
 
 
@@ -75,7 +75,7 @@ class VerifyConfig(Settings):
     sheet: Optional[str] = None
     """PNG to write: some of the latents, from all over the shards, decoded. null: none."""
     autoencoder: Optional[str] = None
-    """That decodes them; null: the one the manifest names."""
+    """Autoencoder that decodes them; null: the one the manifest names."""
     pictures: int = number(64, 1, 10_000)
-    """On the sheet."""
+    """Pictures on the sheet."""
     device: str = "auto"

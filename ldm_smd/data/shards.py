@@ -1,10 +1,10 @@
 """Latent shards: the contract between tools/encode.py and training.
 
 A shard is a webdataset tar of samples ``KEY.moments.npy`` (float16, (2, C, h, w): mean and log-variance; (1, C, h, w) from a
-deterministic autoencoder), where asked for ``KEY.mirror.npy`` (the encoding of the mirrored picture) and ``KEY.clip.npy``
-(float16, (D,): an OpenCLIP embedding of the picture, of length 1), and ``KEY.cls`` (ASCII integer) where labelled. Beside a
-shard lies its record, a JSON file of the same name: what is in it, and where. Beside them all lies ``manifest.json``: what is
-in each shard, and all that the latents depend on.
+deterministic autoencoder), optionally ``KEY.mirror.npy`` (the encoding of the mirrored image) and ``KEY.clip.npy`` (float16,
+(D,): an OpenCLIP embedding of the image, of length 1), and ``KEY.cls`` (ASCII integer) where labelled. Beside each shard is its
+record, a JSON file of the same name: what is in it, and where. ``manifest.json`` says what is in each shard, and all that the
+latents depend on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..autoencoder import FrozenAutoencoder
-from ..errors import UserError
+from ..errors import UserError, shortened
 from ..files import sha256
 
 MANIFEST = "manifest.json"
@@ -71,7 +71,7 @@ class Manifest:
 
     @property
     def embedding(self) -> dict | None:
-        """What the images' embeddings are: network, its sha256, resize, dimensions; None where there are none."""
+        """Description of the images' embeddings: network, its sha256, resize, dimensions; None where there are none."""
         return self.metadata.get("embedding")
 
     @property
@@ -86,17 +86,13 @@ class Manifest:
             if recorded.get(name) != value:
                 raise UserError(
                     f"autoencoder: expected the one that made the shards in {self.folder} ({recorded['source']}), found "
-                    f"{autoencoder.name}: {name} differs ({_short(recorded.get(name))} in the manifest, {_short(value)} here)"
+                    f"{autoencoder.name}: {name} differs ({shortened(str(recorded.get(name)), 24)} in the manifest, "
+                    f"{shortened(str(value), 24)} here)"
                 )
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else text[:20] + "..."
-
-
 class ShardStatistics:
-    """Count, range, mean, deviation and number of non-finite values of what goes into one shard, in float64."""
+    """Count, range, mean, deviation and number of non-finite values of one shard's moments, in float64."""
 
     def __init__(self) -> None:
         self.count = self.values = self.nonfinite = 0
@@ -128,48 +124,39 @@ class ChannelStatistics:
     def __init__(self) -> None:
         self.count = 0
         self.shape: list[int] = []
-        self._values = 0
-        self._total: np.ndarray = np.zeros(())
-        self._squares: np.ndarray = np.zeros(())
+        self.values = 0
+        self.total = self.squares = np.zeros(())
 
     def add(self, moments: np.ndarray) -> None:
-        self.count += len(moments)
-        self.shape = list(moments.shape[1:])
         mean = moments[:, 0].astype(np.float64)
         variance = np.exp(moments[:, 1].astype(np.float64)) if moments.shape[1] == 2 else 0.0
-        self._values += mean.size // mean.shape[1]
-        self._total = self._total + mean.sum(axis=(0, 2, 3))
-        self._squares = self._squares + (np.square(mean) + variance).sum(axis=(0, 2, 3))
+        total, squares = mean.sum(axis=(0, 2, 3)), (np.square(mean) + variance).sum(axis=(0, 2, 3))
+        values = mean.size // mean.shape[1]
+        self.merge(dict(count=len(moments), shape=list(moments.shape[1:]), values=values, total=total, squares=squares))
 
     def state(self) -> dict:
-        """For JSON; what ``merge`` takes."""
-        return {
-            "count": self.count,
-            "shape": self.shape,
-            "values": self._values,
-            "total": self._total.tolist(),
-            "squares": self._squares.tolist(),
-        }
+        """Return what ``merge`` takes, for JSON."""
+        return vars(self) | {"total": self.total.tolist(), "squares": self.squares.tolist()}
 
     def merge(self, state: dict) -> None:
-        """Add what another has seen."""
+        """Add the state of another."""
         self.count += state["count"]
         self.shape = state["shape"] or self.shape
-        self._values += state["values"]
-        self._total = self._total + np.array(state["total"])
-        self._squares = self._squares + np.array(state["squares"])
+        self.values += state["values"]
+        self.total = self.total + np.array(state["total"])
+        self.squares = self.squares + np.array(state["squares"])
 
     @property
     def mean(self) -> np.ndarray:
-        return self._total / self._values
+        return self.total / self.values
 
     @property
     def std(self) -> np.ndarray:
-        return np.sqrt(np.maximum(self._squares / self._values - np.square(self.mean), 0.0))
+        return np.sqrt(np.maximum(self.squares / self.values - np.square(self.mean), 0.0))
 
 
 def read_json(path: Path) -> dict:
-    """Empty where there is no readable one."""
+    """Read a JSON mapping; empty where there is no readable one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

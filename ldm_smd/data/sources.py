@@ -1,7 +1,6 @@
-"""Picture sources: a folder, a zip of one, webdataset tars here or at a URL, or a Hugging Face dataset, listed alike.
+"""Image sources: a folder, a zip of one, webdataset tars here or at a URL, or a Hugging Face dataset, listed alike.
 
-A source is listed once, in sorted order, without decoding anything, so that picture ``i`` is the same for any number of
-workers or processes.
+A source is listed once, in sorted order, without decoding anything: image ``i`` is the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import braceexpand
 from webdataset.gopen import Pipe, gopen, gopen_schemes
 
-from ..errors import UserError, brief
+from ..errors import UserError, one_line
 from ..files import atomic_file, this_process
 from .settings import ImagesConfig
 
@@ -37,7 +37,7 @@ HUGGING_FACE = "datasets:"
 CHUNK_BYTES = 2**20
 LABEL = re.compile(rb"\d{1,9}")
 UNNAMED_CLASSES = 1_000
-"""Labels without a list of names may leave out classes up to here; above, a tenth of them must be there."""
+"""Labels without a list of names may leave out classes if there are at most so many; otherwise a tenth must occur."""
 NUMBER_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 MOST_TARS = 1_000_000
 """Most tars that braces may stand for."""
@@ -48,7 +48,7 @@ gopen_schemes.setdefault("s3", lambda url, mode, bufsize: Pipe(["aws", "s3", "cp
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one encoded picture lies: ``size`` bytes at ``offset`` of ``path``, the whole file where ``size`` is None, or
+    """Location of one encoded image: ``size`` bytes at ``offset`` of ``path``, the entire file where ``size`` is None, or
     the zip member ``member``, or row ``offset`` of the Hugging Face dataset that ``path`` names, split ``member``."""
 
     key: str
@@ -76,7 +76,7 @@ class Entry:
 
 
 def list_entries(config: ImagesConfig) -> tuple[list[Entry], list[str]]:
-    """All pictures of the source in sorted order, and the class names ([] where the source has no labels).
+    """List all images of the source in sorted order, and the class names ([] where the source has no labels).
 
     Raises UserError where the source is missing or empty, or a label lies outside the classes.
     """
@@ -94,18 +94,17 @@ def list_entries(config: ImagesConfig) -> tuple[list[Entry], list[str]]:
         entries, classes = _list_tars(source, config)
     if not entries:
         raise UserError(f"images.source: expected pictures ({', '.join(sorted(EXTENSIONS))}), found none in {source}")
-    if classes:
-        for entry in entries:
-            if entry.label is None or not 0 <= entry.label < len(classes):
-                raise UserError(
-                    f"images.source: expected a label from 0 to {len(classes) - 1} ({len(classes)} classes), "
-                    f"found {entry.label} for {entry.name} (key {entry.key})"
-                )
+    for entry in entries if classes else []:
+        if entry.label is None or not 0 <= entry.label < len(classes):
+            raise UserError(
+                f"images.source: expected a label from 0 to {len(classes) - 1} ({len(classes)} classes), "
+                f"found {entry.label} for {entry.name} (key {entry.key})"
+            )
     return with_unique_keys(entries), classes
 
 
 def fingerprint(entries: list[Entry], contents: bool = False) -> str:
-    """SHA-256 that changes when a picture does: by size and modification time of the file it lies in, or by its contents."""
+    """Return a SHA-256 that changes when an image does: by the size and modification time of its file, or by its contents."""
     digest = hashlib.sha256()
     stamp_of_file = lru_cache(maxsize=None)(_stamp)
     for entry in entries:
@@ -131,9 +130,7 @@ def _sha256(entry: Entry) -> str:
 
 def _list_folder(folder: Path) -> tuple[list[Entry], list[str]]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    labels, classes = _labels_from_folders(names)
-    return [Entry(_key(n), label, str(p)) for n, label, p in zip(names, labels, paths)], classes
+    return _labelled_by_folder([Entry(path.relative_to(folder).as_posix(), None, str(path)) for path in paths])
 
 
 def _list_zip(path: Path) -> tuple[list[Entry], list[str]]:
@@ -148,22 +145,22 @@ def _list_zip(path: Path) -> tuple[list[Entry], list[str]]:
         and PurePosixPath(member.filename).suffix.lower() in EXTENSIONS
         and not member.filename.startswith("__MACOSX/")
     )
-    labels, classes = _labels_from_folders(members)
-    return [Entry(_key(m), label, str(path), member=m) for m, label in zip(members, labels)], classes
+    return _labelled_by_folder([Entry(member, None, str(path), member) for member in members])
 
 
-def _labels_from_folders(names: list[str]) -> tuple[list[int | None], list[str]]:
-    """Class = first folder of each name. Pictures that all lie at the top have no labels."""
-    tops = [PurePosixPath(name).parts[0] if "/" in name else None for name in names]
+def _labelled_by_folder(entries: list[Entry]) -> tuple[list[Entry], list[str]]:
+    """Label entries whose keys are file names by their first folder, and cut the extension. Those at the top have no label."""
+    tops = [PurePosixPath(entry.key).parts[0] if "/" in entry.key else None for entry in entries]
     classes = sorted({top for top in tops if top is not None})
-    numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
-    return [numbers.get(top) for top in tops], classes
+    labels: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
+    keys = [str(PurePosixPath(entry.key).with_suffix("")) for entry in entries]
+    return [replace(entry, key=key, label=labels.get(top)) for entry, key, top in zip(entries, keys, tops)], classes
 
 
 def _list_tars(pattern: str, config: ImagesConfig) -> tuple[list[Entry], list[str]]:
     paths: list[str] = []
     # A shell command may have braces of its own.
-    for expanded in [pattern] if pattern.startswith("pipe:") else _expanded(pattern):
+    for expanded in [pattern] if pattern.startswith("pipe:") else _expand_braces(pattern):
         remote = expanded.startswith("pipe:") or urlsplit(expanded).scheme in gopen_schemes
         paths += [str(_fetch(expanded, config))] if remote else sorted(glob.glob(expanded))
     if not paths:
@@ -183,20 +180,20 @@ def _list_tars(pattern: str, config: ImagesConfig) -> tuple[list[Entry], list[st
     return entries, classes
 
 
-def _expanded(pattern: str) -> list[str]:
-    """Braces expanded, as in train-{000..009}.tar."""
-    # braceexpand makes whole lists: what is too much must be found before.
+def _expand_braces(pattern: str) -> list[str]:
+    """Expand braces, as in train-{000..009}.tar."""
+    # braceexpand makes lists of all: too many must be noticed before.
     lengths = [abs(float(last) - float(first)) + 1 for first, last in NUMBER_RANGE.findall(pattern)]
     if math.prod(lengths) > MOST_TARS:
         raise UserError(f"images.source: expected braces for at most {MOST_TARS:,} tars, found more in {pattern!r}")
     try:
         return list(braceexpand.braceexpand(pattern))
     except ValueError as error:
-        raise UserError(f"images.source: expected balanced braces, found {pattern!r}: {brief(error)}") from error
+        raise UserError(f"images.source: expected balanced braces, found {pattern!r}: {one_line(error)}") from error
 
 
 def _unnamed_classes(labels: set[int], classes_file: Path) -> list[str]:
-    """Their numbers as names, 0 to the highest label: the same for parts of a set that leave out some. A stray label must not
+    """Name classes by number, 0 to the highest label: the same for parts of a set that leave out some. A stray label must not
     make a list of a billion."""
     count = max(labels, default=-1) + 1
     if count > UNNAMED_CLASSES and count > 10 * len(labels):
@@ -208,11 +205,10 @@ def _unnamed_classes(labels: set[int], classes_file: Path) -> list[str]:
 
 
 def _fetch(url: str, config: ImagesConfig) -> Path:
-    """The tar at a URL, as a file of ``config.cache``: whole, and fetched once."""
+    """Fetch the tar at a URL to ``config.cache``, once, and return its path."""
     if url.startswith("pipe:") and not config.allow_pipe:
-        raise UserError(
-            f"images.source: expected files or URLs, found a shell command, {url!r}; images.allow_pipe=true has it run"
-        )
+        found = f"a shell command, {url!r}; images.allow_pipe=true has it run"
+        raise UserError(f"images.source: expected files or URLs, found {found}")
     name = PurePosixPath(urlsplit(url).path).name if "://" in url else "pipe.tar"
     path = Path(config.cache).expanduser() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if path.is_file():
@@ -225,14 +221,14 @@ def _fetch(url: str, config: ImagesConfig) -> Path:
                 file.write(chunk)
             stream.close()  # raises where the reader did not end well
     except OSError as error:
-        raise UserError(f"images.source: expected a tar at {url}, found {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"images.source: expected a tar at {url}, found {one_line(error)}") from error
     return path
 
 
 def _list_tar(path: str) -> list[Entry]:
-    """Entries of one webdataset tar; only headers and the .cls members are read.
+    """List one webdataset tar; only headers and the .cls members are read.
 
-    Members of one key need not be neighbours. Pictures of one key share its label, or have one each, in order.
+    Members of one key need not be neighbours. Images of one key share its label, or have one each, in order.
     """
     pictures: dict[str, list[Entry]] = {}
     labels: dict[str, list[int]] = {}
@@ -246,8 +242,8 @@ def _list_tar(path: str) -> list[Entry]:
                 stem, _, extension = base.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 if f".{extension.lower()}" in EXTENSIONS:
-                    picture = Entry(key, None, path, member.name, member.offset_data, member.size)
-                    pictures.setdefault(key, []).append(picture)
+                    entry = Entry(key, None, path, member.name, member.offset_data, member.size)
+                    pictures.setdefault(key, []).append(entry)
                 elif extension == "cls":
                     content = tar.extractfile(member)
                     text = content.read(64).strip() if content else b""
@@ -259,23 +255,20 @@ def _list_tar(path: str) -> list[Entry]:
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"images.source: expected an uncompressed tar, found {path}: {error}") from error
     entries = []
-    for key, of_key in pictures.items():
+    for key, same_key in pictures.items():
         found = labels.get(key, [None])
-        if len(found) == 1:
-            found = found * len(of_key)
-        if len(found) != len(of_key):
-            raise UserError(
-                f"images.source: expected one label or {len(of_key)} for the key {key} in {path}, found {len(found)}"
-            )
-        entries += [replace(entry, label=label) for entry, label in zip(of_key, found)]
+        if len(found) not in (1, len(same_key)):
+            expected = f"one label or {len(same_key)} for the key {key} in {path}"
+            raise UserError(f"images.source: expected {expected}, found {len(found)}")
+        entries += [replace(entry, label=label) for entry, label in zip(same_key, cycle(found))]
     return entries
 
 
 def _list_dataset(source: str, split: str) -> tuple[list[Entry], list[str]]:
-    """The first column of pictures, and the first of class labels."""
+    """List the first column of images, with the first of class labels."""
     dataset = _dataset(source, split)
     labelled = "label" in dataset.column_names
-    # -1 is the library's number for no label.
+    # The library marks rows without a label by -1.
     labels = [None if label == -1 else label for label in dataset["label"]] if labelled else [None] * len(dataset)
     classes = [] if all(label is None for label in labels) else list(dataset.features["label"].names)
     return [Entry(f"{row:09d}", label, source, split, row) for row, label in enumerate(labels)], classes
@@ -283,40 +276,34 @@ def _list_dataset(source: str, split: str) -> tuple[list[Entry], list[str]]:
 
 @lru_cache(maxsize=2)
 def _dataset(source: str, split: str) -> Dataset:
-    """Load a dataset with the columns image, not decoded, and label if it has labels: from a folder of ``save_to_disk``, or as
-    ``load_dataset`` finds it."""
+    """Load a dataset, saved to a folder or of the hub, with the columns image, not decoded, and label if it has labels."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"images.source: expected the package datasets, to read {source}, found {error}") from error
     name = source.removeprefix(HUGGING_FACE)
     try:
-        if Path(name, "dataset_info.json").is_file():
-            dataset = datasets.load_from_disk(name)
-        else:
-            dataset = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library's own, of the hub's, and of whatever reads the files
-        raise UserError(f"images.source: expected a dataset with the split {split}, found {source}: {brief(error)}") from error
-    kinds = {"image": datasets.Image, "label": datasets.ClassLabel}
-    columns = {
-        wanted: next((name for name, feature in dataset.features.items() if isinstance(feature, kind)), None)
-        for wanted, kind in kinds.items()
+        on_disk = Path(name, "dataset_info.json").is_file()
+        dataset = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library's own, the hub's, and those of whatever reads the files
+        found = f"{source}: {one_line(error)}"
+        raise UserError(f"images.source: expected a dataset with the split {split}, found {found}") from error
+    first = {
+        wanted: name
+        for wanted, feature_class in (("image", datasets.Image), ("label", datasets.ClassLabel))
+        for name, feature in reversed(dataset.features.items())
+        if isinstance(feature, feature_class)
     }
-    if columns["image"] is None:
+    if "image" not in first:
         raise UserError(f"images.source: expected a column of pictures, found {', '.join(dataset.column_names)} in {source}")
-    columns = {wanted: name for wanted, name in columns.items() if name}
-    dataset = dataset.select_columns(list(columns.values())).rename_columns({name: wanted for wanted, name in columns.items()})
+    dataset = dataset.select_columns(list(first.values())).rename_columns({name: wanted for wanted, name in first.items()})
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
-def _key(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
-
-
 def with_unique_keys(entries: list[Entry]) -> list[Entry]:
-    """Webdataset keys: no dots (a dot would split the key), no two alike. The first of a clash keeps its key."""
+    """Make webdataset keys: without dots (a dot would split the key), no two alike. The first of a clash keeps its key."""
     taken: set[str] = set()
-    last: Counter[str] = Counter()  # number given, so that many of one key do not try all numbers again
+    last: Counter[str] = Counter()  # suffix given, so that many of one key do not try all suffixes again
     unique = []
     for entry in entries:
         wanted = key = entry.key.replace(".", "_")
@@ -330,5 +317,5 @@ def with_unique_keys(entries: list[Entry]) -> list[Entry]:
 
 @lru_cache(maxsize=8)
 def _zip(path: str, process: int) -> zipfile.ZipFile:
-    """An open zip, one per process: forked workers that shared a file position would read each other's bytes."""
+    """Open a zip, once per process: forked workers that shared a file position would read each other's bytes."""
     return zipfile.ZipFile(path)

@@ -1,10 +1,9 @@
 """LatentStream: latent shards -> batches, as a pure function of (seed, images_seen).
 
-Global position n belongs to epoch n // N and lies at place n % N of that epoch's order: the shards in an order drawn from
-(seed, epoch), each shard's samples in an order drawn from the same. A global batch is the next ``batch_size`` positions,
-across the end of an epoch where it falls so: no sample is dropped, none is repeated within an epoch, and no shard is too
-short. Rank r takes the r-th equal slice of every batch, so all ranks take the same number of steps. There is no other
-state: to resume is to start at another ``images_seen``.
+Global position n is position n % N of epoch n // N, whose order is drawn from (seed, epoch): the shards in random order, and
+the samples of each in random order. A global batch is the next ``batch_size`` positions, across the end of an epoch if need be:
+no sample is dropped, none is repeated within an epoch, and no shard is too short. Rank r takes the r-th equal slice of every
+batch, so all ranks take the same number of steps. There is no other state: to resume is to start at another ``images_seen``.
 
 Do not pass the loader through ``accelerator.prepare``: it would split the batches a second time.
 """
@@ -33,34 +32,34 @@ KEPT_SHARDS, KEPT_ORDERS = 64, 8
 
 @dataclass
 class LatentBatch:
-    """One rank's part of a batch: moments float16 (b, 2 or 1, C, h, w), labels int64 (b,), -1 for "none", and where asked for
+    """One rank's slice of a batch: moments float16 (b, 2 or 1, C, h, w), labels int64 (b,), -1 for "none", and optionally
     OpenCLIP embeddings float16 (b, D)."""
 
     moments: torch.Tensor
     labels: torch.Tensor
     embeddings: torch.Tensor | None = None
 
-    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LatentBatch:
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LatentBatch:
         embeddings = None if self.embeddings is None else function(self.embeddings)
         return LatentBatch(function(self.moments), function(self.labels), embeddings)
 
     def pin_memory(self) -> LatentBatch:
-        return self.each(torch.Tensor.pin_memory)
+        return self.map(torch.Tensor.pin_memory)
 
     def rows(self, start: int, stop: int) -> LatentBatch:
-        return self.each(lambda values: values[start:stop])
+        return self.map(lambda values: values[start:stop])
 
     def to(self, device: torch.device) -> LatentBatch:
-        return self.each(lambda values: values.to(device, non_blocking=True))
+        return self.map(lambda values: values.to(device, non_blocking=True))
 
 
 class Shard:
-    """One tar, memory-mapped: where each sample's numbers lie in it, and the labels.
+    """One tar, memory-mapped: the offset of each sample's values in it, and the labels.
 
     Args:
         path, shape, dtype: the tar, and what its moments are.
         dimensions: of its embeddings; None where it has none.
-        index: of ``index_tar``.
+        index: as ``index_tar`` returns it.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: int | None, index: dict) -> None:
@@ -81,16 +80,16 @@ class Shard:
         return len(self.keys)
 
     def moments(self, indices: np.ndarray, mirrored: np.ndarray | int = 0) -> np.ndarray:
-        """(n, 2 or 1, C, h, w), of the mirrored pictures where ``mirrored`` (n,) is 1."""
+        """Return (n, 2 or 1, C, h, w), of the mirrored images where ``mirrored`` (n,) is 1."""
         return self._rows[self.offsets[indices, mirrored]].view(self.dtype).reshape(-1, *self.shape)
 
     def embeddings(self, indices: np.ndarray) -> np.ndarray:
-        """(n, D)"""
+        """Return (n, D)."""
         return self._embeddings[self.embedding_offsets[indices]].view(self.dtype)
 
 
 def rows_of(path: Path, offsets: np.ndarray, nbytes: int) -> np.ndarray:
-    """Row i is the file's ``nbytes`` bytes from the i-th on: a copy of some rows is one call, as fast as of a plain array.
+    """Map a file so that row i is its ``nbytes`` bytes from the i-th on: copying some rows is one call, as fast as in an array.
     Raises UserError where the offsets lead beyond the file."""
     size, end = path.stat().st_size, int(offsets.max()) + nbytes if offsets.size else 0
     if end > size or offsets.min(initial=0) < 0:
@@ -104,12 +103,12 @@ class LatentStream(IterableDataset):
 
     Args:
         manifest: the shards.
-        batch_size: of all ranks together.
-        images_seen, images_total: positions to start at and to end before; the last batch is always whole.
-        seed: of the order and of the choice of mirrored encodings.
+        batch_size: images of all ranks together.
+        images_seen, images_total: positions to start at and to end before; the last batch is always full.
+        seed: determines the order and the choice of mirrored encodings.
         mirror: take the mirrored encoding with probability one half.
         embeddings: also take the embeddings, which the shards must have.
-        rank, world_size: which equal slice of each batch is this process's.
+        rank, world_size: this process and their number: it takes the slice ``rank`` of ``world_size`` equal ones.
     """
 
     def __init__(
@@ -134,53 +133,49 @@ class LatentStream(IterableDataset):
         self.seed, self.mirror, self.rank, self.world_size = seed, mirror, rank, world_size
         self.manifest, self.count = manifest, manifest.count
         self.counts = np.array([item["count"] for item in manifest.shards])
-        for item in manifest.shards:
-            if not (manifest.folder / item["name"]).is_file():
-                raise UserError(
-                    f"shards: expected {item['name']} in {manifest.folder}, as its manifest says, found no such file"
-                )
+        for name in (item["name"] for item in manifest.shards):
+            if not (manifest.folder / name).is_file():
+                raise UserError(f"shards: expected {name} in {manifest.folder}, as its manifest says, found no such file")
         self._shards: dict[int, Shard] = {}
         self._orders: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
 
     def __iter__(self) -> Iterator[LatentBatch]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        position = self.images_seen + first * self.batch_size
-        while position < self.images_total:
+        for position in range(self.images_seen + first * self.batch_size, self.images_total, stride * self.batch_size):
             yield self.batch_at(position)
-            position += stride * self.batch_size
 
     def batch_at(self, position: int) -> LatentBatch:
-        """This rank's slice of the global batch that begins at ``position``."""
-        parts = list(self._places(position))
+        """Read this rank's slice of the global batch that begins at ``position``."""
+        parts = list(self._runs(position))
         moments = [shard.moments(indices, mirrored) for shard, indices, mirrored in parts]
         labels = [shard.labels[indices] for shard, indices, _ in parts]
         embeddings = [shard.embeddings(indices) for shard, indices, _ in parts] if self.embeddings else None
         return LatentBatch(joined(moments), joined(labels), joined(embeddings) if embeddings else None)
 
     def keys_at(self, position: int) -> list[str]:
-        """The keys of this rank's slice of the batch that begins at ``position``, for messages."""
-        return [shard.keys[index] for shard, indices, _ in self._places(position) for index in indices]
+        """List the keys of this rank's slice of the batch that begins at ``position``, for messages."""
+        return [shard.keys[index] for shard, indices, _ in self._runs(position) for index in indices]
 
-    def _places(self, position: int) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
-        """This rank's slice in runs of one shard: the shard, the samples' indices in it, and whether mirrored (0 or 1)."""
+    def _runs(self, position: int) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
+        """Split this rank's slice by shard: yield the shard, the samples' indices in it, and whether mirrored (0 or 1)."""
         size = self.batch_size // self.world_size
-        place = position + self.rank * size
-        stop = place + size
-        while place < stop:
-            epoch, within = divmod(place, self.count)
+        position += self.rank * size
+        stop = position + size
+        while position < stop:
+            epoch, within = divmod(position, self.count)
             order, ends = self._order(epoch)
             slot = int(np.searchsorted(ends, within, side="right"))
             shard, end = int(order[slot]), int(ends[slot])
             first = within - (end - self.counts[shard])
-            length = min(stop - place, end - within)
+            length = min(stop - position, end - within)
             indices, mirrored = (values[first : first + length] for values in self._order(epoch, shard))
             yield self._shard(shard), indices, mirrored
-            place += length
+            position += length
 
     def _order(self, epoch: int, shard: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Of an epoch: the order of the shards, and the place in the epoch at which each ends. Of a shard in it: the order of
-        its samples, and whether each is mirrored."""
+        """Return the order of an epoch's shards, and the position in the epoch at which each ends; or the order of the samples
+        in one shard, and whether each is mirrored."""
         if (epoch, shard) not in self._orders:
             if shard is None:
                 order = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
@@ -193,7 +188,7 @@ class LatentStream(IterableDataset):
         return self._orders[epoch, shard]
 
     def _shard(self, number: int) -> Shard:
-        """Opened and checked when it is first read."""
+        """Return a shard, opened and checked when it is first read."""
         if number not in self._shards:
             item, classes = self.manifest.shards[number], len(self.manifest.classes)
             shard = open_shard(self.manifest, item, self.mirror)
@@ -207,14 +202,12 @@ class LatentStream(IterableDataset):
 
 
 def open_shard(manifest: Manifest, item: dict, mirror: bool) -> Shard:
-    """A shard of the manifest, by the index in its record where that is of this very shard; with ``mirror`` the mirrored
-    encodings must be there."""
+    """Open a shard of the manifest, by the index in its record if that is of this very shard. ``mirror``: it must have mirrored
+    encodings."""
     path, shape = manifest.folder / item["name"], tuple(manifest.metadata["moments_shape"])
-    dtype = np.dtype(manifest.metadata["dtype"])
-    dimensions = manifest.embedding_dimensions
+    dtype, dimensions = np.dtype(manifest.metadata["dtype"]), manifest.embedding_dimensions
     record = read_json(path.with_suffix(".json"))
-    known = record.get("shard") == item
-    index = record.get("index", {}) if known else index_tar(path, shape, dtype, dimensions)
+    index = record.get("index", {}) if record.get("shard") == item else index_tar(path, shape, dtype, dimensions)
     shard = Shard(path, shape, dtype, dimensions, index)
     if mirror and len(shard) and shard.offsets.shape[1] < len(FIELDS):
         raise UserError(f"mirror: expected shards with mirrored encodings (tools/encode.py mirror=true), found none in {path}")
@@ -222,68 +215,63 @@ def open_shard(manifest: Manifest, item: dict, mirror: bool) -> Shard:
 
 
 def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: int | None = None) -> dict:
-    """The keys of a shard in order, their labels (-1 for none), and where in the file the numbers of each of FIELDS begin; with
-    ``dimensions`` also those of the embeddings.
+    """Return the keys of a shard in order, their labels (-1 for none), and the offsets at which the values of each of FIELDS
+    begin; with ``dimensions`` also those of the embeddings.
 
     Reads every header, which takes 0.1 ms a sample: tools/encode.py does it once and leaves it in the shard's record.
-    Raises UserError for anything but a tar of samples of these numbers, once each.
+    Raises UserError for anything but a tar of samples of this shape and dtype, once each.
     """
-    places: dict[str, dict[str, int]] = {}
+    shapes = dict.fromkeys(FIELDS, shape) | ({EMBEDDING: (dimensions,)} if dimensions else {})
+    offsets: dict[str, dict[str, int]] = {name: {} for name in shapes}
+    headers: dict[str, dict[bytes, int]] = {name: {} for name in shapes}
     labels: dict[str, int] = {}
-    embeddings: dict[str, int] = {}
-    headers: dict[bytes, int] = {}
-    embedding_headers: dict[bytes, int] = {}
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if not member.isreg():
                     raise ValueError(f"{member.name} is no ordinary file")
-                key, _, extension = member.name.partition(".")
-                if extension in FIELDS:
-                    sample = places.setdefault(key, {})
-                    if extension in sample:
+                key, _, name = member.name.partition(".")
+                if name in shapes:
+                    if key in offsets[name]:
                         raise ValueError(f"{member.name} is in it twice")
-                    header = npy_header(read_at(file, member, HEADER_BYTES), member, shape, dtype, headers)
-                    sample[extension] = member.offset_data + header
-                elif extension == EMBEDDING and dimensions:
-                    if key in embeddings:
-                        raise ValueError(f"{member.name} is in it twice")
-                    data = read_at(file, member, HEADER_BYTES)
-                    header = npy_header(data, member, (dimensions,), dtype, embedding_headers)
-                    embeddings[key] = member.offset_data + header
-                elif extension == "cls":
+                    header = npy_header(read_at(file, member, HEADER_BYTES), member, shapes[name], dtype, headers[name])
+                    offsets[name][key] = member.offset_data + header
+                elif name == "cls":
                     labels[key] = int(read_at(file, member, LABEL_BYTES))
                     if abs(labels[key]) > LARGEST_LABEL:
                         raise ValueError(f"{member.name} is {labels[key]}")
-        kinds = {frozenset(sample) for sample in places.values()}
-        if len(kinds) > 1 or any(FIELDS[0] not in kind for kind in kinds):
-            raise ValueError(f"of its samples some have {' and some '.join(' and '.join(sorted(kind)) for kind in kinds)}")
-        if dimensions and embeddings.keys() != places.keys():
-            raise ValueError(f"{len(embeddings)} embeddings of {len(places)} samples")
+        moments, mirrored = (offsets[name] for name in FIELDS)
+        for name, found in offsets.items():
+            if found.keys() != moments.keys() and (found or found is not mirrored):
+                raise ValueError(f"{len(found)} {name} of {len(moments)} samples")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"shards: expected a tar of moments {shape} {dtype}, found {path}: {error}") from error
-    offsets = [[sample[name] for name in FIELDS if name in sample] for sample in places.values()]
-    index = {"keys": list(places), "labels": [labels.get(key, -1) for key in places], "offsets": offsets}
-    return index | ({"embeddings": [embeddings[key] for key in places]} if dimensions else {})
+    views = [moments, mirrored] if mirrored else [moments]
+    index = {
+        "keys": list(moments),
+        "labels": [labels.get(key, -1) for key in moments],
+        "offsets": [[view[key] for view in views] for key in moments],
+    }
+    return index | ({"embeddings": [offsets[EMBEDDING][key] for key in moments]} if dimensions else {})
 
 
 def read_at(file: BinaryIO, member: tarfile.TarInfo, most: int) -> bytes:
-    """The first bytes of a member; the place of the file stays."""
-    place = file.tell()
+    """Read the first bytes of a member; the file's position stays."""
+    position = file.tell()
     file.seek(member.offset_data)
     data = file.read(min(member.size, most))
-    file.seek(place)
+    file.seek(position)
     return data
 
 
 def npy_header(data: bytes, member: tarfile.TarInfo, shape: tuple[int, ...], dtype: np.dtype, known: dict[bytes, int]) -> int:
-    """Length of an .npy header; raises ValueError unless it says this shape and dtype, and these numbers follow. Never
-    unpickles. ``known``: headers that were good, and their lengths."""
+    """Return the length of an .npy header; raise ValueError unless it says this shape and dtype, and as many values follow.
+    Never unpickles. ``known``: headers that were good, and their lengths."""
     length = next((length for header, length in known.items() if data.startswith(header)), None)
     if length is None:
         file = io.BytesIO(data)
-        major, minor = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if (major, minor) == (1, 0) else np.lib.format.read_array_header_2_0
+        version = np.lib.format.read_magic(file)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         found_shape, fortran, found_dtype = reader(file)
         if found_shape != shape or found_dtype != dtype or fortran:
             raise ValueError(f"{member.name} is {found_shape} {found_dtype}")
@@ -295,22 +283,17 @@ def npy_header(data: bytes, member: tarfile.TarInfo, shape: tuple[int, ...], dty
 
 
 def joined(parts: list[np.ndarray]) -> torch.Tensor:
-    """One after the other; no copy where there is only one, as for most batches."""
+    """Join along the batch; no copy where there is only one part, as for most batches."""
     return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def keep_newest(cache: dict, key: object, value: object, count: int) -> None:
-    """Add to a cache, and drop what has been in it longest beyond ``count``."""
+    """Add to a cache, and drop the oldest entries beyond ``count``."""
     cache[key] = value
     while len(cache) > count:
         del cache[next(iter(cache))]
 
 
 def latent_loader(stream: LatentStream, num_workers: int) -> DataLoader:
-    """A loader of whole batches; workers take every n-th batch, so the order does not depend on their number."""
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+    """Make a loader of full batches; workers take every n-th batch, so the order does not depend on their number."""
+    return DataLoader(stream, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())

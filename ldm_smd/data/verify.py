@@ -1,4 +1,4 @@
-"""tools/verify.py: whether latent shards are what their manifest says, and a sheet of them to look at."""
+"""tools/verify.py: check latent shards against their manifest, and decode some of them to look at."""
 
 from __future__ import annotations
 
@@ -21,66 +21,55 @@ from .settings import VerifyConfig
 from .shards import Manifest, ShardStatistics
 from .stream import Shard, index_tar, open_shard
 
-READ = 256
+CHUNK = 256
 """Samples in memory at once."""
 
 
 def verify(config: VerifyConfig) -> None:
-    """Read every shard; raises UserError, after a line for every finding, where there are any."""
+    """Read every shard; print a line for every finding, and raise UserError if there are any."""
     with nullcontext() if config.sheet is None else claimed(Path(config.sheet), "sheet"):
-        verify_shards(config)
-
-
-def verify_shards(config: VerifyConfig) -> None:
-    """What ``verify`` does."""
-    manifest = Manifest.load(config.shards)
-    findings: list[str] = []
-    keys: Counter[str] = Counter()
-    bar = progress(manifest.count, 0, "verify")
-    for item in manifest.shards:
-        try:
-            shard = open_shard(manifest, item, manifest.metadata["mirror"])
-        except (UserError, OSError) as error:
-            findings.append(str(error))
-        else:
-            keys.update(shard.keys)
-            findings += [f"{item['name']}: {finding}" for finding in check_shard(manifest, item, shard)]
-        bar.update(item["count"])
-    bar.close()
-    findings += [f"{key}: in the shards {count} times" for key, count in keys.items() if count > 1]
-    listed = {item["name"] for item in manifest.shards}
-    there = sorted(path.name for path in manifest.folder.glob("*.tar"))
-    findings += [f"{name}: not in the manifest" for name in there if name not in listed]
-    for finding in findings:
-        print(finding)
-    if findings:
-        raise UserError(f"shards: expected {manifest.folder} to be as its manifest says, found {len(findings)} differences")
-    if config.sheet is not None:
-        write_sheet(Path(config.sheet), config, manifest)
-    print(f"{manifest.count} samples in {len(manifest.shards)} shards are as their manifest says")
+        manifest = Manifest.load(config.shards)
+        findings: list[str] = []
+        keys: Counter[str] = Counter()
+        with progress(manifest.count, 0, "verify") as bar:
+            for item in manifest.shards:
+                try:
+                    shard = open_shard(manifest, item, manifest.metadata["mirror"])
+                except (UserError, OSError) as error:
+                    findings.append(str(error))
+                else:
+                    keys.update(shard.keys)
+                    findings += [f"{item['name']}: {finding}" for finding in check_shard(manifest, item, shard)]
+                bar.update(item["count"])
+        findings += [f"{key}: in the shards {count} times" for key, count in keys.items() if count > 1]
+        unlisted = {path.name for path in manifest.folder.glob("*.tar")} - {item["name"] for item in manifest.shards}
+        findings += [f"{name}: not in the manifest" for name in sorted(unlisted)]
+        for finding in findings:
+            print(finding)
+        if findings:
+            raise UserError(f"shards: expected {manifest.folder} to be as its manifest says, found {len(findings)} differences")
+        if config.sheet is not None:
+            write_sheet(Path(config.sheet), config, manifest)
+        print(f"{manifest.count} samples in {len(manifest.shards)} shards are as their manifest says")
 
 
 def check_shard(manifest: Manifest, item: dict, shard: Shard) -> Iterator[str]:
-    """What differs from the shard's entry in the manifest, and from its index."""
+    """Yield what differs from the shard's entry in the manifest, and from its index."""
     path = manifest.folder / item["name"]
     if sha256(path) != item["sha256"]:
         yield "another sha256"
     dimensions = manifest.embedding_dimensions
     index = index_tar(path, shard.shape, shard.dtype, dimensions)
-    offsets = (shard.offsets.tolist(), shard.embedding_offsets.tolist())
-    if (index["keys"], index["labels"], index["offsets"], index.get("embeddings", [])) != (
-        shard.keys,
-        shard.labels.tolist(),
-        *offsets,
-    ):
+    found = (shard.keys, shard.labels.tolist(), shard.offsets.tolist(), shard.embedding_offsets.tolist())
+    if found != (index["keys"], index["labels"], index["offsets"], index.get("embeddings", [])):
         yield "another index in its record"
     if dimensions and not np.isfinite(shard.embeddings(np.arange(len(shard)))).all():
         yield "embeddings that are not finite"
     statistics = ShardStatistics()
-    for start in range(0, len(shard), READ):
-        statistics.add(shard.moments(np.arange(start, min(start + READ, len(shard)))))
+    for start in range(0, len(shard), CHUNK):
+        statistics.add(shard.moments(np.arange(start, min(start + CHUNK, len(shard)))))
     for name, value in statistics.record().items():
-        # Sums of batches of another size differ in the last digits.
+        # Sums over batches of another size differ in the last digits.
         if not np.isclose(value, item.get(name, np.nan), rtol=1e-6, atol=1e-9):
             yield f"{name} {value}, {item.get(name)} in the manifest"
     if statistics.nonfinite:
@@ -92,7 +81,7 @@ def check_shard(manifest: Manifest, item: dict, shard: Shard) -> Iterator[str]:
 
 
 def write_sheet(sheet: Path, config: VerifyConfig, manifest: Manifest) -> None:
-    """Latents from all over the shards, decoded, in the order they lie in."""
+    """Decode latents that are evenly spaced over the shards, in their order."""
     autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder or manifest.metadata["autoencoder"]["source"])
     manifest.check_autoencoder(autoencoder)
     autoencoder = autoencoder.to(pick_device(config.device))

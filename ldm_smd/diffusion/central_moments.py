@@ -17,7 +17,7 @@ WEIGHT = 1 / 3
 
 
 @dataclass
-class Moments:
+class CentralMoments:
     """Mean, variance and third central moment of every element, as tensors of one shape."""
 
     mean: torch.Tensor
@@ -33,32 +33,32 @@ def x0_moments(
     x_t: torch.Tensor,
     t: torch.Tensor,
     prediction_type: str,
-) -> Moments:
-    """Those of x_0 given x_t, from a prediction of the mean and the central moments of v = a_t eps - s_t x_0 given x_t.
+) -> CentralMoments:
+    """Return those of x_0 given x_t, from a prediction of the mean and the central moments of v = a_t eps - s_t x_0 given x_t.
 
     v's are of the order of 1 at every t, where those of eps go to 0 with a_t and those of x_0 with s_t. x_0 is linear in v:
 
         Var(x_0) = (dx_0 / dv)^2 Var(v),    and for the third moment    (dx_0 / dv)^3.
     """
     gain = x0_per_prediction("v_prediction", *path.signal_and_noise(t, x_t))
-    return Moments(path.to_x0(prediction, x_t, t, prediction_type), gain**2 * variance, gain**3 * third)
+    return CentralMoments(path.to_x0(prediction, x_t, t, prediction_type), gain**2 * variance, gain**3 * third)
 
 
 def reverse_moments(
-    path: GaussianPath, x0: Moments, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor
-) -> tuple[Moments, torch.Tensor]:
-    """Those of x_s given x_t for s < t, and the variance that x_s has beyond that of x_0.
+    path: GaussianPath, x0: CentralMoments, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor
+) -> tuple[CentralMoments, torch.Tensor]:
+    """Return those of x_s given x_t for s < t, and the variance that x_s has beyond that of x_0.
 
     q(x_s | x_t, x_0) is N(c_t x_t + c_0 x_0, v), so by the law of total cumulance
 
         M = c_t x_t + c_0 E[x_0 | x_t],    C = v + c_0^2 Var(x_0 | x_t),    S = c_0^3 third(x_0 | x_t).
     """
     c_t, c_0, v = path.posterior_coefficients(t, s, x_t)
-    return Moments(c_t * x_t + c_0 * x0.mean, v + c_0**2 * x0.variance, c_0**3 * x0.third), v
+    return CentralMoments(c_t * x_t + c_0 * x0.mean, v + c_0**2 * x0.variance, c_0**3 * x0.third), v
 
 
-def two_gaussians(moments: Moments, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mixture of N(m_1, var) and N(m_2, var), weights 1/3 and 2/3, that has these moments: (m_1, m_2, var).
+def two_gaussians(moments: CentralMoments, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Solve for the mixture of N(m_1, var) and N(m_2, var), weights 1/3 and 2/3, that has these moments: (m_1, m_2, var).
 
     With d = m_1 - m_2 its moments are M, var + 2 d^2 / 9 and 2 d^3 / 27, so
 
@@ -73,7 +73,7 @@ def two_gaussians(moments: Moments, floor: torch.Tensor) -> tuple[torch.Tensor, 
     return moments.mean + 2 * d / 3, moments.mean - d / 3, torch.maximum(variance - 2 * d**2 / 9, floor)
 
 
-def moments_of(first: torch.Tensor, second: torch.Tensor, variance: torch.Tensor) -> Moments:
+def moments_of(first: torch.Tensor, second: torch.Tensor, variance: torch.Tensor) -> CentralMoments:
     """Return the moments of 1/3 N(first, variance) + 2/3 N(second, variance)."""
     mean, d = first / 3 + 2 * second / 3, first - second
-    return Moments(mean, variance + 2 * d**2 / 9, 2 * d**3 / 27)
+    return CentralMoments(mean, variance + 2 * d**2 / 9, 2 * d**3 / 27)

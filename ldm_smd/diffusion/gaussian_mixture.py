@@ -126,7 +126,7 @@ class GaussianMixture:
 def shared_responsibilities(
     log_weights: torch.Tensor, means: torch.Tensor, linear: torch.Tensor, quadratic: torch.Tensor
 ) -> torch.Tensor:
-    """r_k ~ w_k exp(linear . m_k - quadratic . m_k^2 / 2), the posterior of the components where they share a covariance, in
+    """r_k ~ w_k exp(linear . m_k - quadratic . m_k^2 / 2), the responsibilities of components that share a covariance, in
     coordinates in which it is diagonal: log_weights (N, K), means (K, D), linear (N, D), quadratic (N, D) or (D,) -> (N, K).
 
     For u = a c + s eps with c ~ N(m_k, diag(v)), linear is a u / (a^2 v + s^2) and quadratic a^2 / (a^2 v + s^2).
@@ -135,5 +135,5 @@ def shared_responsibilities(
 
 
 def choose(responsibilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """A component for every row of responsibilities (N, K), by a uniform number each, (N, 1) -> (N,)."""
+    """Choose a component for every row of responsibilities (N, K), by a uniform number each, (N, 1) -> (N,)."""
     return torch.searchsorted(responsibilities.cumsum(dim=1), uniform).clamp_max(responsibilities.shape[1] - 1).squeeze(1)

@@ -1,4 +1,4 @@
-"""Training objectives: what M draws of the prediction are compared with the target by.
+"""Training objectives, which compare M draws of the prediction with the target.
 
 All take ``predictions`` (B, M, C, H, W), one for each draw of eta, and ``target`` (B, C, H, W), and return (B,) losses in
 float32 or better. All act in the space of the prediction; for v that is the distance of x_0 from its prediction over s_t.
@@ -26,7 +26,7 @@ EPSILON = 1e-8
 def objective(
     name: str, beta: float = 1.0, diversity: float = 1.0, patches: Sequence[int] = (0,), bandwidth: float = 0.2
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The objective called ``name``, as a function of (predictions, target)."""
+    """Return the objective called ``name``, as a function of (predictions, target)."""
     if name == "mse":
         return mse
     if name == "energy":
@@ -100,20 +100,20 @@ def energy(
         raise ValueError(f"draws: expected at least 2 for the energy score, found {draws}")
     weights = component_weights(log_weights, predictions)
     components = weights.shape[1]
-    each = draws // components
+    repeats = draws // components  # R
     first, second = torch.triu_indices(draws, draws, offset=1, device=predictions.device)
-    same = first // each == second // each
-    if each == 1:  # a component has no distance from itself
+    same = first // repeats == second // repeats
+    if repeats == 1:  # a component has no distance from itself
         first, second, same = first[~same], second[~same], same[~same]
-    pairs = torch.where(same, 1.0 / max(each * (each - 1), 1), 1.0 / each**2)
+    pairs = torch.where(same, 1.0 / max(repeats * (repeats - 1), 1), 1.0 / repeats**2)
     to_target = distance(predictions, target.unsqueeze(1).expand_as(predictions), beta, patches)
     between = pair_distance(predictions, first, second, beta, patches)
-    near = (weights.repeat_interleave(each, dim=1) * to_target).sum(dim=1) / each
-    return near - diversity * (pairs * weights[:, first // each] * weights[:, second // each] * between).sum(dim=1)
+    near = (weights.repeat_interleave(repeats, dim=1) * to_target).sum(dim=1) / repeats
+    return near - diversity * (pairs * weights[:, first // repeats] * weights[:, second // repeats] * between).sum(dim=1)
 
 
 def component_weights(log_weights: torch.Tensor | None, predictions: torch.Tensor) -> torch.Tensor:
-    """(B, K), checked; one component of weight 1 where there are none."""
+    """Return the weights (B, K), checked; one component of weight 1 where there are none."""
     if log_weights is None:
         return predictions.new_ones(len(predictions), 1)
     if len(log_weights) != len(predictions) or predictions.shape[1] % log_weights.shape[1]:
@@ -133,20 +133,17 @@ def mixture_nll(
 ) -> torch.Tensor:
     """Negative log likelihood of the target y under the mixture of M Gaussians around the draws p_j:
 
-        - (2 h^2 / n) log( sum_j w_j exp( - |y - p_j|^2 / (2 h^2) ) )
+        - (2 h^2 / n) log( sum_j w_j exp( - |y - p_j|^2 / (2 h^2) ) ),    h = bandwidth, in units of the prediction,
 
-    for the n elements of the picture or patch (as in ``energy``, averaged over patches): per element and up to a constant,
+    for the n elements of the image or patch (as in ``energy``, averaged over patches): per element and up to a constant,
     scaled so that h -> infinity gives the squared error. It is the likelihood of SMD's own equation, with the step's
     standard deviation as h. With few draws it is a bound, and in many dimensions one draw takes all the weight.
-
-    Args:
-        bandwidth: h, in units of the prediction.
     """
     predictions, target = exact(predictions), exact(target)
     draws, channels = predictions.shape[1:3]
     weights = component_weights(log_weights, predictions)
-    each = draws // weights.shape[1]
-    log_weight_per_draw = (weights / each).log().repeat_interleave(each, dim=1)[..., None, None]
+    repeats = draws // weights.shape[1]
+    log_weight_per_draw = (weights / repeats).log().repeat_interleave(repeats, dim=1)[..., None, None]
     squared = (predictions - target.unsqueeze(1)).square().sum(dim=2)  # (B, M, H, W), sum over channels
     total = predictions.new_zeros(())
     for side in patches:
@@ -157,7 +154,7 @@ def mixture_nll(
 
 
 def exact(x: torch.Tensor) -> torch.Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Convert half precision to float32; float32 and float64 stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -174,7 +171,7 @@ def distance(a: torch.Tensor, b: torch.Tensor, beta: float, patches: Sequence[in
 def pair_distance(
     predictions: torch.Tensor, first: torch.Tensor, second: torch.Tensor, beta: float, patches: Sequence[int]
 ) -> torch.Tensor:
-    """d between the draws ``first`` and ``second`` (P,) of each row -> (B, P), averaged over patch sizes."""
+    """Compute d between the draws ``first`` and ``second`` (P,) of each row -> (B, P), averaged over patch sizes."""
     total = predictions.new_zeros(())
     for side in patches:
         if side == 0:
@@ -188,7 +185,7 @@ def pair_distance(
 
 
 def patch_sums(x: torch.Tensor, side: int) -> tuple[torch.Tensor, int]:
-    """Sums of (B, M, H, W) over every side x side window, or the whole for side 0; and the number of positions in one."""
+    """Sum (B, M, H, W) over every side x side window, or all of it for side 0; return also the number of positions in one."""
     height, width = (side, side) if side else x.shape[2:]
     kernel = (min(height, x.shape[2]), min(width, x.shape[3]))
     return F.avg_pool2d(x, kernel, stride=1, divisor_override=1), kernel[0] * kernel[1]

@@ -10,11 +10,11 @@ import torch
 
 Coefficients = tuple[torch.Tensor | float, torch.Tensor | float]
 LEAST_ALPHABAR = 1e-12
-"""Between timesteps the logarithm of a smaller one is not taken: schedules may end without signal."""
+"""Smaller ones are raised to it before a logarithm is taken: schedules may end without signal."""
 
 
 def prediction_coefficients(prediction_type: str, a: torch.Tensor, s: torch.Tensor) -> Coefficients:
-    """(alpha, beta) of the prediction p = alpha x_0 + beta eps. With x_t it gives x_0 back:
+    """Return (alpha, beta) of the prediction p = alpha x_0 + beta eps. With x_t it gives x_0 back:
 
     x_0 = (beta x_t - s p) / (a beta - s alpha)
     """
@@ -23,7 +23,7 @@ def prediction_coefficients(prediction_type: str, a: torch.Tensor, s: torch.Tens
 
 
 def x0_per_prediction(prediction_type: str, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """dx_0 / dp = -s / (a beta - s alpha) at one x_t: what an error of the prediction is multiplied with in x_0."""
+    """Return dx_0 / dp = -s / (a beta - s alpha) at one x_t: the factor from an error of the prediction to that of x_0."""
     if prediction_type == "sample":
         return torch.ones_like(s)
     alpha, beta = prediction_coefficients(prediction_type, a, s)
@@ -31,21 +31,21 @@ def x0_per_prediction(prediction_type: str, a: torch.Tensor, s: torch.Tensor) ->
 
 
 class GaussianPath(ABC):
-    """A subclass says (a_t, s_t) for integer or real t, (B,), up to ``last``."""
+    """(a_t, s_t) for integer or real t, (B,), up to ``last``, as a subclass defines them."""
 
     num_timesteps: int
     last: int
 
     @abstractmethod
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a_t, s_t), each (B, 1, ..., 1) to multiply ``like`` (B, ...) with. t = -1 is clean data: (1, 0)."""
+        """Return (a_t, s_t), each (B, 1, ..., 1) to multiply ``like`` (B, ...) with. t = -1 is clean data: (1, 0)."""
 
     @abstractmethod
     def timestep_of(self, ratio: torch.Tensor) -> torch.Tensor:
         """The real t at which a_t^2 / s_t^2 is ``ratio``, (B,); 0 where it never is so large."""
 
     def random_t(self, count: int, **options: Any) -> torch.Tensor:
-        """Timesteps to train at, (count,), real ones above 0; ``options`` are those of torch.rand."""
+        """Draw timesteps to train at, (count,), real ones above 0; ``options`` are those of torch.rand."""
         return self.last * (1.0 - torch.rand(count, **options))
 
     def to(self, device: torch.device) -> GaussianPath:
@@ -121,7 +121,7 @@ class DiffusionProcess(GaussianPath):
         return self.last - (above - 1 + share)
 
     def _between(self, t: torch.Tensor) -> torch.Tensor:
-        """alphabar at real t: that of the table, and between two of its entries linear in log(alphabar / (1 - alphabar))."""
+        """alphabar at real t: between two entries of the table linear in log(alphabar / (1 - alphabar))."""
         t = t.clamp(0, self.last)
         ends = self.alphas_cumprod[torch.stack((t.floor(), t.ceil())).long()]
         limits = torch.finfo(ends.dtype)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-from ..schema import Settings, check, choice, number, numbers
+from ..schema import Settings, check, choice, number
 
 LOSSES = ("mse", "energy", "mixture_nll")
 """They compare predictions with a target (objectives.py)."""
@@ -44,7 +44,7 @@ class DistillationConfig(Settings):
 
 @dataclass
 class ObjectiveConfig(Settings):
-    """What the draws of the prediction are compared with the target by (ldm_smd/diffusion/objectives.py)."""
+    """How the draws of the prediction are compared with the target (ldm_smd/diffusion/objectives.py)."""
 
     name: str = choice("energy", OBJECTIVES)
     """energy: a strictly proper score, learns the mixture. mixture_nll: likelihood of the draws' mixture. mse: the paper's
@@ -55,8 +55,8 @@ class ObjectiveConfig(Settings):
     """Exponent of the energy score's distance: smaller is sharper and noisier."""
     diversity: float = number(1.0, 0, 1)
     """Weight of the distance between draws; below 1 the mixture is narrower than the data."""
-    patches: list[int] = numbers([0, 4, 2, 1], 0, 1024, fewest=1)
-    """Sides of the patches, in latent places, that energy and mixture_nll measure distances over; 0: the whole picture."""
+    patches: list[int] = number([0, 4, 2, 1], 0, 1024, fewest=1)
+    """Sides of the patches, in latent positions, that energy and mixture_nll measure distances over; 0: the whole image."""
     bandwidth: float = number(0.2, above=0, most=1e6)
     """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""
     weighting: str = choice("prediction", WEIGHTINGS)

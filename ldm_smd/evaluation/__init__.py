@@ -1,1 +1,1 @@
-"""Measuring what the models make."""
+"""Measures of samples, mixtures and autoencoders."""

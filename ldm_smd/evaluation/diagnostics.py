@@ -1,4 +1,4 @@
-"""Is the mixture a mixture? The spread of its components."""
+"""Whether the mixture is one: the spread of its components."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Spread:
     """How far the components of the mixture are apart at one timestep.
 
     Attributes:
-        over_eta: root of the mean, over pictures and elements, of Var_eta[x_0(x_t, eta)], in units of the normalised latents.
+        over_eta: root of the mean, over images and elements, of Var_eta[x_0(x_t, eta)], in units of the normalised latents.
             The true value, the spread of the posterior q(x_0 | x_t), falls from about 1 at the noisiest t to 0 at t = 0.
-        ratio: of ``over_eta`` to the posterior's spread. The latter is not known for pictures, but the error of its
+        ratio: of ``over_eta`` to the posterior's spread. The latter is not known for images, but the error of its
             mean is: E|x_0 - E[x_0 | x_t]|^2 is the posterior's variance. So with the mean over M draws for E[x_0 | x_t],
 
                 ratio^2 = (1 + 1/M) E Var_eta / E|x_0 - mean_j x_0j|^2
@@ -45,7 +45,7 @@ def spread_over_eta(
     draws: int = 8,
     seed: int = 0,
 ) -> dict[int, Spread]:
-    """The spread at each of ``timesteps``, from ``draws`` draws for each of the latents (B, C, H, W)."""
+    """Measure the spread at each of ``timesteps``, from ``draws`` draws for each of the latents (B, C, H, W)."""
     if not model.is_mixture:
         return dict.fromkeys(timesteps, Spread(0.0, 0.0))
     generator = torch.Generator(latents.device).manual_seed(seed)
@@ -65,5 +65,5 @@ def spread_over_eta(
 
 
 def has_collapsed(spread: dict[int, Spread]) -> bool:
-    """Whether the draws agree at every timestep: the mixture is a Gaussian model in all but name."""
+    """Tell whether the draws agree at every timestep: the mixture is in effect a Gaussian model."""
     return all(at.ratio < COLLAPSED for at in spread.values())

@@ -1,4 +1,4 @@
-"""Distances between sets of pictures, from their features. All in float64, and block by block where N x N would not fit."""
+"""Distances between sets of images, from their features, in float64, and block by block where N x N would not fit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 BLOCK = 2048
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
-"""As their papers have it."""
+"""k of the papers."""
 CMMD_BANDWIDTH, CMMD_SCALE = 10.0, 1000.0
 
 
 class FeatureSet:
-    """Features (N, D) of one set of pictures, and what the distances to it have in common, computed when first asked for."""
+    """Features (N, D) of one set of images, and what all distances to it need, computed at first use."""
 
     def __init__(self, features: torch.Tensor) -> None:
         self.features = features.double()
@@ -38,17 +38,15 @@ class FeatureSet:
 
     @cached_property
     def kernel_within(self) -> torch.Tensor:
-        """The mean of KID's kernel over pairs of different rows."""
+        """Return the mean of KID's kernel over pairs of different rows."""
         x = self.features
         return (kernel_sum(x, x) - ((x * x).mean(dim=1) + 1.0).pow(3).sum()) / (len(x) * (len(x) - 1))
 
     def radii(self, neighbour: int) -> torch.Tensor:
         """Return the distance from each row to its k-th nearest neighbour, k = ``neighbour``, (N,)."""
         if neighbour not in self._radii:
-            parts = [
-                torch.cdist(rows, self.features).kthvalue(min(neighbour + 1, len(self)), dim=1).values
-                for rows in self.features.split(BLOCK)
-            ]
+            k = min(neighbour + 1, len(self))  # the nearest of all is the row itself
+            parts = [torch.cdist(rows, self.features).kthvalue(k, dim=1).values for rows in self.features.split(BLOCK)]
             self._radii[neighbour] = torch.cat(parts)
         return self._radii[neighbour]
 
@@ -86,13 +84,13 @@ def kernel_distance(a: Features, b: Features) -> float:
 
 
 def kernel_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The sum of KID's kernel over all pairs of rows."""
+    """Sum KID's kernel over all pairs of rows."""
     return torch.stack([((rows @ b.T / a.shape[1] + 1.0) ** 3).sum() for rows in a.split(BLOCK)]).sum()
 
 
 def cmmd(a: Features, b: Features) -> float:
     """CMMD (arXiv 2401.09603), of CLIP image embeddings of length 1: 1000 times the squared MMD with the Gaussian kernel of
-    bandwidth 10, each row paired with itself too, as the paper's code has it."""
+    bandwidth 10, each row also paired with itself, as in the paper's code."""
     a, b = feature_set(a).features, feature_set(b).features
 
     def mean(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -103,11 +101,11 @@ def cmmd(a: Features, b: Features) -> float:
 
 
 def fidelity_and_diversity(samples: Features, reference: Features) -> dict[str, float]:
-    """With a ball around each row that reaches to its k-th nearest neighbour in its own set:
+    """Measure how balls around the rows, each up to the k-th nearest neighbour in its own set, cover the other set.
 
-    Precision: the share of the samples in a ball of the reference; recall: of the reference in a ball of the samples
-    (arXiv 1904.06991, k = 3). Density: in how many balls of the reference a sample is, over k; coverage: the share of the
-    reference's balls that have a sample in them (arXiv 2002.09797, k = 5).
+    Precision: the fraction of the samples in a ball of the reference; recall: of the reference in a ball of the samples
+    (arXiv 1904.06991, k = 3). Density: in how many balls of the reference a sample is, over k; coverage: the fraction of the
+    reference's balls that contain a sample (arXiv 2002.09797, k = 5).
     """
     samples, reference = feature_set(samples), feature_set(reference)
     near, wide = reference.radii(PRECISION_NEIGHBOURS), reference.radii(DENSITY_NEIGHBOURS)
@@ -128,8 +126,8 @@ def fidelity_and_diversity(samples: Features, reference: Features) -> dict[str, 
 
 
 def distances(samples: torch.Tensor, reference: Features, unit_length: bool = False, rounds: int = 20) -> dict[str, float]:
-    """All of them: frechet, kid, their bootstrap deviations (``_sd``), precision, recall, density, coverage; and cmmd where the
-    features are embeddings of length 1."""
+    """Return frechet, kid, their bootstrap deviations (``_sd``), precision, recall, density, coverage; and cmmd if the features
+    are embeddings of length 1."""
     reference = feature_set(reference)
     found = {
         "frechet": frechet_distance(samples, reference),

@@ -1,7 +1,6 @@
-"""tools/evaluate.py: how near pictures are to real ones, in the features of several networks, with all that the numbers depend
-on.
+"""tools/evaluate.py: distances of images to real ones, in the features of several networks, with all that they depend on.
 
-Every process samples and looks at an equal share, in order, so that neither their number nor the batches change the result.
+Each process samples and reads an equal slice, in order, so that neither their number nor the batches change the result.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from ..data.images import read_pictures
 from ..data.settings import ImagesConfig
@@ -43,13 +43,13 @@ COLUMNS = ("frechet", "kid", "cmmd", "precision", "recall", "density", "coverage
 
 
 @dataclass
-class Seen:
-    """One set of pictures, as all networks see it.
+class ImageFeatures:
+    """Features of one set of images.
 
     Attributes:
-        features: of each network, float32 (N, D), in the order of the pictures; whole on the main process alone.
-        sha256: of all pictures in any order.
-        labels: of those that have one, in order.
+        features: by network, float32 (N, D), in the order of the images; all of them on the main process alone.
+        sha256: hash of all images in any order.
+        labels: of the images that have one, in order.
     """
 
     features: list[torch.Tensor]
@@ -61,21 +61,18 @@ class Seen:
 
     def save(self, path: Path) -> None:
         tensors = {f"features.{index}": features for index, features in enumerate(self.features)}
-        with atomic_file(path, this_process()) as temporary:  # others may keep the same at the same time
+        with atomic_file(path, this_process()) as temporary:  # others may save the same at the same time
             save_file(tensors | {"labels": torch.tensor(self.labels)}, temporary, metadata={"sha256": self.sha256})
 
     @classmethod
-    def load(cls, path: Path, networks: int) -> Seen:
+    def load(cls, path: Path, networks: int) -> ImageFeatures:
         with safe_open(path, framework="pt") as file:
             features = [file.get_tensor(f"features.{index}") for index in range(networks)]
             return cls(features, file.metadata()["sha256"], file.get_tensor("labels").tolist())
 
-    def about(self) -> dict:
-        return {"count": len(self), "sha256": self.sha256}
-
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Measure, and write ``config.output`` and a table beside it; returns it."""
+    """Measure, and write ``config.output`` and a table beside it; returns its path."""
     output = Path(config.output)
     if output.is_dir():
         raise UserError(f"output: expected a JSON file to write, found a folder at {output}")
@@ -83,36 +80,40 @@ def evaluate(config: EvaluateConfig) -> Path:
         with claimed(Path(config.cache), "cache", worker=this_process(), inside=True):
             pass  # it can be written
     with claimed_by_first(output), process_group() as state:
-        return measure(config, output, state)
+        result = measure(config, state)
+        if state.is_main_process:
+            text = table(result)
+            for path, content in ((output, json.dumps(result, indent=1) + "\n"), (output.with_suffix(".md"), text)):
+                with atomic_file(path) as temporary:
+                    temporary.write_text(content, encoding="utf-8")
+            print(text)
+    return output
 
 
-def measure(config: EvaluateConfig, output: Path, state: PartialState) -> Path:
-    """What ``evaluate`` does, in each process."""
+def measure(config: EvaluateConfig, state: PartialState) -> dict:
+    """Compute the features of all sets in all processes, and return the content of the JSON file on the main one."""
     started = time.perf_counter()
     extractors = [load_extractor(weights, config.device) for weights in config.features]
     names = [extractor.name for extractor in extractors]
     if len(set(names)) < len(names):
         raise UserError(f"features: expected different networks, found {', '.join(names)}")
-    reference = look_at_real("reference", config.reference, config, extractors, state)
+    reference = real_features("reference", config.reference, config, extractors, state)
     result: dict = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "reference": {name: getattr(config.reference, name) for name in IMAGES} | reference.about(),
+        "reference": {name: getattr(config.reference, name) for name in IMAGES},
     }
-    compared: dict[str, Seen] = {}
-    if config.pictures is not None:
-        source = dataclasses.replace(config.reference, source=config.pictures)
-        compared["pictures"] = look_at_real("pictures", source, config, extractors, state)
-        result["pictures"] = {"source": config.pictures}
-    elif config.model is not None:
-        compared["samples"], result["samples"] = look_at_samples(config.model, config, reference, extractors, state)
-    if config.held_out is not None:
-        source = dataclasses.replace(config.reference, source=config.held_out)
-        compared["held_out"] = look_at_real("held out", source, config, extractors, state)
-        result["held_out"] = {"source": config.held_out}
+    compared: dict[str, ImageFeatures] = {}
+    if config.model is not None:
+        compared["samples"], result["samples"] = sample_features(config.model, config, reference, extractors, state)
+    for name, source in (("pictures", config.pictures), ("held_out", config.held_out)):
+        if source is not None:
+            images = dataclasses.replace(config.reference, source=source)
+            compared[name] = real_features(name.replace("_", " "), images, config, extractors, state)
+            result[name] = {"source": source}
     if not state.is_main_process:
-        return output
-    for name, seen in compared.items():
-        result[name] |= seen.about()
+        return {}
+    for name, found in {"reference": reference, **compared}.items():
+        result[name] |= {"count": len(found), "sha256": found.sha256}
     result["features"] = {}
     for index, extractor in enumerate(extractors):
         known = FeatureSet(reference.features[index])
@@ -121,48 +122,42 @@ def measure(config: EvaluateConfig, output: Path, state: PartialState) -> Path:
             "resize": extractor.resize,
             "dimensions": known.features.shape[1],
         } | {
-            name: distances(seen.features[index], known, extractor.unit_length, config.bootstrap)
-            for name, seen in compared.items()
+            name: distances(found.features[index], known, extractor.unit_length, config.bootstrap)
+            for name, found in compared.items()
         }
     result["versions"] = {name: version(name) for name in ("torch", "diffusers", "pillow")}
     result["processes"], result["seconds"] = state.num_processes, round(time.perf_counter() - started, 1)
-    text = table(result, list(compared))
-    for path, content in ((output, json.dumps(result, indent=1) + "\n"), (output.with_suffix(".md"), text)):
-        with atomic_file(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
-    print(text)
-    return output
+    return result
 
 
-def look_at_real(
+def real_features(
     name: str, images: ImagesConfig, config: EvaluateConfig, extractors: list[Extractor], state: PartialState
-) -> Seen:
+) -> ImageFeatures:
+    """Compute the features of a source, or load them from the cache."""
     entries, _ = list_entries(images)
     cached = None
     if config.cache is not None:
         cached = Path(config.cache) / f"{digest_of(entries, images, extractors)[:32]}.safetensors"
-        # What the main process finds decides: another may look when somebody else has just written it.
+        # The main process decides: another might find a file that somebody else has just written.
         [there] = broadcast_object_list([cached.is_file()])
         if there:
-            return Seen.load(cached, len(extractors))
-    mine = share(len(entries), state)
-    starts = range(mine.start, mine.stop, config.batch_size)
-    batches = [range(start, min(start + config.batch_size, mine.stop)) for start in starts]
-    bar = progress(len(mine), 0, name, disable=not state.is_local_main_process)
+            return ImageFeatures.load(cached, len(extractors))
+    indices = rank_slice(len(entries), state)
+    batches = [indices[start : start + config.batch_size] for start in range(0, len(indices), config.batch_size)]
     labels: list[int] = []
 
-    def pixels() -> Iterator[torch.Tensor]:
+    def pixels(bar: tqdm) -> Iterator[torch.Tensor]:
         for pictures in read_pictures(entries, images, batches, config.num_workers):
             labels.extend(label for label in pictures.labels if label is not None)
             if len(pictures.pixels):
                 yield pictures.pixels
             bar.update(len(pictures.keys) + len(pictures.unreadable))
 
-    seen = look_at(name, pixels(), labels, extractors)
-    bar.close()
+    with progress(len(indices), 0, name, disable=not state.is_local_main_process) as bar:
+        found = extract_features(name, pixels(bar), labels, extractors)
     if cached is not None and state.is_main_process:
-        seen.save(cached)
-    return seen
+        found.save(cached)
+    return found
 
 
 def digest_of(entries: list[Entry], images: ImagesConfig, extractors: list[Extractor]) -> str:
@@ -173,20 +168,20 @@ def digest_of(entries: list[Entry], images: ImagesConfig, extractors: list[Extra
     return digest.hexdigest()
 
 
-def look_at_samples(
-    model: str, config: EvaluateConfig, reference: Seen, extractors: list[Extractor], state: PartialState
-) -> tuple[Seen, dict]:
-    """Samples of the model, and what they depend on."""
+def sample_features(
+    model: str, config: EvaluateConfig, reference: ImageFeatures, extractors: list[Extractor], state: PartialState
+) -> tuple[ImageFeatures, dict]:
+    """Sample from the model; return the features, and all that the samples depend on."""
     folder = model_folder(model)
     pipeline = load_pipeline(folder).to(pick_device(config.device))
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     labels = choose_labels(config, reference.labels, num_classes(pipeline.unet))
     options = SamplingOptions(config.steps, config.guidance_scale, seed=config.seed, batch_size=config.batch_size)
-    batches = sample_batches(pipeline, labels, share(config.count, state), options, "samples")
-    seen = look_at("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
+    batches = sample_batches(pipeline, labels, rank_slice(config.count, state), options, "samples")
+    found = extract_features("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
     files = weight_files(folder, (*NETWORKS, "vae"))
-    about = {
+    return found, {
         "model": model,
         "weights_sha256": {f"{path.parent.name}/{path.name}": sha256(path) for path in files},
         "scheduler": config.scheduler or type(pipeline.scheduler).__name__,
@@ -195,11 +190,10 @@ def look_at_samples(
         "labels": "none" if labels is None else config.labels,
         "seeds": [config.seed, config.seed + config.count - 1],
     }
-    return seen, about
 
 
 def choose_labels(config: EvaluateConfig, real: list[int], classes: int | None) -> list[int] | None:
-    """One class for each sample, as ``config.labels`` says; None for an unconditional model."""
+    """Choose a class for each sample, as ``config.labels`` says; None for an unconditional model."""
     if classes is None:
         return None
     if config.labels == "reference":
@@ -214,33 +208,34 @@ def choose_labels(config: EvaluateConfig, real: list[int], classes: int | None) 
     return np.random.default_rng(config.seed).integers(classes, size=config.count).tolist()
 
 
-def share(count: int, state: PartialState) -> range:
-    """This process's part of so many pictures, in order."""
+def rank_slice(count: int, state: PartialState) -> range:
+    """Return the indices of this process, of ``count`` in all; those of rank r come before those of r + 1."""
     rank, world = state.process_index, state.num_processes
     return range(count * rank // world, count * (rank + 1) // world)
 
 
-def look_at(name: str, batches: Iterable[torch.Tensor], labels: list[int], extractors: list[Extractor]) -> Seen:
-    """Each batch once: uint8 pictures (b, 3, H, W) of this process -> features of all."""
+def extract_features(
+    name: str, batches: Iterable[torch.Tensor], labels: list[int], extractors: list[Extractor]
+) -> ImageFeatures:
+    """Compute all features of this process's images, uint8 (b, 3, H, W), and gather those of all processes."""
     parts: list[list[torch.Tensor]] = [[] for _ in extractors]
     hashes = 0
     for pixels in batches:
-        hashes += sum(int.from_bytes(hashlib.sha256(picture.contiguous().numpy()).digest(), "big") for picture in pixels)
+        hashes += sum(int.from_bytes(hashlib.sha256(image.contiguous().numpy()).digest(), "big") for image in pixels)
         for part, extractor in zip(parts, extractors):
             part.append(extractor(pixels).float())
-    mine = [torch.cat(part) if part else None for part in parts]
-    found = gather_object([(mine, hashes, labels)])
-    if all(features[0] is None for features, _, _ in found):
+    gathered = gather_object([([torch.cat(part) for part in parts if part], hashes, labels)])
+    nonempty = [features for features, _, _ in gathered if features]
+    if not nonempty:
         raise UserError(f"{name}: expected pictures that can be read, found none")
-    gathered = [
-        torch.cat([features[index] for features, _, _ in found if features[index] is not None]) for index in range(len(mine))
-    ]
-    total = sum(number for _, number, _ in found) % 2**256
-    return Seen(gathered, f"{total:064x}", [label for _, _, of_process in found for label in of_process])
+    total = sum(value for _, value, _ in gathered) % 2**256
+    all_labels = [label for *_, own in gathered for label in own]
+    return ImageFeatures([torch.cat(of_network) for of_network in zip(*nonempty)], f"{total:064x}", all_labels)
 
 
-def table(result: dict, compared: list[str]) -> str:
-    """Markdown, a row for each network and set; the interval is the bootstrap's, 95 %."""
+def table(result: dict) -> str:
+    """Format the result as Markdown, a row for each network and set; the interval is the bootstrap's, 95 %."""
+    compared = [name for name in ("pictures", "samples", "held_out") if name in result]
     lines = [
         f"Against {result['reference']['count']:,} pictures of {result['reference']['source']}, "
         f"{result['reference']['resolution']} pixels (`{result['command']}`). "
@@ -251,12 +246,8 @@ def table(result: dict, compared: list[str]) -> str:
     ]
     for features, entry in result["features"].items():
         for name in compared:
-            cells = [
-                ""
-                if column not in entry[name]
-                else f"{entry[name][column]:.4g}"
-                + (f" ± {1.96 * entry[name][f'{column}_sd']:.2g}" if f"{column}_sd" in entry[name] else "")
-                for column in COLUMNS
-            ]
+            found = entry[name]
+            margins = {column: f" ± {1.96 * found[f'{column}_sd']:.2g}" for column in COLUMNS if f"{column}_sd" in found}
+            cells = [f"{found[column]:.4g}{margins.get(column, '')}" if column in found else "" for column in COLUMNS]
             lines.append(f"| {features} | {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

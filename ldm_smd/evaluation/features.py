@@ -1,7 +1,6 @@
-"""Features of pictures, for distances between sets of them: a small network the project ships, OpenCLIP, DINOv2 or Inception.
+"""Features of images, for distances between sets of them: a small network the project ships, OpenCLIP, DINOv2 or Inception.
 
-A distance is named after the network it was measured in, and how pictures were brought to its size; it compares models under
-that network alone.
+A distance is named after its network and the way images are resized for it; only distances of one network can be compared.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ DINOV2_SIDE = 224
 
 @dataclass
 class Extractor:
-    """Pictures in, features out.
+    """A network that turns images into features.
 
     Attributes:
-        name: what a distance in these features is to be called by.
+        name: name of distances in these features.
         network: pixels (N, 3, H, W) in [0, 1] -> features (N, D), on ``device``.
-        sha256: of the weights.
-        resize: how pictures are brought to the network's size.
+        sha256: hash of the weights.
+        resize: how images are resized for the network.
         unit_length: whether the features are image embeddings of length 1, as CMMD takes them.
     """
 
@@ -46,39 +45,40 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, batch_size: int = 128, description: str | None = None) -> torch.Tensor:
-        """uint8 (N, 3, H, W) -> float64 features (N, D), on the CPU."""
-        bar = progress(len(pixels), 0, description or self.name, disable=description is None)
+        """Map uint8 (N, 3, H, W) to float64 features (N, D), on the CPU."""
         parts = []
-        for batch in pixels.split(batch_size):
-            parts.append(self.network(batch.to(self.device).float() / 255.0).cpu().double())
-            bar.update(len(batch))
-        bar.close()
+        with progress(len(pixels), 0, description or self.name, disable=description is None) as bar:
+            for batch in pixels.split(batch_size):
+                parts.append(self.network(batch.to(self.device).float() / 255.0).cpu().double())
+                bar.update(len(batch))
         return torch.cat(parts)
 
 
 def load_extractor(weights: str, device: str = "auto") -> Extractor:
-    """The feature network ``weights`` stands for.
+    """Load the feature network that ``weights`` names.
 
     Args:
-        weights: the folder of a FeatureNetwork; ``open_clip:ARCHITECTURE:FILE.safetensors``;
+        weights: the folder of a FeatureNetwork; ``open_clip:ARCHITECTURE:FILE.safetensors``, an image tower of OpenCLIP;
             ``dinov2:ARCHITECTURE:FILE.safetensors`` with a name of timm's, as vit_large_patch14_dinov2; or ``inception:FILE``,
-            the FID network of torch-fidelity (package ``torch-fidelity``). Of the first two, a name of pretrained weights
-            (``open_clip:ViT-L-14-336:openai``, ``dinov2:vit_large_patch14_dinov2:lvd142m``) instead of the file has it
-            fetched. With ``#SHA256`` at the end the weights must have that hash.
+            the FID network of torch-fidelity (package ``torch-fidelity``). The name of pretrained weights instead of a
+            safetensors file (``open_clip:ViT-L-14-336:openai``, ``dinov2:vit_large_patch14_dinov2:lvd142m``) has them fetched.
+            With ``#SHA256`` at the end the weights must have that hash.
     """
     weights, _, wanted = weights.partition("#")
-    kind, _, rest = weights.partition(":")
-    where = pick_device(device)
-    if kind in ("open_clip", "dinov2"):
-        architecture, _, source = rest.partition(":")
-        build = open_clip_extractor if kind == "open_clip" else dinov2_extractor
-        extractor = build(architecture, source, where)
-    elif kind == "inception":
-        extractor = inception_extractor(Path(rest), where)
+    family, _, rest = weights.partition(":")
+    architecture, _, source = rest.partition(":")
+    target = pick_device(device)
+    if family == "open_clip":
+        clip = ClipEncoder(architecture, source, target, key="features")
+        extractor = Extractor(clip.name, clip.images, target, clip.sha256, clip.resize.name, unit_length=True)
+    elif family == "dinov2":
+        extractor = dinov2_extractor(architecture, source, target)
+    elif family == "inception":
+        extractor = inception_extractor(Path(rest), target)
     elif (Path(weights) / "config.json").is_file():
-        model = FeatureNetwork.from_pretrained(weights, use_safetensors=True).eval().to(where)
+        model = FeatureNetwork.from_pretrained(weights, use_safetensors=True).eval().to(target)
         name, digest = Path(weights).name, sha256(Path(weights) / SAFETENSORS_WEIGHTS_NAME)
-        extractor = Extractor(name, lambda pixels: model(2 * pixels - 1), where, digest, "none")
+        extractor = Extractor(name, lambda pixels: model(2 * pixels - 1), target, digest, "none")
     else:
         raise UserError(
             "features: expected a FeatureNetwork folder (the repository has checkpoints/classifier), open_clip:NAME:FILE, "
@@ -89,14 +89,8 @@ def load_extractor(weights: str, device: str = "auto") -> Extractor:
     return extractor
 
 
-def open_clip_extractor(architecture: str, source: str, device: torch.device) -> Extractor:
-    """The image tower of an OpenCLIP model, features of length 1."""
-    clip = ClipEncoder(architecture, source, device, key="features")
-    return Extractor(clip.name, clip.images, device, clip.sha256, clip.resize.name, unit_length=True)
-
-
 def dinov2_extractor(architecture: str, source: str, device: torch.device) -> Extractor:
-    """The class token of a DINOv2 of timm's, pictures resized to 224 pixels as in EDM2's Frechet distance."""
+    """Take the class token of a DINOv2 of timm's, images resized to 224 pixels as in EDM2's Frechet distance."""
     import timm
 
     known = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
@@ -111,7 +105,7 @@ def dinov2_extractor(architecture: str, source: str, device: torch.device) -> Ex
 
 
 def inception_extractor(file: Path, device: torch.device) -> Extractor:
-    """The Inception network of FID, 2,048 features, as torch-fidelity has it; it resizes by itself."""
+    """Load the Inception network of FID, 2,048 features, from torch-fidelity; it resizes images itself."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:

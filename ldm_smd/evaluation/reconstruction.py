@@ -1,4 +1,4 @@
-"""How well an autoencoder gives pictures back."""
+"""Quality of an autoencoder's reconstructions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..autoencoder import FrozenAutoencoder
 def reconstruction_psnr(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int = 64) -> dict[str, float]:
     """Measure the reconstruction of ``pixels`` (N, 3, H, W), uint8, by the posterior mean, rounded to 8 bits.
 
-    psnr: mean over pictures of 10 log10(255^2 / MSE of the picture), in dB, the usual figure; psnr_of_mean: the PSNR of
-    the MSE over all pictures (always the lower one).
+    psnr: mean over images of 10 log10(255^2 / MSE of the image), in dB, the usual figure; psnr_of_mean: the PSNR of
+    the MSE over all images (never above it).
     """
     errors = []
     for batch in pixels.split(batch_size):
@@ -26,5 +26,5 @@ def reconstruction_psnr(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, ba
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Pictures in [-1, 1] as uint8, rounded."""
+    """Convert images in [-1, 1] to uint8, rounded."""
     return ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -20,16 +20,16 @@ class EvaluateConfig(Settings):
     held_out: Optional[str] = None
     """Source of real pictures that no model has seen: their distance to the reference is the floor."""
     pictures: Optional[str] = None
-    """Source of pictures to measure, as tools/sample.py or another program made them; or"""
+    """Source of pictures to measure, as tools/sample.py or another program made them. null: sample them from ``model``."""
     model: Optional[str] = None
-    """a model folder, or hub id, to sample them from, with the settings below."""
+    """Model folder, or hub id, to sample pictures from, with the settings below."""
     count: int = number(5000, 2, 10**9)
     """Pictures to sample."""
     labels: str = choice("reference", SAMPLED_LABELS)
-    """Classes sampled. "reference": as often as among the reference; "balanced": each as often as the others; "random"."""
+    """Classes of the samples. "reference": in the proportions of the reference; "balanced": equally many; "random"."""
     steps: int = number(8, 1, 10**5)
     scheduler: Optional[str] = None
-    """As of tools/sample.py."""
+    """As in tools/sample.py."""
     guidance_scale: float = number(1.0, 0, 1000)
     seed: int = number(0, 0, MOST_SEED)
     """Picture i has seed ``seed + i``."""
@@ -39,7 +39,7 @@ class EvaluateConfig(Settings):
     with timm's name; inception:FILE. A name of pretrained weights instead of a file is fetched: open_clip:ViT-L-14-336:openai,
     dinov2:vit_large_patch14_dinov2:lvd142m. With #SHA256 after it the weights must have that hash."""
     cache: Optional[str] = None
-    """Folder to keep the features of real pictures in: the next evaluation against the same ones need not look at them."""
+    """Folder to keep the features of real pictures in: the next evaluation against the same ones need not read them."""
     bootstrap: int = number(20, 2, 10_000)
     """Resampled sets that the confidence of the distances is taken from."""
     num_workers: int = number(1, 0, 256)

@@ -22,7 +22,7 @@ def set_attention_backend(name: str) -> None:
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention: expected one of {', '.join(ATTENTION_BACKENDS)}, found {name!r}")
     _backend = name
-    xformers_runs.cache_clear()  # so that a choice that cannot be kept is warned of
+    xformers_runs.cache_clear()  # to warn again where xformers does not run
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,9 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
     The layout is xformers' (B, M, H, K); torch's function wants (B, heads, length, d), so that branch transposes.
     """
-    if _wants_xformers(query.device.type) and xformers_runs(query.device.type, query.dtype, query.shape[-1]):
+    device = query.device.type
+    wanted = _backend == "xformers" or (_backend == "auto" and device == "cuda")
+    if wanted and xformers_runs(device, query.dtype, query.shape[-1]):
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(query, key, value)
@@ -40,7 +42,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 @cache
 def xformers_runs(device: str, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether xformers' operator works here, found by running it once, forward and backward.
+    """Tell whether xformers' operator works here, by running it once, forward and backward.
 
     Importing is not enough: a wheel built for another torch imports with a warning and has no operator, and on CPUs there
     is none at all (xformers 0.0.35 has kernels for torch 2.10 with CUDA 12.8).
@@ -56,7 +58,3 @@ def xformers_runs(device: str, dtype: torch.dtype, head_dim: int) -> bool:
             logger.warning("attention: xformers does not run here (%s); using torch's own", type(error).__name__)
         return False
     return True
-
-
-def _wants_xformers(device: str) -> bool:
-    return _backend == "xformers" or (_backend == "auto" and device == "cuda")

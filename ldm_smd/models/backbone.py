@@ -1,4 +1,4 @@
-"""Backbone: a denoiser that a mixture can be put into; the forward pass that all share, and folders of before."""
+"""Backbone: a denoiser that a mixture can be put into; the forward pass that all share, and former model folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Trunk:
     """What a trunk leaves to g_xi and to the tail, once an image.
 
     Attributes:
-        features: that g_xi reads and the tail goes on from, (B, C, h, w).
+        features: that g_xi reads and the tail continues from, (B, C, h, w).
         embedding: of timestep and conditions, as g_xi and the gate take it, (B, embedding_dim).
         kept: whatever else the tail of the same network needs.
     """
@@ -32,26 +32,19 @@ class Trunk:
 
 class Backbone(ModelMixin, ConfigMixin):
     """A denoiser cut in two: ``trunk`` runs once an image, ``tail`` once a draw, and asks its ``Draws`` wherever one enters.
-
-    Attributes:
-        mixture: None for a Gaussian model.
-    """
+    ``mixture`` is None for a Gaussian model."""
 
     mixture: Mixture | None
 
     @abstractmethod
     def trunk(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> Trunk:
-        """x_t (B, C, H, W), t (B,) or (1,), labels (B,) or None, embeddings (B, D) or None -> what the tail goes on from."""
+        """x_t (B, C, H, W), t (B,) or (1,), labels (B,) or None, embeddings (B, D) or None -> what the tail continues from."""
 
     @abstractmethod
     def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
-        """The prediction for every draw, (B * M, C, H, W)."""
+        """Predict for every draw, (B * M, C, H, W)."""
 
     @property
     def is_mixture(self) -> bool:
@@ -90,11 +83,11 @@ class Backbone(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict, **options: Any) -> Backbone:
-        """As of diffusers; also of configs of before."""
+        """Make a model as diffusers does, also from configs with former names."""
         return super().from_config(current_config(config), **options)
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """diffusers calls this between reading weights and comparing their names."""
+        """Rename weights; diffusers calls this between reading them and comparing their names."""
         for name in list(state_dict):
             state_dict[current_name(name)] = state_dict.pop(name)
         if "mixture.noise.alphas_cumprod" in state_dict:  # before there were other paths than variance-preserving ones
@@ -112,7 +105,7 @@ FORMER_NAMES = (
 
 
 def current_name(name: str) -> str:
-    """Today's name of a weight that may have one of before."""
+    """Return today's name of a weight that may have a former one."""
     for pattern, current in FORMER_NAMES:
         if pattern.match(name):
             return pattern.sub(current, name)
@@ -120,5 +113,5 @@ def current_name(name: str) -> str:
 
 
 def current_config(config: dict) -> dict:
-    """A model's config with today's names."""
+    """Return a model's config with today's names."""
     return {"z_channels" if name == "latent_channels" else name: value for name, value in config.items()}

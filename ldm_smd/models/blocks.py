@@ -23,9 +23,9 @@ class ResidualBlock(nn.Module):
     ``modulation`` in ``forward`` holds the scales and shifts of many blocks of the network, (B, total); this block's are
     at ``self.modulation_slice``. So one matrix product serves every block, where one each is the usual way.
 
-    With ``skip_channels`` the block also takes in a feature map kept on the way down. Its norm and convolutions are its own
-    and their result is added, where the usual way is one convolution of the concatenation: so that M draws of a picture,
-    which differ in ``x`` alone, share the work on ``skip``.
+    With ``skip_channels`` the block also takes in a feature map of the encoder path. That has its own norm and convolutions,
+    whose result is added, instead of one convolution of the concatenation: M draws of an image, which differ in ``x`` alone,
+    share the work on ``skip``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float = 0.0, skip_channels: int = 0) -> None:
@@ -56,7 +56,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all places of a feature map, around a skip."""
+    """Self-attention over all positions of a feature map, around a skip."""
 
     def __init__(self, channels: int, head_dim: int, groups: int) -> None:
         super().__init__()
@@ -73,14 +73,14 @@ class AttentionBlock(nn.Module):
 
 
 class Pointwise(nn.Linear):
-    """A 1x1 convolution as one matrix product: for channels-last maps of few places on a CPU, twice as fast."""
+    """A 1x1 convolution as one matrix product: for channels-last maps of few positions on a CPU, twice as fast."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, H, W) -> (B, out, H, W), channels last."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def added_to(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """h (B, out, H, W) + the convolution of x, without a bias, in one pass over memory."""
+        """Return h (B, out, H, W) + the convolution of x, without a bias, in one pass over memory."""
         onto, rows = (y.permute(0, 2, 3, 1).flatten(0, 2) for y in (h, x))
         return torch.addmm(onto, rows, self.weight.T).view(*h.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
@@ -96,17 +96,8 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
-def upsample(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Nearest neighbour to the sides of ``like``, the skip connection it meets, so that any input size works.
-
-    No convolution of its own: a residual block follows, and a convolution at the larger size would cost a sixth of the
-    whole network's time.
-    """
-    return F.interpolate(x, size=like.shape[2:], mode="nearest")
-
-
 def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:
-    """(B, ...) -> (B * draws, ...), the copies of a picture in consecutive rows."""
+    """(B, ...) -> (B * draws, ...), the copies of an image in consecutive rows."""
     if draws == 1:
         return x
     if x.ndim == 4:  # in this order, so that it is channels-last in memory
@@ -115,15 +106,15 @@ def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:
 
 
 def add_shared(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """x (B * M, ...) + shared (B, ...), the M rows of a picture consecutive in x."""
+    """Return x (B * M, ...) + shared (B, ...), the M rows of an image consecutive in x."""
     if len(x) == len(shared):
         return x + shared
-    by_picture = rearrange(x, "(b m) ... -> b m ...", b=len(shared))
-    return rearrange(by_picture + shared.unsqueeze(1), "b m ... -> (b m) ...")
+    by_image = rearrange(x, "(b m) ... -> b m ...", b=len(shared))
+    return rearrange(by_image + shared.unsqueeze(1), "b m ... -> (b m) ...")
 
 
 def assign_modulation_slices(root: nn.Module) -> int:
-    """Give every ResidualBlock under ``root`` its place in the shared modulation vector; returns the vector's length."""
+    """Give every ResidualBlock under ``root`` its slice of the shared modulation vector; returns the vector's length."""
     total = 0
     for block in root.modules():
         if isinstance(block, ResidualBlock):
@@ -133,7 +124,7 @@ def assign_modulation_slices(root: nn.Module) -> int:
 
 
 def zero_init(module: Layer) -> Layer:
-    """Set all parameters to zero: the branch that ends here starts as nothing."""
+    """Set all parameters to zero, so that the branch that ends here starts as nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -18,7 +18,6 @@ class ClipEncoder:
         architecture: a name of OpenCLIP's, as ViT-B-32; or a folder with open_clip_config.json and open_clip_model.safetensors,
             as OpenCLIP saves a model for the hub, and then no ``source``.
         source: a .safetensors file, or the name of pretrained weights to be fetched.
-        device: where it works.
         key: the setting that a mistake is blamed on.
 
     Attributes:
@@ -55,9 +54,9 @@ class ClipEncoder:
     @classmethod
     def of(cls, spec: str, device: torch.device, key: str) -> ClipEncoder:
         """``open_clip:ARCHITECTURE:SOURCE`` or ``open_clip:FOLDER``."""
-        kind, _, rest = spec.partition(":")
+        library, _, rest = spec.partition(":")
         architecture, _, source = rest.partition(":")
-        if kind != "open_clip":
+        if library != "open_clip":
             raise UserError(f"{key}: expected open_clip:ARCHITECTURE:FILE.safetensors or open_clip:FOLDER, found {spec!r}")
         return cls(architecture, source, device, key)
 

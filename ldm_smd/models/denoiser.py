@@ -1,4 +1,4 @@
-"""Any denoiser: ours, or a plain UNet2DModel of diffusers, compiled or not."""
+"""Any denoiser: this package's, or a plain UNet2DModel of diffusers, compiled or not."""
 
 from __future__ import annotations
 

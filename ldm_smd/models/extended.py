@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 
 from .backbone import Backbone, Trunk
-from .denoiser import null_labels
+from .denoiser import null_labels, num_classes
 from .mixture import Cut, Draws, Mixture
 
 
@@ -21,13 +21,11 @@ class ExtendedUNet2DModel(Backbone):
     where pipelines read them. ``self.unet`` stays a plain UNet2DModel, which can be saved by itself.
 
     Args:
-        unet_config: of the UNet2DModel. Positional time embedding, blocks without ``skip_conv``, ``class_embed_type``
-            None.
+        unet_config: of the UNet2DModel: positional time embedding, blocks without ``skip_conv``, ``class_embed_type`` None.
         sample_size, in_channels: of the UNet.
         num_classes: number of classes, one less than the UNet's ``num_class_embeds``, whose last is "no label"; None for an
             unconditional UNet.
-        z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in
-            SMDUNet2DModel.
+        z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in SMDUNet2DModel.
     """
 
     _supports_gradient_checkpointing = True  # of its UNet's blocks
@@ -70,25 +68,15 @@ class ExtendedUNet2DModel(Backbone):
 
     @classmethod
     def from_unet(cls, folder: str | Path, **mixture: int) -> ExtendedUNet2DModel:
-        """The UNet2DModel of a folder, with a new mixture of these sizes."""
+        """Load the UNet2DModel of a folder and give it a new mixture of these sizes."""
         unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
-        embeds = unet.config.num_class_embeds
-        model = cls(
-            unet_config=plain_config(unet),
-            sample_size=unet.config.sample_size,
-            in_channels=unet.config.in_channels,
-            num_classes=None if embeds is None else embeds - 1,
-            **mixture,
-        )
+        sizes = {"sample_size": unet.config.sample_size, "in_channels": unet.config.in_channels}
+        model = cls(unet_config=plain_config(unet), num_classes=num_classes(unet), **sizes, **mixture)
         model.unet.load_state_dict(unet.state_dict())
         return model
 
     def trunk(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> Trunk:
         unet = self.unet
         if image_embeds is not None:
@@ -122,11 +110,11 @@ class ExtendedUNet2DModel(Backbone):
 
 
 def plain_config(unet: UNet2DModel) -> dict:
-    """The UNet's config without what names its class and version."""
+    """Return the UNet's config without its class and version."""
     return {name: value for name, value in unet.config.items() if not name.startswith("_")}
 
 
 def class_of(folder: str) -> str | None:
-    """The class that a diffusers model folder says it holds."""
+    """Return the name of the class that a diffusers model folder says it holds."""
     path = Path(folder) / "config.json"
     return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None

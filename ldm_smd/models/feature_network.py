@@ -13,7 +13,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
     """A small residual classifier of several picture sets with one head each; its pooled last layer is the features.
 
     Args:
-        block_out_channels: channels of the stem, then of each stage; a stage halves the sides.
+        block_out_channels: channels of the stem, then of each level; a level halves the sides.
         classes: {name of the picture set: its number of classes}.
     """
 
@@ -22,7 +22,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         super().__init__()
         first, *rest = block_out_channels
         self.stem = nn.Conv2d(3, first, 3, padding=1, bias=False)
-        self.stages = nn.Sequential(*(ClassifierStage(a, b) for a, b in zip((first, *rest), rest)))
+        self.stages = nn.Sequential(*(ClassifierLevel(a, b) for a, b in zip((first, *rest), rest)))
         self.norm = nn.BatchNorm2d(block_out_channels[-1])
         self.heads = nn.ModuleDict({name: nn.Linear(block_out_channels[-1], n) for name, n in (classes or {}).items()})
 
@@ -32,7 +32,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         return F.relu(self.norm(h)).mean(dim=(2, 3))
 
 
-class ClassifierStage(nn.Module):
+class ClassifierLevel(nn.Module):
     """A strided convolution, then a residual block."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:

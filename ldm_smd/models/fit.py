@@ -10,7 +10,7 @@ from ..diffusion.process import GaussianPath, prediction_coefficients
 from .noise import SMALLEST, PosteriorNoise
 
 FLOOR = 0.05
-"""Added to the variances inside the modes, as a share of the mean variance of the principal components taken."""
+"""Added to the variances inside the modes, as a fraction of the mean variance of the principal components taken."""
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def fit_posterior_noise(
     noise.means.copy_(means @ axes)
     noise.variances.copy_(variances)
     t = torch.arange(path.last + 1)
-    a, s = (value.double() for value in path.signal_and_noise(t, t))
+    a, s = (value.double() for value in path.to(t.device).signal_and_noise(t, t))
     alpha, beta = prediction_coefficients(prediction_type, a, s)
     norms = torch.hypot(a, s)
     noise.norms.copy_(norms)

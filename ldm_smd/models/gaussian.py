@@ -57,12 +57,8 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         uniform: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x_t (B, C, H, W) at signal and noise t = (a_t, s_t) -> x_s at s = (a_s, s_s), in float32 or better.
-
-        Args:
-            class_labels: (B,); None for no class.
-            uniform: (B,) numbers from [0, 1) that choose the components of a mixture; not read otherwise.
-        """
+        """x_t (B, C, H, W) at signal and noise t = (a_t, s_t) -> x_s at s = (a_s, s_s), in float32 or better. Labels: (B,), or
+        None for no class; ``uniform``, (B,) in [0, 1), chooses the components of a mixture and is not read otherwise."""
         x, row = self._rows(x_t, class_labels)
         which = row
         if self.config.shared:
@@ -76,15 +72,11 @@ class LatentGaussians(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def expected_x0(self, x_t: torch.Tensor, t: tuple[float, float], class_labels: torch.Tensor | None = None) -> torch.Tensor:
-        """E[x_0 | x_t], (B, C, H, W), were the latents from these Gaussians. With r_i the posterior of the components,
+        """E[x_0 | x_t], (B, C, H, W), were the latents from these Gaussians. With r_i the responsibilities,
 
             E[x_0 | x_t] = mbar + U diag( a lam / (a^2 lam + s^2) ) U^T (x_t - a mbar),    mbar = sum_i r_i m_i,
 
-        and the score is (a E[x_0 | x_t] - x_t) / s^2.
-
-        Args:
-            t: (a, s), signal and noise of x_t.
-            class_labels: (B,); None for no class.
+        and the score is (a E[x_0 | x_t] - x_t) / s^2. ``t`` and labels as in ``transport``.
         """
         x, row = self._rows(x_t, class_labels)
         means = self.means.to(x.dtype)
@@ -93,7 +85,7 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         return (means + self._scale(x - a * means, row, lambda lam: a * lam / (a**2 * lam + s**2))).view_as(x_t)
 
     def _rows(self, x_t: torch.Tensor, class_labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_t as (B, D), in float32 or better, and for each the row of ``log_weights``, (B,)."""
+        """Return x_t as (B, D), in float32 or better, and for each the row of ``log_weights``, (B,)."""
         shape = (self.config.channels, self.config.height, self.config.width)
         if tuple(x_t.shape[1:]) != shape:
             raise ValueError(
@@ -104,7 +96,7 @@ class LatentGaussians(ModelMixin, ConfigMixin):
         return x, torch.full((len(x),), len(self.log_weights) - 1, device=x.device) if class_labels is None else class_labels
 
     def _scale(self, x: torch.Tensor, row: torch.Tensor, factor: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """x (B, D), times ``factor`` of the variance in each direction."""
+        """Scale x (B, D) by ``factor`` of the variance in each direction."""
         basis = torch.zeros_like(row) if self.config.shared else row
         vectors = self.vectors.to(x.dtype)
         other = factor(self.tails.to(x.dtype)[basis, None])

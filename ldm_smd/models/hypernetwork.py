@@ -17,24 +17,12 @@ class MixtureIdentifier(nn.Module):
         z = Linear( silu( norm(conv(e) + Linear(features)) (1 + scale) + shift ) ),    scale, shift = Linear(embedding)
 
     What g_xi must know of x_t the trunk of the UNet knows already: it reads the trunk's features, once for all draws. And e
-    agrees over all places by itself (PosteriorNoise), so that one layer is enough: with a residual block and attention in its
-    place the samples are no better (docs/mixtures.md).
-
-    Args:
-        feature_channels: channels of the trunk's features.
-        stride: 1, or 2 where the features are at full resolution and z is to have half the sides.
-        noise_channels: channels of the noise e.
-        embedding_dim: length of the embedding of t and class.
+    agrees over all positions by itself (PosteriorNoise), so that one layer is enough: with a residual block and attention in
+    its place the samples are no better (docs/mixtures.md). Sizes as in Cut; ``noise_channels`` are those of e.
     """
 
     def __init__(
-        self,
-        feature_channels: int,
-        stride: int,
-        noise_channels: int,
-        embedding_dim: int,
-        channels: int,
-        z_channels: int,
+        self, feature_channels: int, stride: int, noise_channels: int, embedding_dim: int, channels: int, z_channels: int
     ) -> None:
         super().__init__()
         self.stride = stride
@@ -45,24 +33,23 @@ class MixtureIdentifier(nn.Module):
         self.linear_out = Pointwise(channels, z_channels)
 
     def forward(self, noise: torch.Tensor, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """e (B * M, C, H, W), features (B, feature_channels, h, w), embedding (B, embedding_dim), M rows a picture ->
+        """e (B * M, C, H, W), features (B, feature_channels, h, w), embedding (B, embedding_dim), M rows an image ->
         z (B * M, z_channels, h / stride, w / stride), sides rounded up."""
         if self.stride > 1:
             features = F.avg_pool2d(features, self.stride, ceil_mode=True)
-        draws = len(noise) // len(features)
-        h = add_shared(
-            self.from_noise(F.adaptive_avg_pool2d(noise, (features.shape[2], features.shape[3]))), self.from_features(features)
-        )
-        scale, shift = repeat(self.modulation(embedding), draws)[..., None, None].float().chunk(2, dim=1)
+        from_noise = self.from_noise(F.adaptive_avg_pool2d(noise, (features.shape[2], features.shape[3])))
+        h = add_shared(from_noise, self.from_features(features))
+        modulation = repeat(self.modulation(embedding), len(noise) // len(features))
+        scale, shift = modulation[..., None, None].float().chunk(2, dim=1)
         return self.linear_out(F.silu(torch.addcmul(shift, self.norm(h), 1.0 + scale).to(h.dtype)))
 
 
 class HyperNetwork(nn.Module):
-    """f_phi: at every place, z makes the weights of a small network that the features pass through, as a residual:
+    """f_phi: at every position, z makes the weights of a small network that the features pass through, as a residual:
 
         h + Linear_out( W_2 W_1 Linear_in(norm(h)) ),    W_l = v_l v_l^T / sqrt(width) + softplus(c_l) I,   v_l = Linear_l(z)
 
-    W_l is a width x width matrix per place that is never built: v v^T h = v (v . h). ``Linear_out`` starts at zero, so the
+    W_l is a width x width matrix per position that is never built: v v^T h = v (v . h). ``Linear_out`` starts at zero, so the
     mixture starts as the Gaussian model it extends.
     """
 

@@ -15,8 +15,7 @@ from .noise import PosteriorNoise
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a network is cut in two, trunk and tail, and where draws enter the tail: all that a mixture knows of it, beside its
-    config.
+    """Where a network is cut into trunk and tail, and where draws enter the tail: all a mixture knows of it beside its config.
 
     Attributes:
         feature_channels: channels of the trunk's features, which g_xi reads.
@@ -40,22 +39,22 @@ class Cut:
 
 
 class Draws:
-    """What a tail asks about its draws; of a Gaussian model, whose one draw changes nothing."""
+    """What a tail asks about its draws; these are a Gaussian model's, whose one draw changes nothing."""
 
     def repeat(self, x: torch.Tensor) -> torch.Tensor:
         """(B, ...) -> (B * M, ...), the M draws of an image in consecutive rows."""
         return x
 
     def at(self, place: str, h: torch.Tensor) -> torch.Tensor:
-        """f_phi(z) on the feature map of a place: (B, C, H, W) or (B * M, C, H, W) -> (B * M, C, H, W)."""
+        """Apply f_phi(z) to the feature map of a place: (B, C, H, W) or (B * M, C, H, W) -> (B * M, C, H, W)."""
         return h
 
     def modulated(self, modulation: torch.Tensor) -> torch.Tensor:
-        """Modulation of the tail, shifted by z: (B, size) -> (B * M, size)."""
+        """Shift the tail's modulation by z: (B, size) -> (B * M, size)."""
         return modulation
 
     def with_noise(self, h: torch.Tensor) -> torch.Tensor:
-        """The last feature map of the tail, (B * M, C, H, W), with the noise added."""
+        """Add the noise to the last feature map of the tail, (B * M, C, H, W)."""
         return h
 
 
@@ -120,16 +119,12 @@ class Mixture(nn.Module):
         features: torch.Tensor,
         embedding: torch.Tensor,
     ) -> MixtureDraws:
-        """The draws of eta (B * M, C, H, W), or one for each image where that is None.
-
-        Args:
-            sample, timestep, class_labels: x_t (B, C, H, W), t (B,) or (1,), and (B,) or None.
-            features, embedding: by the trunk, (B, feature_channels, h, w) and (B, embedding_dim).
-        """
+        """Make draws of eta (B * M, C, H, W), or one for each image where that is None. x_t, t and labels are those of
+        ``Backbone.trunk``, features and embedding its Trunk's."""
         noise = self.noise(eta, sample, timestep, class_labels)
         return MixtureDraws(self, noise, self.identifier(noise, features, embedding), len(noise) // len(sample))
 
     def gated(self, prediction: torch.Tensor, draws: MixtureDraws, embedding: torch.Tensor) -> torch.Tensor:
-        """The prediction of the tail (B * M, C, H, W), and the noise, each channel by its gate."""
-        gate = draws.repeat(self.noise.start + self.gate(embedding))
+        """Add the noise to the tail's prediction (B * M, C, H, W), each channel by its gate."""
+        gate = draws.repeat(self.noise.initial_gate + self.gate(embedding))
         return torch.addcmul(prediction, gate[..., None, None], draws.noise)

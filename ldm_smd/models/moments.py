@@ -47,9 +47,8 @@ class MomentHeads(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_unet(cls, unet: SMDUNet2DModel | UNet2DModel) -> MomentHeads:
-        """Untrained heads of the right size."""
-        groups = unet.config.norm_num_groups
-        return cls(unet.conv_out.in_channels, unet.config.in_channels, groups)
+        """Make untrained heads of the right size."""
+        return cls(unet.conv_out.in_channels, unet.config.in_channels, unet.config.norm_num_groups)
 
     def forward(self, features: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """features (B, feature_channels, H, W), timestep (B,) -> variance and third central moment of v, each (B, C, H, W)."""
@@ -66,7 +65,7 @@ class MomentHeads(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """All that GMSScheduler takes, in one pass of the UNet: (B, 3 C, H, W), its prediction and the two moments."""
+        """Predict all that GMSScheduler takes, in one pass of the UNet: (B, 3 C, H, W), its prediction and the two moments."""
         wanted, found = (self.config.feature_channels, self.config.channels), (unet.conv_out.in_channels, sample.shape[1])
         if wanted != found:
             raise ValueError(

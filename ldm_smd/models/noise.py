@@ -1,4 +1,4 @@
-"""The random numbers a mixture reads, in the shape of what is left to choose."""
+"""The random numbers a mixture reads, with the distribution of what is left to choose."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class PosteriorNoise(nn.Module):
         self.register_buffer("norms", torch.ones(timesteps))
 
     @property
-    def start(self) -> float:
-        """What a new mixture adds of e to the Gaussian model's prediction: all of a draft, nothing of white noise."""
+    def initial_gate(self) -> float:
+        """How much of e a new mixture adds to the Gaussian model's prediction: all of a draft, nothing of white noise."""
         return 1.0 if self.rank else 0.0
 
     @property
@@ -94,16 +94,15 @@ class PosteriorNoise(nn.Module):
             eta = torch.randn_like(sample) if eta is None else eta
             return eta.contiguous(memory_format=torch.channels_last)
         if eta is None:
-            white = torch.randn(len(sample), self.rank + 1, device=sample.device)
+            unit_noise = torch.randn(len(sample), self.rank + 1, device=sample.device)
         else:
-            # Any rank + 1 numbers of white noise are as good as any others; maps too small to have as many say some twice.
-            white = eta.flatten(1)[:, : self.rank + 1].float()
-            if white.shape[1] <= self.rank:
-                white = white.repeat(1, self.rank // white.shape[1] + 1)[:, : self.rank + 1]
+            # Any rank + 1 elements of eta are as good as any others; smaller maps repeat theirs.
+            unit_noise = eta.flatten(1)[:, : self.rank + 1].float()
+            if unit_noise.shape[1] <= self.rank:
+                unit_noise = unit_noise.repeat(1, self.rank // unit_noise.shape[1] + 1)[:, : self.rank + 1]
         # Exponents of sums of squares: not for half precision.
         with torch.autocast(sample.device.type, enabled=False):
-            cell = (sample.shape[2] * sample.shape[3]) ** 0.5 / self.side  # elements in a mean: its square
-            drafts = self._drafts(white, self.on_grid(sample), timestep, class_labels, cell)
+            drafts = self._drafts(unit_noise, sample, timestep, class_labels)
         drafts = drafts.view(-1, sample.shape[1], self.side, self.side).to(sample.dtype, memory_format=torch.channels_last)
         same = drafts.shape[2:] == sample.shape[2:]
         return drafts if same else F.interpolate(drafts, size=sample.shape[2:], mode="bilinear")
@@ -113,10 +112,11 @@ class PosteriorNoise(nn.Module):
         return (x if x.shape[2:] == (self.side, self.side) else F.adaptive_avg_pool2d(x, self.side)).flatten(1).float()
 
     def _drafts(
-        self, white: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, cell: float
+        self, unit_noise: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
-        """white noise (B * M, rank + 1), the last for the choice of the mode, and x_t (B, N) on the grid, its noise s_t / cell
-        -> e (B * M, N)."""
+        """unit noise (B * M, rank + 1), the last column to choose the mode, x_t (B, C, H, W) -> e (B * M, N) on the grid."""
+        # On the grid the noise of x_t is s_t / cell: each element is the mean of cell^2.
+        x_t, cell = self.on_grid(sample), (sample.shape[2] * sample.shape[3]) ** 0.5 / self.side
         basis, means = self.basis.float(), self.means.float()
         tables = torch.stack((self.alphas_cumprod, self.scale, self.norms))
         alphabar, scale, norm = between(tables, timestep)[..., None]
@@ -126,15 +126,15 @@ class PosteriorNoise(nn.Module):
         prior = self.log_weights[-1:] if class_labels is None else self.log_weights[class_labels]
         responsibilities = shared_responsibilities(prior, means, a * precision * known, alphabar * precision)  # (B, K)
 
-        draws = len(white) // len(x_t)
+        draws = len(unit_noise) // len(x_t)
         # Both factors of e for one unit of scale: s_t / cell^2 of the means apart, 1 / cell of the deviation inside a mode.
         scale = scale / cell
         apart, inside = scale * (s / cell) * precision, scale * (self.variances * precision).sqrt()
         if len(timestep) > 1:
             apart, inside = repeat(apart, draws), repeat(inside, draws)
-        mode = choose(repeat(responsibilities, draws), torch.special.ndtr(white[:, -1:]))
+        mode = choose(repeat(responsibilities, draws), torch.special.ndtr(unit_noise[:, -1:]))
         moved = apart * (means[mode] - repeat(responsibilities @ means, draws))
-        return torch.addcmul(moved, inside, white[:, :-1]) @ basis
+        return torch.addcmul(moved, inside, unit_noise[:, :-1]) @ basis
 
 
 def between(values: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

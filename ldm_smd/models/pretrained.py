@@ -18,7 +18,7 @@ class Resize:
 
     def __init__(self, size: int | tuple[int, int], mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.size = size
-        self.mean, self.std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (mean, std))
+        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
         self.name = f"antialiased bicubic to {size if isinstance(size, int) else size[0]} pixels"
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -27,7 +27,7 @@ class Resize:
 
 
 def weights_file(key: str, source: str, known: Sequence[str], what: str) -> Path | None:
-    """The file, or None for pretrained weights of that name; never a pickle. A mistake is blamed on the setting ``key``."""
+    """Return the file, or None for pretrained weights of that name; never a pickle. Mistakes are blamed on setting ``key``."""
     if source in known:
         return None
     file = Path(source)
@@ -38,7 +38,7 @@ def weights_file(key: str, source: str, known: Sequence[str], what: str) -> Path
 
 
 def state_sha256(model: nn.Module) -> str:
-    """Hash weights that are in no file of ours."""
+    """Hash weights that are in no local file."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..schema import Settings, check, choice, number, numbers
+from ..schema import Settings, check, choice, number
 
 PLACEMENTS = ("in_out", "up", "all")
 ATTENTION_BACKENDS = ("auto", "sdpa", "xformers")
@@ -12,15 +12,15 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "xformers")
 class ModelConfig(Settings):
     """SMDUNet2DModel, less what the shards say (latent size and channels, number of classes)."""
 
-    block_out_channels: list[int] = numbers([128, 256], 1, 8192, fewest=1)
+    block_out_channels: list[int] = number([128, 256], 1, 8192, fewest=1)
     layers_per_block: int = number(2, 1, 32)
     up_layers_per_block: int = number(1, 1, 32)
-    """Residual blocks of a level on the way up, which M draws repeat; not more than layers_per_block."""
-    attention_levels: list[int] = numbers([1], 0, 32)
+    """Residual blocks of a level of the decoder path, which M draws repeat; not more than layers_per_block."""
+    attention_levels: list[int] = number([1], 0, 32)
     attention_head_dim: int = number(32, 1, 1024)
     norm_num_groups: int = number(16, 1, 4096)
     dropout: float = number(0.0, 0, 0.95)
-    z_channels: int = number(32, 0, 4096)
+    z_channels: int = number(32, 0, 4096, former="latent_channels")
     """Channels of the mixture's latent map z. 0: the Gaussian baseline, without g_xi and f_phi."""
     identifier_channels: int = number(32, 1, 4096)
     hypernetwork_width: int = number(64, 1, 4096)
@@ -33,12 +33,8 @@ class ModelConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.up_layers_per_block <= self.layers_per_block,
-            "model.up_layers_per_block",
-            f"at most layers_per_block={self.layers_per_block}",
-            self.up_layers_per_block,
-        )
+        up, most = self.up_layers_per_block, self.layers_per_block
+        check(up <= most, "model.up_layers_per_block", f"at most layers_per_block={most}", up)
         levels = len(self.block_out_channels)
         for level, channels in enumerate(self.block_out_channels):
             check_multiple(channels, "norm_num_groups", self.norm_num_groups)
@@ -50,7 +46,7 @@ class ModelConfig(Settings):
 class AutoencoderModelConfig(Settings):
     """The AutoencoderKL that is trained; each entry of ``block_out_channels`` after the first halves the resolution."""
 
-    block_out_channels: list[int] = numbers([32, 64, 128, 128], 1, 8192, fewest=1)
+    block_out_channels: list[int] = number([32, 64, 128, 128], 1, 8192, fewest=1)
     layers_per_block: int = number(1, 1, 32)
     latent_channels: int = number(16, 1, 4096)
     norm_num_groups: int = number(8, 1, 4096)

@@ -14,7 +14,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
 from .backbone import Backbone, Trunk
-from .blocks import AttentionBlock, Downsample, ResidualBlock, assign_modulation_slices, upsample, zero_init
+from .blocks import AttentionBlock, Downsample, ResidualBlock, assign_modulation_slices, zero_init
 from .denoiser import null_labels
 from .mixture import Cut, Draws, Mixture
 from .settings import PLACEMENTS
@@ -99,7 +99,7 @@ class SMDUNet2DModel(Backbone):
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, embedding_dim)
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_dim)
-        # No bias: that of no embedding is zero. And zero it starts, as a model without embeddings.
+        # No bias: no embedding adds zero. It starts at zero, as a model without embeddings.
         self.image_embedding = None
         if embedding_dimensions is not None:
             self.image_embedding = zero_init(nn.Linear(embedding_dimensions, embedding_dim, bias=False))
@@ -108,40 +108,35 @@ class SMDUNet2DModel(Backbone):
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         channels = first
         self.down = nn.ModuleList()
-        for level, out in enumerate(block_out_channels):
-            stage = Stage()
+        for index, out in enumerate(block_out_channels):
+            level = Level()
             for _ in range(layers_per_block):
-                stage.add(ResidualBlock(channels, out, groups, dropout), out, level, attention_levels, attention_head_dim)
+                level.add(ResidualBlock(channels, out, groups, dropout), index in attention_levels, attention_head_dim)
                 channels = out
-            if level < levels - 1:
-                stage.downsample = Downsample(channels)
-            self.down.append(stage)
+            if index < levels - 1:
+                level.downsample = Downsample(channels)
+            self.down.append(level)
 
-        self.middle = nn.ModuleList(
-            (
-                ResidualBlock(last, last, groups, dropout),
-                AttentionBlock(last, attention_head_dim, groups),
-                ResidualBlock(last, last, groups, dropout),
-            )
-        )
+        first_block, attention = ResidualBlock(last, last, groups, dropout), AttentionBlock(last, attention_head_dim, groups)
+        self.middle = nn.ModuleList((first_block, attention, ResidualBlock(last, last, groups, dropout)))
 
         # Decoder path, coarsest level first.
         self.up = nn.ModuleList()
-        for level in reversed(range(levels)):
-            stage, out = Stage(), block_out_channels[level]
-            if level < levels - 1:
+        for index, out in reversed(list(enumerate(block_out_channels))):
+            level = Level()
+            if index < levels - 1:
                 # Before the upsampling, where it costs a quarter: the blocks after it then work on fewer channels.
-                stage.project = nn.Conv2d(channels, out, 1)
+                level.project = nn.Conv2d(channels, out, 1)
             for _ in range(up_layers_per_block):
                 block = ResidualBlock(out, out, groups, dropout, skip_channels=out)
-                stage.add(block, out, level, attention_levels, attention_head_dim)
+                level.add(block, index in attention_levels, attention_head_dim)
             channels = out
-            self.up.append(stage)
+            self.up.append(level)
         self.norm_out = nn.GroupNorm(groups, first)
         self.conv_out = zero_init(nn.Conv2d(first, out_channels, 3, padding=1))
 
-        ways = (nn.ModuleList((self.down, self.middle)), self.up)
-        self.modulation_sizes = [assign_modulation_slices(way) for way in ways]
+        paths = (nn.ModuleList((self.down, self.middle)), self.up)
+        self.modulation_sizes = [assign_modulation_slices(path) for path in paths]
         self.modulation = nn.Linear(embedding_dim, sum(self.modulation_sizes))
 
         self.cut_after_middle = placement == "up"
@@ -164,11 +159,7 @@ class SMDUNet2DModel(Backbone):
             self.mixture = Mixture(cut, self.config)
 
     def trunk(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> Trunk:
         embedding = F.silu(self._embed(sample, timestep, class_labels, image_embeds))
         modulations = self.modulation(embedding).split(self.modulation_sizes, dim=1)
@@ -186,23 +177,21 @@ class SMDUNet2DModel(Backbone):
         if not self.cut_after_middle:
             h, skips = self._encoder_path(draws.at("in", h), draws.repeat(kept.modulation), draws)
         modulation = draws.modulated(kept.up_modulation)
-        for index, (stage, level_skips) in enumerate(zip(cast(Iterable[Stage], self.up), reversed(skips))):
-            if stage.project is not None:
-                h = upsample(stage.project(h), level_skips[0])
+        for index, (level, level_skips) in enumerate(zip(cast(Iterable[Level], self.up), reversed(skips))):
+            if level.project is not None:
+                # To the sides of the skip connections, so that any input size works. No convolution at the larger size: it
+                # would cost a sixth of the whole network's time.
+                h = F.interpolate(level.project(h), size=level_skips[0].shape[2:], mode="nearest")
             h = draws.at(f"up{index}", h)
             if index == len(self.up) - 1:
                 h = draws.with_noise(h)
-            for block, attend, skip in zip(stage.blocks, stage.attentions, reversed(level_skips)):
+            for block, attend, skip in zip(level.blocks, level.attentions, reversed(level_skips)):
                 h = self._run(block, attend, h, modulation, skip)
         h = draws.at("out", h)
         return self.conv_out(F.silu(self.norm_out(h))).contiguous()
 
     def _embed(
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor | None,
-        image_embeds: torch.Tensor | None,
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> torch.Tensor:
         embedding = self.time_embedding(self.time_proj(timestep).to(sample.dtype)).expand(len(sample), -1)
         if self.class_embedding is None and class_labels is not None:
@@ -213,28 +202,28 @@ class SMDUNet2DModel(Backbone):
             return embedding
         if self.image_embedding is None:
             raise ValueError("image_embeds: expected None, this model has embedding_dimensions=None")
-        # Of unit variance, as the other inputs of the first layers.
+        # To unit variance, as the other inputs of the first layers.
         unit = image_embeds.to(embedding.dtype) * math.sqrt(self.config.embedding_dimensions)
         return embedding + self.image_embedding(unit)
 
     def _encoder_path(
         self, h: torch.Tensor, modulation: torch.Tensor, draws: Draws
     ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-        """The output of the middle, and the skip connections of each level."""
+        """Return the output of the middle, and the skip connections of each level."""
         skips: list[list[torch.Tensor]] = []
-        for index, stage in enumerate(cast(Iterable[Stage], self.down)):
+        for index, level in enumerate(cast(Iterable[Level], self.down)):
             h = draws.at(f"down{index}", h)
             skips.append([])
-            for block, attend in zip(stage.blocks, stage.attentions):
+            for block, attend in zip(level.blocks, level.attentions):
                 h = self._run(block, attend, h, modulation)
                 skips[-1].append(h)
-            if stage.downsample is not None:
-                h = stage.downsample(h)
+            if level.downsample is not None:
+                h = level.downsample(h)
         first, attend, second = self.middle
         return self._run(second, nn.Identity(), self._run(first, attend, h, modulation), modulation), skips
 
     def _run(self, block: nn.Module, attend: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """Both, and with gradient checkpointing again on the way back, where else all they compute would have been kept."""
+        """Run both; with gradient checkpointing again in the backward pass, instead of keeping all they compute."""
 
         def both(*values: torch.Tensor) -> torch.Tensor:
             return attend(block(*values))
@@ -252,7 +241,7 @@ class SMDSkips:
     up_modulation: torch.Tensor
 
 
-class Stage(nn.Module):
+class Level(nn.Module):
     """A level of one path: residual blocks, each followed by attention or nothing; in the encoder path, what halves the sides
     at the end, or None; in the decoder path, what brings the channels to the level's at the start, or None."""
 
@@ -263,7 +252,7 @@ class Stage(nn.Module):
         self.downsample: nn.Module | None = None
         self.project: nn.Module | None = None
 
-    def add(self, block: ResidualBlock, channels: int, level: int, attention_levels: tuple[int, ...], head_dim: int) -> None:
-        groups = block.norm2.num_groups
+    def add(self, block: ResidualBlock, attends: bool, head_dim: int) -> None:
         self.blocks.append(block)
-        self.attentions.append(AttentionBlock(channels, head_dim, groups) if level in attention_levels else nn.Identity())
+        attention = AttentionBlock(block.out_channels, head_dim, block.norm2.num_groups) if attends else nn.Identity()
+        self.attentions.append(attention)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
-from ..errors import UserError, brief
+from ..errors import UserError, one_line
 from ..models.extended import ExtendedUNet2DModel
 from ..models.gaussian import LatentGaussians
 from ..models.moments import MomentHeads
@@ -16,10 +16,10 @@ from ..models.unet import SMDUNet2DModel
 from ..schedulers import GMSScheduler, TeleportScheduler
 from .smd import SMDPipeline
 
-for kind in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, GMSScheduler, TeleportScheduler):
+for cls in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, GMSScheduler, TeleportScheduler):
     # Without this diffusers refuses pipelines of the hub that contain these: they belong to no library that it knows.
     methods = ["save_pretrained", "from_pretrained"]
-    ALL_IMPORTABLE_CLASSES[kind.__name__] = LOADABLE_CLASSES.setdefault(kind.__module__, {})[kind.__name__] = methods
+    ALL_IMPORTABLE_CLASSES[cls.__name__] = LOADABLE_CLASSES.setdefault(cls.__module__, {})[cls.__name__] = methods
 
 NETWORKS = ("unet", "moments", "gaussian", "guide")
 """Components of a pipeline that are networks, apart from the autoencoder."""
@@ -34,7 +34,7 @@ def model_folder(source: str | Path) -> Path:
             folder = Path(SMDPipeline.download(str(source), use_safetensors=True))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"model: expected a model folder (RUN/model) or a hub id, found {source}: {brief(error)}"
+                f"model: expected a model folder (RUN/model) or a hub id, found {source}: {one_line(error)}"
             ) from error
     if not (folder / "model_index.json").is_file():
         raise UserError(f"model: expected a model folder (tools/train.py writes RUN/model) or a hub id, found none at {source}")
@@ -52,7 +52,7 @@ def load_pipeline(source: str | Path) -> SMDPipeline:
     try:
         pipeline = SMDPipeline.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model: expected a readable model folder, found {folder}: {brief(error)}") from error
+        raise UserError(f"model: expected a readable model folder, found {folder}: {one_line(error)}") from error
     for part in NETWORKS:
         module = getattr(pipeline, part)
         missing = [] if module is None else [name for name, value in module.state_dict().items() if value.is_meta]

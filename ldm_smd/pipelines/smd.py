@@ -38,7 +38,7 @@ class SMDPipeline(DiffusionPipeline):
     Args:
         unet: the denoiser; a plain UNet2DModel is a Gaussian one, whose last class embedding is that of no class.
         vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
-        scheduler: a scheduler of diffusers that schedulers/support.py lists, with the settings there, or one of ours.
+        scheduler: a scheduler of diffusers that schedulers/support.py lists, with the settings there, or one of this package.
         id2label: class names by number (as a string, as JSON has it).
         moments: what GMSScheduler needs of a Gaussian unet beside its prediction (tools/train_moments.py).
         gaussian: the distribution of the latents that TeleportScheduler starts from (tools/fit_gaussian.py).
@@ -103,7 +103,7 @@ class SMDPipeline(DiffusionPipeline):
             latents: starting noise (B, C, h, w) of unit variance, instead of a draw.
             image: start from these images, noised, and not from pure noise (SDEdit, arXiv 2108.01073): one for each sample,
                 or one for all; PIL, or arrays or tensors of floats in [0, 1], as diffusers' image processor takes them.
-            strength: share of the timesteps that is gone through from ``image``, more than 0 to 1; not read without it.
+            strength: fraction of the timesteps that are run from ``image``, more than 0, to 1; not read without it.
             image_embeds: OpenCLIP embeddings (B, D) of images or texts that the samples are to be like, by the network in
                 ``embedding``.
             output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
@@ -124,17 +124,18 @@ class SMDPipeline(DiffusionPipeline):
             raise ValueError(f"generator: expected one per picture, {batch_size}, found {len(generator)}")
 
         shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
-
         timesteps = begin_run(self.scheduler, num_inference_steps, None if image is None else strength)
         guided = guided_steps(self.scheduler, timesteps, guidance_interval)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         latents = latents.to(device, dtype)
-        if image is None:
-            latents = self._start(latents, conditions.labels, generator)
-        else:
+        if image is not None:
             clean = encode_images(self.vae, image, shape).to(dtype)
             latents = self.scheduler.add_noise(clean, latents, timesteps[:1].repeat(batch_size))
+        elif (part := self._scheduler_part("start_part")) is not None:
+            latents = self.scheduler.start(latents, part, conditions.labels, generator)
+        else:
+            latents = latents * self.scheduler.init_noise_sigma
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
         with self.progress_bar(total=len(timesteps)) as bar:
@@ -184,18 +185,15 @@ class SMDPipeline(DiffusionPipeline):
         return decode_latents(self.vae, latents)
 
     @property
-    def guidance_scale(self) -> float:
-        """Guidance scale of the current call."""
+    def guidance_scale(self) -> float:  # this and the next two as in diffusers' pipelines, of the current call
         return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
-        """Number of timesteps of the current call."""
         return self._num_timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether the current call is to stop before its next step."""
         return self._interrupt
 
     def label_of(self, name: str) -> int:
@@ -224,11 +222,6 @@ class SMDPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {known}, found {unknown}")
         return names
 
-    def _start(self, noise: torch.Tensor, labels: torch.Tensor | None, generator: Generators) -> torch.Tensor:
-        """Return what a run starts with: what the scheduler makes of unit noise (B, C, h, w)."""
-        part = self._scheduler_part("start_part")
-        return noise * self.scheduler.init_noise_sigma if part is None else self.scheduler.start(noise, part, labels, generator)
-
     def _predict(
         self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, scale: float, generator: Generators
     ) -> torch.Tensor:
@@ -241,8 +234,8 @@ class SMDPipeline(DiffusionPipeline):
         """Return the component that the scheduler names in ``purpose`` (schedulers/timesteps.py); None if it names none."""
         name = getattr(self.scheduler, purpose, None)
         if name is not None and getattr(self, name) is None:
-            kind, tool = type(self.scheduler).__name__, TOOLS[name]
-            raise UserError(f"scheduler: expected a {name} part of the model for {kind}, found none; tools/{tool}.py makes it")
+            cls, tool = type(self.scheduler).__name__, TOOLS[name]
+            raise UserError(f"scheduler: expected a {name} part of the model for {cls}, found none; tools/{tool}.py makes it")
         return None if name is None else getattr(self, name)
 
 

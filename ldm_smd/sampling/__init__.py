@@ -1,1 +1,1 @@
-"""Pictures of a trained model: the tool, and what others sample with."""
+"""Sampling from trained models: the tool, and functions for other tools."""

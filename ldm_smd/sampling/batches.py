@@ -1,4 +1,4 @@
-"""Sample any number of pictures, a batch at a time."""
+"""Sample any number of images, a batch at a time."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..progress import progress
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What ``SMDPipeline`` is asked for.
+    """Arguments of ``SMDPipeline`` for any number of images.
 
     Attributes:
-        seed: of the first picture; picture i has seed ``seed + i`` at any batch size.
-        image: where pictures start, one for all, or a tensor (N, 3, H, W) with one for each.
-        image_embeds: of the picture that all are to be like, (1, D), or for each its own, (N, D).
-        steps, guidance_scale, guidance_interval, height, width, strength: as of the pipeline.
+        seed: seed of the first image; image i has seed ``seed + i`` at any batch size.
+        image: where sampling starts, one for all, or a tensor (N, 3, H, W) with one for each.
+        image_embeds: embedding of the image that all are to resemble, (1, D), or one for each, (N, D).
+        steps, guidance_scale, guidance_interval, height, width, strength: see the pipeline.
     """
 
     steps: int
@@ -40,14 +40,14 @@ class SamplingOptions:
 def sample_pixels(
     pipeline: SMDPipeline, labels: list[int] | None, count: int, options: SamplingOptions, description: str
 ) -> torch.Tensor:
-    """``count`` pictures, float (N, 3, H, W) in [0, 1]."""
+    """Sample ``count`` images, float (N, 3, H, W) in [0, 1]."""
     return torch.cat(list(sample_batches(pipeline, labels, range(count), options, description)))
 
 
 def sample_batches(
     pipeline: SMDPipeline, labels: list[int] | None, indices: range, options: SamplingOptions, description: str
 ) -> Iterator[torch.Tensor]:
-    """Those of ``indices``, as ``sample_pixels`` has them, a batch at a time."""
+    """Yield the images ``indices`` of ``sample_pixels``, a batch at a time."""
     pipeline.set_progress_bar_config(disable=True)
     with progress(len(indices), 0, description) as bar:
         for start in range(indices.start, indices.stop, options.batch_size):
@@ -70,7 +70,7 @@ def sample_batches(
                     strength=options.strength,
                     image_embeds=embeds,
                 )[0]
-            except ValueError as error:  # an argument that this model or scheduler cannot do
+            except ValueError as error:  # an argument that this model or scheduler does not support
                 raise UserError(str(error)) from error
             yield pictures.cpu()
             bar.update(stop - start)

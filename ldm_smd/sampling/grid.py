@@ -1,4 +1,4 @@
-"""Grids of pictures with a name at each row."""
+"""Grids of images with a name at each row."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ def class_name(pipeline: SMDPipeline, number: int) -> str:
 
 
 def labelled_grid(rows: list[list[Image.Image]], names: list[str]) -> Image.Image:
-    """Rows of pictures with a name at the left of each."""
+    """Draw rows of images with a name at the left of each."""
     font = ImageFont.load_default(size=13)
     width, height = rows[0][0].size
-    margin = max((int(font.getlength(name)) + 12 for name in names if name), default=0)
-    gap = 2
-    columns = max(map(len, rows))
-    grid = Image.new("RGB", (margin + columns * (width + gap), len(rows) * (height + gap)), "white")
+    margin, gap = max((int(font.getlength(name)) + 12 for name in names if name), default=0), 2
+    grid = Image.new("RGB", (margin + max(map(len, rows)) * (width + gap), len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(grid)
     for row, (pictures, name) in enumerate(zip(rows, names)):
         top = row * (height + gap)

@@ -1,4 +1,4 @@
-"""Pictures and words that a model is given: to be like, or to start from."""
+"""Images and words that samples are to resemble, and images to start from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..pipelines import SMDPipeline
 
 
 def load_clip(spec: str, pipelines: dict[str, SMDPipeline]) -> ClipEncoder:
-    """The OpenCLIP network of the embeddings that all these models, by folder, were trained with."""
+    """Load the OpenCLIP network that made the training embeddings of all these models, by folder."""
     for folder, pipeline in pipelines.items():
         if pipeline.config.embedding is None:
             raise UserError(f"clip: expected null, {folder} is not conditioned on embeddings, found {spec}")
@@ -35,12 +35,12 @@ def embedding_of(clip: ClipEncoder, pipeline: SMDPipeline, like: str | None, tex
         return clip.texts([text])
     if like is None:
         raise ValueError("like: expected a picture where there are no words, found none")
-    # Brought to the size of the training pictures first, as those were.
+    # Resized to the size of the training images first, as those were.
     return clip.images(read_picture("like", like, training_side(pipeline))[None])
 
 
 def read_picture(key: str, path: str, side: int) -> torch.Tensor:
-    """uint8 (3, side, side)"""
+    """Read an image as uint8 (3, side, side)."""
     try:
         return decode(Path(path).read_bytes(), side)
     except (OSError, ValueError) as error:

@@ -21,7 +21,7 @@ class SampleConfig(Settings):
     """Pictures per class; of an unconditional run, pictures in all."""
     steps: int = number(8, 1, 10**5)
     scheduler: Optional[str] = None
-    """Class of diffusers or ours: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
+    """Class of diffusers or ldm_smd: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
     DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, GMS, HeunDiscrete, KDPM2AncestralDiscrete, KDPM2Discrete,
     LMSDiscrete, PNDM, SASolver, Teleport or UniPCMultistep, each followed by "Scheduler"; with settings of its own where
     wanted, as DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
@@ -39,12 +39,12 @@ class SampleConfig(Settings):
     text: Optional[str] = None
     """The same from words: OpenCLIP's two towers share a space, though the model was trained without texts."""
     clip: Optional[str] = None
-    """open_clip:ARCHITECTURE:FILE.safetensors, or a name of pretrained weights for the file: the network that the embeddings
-    of its training are of, for ``like`` and ``text``."""
+    """open_clip:ARCHITECTURE:FILE.safetensors, or a name of pretrained weights for the file: the network that made the
+    embeddings of the training, for ``like`` and ``text``."""
     image: Optional[str] = None
     """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
     strength: float = number(0.6, above=0, most=1)
-    """With ``image``, the share of the noise schedule that is gone through: 1 leaves nothing of it."""
+    """With ``image``, the fraction of the noise schedule that is run: 1 leaves nothing of the image."""
     seed: int = number(0, 0, MOST_SEED)
     """Picture i has seed ``seed + i``: it is the same at any batch size."""
     batch_size: int = number(64, 1, 2**16)

@@ -1,4 +1,4 @@
-"""tools/sample.py: pictures and a labelled grid from a model folder."""
+"""tools/sample.py: images and a labelled grid from a model folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .settings import SampleConfig
 
 @makes_folder
 def sample(config: SampleConfig) -> Path:
-    """Sample and decode; writes ``output`` with one PNG per picture (named by class and seed) and grid.png."""
+    """Sample, and write ``output`` with one PNG per image (named by class and seed) and grid.png."""
     output = Path(config.output)
     pipeline = load_pipeline(config.model).to(pick_device(config.device))
     if config.scheduler:
@@ -67,7 +67,7 @@ def sample(config: SampleConfig) -> Path:
 
 
 def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | None:
-    """One class number per picture; None for unconditional sampling."""
+    """Return a class number for each image; None for unconditional sampling."""
     classes = num_classes(pipeline.unet)
     if classes is None:
         if config.classes:
@@ -80,12 +80,12 @@ def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | No
 
 
 def load_guide(folder: str, pipeline: SMDPipeline) -> ModelMixin:
-    """The UNet at a folder, for the same latents and classes."""
-    kinds = {kind.__name__: kind for kind in (SMDUNet2DModel, ExtendedUNet2DModel, UNet2DModel)}
+    """Load the UNet of a folder, which must be for the same latents and classes."""
+    classes = {cls.__name__: cls for cls in (SMDUNet2DModel, ExtendedUNet2DModel, UNet2DModel)}
     name = class_of(folder)
-    if name not in kinds:
+    if name not in classes:
         raise UserError(f"guide: expected the folder of a UNet (RUN/checkpoints/images-N/ema), found none at {folder}")
-    guide = kinds[name].from_pretrained(folder, use_safetensors=True)
+    guide = classes[name].from_pretrained(folder, use_safetensors=True)
     for what, found, wanted in (
         ("channels", guide.config.in_channels, pipeline.unet.config.in_channels),
         ("classes", num_classes(guide), num_classes(pipeline.unet)),

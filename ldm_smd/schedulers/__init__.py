@@ -10,8 +10,6 @@ __all__ = ["GMSScheduler", "TeleportScheduler", "make_scheduler"]
 
 
 def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
-    """Make a scheduler of the class called ``name``, of diffusers or ours, with the noise schedule of ``current``.
-
-    ``name`` may go on with settings of the class: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
-    """
+    """Make a scheduler of the class called ``name``, of diffusers or this package, with the noise schedule of ``current``.
+    Settings may follow the name: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2."""
     return scheduler_from(name, current.config, {"GMSScheduler": GMSScheduler, "TeleportScheduler": TeleportScheduler})

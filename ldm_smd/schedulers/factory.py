@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import cast
+from typing import Any, cast
 
 import diffusers
 import yaml
@@ -11,39 +11,39 @@ from diffusers import ConfigMixin, SchedulerMixin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..errors import UserError, brief
+from ..errors import UserError, one_line
 from .support import EVERYWHERE, REFUSED, SPACINGS, SUPPORTED, check_scheduler, defaults, refused
 
 
-def scheduler_from(name: str, config: dict, ours: dict[str, type[SchedulerMixin]]) -> SchedulerMixin:
-    """Make a scheduler as make_scheduler does, of diffusers or of ``ours``, with the noise schedule in ``config`` and the
+def scheduler_from(name: str, config: dict, custom: dict[str, type[SchedulerMixin]]) -> SchedulerMixin:
+    """Make a scheduler as make_scheduler does, of diffusers or of ``custom``, with the noise schedule in ``config`` and the
     settings that it needs for our models (support.py), but for those that ``name`` chooses."""
     name, _, settings = name.partition(":")
-    kind = ours.get(name, getattr(diffusers, name, None))
+    cls = custom.get(name, getattr(diffusers, name, None))
     if name in REFUSED:
         raise UserError(refused(name, REFUSED[name]))
-    if kind is None or not is_scheduler(kind):
-        raise UserError(f"scheduler: expected a scheduler class ({', '.join([*SUPPORTED, *ours])}), found {name!r}")
-    known = inspect.signature(kind).parameters
+    # Without the package that a scheduler needs, diffusers has something else of that name.
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin) and issubclass(cls, ConfigMixin)):
+        raise UserError(f"scheduler: expected a scheduler class ({', '.join([*SUPPORTED, *custom])}), found {name!r}")
+    known = inspect.signature(cls).parameters
     chosen = read_settings(name, settings)
     for option in chosen:
         if option not in known:
             raise UserError(f"scheduler: expected a setting of {name} ({', '.join(known)}), found {option!r}")
-    # How another scheduler spaces its steps is no part of the noise schedule.
-    config = {key: value for key, value in config.items() if key not in SPACINGS}
-    # Of what is given, what this class knows: diffusers would warn of the rest.
-    given = {key: value for key, value in (EVERYWHERE | config).items() if key in known}
+    # How another scheduler spaces its steps is no part of the noise schedule; of what a class does not know diffusers warns.
+    config = EVERYWHERE | {key: value for key, value in config.items() if key not in SPACINGS}
+    given = {key: value for key, value in config.items() if key in known}
     try:
-        scheduler = kind.from_config(given | defaults(name, chosen), **chosen)
+        scheduler = cast(Any, cls).from_config(given | defaults(name, chosen), **chosen)
         check_scheduler(scheduler)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         said = str(error)
-        raise UserError(said if said.startswith("scheduler: ") else f"scheduler: {name}: {brief(error)}") from error
+        raise UserError(said if said.startswith("scheduler: ") else f"scheduler: {name}: {one_line(error)}") from error
     return scheduler
 
 
 def read_settings(name: str, settings: str) -> dict:
-    """setting=value,setting=value as a dictionary."""
+    """Read setting=value,setting=value."""
     found = settings.split(",") if settings else []
     try:
         if all("=" in setting for setting in found):
@@ -51,8 +51,3 @@ def read_settings(name: str, settings: str) -> dict:
     except (OmegaConfBaseException, yaml.YAMLError):
         pass
     raise UserError(f"scheduler: expected {name}:setting=value,setting=value, found {settings!r}")
-
-
-def is_scheduler(kind: object) -> bool:
-    """Also whether the package is there that it needs: without, diffusers has something else of that name."""
-    return isinstance(kind, type) and issubclass(kind, SchedulerMixin) and issubclass(kind, ConfigMixin)

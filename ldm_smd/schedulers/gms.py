@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin  # noqa: F401 - from_pretrained looks for it in a component's module
+from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..diffusion.central_moments import WEIGHT, Moments, reverse_moments, two_gaussians, x0_moments
+from ..diffusion.central_moments import WEIGHT, CentralMoments, reverse_moments, two_gaussians, x0_moments
 from ..diffusion.process import DiffusionProcess
 from .kernel_fit import fit_two_gaussians
 from .timesteps import Generators
@@ -29,11 +30,11 @@ class GMSScheduler(DDPMScheduler):
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, timestep_spacing,
         steps_offset, clip_sample, clip_sample_range, rescale_betas_zero_snr: as in DDPMScheduler.
         num_moments: 3; or 2 for one Gaussian with the variance of q(x_s | x_t), as in Extended Analytic-DPM (arXiv 2206.07309).
-        picture_draws: choose one of the two components for a whole picture, and not for each number of it.
-        inside_share: the variance of the two components is v, that of q(x_s | x_t, x_0), and at least this share of what
+        picture_draws: choose one of the two components for a whole image, and not for each of its elements.
+        inside_share: the variance of the two components is v, that of q(x_s | x_t, x_0), and at least this fraction of what
             x_0 adds to it; the rest may be between them. The paper's floor is v / 10, although x_s given x_t is a sum with a
             normal term of variance v; with it the kernel is worse than one Gaussian (tests/schedulers/test_gms.py).
-        fit_iterations: 0 to solve the kernel; or of the paper's fit, to compare with.
+        fit_iterations: 0 to solve the kernel; else iterations of the paper's fit, to compare with.
     """
 
     step_part = "moments"
@@ -63,19 +64,8 @@ class GMSScheduler(DDPMScheduler):
             raise ValueError(f"inside_share: expected 0 to 1, found {inside_share}")
         if fit_iterations < 0:
             raise ValueError(f"fit_iterations: expected 0 or more, found {fit_iterations}")
-        super().__init__(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            prediction_type=prediction_type,
-            timestep_spacing=timestep_spacing,
-            steps_offset=steps_offset,
-            clip_sample=clip_sample,
-            clip_sample_range=clip_sample_range,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        )
+        known = inspect.signature(DDPMScheduler).parameters
+        super().__init__(**{name: value for name, value in self.config.items() if name in known})
 
     def step(
         self,
@@ -85,21 +75,15 @@ class GMSScheduler(DDPMScheduler):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """One step, to the next timestep of ``set_timesteps``; the last is to the mean of x_0.
-
-        Args:
-            model_output: (B, 3 C, H, W): the network's prediction, and of v given x_t the variance and the third central
-                moment.
-            sample: x_t, (B, C, H, W).
-        """
+        """Step from x_t (B, C, H, W) to the next timestep of ``set_timesteps``, last to the mean of x_0. ``model_output``,
+        (B, 3 C, H, W), is the network's prediction, and of v given x_t the variance and the third central moment."""
         channels = sample.shape[1]
         if model_output.shape[1] != 3 * channels:
             raise ValueError(
                 f"model_output: expected {3 * channels} channels, a prediction and two moments of {channels} each, found "
                 f"{model_output.shape[1]}; tools/train_moments.py makes the moments part of a model folder"
             )
-        process = DiffusionProcess(self.alphas_cumprod.to(sample.device))
-        x_t = sample.float()
+        process, x_t = DiffusionProcess(self.alphas_cumprod.to(sample.device)), sample.float()
         prediction, variance, third = model_output.float().chunk(3, dim=1)
         t = torch.as_tensor(timestep, device=sample.device).reshape(1)
         previous = int(self.previous_timestep(timestep))
@@ -117,10 +101,10 @@ class GMSScheduler(DDPMScheduler):
             return drawn, x0.mean
         return DDPMSchedulerOutput(prev_sample=drawn, pred_original_sample=x0.mean)
 
-    def _draw(self, moments: Moments, floor: torch.Tensor, generator: Generators) -> torch.Tensor:
+    def _draw(self, moments: CentralMoments, floor: torch.Tensor, generator: Generators) -> torch.Tensor:
         """Draw from the kernel of these moments."""
         shape, device, dtype = moments.mean.shape, moments.mean.device, moments.mean.dtype
-        noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        noise = randn_tensor(shape, generator, device, dtype)
         if self.config.num_moments == 2:
             return moments.mean + moments.variance.sqrt() * noise
         if self.config.fit_iterations:
@@ -129,6 +113,6 @@ class GMSScheduler(DDPMScheduler):
             first, second, variance = two_gaussians(moments, floor)
         # A standard normal is below this as often as the first component is to be chosen.
         below = torch.special.ndtri(torch.tensor(WEIGHT, device=device, dtype=dtype))
-        places = (shape[0], *[1] * (len(shape) - 1)) if self.config.picture_draws else shape
-        choice = randn_tensor(places, generator, device, dtype)
+        choice_shape = (shape[0], *[1] * (len(shape) - 1)) if self.config.picture_draws else shape
+        choice = randn_tensor(choice_shape, generator, device, dtype)
         return torch.where(choice < below, first, second) + variance.sqrt() * noise

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..diffusion.central_moments import Moments, moments_of
+from ..diffusion.central_moments import CentralMoments, moments_of
 
 PAPER_ITERATIONS = 70
 
 
 def fit_two_gaussians(
-    moments: Moments, floor: torch.Tensor, iterations: int = PAPER_ITERATIONS, apart: float = 0.0
+    moments: CentralMoments, floor: torch.Tensor, iterations: int = PAPER_ITERATIONS, apart: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The mixture of ``two_gaussians`` as the paper finds it: (m_1, m_2, var).
 
@@ -37,6 +37,6 @@ def fit_two_gaussians(
     return first.detach(), second.detach(), variance.detach()
 
 
-def _raw(moments: Moments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _raw(moments: CentralMoments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     mean, variance, third = moments.mean, moments.variance, moments.third
     return mean, mean**2 + variance, mean**3 + 3 * mean * variance + third

@@ -1,7 +1,5 @@
-"""Which schedulers of diffusers sample our models, with which settings, and why the others do not.
-
-What each is worth: docs/samplers.md. Every scheduler that diffusers exports is here (tests/schedulers/test_support.py).
-"""
+"""Which schedulers of diffusers sample our models, with which settings, and why the others do not. Every one that diffusers
+exports is here (tests/schedulers/test_support.py); docs/samplers.md compares them."""
 
 from __future__ import annotations
 
@@ -48,57 +46,29 @@ SUPPORTED: dict[str, dict] = {
 """Class -> settings that it needs for the noise schedule of our models beside those of EVERYWHERE."""
 
 FLOW = "flow matching is not supported yet"
-TOKENS = "it is for tokens, not for latents"
-INVERSE = "it goes from a picture to noise"
-DISTILLED = "it is for networks distilled to few steps"
-EDM = "it has its own noise schedule, without alphas_cumprod; EulerDiscreteScheduler:use_karras_sigmas=true is of its kind"
-OWN_SCHEDULE = "it has its own noise schedule, without alphas_cumprod"
-BROWNIAN = "its noise is of one seed for a whole batch, not of one for each picture"
-
-REFUSED: dict[str, str] = {
-    "AmusedScheduler": TOKENS,
-    "BlockRefinementScheduler": TOKENS,
-    "CMStochasticIterativeScheduler": DISTILLED,
-    "CogVideoXDPMScheduler": "its step asks for two predictions, which the pipeline of CogVideoX hands it",
-    "CosineDPMSolverMultistepScheduler": EDM,
-    "DDIMInverseScheduler": INVERSE,
-    "DDPMWuerstchenScheduler": OWN_SCHEDULE,
-    "DPMSolverMultistepInverseScheduler": INVERSE,
-    "DPMSolverSDEScheduler": BROWNIAN,
-    "DiscreteDDIMScheduler": TOKENS,
-    "EDMDPMSolverMultistepScheduler": EDM,
-    "EDMEulerScheduler": EDM,
-    "EntropyBoundScheduler": TOKENS,
-    "FlowMapEulerDiscreteScheduler": FLOW,
-    "FlowMatchEulerDiscreteScheduler": FLOW,
-    "FlowMatchHeunDiscreteScheduler": FLOW,
-    "FlowMatchLCMScheduler": FLOW,
-    "HeliosDMDScheduler": FLOW,
-    "HeliosScheduler": FLOW,
-    "IPNDMScheduler": OWN_SCHEDULE,
-    "KarrasVeScheduler": EDM,
-    "LCMScheduler": DISTILLED,
-    "LTXEulerAncestralRFScheduler": FLOW,
-    "MiniMaxH3Scheduler": FLOW,
-    "PiflowScheduler": FLOW,
-    "RFD4ProteinaScheduler": FLOW,
-    "RePaintScheduler": "it fills a masked part of a picture",
-    "SCMScheduler": DISTILLED,
-    "ScoreSdeVeScheduler": OWN_SCHEDULE,
-    "TCDScheduler": DISTILLED,
-    "UnCLIPScheduler": "it knows one noise schedule only, and no v_prediction",
-    "VQDiffusionScheduler": TOKENS,
+REASONS = {
+    FLOW: (
+        "FlowMapEulerDiscrete FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM HeliosDMD Helios LTXEulerAncestralRF "
+        "MiniMaxH3 Piflow RFD4Proteina"
+    ),
+    "it is for tokens, not for latents": "Amused BlockRefinement DiscreteDDIM EntropyBound VQDiffusion",
+    "it goes from a picture to noise": "DDIMInverse DPMSolverMultistepInverse",
+    "it is for networks distilled to few steps": "CMStochasticIterative LCM SCM TCD",
+    "it has its own noise schedule, without alphas_cumprod": "DDPMWuerstchen IPNDM ScoreSdeVe",
+    "it has its own noise schedule, without alphas_cumprod; EulerDiscreteScheduler:use_karras_sigmas=true is of its kind": (
+        "CosineDPMSolverMultistep EDMDPMSolverMultistep EDMEuler KarrasVe"
+    ),
+    "its noise is of one seed for a whole batch, not of one for each picture": "DPMSolverSDE",
+    "its step asks for two predictions, which the pipeline of CogVideoX hands it": "CogVideoXDPM",
+    "it fills a masked part of a picture": "RePaint",
+    "it knows one noise schedule only, and no v_prediction": "UnCLIP",
 }
-"""Class -> why it does not sample our models."""
-
-
-def refusal(kind: type) -> str | None:
-    """Why a scheduler of this class does not sample our models; None where it does, or is of another library."""
-    return next((REFUSED[each.__name__] for each in kind.__mro__ if each.__name__ in REFUSED), None)
+"""Why a scheduler does not sample our models -> the names of those classes, without "Scheduler"."""
+REFUSED = {f"{name}Scheduler": reason for reason, names in REASONS.items() for name in names.split()}
 
 
 def refused(name: str, reason: str) -> str:
-    """The message for a scheduler that cannot be used."""
+    """Return the message for a scheduler that cannot be used."""
     return (
         "scheduler: expected one of the noise schedule that models are trained on (alphas_cumprod), as DDIMScheduler or "
         f"UniPCMultistepScheduler, found {name}: {reason}"
@@ -106,17 +76,15 @@ def refused(name: str, reason: str) -> str:
 
 
 def defaults(name: str, chosen: dict) -> dict:
-    """Settings that class ``name`` needs, but for what is ``chosen``."""
-    needed = SUPPORTED.get(name, {})
-    if any(chosen.get(spacing) for spacing in SPACINGS):
-        needed = {key: value for key, value in needed.items() if key not in SPACINGS}
-    return {key: value for key, value in needed.items() if key not in chosen}
+    """Return the settings that class ``name`` needs, but for what is ``chosen``."""
+    left_out = {*chosen, *(SPACINGS if any(chosen.get(spacing) for spacing in SPACINGS) else ())}
+    return {key: value for key, value in SUPPORTED.get(name, {}).items() if key not in left_out}
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """ValueError for a scheduler that cannot sample our models; a warning for one without the settings that it needs."""
-    name = type(scheduler).__name__
-    reason = refusal(type(scheduler))
+    """Raise ValueError for a scheduler that cannot sample our models; warn of one without the settings that it needs."""
+    name, bases = type(scheduler).__name__, (cls.__name__ for cls in type(scheduler).__mro__)
+    reason = next((REFUSED[base] for base in bases if base in REFUSED), None)
     if reason is None and not hasattr(scheduler, "alphas_cumprod"):
         reason = "it has none"
     if reason is not None:

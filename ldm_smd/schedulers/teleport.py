@@ -1,4 +1,4 @@
-"""TeleportScheduler: the first part of the way in closed form, the rest by any scheduler."""
+"""TeleportScheduler: the first part of a sampling in closed form, the rest by any scheduler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
     ``config`` and the noise schedule is that of the other scheduler, ``rest``.
 
     Args:
-        scheduler: class of diffusers, or GMSScheduler, that goes on; with settings as make_scheduler takes them.
+        scheduler: class of diffusers, or GMSScheduler, that continues; with settings as make_scheduler takes them.
         sigma_skip: noise over signal to jump to; the nearest timestep below it.
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, rescale_betas_zero_snr: as in
             DDPMScheduler.
@@ -48,32 +48,20 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         rescale_betas_zero_snr: bool = False,
     ) -> None:
-        whole = DDPMScheduler(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        )
-        self.betas, self.alphas_cumprod = whole.betas, whole.alphas_cumprod
+        schedule = (num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
+        full = DDPMScheduler(*schedule, rescale_betas_zero_snr=rescale_betas_zero_snr)
+        self.betas, self.alphas_cumprod = full.betas, full.alphas_cumprod
         sigmas = ((1.0 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
         kept = int((sigmas <= sigma_skip).sum())
         if kept == 0:
             raise ValueError(f"sigma_skip: expected at least the least of the schedule, {sigmas[0]:.3g}, found {sigma_skip}")
-        # On a schedule that ends there, every scheduler spaces its steps by its own rule, and says the timesteps that the
-        # network knows.
-        rest = {
-            "num_train_timesteps": kept,
-            "trained_betas": self.betas[:kept].tolist(),
-            "prediction_type": prediction_type,
-            "timestep_spacing": "trailing",
-            "clip_sample": False,
-        }
+        # On a schedule that ends there, every scheduler spaces its steps by its own rule, in timesteps that the network knows.
+        betas = self.betas[:kept].tolist()
+        rest = {"num_train_timesteps": kept, "trained_betas": betas, "prediction_type": prediction_type}
         self.rest = scheduler_from(scheduler, rest, {"GMSScheduler": GMSScheduler})
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is that of the scheduler that goes on: timesteps, order, add_noise, step and its parameters, ..."""
+        """Look everything else up in the scheduler that continues: timesteps, order, add_noise, step and its parameters, ..."""
         if name == "rest":  # not there yet
             raise AttributeError(name)
         return getattr(self.rest, name)
@@ -88,17 +76,11 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         generator: Generators = None,
     ) -> torch.Tensor:
-        """Unit noise (B, C, H, W), at the end of the whole schedule -> the sample for the first of ``timesteps``, in the units
-        of the scheduler that goes on.
-
-        Args:
-            gaussians: of the latents.
-            class_labels: (B,), or None for no class.
-            generator: of what chooses the component where the Gaussians are a mixture.
-        """
+        """Unit noise (B, C, H, W), at the end of the full schedule -> the sample for the first of ``timesteps``, in units of
+        the scheduler that continues. Labels are (B,) or None for no class; the generator chooses a mixture's components."""
         normal = randn_tensor((len(noise), 1), generator=generator, device=noise.device, dtype=torch.float32)
         uniform = torch.special.ndtr(normal).squeeze(1)
-        # The flow at t of the whole schedule's end; its noise is all but pure.
+        # From the last t of the full schedule, whose x_t is all but pure noise.
         ends = [float(self.alphas_cumprod[index]) for index in (-1, round(float(self.timesteps[0])))]
         (a_t, s_t), (a_s, s_s) = ((alphabar**0.5, (1.0 - alphabar) ** 0.5) for alphabar in ends)
         x_s = gaussians.transport(noise, (a_t, s_t), (a_s, s_s), class_labels, uniform).to(noise.dtype)

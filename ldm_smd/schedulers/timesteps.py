@@ -24,38 +24,32 @@ Generators = torch.Generator | list[torch.Generator] | None
 WHOLE_STRIDES = ("CogVideoXDDIMScheduler", "DDIMParallelScheduler", "DDIMScheduler", "PNDMScheduler")
 """Schedulers that round the distance between two timesteps down."""
 LOST = 0.02
-"""Warn where that leaves out a larger share of the noise schedule."""
+"""Warn where that leaves out a larger fraction of the noise schedule."""
 
 
 def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = None) -> torch.Tensor:
-    """Set a scheduler to a run of so many steps and return its timesteps, on the CPU; with ``strength`` only those of that last
-    share, for a run from a noised image. Raises ValueError for a number of steps that the scheduler cannot take."""
+    """Set a scheduler to a run of so many steps and return its timesteps, on the CPU; with ``strength`` only the last, that
+    fraction of them, for a run from a noised image. Raises ValueError for a number of steps that the scheduler cannot take."""
     solver = getattr(scheduler, "rest", scheduler)
     known = len(solver.alphas_cumprod)
     if not 1 <= steps <= known:
         raise ValueError(f"num_inference_steps: expected 1 to {known}, found {steps}")
     # On the CPU: schedulers look their timesteps up, and the host would wait for the device in every step.
     solver.set_timesteps(steps, device="cpu")
-    check_timesteps(solver, steps)
-    return run_from(solver, 0 if strength is None else steps_before(solver, steps, strength))
-
-
-def check_timesteps(scheduler: SchedulerMixin, steps: int) -> None:
-    """Raise ValueError where diffusers rounds the last timestep to -1; warn where rounding leaves out much of the noise
-    schedule."""
-    if int(scheduler.timesteps.min()) < 0:
+    if int(solver.timesteps.min()) < 0:
         raise ValueError(f"num_inference_steps: expected a number at which no timestep is rounded to -1, found {steps}")
-    name, known = type(scheduler).__name__, scheduler.config.num_train_timesteps
+    name, known = type(solver).__name__, solver.config.num_train_timesteps
     if name in WHOLE_STRIDES and known % steps / known > LOST:
         warn_once(
             f"scheduler: {name} steps by {known // steps} timesteps, which {steps} times is {known // steps * steps} and not "
             f"{known}; EulerDiscreteScheduler is the same solver as DDIMScheduler, without that error"
         )
+    return run_from(solver, 0 if strength is None else steps_before(solver, steps, strength))
 
 
 def steps_before(scheduler: SchedulerMixin, steps: int, strength: float) -> int:
-    """Count the steps that are left out where a run begins with an image: all but a share of ``strength``; where steps are not
-    even in t, those before that share of the timesteps."""
+    """Count the steps that are left out where a run begins with an image: all but the fraction ``strength``; where steps are
+    not even in t, those before that fraction of the timesteps."""
     if not any(scheduler.config.get(spacing) for spacing in SPACINGS):
         return steps - max(1, round(steps * strength))
     begins = scheduler.timesteps[:: scheduler.order]
@@ -67,7 +61,7 @@ def run_from(scheduler: SchedulerMixin, begin: int) -> torch.Tensor:
     # A step of a second-order scheduler has two timesteps, as diffusers counts them.
     index = begin * scheduler.order
     if hasattr(scheduler, "set_begin_index"):
-        # Otherwise it looks its first timestep up, and takes the second where noise levels are so near that two are the same.
+        # Otherwise it looks its first timestep up, and takes the second of two that are equal.
         scheduler.set_begin_index(index)
     timesteps = scheduler.timesteps
     if not isinstance(scheduler, PNDMScheduler) or begin == 0:
@@ -82,14 +76,14 @@ def run_from(scheduler: SchedulerMixin, begin: int) -> torch.Tensor:
 
 
 def path_of(scheduler: SchedulerMixin) -> DiffusionProcess:
-    """The process that a scheduler goes back along, on the CPU; one that ends without signal ends with next to none."""
+    """Return the process that a scheduler reverses, on the CPU; one that ends without signal ends with next to none."""
     return DiffusionProcess(scheduler.alphas_cumprod.cpu().clamp_min(LEAST_ALPHABAR))
 
 
 def predicted_x0(
     scheduler: SchedulerMixin, prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """Return x_0 (B, C, h, w) by a prediction at one timestep, whose channels after the first C are not read."""
+    """Compute x_0 (B, C, h, w) from a prediction at one timestep, whose channels after the first C are not read."""
     path, mean = path_of(scheduler).to(x_t.device), prediction[:, : x_t.shape[1]]
     return path.to_x0(mean, x_t, timestep[None].to(x_t.device), scheduler.config.prediction_type).to(x_t.dtype)
 
@@ -99,6 +93,6 @@ def step_options(scheduler: SchedulerMixin, generator: Generators, index: int) -
     accepted = inspect.signature(scheduler.step).parameters
     options: dict[str, object] = {"generator": generator} if "generator" in accepted else {}
     if "order" in accepted:
-        # LMSDiscreteScheduler takes its place among all steps for the number of steps done, also from an image.
+        # LMSDiscreteScheduler takes the index among all steps for the number of steps done, also from an image.
         options["order"] = min(index + 1, accepted["order"].default)
     return options

@@ -1,1 +1,1 @@
-"""Training loops and what they share."""
+"""Training loops and their common parts."""

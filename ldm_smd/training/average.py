@@ -4,7 +4,7 @@ While it trains, a run keeps a few PowerEMAs, and at every checkpoint a snapshot
 
     p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1),    0 < tau < t,
 
-is then nearly a sum of theirs: the weights x of the least squared error solve A x = b, A_ij = <p_i, p_j>, b_i = <p_i, p>.
+is then nearly a sum of theirs: its coefficients x of least squared error solve A x = b, A_ij = <p_i, p_j>, b_i = <p_i, p>.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..files import makes_folder
 from ..models.backbone import current_name
 from ..pipelines import load_pipeline
-from .checkpoint import load_weights, written_whole
+from .checkpoint import atomic_save, load_weights
 from .ema import PowerEMA, gamma_of
 from .model_folder import model_card, write_model_folder
 from .settings import AverageConfig
@@ -47,28 +47,25 @@ def save_snapshot(run: Path, images: int, average: PowerEMA, writes: bool = True
     """Save the average as it is after ``images``. For all processes to call, the one that ``writes`` among them."""
     model = average.gather()
     if writes:
-        with written_whole(snapshot_path(run, images, average.sigma_rel)) as folder:
+        with atomic_save(snapshot_path(run, images, average.sigma_rel)) as folder:
             model.save_pretrained(folder)
 
 
 def resume_averages(run: Path, images: int, averages: list[PowerEMA]) -> None:
-    """As they were after ``images``, in place."""
+    """Load them as they were after ``images``, in place."""
     for average in averages:
         load_weights(average.model, snapshot_path(run, images, average.sigma_rel), "ema_widths")
 
 
 def snapshots(run: Path, until: int | None) -> list[Snapshot]:
-    """Those of a run, up to so many images."""
-    found = []
-    for path in sorted((run / "averages").glob("images-*")):
-        matched = FOLDER.fullmatch(path.name)
-        if matched and (until is None or int(matched[1]) <= until):
-            found.append(Snapshot(path, int(matched[1]), float(matched[2])))
-    return found
+    """List a run's snapshots, up to so many images."""
+    paths = {path: FOLDER.fullmatch(path.name) for path in sorted((run / "averages").glob("images-*"))}
+    found = [Snapshot(path, int(matched[1]), float(matched[2])) for path, matched in paths.items() if matched]
+    return [snapshot for snapshot in found if until is None or snapshot.images <= until]
 
 
 def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """<p_a, p_b>, the integral of the product of two profiles that end at t_a and t_b:
+    """Return <p_a, p_b>, the integral of the product of two profiles that end at t_a and t_b:
 
     (gamma_a + 1) (gamma_b + 1) / ((gamma_a + gamma_b + 1) t_max) * (t_min / t_max)^(gamma of the one that ends later).
     """
@@ -77,9 +74,9 @@ def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b
     return (gamma_a + 1) * (gamma_b + 1) / ((gamma_a + gamma_b + 1) * last) * (first / last) ** exponent
 
 
-def shares(kept: list[Snapshot], images: int, sigma_rel: float) -> np.ndarray:
-    """What each snapshot counts in the average of that width after ``images``; they add up to nearly 1."""
-    # In units of the whole training, where numbers are of one size.
+def coefficients(kept: list[Snapshot], images: int, sigma_rel: float) -> np.ndarray:
+    """Solve for the snapshots' coefficients in the average of that width after ``images``; they add up to nearly 1."""
+    # In units of the whole training, where values are of one size.
     ends = np.array([snapshot.images for snapshot in kept], dtype=np.float64) / images
     gammas = np.array([gamma_of(snapshot.sigma_rel) for snapshot in kept])
     products = inner_product(ends[:, None], gammas[:, None], ends[None], gammas[None])
@@ -96,14 +93,14 @@ def average(config: AverageConfig) -> Path:
         raise UserError(f"run: expected snapshots of averages (tools/train.py ema_widths=[0.05,0.1]), found none in {run}")
     images = max(snapshot.images for snapshot in kept)
     pipeline = load_pipeline(run / "model")
-    found = shares(kept, images, config.sigma_rel)
+    factors = coefficients(kept, images, config.sigma_rel).tolist()
     # A tensor at a time: the snapshots need not fit in memory together.
     files = [safe_open(snapshot.path / SAFETENSORS_WEIGHTS_NAME, framework="pt") for snapshot in kept]
     names = [{current_name(name): name for name in file.keys()} for file in files]  # noqa: SIM118
     with torch.no_grad():
         for name, value in pipeline.unet.named_parameters():
             tensors = (file.get_tensor(known[name]).double() for file, known in zip(files, names))
-            value.copy_(sum(float(share) * tensor for share, tensor in zip(found, tensors)))
+            value.copy_(sum(factor * tensor for factor, tensor in zip(factors, tensors)))
     text = f"The average of {len(kept)} snapshots, of relative width {config.sigma_rel:g} after {images:,} images of {run}."
     write_model_folder(output, pipeline, model_card(type(pipeline.unet).__name__, text, config), "unet")
     print(f"{len(kept)} snapshots, {images:,} images; wrote {output}")

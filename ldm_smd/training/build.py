@@ -19,7 +19,7 @@ from .settings import TrainConfig
 
 
 def initial_model(run: Run) -> Denoiser:
-    """``build_model``, on the device. Its noise is fitted unless a checkpoint has it."""
+    """Make ``build_model``'s on the device, its noise fitted unless a checkpoint has it."""
     model = build_model(run.config, run.manifest)
     if model.mixture is not None and not model.mixture.noise.is_fitted and not checkpoints(run.checkpoints):
         fit_noise(model.mixture, run)
@@ -27,8 +27,8 @@ def initial_model(run: Run) -> Denoiser:
 
 
 def build_model(config: TrainConfig, manifest: Manifest) -> Denoiser:
-    """The configured UNet for the latents and classes of the shards, untrained or with the weights of ``init_from``; the
-    extension of ``init_from`` to a mixture where that is a UNet2DModel of diffusers."""
+    """Make the configured UNet for the latents and classes of the shards, untrained or with the weights of ``init_from``; a
+    UNet2DModel of diffusers in ``init_from`` is extended to a mixture."""
     if config.init_from and class_of(config.init_from) in ("UNet2DModel", "ExtendedUNet2DModel"):
         return extended_model(config, manifest)
     channels, height, width = manifest.latent_shape
@@ -51,7 +51,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Denoiser:
 
 
 def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DModel:
-    """``init_from``, extended; its own blocks, and the sizes of the mixture from ``config.model``."""
+    """Extend ``init_from``, which keeps its blocks, by a mixture of the sizes in ``config.model``."""
     shape = config.model
     check(not config.image_conditional, "image_conditional", "false for a UNet2DModel of diffusers", True)
     assert config.init_from is not None
@@ -64,15 +64,11 @@ def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DMod
             f"UNet2DModel to, found {shape.z_channels} and {shape.placement}"
         )
     else:
-        model = ExtendedUNet2DModel.from_unet(
-            config.init_from,
-            z_channels=shape.z_channels,
-            identifier_channels=shape.identifier_channels,
-            hypernetwork_width=shape.hypernetwork_width,
-            noise_rank=shape.noise_rank,
-            noise_modes=noise_modes(config, manifest),
-            noise_timesteps=config.diffusion.num_train_timesteps,
-        )
+        sizes = {
+            name: getattr(shape, name) for name in ("z_channels", "identifier_channels", "hypernetwork_width", "noise_rank")
+        }
+        modes, timesteps = noise_modes(config, manifest), config.diffusion.num_train_timesteps
+        model = ExtendedUNet2DModel.from_unet(config.init_from, **sizes, noise_modes=modes, noise_timesteps=timesteps)
     channels, classes = manifest.latent_shape[0], len(manifest.classes)
     check(model.config.in_channels == channels, "init_from", f"{channels} channels, as the latents", model.config.in_channels)
     if model.config.num_classes is not None:
@@ -82,11 +78,11 @@ def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DMod
 
 
 def noise_modes(config: TrainConfig, manifest: Manifest) -> int:
-    """Modes of the mixture's noise: fewer than configured where there are few pictures."""
+    """Return the modes of the mixture's noise: fewer than configured where there are few images."""
     return max(1, min(config.model.noise_modes, manifest.count // LATENTS_PER_COMPONENT))
 
 
 def fit_noise(mixture: Mixture, run: Run) -> None:
-    """Colour the mixture's noise as the first latents of the stream, the same on every process."""
+    """Fit the mixture's noise to the first latents of the stream, the same on every process."""
     latents, labels = fitting_latents(run.manifest, run.autoencoder, run.config.seed, run.config.mirror)
     fit_posterior_noise(mixture.noise, latents, labels, run.process(), run.config.diffusion.prediction_type)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, safetensors and JSON only, the newest complete one is resumed.
+"""Checkpoints: complete or not there, safetensors and JSON only; runs resume from the newest.
 
 A checkpoint is a folder ``images-N`` with ``model/`` and ``ema/`` (diffusers layout), ``optimizer.safetensors`` and
 ``state.json``; of every other network that is trained, it has ``NAME/`` and ``NAME-optimizer.safetensors``. It is written
@@ -31,11 +31,11 @@ Networks = dict[str, TrainedNetwork]
 def save_checkpoint(folder: Path, networks: Networks, ema: ModelMixin, state: dict, keep: int, writes: bool = True) -> None:
     """Write ``folder/images-N``, N the state's images_seen, and remove all but the newest ``keep``. For all processes to call,
     the one that ``writes`` among them."""
-    models = {name: trained.whole_network() for name, trained in networks.items()} | {"ema": ema}
+    models = {name: trained.full_network() for name, trained in networks.items()} | {"ema": ema}
     optimizers = {optimizer_file(name): trained.optimizer_tensors() for name, trained in networks.items()}
     if not writes:
         return
-    with written_whole(folder / f"images-{state['images_seen']:012d}") as temporary:
+    with atomic_save(folder / f"images-{state['images_seen']:012d}") as temporary:
         for name, model in models.items():
             model.save_pretrained(temporary / name)
         for name, tensors in optimizers.items():
@@ -50,8 +50,8 @@ def optimizer_file(name: str) -> str:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """``atomic_folder``; a full disk is the user's to mend."""
+def atomic_save(path: Path) -> Iterator[Path]:
+    """Write a folder as ``atomic_folder`` does; UserError where the disk is full."""
     try:
         with atomic_folder(path) as temporary:
             yield temporary
@@ -60,14 +60,13 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def resume(folder: Path, networks: Networks, ema: EMA) -> dict:
-    """Load the newest checkpoint under ``folder`` in place, but for the optimizers; returns its state, images_seen 0 without
-    one."""
-    found = checkpoints(folder)
-    if not found:
-        return {"images_seen": 0}
-    for name, model in ({name: trained.network for name, trained in networks.items()} | {"ema": ema.model}).items():
-        load_weights(model, found[-1] / name, "output")
-    return json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+    """Load the newest checkpoint in place, but for the optimizers; returns its state, images_seen 0 without one."""
+    for path in checkpoints(folder)[-1:]:
+        for name, trained in networks.items():
+            load_weights(trained.network, path / name, "output")
+        load_weights(ema.model, path / "ema", "output")
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return {"images_seen": 0}
 
 
 def resume_optimizers(folder: Path, networks: Networks) -> None:
@@ -78,14 +77,13 @@ def resume_optimizers(folder: Path, networks: Networks) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """List the complete checkpoints, oldest first."""
     return sorted(folder.glob("images-" + 12 * "[0-9]"))
 
 
 def newest_images(folder: Path) -> int:
-    """Images seen by the newest checkpoint; 0 where there is none."""
-    found = checkpoints(folder)
-    return int(found[-1].name.removeprefix("images-")) if found else 0
+    """Return the images seen by the newest checkpoint; 0 where there is none."""
+    return max((int(path.name.removeprefix("images-")) for path in checkpoints(folder)), default=0)
 
 
 def load_weights(
@@ -93,10 +91,8 @@ def load_weights(
 ) -> None:
     """Copy the weights of a diffusers model folder into ``model``; ``key`` is the setting a mismatch is blamed on.
 
-    Args:
-        new: modules of the model that stay as they are where the folder has no weight of theirs: so a mixture starts from a
-            Gaussian model.
-        kept: a module that stays as it is in any case.
+    Modules in ``new`` stay as they are where the folder has no weight of theirs: so a mixture starts from a Gaussian model;
+    ``kept`` stays as it is in any case.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -104,10 +100,9 @@ def load_weights(
     weights, expected = load_file(path), model.state_dict()
     model._fix_state_dict_keys_on_load(weights)  # as from_pretrained does
     left = names_in(model, kept).union(*(names for part in new if not (names := names_in(model, part)) & weights.keys()))
-    own = sorted(name for name in expected if name not in left)
+    own = sorted(expected.keys() - left)
     for name in [*own, *sorted(weights.keys() - expected.keys())]:
-        found = tuple(weights[name].shape) if name in weights else "nothing"
-        wanted = tuple(expected[name].shape) if name in expected else "nothing"
+        found, wanted = (tuple(given[name].shape) if name in given else "nothing" for given in (weights, expected))
         if found != wanted:
             raise UserError(
                 f"{key}: expected the weights of the configured model, with {name} {wanted}, found {found} in {folder}"
@@ -116,6 +111,6 @@ def load_weights(
 
 
 def names_in(model: Module, part: Module | None) -> set[str]:
-    """Names in the model's state dict of the weights of one of its modules; none for None."""
+    """List the names, in the model's state dict, of the weights of one of its modules; none for None."""
     prefix = next((name for name, module in model.named_modules() if module is part), None)
     return set() if prefix is None else {name for name in model.state_dict() if name.startswith(f"{prefix}.")}

@@ -16,9 +16,9 @@ from ..diffusion.two_views import joined_view
 from ..errors import UserError
 from ..models.unet import SMDUNet2DModel
 from ..schema import check
-from .draws import Draws, step_seed
 from .run import Run
-from .step import draw_step, known_conditions, parts, trained_model
+from .step import adamw, draw_step, known_conditions, parts, trained_model
+from .step_noise import StepNoise, step_seed
 from .trained import TrainedNetwork
 
 NEAREST, FARTHEST = 0.02, 0.98
@@ -27,7 +27,7 @@ SMALLEST = 1e-4
 
 
 @dataclass
-class TwoViews(Draws):
+class TwoViews(StepNoise):
     """Attributes:
     r: timesteps of the second view, (B,).
     second_eps: its noise, (B, C, h, w).
@@ -56,8 +56,7 @@ class Distillation:
         self.teacher, critic = (gaussian(source, run) for _ in range(2))
         self.teacher.requires_grad_(False).eval()
         rate = settings.critic_learning_rate
-        optimizer = torch.optim.AdamW(critic.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        self.critic = TrainedNetwork(critic, optimizer)
+        self.critic = TrainedNetwork(critic, adamw(critic, rate))
         self.critic_rate = rate / config.learning_rate
         self.networks = {"model": self.model, "critic": self.critic}
 
@@ -65,13 +64,13 @@ class Distillation:
         run, size = self.run, len(batch.labels)
         for trained in self.networks.values():
             trained.network.zero_grad()
-        draws = self.draw(batch, images_seen)
+        noise = self.draw(batch, images_seen)
         totals = dict.fromkeys(("loss", "critic_loss", "teacher_loss"), torch.zeros((), device=batch.labels.device))
         for rows, last in parts(size, run.config.accumulate):
             with ExitStack() as waiting:
                 for trained in () if last else self.networks.values():
                     waiting.enter_context(run.accelerator.no_sync(trained.forward))
-                losses = self.losses(batch.rows(*rows), draws.rows(*rows))
+                losses = self.losses(batch.rows(*rows), noise.rows(*rows))
                 for name in ("loss", "critic_loss"):
                     run.accelerator.backward(losses[name].sum() / size)
             totals = {name: total + losses[name].detach().sum() / size for name, total in totals.items()}
@@ -79,20 +78,20 @@ class Distillation:
         self.critic.descend(learning_rate * self.critic_rate, run.config.gradient_clip)
         return totals | {"gradient_norm": norm}
 
-    def losses(self, batch: LatentBatch, draws: TwoViews) -> dict[str, torch.Tensor]:
+    def losses(self, batch: LatentBatch, noise: TwoViews) -> dict[str, torch.Tensor]:
         """Return the model's loss, the critic's, and the teacher's error where the critic's is taken, each (b,)."""
         run, path = self.run, self.process
-        prediction_type, t, r = run.config.diffusion.prediction_type, draws.t, draws.r
-        x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=draws.posterior))
-        x_t = path.noise(x0, draws.eps, t)
-        conditions = known_conditions(batch, draws, self.model.network.config.num_classes)
-        eta = rearrange(draws.eta, "b m ... -> (b m) ...")
+        prediction_type, t, r = run.config.diffusion.prediction_type, noise.t, noise.r
+        x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
+        x_t = path.noise(x0, noise.eps, t)
+        conditions = known_conditions(batch, noise, self.model.network.config.num_classes)
+        eta = rearrange(noise.eta, "b m ... -> (b m) ...")
         with run.accelerator.autocast():
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
         x = path.to_x0(prediction, x_t, t, prediction_type)
 
         drawn = x.detach()
-        view, u = path.noise(drawn, draws.second_eps, r), r
+        view, u = path.noise(drawn, noise.second_eps, r), r
         if run.config.objective.distillation.views == "conditional":
             view, u = joined_view(path, x_t, t, view, r)
         with run.accelerator.autocast():
@@ -115,16 +114,16 @@ class Distillation:
     def draw(self, batch: LatentBatch, images_seen: int) -> TwoViews:
         """Draw this process's part of the random numbers, of which more t are the last than in other trainings."""
         run, last, settings = self.run, self.process.last, self.run.config.objective.distillation
-        draws = draw_step(run, self.process, batch, images_seen, 1)
+        noise = draw_step(run, self.process, batch, images_seen, 1)
         size, rank, device = len(batch.labels), run.accelerator.process_index, batch.labels.device
         count = size * run.accelerator.num_processes
         generator = torch.Generator(device).manual_seed(step_seed(run.config.seed, images_seen, 0, 1))
         pure = torch.rand(count, generator=generator, device=device) < settings.pure_noise
         r = torch.empty(count, device=device).uniform_(NEAREST * last, FARTHEST * last, generator=generator).round().long()
-        eps = torch.randn((count, *draws.eps.shape[1:]), generator=generator, device=device)
+        eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=device)
         rows = slice(rank * size, (rank + 1) * size)
-        draws.t = torch.where(pure[rows], last, draws.t)
-        return TwoViews(**vars(draws), r=r[rows], second_eps=eps[rows])
+        noise.t = torch.where(pure[rows], last, noise.t)
+        return TwoViews(**vars(noise), r=r[rows], second_eps=eps[rows])
 
 
 def gaussian(folder: str, run: Run) -> SMDUNet2DModel:

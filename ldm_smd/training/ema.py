@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .sharding import distribute_like, gather_into, is_divided, local
+from .sharding import distribute_like, gather_into, is_sharded, local
 
 RAMP = 0.05
-"""With ``ramp`` the half-life is at most this share of the images seen."""
+"""With ``ramp`` the half-life is at most this fraction of the images seen."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -31,33 +31,31 @@ class EMA(Generic[Model]):
         self.ramp = ramp
         self._averages: dict[str, torch.Tensor] = dict(self.model.named_parameters())
 
-    def divide_as(self, model: nn.Module) -> None:
-        """Keep of the averages what this process has of ``model``, where that is divided (FSDP). ``self.model`` goes to the CPU
-        then, where ``gather`` brings it up to date; its buffers stay as they are."""
-        if not is_divided(model):
-            return
-        weights = dict(model.named_parameters())
-        self._averages = {name: distribute_like(average, weights[name]) for name, average in self._averages.items()}
-        self.model.to("cpu")
+    def shard_like(self, model: nn.Module) -> None:
+        """Shard the averages as ``model``, if that is sharded (FSDP). ``self.model`` goes to the CPU then, where ``gather``
+        brings it up to date; its buffers stay as they are."""
+        if is_sharded(model):
+            weights = dict(model.named_parameters())
+            self._averages = {name: distribute_like(average, weights[name]) for name, average in self._averages.items()}
+            self.model.to("cpu")
 
     def rate(self, batch_images: int, images_seen: int) -> float:
-        """How far a step moves the average towards the weights."""
+        """Return how far a step moves the average towards the weights."""
         halflife = min(self.halflife_images, RAMP * images_seen) if self.ramp else self.halflife_images
         return 1.0 - 0.5 ** (batch_images / max(halflife, 1e-8))
 
     @torch.no_grad()
     def update(self, model: nn.Module, batch_images: int, images_seen: int) -> None:
         """Move towards ``model`` after a step on ``batch_images`` images, the last of ``images_seen`` in all."""
-        rate = self.rate(batch_images, images_seen)
         weights = dict(model.named_parameters())
-        averages = [local(average) for average in self._averages.values()]
-        torch._foreach_lerp_(averages, [local(weights[name]) for name in self._averages], rate)
+        averages, targets = zip(*((local(average), local(weights[name])) for name, average in self._averages.items()))
+        torch._foreach_lerp_(averages, targets, self.rate(batch_images, images_seen))
         for average, buffer in zip(self.model.buffers(), model.buffers()):
             if average.device == buffer.device:
                 average.copy_(buffer)
 
     def gather(self) -> Model:
-        """``self.model``, also where the averages are divided over the processes: for all of them to call."""
+        """Return ``self.model``, up to date where the averages are sharded; for all processes to call."""
         gather_into(self.model, self._averages)
         return self.model
 
@@ -67,7 +65,7 @@ class PowerEMA(EMA[Model]):
 
         ema <- ema + (1 - (1 - batch / t)^(gamma + 1)) * (weights - ema).
 
-    Its width is the same share of the training at any t, so that averages of other widths can be made from some of them
+    Its width is the same fraction of the training at any t, so that averages of other widths can be made from some of them
     afterwards (tools/average.py).
 
     Args:
@@ -83,6 +81,6 @@ class PowerEMA(EMA[Model]):
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The gamma of the profile of that width: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
+    """Return the gamma of the profile of that width: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
     t = sigma_rel**-2
     return float(np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]).real.max())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,24 +28,23 @@ from .model_folder import model_card, write_model_folder
 from .settings import FitGaussianConfig
 
 FITTING_LATENTS = 16_384
-"""A mixture is fitted to so many at most."""
+"""Latents that a mixture is fitted to, at most."""
 LATENTS_PER_COMPONENT = 8
 MEMORY_LIMIT = 4 * 2**30
-"""Bytes for the sums of products. Whole covariances that take more are sketched, and what is more even so is refused."""
+"""Bytes for the sums of products. Covariances that take more are sketched; sketches that take more are refused."""
 OVERSAMPLING = 4
 FLOOR = 1e-4
 
 
 @dataclass
 class LatentSums:
-    """Sums over the normalised latents of every class, and last over those without one, for means and covariances. Float64;
-    sums of parts are the sums of all.
+    """Sums over the normalised latents of every class, and last over those without one, for means and covariances, in float64.
 
     Attributes:
         probes: (D, L) of white noise, or None.
         counts: (rows,).
         sums: (rows, D), of the encoder's means.
-        squares: (rows,), of all numbers of these.
+        squares: (rows,), of all elements of these, squared.
         spreads: (rows, D), of the encoder's variances.
         products: (rows, D, D), of the means, sum x x^T; or (rows, D, L), that times ``probes``, where latents are too large.
     """
@@ -55,18 +57,17 @@ class LatentSums:
     products: torch.Tensor
 
     @classmethod
-    def empty(cls, rows: int, numbers: int, sketch: int | None = None, seed: int = 0) -> LatentSums:
-        """``sketch``: L, or None for the whole of the products."""
+    def empty(cls, rows: int, elements: int, sketch: int | None = None, seed: int = 0) -> LatentSums:
+        """Start with zeros; ``sketch`` is L, or None for the full products."""
         probes = None
         if sketch is not None:
             generator = torch.Generator().manual_seed(seed)
-            probes = torch.randn(numbers, sketch, generator=generator, dtype=torch.float64)
-        shapes = ((rows,), (rows, numbers), (rows,), (rows, numbers), (rows, numbers, sketch or numbers))
+            probes = torch.randn(elements, sketch, generator=generator, dtype=torch.float64)
+        shapes = ((rows,), (rows, elements), (rows,), (rows, elements), (rows, elements, sketch or elements))
         return cls(probes, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def add(self, means: torch.Tensor, variances: torch.Tensor, labels: torch.Tensor) -> None:
-        """Latents drawn from N(means, diag(variances)), both (N, D), with labels (N,), -1 for none: their exact second
-        moments, with no draw."""
+        """Add the exact moments of latents drawn from N(means, diag(variances)), both (N, D); labels (N,), -1 for none."""
         for label in labels.unique().tolist():
             chosen = labels == label
             x = means[chosen].double()
@@ -76,17 +77,17 @@ class LatentSums:
             self.spreads[label] += variances[chosen].double().sum(dim=0)
             self.products[label].addmm_(x.T, x if self.probes is None else x @ self.probes)
 
-    def of_all_processes(self) -> LatentSums:
-        """The sum over the processes of this run; all have the same."""
-        return LatentSums(self.probes, *(reduce(total, reduction="sum") for total in self._totals()))
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LatentSums:
+        """Apply a linear function to every tensor of sums."""
+        return LatentSums(self.probes, *map(function, (self.counts, self.sums, self.squares, self.spreads, self.products)))
 
     def pooled(self) -> LatentSums:
-        return LatentSums(self.probes, *(total.sum(dim=0, keepdim=True) for total in self._totals()))
+        return self.apply(lambda total: total.sum(dim=0, keepdim=True))
 
     def principal(self, row: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean (D,), leading eigenvectors (rank, D) and eigenvalues (rank,) of the covariance, and the mean of the others.
+        """Return mean (D,), leading eigenvectors (rank, D) and eigenvalues (rank,) of the covariance, and the mean of the rest.
 
-        Of latents too large, the covariance C of the encoder's means is found from C Omega, Omega the probes, as
+        For latents too large, the covariance C of the encoder's means is found from C Omega, Omega the probes, as
         C Omega (Omega^T C Omega)^-1 (C Omega)^T (Nystroem), with the small shift that makes it stable in algorithm 3 of arXiv
         1706.05736; exact where C has no more than L directions, and for the encoder's variances their mean is taken.
         """
@@ -105,9 +106,6 @@ class LatentSums:
         total = self.squares[row] / self.counts[row] - mean.square().sum()
         tail = ((total - variances.sum()) / (len(mean) - rank)).clamp_min(0.0)
         return mean, vectors[:, :rank].T, variances + spread.mean(), tail + spread.mean()
-
-    def _totals(self) -> tuple[torch.Tensor, ...]:
-        return self.counts, self.sums, self.squares, self.spreads, self.products
 
 
 @makes_folder
@@ -129,8 +127,15 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
         gaussians = shared_gaussians(config, sums, manifest, autoencoder, classes)
     scheduler = TeleportScheduler.from_config(pipeline.scheduler.config, sigma_skip=config.sigma_skip)
     pipeline.register_modules(gaussian=gaussians, scheduler=scheduler)
-    write_model_folder(output, pipeline, gaussian_card(config, gaussians, int(sums.counts.sum())), "gaussian")
-    print(f"{len(gaussians.means)} Gaussians of {int(sums.counts.sum()):,} latents; wrote {output}")
+    found = f"{len(gaussians.means)} Gaussians of {int(sums.counts.sum()):,} latents"
+    covariance = "a mixture with one covariance" if gaussians.config.shared else "one for each class and one for all"
+    text = f"""\
+{found}, {covariance}; {gaussians.config.rank} directions each. The rest is that of `{config.model}`, unchanged.
+
+Made by `tools/fit_gaussian.py` with these settings:"""
+    card = model_card("Gaussians of the latents, for TeleportScheduler", text, config)
+    write_model_folder(output, pipeline, card, "gaussian")
+    print(f"{found}; wrote {output}")
     return output
 
 
@@ -138,43 +143,40 @@ def latent_sums(
     config: FitGaussianConfig, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int, state: PartialState
 ) -> LatentSums:
     """Sum over all latents of the shards by class, on all processes; half of them mirrored with ``config.mirror``."""
-    channels, height, width = manifest.latent_shape
-    numbers = channels * height * width
-    sketch = None
-    if 8 * (classes + 1) * numbers**2 > MEMORY_LIMIT:
-        sketch = min(OVERSAMPLING * config.rank, numbers)
-        if 8 * (classes + 1) * numbers * sketch > MEMORY_LIMIT:
+    elements, sketch = math.prod(manifest.latent_shape), None
+    if 8 * (classes + 1) * elements**2 > MEMORY_LIMIT:
+        sketch = min(OVERSAMPLING * config.rank, elements)
+        if 8 * (classes + 1) * elements * sketch > MEMORY_LIMIT:
             raise UserError(
-                f"shards: expected latents of which {sketch} directions fit in {MEMORY_LIMIT / 2**30:.0f} GB, found {numbers} "
+                f"shards: expected latents of which {sketch} directions fit in {MEMORY_LIMIT / 2**30:.0f} GB, found {elements} "
                 f"numbers and {classes} classes; a smaller rank, or components=256 with one covariance for all"
             )
-    sums = LatentSums.empty(classes + 1, numbers, sketch, config.seed)
+    sums = LatentSums.empty(classes + 1, elements, sketch, config.seed)
     size = min(config.batch_size, manifest.count)
     stream = LatentStream(manifest, size, manifest.count, seed=config.seed, mirror=config.mirror)
     starts = range(0, manifest.count, size)[state.process_index :: state.num_processes]
     bar = progress(size * len(starts), 0, "fit")
     for start in starts:
         batch = stream.batch_at(start)
-        once = manifest.count - start  # the last batch goes on with the next epoch's
-        moments, labels = batch.moments[:once].float(), batch.labels[:once]
+        left = manifest.count - start  # the last batch continues into the next epoch
+        moments, labels = batch.moments[:left].float(), batch.labels[:left]
         means = autoencoder.normalise(moments[:, 0])
         variances = torch.zeros_like(means) if moments.shape[1] == 1 else moments[:, 1].exp() * autoencoder.scale**2
         sums.add(means.flatten(1), variances.flatten(1), labels if classes else torch.full_like(labels, -1))
         bar.update(len(labels))
     bar.close()
-    return sums.of_all_processes()
+    return sums.apply(partial(reduce, reduction="sum"))  # over the processes
 
 
 def class_gaussians(sums: LatentSums, shape: tuple[int, int, int], rank: int, classes: int) -> LatentGaussians:
-    """One for each class, and one for all. A class without latents gets that of all."""
+    """Make one for each class, and one for all. A class without latents gets that of all."""
     rank = min(rank, sums.sums.shape[1] - 1)
     gaussians = LatentGaussians(*shape, rank, classes + 1, num_classes=classes or None)
     pooled = sums.pooled()
     for row in range(classes + 1):
-        whole = row == classes or sums.counts[row] == 0
-        mean, vectors, variances, tail = pooled.principal(0, rank) if whole else sums.principal(row, rank)
-        gaussians.log_weights[row, row] = 0.0
-        gaussians.means[row] = mean
+        pools = row == classes or sums.counts[row] == 0
+        mean, vectors, variances, tail = pooled.principal(0, rank) if pools else sums.principal(row, rank)
+        gaussians.log_weights[row, row], gaussians.means[row] = 0.0, mean
         gaussians.vectors[row], gaussians.variances[row], gaussians.tails[row] = vectors, variances, tail
     return gaussians
 
@@ -182,16 +184,16 @@ def class_gaussians(sums: LatentSums, shape: tuple[int, int, int], rank: int, cl
 def shared_gaussians(
     config: FitGaussianConfig, sums: LatentSums, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int
 ) -> LatentGaussians:
-    """A mixture with one covariance, fitted in the leading components of the covariance of all."""
+    """Fit a mixture with one covariance, in the leading components of the covariance of all."""
     generator = torch.Generator().manual_seed(config.seed)
     latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror, generator)
     components = min(config.components, len(latents) // LATENTS_PER_COMPONENT)
     rank = min(config.rank, sums.sums.shape[1] - 1)
     mean, vectors, _, tail = sums.pooled().principal(0, rank)
-    weights, means, within, shares = fit_shared((latents.flatten(1).double() - mean) @ vectors.T, components, FLOOR)
+    weights, means, within, responsibilities = fit_shared((latents.flatten(1).double() - mean) @ vectors.T, components, FLOOR)
     variances, axes = torch.linalg.eigh(within)
     gaussians = LatentGaussians(*manifest.latent_shape, rank, components, shared=True, num_classes=classes or None)
-    gaussians.log_weights.copy_(weights_by_class(weights, shares, labels, classes).log())
+    gaussians.log_weights.copy_(weights_by_class(weights, responsibilities, labels, classes).log())
     gaussians.means.copy_(mean + means @ vectors)
     gaussians.vectors[0], gaussians.variances[0], gaussians.tails[0] = axes.T @ vectors, variances, tail
     return gaussians
@@ -200,19 +202,8 @@ def shared_gaussians(
 def fitting_latents(
     manifest: Manifest, autoencoder: FrozenAutoencoder, seed: int, mirror: bool, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a mixture of the latents is fitted to: the first normalised latents of the stream and their labels, on the CPU."""
+    """Return what a mixture is fitted to: the first normalised latents of the stream and their labels, on the CPU."""
     count = min(manifest.count, FITTING_LATENTS)
     batch = LatentStream(manifest, count, count, seed=seed, mirror=mirror).batch_at(0)
     latents = autoencoder.normalise(sample_latents(batch.moments.to(autoencoder.device), generator))
     return latents.cpu(), batch.labels
-
-
-def gaussian_card(config: FitGaussianConfig, gaussians: LatentGaussians, count: int) -> str:
-    """README.md of the model folder and of its gaussian part."""
-    kind = "a mixture with one covariance" if gaussians.config.shared else "one for each class and one for all"
-    text = f"""\
-{len(gaussians.means)} Gaussians of {count:,} latents, {kind}; {gaussians.config.rank} directions each. The rest is that of \
-`{config.model}`, unchanged.
-
-Made by `tools/fit_gaussian.py` with these settings:"""
-    return model_card("Gaussians of the latents, for TeleportScheduler", text, config)

@@ -31,16 +31,16 @@ from .settings import TrainConfig
 from .signals import EXIT_CODE, sigterm_flag
 
 STOP_EVERY_STEPS = 10
-"""Ranks vote on stopping every this many steps."""
+"""Processes agree on stopping after every so many steps."""
 
 
 def train(config: TrainConfig) -> Path:
     """Train from latent shards; returns the model folder. Continues from the newest checkpoint of ``config.output``.
 
-    On CPUs a run that goes on ends bit by bit as one that was never stopped, on the same machine with the same number of
-    threads and the same torch. A SIGTERM ends it with a checkpoint and exit code 143.
+    On CPUs a resumed run ends bit by bit as one that was never stopped, on the same machine with the same number of threads and
+    the same torch. A SIGTERM ends it with a checkpoint and exit code 143.
     """
-    # On CPUs several processes are a group only where one says that there is no GPU to look for.
+    # Without a GPU accelerate makes several processes a group only if it is told to use the CPU.
     no_gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=pick_precision(config.precision), cpu=no_gpu)
     output = Path(config.output)
@@ -75,7 +75,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
         trained.prepare(accelerator, config.gradient_checkpointing, config.compile)
     resume_optimizers(run.checkpoints, learner.networks)
     for average in (ema, *averages):
-        average.divide_as(model)
+        average.shard_like(model)
     means = RunningMeans(accelerator, state.get("means"))
     log = MetricsLog(run.output, images_seen) if main else None
     if main:
@@ -133,7 +133,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
 
 
 def stop_everywhere(accelerator: Accelerator, stop: threading.Event, step: int) -> bool:
-    """Whether any process is to stop: the same answer on all, though a signal reaches each at its own time."""
+    """Tell whether any process is to stop: the same answer on all, though a signal reaches each at its own time."""
     if accelerator.num_processes == 1:
         return stop.is_set()
     if step % STOP_EVERY_STEPS:

@@ -1,8 +1,9 @@
-"""Where a run's numbers go: one JSON line and one TensorBoard entry per report."""
+"""A run's log: one JSON line and one TensorBoard entry per report."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, images_seen: int = 0) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["images_seen"] <= images_seen]
         with atomic_file(self.path) as temporary:  # a kill here must not cost the lines of hours
@@ -29,7 +29,8 @@ class MetricsLog:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen)
 
     def log(self, images_seen: int, values: dict[str, float]) -> None:
-        self._write({"images_seen": images_seen, **values})
+        self._file.write(json.dumps({"images_seen": images_seen, **values}) + "\n")
+        self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, images_seen)
 
@@ -41,17 +42,10 @@ class MetricsLog:
         self._file.close()
         self._board.close()
 
-    def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
 
 class RunningMeans:
-    """Means over the steps since the last report, on the device, and over the processes of ``accelerator``.
-
-    Args:
-        state: of a run that was stopped between two reports.
-    """
+    """Means over the steps since the last report, on the device, and over the processes of ``accelerator``; ``state`` is of a
+    run that was stopped between two reports."""
 
     def __init__(self, accelerator: Accelerator | None = None, state: dict | None = None) -> None:
         self.accelerator = accelerator
@@ -64,7 +58,7 @@ class RunningMeans:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """The means; the next ones start here."""
+        """Return the means and start the next ones."""
         means = self._reduced(max(self.steps, 1))
         self.steps, self._sums = 0, {name: torch.zeros_like(total) for name, total in self._sums.items()}
         return means
@@ -79,18 +73,13 @@ class RunningMeans:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """Return the lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    lines: list[dict] = []
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        lines.extend(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return lines
 
 
 def crossed(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in (before, after]: time for a thing done every so many images."""
+    """Tell whether a multiple of ``every`` lies in (before, after]: time for what is done every so many images."""
     return before // every != after // every

@@ -17,7 +17,7 @@ CARD_CLASSES = 20
 
 
 def write_model_folder(path: Path, model: ModelMixin | SMDPipeline, card: str, *parts: str) -> None:
-    """Write ``model`` and its card, which also the ``parts`` have that are of use alone."""
+    """Write ``model`` and its card, the card also into the ``parts`` that are of use alone."""
     with atomic_folder(path) as folder:
         model.save_pretrained(folder)
         for part in ("", *parts):
@@ -25,8 +25,8 @@ def write_model_folder(path: Path, model: ModelMixin | SMDPipeline, card: str, *
 
 
 def model_card(title: str, text: str, config: object) -> str:
-    """README.md: front matter of the hub, the title, the text, and the settings of the run that made the model. The licence is
-    for its owner to say."""
+    """Return README.md: front matter of the hub, the title, the text, and the settings of the run that made the model. The
+    licence is for its owner to say."""
     return f"""---
 library_name: diffusers
 tags: [ldm_smd, latent-diffusion]
@@ -42,7 +42,7 @@ tags: [ldm_smd, latent-diffusion]
 
 
 def build_pipeline(run: Run, unet: Denoiser) -> SMDPipeline:
-    """The pipeline of a run's denoiser."""
+    """Make the pipeline of a run's denoiser."""
     manifest = run.manifest
     labels = {str(number): name for number, name in enumerate(manifest.classes)} if unet.config.num_classes else None
     embedding = manifest.embedding if embedding_dimensions(unet) else None
@@ -51,13 +51,8 @@ def build_pipeline(run: Run, unet: Denoiser) -> SMDPipeline:
 
 def save_model_folder(run: Run, unet: Denoiser, images_seen: int) -> None:
     """Write OUTPUT/model: the pipeline with the EMA weights, and its card."""
-    write_model_folder(run.output / "model", build_pipeline(run, unet), denoiser_card(run, unet, images_seen), "unet")
-
-
-def denoiser_card(run: Run, unet: Denoiser, images_seen: int) -> str:
-    """README.md of a model folder: what it is and the settings that made it."""
     config, manifest = run.config, run.manifest
-    kind = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
+    method = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
     start = f", starting from `{config.init_from}`" if config.init_from else ""
     names = ", ".join(f"{number} {name}" for number, name in enumerate(manifest.classes[:CARD_CLASSES]))
     more = ", ..." if len(manifest.classes) > CARD_CLASSES else ""
@@ -77,4 +72,5 @@ pictures = SMDPipeline.from_pretrained("this folder")({given}, num_inference_ste
 ```
 
 How good the pictures are, `tools/evaluate.py` says. {run.record.history()}Made by `tools/train.py` with these settings:"""
-    return model_card(f"{type(unet).__name__}, {kind}", text, config)
+    card = model_card(f"{type(unet).__name__}, {method}", text, config)
+    write_model_folder(run.output / "model", build_pipeline(run, unet), card, "unet")

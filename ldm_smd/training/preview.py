@@ -1,4 +1,4 @@
-"""What a run shows on its way: a grid of samples, and whether its mixture still is one."""
+"""Previews during a run: a grid of samples, and whether its mixture has collapsed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PREVIEW_PICTURES = 40
 
 
 def preview(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None:
-    """A grid of samples from fixed seeds, and the spread over eta by timestep, both from the EMA weights."""
-    home = unet.device  # the CPU, where the training weights are divided over the processes
+    """Log a grid of samples from fixed seeds, and the spread over eta by timestep, both from the EMA weights."""
+    device = unet.device  # the CPU, where the training weights are sharded
     pipeline = build_pipeline(run, unet.to(run.accelerator.device))
     pipeline.set_progress_bar_config(disable=True)
     classes = unet.config.num_classes
@@ -36,7 +36,7 @@ def preview(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None
     log.image(images_seen, "samples", grid)
     if unet.is_mixture:
         log_spread(run, unet, images_seen, log)
-    unet.to(home)
+    unet.to(device)
 
 
 def log_spread(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None:

@@ -1,4 +1,4 @@
-"""Learning rates as a function of the training that is done."""
+"""Learning rates over the training."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def warmup_times_cosine(config: TrainAutoencoderConfig, images_seen: int) -> flo
     return config.learning_rate * warm * half_cosine(images_seen / config.images_total)
 
 
-def warmup_then_cosine(peak: float, done: float, warmup: float) -> float:
-    """Linear up to ``peak`` over the first ``warmup`` of the training, then a half cosine to zero; done in [0, 1]."""
-    return peak * done / warmup if done < warmup else peak * half_cosine((done - warmup) / (1 - warmup))
+def warmup_then_cosine(peak: float, fraction: float, warmup: float) -> float:
+    """Linear up to ``peak`` over the first ``warmup`` of the training, then a half cosine to zero; both in [0, 1]."""
+    return peak * fraction / warmup if fraction < warmup else peak * half_cosine((fraction - warmup) / (1 - warmup))
 
 
-def half_cosine(done: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * done))
+def half_cosine(fraction: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * fraction))

@@ -1,7 +1,7 @@
 """What a run was made from: run.json in its folder, compared whenever the run is resumed.
 
-A resumed run gives what an undisturbed one would have given only if it goes on from the same data with the same settings, and
-its model card is only true if the card tells where it did not.
+A resumed run equals an undisturbed one only if it continues with the same data and settings; where it does not, its model card
+tells so.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from .settings import TrainAutoencoderConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
+Config = TrainConfig | TrainAutoencoderConfig
 RECORD = "run.json"
 NOT_COMPARED = (
     "shards", "autoencoder", "output", "accumulate", "gradient_checkpointing", "compile", "attention", "num_workers",
     "resume_changed",
 )  # fmt: skip
-"""Settings of tools/train.py that are paths, whose contents are compared, or say how and not what is computed."""
+"""Settings of tools/train.py that are paths, whose contents are compared, or change how and not what is computed."""
 MAY_CHANGE = (
     "images_total", "learning_rate", "warmup_images", "cooldown_images", "weight_decay", "gradient_clip",
     "ema_halflife_images", "precision", "log_every_images", "sample_every_images", "sample_steps",
     "checkpoint_every_images", "keep_checkpoints",
 )  # fmt: skip
-"""Settings of tools/train.py that a resumed run may have others of, which is logged and told in the model card."""
+"""Settings of tools/train.py that a resumed run may change, which is logged and told in the model card."""
 
 
 @dataclass
@@ -48,40 +49,29 @@ class RunRecord:
     changes: list[dict]
 
     def history(self) -> str:
-        """The changes as Markdown, for the model card; empty where there are none."""
-        if not self.changes:
-            return ""
+        """Return the changes as Markdown, for the model card; empty where there are none."""
         lines = [
-            f"* until {change['images']:,} images `{name}` was {_short(before)}, then {_short(after)}"
+            f"* until {change['images']:,} images `{name}` was {_short(before)}, then {_short(after)}\n"
             for change in self.changes
             for name, (before, after) in change["changed"].items()
         ]
-        return "Changed while it was trained:\n\n" + "\n".join(lines) + "\n\n"
+        return f"Changed while it was trained:\n\n{''.join(lines)}\n" if lines else ""
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / RECORD) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
 
 def open_record(
-    folder: Path,
-    hashes: dict[str, str],
-    config: TrainConfig | TrainAutoencoderConfig,
-    not_compared: tuple[str, ...],
-    may_change: tuple[str, ...],
+    folder: Path, hashes: dict[str, str], config: Config, not_compared: tuple[str, ...], may_change: tuple[str, ...]
 ) -> RunRecord:
-    """The record of the run in ``folder``, to be saved when it starts: a new one where there are no checkpoints, else the one
-    there, compared.
+    """Make the record of the run in ``folder``, to be saved when it starts; with checkpoints, compare it with the one there.
+    UserError where more than ``may_change`` has changed without ``config.resume_changed``.
 
     Args:
         hashes: of the data and networks that it reads now.
         not_compared: how the names of settings begin that are left out.
         may_change: names of settings that a user may sensibly change; such changes are logged.
-
-    Raises:
-        UserError: something else has changed, without ``config.resume_changed``: that breaks the promise of an exact resume, or
-            would make the card untrue.
     """
     settings = {name: value for name, value in flat(config_as_dict(config)).items() if not name.startswith(not_compared)}
     made_from = json.loads(json.dumps(hashes | settings))  # as it is read back
@@ -100,23 +90,22 @@ def open_record(
         }
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"output: expected the record of a run in {folder / RECORD}, found: {error}") from error
-    refused = [
-        f"{name} was {_short(old)} and is {_short(new)}" for name, (old, new) in changed.items() if name not in may_change
-    ]
+    told = {name: (_short(old), _short(new)) for name, (old, new) in changed.items()}
+    refused = [f"{name} was {old} and is {new}" for name, (old, new) in told.items() if name not in may_change]
     if refused and not config.resume_changed:
         raise UserError(
             f"output: expected what the {images_seen:,} images in {folder} were seen with (resume_changed=true goes on with "
             f"other data and settings), found: {'; '.join(refused)}"
         )
-    for name, (old, new) in changed.items():
-        logger.warning("%s: %s until %d images, %s from here on", name, _short(old), images_seen, _short(new))
+    for name, (old, new) in told.items():
+        logger.warning("%s: %s until %d images, %s from here on", name, old, images_seen, new)
     if changed:
         before.changes.append({"images": images_seen, "changed": changed})
     return RunRecord(made_from, before.changes)
 
 
 def flat(settings: Mapping, prefix: str = "") -> dict:
-    """Nested settings by their full names."""
+    """Return nested settings by their full names."""
     found: dict = {}
     for name, value in settings.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}

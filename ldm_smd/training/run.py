@@ -23,7 +23,7 @@ Denoiser = SMDUNet2DModel | ExtendedUNet2DModel
 
 @dataclass(frozen=True)
 class Run:
-    """The settings, data and frozen networks of a training, and the processes that share it.
+    """The settings, data and frozen networks of a training, and its processes.
 
     Attributes:
         manifest: of the latent shards.
@@ -56,11 +56,11 @@ class Run:
         return self.output / "checkpoints"
 
     def process(self) -> DiffusionProcess:
-        """The noise schedule's forward process, on the device."""
+        """Return the noise schedule's forward process, on the device."""
         return DiffusionProcess(self.scheduler.alphas_cumprod).to(self.accelerator.device)
 
     def batches(self, images_seen: int = 0) -> LatentStream:
-        """This process's part of every batch after ``images_seen``."""
+        """Stream this process's slice of every batch after ``images_seen``."""
         config = self.config
         rank, world, embeddings = self.accelerator.process_index, self.accelerator.num_processes, config.image_conditional
         lengths = (config.batch_size, config.images_total, images_seen)

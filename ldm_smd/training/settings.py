@@ -6,7 +6,7 @@ from typing import Optional
 from ..data.settings import ImagesConfig
 from ..diffusion.settings import DiffusionConfig, ObjectiveConfig
 from ..models.settings import ATTENTION_BACKENDS, AutoencoderModelConfig, ModelConfig
-from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, choice, number, numbers
+from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, choice, number
 
 PRECISIONS = ("auto", "no", "bf16")
 
@@ -33,7 +33,7 @@ class TrainConfig(Settings):
     batch_size: int = number(256, 1, 2**20)
     """Over all processes together; the number of processes must divide it."""
     accumulate: int = number(1, 1, 2**20)
-    """Parts that a process takes its share of a batch in, one after the other, where memory is short; same results."""
+    """Parts in which a process takes its slice of a batch, one after the other, where memory is short; same results."""
     learning_rate: float = number(3e-4, above=0, most=1)
     """Learning rate of AdamW. The energy score can diverge above 1e-3."""
     warmup_images: int = number(10_000, 0, MOST_IMAGES)
@@ -43,22 +43,22 @@ class TrainConfig(Settings):
     weight_decay: float = number(0.01, 0, 100)
     gradient_clip: float = number(1.0, above=0, most=1e9)
     ema_halflife_images: int = number(50_000, 0, MOST_IMAGES)
-    ema_widths: list[float] = numbers([], 0.001, 0.28)
-    """Also keep averages of these relative widths, as [0.05, 0.1], and a snapshot of each at every checkpoint: tools/average.py
-    makes one of any width of them."""
+    ema_widths: list[float] = number([], 0.001, 0.28)
+    """Also keep averages of these relative widths, as [0.05, 0.1], and a snapshot of each at every checkpoint, from which
+    tools/average.py makes one of any width."""
     label_dropout: float = number(0.1, 0, 1)
-    """Share of labels replaced by the null class, for classifier-free guidance."""
+    """Fraction of labels replaced by the null class, for classifier-free guidance."""
     mirror: bool = False
     """Take the mirrored encoding for half of the pictures (shards made with mirror: true)."""
     class_conditional: bool = True
     """Use the labels of the shards where they have them."""
     image_conditional: bool = False
-    """Use the OpenCLIP embeddings of the shards (tools/encode.py embedding=...): the model makes pictures like another one.
-    They are left out as often as the labels."""
+    """Use the OpenCLIP embeddings of the shards (tools/encode.py embedding=...): the model makes images like a given one. They
+    are left out as often as the labels."""
     precision: str = choice("auto", PRECISIONS)
     """auto: bf16 on GPUs that have it, else float32. no: float32. bf16."""
     gradient_checkpointing: bool = False
-    """Compute what is inside the blocks again on the way back, and do not keep it: a third more time, far less memory."""
+    """Recompute activations inside the blocks in the backward pass, not keeping them: a third more time, far less memory."""
     compile: bool = False
     """torch.compile of the network: minutes at the start, faster steps on GPUs."""
     attention: str = choice("auto", ATTENTION_BACKENDS)
@@ -72,18 +72,14 @@ class TrainConfig(Settings):
     checkpoint_every_images: int = number(50_000, 1, MOST_IMAGES)
     keep_checkpoints: int = number(2, 1, 10**6)
     resume_changed: bool = False
-    """Go on with a run though its data or settings are others now; the model card tells until when which counted. false: such a
-    change is refused, as it would not be the run that was resumed."""
+    """Resume a run though its data or settings have changed; the model card tells what changed and when. false: refuse such a
+    change, as the run would not equal an undisturbed one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_images_total(self.images_total, self.batch_size)
-        check(
-            self.model.z_channels > 0 or self.objective.name == "mse",
-            "objective.name",
-            "mse for a Gaussian model (model.z_channels=0)",
-            self.objective.name,
-        )
+        name, fits = self.objective.name, self.model.z_channels > 0 or self.objective.name == "mse"
+        check(fits, "objective.name", "mse for a Gaussian model (model.z_channels=0)", name)
 
 
 @dataclass
@@ -96,7 +92,7 @@ class TrainAutoencoderConfig(Settings):
     output: str = MISSING
     """Model folder to write (diffusers layout and a model card)."""
     work: Optional[str] = None
-    """Folder for checkpoints, metrics and reconstructions; an interrupted run goes on from here. null: OUTPUT.run."""
+    """Folder for checkpoints, metrics and reconstructions; an interrupted run resumes from here. null: OUTPUT.run."""
     model: AutoencoderModelConfig = field(default_factory=AutoencoderModelConfig)
     init_from: Optional[str] = None
     """Start from the weights of this AutoencoderKL folder instead of random ones."""
@@ -107,7 +103,7 @@ class TrainAutoencoderConfig(Settings):
     learning_rate: float = number(1e-3, above=0, most=1)
     warmup_images: int = number(2_000, 0, MOST_IMAGES)
     kl_weight: float = number(1e-6, 0, 1e6)
-    """Weight of the KL term, per latent number, against the reconstruction error per pixel value."""
+    """Weight of the KL term, per latent element, against the reconstruction error per pixel value."""
     squared_weight: float = number(0.0, 0, 1e6)
     """Weight of the squared error, which PSNR counts, beside the absolute one."""
     gradient_weight: float = number(0.1, 0, 1e6)
@@ -117,7 +113,7 @@ class TrainAutoencoderConfig(Settings):
     seed: int = number(0, 0, MOST_SEED)
     checkpoint_every_images: int = number(10_000, 1, MOST_IMAGES)
     resume_changed: bool = False
-    """Go on with a run though its pictures or settings are others now; the model card tells until when which counted."""
+    """Resume a run though its images or settings have changed; the model card tells what changed and when."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,8 +142,8 @@ class TrainClassifierConfig(Settings):
     """Every step takes a batch of each."""
     output: str = MISSING
     """Model folder to write (diffusers layout and a model card)."""
-    block_out_channels: list[int] = numbers([16, 32, 64, 128], 1, 8192, fewest=2)
-    """Channels of the stem, then of each stage; the last are the features."""
+    block_out_channels: list[int] = number([16, 32, 64, 128], 1, 8192, fewest=2)
+    """Channels of the stem, then of each level; the last are the features."""
     images_total: int = number(400_000, 1, MOST_IMAGES)
     """Images seen, all sets together."""
     learning_rate: float = number(0.2, above=0, most=10)
@@ -169,7 +165,7 @@ class AverageConfig(Settings):
     run: str = MISSING
     """Folder of a run of tools/train.py with ema_widths."""
     sigma_rel: float = number(MISSING, 0.001, 0.28)
-    """Width of the average, as a share of the training: the deviation of what counts, in images, over all images."""
+    """Width of the average, as a fraction of the training: the deviation of its profile, in images, over all images."""
     output: str = MISSING
     """New model folder."""
     images: Optional[int] = number(None, 1, MOST_IMAGES)
@@ -194,7 +190,7 @@ class TrainMomentsConfig(Settings):
     """Weight of the third-moment loss (r^3 has a larger variance than r^2)."""
     ema_halflife_images: int = number(5_000, 0, MOST_IMAGES)
     label_dropout: float = number(0.1, 0, 1)
-    """Share of labels replaced by the null class."""
+    """Fraction of labels replaced by the null class."""
     seed: int = number(0, 0, MOST_SEED)
     device: str = "auto"
 
@@ -214,8 +210,8 @@ class FitGaussianConfig(Settings):
     output: str = MISSING
     """New model folder: the same with a gaussian part, and TeleportScheduler as its scheduler."""
     components: int = number(1, 1, 2**16)
-    """1: a Gaussian for each class and one for all, each with its own covariance. More: a mixture of so many that share one,
-    with weights by class."""
+    """1: a Gaussian for each class and one for all, each with its own covariance. More: a mixture of so many with one
+    covariance, with weights by class."""
     rank: int = number(128, 1, 2**16)
     """Eigenvectors of a covariance that are kept; the other directions share their mean variance."""
     sigma_skip: float = number(5.0, above=0, most=1e6)

@@ -1,5 +1,5 @@
-"""Parameters that are divided over the processes (FSDP), as whole ones and back: torch's DTensor, one parameter at a time, so
-that no GPU ever has all of them."""
+"""Parameters sharded over the processes (FSDP), to full tensors and back: torch's DTensor, one parameter at a time, so that no
+GPU ever has all of them."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ def set_sharded_precision(accelerator: Accelerator) -> None:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of it."""
+    """Return this process's shard."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of it; for all processes to call."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather all of it; for all processes to call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Divided as the parameter, where that is divided; a tensor of another shape stays."""
+    """Shard a tensor as the parameter is sharded, if it is; a tensor of another shape stays as it is."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     # Every process has read the same, so none needs to send it.
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def divide_again(module: nn.Module, *_: object) -> None:
-    """Hook after a forward pass: FSDP leaves some parameters whole until the way back, which one without gradients has not."""
+def reshard(module: nn.Module, *_: object) -> None:
+    """Hook after a forward pass without gradients: FSDP leaves some parameters unsharded for a backward pass."""
     for part in module.modules():
         if isinstance(part, FSDPModule) and not torch.is_grad_enabled():
             part.reshard()
 
 
-def is_divided(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 @torch.no_grad()
 def gather_into(module: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Copy into the parameters of ``module`` the whole of those that are divided."""
+    """Copy the sharded ones of ``parameters``, in full, into those of ``module``; for all processes to call."""
     for name, parameter in module.named_parameters():
         if isinstance(parameters[name], DTensor):
-            parameter.copy_(whole(parameters[name]))
+            parameter.copy_(full_tensor(parameters[name]))

@@ -7,16 +7,17 @@ from contextlib import nullcontext
 from typing import Protocol
 
 import torch
+from diffusers import ModelMixin
 from einops import rearrange
 
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
 from ..diffusion.objectives import objective, timestep_weight
-from ..diffusion.process import DiffusionProcess
+from ..diffusion.process import GaussianPath
 from ..models.denoiser import known_labels
 from .build import initial_model
-from .draws import Draws, draw, step_seed
 from .run import Run
+from .step_noise import StepNoise, draw_step_noise, step_seed
 from .trained import TrainedNetwork
 
 
@@ -39,39 +40,38 @@ class Denoising:
     """The denoiser learns alone: draw latents, noise and eta; predict; compare."""
 
     def __init__(self, run: Run) -> None:
-        o = run.config.objective
+        score = run.config.objective
         self.run, self.process, self.model = run, run.process(), trained_model(run)
         self.networks = {"model": self.model}
-        self.objective = objective(o.name, o.beta, o.diversity, o.patches, o.bandwidth)
-        self.exponent = o.beta if o.name == "energy" else 2.0
-        self.draws = o.draws if self.model.network.is_mixture else 0
+        self.objective = objective(score.name, score.beta, score.diversity, score.patches, score.bandwidth)
+        self.exponent = score.beta if score.name == "energy" else 2.0
+        self.draws = score.draws if self.model.network.is_mixture else 0
 
     def step(self, batch: LatentBatch, images_seen: int, learning_rate: float) -> dict[str, torch.Tensor]:
         self.model.network.zero_grad()
-        loss = self.backward(batch, draw_step(self.run, self.process, batch, images_seen, self.draws))
-        norm = self.model.descend(learning_rate, self.run.config.gradient_clip)
-        return {"loss": loss, "gradient_norm": norm}
+        noise = draw_step(self.run, self.process, batch, images_seen, self.draws)
+        loss = self.backward(batch, noise)
+        return {"loss": loss, "gradient_norm": self.model.descend(learning_rate, self.run.config.gradient_clip)}
 
-    def backward(self, batch: LatentBatch, draws: Draws) -> torch.Tensor:
+    def backward(self, batch: LatentBatch, noise: StepNoise) -> torch.Tensor:
         """Add the gradients of a batch, in ``accumulate`` parts; returns its mean loss."""
+        size, accelerator = len(batch.labels), self.run.accelerator
         total = torch.zeros((), device=batch.labels.device)
-        for rows, last in parts(len(batch.labels), self.run.config.accumulate):
+        for rows, last in parts(size, self.run.config.accumulate):
             # Processes exchange gradients once, with the last part.
-            with nullcontext() if last else self.run.accelerator.no_sync(self.model.forward):
-                loss = self.losses(batch.rows(*rows), draws.rows(*rows)).sum() / len(batch.labels)
-                self.run.accelerator.backward(loss)
+            with nullcontext() if last else accelerator.no_sync(self.model.forward):
+                loss = self.losses(batch.rows(*rows), noise.rows(*rows)).sum() / size
+                accelerator.backward(loss)
             total += loss.detach()
         return total
 
-    def losses(self, batch: LatentBatch, draws: Draws) -> torch.Tensor:
+    def losses(self, batch: LatentBatch, noise: StepNoise) -> torch.Tensor:
         """Return the loss of each image, (b,)."""
-        config, t = self.run.config, draws.t
-        x0 = self.run.autoencoder.normalise(sample_latents(batch.moments, noise=draws.posterior))
-        eta = rearrange(draws.eta, "b m ... -> (b m) ...") if draws.eta.shape[1] else None
-        prediction_type = config.diffusion.prediction_type
-        x_t = self.process.noise(x0, draws.eps, t)
-        target = self.process.target(x0, draws.eps, t, prediction_type)
-        conditions = known_conditions(batch, draws, self.model.network.config.num_classes)
+        config, t, prediction_type = self.run.config, noise.t, self.run.config.diffusion.prediction_type
+        x0 = self.run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
+        eta = rearrange(noise.eta, "b m ... -> (b m) ...") if noise.eta.shape[1] else None
+        x_t, target = self.process.noise(x0, noise.eps, t), self.process.target(x0, noise.eps, t, prediction_type)
+        conditions = known_conditions(batch, noise, self.model.network.config.num_classes)
         with self.run.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
         losses = self.objective(rearrange(prediction, "(b m) ... -> b m ...", b=len(x0)), target)
@@ -81,39 +81,37 @@ class Denoising:
 def trained_model(run: Run) -> TrainedNetwork:
     """The denoiser as a training starts with it, and its optimizer."""
     network, config = initial_model(run), run.config
-    decay = config.weight_decay
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=decay, fused=True
-    )
-    return TrainedNetwork(network, optimizer)
+    return TrainedNetwork(network, adamw(network, config.learning_rate, config.weight_decay))
 
 
-def draw_step(run: Run, process: DiffusionProcess, batch: LatentBatch, images_seen: int, count: int) -> Draws:
-    """Draw the random numbers of this process's part of a batch, ``count`` of eta for each image.
+def adamw(network: ModelMixin, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
-    They are a function of (seed, images_seen): a resumed run draws what it would have drawn, and so do processes of
-    another number.
-    """
+
+def draw_step(run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int, draws: int) -> StepNoise:
+    """Draw the random numbers of this process's part of a batch, ``draws`` of eta for each image, as a function of
+    (seed, images_seen): a resumed run draws the same, on any number of processes."""
     config, accelerator = run.config, run.accelerator
     size, rank = len(batch.labels), accelerator.process_index
     generator = torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, images_seen))
     shape = (size * accelerator.num_processes, *batch.moments.shape[2:])
-    draws = draw(generator, shape, count, process.num_timesteps, config.label_dropout)
+    noise = draw_step_noise(generator, shape, draws, path, config.label_dropout)
     torch.manual_seed(step_seed(config.seed, images_seen, rank))  # for dropout inside the network
-    return draws.rows(rank * size, (rank + 1) * size)
+    return noise.rows(rank * size, (rank + 1) * size)
 
 
 def parts(size: int, count: int) -> Iterator[tuple[tuple[int, int], bool]]:
-    """The first and last row of each of ``count`` parts of a batch, and whether it is the last part."""
+    """The first row and the one after the last of each of ``count`` parts of a batch, and whether it is the last part."""
     part = -(-size // count)
     for start in range(0, size, part):
         yield (start, min(start + part, size)), start + part >= size
 
 
-def known_conditions(batch: LatentBatch, draws: Draws, null_class: int | None) -> dict[str, torch.Tensor | None]:
-    """Labels and embeddings as a model takes them, left out where the draws say so."""
+def known_conditions(batch: LatentBatch, noise: StepNoise, null_class: int | None) -> dict[str, torch.Tensor | None]:
+    """Labels and embeddings as a model takes them, left out where the noise says so."""
     labels = known_labels(batch.labels, null_class)
     if labels is not None and null_class is not None:
-        labels = torch.where(draws.dropped, null_class, labels)
-    embeds = {} if batch.embeddings is None else {"image_embeds": batch.embeddings.float() * ~draws.unlike[:, None]}
-    return {"class_labels": labels, **embeds}
+        labels = torch.where(noise.drop_label, null_class, labels)
+    embeds = batch.embeddings
+    inputs = {} if embeds is None else {"image_embeds": embeds.float() * ~noise.drop_embedding[:, None]}
+    return {"class_labels": labels, **inputs}

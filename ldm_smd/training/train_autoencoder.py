@@ -30,7 +30,7 @@ from .trained import TrainedNetwork
 
 REPORT_EVERY_IMAGES = 1_000
 NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache", "held_out.", "work", "resume_changed")
-"""Settings, by how they begin, that are paths to what is compared itself, or change nothing of the model."""
+"""Settings, by how they begin, that are paths to what is compared itself, or do not change the model."""
 MAY_CHANGE = ("images_total", "learning_rate", "warmup_images", "ema_halflife_images", "checkpoint_every_images")
 
 
@@ -57,7 +57,7 @@ def autoencoder_loss(
     l1       = mean |x' - x|
     l2       = mean (x' - x)^2
     gradient = mean |dx' - dx| over horizontal and vertical differences
-    kl       = mean over latent numbers of (mean^2 + var - 1 - log var) / 2
+    kl       = mean over latent elements of (mean^2 + var - 1 - log var) / 2
     """
     error = reconstruction - x
     l1, l2 = error.abs().mean(), error.square().mean()
@@ -73,75 +73,69 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     work = Path(config.work) if config.work else output.with_name(f"{output.name}.run")
     with claimed(output), claimed(work, "work", inside=True):
         require_folder(output)
-        return run(config, output, work)
+        device = pick_device("auto")
+        torch.manual_seed(config.seed)
+        pixels, _, _ = load_pixels(config.images)
+        held_out, _, _ = load_pixels(config.held_out)
+        hashes = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}
+        record = open_record(work, hashes, config, NOT_COMPARED, MAY_CHANGE)
+        model = build(config)
+        if config.init_from:
+            load_weights(model, Path(config.init_from), "init_from")
+            initial = model.load_config(config.init_from)
+            model.register_to_config(latents_mean=initial.get("latents_mean"), latents_std=initial.get("latents_std"))
+        model.encoder.requires_grad_(config.train_encoder)
+        model.to(device)
+        ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+        trained = {"model": TrainedNetwork(model, optimizer)}
 
+        images_seen = resume(work / "checkpoints", trained, ema)["images_seen"]
+        resume_optimizers(work / "checkpoints", trained)
+        record.save(work)
+        log = MetricsLog(work, images_seen)
+        bar = progress(config.images_total, images_seen, "autoencoder")
+        means = RunningMeans()
+        while images_seen < config.images_total:
+            # The batch is a function of (seed, images_seen) alone, so a resumed run sees what an undisturbed one would.
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
+            x = random_batch(pixels, config, generator).to(device)
+            posterior = model.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+            reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
+            terms = autoencoder_loss(reconstruction, x, posterior.mean, posterior.logvar, config)
+            model.zero_grad()
+            terms["loss"].backward()
+            trained["model"].descend(warmup_times_cosine(config, images_seen), gradient_clip=1.0)
 
-def run(config: TrainAutoencoderConfig, output: Path, work: Path) -> Path:
-    """What ``train_autoencoder`` does."""
-    device = pick_device("auto")
-    torch.manual_seed(config.seed)
-    pixels, _, _ = load_pixels(config.images)
-    held_out, _, _ = load_pixels(config.held_out)
-    hashes = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}
-    record = open_record(work, hashes, config, NOT_COMPARED, MAY_CHANGE)
-    model = build(config)
-    if config.init_from:
-        load_weights(model, Path(config.init_from), "init_from")
-        initial = model.load_config(config.init_from)
-        model.register_to_config(latents_mean=initial.get("latents_mean"), latents_std=initial.get("latents_std"))
-    model.encoder.requires_grad_(config.train_encoder)
-    model.to(device)
-    ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    trained = {"model": TrainedNetwork(model, optimizer)}
+            before, images_seen = images_seen, images_seen + len(x)
+            ema.update(model, len(x), images_seen)
+            means.add(terms)
+            bar.update(len(x))
+            if crossed(before, images_seen, REPORT_EVERY_IMAGES):
+                values = means.read()
+                if not math.isfinite(values["loss"]):
+                    raise UserError(f"loss: expected a finite number, found {values['loss']} at {images_seen} images")
+                log.log(images_seen, values)
+                bar.set_postfix(l1=f"{values['l1']:.4f}")
+            if crossed(before, images_seen, config.checkpoint_every_images):
+                measured = reconstruction_psnr(FrozenAutoencoder(ema.model), held_out)
+                log.log(images_seen, {"held_out_psnr": measured["psnr"]})
+                bar.write(f"{images_seen} images: held-out PSNR {measured['psnr']:.2f} dB")
+                save_checkpoint(work / "checkpoints", trained, ema.model, {"images_seen": images_seen}, keep=1)
+                save_comparison(FrozenAutoencoder(ema.model), held_out[:24], work / "reconstructions.png")
+        bar.close()
+        log.close()
 
-    images_seen = resume(work / "checkpoints", trained, ema)["images_seen"]
-    resume_optimizers(work / "checkpoints", trained)
-    record.save(work)
-    log = MetricsLog(work, images_seen)
-    bar = progress(config.images_total, images_seen, "autoencoder")
-    means = RunningMeans()
-    while images_seen < config.images_total:
-        # The batch is a function of (seed, images_seen) alone, so a resumed run sees what an undisturbed one would.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
-        x = random_batch(pixels, config, generator).to(device)
-        posterior = model.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
-        terms = autoencoder_loss(reconstruction, x, posterior.mean, posterior.logvar, config)
-        model.zero_grad()
-        terms["loss"].backward()
-        trained["model"].descend(warmup_times_cosine(config, images_seen), gradient_clip=1.0)
-
-        before = images_seen
-        images_seen += len(x)
-        ema.update(model, len(x), images_seen)
-        means.add(terms)
-        bar.update(len(x))
-        if crossed(before, images_seen, REPORT_EVERY_IMAGES):
-            values = means.read()
-            if not math.isfinite(values["loss"]):
-                raise UserError(f"loss: expected a finite number, found {values['loss']} at {images_seen} images")
-            log.log(images_seen, values)
-            bar.set_postfix(l1=f"{values['l1']:.4f}")
-        if crossed(before, images_seen, config.checkpoint_every_images):
-            measured = reconstruction_psnr(FrozenAutoencoder(ema.model), held_out)
-            log.log(images_seen, {"held_out_psnr": measured["psnr"]})
-            bar.write(f"{images_seen} images: held-out PSNR {measured['psnr']:.2f} dB")
-            save_checkpoint(work / "checkpoints", trained, ema.model, {"images_seen": images_seen}, keep=1)
-            save_comparison(FrozenAutoencoder(ema.model), held_out[:24], work / "reconstructions.png")
-    bar.close()
-    log.close()
-
-    if config.train_encoder:
-        set_latent_statistics(ema.model, pixels)
-    frozen = FrozenAutoencoder(ema.model)
-    measured = reconstruction_psnr(frozen, held_out)
-    save_comparison(frozen, held_out[:24], work / "reconstructions.png")
-    write_model_folder(output, ema.model, autoencoder_card(config, frozen, measured, len(pixels), record))
-    print(f"held-out PSNR {measured['psnr']:.2f} dB; wrote {output}")
-    return output
+        if config.train_encoder:
+            set_latent_statistics(ema.model, pixels)
+        frozen = FrozenAutoencoder(ema.model)
+        measured = reconstruction_psnr(frozen, held_out)
+        save_comparison(frozen, held_out[:24], work / "reconstructions.png")
+        write_model_folder(output, ema.model, autoencoder_card(config, frozen, measured, len(pixels), record))
+        print(f"held-out PSNR {measured['psnr']:.2f} dB; wrote {output}")
+        return output
 
 
 def random_batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torch.Generator) -> torch.Tensor:
@@ -176,13 +170,12 @@ def autoencoder_card(
     config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, pictures: int, record: RunRecord
 ) -> str:
     """README.md of the model folder."""
-    parameters = sum(parameter.numel() for parameter in autoencoder.model.parameters())
     part = "" if config.train_encoder else " by the decoder alone"
     start = f"{part} after those of `{config.init_from}`" if config.init_from else ""
     text = f"""\
 Trained by `tools/train_autoencoder.py` on {pictures:,} pictures of `{config.images.source}` at \
 {config.images.resolution}x{config.images.resolution}, {config.images_total:,} images seen{start}, \
-{parameters / 1e6:.2f} million parameters. {record.history()}
+{autoencoder.model.num_parameters() / 1e6:.2f} million parameters. {record.history()}
 
 | measured on `{config.held_out.source}` | dB |
 |---|---|

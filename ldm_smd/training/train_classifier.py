@@ -31,11 +31,14 @@ class LabelledPictures:
 
     @classmethod
     def load(cls, config: ClassifierSetConfig, part: str) -> tuple[LabelledPictures, list[str]]:
-        """The "images" or "held_out" part, and the class names."""
+        """Load the "images" or "held_out" part, and the class names."""
         pixels, labels, classes = load_pixels(getattr(config, part))
         if any(label is None for label in labels):
             raise UserError(f"sets.{config.name}.{part}: expected a class for every picture, found some without")
         return cls(pixels, torch.tensor(labels)), classes
+
+
+Sets = dict[str, LabelledPictures]
 
 
 @makes_folder
@@ -74,7 +77,7 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
     model.eval()
     measured = {name: accuracy(model, name, pictures, device) for name, pictures in held_out.items()}
     write_model_folder(output, model, classifier_card(config, model, training, held_out, measured))
-    print("held-out pictures right: " + ", ".join(f"{name} {share:.1%}" for name, share in measured.items()))
+    print("held-out pictures right: " + ", ".join(f"{name} {right:.1%}" for name, right in measured.items()))
     return output
 
 
@@ -96,7 +99,7 @@ def augmented_batch(pictures: LabelledPictures, config: ClassifierSetConfig) -> 
 
 @torch.no_grad()
 def accuracy(model: FeatureNetwork, name: str, pictures: LabelledPictures, device: torch.device) -> float:
-    """Share of the pictures whose most likely class is theirs."""
+    """Return the fraction of the pictures whose most likely class is theirs."""
     right = 0
     for pixels, labels in zip(pictures.pixels.split(256), pictures.labels.split(256)):
         logits = model.heads[name](model(pixels.to(device).float() / 127.5 - 1.0))
@@ -105,11 +108,7 @@ def accuracy(model: FeatureNetwork, name: str, pictures: LabelledPictures, devic
 
 
 def classifier_card(
-    config: TrainClassifierConfig,
-    model: FeatureNetwork,
-    training: dict[str, LabelledPictures],
-    held_out: dict[str, LabelledPictures],
-    measured: dict[str, float],
+    config: TrainClassifierConfig, model: FeatureNetwork, training: Sets, held_out: Sets, measured: dict[str, float]
 ) -> str:
     """README.md of the model folder."""
     rows = "\n".join(

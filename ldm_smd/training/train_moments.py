@@ -69,16 +69,23 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     bar.close()
 
     few = LatentStream(manifest, CALIBRATION_PICTURES, CALIBRATION_PICTURES, seed=config.seed).batch_at(0).to(device)
-    shares = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few)
+    ratios = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few)
+    measured = ", ".join(f"{ratio:.2f} at t = {t}" for t, ratio in ratios.items())
     pipeline.register_modules(moments=ema.model, scheduler=GMSScheduler.from_config(pipeline.scheduler.config))
-    write_model_folder(output, pipeline, moments_card(config, ema.model, images_seen, shares), "moments")
-    print("predicted variance over that found: " + ", ".join(f"{share:.2f} at t = {t}" for t, share in shares.items()))
+    text = f"""\
+{heads.num_parameters() / 1e6:.2f} million parameters beside the UNet of `{config.model}`, which is unchanged; EMA weights \
+after {images_seen:,} images. Predicted variance over the squared error: {measured}.
+
+Made by `tools/train_moments.py` with these settings:"""
+    card = model_card("Variance and skew of the step, for GMSScheduler", text, config)
+    write_model_folder(output, pipeline, card, "moments")
+    print(f"predicted variance over that found: {measured}")
     return output
 
 
 @dataclass
 class PredictionErrors:
-    """From a batch to what the heads say of the error of the network's v, and that error."""
+    """For a batch, the moments that the heads predict of the error of the network's v, and that error."""
 
     pipeline: SMDPipeline
     autoencoder: FrozenAutoencoder
@@ -95,7 +102,7 @@ class PredictionErrors:
         x0 = self.autoencoder.normalise(sample_latents(batch.moments))
         process = DiffusionProcess(scheduler.alphas_cumprod.to(x0.device))
         if t is None:
-            t = torch.randint(process.num_timesteps, (len(x0),), device=x0.device)
+            t = process.random_t(len(x0), device=x0.device)
         classes = num_classes(unet)
         labels = known_labels(batch.labels, classes)
         if labels is not None and classes is not None:
@@ -110,21 +117,10 @@ class PredictionErrors:
 
 @torch.no_grad()
 def calibration(errors: PredictionErrors, heads: MomentHeads, batch: LatentBatch) -> dict[int, float]:
-    """At some timesteps the mean of the predicted variance over the mean of the squared error: 1 where it is right."""
-    shares = {}
+    """Divide, at some timesteps, the mean of the predicted variance by that of the squared error: 1 where it is right."""
+    ratios = {}
     for t in CALIBRATION_TIMESTEPS:
         if t < errors.pipeline.scheduler.config.num_train_timesteps:
             variance, _, error = errors(heads, batch, torch.full((len(batch.labels),), t, device=batch.moments.device))
-            shares[t] = float(variance.mean() / error.square().mean())
-    return shares
-
-
-def moments_card(config: TrainMomentsConfig, heads: MomentHeads, images_seen: int, shares: dict[int, float]) -> str:
-    """README.md of the model folder and of its moments part."""
-    measured = ", ".join(f"{share:.2f} at t = {t}" for t, share in shares.items())
-    text = f"""\
-{heads.num_parameters() / 1e6:.2f} million parameters beside the UNet of `{config.model}`, which is unchanged; EMA weights \
-after {images_seen:,} images. Predicted variance over the squared error: {measured}.
-
-Made by `tools/train_moments.py` with these settings:"""
-    return model_card("Variance and skew of the step, for GMSScheduler", text, config)
+            ratios[t] = float(variance.mean() / error.square().mean())
+    return ratios

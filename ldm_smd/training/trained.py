@@ -1,4 +1,4 @@
-"""A network under training and its optimizer, also where both are divided over the processes."""
+"""A network under training and its optimizer, also where both are sharded over the processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..models.backbone import current_name
-from .sharding import distribute_like, divide_again, gather_into, is_divided, set_sharded_precision, whole
+from .sharding import distribute_like, full_tensor, gather_into, is_sharded, reshard, set_sharded_precision
 
 
 class TrainedNetwork:
@@ -25,31 +25,31 @@ class TrainedNetwork:
     def __init__(self, network: ModelMixin, optimizer: torch.optim.Optimizer) -> None:
         self.network, self.optimizer = network, optimizer
         self.forward: nn.Module = network
-        self._empty = without_numbers(network)
+        self._empty = copy.deepcopy(network).to("meta")  # the structure, and no memory for weights
 
     def prepare(self, accelerator: Accelerator, gradient_checkpointing: bool = False, compiled: bool = False) -> None:
-        """Share the network with the other processes, as the launcher says: after its weights are loaded, before its
+        """Distribute the network over the processes, as the launcher says: after its weights are loaded, before its
         optimizer's."""
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         set_sharded_precision(accelerator)
         prepared, _ = accelerator.prepare(self.network, self.optimizer)
         self.forward = cast(nn.Module, torch.compile(prepared)) if compiled else prepared
-        if is_divided(self.network):
-            self.forward.register_forward_hook(divide_again)
+        if is_sharded(self.network):
+            self.forward.register_forward_hook(reshard)
 
     def descend(self, learning_rate: float, gradient_clip: float) -> torch.Tensor:
         """Clip the gradients and take a step; returns the norm they had."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # accelerate's own fails under FSDP where two networks have the same number of parameters.
-        norm = whole(nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip))
         self.optimizer.step()
         return norm
 
-    def whole_network(self) -> ModelMixin:
-        """``network``; a copy on the CPU with all weights where it is divided. For all processes to call."""
-        if not is_divided(self.network):
+    def full_network(self) -> ModelMixin:
+        """``network``; where it is sharded, a copy on the CPU with all weights. For all processes to call."""
+        if not is_sharded(self.network):
             return self.network
         copied = copy.deepcopy(self._empty).to_empty(device="cpu")
         gather_into(copied, dict(self.network.named_parameters()))
@@ -58,11 +58,11 @@ class TrainedNetwork:
         return copied
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state as one flat dictionary "parameter name/entry" -> tensor, whole: for all processes to call. On
+        """Return the optimizer's state as one dictionary "parameter name/entry" -> full tensor; for all processes to call. On
         the CPU, as one GPU may not have the memory for what they have together."""
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
         return {
-            f"{names[parameter]}/{entry}": whole(value).cpu()
+            f"{names[parameter]}/{entry}": full_tensor(value).cpu()
             for parameter, state in self.optimizer.state.items()
             for entry, value in state.items()
         }
@@ -70,18 +70,10 @@ class TrainedNetwork:
     def load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse of ``optimizer_tensors``."""
         parameters = dict(self.network.named_parameters())
-        fused = bool(self.optimizer.defaults.get("fused"))
         for flat, tensor in tensors.items():
-            former, _, entry = flat.rpartition("/")
-            name = current_name(former)
+            name, _, entry = flat.rpartition("/")
+            parameter = parameters[current_name(name)]
             # AdamW keeps its step counters on the CPU unless it is fused; then they lie beside the parameters.
-            if entry != "step" or fused:
-                tensor = distribute_like(tensor.to(parameters[name].device), parameters[name])
-            self.optimizer.state[parameters[name]][entry] = tensor
-
-
-def without_numbers(network: ModelMixin) -> ModelMixin:
-    """A copy on the meta device: the structure, and no memory for weights."""
-    parameters = {id(each): nn.Parameter(torch.empty_like(each, device="meta")) for each in network.parameters()}
-    buffers = {id(each): torch.empty_like(each, device="meta") for each in network.buffers()}
-    return copy.deepcopy(network, parameters | buffers)
+            if entry != "step" or self.optimizer.defaults.get("fused"):
+                tensor = distribute_like(tensor.to(parameter.device), parameter)
+            self.optimizer.state[parameter][entry] = tensor

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm_smd.diffusion.central_moments import Moments, moments_of, reverse_moments, two_gaussians, x0_moments
+from ldm_smd.diffusion.central_moments import CentralMoments, moments_of, reverse_moments, two_gaussians, x0_moments
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from tests.diffusion.paths import KINDS, PATHS
 
@@ -16,7 +16,7 @@ def quadrature(log_density):
     weights = torch.softmax(log_density, 0)
     mean = (weights * GRID).sum()
     centred = GRID - mean
-    return Moments(mean, (weights * centred**2).sum(), (weights * centred**3).sum())
+    return CentralMoments(mean, (weights * centred**2).sum(), (weights * centred**3).sum())
 
 
 def exact_x0(path, x_t, t):
@@ -54,7 +54,7 @@ def test_moments_of_a_step_are_those_of_its_distribution(path, kind, t, s):
 def random_moments(count=2000):
     generator = torch.Generator().manual_seed(0)
     mean, third = torch.randn(2, count, generator=generator, dtype=torch.float64)
-    return Moments(mean, 0.05 + torch.rand(count, generator=generator, dtype=torch.float64), third)
+    return CentralMoments(mean, 0.05 + torch.rand(count, generator=generator, dtype=torch.float64), third)
 
 
 def test_moments_of_two_gaussians_are_those_of_their_density():
@@ -98,6 +98,6 @@ def test_a_floor_keeps_mean_and_variance():
 
 
 def test_no_skew_is_one_gaussian():
-    moments = Moments(torch.ones(3), torch.full((3,), 2.0), torch.zeros(3))
+    moments = CentralMoments(torch.ones(3), torch.full((3,), 2.0), torch.zeros(3))
     first, second, variance = two_gaussians(moments, torch.zeros(()))
     assert torch.allclose(first, second) and torch.allclose(variance, moments.variance)

@@ -5,7 +5,7 @@ import os
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 
-from ldm_smd.training.sharding import is_divided, whole
+from ldm_smd.training.sharding import full_tensor, is_sharded
 from tests.models.backbones import BACKBONES, inputs, mixture, moved
 from tests.rounding import alike
 
@@ -22,11 +22,11 @@ for name in BACKBONES:
     for convolution in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
         fully_shard(convolution, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    assert is_divided(model)
+    assert is_sharded(model)
     found = model(x, t, labels, eta).sample
     assert alike(found, expected), name
     found.square().mean().backward()
     for key, parameter in model.named_parameters():
-        assert alike(whole(parameter.grad), gradients[key]), (name, key)
+        assert alike(full_tensor(parameter.grad), gradients[key]), (name, key)
 distributed.barrier()  # or one leaves while the other still listens
 os._exit(0)  # at a usual end a thread of gloo's may still run, which aborts the process

@@ -12,7 +12,7 @@ from critic import WithCritic
 from ldm_smd.config import load_config
 from ldm_smd.training import loop
 from ldm_smd.training.settings import TrainConfig
-from ldm_smd.training.sharding import is_divided
+from ldm_smd.training.sharding import is_sharded
 
 config = load_config(TrainConfig, sys.argv[-1])
 if "critic" in sys.argv:
@@ -23,5 +23,5 @@ accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
     fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
 )
 loop.training_loop(config, accelerator, threading.Event())
-assert all(map(is_divided, accelerator._models))
+assert all(map(is_sharded, accelerator._models))
 accelerator.end_training()

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline
-from ldm_smd.training.average import Snapshot, average, inner_product, save_snapshot, shares, snapshots
+from ldm_smd.training.average import Snapshot, average, coefficients, inner_product, save_snapshot, snapshots
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.ema import PowerEMA, gamma_of
 from ldm_smd.training.loop import train
@@ -57,13 +57,13 @@ def test_another_width_from_snapshots():
             for width in (0.05, 0.1):
                 kept.append(Snapshot(None, end, width))
                 values.append(averages[width])
-    found = shares(kept, 10_000, 0.07)
+    found = coefficients(kept, 10_000, 0.07)
     assert found.sum() == pytest.approx(1, abs=0.01)
     made = sum(float(share) * value for share, value in zip(found, values))
     error, others = (made - averages[0.07]).norm(), [(averages[w] - averages[0.07]).norm() for w in (0.05, 0.1)]
     assert error < 0.1 * min(others)
     # And a width that was kept is that snapshot.
-    assert shares(kept, 10_000, 0.1) == pytest.approx([0.0] * 19 + [1.0], abs=1e-6)
+    assert coefficients(kept, 10_000, 0.1) == pytest.approx([0.0] * 19 + [1.0], abs=1e-6)
 
 
 @pytest.mark.slow

@@ -17,12 +17,12 @@ from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training import loop
 from ldm_smd.training.checkpoint import checkpoints
-from ldm_smd.training.draws import draw
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.rates import warmup_cooldown
 from ldm_smd.training.settings import TrainConfig
 from ldm_smd.training.step import Denoising
+from ldm_smd.training.step_noise import draw_step_noise
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OTHERS = {
@@ -275,7 +275,7 @@ def test_a_weighting_has_the_power_of_the_objective(open_run, shards):
         for weighting in ("prediction", "x0"):
             run = open_run(*objective, f"objective.weighting={weighting}")
             torch.manual_seed(0)
-            draws = draw(torch.Generator().manual_seed(0), (8, 4, 8, 8), 2, 1000, 0.1)
+            draws = draw_step_noise(torch.Generator().manual_seed(0), (8, 4, 8, 8), 2, run.process(), 0.1)
             losses.append(Denoising(run).losses(batch, draws))
         _, s = run.process().signal_and_noise(draws.t, draws.t)
         assert torch.allclose(losses[1], losses[0] * s**power, rtol=1e-4)
