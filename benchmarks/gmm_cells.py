@@ -32,6 +32,45 @@ class Budget:
     learning_rate: float = 4e-3
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """One way of posterior distillation (gmm_distill.py)."""
+
+    name: str
+    teacher: str = "exact"
+    """Or "learned": a Gaussian model trained on samples."""
+    start: str = "random"
+    """Or "Gaussian", "energy": the student is trained first, as a Gaussian model or a mixture by the energy score."""
+    spread: float = 0.7
+    """What x_0 is to spread by eta at the start, where it otherwise does not at all."""
+    conditional: bool = True
+    """The views are x_t and x_r as one, x_u; else x_r alone."""
+    joint: bool = True
+    """The critic sees x_r and x_t, not x_u alone."""
+    residual: bool = False
+    """The critic learns what the teacher's prediction, which it also sees, lacks."""
+    draws: int = 1
+    """M, of each x_t."""
+    critic_updates: int = 1
+    """To one of the student; 0: no critic is trained, the M draws themselves say where others are (mean_of_draws)."""
+    critic_rate: float = 2.5
+    """Times the student's."""
+    critic_width: int = 64
+    head_blocks: int = 1
+    normalise: str = "own"
+    """By the draw's distance from the teacher's prediction; or "level", by s_u."""
+    identity: float = 0.0
+    """alpha of score identity."""
+    energy: float = 0.0
+    """Weight of an energy score beside it."""
+    pure_noise: float = 0.0
+    """Share of the batch at the last timestep, beside the t drawn there."""
+    momentum: float = 0.9
+    first_updates: int = 1000
+    """Of Gaussian models trained first."""
+    objective: str = "distillation"
+
+
 GAUSSIAN = Model("Gaussian", "mse", 1, mixture=False)
 PAPER = Model("SMD, squared error (the paper)", "mse", 1)
 FROZEN = Model("SMD, z frozen", "mse", 1, frozen=True)

@@ -1,0 +1,223 @@
+"""Posterior distillation of points (NCVSD, arXiv 2506.09416; ldm_smd/training/distillation.py is that of images): a mixture learns
+from a Gaussian model, or from the exact posterior mean, beside a critic of the mixture's own draws."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from gmm_cells import GAUSSIAN, SMD, Budget, Distilled
+from gmm_data import Problem
+from gmm_models import PointDenoiser
+from gmm_training import WARMUP_UPDATES, train
+from torch import nn
+
+from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
+from ldm_smd.diffusion.objectives import energy
+from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.two_views import joined_view
+from ldm_smd.progress import progress
+
+LEVELS = 1000
+"""Steps of the process that the second view is noised by; the student's T steps are among them where T divides LEVELS."""
+LEAST_NOISE, MOST_NOISE = 0.03, 10.0
+"""s_r / a_r of the second view, uniform in its logarithm; the modes' own is about 0.06."""
+SMALLEST = 1e-4
+ENERGY_BETA = 0.25
+EMA_DECAY = 0.998
+
+Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Views:
+    """What teacher and critic see of a draw x of q(x_0 | x_t), rows (N, D) and timesteps (N,) of the fine process.
+
+    Attributes:
+        x_t, t: what the student saw.
+        x_r, r: its draw, noised anew.
+        x_u, u: both as one view, or x_r alone where the views are marginal.
+    """
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    x_r: torch.Tensor
+    r: torch.Tensor
+    x_u: torch.Tensor
+    u: torch.Tensor
+
+
+def fine_process() -> DiffusionProcess:
+    """The process of gmm_data.Problem in many steps."""
+    return Problem("one Gaussian", LEVELS).process
+
+
+def noise_anew(
+    path: DiffusionProcess, x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, conditional: bool, generator: torch.Generator
+) -> Views:
+    """Noise the draws x of x_t at random levels r."""
+    logarithm = torch.empty(len(x)).uniform_(math.log(LEAST_NOISE), math.log(MOST_NOISE), generator=generator)
+    r = path.timestep_of((-2 * logarithm).exp())
+    x_r = path.noise(x, torch.randn(x.shape, generator=generator), r)
+    return Views(x_t, t, x_r, r, *(joined_view(path, x_t, t, x_r, r) if conditional else (x_r, r)))
+
+
+def posterior_mean(prior: GaussianMixture, x: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """E[x_0 | x] for x = a x_0 + s eps (N, D), with other a and s (N, 1) in every row, in the dtype of x."""
+    weights, means, variances, bases = (
+        each.to(x.dtype) for each in (prior.weights, prior.means, prior.variances, prior.bases)
+    )
+    a, s = a[:, None], s[:, None]
+    noisy = a**2 * variances + s**2  # (N, K, D)
+    rotated = torch.einsum("kde,nkd->nke", bases, x[:, None] - a * means)
+    joint = weights.log() - 0.5 * (noisy.log() + rotated.square() / noisy).sum(dim=2)
+    each = means + torch.einsum("kde,nke->nkd", bases, a * variances / noisy * rotated)
+    return torch.einsum("nk,nkd->nd", joint.softmax(dim=1), each)
+
+
+def exact_teacher(problem: Problem, path: DiffusionProcess) -> Denoiser:
+    return lambda x, u: posterior_mean(problem.normalised, x, *path.signal_and_noise(u, x))
+
+
+def learned_teacher(problem: Problem, path: DiffusionProcess, budget: Budget, seeds: int) -> Denoiser:
+    """A Gaussian model of many steps, trained on samples: one network for each student."""
+    network = train(Problem_of_levels(problem, path), GAUSSIAN, budget, seeds)
+    return lambda x, u: network.predict(network.features(x.view(seeds, -1, x.shape[1]), (u / path.last).view(seeds, -1))).flatten(0, 1)
+
+
+def Problem_of_levels(problem: Problem, path: DiffusionProcess) -> Problem:
+    """The same data, noised in many steps."""
+    fine = copy.copy(problem)
+    fine.process, fine.steps = path, LEVELS
+    return fine
+
+
+def mean_of_draws(draws: torch.Tensor, x_r: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    """E[x | x_r, x_t] where the student's distribution is that of M draws for each x_t: a critic that needs no training.
+
+        sum_j softmax_j(-|x_r - a x_j|^2 / (2 s^2)) x_j
+
+    Args:
+        draws: (N, M, D).
+        x_r: those draws, noised, (N * M, D); a, s are (N * M, 1).
+    """
+    each = draws.repeat_interleave(draws.shape[1], dim=0)
+    apart = (x_r[:, None] - a[:, None] * each).square().sum(dim=2)
+    return torch.einsum("nm,nmd->nd", (-0.5 * apart / s**2).softmax(dim=1), each)
+
+
+class Critic(nn.Module):
+    """D_critic = base + s_u network(...), the base a teacher's own prediction or a_u x_u, what a unit Gaussian would give."""
+
+    def __init__(self, models: int, dimensions: int, model: Distilled, path: DiffusionProcess) -> None:
+        super().__init__()
+        self.model, self.path, self.dimensions = model, path, dimensions
+        inputs = dimensions * (1 + 2 * model.joint + model.residual) + 1 + model.joint
+        self.network = PointDenoiser(models, inputs, width=model.critic_width)
+
+    def forward(self, views: Views, true: torch.Tensor) -> torch.Tensor:
+        a_u, s_u = self.path.signal_and_noise(views.u, views.x_u)
+        columns = [views.x_u, a_u.log() - s_u.log()]
+        if self.model.joint:
+            a_t, s_t = self.path.signal_and_noise(views.t, views.x_t)
+            columns += [views.x_r, views.x_t, a_t.log() - s_t.log()]
+        if self.model.residual:
+            columns.append(true)
+        stack = torch.cat(columns, dim=1).view(self.network.models, -1, self.network.dimensions)
+        time = 0.01 * views.u.float().view(stack.shape[:2]) / self.path.last  # few periods: it is no integer
+        found = self.network.predict(self.network.features(stack, time))[..., : self.dimensions].reshape(views.x_u.shape)
+        return (true if self.model.residual else a_u * views.x_u) + s_u * found
+
+
+def student_loss(
+    model: Distilled, x: torch.Tensor, own: torch.Tensor, true: torch.Tensor, s_u: torch.Tensor
+) -> torch.Tensor:
+    """Losses (N,) whose gradient in x is that of the KL divergence, or of the Fisher divergence by score identity."""
+    scale = (x - true).detach().abs().mean(dim=1, keepdim=True).clamp_min(SMALLEST) if model.normalise == "own" else s_u
+    if model.identity:
+        # SiD (arXiv 2404.04057), which goes through both denoisers too:  <true - own, true - x> - alpha |true - own|^2
+        return ((true - own) * (true - x - model.identity * (true - own)) / scale**2 * scale).sum(dim=1)
+    goal = (x - (own - true) / scale).detach()
+    return 0.5 * (x - goal).square().sum(dim=1)
+
+
+def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> PointDenoiser:
+    """Train ``seeds`` independent students; returns their EMA weights."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    path = fine_process()
+    student = PointDenoiser(seeds, problem.dimensions, eta_dimensions=max(8, problem.dimensions), head_blocks=model.head_blocks)
+    first = Budget(model.first_updates, learning_rate=2e-3)
+    teacher = exact_teacher(problem, path) if model.teacher == "exact" else learned_teacher(problem, path, first, seeds)
+    if model.start == "Gaussian":
+        start = PointDenoiser(seeds, problem.dimensions, head_blocks=model.head_blocks)
+        student.load_state_dict(train(problem, GAUSSIAN, first, seeds, start).state_dict(), strict=False)
+    elif model.start == "energy":
+        student = train(problem, SMD, first, seeds, student).requires_grad_(True)
+    if model.spread:
+        nn.init.constant_(student.deviation.bias, model.spread)
+    critic = Critic(seeds, problem.dimensions, model, path)
+    ema = copy.deepcopy(student).requires_grad_(False)
+    betas = (model.momentum, 0.99)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0, betas=betas, weight_decay=0, fused=True)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=0, betas=betas, weight_decay=0, fused=True)
+
+    def step(losses: torch.Tensor, network: nn.Module, chosen: torch.optim.Optimizer, rate: float) -> None:
+        chosen.param_groups[0]["lr"] = rate
+        network.zero_grad()
+        (seeds * losses.mean()).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), math.sqrt(seeds))
+        chosen.step()
+
+    def draws() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x_0, draws of the student (N, M, D)), and x_t and t for every draw."""
+        size = seeds * budget.batch
+        x0 = problem.sample(size, generator)
+        t = torch.randint(problem.steps, (size,), generator=generator)
+        t = torch.where(torch.rand(size, generator=generator) < model.pure_noise, problem.steps - 1, t)
+        x_t = problem.process.noise(x0, torch.randn(x0.shape, generator=generator), t)
+        features = student.features(x_t.view(seeds, budget.batch, -1), problem.times(t).view(seeds, -1))
+        eta = torch.randn(seeds, budget.batch * model.draws, student.eta_dimensions, generator=generator)
+        x = student.predict(features, eta).view(size, model.draws, -1)
+        fine = (t + 1) * LEVELS // problem.steps - 1
+        return x0, x, *(each.repeat_interleave(model.draws, dim=0) for each in (x_t, fine))
+
+    def critic_step(x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, rate: float) -> None:
+        views = noise_anew(path, x, x_t, t, model.conditional, generator)
+        with torch.no_grad():
+            true = teacher(views.x_u, views.u)
+        s_u = path.signal_and_noise(views.u, x)[1]
+        step(((critic(views, true) - x) / s_u).square().sum(dim=1), critic, critic_optimizer, rate)
+
+    bar = progress(budget.updates, 0, model.name)
+    for update in range(budget.updates):
+        decayed = 0.5 * (1 + math.cos(math.pi * update / budget.updates)) * min(1.0, (update + 1) / WARMUP_UPDATES)
+        rate, critic_rate = budget.learning_rate * decayed, budget.learning_rate * model.critic_rate * decayed
+        for _ in range(model.critic_updates - 1):
+            with torch.no_grad():
+                _, many, x_t, t = draws()
+            critic_step(many.flatten(0, 1), x_t, t, critic_rate)
+        x0, many, x_t, t = draws()
+        x = many.flatten(0, 1)
+        with torch.set_grad_enabled(model.identity > 0):
+            views = noise_anew(path, x if model.identity else x.detach(), x_t, t, model.conditional, generator)
+            true = teacher(views.x_u, views.u)
+            if model.critic_updates:
+                own = critic(views, true)
+            else:
+                own = mean_of_draws(many.detach(), views.x_r, *path.signal_and_noise(views.r, x))
+        s_t, s_u = (path.signal_and_noise(each, x)[1] for each in (t, views.u))
+        losses = (s_t[:, 0] * student_loss(model, x, own, true, s_u)).view(-1, model.draws).mean(dim=1)
+        if model.energy:
+            losses = losses + model.energy * energy(many[..., None, None], x0[..., None, None], ENERGY_BETA)
+        step(losses, student, optimizer, rate)
+        if model.critic_updates:
+            critic_step(x.detach(), x_t, t, critic_rate)
+        decay = min(EMA_DECAY, (update + 1) / (update + 10))
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in student.parameters()], 1 - decay)
+        bar.update()
+    bar.close()
+    return ema
