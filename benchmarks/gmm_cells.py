@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from gmm_data import DATA
 
+PARTS = ("targets", "objectives", "sweep", "distill")
 ALL_STEPS = (2, 5, 10, 50, 100, 500)
 
 
@@ -51,6 +52,8 @@ class Distilled:
     """The critic learns what the teacher's prediction, which it also sees, lacks."""
     draws: int = 1
     """M, of each x_t."""
+    others: bool = False
+    """The critic learns what the mean of the M - 1 other draws of the same x_t, weighted by x_r, lacks."""
     critic_updates: int = 1
     """To one of the student; 0: no critic is trained, the M draws themselves say where others are (mean_of_draws)."""
     critic_rate: float = 2.5
@@ -65,7 +68,8 @@ class Distilled:
     """Weight of an energy score beside it."""
     pure_noise: float = 0.0
     """Share of the batch at the last timestep, beside the t drawn there."""
-    momentum: float = 0.9
+    momentum: float = 0.0
+    """Of AdamW, for student and critic: beta_1."""
     first_updates: int = 1000
     """Of Gaussian models trained first."""
     objective: str = "distillation"
@@ -102,8 +106,11 @@ TARGETS = {
     ("one Gaussian", 5): (components(2), Budget(2000)),
 }
 
+EXACT = "exact teacher"
+DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [("ring of 8", 2, Distilled(f"{EXACT}, critic of both"), Budget(1500, 256, 2e-3))]
 
-def cells(part: str) -> list[tuple[str, int, Model, Budget]]:
+
+def cells(part: str) -> list[tuple[str, int, Model | Distilled, Budget]]:
     """(data, T, model, budget) of one part of the benchmark."""
     if part == "quick":
         return [("ring of 8", 2, model, Budget(1500)) for model in (GAUSSIAN, PAPER, SMD, components(10))]
@@ -117,6 +124,8 @@ def cells(part: str) -> list[tuple[str, int, Model, Budget]]:
                 (name, steps, model, budget),
             )
         ]
+    if part == "distill":
+        return DISTILL
     if part == "objectives":
         # At T = 5 only some: the others cost as much and say the same.
         few = [model for model in OBJECTIVES if model.draws in (1, 5) or model.components > 1]

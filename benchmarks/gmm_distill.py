@@ -82,20 +82,25 @@ def exact_teacher(problem: Problem, path: DiffusionProcess) -> Denoiser:
     return lambda x, u: posterior_mean(problem.normalised, x, *path.signal_and_noise(u, x))
 
 
-def learned_teacher(problem: Problem, path: DiffusionProcess, budget: Budget, seeds: int) -> Denoiser:
-    """A Gaussian model of many steps, trained on samples: one network for each student."""
-    network = train(Problem_of_levels(problem, path), GAUSSIAN, budget, seeds)
-    return lambda x, u: network.predict(network.features(x.view(seeds, -1, x.shape[1]), (u / path.last).view(seeds, -1))).flatten(0, 1)
-
-
-def Problem_of_levels(problem: Problem, path: DiffusionProcess) -> Problem:
+def noised_finely(problem: Problem, path: DiffusionProcess) -> Problem:
     """The same data, noised in many steps."""
     fine = copy.copy(problem)
     fine.process, fine.steps = path, LEVELS
     return fine
 
 
-def mean_of_draws(draws: torch.Tensor, x_r: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+def learned_teacher(problem: Problem, path: DiffusionProcess, budget: Budget, seeds: int) -> Denoiser:
+    """A Gaussian model of many steps, trained on samples: one network for each student."""
+    network = train(noised_finely(problem, path), GAUSSIAN, budget, seeds)
+
+    def teacher(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        features = network.features(x.view(seeds, -1, x.shape[1]), (u / path.last).float().view(seeds, -1))
+        return network.predict(features).flatten(0, 1)
+
+    return teacher
+
+
+def mean_of_draws(draws: torch.Tensor, x_r: torch.Tensor, a: torch.Tensor, s: torch.Tensor, others: bool) -> torch.Tensor:
     """E[x | x_r, x_t] where the student's distribution is that of M draws for each x_t: a critic that needs no training.
 
         sum_j softmax_j(-|x_r - a x_j|^2 / (2 s^2)) x_j
@@ -103,33 +108,44 @@ def mean_of_draws(draws: torch.Tensor, x_r: torch.Tensor, a: torch.Tensor, s: to
     Args:
         draws: (N, M, D).
         x_r: those draws, noised, (N * M, D); a, s are (N * M, 1).
+        others: without the draw that x_r is made of.
     """
-    each = draws.repeat_interleave(draws.shape[1], dim=0)
-    apart = (x_r[:, None] - a[:, None] * each).square().sum(dim=2)
-    return torch.einsum("nm,nmd->nd", (-0.5 * apart / s**2).softmax(dim=1), each)
+    count = draws.shape[1]
+    squares = (x_r.view(draws.shape)[:, :, None] - a.view(-1, count, 1, 1) * draws[:, None]).square().sum(dim=3)
+    logits = -0.5 * squares / s.view(-1, count, 1) ** 2
+    if others:
+        logits.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    return (logits.softmax(dim=2) @ draws).flatten(0, 1)
 
 
 class Critic(nn.Module):
-    """D_critic = base + s_u network(...), the base a teacher's own prediction or a_u x_u, what a unit Gaussian would give."""
+    """D_critic = base + s_u network(...); the base is the teacher's own prediction, the mean of the other draws of the same
+    x_t, or a_u x_u, what a unit Gaussian would give."""
 
     def __init__(self, models: int, dimensions: int, model: Distilled, path: DiffusionProcess) -> None:
         super().__init__()
         self.model, self.path, self.dimensions = model, path, dimensions
-        inputs = dimensions * (1 + 2 * model.joint + model.residual) + 1 + model.joint
+        inputs = dimensions * (1 + 2 * model.joint + model.residual + model.others) + 1 + model.joint
         self.network = PointDenoiser(models, inputs, width=model.critic_width)
 
-    def forward(self, views: Views, true: torch.Tensor) -> torch.Tensor:
+    def forward(self, views: Views, true: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """(N * M, D), given the teacher's predictions and the draws (N, M, D)."""
         a_u, s_u = self.path.signal_and_noise(views.u, views.x_u)
-        columns = [views.x_u, a_u.log() - s_u.log()]
+        base, columns = a_u * views.x_u, [views.x_u, a_u.log() - s_u.log()]
         if self.model.joint:
             a_t, s_t = self.path.signal_and_noise(views.t, views.x_t)
             columns += [views.x_r, views.x_t, a_t.log() - s_t.log()]
         if self.model.residual:
+            base = true
             columns.append(true)
+        if self.model.others:
+            # Independent of the draw given x_t, so that they leave E[x | x_r, x_t] what it is.
+            base = mean_of_draws(draws, views.x_r, *self.path.signal_and_noise(views.r, views.x_r), True)
+            columns.append(base)
         stack = torch.cat(columns, dim=1).view(self.network.models, -1, self.network.dimensions)
         time = 0.01 * views.u.float().view(stack.shape[:2]) / self.path.last  # few periods: it is no integer
         found = self.network.predict(self.network.features(stack, time))[..., : self.dimensions].reshape(views.x_u.shape)
-        return (true if self.model.residual else a_u * views.x_u) + s_u * found
+        return base + s_u * found
 
 
 def student_loss(
@@ -185,12 +201,13 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
         fine = (t + 1) * LEVELS // problem.steps - 1
         return x0, x, *(each.repeat_interleave(model.draws, dim=0) for each in (x_t, fine))
 
-    def critic_step(x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, rate: float) -> None:
+    def critic_step(draws: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, rate: float) -> None:
+        x = draws.flatten(0, 1)
         views = noise_anew(path, x, x_t, t, model.conditional, generator)
         with torch.no_grad():
             true = teacher(views.x_u, views.u)
         s_u = path.signal_and_noise(views.u, x)[1]
-        step(((critic(views, true) - x) / s_u).square().sum(dim=1), critic, critic_optimizer, rate)
+        step(((critic(views, true, draws) - x) / s_u).square().sum(dim=1), critic, critic_optimizer, rate)
 
     bar = progress(budget.updates, 0, model.name)
     for update in range(budget.updates):
@@ -199,23 +216,23 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
         for _ in range(model.critic_updates - 1):
             with torch.no_grad():
                 _, many, x_t, t = draws()
-            critic_step(many.flatten(0, 1), x_t, t, critic_rate)
+            critic_step(many, x_t, t, critic_rate)
         x0, many, x_t, t = draws()
         x = many.flatten(0, 1)
         with torch.set_grad_enabled(model.identity > 0):
             views = noise_anew(path, x if model.identity else x.detach(), x_t, t, model.conditional, generator)
             true = teacher(views.x_u, views.u)
             if model.critic_updates:
-                own = critic(views, true)
+                own = critic(views, true, many.detach())
             else:
-                own = mean_of_draws(many.detach(), views.x_r, *path.signal_and_noise(views.r, x))
+                own = mean_of_draws(many.detach(), views.x_r, *path.signal_and_noise(views.r, x), False)
         s_t, s_u = (path.signal_and_noise(each, x)[1] for each in (t, views.u))
         losses = (s_t[:, 0] * student_loss(model, x, own, true, s_u)).view(-1, model.draws).mean(dim=1)
         if model.energy:
             losses = losses + model.energy * energy(many[..., None, None], x0[..., None, None], ENERGY_BETA)
         step(losses, student, optimizer, rate)
         if model.critic_updates:
-            critic_step(x.detach(), x_t, t, critic_rate)
+            critic_step(many.detach(), x_t, t, critic_rate)
         decay = min(EMA_DECAY, (update + 1) / (update + 10))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in student.parameters()], 1 - decay)
         bar.update()
