@@ -1,5 +1,5 @@
-"""Posterior distillation of points (NCVSD, arXiv 2506.09416; ldm_smd/training/distillation.py is that of images): a mixture learns
-from a Gaussian model, or from the exact posterior mean, beside a critic of the mixture's own draws."""
+"""Posterior distillation of points (NCVSD, arXiv 2506.09416), as ldm_smd/training/distillation.py has it for images: a mixture
+learns from a Gaussian model, or from the exact posterior mean, beside a critic of the mixture's own draws."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ldm_smd.progress import progress
 
 LEVELS = 1000
 """Steps of the process that the second view is noised by; the student's T steps are among them where T divides LEVELS."""
-LEAST_NOISE, MOST_NOISE = 0.03, 10.0
+LEAST_NOISE, MOST_NOISE = 0.03, 3.0
 """s_r / a_r of the second view, uniform in its logarithm; the modes' own is about 0.06."""
 SMALLEST = 1e-4
 ENERGY_BETA = 0.25
@@ -67,9 +67,7 @@ def noise_anew(
 
 def posterior_mean(prior: GaussianMixture, x: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     """E[x_0 | x] for x = a x_0 + s eps (N, D), with other a and s (N, 1) in every row, in the dtype of x."""
-    weights, means, variances, bases = (
-        each.to(x.dtype) for each in (prior.weights, prior.means, prior.variances, prior.bases)
-    )
+    weights, means, variances, bases = (each.to(x.dtype) for each in (prior.weights, prior.means, prior.variances, prior.bases))
     a, s = a[:, None], s[:, None]
     noisy = a**2 * variances + s**2  # (N, K, D)
     rotated = torch.einsum("kde,nkd->nke", bases, x[:, None] - a * means)
@@ -148,9 +146,7 @@ class Critic(nn.Module):
         return base + s_u * found
 
 
-def student_loss(
-    model: Distilled, x: torch.Tensor, own: torch.Tensor, true: torch.Tensor, s_u: torch.Tensor
-) -> torch.Tensor:
+def student_loss(model: Distilled, x: torch.Tensor, own: torch.Tensor, true: torch.Tensor, s_u: torch.Tensor) -> torch.Tensor:
     """Losses (N,) whose gradient in x is that of the KL divergence, or of the Fisher divergence by score identity."""
     scale = (x - true).detach().abs().mean(dim=1, keepdim=True).clamp_min(SMALLEST) if model.normalise == "own" else s_u
     if model.identity:

@@ -77,7 +77,11 @@ def line(entry: dict) -> str:
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
     columns = [entry["data"], str(entry["T"]), entry["model"], value("sliced_w2_over_floor", 2), value("in_mode", 3)]
-    columns += [f"{statistics.mean(entry['measures']['modes_covered']):.0f}", value("worst_mode", 2), value("energy_distance", 4)]
+    columns += [
+        f"{statistics.mean(entry['measures']['modes_covered']):.0f}",
+        value("worst_mode", 2),
+        value("energy_distance", 4),
+    ]
     columns += [value("kernel_energy_distance", 4), value("spread_share", 2), value("seconds", 0).split(" ")[0]]
     return "| " + " | ".join(columns) + " |"
 

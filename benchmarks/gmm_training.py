@@ -22,9 +22,7 @@ which of them x_t belongs to, and few of them end up with all the weight."""
 WARMUP_UPDATES = 200
 
 
-def train(
-    problem: Problem, model: Model, budget: Budget, seeds: int, network: PointDenoiser | None = None
-) -> PointDenoiser:
+def train(problem: Problem, model: Model, budget: Budget, seeds: int, network: PointDenoiser | None = None) -> PointDenoiser:
     """Train ``seeds`` independent models, each on its own fresh samples; returns their EMA weights. A ``network`` that is
     given takes the place of the model's own."""
     torch.manual_seed(0)
