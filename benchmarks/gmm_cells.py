@@ -111,31 +111,32 @@ BOTH = Distilled(f"{EXACT}, critic of x_r and x_t")
 OTHERS = Distilled(f"{EXACT}, critic of x_r, x_t and 15 other draws", draws=16, others=True)
 # Draws as the critic do not lag behind, so that momentum does no harm.
 DRAWS = Distilled(f"{EXACT}, 32 draws as the critic", draws=32, critic_updates=0, momentum=0.9)
-SINGLE, MANY = Budget(1000, 256, 2e-3), Budget(1000, 24, 4e-3)
+SINGLE, MANY = Budget(1000, 192, 2e-3), Budget(1000, 24, 4e-3)
+LONGER = replace(DRAWS, name=DRAWS.name + ", longer, 3 head blocks", head_blocks=3)
 DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [
-    *(
-        ("ring of 8", 2, replace(BOTH, name=BOTH.name + name, **options), SINGLE)
-        for name, options in {
-            "": {},
-            ", beta_1 = 0.9": {"momentum": 0.9},
-            ", 3 updates": {"critic_updates": 3},
-            ", beside the teacher's prediction": {"residual": True},
-            ", started as a Gaussian": {"start": "Gaussian", "spread": 0.0},
-            ", score identity": {"identity": 1.0},
-        }.items()
-    ),
+    ("ring of 8", 2, BOTH, SINGLE),
+    ("ring of 8", 2, DRAWS, MANY),
     ("ring of 8", 2, Distilled(f"{EXACT}, critic of x_u", joint=False), SINGLE),
     ("ring of 8", 2, Distilled(f"{EXACT}, critic and teacher of x_r (marginal)", joint=False, conditional=False), SINGLE),
-    ("ring of 8", 2, replace(BOTH, name=BOTH.name + ", 0.1 energy, M = 4", energy=0.1, draws=4), replace(SINGLE, batch=64)),
-    ("ring of 8", 2, replace(BOTH, name="learned teacher, critic of x_r and x_t", teacher="learned"), SINGLE),
-    ("ring of 8", 2, OTHERS, replace(MANY, learning_rate=2e-3)),
-    ("ring of 8", 2, DRAWS, MANY),
-    ("ring of 8", 2, replace(DRAWS, name=DRAWS.name + ", longer, 3 head blocks", head_blocks=3), replace(MANY, updates=4000)),
+    ("ring of 8", 2, replace(BOTH, name=BOTH.name + ", beta_1 = 0.9", momentum=0.9), SINGLE),
+    ("ring of 8", 2, LONGER, replace(MANY, updates=4000)),
+    ("ring of 8", 2, replace(BOTH, name=BOTH.name + ", 3 updates", critic_updates=3), SINGLE),
     ("5x5 grid", 5, BOTH, SINGLE),
-    ("5x5 grid", 5, replace(DRAWS, name=DRAWS.name + ", longer, 3 head blocks", head_blocks=3), replace(MANY, updates=2500)),
+    ("5x5 grid", 5, LONGER, replace(MANY, updates=2500)),
     ("mixture in 16-D", 5, BOTH, SINGLE),
     ("mixture in 16-D", 5, DRAWS, MANY),
     ("mixture in 64-D", 5, BOTH, SINGLE),
+    ("ring of 8", 2, replace(BOTH, name="learned teacher, critic of x_r and x_t", teacher="learned"), SINGLE),
+    ("ring of 8", 2, OTHERS, replace(MANY, learning_rate=2e-3)),
+    *(
+        ("ring of 8", 2, replace(BOTH, name=BOTH.name + name, **options), SINGLE)
+        for name, options in {
+            ", started as a Gaussian": {"start": "Gaussian", "spread": 0.0},
+            ", score identity": {"identity": 1.0},
+            ", beside the teacher's prediction": {"residual": True},
+        }.items()
+    ),
+    ("ring of 8", 2, replace(BOTH, name=BOTH.name + ", 0.1 energy, M = 4", energy=0.1, draws=4), replace(SINGLE, batch=48)),
 ]
 
 
