@@ -22,7 +22,7 @@ from ldm_smd.diffusion.two_views import joined_view
 from ldm_smd.progress import progress
 
 LEVELS = 1000
-"""Steps of the process that the second view is noised by; the student's T steps are among them where T divides LEVELS."""
+"""Steps of the process that the second view is noised by; the student's T steps are among them, so T has to divide LEVELS."""
 LEAST_NOISE, MOST_NOISE = 0.03, 3.0
 """s_r / a_r of the second view, uniform in its logarithm; the modes' own is about 0.06."""
 SMALLEST = 1e-4
@@ -151,13 +151,15 @@ def student_loss(model: Distilled, x: torch.Tensor, own: torch.Tensor, true: tor
     scale = (x - true).detach().abs().mean(dim=1, keepdim=True).clamp_min(SMALLEST) if model.normalise == "own" else s_u
     if model.identity:
         # SiD (arXiv 2404.04057), which goes through both denoisers too:  <true - own, true - x> - alpha |true - own|^2
-        return ((true - own) * (true - x - model.identity * (true - own)) / scale**2 * scale).sum(dim=1)
+        return ((true - own) * (true - x - model.identity * (true - own)) / scale).sum(dim=1)
     goal = (x - (own - true) / scale).detach()
     return 0.5 * (x - goal).square().sum(dim=1)
 
 
 def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> PointDenoiser:
-    """Train ``seeds`` independent students; returns their EMA weights."""
+    """Train ``seeds`` independent students; returns their EMA weights. Raises ValueError for T that does not divide LEVELS."""
+    if LEVELS % problem.steps:
+        raise ValueError(f"T: expected a divisor of {LEVELS}, found {problem.steps}")
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     path = fine_process()

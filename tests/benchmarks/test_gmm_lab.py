@@ -6,11 +6,12 @@ import gmm_measures
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from gmm_cells import Budget, Distilled, Model, components
+from gmm_cells import EXACT, Budget, Distilled, Model, components
 from gmm_data import Problem
 from gmm_distill import LEVELS, distil, exact_teacher, fine_process, mean_of_draws, noise_anew, posterior_mean, student_loss
 from gmm_measures import energy_distance, kernel, modes, sample, sliced_w2
 from gmm_models import PointDenoiser
+from gmm_report import distill_targets
 from gmm_training import train
 
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
@@ -168,22 +169,33 @@ def test_draws_as_the_critic():
 
 
 @pytest.mark.slow
-def test_a_part_writes_its_results_and_a_resumed_one_keeps_them(tmp_path, monkeypatch):
-    cells = [("ring of 8", 11, model, Budget(2, batch=8)) for model in (gmm_cells.GAUSSIAN, gmm_cells.SMD)]
+@pytest.mark.parametrize("part, second, steps", [("objectives", gmm_cells.SMD, 11), ("distill", gmm_cells.BOTH, 20)])
+def test_a_part_writes_its_results_and_a_resumed_one_keeps_them(part, second, steps, tmp_path, monkeypatch):
+    cells = [("ring of 8", steps, model, Budget(2, batch=8)) for model in (gmm_cells.GAUSSIAN, second)]
     for name, count in {"PAIRS": 2, "SETS": 1, "KERNEL_POINTS": 4, "KERNEL_DRAWS": 16}.items():
         monkeypatch.setattr(gmm_measures, name, count)
     monkeypatch.setattr(gmm_lab, "RESULTS", tmp_path)
     monkeypatch.setattr(gmm_lab, "cells", lambda part: cells[:1])
-    gmm_lab.run("objectives", 2, resume=False)
-    path = tmp_path / "gmm_lab-objectives.json"
+    gmm_lab.run(part, 2, resume=False)
+    path = tmp_path / f"gmm_lab-{part}.json"
     first = json.loads(path.read_text())["cells"]
     assert [len(values) for values in first[0]["measures"].values()] == [2] * 9
     monkeypatch.setattr(gmm_lab, "cells", lambda part: cells)
-    gmm_lab.run("objectives", 2, resume=True)
+    gmm_lab.run(part, 2, resume=True)
     result = json.loads(path.read_text())
-    assert result["cells"][:1] == first and result["models"] == ["Gaussian", gmm_cells.SMD.name]
-    assert path.with_suffix(".md").read_text().count("| ring of 8 | 11 |") == 2
+    assert result["cells"][:1] == first and result["models"] == ["Gaussian", second.name]
+    assert path.with_suffix(".md").read_text().count(f"| ring of 8 | {steps} |") == 2
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_targets_of_distillation_are_of_the_best_way_from_the_exact_teacher():
+    def entry(model, ratio):
+        measures = {"sliced_w2_over_floor": [ratio, ratio], "in_mode": [0.98, 1.0], "worst_mode": [0.1, 0.2]}
+        return {"data": "ring of 8", "T": 2, "model": model, "measures": measures}
+
+    found = distill_targets([entry(f"{EXACT}, a", 1.3), entry(f"{EXACT}, b", 1.05), entry("learned teacher", 1.0)])
+    assert [(each["measured"], each["holds"]) for each in found] == [(1.05, True), (0.99, True), (0.2, False)]
+    assert all(each["name"].startswith(f"ring of 8, T = 2, {EXACT}, b") for each in found)
 
 
 def test_models_of_a_stack_are_independent():
