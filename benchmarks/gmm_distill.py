@@ -156,6 +156,29 @@ def student_loss(model: Distilled, x: torch.Tensor, own: torch.Tensor, true: tor
     return 0.5 * (x - goal).square().sum(dim=1)
 
 
+def starting_student(problem: Problem, model: Distilled, first: Budget, seeds: int) -> PointDenoiser:
+    """The mixture that distillation starts with."""
+    shape = {"models": seeds, "dimensions": problem.dimensions, "head_blocks": model.head_blocks}
+    student = PointDenoiser(**shape, eta_dimensions=max(8, problem.dimensions))
+    if model.start == "Gaussian":
+        gaussian = train(problem, GAUSSIAN, first, seeds, PointDenoiser(**shape))
+        student.load_state_dict(gaussian.state_dict(), strict=False)
+    elif model.start == "energy":
+        student = train(problem, SMD, first, seeds, student).requires_grad_(True)
+    if model.spread:
+        nn.init.constant_(student.deviation.bias, model.spread)
+    return student
+
+
+def descend(losses: torch.Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, rate: float, seeds: int) -> None:
+    """Take one step at this learning rate; the models share nothing, so the sum of their losses trains each by its own."""
+    optimizer.param_groups[0]["lr"] = rate
+    network.zero_grad()
+    (seeds * losses.mean()).backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), math.sqrt(seeds))
+    optimizer.step()
+
+
 def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> PointDenoiser:
     """Train ``seeds`` independent students; returns their EMA weights. Raises ValueError for T that does not divide LEVELS."""
     if LEVELS % problem.steps:
@@ -163,28 +186,14 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     path = fine_process()
-    student = PointDenoiser(seeds, problem.dimensions, eta_dimensions=max(8, problem.dimensions), head_blocks=model.head_blocks)
     first = Budget(model.first_updates, learning_rate=2e-3)
+    student = starting_student(problem, model, first, seeds)
     teacher = exact_teacher(problem, path) if model.teacher == "exact" else learned_teacher(problem, path, first, seeds)
-    if model.start == "Gaussian":
-        start = PointDenoiser(seeds, problem.dimensions, head_blocks=model.head_blocks)
-        student.load_state_dict(train(problem, GAUSSIAN, first, seeds, start).state_dict(), strict=False)
-    elif model.start == "energy":
-        student = train(problem, SMD, first, seeds, student).requires_grad_(True)
-    if model.spread:
-        nn.init.constant_(student.deviation.bias, model.spread)
     critic = Critic(seeds, problem.dimensions, model, path)
     ema = copy.deepcopy(student).requires_grad_(False)
     betas = (model.momentum, 0.99)
     optimizer = torch.optim.AdamW(student.parameters(), lr=0, betas=betas, weight_decay=0, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=0, betas=betas, weight_decay=0, fused=True)
-
-    def step(losses: torch.Tensor, network: nn.Module, chosen: torch.optim.Optimizer, rate: float) -> None:
-        chosen.param_groups[0]["lr"] = rate
-        network.zero_grad()
-        (seeds * losses.mean()).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), math.sqrt(seeds))
-        chosen.step()
 
     def draws() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(x_0, draws of the student (N, M, D)), and x_t and t for every draw."""
@@ -205,7 +214,8 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
         with torch.no_grad():
             true = teacher(views.x_u, views.u)
         s_u = path.signal_and_noise(views.u, x)[1]
-        step(((critic(views, true, draws) - x) / s_u).square().sum(dim=1), critic, critic_optimizer, rate)
+        losses = ((critic(views, true, draws) - x) / s_u).square().sum(dim=1)
+        descend(losses, critic, critic_optimizer, rate, seeds)
 
     bar = progress(budget.updates, 0, model.name)
     for update in range(budget.updates):
@@ -228,7 +238,7 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
         losses = (s_t[:, 0] * student_loss(model, x, own, true, s_u)).view(-1, model.draws).mean(dim=1)
         if model.energy:
             losses = losses + model.energy * energy(many[..., None, None], x0[..., None, None], ENERGY_BETA)
-        step(losses, student, optimizer, rate)
+        descend(losses, student, optimizer, rate, seeds)
         if model.critic_updates:
             critic_step(many.detach(), x_t, t, critic_rate)
         decay = min(EMA_DECAY, (update + 1) / (update + 10))
