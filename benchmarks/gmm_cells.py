@@ -66,6 +66,8 @@ class Distilled:
     """alpha of score identity."""
     energy: float = 0.0
     """Weight of an energy score beside it."""
+    most_noise: float = 3.0
+    """Most s_r / a_r of the second view."""
     pure_noise: float = 0.0
     """Share of the batch at the last timestep, beside the t drawn there."""
     momentum: float = 0.0
@@ -137,6 +139,15 @@ DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [
         }.items()
     ),
     ("ring of 8", 2, replace(BOTH, name=BOTH.name + ", 0.1 energy, M = 4", energy=0.1, draws=4), replace(SINGLE, batch=48)),
+    ("mixture in 16-D", 5, SMD, SHORT),
+    ("mixture in 16-D", 5, replace(BOTH, name=BOTH.name + ", r up to s / a = 30", most_noise=30.0), SINGLE),
+    ("mixture in 16-D", 5, replace(BOTH, name=BOTH.name + ", started by energy", start="energy", spread=0.0), SINGLE),
+    (
+        "mixture in 16-D",
+        5,
+        replace(BOTH, name=BOTH.name + ", 1.0 energy, M = 4", energy=1.0, draws=4),
+        replace(SINGLE, batch=48),
+    ),
 ]
 
 

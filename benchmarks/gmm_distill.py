@@ -23,8 +23,8 @@ from ldm_smd.progress import progress
 
 LEVELS = 1000
 """Steps of the process that the second view is noised by; the student's T steps are among them, so T has to divide LEVELS."""
-LEAST_NOISE, MOST_NOISE = 0.03, 3.0
-"""s_r / a_r of the second view, uniform in its logarithm; the modes' own is about 0.06."""
+LEAST_NOISE = 0.03
+"""Least s_r / a_r of the second view, which is uniform in its logarithm; the modes' own is about 0.06."""
 SMALLEST = 1e-4
 ENERGY_BETA = 0.25
 EMA_DECAY = 0.998
@@ -56,13 +56,13 @@ def fine_process() -> DiffusionProcess:
 
 
 def noise_anew(
-    path: DiffusionProcess, x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, conditional: bool, generator: torch.Generator
+    path: DiffusionProcess, x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, model: Distilled, generator: torch.Generator
 ) -> Views:
     """Noise the draws x of x_t at random levels r."""
-    logarithm = torch.empty(len(x)).uniform_(math.log(LEAST_NOISE), math.log(MOST_NOISE), generator=generator)
+    logarithm = torch.empty(len(x)).uniform_(math.log(LEAST_NOISE), math.log(model.most_noise), generator=generator)
     r = path.timestep_of((-2 * logarithm).exp())
     x_r = path.noise(x, torch.randn(x.shape, generator=generator), r)
-    return Views(x_t, t, x_r, r, *(joined_view(path, x_t, t, x_r, r) if conditional else (x_r, r)))
+    return Views(x_t, t, x_r, r, *(joined_view(path, x_t, t, x_r, r) if model.conditional else (x_r, r)))
 
 
 def posterior_mean(prior: GaussianMixture, x: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
@@ -210,7 +210,7 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
 
     def critic_step(draws: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, rate: float) -> None:
         x = draws.flatten(0, 1)
-        views = noise_anew(path, x, x_t, t, model.conditional, generator)
+        views = noise_anew(path, x, x_t, t, model, generator)
         with torch.no_grad():
             true = teacher(views.x_u, views.u)
         s_u = path.signal_and_noise(views.u, x)[1]
@@ -228,7 +228,7 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
         x0, many, x_t, t = draws()
         x = many.flatten(0, 1)
         with torch.set_grad_enabled(model.identity > 0):
-            views = noise_anew(path, x if model.identity else x.detach(), x_t, t, model.conditional, generator)
+            views = noise_anew(path, x if model.identity else x.detach(), x_t, t, model, generator)
             true = teacher(views.x_u, views.u)
             if model.critic_updates:
                 own = critic(views, true, many.detach())

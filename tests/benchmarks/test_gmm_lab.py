@@ -124,7 +124,7 @@ class Views:
         drawn = self.posterior.sample(count, generator)[0].float()
         self.x = (drawn if student == "posterior" else torch.full_like(drawn, 0.2)).requires_grad_()
         rows = torch.full((count,), t)
-        self.seen = noise_anew(self.path, self.x.detach(), x_t.expand(count, -1), rows, True, generator)
+        self.seen = noise_anew(self.path, self.x.detach(), x_t.expand(count, -1), rows, Distilled(""), generator)
         self.true = exact_teacher(self.problem, self.path)(self.seen.x_u, self.seen.u)
 
     def gradient(self, own, normalise="level"):
