@@ -148,6 +148,19 @@ DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [
         replace(BOTH, name=BOTH.name + ", 1.0 energy, M = 4", energy=1.0, draws=4),
         replace(SINGLE, batch=48),
     ),
+    (
+        "mixture in 16-D",
+        5,
+        replace(
+            BOTH,
+            name=BOTH.name + ", started by energy, r up to s / a = 30, 3 updates",
+            start="energy",
+            spread=0.0,
+            most_noise=30.0,
+            critic_updates=3,
+        ),
+        SINGLE,
+    ),
 ]
 
 
