@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from gmm_data import DATA
 
+PARTS = ("targets", "objectives", "sweep", "distill")
 ALL_STEPS = (2, 5, 10, 50, 100, 500)
 
 
@@ -30,6 +31,50 @@ class Budget:
     updates: int
     batch: int = 128
     learning_rate: float = 4e-3
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """One way of posterior distillation (gmm_distill.py)."""
+
+    name: str
+    teacher: str = "exact"
+    """Or "learned": a Gaussian model trained on samples."""
+    start: str = "random"
+    """Or "Gaussian", "energy": the student is trained first, as a Gaussian model or a mixture by the energy score."""
+    spread: float = 0.7
+    """What x_0 is to spread by eta at the start, where it otherwise does not at all."""
+    conditional: bool = True
+    """The views are x_t and x_r as one, x_u; else x_r alone."""
+    joint: bool = True
+    """The critic sees x_r and x_t, not x_u alone."""
+    residual: bool = False
+    """The critic learns what the teacher's prediction, which it also sees, lacks."""
+    draws: int = 1
+    """M, of each x_t."""
+    others: bool = False
+    """The critic learns what the mean of the M - 1 other draws of the same x_t, weighted by x_r, lacks."""
+    critic_updates: int = 1
+    """To one of the student; 0: no critic is trained, the M draws themselves say where others are (mean_of_draws)."""
+    critic_rate: float = 2.5
+    """Times the student's."""
+    critic_width: int = 64
+    head_blocks: int = 1
+    normalise: str = "own"
+    """By the draw's distance from the teacher's prediction; or "level", by s_u."""
+    identity: float = 0.0
+    """alpha of score identity."""
+    energy: float = 0.0
+    """Weight of an energy score beside it."""
+    most_noise: float = 3.0
+    """Most s_r / a_r of the second view."""
+    pure_noise: float = 0.0
+    """Share of the batch at the last timestep, beside the t drawn there."""
+    momentum: float = 0.0
+    """Of AdamW, for student and critic: beta_1."""
+    first_updates: int = 1000
+    """Of Gaussian models trained first."""
+    objective: str = "distillation"
 
 
 GAUSSIAN = Model("Gaussian", "mse", 1, mixture=False)
@@ -63,8 +108,63 @@ TARGETS = {
     ("one Gaussian", 5): (components(2), Budget(2000)),
 }
 
+EXACT = "exact teacher"
+BOTH = Distilled(f"{EXACT}, critic of x_r and x_t")
+OTHERS = Distilled(f"{EXACT}, critic of x_r, x_t and 15 other draws", draws=16, others=True)
+# Draws as the critic do not lag behind, so that momentum does no harm.
+DRAWS = Distilled(f"{EXACT}, 32 draws as the critic", draws=32, critic_updates=0, momentum=0.9)
+SINGLE, MANY = Budget(1000, 192, 2e-3), Budget(1000, 24, 4e-3)
+LONGER = replace(DRAWS, name=DRAWS.name + ", longer, 3 head blocks", head_blocks=3)
+DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [
+    ("ring of 8", 2, BOTH, SINGLE),
+    ("ring of 8", 2, DRAWS, MANY),
+    ("ring of 8", 2, Distilled(f"{EXACT}, critic of x_u", joint=False), SINGLE),
+    ("ring of 8", 2, Distilled(f"{EXACT}, critic and teacher of x_r (marginal)", joint=False, conditional=False), SINGLE),
+    ("ring of 8", 2, replace(BOTH, name=BOTH.name + ", beta_1 = 0.9", momentum=0.9), SINGLE),
+    ("ring of 8", 2, LONGER, replace(MANY, updates=4000)),
+    ("ring of 8", 2, replace(BOTH, name=BOTH.name + ", 3 updates", critic_updates=3), SINGLE),
+    ("5x5 grid", 5, BOTH, SINGLE),
+    ("5x5 grid", 5, LONGER, replace(MANY, updates=2500)),
+    ("mixture in 16-D", 5, BOTH, SINGLE),
+    ("mixture in 16-D", 5, DRAWS, MANY),
+    ("mixture in 64-D", 5, BOTH, SINGLE),
+    ("ring of 8", 2, replace(BOTH, name="learned teacher, critic of x_r and x_t", teacher="learned"), SINGLE),
+    ("ring of 8", 2, OTHERS, replace(MANY, learning_rate=2e-3)),
+    *(
+        ("ring of 8", 2, replace(BOTH, name=BOTH.name + name, **options), SINGLE)
+        for name, options in {
+            ", started as a Gaussian": {"start": "Gaussian", "spread": 0.0},
+            ", score identity": {"identity": 1.0},
+            ", beside the teacher's prediction": {"residual": True},
+        }.items()
+    ),
+    ("ring of 8", 2, replace(BOTH, name=BOTH.name + ", 0.1 energy, M = 4", energy=0.1, draws=4), replace(SINGLE, batch=48)),
+    ("mixture in 16-D", 5, SMD, SHORT),
+    ("mixture in 16-D", 5, replace(BOTH, name=BOTH.name + ", r up to s / a = 30", most_noise=30.0), SINGLE),
+    ("mixture in 16-D", 5, replace(BOTH, name=BOTH.name + ", started by energy", start="energy", spread=0.0), SINGLE),
+    (
+        "mixture in 16-D",
+        5,
+        replace(BOTH, name=BOTH.name + ", 1.0 energy, M = 4", energy=1.0, draws=4),
+        replace(SINGLE, batch=48),
+    ),
+    (
+        "mixture in 16-D",
+        5,
+        replace(
+            BOTH,
+            name=BOTH.name + ", started by energy, r up to s / a = 30, 3 updates",
+            start="energy",
+            spread=0.0,
+            most_noise=30.0,
+            critic_updates=3,
+        ),
+        SINGLE,
+    ),
+]
 
-def cells(part: str) -> list[tuple[str, int, Model, Budget]]:
+
+def cells(part: str) -> list[tuple[str, int, Model | Distilled, Budget]]:
     """(data, T, model, budget) of one part of the benchmark."""
     if part == "quick":
         return [("ring of 8", 2, model, Budget(1500)) for model in (GAUSSIAN, PAPER, SMD, components(10))]
@@ -78,6 +178,8 @@ def cells(part: str) -> list[tuple[str, int, Model, Budget]]:
                 (name, steps, model, budget),
             )
         ]
+    if part == "distill":
+        return DISTILL
     if part == "objectives":
         # At T = 5 only some: the others cost as much and say the same.
         few = [model for model in OBJECTIVES if model.draws in (1, 5) or model.components > 1]

@@ -5,7 +5,7 @@ samples (5,000 above T = 10) against the data, and the one-step kernel p(x_s | x
 
     python benchmarks/gmm_lab.py                 # all of it; over an hour on one core
     python benchmarks/gmm_lab.py --quick         # the ring at T = 2, one seed, some minutes
-    python benchmarks/gmm_lab.py --part targets  # one of: targets, objectives, sweep
+    python benchmarks/gmm_lab.py --part targets  # one of: targets, objectives, sweep, distill
 
 Writes benchmarks/results/gmm_lab-PART.json, .md and .png (gmm_lab-quick.* with --quick).
 """
@@ -19,16 +19,18 @@ import time
 from pathlib import Path
 
 import torch
-from gmm_cells import cells
+from gmm_cells import PARTS, Distilled, cells
 from gmm_data import Problem
+from gmm_distill import distil
 from gmm_measures import measure
 from gmm_models import parameters_per_model
-from gmm_report import line, plot, plot_sweep, table, targets
+from gmm_report import distill_targets, line, plot, plot_sweep, table, targets
 from gmm_training import train
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 3
 MOST_PLOTTED = 8
+CHECKS = {"targets": targets, "distill": distill_targets}
 
 
 def run(part: str, seeds: int, resume: bool) -> None:
@@ -42,7 +44,7 @@ def run(part: str, seeds: int, resume: bool) -> None:
             continue
         problem = Problem(name, steps)
         started = time.perf_counter()
-        network = train(problem, model, budget, seeds)
+        network = (distil if isinstance(model, Distilled) else train)(problem, model, budget, seeds)
         rows = measure(name, problem, network, time.perf_counter() - started)
         done.append(
             {
@@ -76,7 +78,7 @@ def write(part: str, seeds: int, done: list[dict]) -> None:
         "cores": os.cpu_count(),
         "models": sorted({entry["model"] for entry in done}),
         "cells": done,
-        "targets": targets(done) if part == "targets" else [],
+        "targets": CHECKS[part](done) if part in CHECKS else [],
     }
     path = RESULTS / f"gmm_lab-{part}"
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -86,10 +88,10 @@ def write(part: str, seeds: int, done: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the ring at T = 2, one seed")
-    parser.add_argument("--part", choices=("targets", "objectives", "sweep"), help="all three where it is not given")
+    parser.add_argument("--part", choices=PARTS, help="all of them where it is not given")
     parser.add_argument("--resume", action="store_true", help="keep the cells of the result file (made with the same code)")
     arguments = parser.parse_args()
-    parts = ["quick"] if arguments.quick else [arguments.part] if arguments.part else ["targets", "objectives", "sweep"]
+    parts = ["quick"] if arguments.quick else [arguments.part] if arguments.part else PARTS
     for part in parts:
         run(part, 1 if arguments.quick else SEEDS, arguments.resume)
 

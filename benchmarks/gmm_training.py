@@ -22,11 +22,12 @@ which of them x_t belongs to, and few of them end up with all the weight."""
 WARMUP_UPDATES = 200
 
 
-def train(problem: Problem, model: Model, budget: Budget, seeds: int) -> PointDenoiser:
-    """Train ``seeds`` independent models, each on its own fresh samples; returns their EMA weights."""
+def train(problem: Problem, model: Model, budget: Budget, seeds: int, network: PointDenoiser | None = None) -> PointDenoiser:
+    """Train ``seeds`` independent models, each on its own fresh samples; returns their EMA weights. A ``network`` that is
+    given takes the place of the model's own."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    network = build(problem, model, seeds)
+    network = network or build(problem, model, seeds)
     if model.components > 1:
         points = problem.sample(PLACE_POINTS, generator).numpy()
         places = [kmeans_plusplus(points, model.components, random_state=seed)[0] for seed in range(seeds)]

@@ -6,11 +6,15 @@ import gmm_measures
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from gmm_cells import Budget, Model, components
+from gmm_cells import EXACT, Budget, Distilled, Model, components
 from gmm_data import Problem
+from gmm_distill import LEVELS, distil, exact_teacher, fine_process, mean_of_draws, noise_anew, posterior_mean, student_loss
 from gmm_measures import energy_distance, kernel, modes, sample, sliced_w2
 from gmm_models import PointDenoiser
+from gmm_report import distill_targets
 from gmm_training import train
+
+from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 
 
 class Oracle:
@@ -88,23 +92,110 @@ def test_every_model_trains(model):
     assert samples.shape == (2, 10, 2) and samples.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"joint": False, "conditional": False, "critic_updates": 2},
+        {"residual": True, "start": "energy", "teacher": "learned"},
+        {"draws": 3, "others": True},
+        {"draws": 3, "critic_updates": 0, "start": "Gaussian"},
+        {"identity": 1.0},
+        {"energy": 0.1, "draws": 2, "normalise": "level", "pure_noise": 0.5},
+    ],
+    ids=str,
+)
+def test_every_way_of_distillation_trains(options):
+    problem = Problem("ring of 8", 2)
+    network = distil(problem, Distilled("tiny", first_updates=3, **options), Budget(3, batch=8), seeds=2)
+    samples = sample(problem, network, 10, torch.Generator().manual_seed(0))
+    assert samples.shape == (2, 10, 2) and samples.isfinite().all()
+
+
+class Views:
+    """Draws of a student for one x_t of the ring, midway to noise, noised anew."""
+
+    def __init__(self, student, count=20_000):
+        self.problem, self.path, generator = Problem("ring of 8", 2), fine_process(), torch.Generator().manual_seed(0)
+        t = LEVELS // 2 - 1
+        x_t = torch.tensor([[0.9, 0.5]])
+        self.a, self.s = (float(v) for v in self.path.signal_and_noise(torch.tensor([t]), torch.zeros(1)))
+        self.posterior = self.problem.normalised.posterior(x_t.double(), self.a, self.s)
+        drawn = self.posterior.sample(count, generator)[0].float()
+        self.x = (drawn if student == "posterior" else torch.full_like(drawn, 0.2)).requires_grad_()
+        rows = torch.full((count,), t)
+        self.seen = noise_anew(self.path, self.x.detach(), x_t.expand(count, -1), rows, Distilled(""), generator)
+        self.true = exact_teacher(self.problem, self.path)(self.seen.x_u, self.seen.u)
+
+    def gradient(self, own, normalise="level"):
+        s_u = self.path.signal_and_noise(self.seen.u, self.x)[1]
+        student_loss(Distilled("", normalise=normalise), self.x, own, self.true, s_u).sum().backward()
+        return self.x.grad
+
+
+def test_the_gradient_of_a_student_that_draws_from_the_posterior_vanishes():
+    """The critic by another way than the teacher: E[x | x_r] with q(x_0 | x_t), itself a mixture, as the prior."""
+    views = Views("posterior")
+    a, s = (each.double() for each in views.path.signal_and_noise(views.seen.r, views.x))
+    weights, means = views.posterior.weights[0], views.posterior.means[0]
+    prior = GaussianMixture(weights, means, views.posterior.variances, views.posterior.bases)
+    own = posterior_mean(prior, views.seen.x_r.double(), a, s).float()
+    assert (own - views.true).abs().max() < 0.02 and views.gradient(own).abs().mean() < 2e-3
+    # Nor is there a mean gradient with the draws in the critic's place, whatever it is weighted by.
+    views = Views("posterior")
+    noise = (views.x - views.true).detach()
+    for weight in (torch.ones(len(noise)), views.seen.x_u[:, 0], views.true[:, 1]):
+        products = noise * weight[:, None]
+        assert (products.mean(dim=0).abs() < 4 * products.std(dim=0) / len(noise) ** 0.5).all()
+
+
+@pytest.mark.parametrize("normalise", ["own", "level"])
+def test_the_gradient_of_a_point_off_the_posterior_leads_to_it(normalise):
+    views = Views("point")
+    step = -views.gradient(views.x.detach(), normalise).mean(dim=0).double()
+    wanted = views.posterior.mean()[0] - views.x[0].detach().double()
+    assert torch.cosine_similarity(step, wanted, dim=0) > 0.9
+
+
+def test_draws_as_the_critic():
+    """Of many draws of a mixture, the mean given a noised one is the exact posterior's."""
+    problem, generator = Problem("ring of 8", 2), torch.Generator().manual_seed(0)
+    draws = problem.sample(2000, generator)[None]
+    a, s = torch.tensor(0.8), torch.tensor(0.6)
+    x_r = a * draws[0] + s * torch.randn(draws[0].shape, generator=generator)
+    found = mean_of_draws(draws, x_r[:20].repeat(100, 1), *(each.expand(2000, 1) for each in (a, s)), False)[:20]
+    exact = posterior_mean(problem.normalised, x_r[:20], *(each.expand(20, 1) for each in (a, s)))
+    assert (found - exact).abs().max() < 0.1
+
+
 @pytest.mark.slow
-def test_a_part_writes_its_results_and_a_resumed_one_keeps_them(tmp_path, monkeypatch):
-    cells = [("ring of 8", 11, model, Budget(2, batch=8)) for model in (gmm_cells.GAUSSIAN, gmm_cells.SMD)]
+@pytest.mark.parametrize("part, second, steps", [("objectives", gmm_cells.SMD, 11), ("distill", gmm_cells.BOTH, 20)])
+def test_a_part_writes_its_results_and_a_resumed_one_keeps_them(part, second, steps, tmp_path, monkeypatch):
+    cells = [("ring of 8", steps, model, Budget(2, batch=8)) for model in (gmm_cells.GAUSSIAN, second)]
     for name, count in {"PAIRS": 2, "SETS": 1, "KERNEL_POINTS": 4, "KERNEL_DRAWS": 16}.items():
         monkeypatch.setattr(gmm_measures, name, count)
     monkeypatch.setattr(gmm_lab, "RESULTS", tmp_path)
     monkeypatch.setattr(gmm_lab, "cells", lambda part: cells[:1])
-    gmm_lab.run("objectives", 2, resume=False)
-    path = tmp_path / "gmm_lab-objectives.json"
+    gmm_lab.run(part, 2, resume=False)
+    path = tmp_path / f"gmm_lab-{part}.json"
     first = json.loads(path.read_text())["cells"]
     assert [len(values) for values in first[0]["measures"].values()] == [2] * 9
     monkeypatch.setattr(gmm_lab, "cells", lambda part: cells)
-    gmm_lab.run("objectives", 2, resume=True)
+    gmm_lab.run(part, 2, resume=True)
     result = json.loads(path.read_text())
-    assert result["cells"][:1] == first and result["models"] == ["Gaussian", gmm_cells.SMD.name]
-    assert path.with_suffix(".md").read_text().count("| ring of 8 | 11 |") == 2
+    assert result["cells"][:1] == first and result["models"] == ["Gaussian", second.name]
+    assert path.with_suffix(".md").read_text().count(f"| ring of 8 | {steps} |") == 2
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_the_targets_of_distillation_are_of_the_best_way_from_the_exact_teacher():
+    def entry(model, ratio):
+        measures = {"sliced_w2_over_floor": [ratio, ratio], "in_mode": [0.98, 1.0], "worst_mode": [0.1, 0.2]}
+        return {"data": "ring of 8", "T": 2, "model": model, "measures": measures}
+
+    found = distill_targets([entry(f"{EXACT}, a", 1.3), entry(f"{EXACT}, b", 1.05), entry("learned teacher", 1.0)])
+    assert [(each["measured"], each["holds"]) for each in found] == [(1.05, True), (0.99, True), (0.2, False)]
+    assert all(each["name"].startswith(f"ring of 8, T = 2, {EXACT}, b") for each in found)
 
 
 def test_models_of_a_stack_are_independent():
