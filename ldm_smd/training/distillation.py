@@ -14,6 +14,7 @@ from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
 from ..diffusion.two_views import joined_view
 from ..errors import UserError
+from ..models.extended import class_of
 from ..models.unet import SMDUNet2DModel
 from ..schema import check
 from .run import Run
@@ -53,7 +54,7 @@ class Distillation:
         source = settings.teacher or config.init_from
         if source is None:
             raise UserError("objective.distillation.teacher: expected the folder of a Gaussian model, or init_from, found None")
-        self.teacher, critic = (gaussian(source, run) for _ in range(2))
+        self.teacher, critic = (gaussian(source, run, self.model.network) for _ in range(2))
         self.teacher.requires_grad_(False).eval()
         rate = settings.critic_learning_rate
         self.critic = TrainedNetwork(critic, adamw(critic, rate))
@@ -126,8 +127,13 @@ class Distillation:
         return TwoViews(**vars(noise), r=r[rows], second_eps=eps[rows])
 
 
-def gaussian(folder: str, run: Run) -> SMDUNet2DModel:
-    """The Gaussian denoiser of a folder, on the device."""
+def gaussian(folder: str, run: Run, like: SMDUNet2DModel) -> SMDUNet2DModel:
+    """The Gaussian denoiser of a folder, of the same latents and classes as the mixture ``like``, on the device."""
+    key = "objective.distillation.teacher"
+    found = class_of(folder)
+    check(found == "SMDUNet2DModel", key, "the folder of an SMDUNet2DModel (RUN/model/unet)", f"{found or 'none'} in {folder}")
     model = SMDUNet2DModel.from_pretrained(Path(folder), use_safetensors=True)
-    check(not model.is_mixture, "objective.distillation.teacher", "a Gaussian model", f"a mixture in {folder}")
+    check(not model.is_mixture, key, "a Gaussian model", f"a mixture in {folder}")
+    for name in ("in_channels", "num_classes"):
+        check(model.config[name] == like.config[name], key, f"{name} {like.config[name]}, as the model's", model.config[name])
     return model.to(run.accelerator.device)

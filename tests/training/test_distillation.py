@@ -91,7 +91,11 @@ def test_another_teacher_than_the_start(distil, train_config, gaussian_folder, m
         train(train_config(*plain))
     with pytest.raises(UserError, match=r"objective\.distillation\.teacher: expected a Gaussian model, found 'a mixture in"):
         train(train_config(*plain, f"init_from={model_folder / 'unet'}"))
+    with pytest.raises(UserError, match=r"teacher: expected the folder of an SMDUNet2DModel .*, found 'none in"):
+        train(train_config(*plain, f"objective.distillation.teacher={tmp_path / 'nowhere'}"))
     teacher = f"objective.distillation.teacher={gaussian_folder / 'unet'}"
+    with pytest.raises(UserError, match=r"teacher: expected num_classes None, as the model's, found 2"):
+        train(train_config(*plain, teacher, "class_conditional=false"))
     folder = train(train_config(*plain, teacher, f"init_from={model_folder / 'unet'}", "images_total=16"))
     assert any(name.startswith("mixture.") for name in weights(folder / "unet"))
     with pytest.raises(UserError, match=r"objective\.name: expected mse for a Gaussian model"):
