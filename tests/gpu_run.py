@@ -189,6 +189,13 @@ def trains_without_waiting():
 
 
 @check
+def distils_without_waiting():
+    rare = ["log_every_images=1000", "sample_every_images=1000", "checkpoint_every_images=1000"]
+    settings = [f"init_from={GAUSSIAN}/unet", "objective.name=distillation", *rare]
+    assert_no_waits_for_more_steps(lambda images: run(f"distil-{images}", *settings, f"images_total={images}"), 16, 64)
+
+
+@check
 def encodes():
     few = ["shard_size=8", "batch_size=4", "num_workers=0", f"embedding={CLIP}", f"output={OUTPUT / 'shards'}"]
     again = tool(EncodeConfig, encode, *IMAGES, f"autoencoder={VAE}", *few)

@@ -27,6 +27,7 @@ CHECKS = [
     "samples_by_teleport_and_gms_from_a_picture",
     "trains_resumes_and_averages",
     "trains_without_waiting",
+    "distils_without_waiting",
     "encodes",
     "samples_by_words",
     "explores",
