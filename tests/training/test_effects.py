@@ -207,8 +207,8 @@ def network_inputs(monkeypatch):
 @pytest.mark.parametrize("dropout", [0, 1])
 def test_labels_and_embeddings_are_left_out_as_often_as_asked(trained, embedded, network_inputs, dropout):
     trained(f"shards={embedded}", "image_conditional=true", f"label_dropout={dropout}")
-    for _, _, labels, _, named, _ in network_inputs:
-        assert set(labels.tolist()) == ({2} if dropout else {0, 1})
+    for *_, named, _ in network_inputs:
+        assert set(named["class_labels"].tolist()) == ({2} if dropout else {0, 1})
         norms = named["image_embeds"].norm(dim=1)
         assert torch.allclose(norms, torch.full_like(norms, 1 - dropout), atol=1e-2)
     assert len(network_inputs) == 2
@@ -216,7 +216,7 @@ def test_labels_and_embeddings_are_left_out_as_often_as_asked(trained, embedded,
 
 def test_labels_and_embeddings_are_left_out_apart_from_each_other(trained, embedded, network_inputs):
     trained(f"shards={embedded}", "image_conditional=true", "label_dropout=0.5", "images_total=64")
-    without_label = torch.cat([call[2] == 2 for call in network_inputs])
+    without_label = torch.cat([call[-2]["class_labels"] == 2 for call in network_inputs])
     without_embedding = torch.cat([call[-2]["image_embeds"].norm(dim=1) < 0.5 for call in network_inputs])
     counts = [int((without_label == a).logical_and(without_embedding == b).sum()) for a in (0, 1) for b in (0, 1)]
     assert len(without_label) == 64 and min(counts) > 5
@@ -225,7 +225,7 @@ def test_labels_and_embeddings_are_left_out_apart_from_each_other(trained, embed
 @pytest.mark.parametrize("setting, expected", [(["class_conditional=false"], None), (["class_conditional=true"], "labels")])
 def test_a_network_without_classes_gets_none(trained, network_inputs, setting, expected):
     trained(*setting)
-    assert all((call[2] is None) == (expected is None) for call in network_inputs) and len(network_inputs) == 2
+    assert all((call[-2]["class_labels"] is None) == (expected is None) for call in network_inputs) and len(network_inputs) == 2
 
 
 @pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
