@@ -25,6 +25,8 @@ from .trained import TrainedNetwork
 NEAREST, FARTHEST = 0.02, 0.98
 """Part of the timesteps that the second view is taken at."""
 SMALLEST = 1e-4
+MOMENTUM = 0.0
+"""Where each network follows the other, old gradients mislead (docs/mixtures.md)."""
 
 
 @dataclass
@@ -44,12 +46,12 @@ class Distillation:
     knows the score of the true q(x_r | x_t); and a critic, trained by the denoising loss on the mixture's draws, that of the
     mixture's own. Their KL divergence falls along
 
-        x <- x - (D_critic(x_u, u) - D_teacher(x_u, u)) / mean |x - D_teacher(x_u, u)|,    each image weighted by s_t.
+        x <- x - (D_critic(x_u, u) - D_teacher(x_u, u)) / mean |x - D_teacher(x_u, u)|,    the errors of v weighted by s_t.
     """
 
     def __init__(self, run: Run) -> None:
         config, settings = run.config, run.config.objective.distillation
-        self.run, self.process, self.model = run, run.process(), trained_model(run)
+        self.run, self.process, self.model = run, run.process(), trained_model(run, MOMENTUM)
         check(self.model.network.is_mixture, "objective.name", "mse for a Gaussian model", "distillation")
         source = settings.teacher or config.init_from
         if source is None:
@@ -57,7 +59,7 @@ class Distillation:
         self.teacher, critic = (gaussian(source, run, self.model.network) for _ in range(2))
         self.teacher.requires_grad_(False).eval()
         rate = settings.critic_learning_rate
-        self.critic = TrainedNetwork(critic, adamw(critic, rate))
+        self.critic = TrainedNetwork(critic, adamw(critic, rate, momentum=MOMENTUM))
         self.critic_rate = rate / config.learning_rate
         self.networks = {"model": self.model, "critic": self.critic}
 
@@ -102,7 +104,7 @@ class Distillation:
         true, own = (path.to_x0(each, view, u, prediction_type) for each in (teacher, critic.detach()))
         scale = (drawn - true).abs().flatten(1).mean(dim=1).clamp_min(SMALLEST).view(-1, 1, 1, 1)
         goal = drawn - (own - true) / scale
-        weight = path.signal_and_noise(t, t)[1]
+        weight = 1.0 / path.signal_and_noise(t, t)[1]  # an error of v is one of x_0 over s_t
 
         a, s = path.signal_and_noise(u, view)
         target = path.target(drawn, (view - a * drawn) / s.clamp_min(SMALLEST), u, prediction_type)

@@ -78,14 +78,15 @@ class Denoising:
         return losses * timestep_weight(config.objective.weighting, self.exponent, self.process, t, prediction_type)
 
 
-def trained_model(run: Run) -> TrainedNetwork:
+def trained_model(run: Run, momentum: float = 0.9) -> TrainedNetwork:
     """The denoiser as a training starts with it, and its optimizer."""
     network, config = initial_model(run), run.config
-    return TrainedNetwork(network, adamw(network, config.learning_rate, config.weight_decay))
+    return TrainedNetwork(network, adamw(network, config.learning_rate, config.weight_decay, momentum))
 
 
-def adamw(network: ModelMixin, learning_rate: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+def adamw(network: ModelMixin, rate: float, weight_decay: float = 0.0, momentum: float = 0.9) -> torch.optim.Optimizer:
+    betas = (momentum, 0.99)
+    return torch.optim.AdamW(network.parameters(), lr=rate, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def draw_step(run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int, draws: int) -> StepNoise:
