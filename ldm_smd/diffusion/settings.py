@@ -34,8 +34,7 @@ class DistillationConfig(Settings):
     teacher: Optional[str] = None
     """Folder of the Gaussian denoiser that is learnt from, RUN/model/unet; null: init_from."""
     views: str = choice("conditional", VIEWS)
-    """conditional: a draw is judged together with the x_t it was made from, so that chains of any length stay right.
-    marginal: by itself (as DMD)."""
+    """conditional: a draw is judged together with the x_t it was made from. marginal: by itself, as in DMD."""
     critic_learning_rate: float = number(5e-4, above=0, most=1)
     """Learning rate of the critic at the peak of the model's; it rises and falls with that."""
     pure_noise: float = number(0.3, 0, 1)
