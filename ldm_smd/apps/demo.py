@@ -25,7 +25,7 @@ from ..data.shards import Manifest
 from ..data.stream import LatentStream
 from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
-from ..evaluation.diagnostics import spread_over_eta
+from ..evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS, spread_over_eta
 from ..evaluation.distances import frechet_distance
 from ..evaluation.features import load_extractor
 from ..evaluation.reconstruction import reconstruction_psnr
@@ -36,7 +36,6 @@ from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers import make_scheduler
 from ..training.loop import train
 from ..training.metrics_log import read_metrics
-from ..training.preview import SPREAD_TIMESTEPS
 from ..training.settings import TrainConfig
 from .report import write_report
 from .settings import DemoConfig, DemoRunConfig
@@ -198,7 +197,7 @@ def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest
     process = DiffusionProcess(pipeline.scheduler.alphas_cumprod)
     prediction = pipeline.scheduler.config.prediction_type
     labels = known_labels(batch.labels, pipeline.unet.config.num_classes)
-    spread = spread_over_eta(pipeline.unet, process, prediction, latents, labels, SPREAD_TIMESTEPS, seed=config.seed)
+    spread = spread_over_eta(pipeline.unet, process, prediction, latents, labels, DIAGNOSTIC_TIMESTEPS, seed=config.seed)
     return {t: at.over_eta for t, at in spread.items()}
 
 

@@ -33,7 +33,6 @@ def x0_per_prediction(prediction_type: str, a: torch.Tensor, s: torch.Tensor) ->
 class GaussianPath(ABC):
     """(a_t, s_t) for integer or real t, (B,), up to ``last``, as a subclass defines them."""
 
-    num_timesteps: int
     last: int
 
     @abstractmethod
@@ -42,7 +41,7 @@ class GaussianPath(ABC):
 
     @abstractmethod
     def timestep_of(self, ratio: torch.Tensor) -> torch.Tensor:
-        """The real t at which a_t^2 / s_t^2 is ``ratio``, (B,); 0 where it never is so large."""
+        """Return the real t at which a_t^2 / s_t^2 is ``ratio``, (B,); 0 where it never is so large."""
 
     def random_t(self, count: int, **options: Any) -> torch.Tensor:
         """Draw timesteps to train at, (count,), real ones above 0; ``options`` are those of torch.rand."""
@@ -99,14 +98,13 @@ class DiffusionProcess(GaussianPath):
 
     def __init__(self, alphas_cumprod: torch.Tensor) -> None:
         self.alphas_cumprod = alphas_cumprod
-        self.num_timesteps = len(alphas_cumprod)
-        self.last = self.num_timesteps - 1
+        self.last = len(alphas_cumprod) - 1
 
     def to(self, device: torch.device) -> DiffusionProcess:
         return DiffusionProcess(self.alphas_cumprod.to(device))
 
     def random_t(self, count: int, **options: Any) -> torch.Tensor:
-        return torch.randint(self.num_timesteps, (count,), **options)
+        return torch.randint(self.last + 1, (count,), **options)
 
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         known = self._between(t) if t.is_floating_point() else self.alphas_cumprod[t.clamp_min(0)]
@@ -114,19 +112,24 @@ class DiffusionProcess(GaussianPath):
         return alphabar.sqrt(), (1.0 - alphabar).sqrt()
 
     def timestep_of(self, ratio: torch.Tensor) -> torch.Tensor:
-        known = self.alphas_cumprod.clamp(LEAST_ALPHABAR, 1.0 - torch.finfo(self.alphas_cumprod.dtype).eps).logit().flip(0)
+        known = log_ratio(self.alphas_cumprod).flip(0)
         wanted = ratio.to(known.dtype).log().clamp(known[0], known[-1])
         above = torch.searchsorted(known, wanted).clamp_min(1)
-        share = (wanted - known[above - 1]) / (known[above] - known[above - 1])
-        return self.last - (above - 1 + share)
+        between = (wanted - known[above - 1]) / (known[above] - known[above - 1])
+        return self.last - (above - 1 + between)
 
     def _between(self, t: torch.Tensor) -> torch.Tensor:
         """alphabar at real t: between two entries of the table linear in log(alphabar / (1 - alphabar))."""
         t = t.clamp(0, self.last)
         ends = self.alphas_cumprod[torch.stack((t.floor(), t.ceil())).long()]
-        limits = torch.finfo(ends.dtype)
-        below, above = ends.clamp(max(LEAST_ALPHABAR, limits.tiny), 1.0 - limits.eps).logit()
+        below, above = log_ratio(ends)
         return torch.where(t == t.floor(), ends[0], below.lerp(above, t.frac().to(ends.dtype)).sigmoid())
+
+
+def log_ratio(alphabar: torch.Tensor) -> torch.Tensor:
+    """log(alphabar / (1 - alphabar)), finite also without signal and without noise."""
+    limits = torch.finfo(alphabar.dtype)
+    return alphabar.clamp(max(LEAST_ALPHABAR, limits.tiny), 1.0 - limits.eps).logit()
 
 
 class RectifiedFlow(GaussianPath):
@@ -134,12 +137,12 @@ class RectifiedFlow(GaussianPath):
     "flow_prediction"."""
 
     def __init__(self, num_timesteps: int = 1000) -> None:
-        self.num_timesteps = self.last = num_timesteps
+        self.last = num_timesteps
 
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """In the dtype of ``like``, float32 or better."""
         t = t.clamp_min(0).to(torch.promote_types(like.dtype, torch.float32)).view(-1, *[1] * (like.ndim - 1))
-        return (self.num_timesteps - t) / self.num_timesteps, t / self.num_timesteps
+        return (self.last - t) / self.last, t / self.last
 
     def timestep_of(self, ratio: torch.Tensor) -> torch.Tensor:
-        return self.num_timesteps / (1.0 + ratio.sqrt())
+        return self.last / (1.0 + ratio.sqrt())

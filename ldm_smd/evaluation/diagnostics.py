@@ -13,6 +13,7 @@ from ..models.blocks import repeat
 from ..models.unet import SMDUNet2DModel
 
 COLLAPSED = 0.1
+DIAGNOSTIC_TIMESTEPS = (99, 249, 499, 749, 999)
 
 
 @dataclass(frozen=True)

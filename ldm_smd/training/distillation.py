@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,16 @@ from einops import rearrange
 
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
+from ..diffusion.process import x0_per_prediction
 from ..diffusion.two_views import joined_view
 from ..errors import UserError
 from ..models.extended import class_of
 from ..models.unet import SMDUNet2DModel
 from ..schema import check
 from .run import Run
-from .step import adamw, draw_step, known_conditions, parts, trained_model
-from .step_noise import StepNoise, step_seed
-from .trained import TrainedNetwork
+from .step import draw_step, known_conditions, parts, trained_model, whole_batch
+from .step_noise import StepNoise
+from .trained import TrainedNetwork, adamw
 
 NEAREST, FARTHEST = 0.02, 0.98
 """Part of the timesteps that the second view is taken at."""
@@ -41,23 +43,24 @@ class TwoViews(StepNoise):
 
 
 class Distillation:
-    """A draw of the mixture, x = D(x_t, eta), is noised anew: x_r = a_r x + s_r eps'. Were x a true draw of q(x_0 | x_t), x_t
-    and x_r would be two independent views of one x_0, as good as one, x_u (diffusion/two_views.py). So the frozen teacher
-    knows the score of the true q(x_r | x_t); and a critic, trained by the denoising loss on the mixture's draws, that of the
-    mixture's own. Their KL divergence falls along
+    """A draw of the mixture, x = D(x_t, eta), is noised again: x_r = a_r x + s_r eps'. If x were a true draw of q(x_0 | x_t),
+    x_t and x_r would be two independent views of one x_0, and as good as one, x_u (diffusion/two_views.py). So the frozen
+    teacher gives the score of the true q(x_r | x_t), and a critic, trained by the denoising loss on the mixture's draws, that
+    of the mixture. The loss of an image, with goal constant, follows the gradient of their KL divergence:
 
-        x <- x - (D_critic(x_u, u) - D_teacher(x_u, u)) / mean |x - D_teacher(x_u, u)|,    the errors of v weighted by s_t.
+        goal = x - (D_critic(x_u, u) - D_teacher(x_u, u)) / mean |x - D_teacher(x_u, u)|,    loss = |x - goal|^2 / (2 s_t)
+
+    The critic sees x_u alone, and not x_t, which where the truth is known is not enough (docs/mixtures.md).
     """
 
     def __init__(self, run: Run) -> None:
         config, settings = run.config, run.config.objective.distillation
         self.run, self.process, self.model = run, run.process(), trained_model(run, MOMENTUM)
-        check(self.model.network.is_mixture, "objective.name", "mse for a Gaussian model", "distillation")
         source = settings.teacher or config.init_from
         if source is None:
             raise UserError("objective.distillation.teacher: expected the folder of a Gaussian model, or init_from, found None")
-        self.teacher, critic = (gaussian(source, run, self.model.network) for _ in range(2))
-        self.teacher.requires_grad_(False).eval()
+        critic = gaussian(source, run, self.model.network)
+        self.teacher = copy.deepcopy(critic).requires_grad_(False)
         rate = settings.critic_learning_rate
         self.critic = TrainedNetwork(critic, adamw(critic, rate, momentum=MOMENTUM))
         self.critic_rate = rate / config.learning_rate
@@ -101,30 +104,27 @@ class Distillation:
             critic = self.critic.forward(view, u, return_dict=False, **conditions)[0].float()
             with torch.no_grad():
                 teacher = self.teacher(view, u, return_dict=False, **conditions)[0].float()
-        true, own = (path.to_x0(each, view, u, prediction_type) for each in (teacher, critic.detach()))
+        true, own = (path.to_x0(said, view, u, prediction_type) for said in (teacher, critic))
         scale = (drawn - true).abs().flatten(1).mean(dim=1).clamp_min(SMALLEST).view(-1, 1, 1, 1)
-        goal = drawn - (own - true) / scale
+        goal = drawn - (own.detach() - true) / scale
         weight = 1.0 / path.signal_and_noise(t, t)[1]  # an error of v is one of x_0 over s_t
 
-        a, s = path.signal_and_noise(u, view)
-        target = path.target(drawn, (view - a * drawn) / s.clamp_min(SMALLEST), u, prediction_type)
+        gain = x0_per_prediction(prediction_type, *path.signal_and_noise(u, view))
         return {
             "loss": 0.5 * weight * (x - goal).square().flatten(1).mean(dim=1),
-            "critic_loss": (critic - target).square().flatten(1).mean(dim=1),
-            "teacher_loss": (teacher - target).square().flatten(1).mean(dim=1),
+            "critic_loss": ((own - drawn) / gain).square().flatten(1).mean(dim=1),
+            "teacher_loss": ((true - drawn) / gain).square().flatten(1).mean(dim=1),
         }
 
     def draw(self, batch: LatentBatch, images_seen: int) -> TwoViews:
         """Draw this process's part of the random numbers, of which more t are the last than in other trainings."""
         run, last, settings = self.run, self.process.last, self.run.config.objective.distillation
         noise = draw_step(run, self.process, batch, images_seen, 1)
-        size, rank, device = len(batch.labels), run.accelerator.process_index, batch.labels.device
-        count = size * run.accelerator.num_processes
-        generator = torch.Generator(device).manual_seed(step_seed(run.config.seed, images_seen, 0, 1))
+        generator, count, rows = whole_batch(run, batch, images_seen, 0, 1)
+        device = generator.device
         pure = torch.rand(count, generator=generator, device=device) < settings.pure_noise
         r = torch.empty(count, device=device).uniform_(NEAREST * last, FARTHEST * last, generator=generator).round().long()
         eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=device)
-        rows = slice(rank * size, (rank + 1) * size)
         noise.t = torch.where(pure[rows], last, noise.t)
         return TwoViews(**vars(noise), r=r[rows], second_eps=eps[rows])
 

@@ -104,18 +104,19 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
 
         # Show samples.
-        if last or crossed(before, images_seen, config.sample_every_images):
-            averaged = ema.gather()
-            if log is not None:
-                preview(run, averaged, images_seen, log)
+        shows = last or crossed(before, images_seen, config.sample_every_images)
+        saves = last or stopping or crossed(before, images_seen, config.checkpoint_every_images)
+        averaged = ema.gather() if shows or saves else ema.model
+        if shows and log is not None:
+            preview(run, averaged, images_seen, log)
 
         # Save a checkpoint.
-        if last or stopping or crossed(before, images_seen, config.checkpoint_every_images):
+        if saves:
             state = {"images_seen": images_seen, "means": means.state()}
             check_finite(state["means"], images_seen, batches.keys_at(before))
             for average in averages:
                 save_snapshot(run.output, images_seen, average, writes=main)
-            save_checkpoint(run.checkpoints, learner.networks, ema.gather(), state, config.keep_checkpoints, writes=main)
+            save_checkpoint(run.checkpoints, learner.networks, averaged, state, config.keep_checkpoints, writes=main)
             accelerator.wait_for_everyone()
         if stopping:
             break

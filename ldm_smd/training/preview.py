@@ -6,7 +6,7 @@ import logging
 
 from torchvision.utils import make_grid, save_image
 
-from ..evaluation.diagnostics import COLLAPSED, has_collapsed, spread_over_eta
+from ..evaluation.diagnostics import COLLAPSED, DIAGNOSTIC_TIMESTEPS, has_collapsed, spread_over_eta
 from ..models.denoiser import known_labels
 from ..pipelines import seeded_generators
 from .metrics_log import MetricsLog
@@ -15,7 +15,6 @@ from .run import Denoiser, Run
 
 logger = logging.getLogger(__name__)
 
-SPREAD_TIMESTEPS = (99, 249, 499, 749, 999)
 SPREAD_PICTURES = 16
 PREVIEW_PICTURES = 40
 
@@ -44,7 +43,7 @@ def log_spread(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> N
     batch, process = run.batches().batch_at(0).rows(0, SPREAD_PICTURES).to(run.accelerator.device), run.process()
     latents = run.autoencoder.normalise(batch.moments[:, 0].float())
     known = known_labels(batch.labels, unet.config.num_classes)
-    steps = [t for t in SPREAD_TIMESTEPS if t < process.num_timesteps]
+    steps = [t for t in DIAGNOSTIC_TIMESTEPS if t <= process.last]
     spread = spread_over_eta(unet, process, run.config.diffusion.prediction_type, latents, known, steps)
     over_eta = {f"spread/{t}": at.over_eta for t, at in spread.items()}
     log.log(images_seen, over_eta | {f"spread_share/{t}": at.ratio for t, at in spread.items()})

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Protocol
 
 import torch
-from diffusers import ModelMixin
 from einops import rearrange
 
 from ..autoencoder import sample_latents
@@ -18,7 +17,7 @@ from ..models.denoiser import known_labels
 from .build import initial_model
 from .run import Run
 from .step_noise import StepNoise, draw_step_noise, step_seed
-from .trained import TrainedNetwork
+from .trained import TrainedNetwork, adamw
 
 
 class Learner(Protocol):
@@ -84,21 +83,23 @@ def trained_model(run: Run, momentum: float = 0.9) -> TrainedNetwork:
     return TrainedNetwork(network, adamw(network, config.learning_rate, config.weight_decay, momentum))
 
 
-def adamw(network: ModelMixin, rate: float, weight_decay: float = 0.0, momentum: float = 0.9) -> torch.optim.Optimizer:
-    betas = (momentum, 0.99)
-    return torch.optim.AdamW(network.parameters(), lr=rate, betas=betas, weight_decay=weight_decay, fused=True)
-
-
 def draw_step(run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int, draws: int) -> StepNoise:
     """Draw the random numbers of this process's part of a batch, ``draws`` of eta for each image, as a function of
     (seed, images_seen): a resumed run draws the same, on any number of processes."""
-    config, accelerator = run.config, run.accelerator
-    size, rank = len(batch.labels), accelerator.process_index
-    generator = torch.Generator(accelerator.device).manual_seed(step_seed(config.seed, images_seen))
-    shape = (size * accelerator.num_processes, *batch.moments.shape[2:])
-    noise = draw_step_noise(generator, shape, draws, path, config.label_dropout)
-    torch.manual_seed(step_seed(config.seed, images_seen, rank))  # for dropout inside the network
-    return noise.rows(rank * size, (rank + 1) * size)
+    generator, count, rows = whole_batch(run, batch, images_seen)
+    shape = (count, *batch.moments.shape[2:])
+    noise = draw_step_noise(generator, shape, draws, path, run.config.label_dropout)
+    torch.manual_seed(step_seed(run.config.seed, images_seen, run.accelerator.process_index))  # for dropout inside the network
+    return noise.rows(rows.start, rows.stop)
+
+
+def whole_batch(run: Run, batch: LatentBatch, *seed: int) -> tuple[torch.Generator, int, slice]:
+    """Return what random numbers of a whole batch are drawn with: a generator on the device, seeded by the run's seed and these
+    integers, the images of all processes, and the rows of them that are this process's."""
+    accelerator, size = run.accelerator, len(batch.labels)
+    generator = torch.Generator(accelerator.device).manual_seed(step_seed(run.config.seed, *seed))
+    start = accelerator.process_index * size
+    return generator, size * accelerator.num_processes, slice(start, start + size)
 
 
 def parts(size: int, count: int) -> Iterator[tuple[tuple[int, int], bool]]:

@@ -13,6 +13,7 @@ from ..data.stream import LatentBatch, LatentStream, latent_loader
 from ..device import pick_device
 from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
+from ..evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS
 from ..files import makes_folder
 from ..models.denoiser import is_mixture, known_labels, num_classes
 from ..models.moments import MomentHeads
@@ -23,11 +24,10 @@ from .ema import EMA
 from .model_folder import model_card, write_model_folder
 from .rates import warmup_then_cosine
 from .settings import TrainMomentsConfig
-from .trained import TrainedNetwork
+from .trained import TrainedNetwork, adamw
 
 REPORT_EVERY_BATCHES = 50
 WARMUP = 0.05
-CALIBRATION_TIMESTEPS = (99, 249, 499, 749, 999)
 CALIBRATION_PICTURES = 512
 
 
@@ -49,8 +49,7 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     torch.manual_seed(config.seed)
     heads = MomentHeads.for_unet(pipeline.unet).to(device)
     ema = EMA(heads, config.ema_halflife_images)
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
-    trained = TrainedNetwork(heads, optimizer)
+    trained = TrainedNetwork(heads, adamw(heads, config.learning_rate, weight_decay=0.01))
     errors = PredictionErrors(pipeline, autoencoder, config.label_dropout)
     stream = LatentStream(manifest, config.batch_size, config.images_total, seed=config.seed)
     bar, images_seen = progress(config.images_total, 0, output.name), 0
@@ -119,7 +118,7 @@ class PredictionErrors:
 def calibration(errors: PredictionErrors, heads: MomentHeads, batch: LatentBatch) -> dict[int, float]:
     """Divide, at some timesteps, the mean of the predicted variance by that of the squared error: 1 where it is right."""
     ratios = {}
-    for t in CALIBRATION_TIMESTEPS:
+    for t in DIAGNOSTIC_TIMESTEPS:
         if t < errors.pipeline.scheduler.config.num_train_timesteps:
             variance, _, error = errors(heads, batch, torch.full((len(batch.labels),), t, device=batch.moments.device))
             ratios[t] = float(variance.mean() / error.square().mean())

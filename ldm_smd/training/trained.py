@@ -25,7 +25,7 @@ class TrainedNetwork:
     def __init__(self, network: ModelMixin, optimizer: torch.optim.Optimizer) -> None:
         self.network, self.optimizer = network, optimizer
         self.forward: nn.Module = network
-        self._empty = copy.deepcopy(network).to("meta")  # the structure, and no memory for weights
+        self._structure: ModelMixin | None = None
 
     def prepare(self, accelerator: Accelerator, gradient_checkpointing: bool = False, compiled: bool = False) -> None:
         """Distribute the network over the processes, as the launcher says: after its weights are loaded, before its
@@ -33,6 +33,8 @@ class TrainedNetwork:
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         set_sharded_precision(accelerator)
+        if accelerator.is_fsdp2:
+            self._structure = without_weights(self.network)
         prepared, _ = accelerator.prepare(self.network, self.optimizer)
         self.forward = cast(nn.Module, torch.compile(prepared)) if compiled else prepared
         if is_sharded(self.network):
@@ -49,9 +51,9 @@ class TrainedNetwork:
 
     def full_network(self) -> ModelMixin:
         """``network``; where it is sharded, a copy on the CPU with all weights. For all processes to call."""
-        if not is_sharded(self.network):
+        if self._structure is None:
             return self.network
-        copied = copy.deepcopy(self._empty).to_empty(device="cpu")
+        copied = copy.deepcopy(self._structure).to_empty(device="cpu")
         gather_into(copied, dict(self.network.named_parameters()))
         for buffer, value in zip(copied.buffers(), self.network.buffers()):
             buffer.copy_(value)
@@ -77,3 +79,15 @@ class TrainedNetwork:
             if entry != "step" or self.optimizer.defaults.get("fused"):
                 tensor = distribute_like(tensor.to(parameter.device), parameter)
             self.optimizer.state[parameter][entry] = tensor
+
+
+def adamw(network: nn.Module, rate: float, weight_decay: float = 0.0, momentum: float = 0.9) -> torch.optim.Optimizer:
+    betas = (momentum, 0.99)
+    return torch.optim.AdamW(network.parameters(), lr=rate, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def without_weights(network: ModelMixin) -> ModelMixin:
+    """Copy a network to the meta device: its structure, and no memory for weights."""
+    parameters = {id(value): nn.Parameter(torch.empty_like(value, device="meta")) for value in network.parameters()}
+    buffers = {id(value): torch.empty_like(value, device="meta") for value in network.buffers()}
+    return copy.deepcopy(network, parameters | buffers)
