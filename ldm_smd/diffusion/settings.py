@@ -8,7 +8,7 @@ from ..schema import Settings, check, choice, number
 LOSSES = ("mse", "energy", "mixture_nll")
 """They compare predictions with a target (objectives.py)."""
 OBJECTIVES = (*LOSSES, "distillation")
-VIEWS = ("conditional", "marginal")
+VIEWS = ("conditional", "joined", "marginal")
 WEIGHTINGS = ("prediction", "v", "epsilon", "x0", "min_snr")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 """diffusers' names: eps, v = a_t eps - s_t x_0, x_0."""
@@ -34,7 +34,9 @@ class DistillationConfig(Settings):
     teacher: Optional[str] = None
     """Folder of the Gaussian denoiser that is learnt from, RUN/model/unet; null: init_from."""
     views: str = choice("conditional", VIEWS)
-    """conditional: a draw is judged together with the x_t it was made from. marginal: by itself, as in DMD."""
+    """conditional: a draw is judged together with the x_t it was made from, which the critic sees. joined: the critic sees both
+    only as the one view that they are worth to the teacher; cheaper, but wrong where the truth is known. marginal: a draw is
+    judged by itself, as in DMD."""
     critic_learning_rate: float = number(5e-4, above=0, most=1)
     """Learning rate of the critic at the peak of the model's; it rises and falls with that."""
     pure_noise: float = number(0.3, 0, 1)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -16,9 +15,7 @@ from ..data.stream import LatentBatch
 from ..diffusion.process import x0_per_prediction
 from ..diffusion.two_views import joined_view
 from ..errors import UserError
-from ..models.extended import class_of
-from ..models.unet import SMDUNet2DModel
-from ..schema import check
+from .critic import beside, gaussian, seeing_also
 from .run import Run
 from .step import draw_step, known_conditions, parts, trained_model, whole_batch
 from .step_noise import StepNoise
@@ -50,7 +47,8 @@ class Distillation:
 
         goal = x - (D_critic(x_u, u) - D_teacher(x_u, u)) / mean |x - D_teacher(x_u, u)|,    loss = |x - goal|^2 / (2 s_t)
 
-    The critic sees x_u alone, and not x_t, which where the truth is known is not enough (docs/mixtures.md).
+    What the critic cannot see it cannot miss, so it sees x_t beside x_u; else draws could be good images that x_t does not
+    allow (docs/mixtures.md). It starts as the teacher, which is the critic of true draws.
     """
 
     def __init__(self, run: Run) -> None:
@@ -59,8 +57,10 @@ class Distillation:
         source = settings.teacher or config.init_from
         if source is None:
             raise UserError("objective.distillation.teacher: expected the folder of a Gaussian model, or init_from, found None")
-        critic = gaussian(source, run, self.model.network)
-        self.teacher = copy.deepcopy(critic).requires_grad_(False)
+        self.teacher = gaussian(source, run, self.model.network).requires_grad_(False)
+        self.sees_x_t = settings.views == "conditional"
+        channels = self.model.network.config.in_channels
+        critic = (seeing_also(self.teacher, channels) if self.sees_x_t else copy.deepcopy(self.teacher)).requires_grad_(True)
         rate = settings.critic_learning_rate
         self.critic = TrainedNetwork(critic, adamw(critic, rate, momentum=MOMENTUM))
         self.critic_rate = rate / config.learning_rate
@@ -98,10 +98,11 @@ class Distillation:
 
         drawn = x.detach()
         view, u = path.noise(drawn, noise.second_eps, r), r
-        if run.config.objective.distillation.views == "conditional":
+        if run.config.objective.distillation.views != "marginal":
             view, u = joined_view(path, x_t, t, view, r)
+        seen, known = beside(view, x_t, t, conditions) if self.sees_x_t else (view, conditions)
         with run.accelerator.autocast():
-            critic = self.critic.forward(view, u, return_dict=False, **conditions)[0].float()
+            critic = self.critic.forward(seen, u, return_dict=False, **known)[0].float()
             with torch.no_grad():
                 teacher = self.teacher(view, u, return_dict=False, **conditions)[0].float()
         true, own = (path.to_x0(said, view, u, prediction_type) for said in (teacher, critic))
@@ -127,15 +128,3 @@ class Distillation:
         eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=device)
         noise.t = torch.where(pure[rows], last, noise.t)
         return TwoViews(**vars(noise), r=r[rows], second_eps=eps[rows])
-
-
-def gaussian(folder: str, run: Run, like: SMDUNet2DModel) -> SMDUNet2DModel:
-    """The Gaussian denoiser of a folder, of the same latents and classes as the mixture ``like``, on the device."""
-    key = "objective.distillation.teacher"
-    found = class_of(folder)
-    check(found == "SMDUNet2DModel", key, "the folder of an SMDUNet2DModel (RUN/model/unet)", f"{found or 'none'} in {folder}")
-    model = SMDUNet2DModel.from_pretrained(Path(folder), use_safetensors=True)
-    check(not model.is_mixture, key, "a Gaussian model", f"a mixture in {folder}")
-    for name in ("in_channels", "num_classes"):
-        check(model.config[name] == like.config[name], key, f"{name} {like.config[name]}, as the model's", model.config[name])
-    return model.to(run.accelerator.device)

@@ -29,7 +29,7 @@ def learner(open_run, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("views", ["conditional", "marginal"])
+@pytest.mark.parametrize("views", ["conditional", "joined", "marginal"])
 def test_it_resumes_where_it_was(distil, tmp_path, views):
     """All networks and optimizers, bit by bit; the teacher stays as it is."""
     chosen = f"objective.distillation.views={views}"
@@ -54,9 +54,10 @@ def test_parts_of_a_batch_add_up(distil, tmp_path):
     assert_same_losses(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_critic_that_agrees_with_the_teacher_moves_nothing(learner):
+@pytest.mark.parametrize("views", ["conditional", "joined"])
+def test_a_critic_that_agrees_with_the_teacher_moves_nothing(learner, views):
     """At the start they are one network, so the mixture has no reason to move; the critic has, from the mixture's draws."""
-    learner = learner()
+    learner = learner(f"objective.distillation.views={views}")
     batch = learner.run.batches().batch_at(0)
     losses = learner.losses(batch, learner.draw(batch, 0))
     assert losses["loss"].shape == (8,) and losses["loss"].abs().max() < 1e-10
