@@ -39,6 +39,10 @@ class DistillationConfig(Settings):
     judged by itself, as in DMD."""
     critic_learning_rate: float = number(5e-4, above=0, most=1)
     """Learning rate of the critic at the peak of the model's; it rises and falls with that."""
+    adversarial_weight: float = number(0.0, 0, 100)
+    """Weight of an adversarial term: the critic also tells draws from true images of the same x_t. 0: none."""
+    critic_updates: int = number(1, 1, 100)
+    """Updates of the critic for each of the model's: it has to follow the model."""
     pure_noise: float = number(0.3, 0, 1)
     """Share of the images whose t is the last, where sampling begins."""
 

@@ -83,10 +83,10 @@ def trained_model(run: Run, momentum: float = 0.9) -> TrainedNetwork:
     return TrainedNetwork(network, adamw(network, config.learning_rate, config.weight_decay, momentum))
 
 
-def draw_step(run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int, draws: int) -> StepNoise:
+def draw_step(run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int, draws: int, number: int = 0) -> StepNoise:
     """Draw the random numbers of this process's part of a batch, ``draws`` of eta for each image, as a function of
-    (seed, images_seen): a resumed run draws the same, on any number of processes."""
-    generator, count, rows = whole_batch(run, batch, images_seen)
+    (seed, images_seen, number): a resumed run draws the same, on any number of processes."""
+    generator, count, rows = whole_batch(run, batch, images_seen, *([number] if number else []))
     shape = (count, *batch.moments.shape[2:])
     noise = draw_step_noise(generator, shape, draws, path, run.config.label_dropout)
     torch.manual_seed(step_seed(run.config.seed, images_seen, run.accelerator.process_index))  # for dropout inside the network

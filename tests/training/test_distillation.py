@@ -11,6 +11,8 @@ from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from tests.training.results import assert_same_losses, logged_losses, weights
 
+ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
+
 
 @pytest.fixture
 def settings(gaussian_folder):
@@ -29,13 +31,13 @@ def learner(open_run, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("views", ["conditional", "joined", "marginal"])
+@pytest.mark.parametrize("views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL}"])
 def test_it_resumes_where_it_was(distil, tmp_path, views):
     """All networks and optimizers, bit by bit; the teacher stays as it is."""
-    chosen = f"objective.distillation.views={views}"
-    train(distil(chosen, f"output={tmp_path / 'straight'}"))
-    train(distil(chosen, f"output={tmp_path / 'stopped'}", "images_total=32"))
-    train(distil(chosen, f"output={tmp_path / 'stopped'}"))
+    chosen = f"objective.distillation.views={views}".split()
+    train(distil(*chosen, f"output={tmp_path / 'straight'}"))
+    train(distil(*chosen, f"output={tmp_path / 'stopped'}", "images_total=32"))
+    train(distil(*chosen, f"output={tmp_path / 'stopped'}"))
     a, b = (checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("straight", "stopped"))
     files = sorted(path.relative_to(a) for path in a.rglob("*.safetensors"))
     assert len(files) == 5
@@ -84,6 +86,37 @@ def test_the_critic_learns_at_its_own_rate(learner):
     learner.step(learner.run.batches().batch_at(0), 0, learning_rate=5e-4)
     rates = {name: trained.optimizer.param_groups[0]["lr"] for name, trained in learner.networks.items()}
     assert rates == {"model": 5e-4, "critic": pytest.approx(5e-3)}
+
+
+def test_a_critic_of_more_updates(learner):
+    """It has learnt more by the model's first own update, which is of the same draws in either case."""
+    found, steps = {}, {}
+    for updates in (1, 8):
+        torch.manual_seed(0)
+        chosen = learner(f"objective.distillation.critic_updates={updates}", "objective.distillation.critic_learning_rate=5e-4")
+        found[updates] = chosen.step(chosen.run.batches().batch_at(0), 0, learning_rate=5e-4)
+        steps[updates] = {
+            name: {int(state["step"]) for state in each.optimizer.state.values()} for name, each in chosen.networks.items()
+        }
+    assert steps == {1: {"model": {1}, "critic": {1}}, 8: {"model": {1}, "critic": {8}}}
+    assert found[8]["teacher_loss"] == found[1]["teacher_loss"] and found[8]["critic_loss"] < found[1]["critic_loss"]
+
+
+def test_an_adversarial_term_starts_from_nothing(learner):
+    """With a logit that still says the same of all it pulls nowhere; the critic learns to tell."""
+    learner = learner(ADVERSARIAL)
+    batch = learner.run.batches().batch_at(0)
+    noise = learner.draw(batch, 0)
+    plain = learner.losses(batch, noise)
+    assert plain["loss"].abs().max() < 1e-10, "a logit that says nothing pulls nowhere"
+    critic = learner.critic.network
+    assert critic.conv_out.weight.shape[0] == learner.model.network.config.out_channels + 1
+    before = [torch.equal(value, torch.zeros_like(value)) for value in (critic.conv_out.weight[-1], critic.conv_out.bias[-1])]
+    assert before == [True, True]
+    for number in range(3):
+        learner.step(batch, number, learning_rate=1e-3)
+    assert critic.conv_out.weight[-1].abs().max() > 0
+    assert learner.losses(batch, noise)["loss"].max() > 0
 
 
 def test_another_teacher_than_the_start(distil, train_config, gaussian_folder, model_folder, tmp_path):

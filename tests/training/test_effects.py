@@ -79,6 +79,8 @@ ELSEWHERE = {
     "log_every_images",
     "num_workers",
     "objective.distillation.critic_learning_rate",  # test_distillation.py, as those below
+    "objective.distillation.adversarial_weight",
+    "objective.distillation.critic_updates",
     "objective.distillation.pure_noise",
     "objective.distillation.teacher",
     "objective.distillation.views",
