@@ -54,7 +54,7 @@ class FlowMap(Method):
 
     def __init__(self, start: Start, settings: FlowSettings) -> None:
         super().__init__(start, settings)
-        network = denoiser(start, second=True)
+        network = denoiser(start, second=True, smooth=True)
         rate = settings.learning_rate
         self.add("model", network, torch.optim.Adam(network.parameters(), lr=rate, betas=(0.9, 0.95), fused=True))
 
