@@ -5,7 +5,7 @@ method), contest (the best settings, several seeds), collect (join what there is
 ``folder``; a part that is run again does what is missing.
 
 examples:
-  python benchmarks/rivals.py part=check name=known
+  python benchmarks/rivals.py --config configs/benchmarks/rivals-emoji.yaml part=check name=known
   python benchmarks/rivals.py --config configs/benchmarks/rivals-emoji.yaml part=costs
   python benchmarks/rivals.py --config configs/benchmarks/rivals-emoji.yaml part=search workers=8
   python benchmarks/rivals.py --config configs/benchmarks/rivals-emoji.yaml part=contest workers=8

@@ -49,7 +49,8 @@ class DMD2(Method):
     """The generator's draw x is noised to x_r; the frozen Gaussian model gives the score of real x_r, the critic that of
     generated ones:
 
-        goal = x - (D_critic(x_r) - D_teacher(x_r)) / mean |x - D_teacher(x_r)|,    loss = |x - goal|^2 / 2 + gan softplus(-c(x_r))
+        goal = x - (D_critic(x_r) - D_teacher(x_r)) / mean |x - D_teacher(x_r)|,
+        loss = |x - goal|^2 / 2 + gan softplus(-c(x_r))
 
     What the generator sees is made by itself, from noise, as in sampling. A step is one update of the critic; each
     ``critic_updates``-th is one of the generator too."""
@@ -72,9 +73,7 @@ class DMD2(Method):
             self.add(name, network, torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.01, fused=True))
         self.last = torch.zeros((), device=start.device)
 
-    def step(
-        self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float
-    ) -> dict[str, torch.Tensor]:
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         settings, options = self.settings, {"generator": generator, "device": x0.device}
         model, critic = self.networks["model"], self.networks["critic"]
         turn = self.count // settings.critic_updates % settings.steps
@@ -140,8 +139,8 @@ class DDGANSettings:
 
 
 class DDGAN(Method):
-    """The generator maps x_t and a map of noise z to x_0, and with it x_s by the posterior q(x_s | x_t, x_0). The critic is given
-    (x_s, x_t, t), real or generated:
+    """The generator maps x_t and a map of noise z to x_0, and with it x_s by the posterior q(x_s | x_t, x_0). The critic is
+    given (x_s, x_t, t), real or generated:
 
         L_critic = softplus(-c(real)) + softplus(c(generated)) + gamma / 2 |dc / dx_s|^2,    L = softplus(-c(generated))
     """
@@ -164,9 +163,7 @@ class DDGAN(Method):
         least = denoiser(start).timestep(torch.full((1,), 1e-3, device=start.device))
         self.sigmas = torch.cat((trailing(model, settings.steps), torch.zeros_like(least)))
 
-    def step(
-        self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float
-    ) -> dict[str, torch.Tensor]:
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         settings, options = self.settings, {"generator": generator, "device": x0.device}
         model, critic = self.networks["model"], self.networks["critic"]
         turn = torch.randint(settings.steps, (len(x0),), **options)

@@ -1,4 +1,4 @@
-"""Easy consistency tuning (ECT, arXiv 2406.14548): a diffusion model is tuned to give the same x_0 at two noises of one path."""
+"""Easy consistency tuning (ECT, arXiv 2406.14548): a diffusion model is tuned to give one x_0 at two noises of a path."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ECTSettings:
 class ECT(Method):
     """With one noise for both, and D as a diffusion model's denoiser,
 
-        loss = (sqrt(|D(x + t eps, t) - sg D(x + r eps, r)|^2 + c^2) - c) / (t - r),    D(x, 0) = x
+    loss = (sqrt(|D(x + t eps, t) - sg D(x + r eps, r)|^2 + c^2) - c) / (t - r),    D(x, 0) = x
     """
 
     Settings = ECTSettings
@@ -60,9 +60,7 @@ class ECT(Method):
         share = (1 + 8 * torch.sigmoid(-t / 2)) / self.settings.q**stage
         return (t * (1 - share)).clamp_min(0)
 
-    def step(
-        self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float
-    ) -> dict[str, torch.Tensor]:
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         settings, model = self.settings, self.networks["model"]
         logarithm = torch.randn(len(x0), generator=generator, device=x0.device)
         t = (settings.mean + settings.deviation * logarithm).exp()

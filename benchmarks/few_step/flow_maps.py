@@ -68,9 +68,7 @@ class FlowMap(Method):
         t = torch.cat((drawn[0, :equal], t[equal:]))
         return torch.cat((t[:equal], r[equal:])), t, equal
 
-    def step(
-        self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float
-    ) -> dict[str, torch.Tensor]:
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         r, t, equal = self.times(len(x0), generator)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         z, v = (1 - column(t)) * x0 + column(t) * eps, eps - x0
@@ -160,8 +158,8 @@ class AlphaFlowSettings(FlowSettings):
 class AlphaFlow(FlowMap):
     """With d = alpha (t - r), and alpha going from 1, where it is flow matching, to nearly 0, where it is MeanFlow,
 
-        goal = (d v + (t - r - d) sg u(z - d v, r, t - d)) / (t - r),    v = eps - x_0,
-        loss = alpha e / sg(e + 0.001),    e = mean (u - goal)^2
+    goal = (d v + (t - r - d) sg u(z - d v, r, t - d)) / (t - r),    v = eps - x_0,
+    loss = alpha e / sg(e + 0.001),    e = mean (u - goal)^2
     """
 
     Settings = AlphaFlowSettings

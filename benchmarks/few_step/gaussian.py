@@ -47,9 +47,7 @@ class Gaussian(Method):
         self.process = DiffusionProcess(start.alphas_cumprod)
         self.add("model", network, adamw(network, settings.learning_rate))
 
-    def step(
-        self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float
-    ) -> dict[str, torch.Tensor]:
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         t = self.process.random_t(len(x0), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         target = self.process.target(x0, eps, t, "v_prediction")

@@ -22,7 +22,7 @@ from .network import Start, start_from
 PROBLEMS = ("one Gaussian", "ring of 8")
 STEPS = (1, 2, 4, 8)
 POINTS, SAMPLES, SETS = 100_000, 10_000, 3
-BATCH, UPDATES, START_UPDATES = 256, 4000, 6000
+BATCH, UPDATES, START_UPDATES = 256, 2500, 4000
 RATE = 1e-3
 SETTINGS: dict[str, dict] = {
     "gaussian": {"learning_rate": RATE},
@@ -105,7 +105,8 @@ def check_known(path: Path, methods: Sequence[str]) -> Path:
                 "seconds": round(seconds),
                 "steps": distances(name, problem, method, network),
             }
-            print(f"{name}, {key}: {[cell['over_floor'] for cell in entry[key]['steps'].values()]} in {seconds:.0f} s", flush=True)
+            found = [cell["over_floor"] for cell in entry[key]["steps"].values()]
+            print(f"{name}, {key}: {found} in {seconds:.0f} s", flush=True)
             path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text("\n".join(table(content)) + "\n", encoding="utf-8")
     return path

@@ -55,9 +55,7 @@ class Method:
         self.optimizers[name].param_groups[0]["lr"] = self.rates[name] * rate
         self.optimizers[name].step()
 
-    def step(
-        self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float
-    ) -> dict[str, torch.Tensor]:
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         """One update. ``rate`` in [0, 1] is the schedule's factor of all learning rates. Returns scalars on the device."""
         raise NotImplementedError
 
@@ -101,9 +99,7 @@ class Latents:
         self.counts = torch.bincount(self.labels, minlength=null + 1)
         self.starts = self.counts.cumsum(0) - self.counts
 
-    def batch(
-        self, size: int, group: int, dropout: float, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, size: int, group: int, dropout: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_0, labels), where ``group`` consecutive rows have one label."""
         options: dict[str, Any] = {"generator": generator, "device": self.labels.device}
         first = torch.randint(len(self.labels), (size // group,), **options)
@@ -134,7 +130,8 @@ def train(method: Method, latents: Latents, training: Training) -> nn.Module:
         if step % CHECK_EVERY == 0 or seen + size >= training.images:
             for name, value in losses.items():
                 if not math.isfinite(float(value)):
-                    raise FloatingPointError(f"{type(method).__name__}: expected a finite {name}, found {value} at {seen} images")
+                    who = type(method).__name__
+                    raise FloatingPointError(f"{who}: expected a finite {name}, found {float(value)} at {seen} images")
     return ema.model
 
 

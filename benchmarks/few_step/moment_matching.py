@@ -1,8 +1,9 @@
-"""Inductive moment matching (IMM, arXiv 2503.07565): draws that came from t are to be distributed as those that came from r < t."""
+"""Inductive moment matching (IMM, arXiv 2503.07565): draws that came from t are to be distributed as those from r < t."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -59,8 +60,8 @@ class IMMSettings:
 class IMM(Method):
     """With x_r the DDIM step from x_t to r with the true x_0, and both carried on to s,
 
-        loss = w(t) MMD^2(f(x_t, t -> s), sg f(x_r, r -> s)),
-        w = 1/2 sigmoid(b - log snr) (-d log snr / dt) (1 - t)^a / ((1 - t)^2 + t^2)
+    loss = w(t) MMD^2(f(x_t, t -> s), sg f(x_r, r -> s)),
+    w = 1/2 sigmoid(b - log snr) (-d log snr / dt) (1 - t)^a / ((1 - t)^2 + t^2)
     """
 
     Settings = IMMSettings
@@ -79,9 +80,7 @@ class IMM(Method):
         self.group = settings.particles
         self.add("model", network, torch.optim.RAdam(network.parameters(), lr=settings.learning_rate))
 
-    def step(
-        self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float
-    ) -> dict[str, torch.Tensor]:
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         settings, model, size = self.settings, self.networks["model"], self.group
         groups = len(x0) // size
         uniform = torch.rand(2, groups, generator=generator, device=x0.device)
@@ -119,6 +118,6 @@ class IMM(Method):
         self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
     ) -> torch.Tensor:
         x, nodes = noise, self.nodes(steps)
-        for t, s in zip(nodes[:-1], nodes[1:]):
+        for t, s in pairwise(nodes):
             x = transition(network, x, t.expand(len(x)), s.expand(len(x)), labels)[0]
         return x * levels(nodes[-1:])[0].reciprocal()
