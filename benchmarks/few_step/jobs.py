@@ -87,7 +87,7 @@ def searched(method: str, tries: int, images: int) -> list[Job]:
 
 
 def step_costs(jobs: Sequence[Job], start: Start, latents: Latents, batch: int) -> dict[str, float]:
-    """Seconds that a row of a batch takes in a step of each job, over those of the denoising loss: medians of ratios, in turn."""
+    """Seconds a row takes in a step of each job, over those of the denoising loss: medians of ratios, taken in turn."""
     device = start.device
     generator = torch.Generator(device).manual_seed(0)
 
