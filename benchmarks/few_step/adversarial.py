@@ -69,6 +69,7 @@ class DMD2(Method):
         model, critic = denoiser(start), FakeScore(denoiser(start))
         self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
         self.cycle = settings.critic_updates * settings.steps
+        self.sigmas = trailing(model, settings.steps)
         for name, network, rate in (("model", model, settings.learning_rate), ("critic", critic, settings.critic_rate)):
             self.add(name, network, torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.01, fused=True))
         self.last = torch.zeros((), device=start.device)
@@ -112,7 +113,7 @@ class DMD2(Method):
         self, shape: torch.Size, labels: torch.Tensor, turn: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x_t and sigma for the ``turn``-th step of a sampling, the generator's own first ones before it."""
-        model, sigmas = self.networks["model"], trailing(self.teacher, self.settings.steps)
+        model, sigmas = self.networks["model"], self.sigmas
         x = torch.randn(shape, generator=generator, device=labels.device)
         sigma = sigmas[turn].expand(len(labels))
         if turn:
@@ -160,8 +161,7 @@ class DDGAN(Method):
         self.cycle = settings.every
         for name, network, rate in (("model", model, settings.learning_rate), ("critic", critic, settings.critic_rate)):
             self.add(name, network, torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.9), fused=True))
-        least = denoiser(start).timestep(torch.full((1,), 1e-3, device=start.device))
-        self.sigmas = torch.cat((trailing(model, settings.steps), torch.zeros_like(least)))
+        self.sigmas = torch.cat((trailing(model, settings.steps), torch.zeros(1, device=start.device)))
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         settings, options = self.settings, {"generator": generator, "device": x0.device}

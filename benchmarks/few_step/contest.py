@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import torch
@@ -136,9 +135,10 @@ def run_jobs(jobs: Sequence[Job], costs: dict[str, float], config: Any, folder: 
         return
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    for job in left:
-        queue.put((job, costs[job.cost_key]))
-    workers = [context.Process(target=work, args=(queue, config, folder)) for _ in range(min(config.workers, len(left)))]
+    count = min(config.workers, len(left))
+    for each in [*((job, costs[job.cost_key]) for job in left), *[None] * count]:
+        queue.put(each)
+    workers = [context.Process(target=work, args=(queue, config, folder)) for _ in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -148,12 +148,8 @@ def run_jobs(jobs: Sequence[Job], costs: dict[str, float], config: Any, folder: 
 
 
 def work(queue: Any, config: Any, folder: Path) -> None:
-    """One process: jobs from the queue until it is empty."""
+    """One process: jobs from the queue until there is None."""
     torch.set_num_threads(1)
     world = load_world(config)
-    while True:
-        try:
-            job, cost = queue.get(timeout=2)
-        except Empty:
-            return
-        run_job(job, cost, world, config.steps, config.batch, folder)
+    while (item := queue.get()) is not None:
+        run_job(*item, world, config.steps, config.batch, folder)

@@ -64,8 +64,6 @@ class FlowMap(Method):
         drawn = (self.settings.mean + self.settings.deviation * normal).sigmoid()
         t, r = drawn.max(dim=0).values, drawn.min(dim=0).values
         equal = round(count * self.settings.share_equal)
-        # Alone, t is the first of the two draws: the larger of two would leave less noise untrained.
-        t = torch.cat((drawn[0, :equal], t[equal:]))
         return torch.cat((t[:equal], r[equal:])), t, equal
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:

@@ -19,10 +19,10 @@ from . import METHODS
 from .method import Latents, Method, Training, train
 from .network import Start, start_from
 
-PROBLEMS = ("one Gaussian", "ring of 8")
+PROBLEMS = ("ring of 8", "one Gaussian")
 STEPS = (1, 2, 4, 8)
-POINTS, SAMPLES, SETS = 100_000, 10_000, 3
-BATCH, UPDATES, START_UPDATES = 256, 2500, 4000
+POINTS, SAMPLES, SETS = 100_000, 5_000, 2
+BATCH, UPDATES, START_UPDATES = 128, 1500, 2000
 RATE = 1e-3
 SETTINGS: dict[str, dict] = {
     "gaussian": {"learning_rate": RATE},
@@ -49,11 +49,11 @@ def known_start(latents: Latents) -> Start:
         sample_size=1,
         in_channels=2,
         out_channels=2,
-        block_out_channels=(64,),
-        layers_per_block=2,
+        block_out_channels=(32,),
+        layers_per_block=1,
         attention_levels=(),
         num_classes=1,
-        norm_num_groups=8,
+        norm_num_groups=4,
         z_channels=0,
     )
     method = METHODS["gaussian"](start_from(unet), METHODS["gaussian"].Settings(learning_rate=RATE))
