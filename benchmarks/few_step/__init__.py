@@ -1,0 +1,19 @@
+"""Few-step methods, trained from one Gaussian model: what people would use in place of a mixture."""
+
+from .adversarial import DDGAN, DMD2
+from .consistency import ECT
+from .flow_maps import AlphaFlow, MeanFlow, Shortcut
+from .gaussian import Gaussian
+from .method import Method
+from .moment_matching import IMM
+
+METHODS: dict[str, type[Method]] = {
+    "gaussian": Gaussian,
+    "ect": ECT,
+    "meanflow": MeanFlow,
+    "alphaflow": AlphaFlow,
+    "shortcut": Shortcut,
+    "imm": IMM,
+    "dmd2": DMD2,
+    "ddgan": DDGAN,
+}

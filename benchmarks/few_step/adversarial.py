@@ -1,0 +1,229 @@
+"""Few-step generators with a critic: DMD2 (arXiv 2405.14867) and denoising diffusion GANs (2112.07804)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .method import Method, column, squares
+from .network import Critic, Denoiser, Start, denoiser, feature_head, levels, resample, trailing
+
+NEAREST, FARTHEST = 0.02, 0.98
+"""Part of the timesteps that generated pictures are noised to."""
+SMALLEST = 1e-4
+
+
+class FakeScore(nn.Module):
+    """DMD2's critic: a denoiser of what the generator makes, and on its features a classifier of real and generated."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.head = feature_head(denoiser)
+
+    def forward(self, x_r: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_0 and the classifier's logit."""
+        clean, features = self.denoiser.clean_and_features(x_r, sigma, labels)
+        return clean, self.head(features)
+
+
+@dataclass
+class DMD2Settings:
+    learning_rate: float = 5e-5
+    critic_rate: float = 5e-5
+    critic_updates: int = 5
+    gan: float = 3e-3
+    """Weight of the classifier in the generator's loss."""
+    critic_gan: float = 1e-2
+    """Weight of the classifier in the critic's loss."""
+    steps: int = 4
+    """Noises that the generator is trained at."""
+
+
+class DMD2(Method):
+    """The generator's draw x is noised to x_r; the frozen Gaussian model gives the score of real x_r, the critic that of
+    generated ones:
+
+        goal = x - (D_critic(x_r) - D_teacher(x_r)) / mean |x - D_teacher(x_r)|,
+        loss = |x - goal|^2 / 2 + gan softplus(-c(x_r))
+
+    What the generator sees is made by itself, from noise, as in sampling. A step is one update of the critic; each
+    ``critic_updates``-th is one of the generator too."""
+
+    Settings = DMD2Settings
+    SEARCH = {
+        "learning_rate": [2e-5, 5e-5, 1e-4, 3e-4],
+        "critic_rate": [5e-5, 1e-4, 3e-4],
+        "critic_updates": [1, 2, 5],
+        "gan": [0.0, 3e-3, 3e-2],
+        "steps": [2, 4, 8],
+    }
+
+    def __init__(self, start: Start, settings: DMD2Settings) -> None:
+        super().__init__(start, settings)
+        model, critic = denoiser(start), FakeScore(denoiser(start))
+        self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        self.cycle = settings.critic_updates * settings.steps
+        self.sigmas = trailing(model, settings.steps)
+        for name, network, rate in (("model", model, settings.learning_rate), ("critic", critic, settings.critic_rate)):
+            self.add(name, network, torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.01, fused=True))
+        self.last = torch.zeros((), device=start.device)
+
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
+        settings, options = self.settings, {"generator": generator, "device": x0.device}
+        model, critic = self.networks["model"], self.networks["critic"]
+        turn = self.count // settings.critic_updates % settings.steps
+        trains = self.count % settings.critic_updates == 0
+        x_t, sigma = self.seen(x0.shape, labels, turn, generator)
+        with torch.set_grad_enabled(trains):
+            x = model.clean(x_t, sigma, labels)
+
+        drawn = x.detach()
+        place = torch.empty(len(x0), device=x0.device).uniform_(NEAREST, FARTHEST, generator=generator)
+        alphabar = self.start.alphas_cumprod[(place * len(self.start.alphas_cumprod)).long()]
+        noise = (1 / alphabar - 1).sqrt()
+        a, s = levels(noise)
+        if trains:
+            x_r = a * x + s * torch.randn(x0.shape, **options)
+            with torch.no_grad():
+                true = self.teacher.clean(x_r, noise, labels)
+            own, logit = critic(x_r, noise, labels)
+            scale = (drawn - true).abs().flatten(1).mean(dim=1).clamp_min(SMALLEST)
+            goal = drawn - (own.detach() - true) / column(scale)
+            # Per element: the classifier's weight is the paper's against that.
+            loss = 0.5 * squares(x - goal).mean() / x[0].numel() + settings.gan * F.softplus(-logit).mean()
+            self.descend("model", loss, rate)
+            self.last = loss.detach()
+
+        fake, fake_logit = critic(a * drawn + s * torch.randn(x0.shape, **options), noise, labels)
+        error = (squares(fake - drawn) / noise.square() * (1 + noise.square())).mean() / x0[0].numel()  # of v
+        loss = error
+        if settings.critic_gan:
+            _, real_logit = critic(a * x0 + s * torch.randn(x0.shape, **options), noise, labels)
+            loss = error + settings.critic_gan * (F.softplus(fake_logit).mean() + F.softplus(-real_logit).mean())
+        self.descend("critic", loss, rate)
+        return {"loss": self.last, "critic_loss": error.detach()}
+
+    def seen(
+        self, shape: torch.Size, labels: torch.Tensor, turn: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_t and sigma for the ``turn``-th step of a sampling, the generator's own first ones before it."""
+        model, sigmas = self.networks["model"], self.sigmas
+        x = torch.randn(shape, generator=generator, device=labels.device)
+        sigma = sigmas[turn].expand(len(labels))
+        if turn:
+            x = resample(lambda x, sigma: model.clean(x, sigma, labels), x, sigmas[:turn], generator)
+            a, s = levels(sigma)
+            x = a * x + s * torch.randn(shape, generator=generator, device=labels.device)
+        return x, sigma
+
+    def sample(
+        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        return resample(lambda x, sigma: network.clean(x, sigma, labels), noise, trailing(network, steps), generator)
+
+
+@dataclass
+class DDGANSettings:
+    learning_rate: float = 1.6e-4
+    critic_rate: float = 1.25e-4
+    steps: int = 4
+    r1: float = 0.05
+    """gamma of R1."""
+    every: int = 15
+    """Steps between two R1 penalties."""
+
+
+class DDGAN(Method):
+    """The generator maps x_t and a map of noise z to x_0, and with it x_s by the posterior q(x_s | x_t, x_0). The critic is
+    given (x_s, x_t, t), real or generated:
+
+        L_critic = softplus(-c(real)) + softplus(c(generated)) + gamma / 2 |dc / dx_s|^2,    L = softplus(-c(generated))
+    """
+
+    Settings = DDGANSettings
+    SEARCH = {
+        "learning_rate": [5e-5, 1.6e-4, 5e-4],
+        "critic_rate": [5e-5, 1.25e-4, 5e-4],
+        "steps": [2, 4, 8],
+        "r1": [0.02, 0.05, 0.5, 2.0],
+    }
+
+    def __init__(self, start: Start, settings: DDGANSettings) -> None:
+        super().__init__(start, settings)
+        model = denoiser(start, more_channels=start.channels)
+        critic = Critic(denoiser(start, second=True, more_channels=start.channels))
+        self.cycle = settings.every
+        for name, network, rate in (("model", model, settings.learning_rate), ("critic", critic, settings.critic_rate)):
+            self.add(name, network, torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.9), fused=True))
+        self.sigmas = torch.cat((trailing(model, settings.steps), torch.zeros(1, device=start.device)))
+
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
+        settings, options = self.settings, {"generator": generator, "device": x0.device}
+        model, critic = self.networks["model"], self.networks["critic"]
+        turn = torch.randint(settings.steps, (len(x0),), **options)
+        t, s = self.sigmas[turn], self.sigmas[turn + 1]
+        (a_t, s_t), (a_s, s_s) = levels(t), levels(s)
+        # A true pair: x_s first, and from it x_t.
+        x_s = a_s * x0 + s_s * torch.randn(x0.shape, **options)
+        kept = a_t / a_s
+        x_t = kept * x_s + (s_t**2 - (kept * s_s) ** 2).clamp_min(0).sqrt() * torch.randn(x0.shape, **options)
+
+        drawn = posterior_step(model, x_t, t, s, labels, generator)
+        penalised = self.count % settings.every == 0
+        with sdpa_kernel(SDPBackend.MATH if penalised else list(BACKENDS)):  # fused attention has no second derivative
+            real = x_s.detach().requires_grad_(penalised)
+            said = self.judge(critic, real, x_t, t, s, labels)
+            critic_loss = F.softplus(-said).mean() + F.softplus(self.judge(critic, drawn.detach(), x_t, t, s, labels)).mean()
+            loss = critic_loss
+            if penalised:
+                [slope] = torch.autograd.grad(said.sum(), real, create_graph=True)
+                loss = loss + 0.5 * settings.r1 * squares(slope).mean()
+            self.descend("critic", loss, rate)
+        model_loss = F.softplus(-self.judge(critic, drawn, x_t, t, s, labels)).mean()
+        self.descend("model", model_loss, rate)
+        return {"loss": model_loss.detach(), "critic_loss": critic_loss.detach()}
+
+    def judge(
+        self, critic: nn.Module, x_s: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        return critic(torch.cat((x_s, x_t), dim=1), s.clamp_min(1e-3), labels, t / (1 + t))
+
+    @torch.no_grad()
+    def sample(
+        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        sigmas = trailing(network, steps)
+        x = noise
+        for t, s in zip(sigmas, torch.cat((sigmas[1:], torch.zeros_like(sigmas[:1])))):
+            x = posterior_step(network, x, t.expand(len(x)), s.expand(len(x)), labels, generator)
+        return x
+
+
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+
+
+def posterior_step(
+    model: Denoiser,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    s: torch.Tensor,
+    labels: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """A draw of q(x_s | x_t, x_0) with x_0 = G(x_t, z); with b = a_t / a_s and v = s_t^2 - b^2 s_s^2
+
+    x_s = (b s_s^2 x_t + a_s v x_0 + s_s sqrt(v) s_t eps) / s_t^2
+    """
+    options = {"generator": generator, "device": x_t.device}
+    x0 = model.clean(torch.cat((x_t, torch.randn(x_t.shape, **options)), dim=1), t, labels)
+    (a_t, s_t), (a_s, s_s) = levels(t), levels(s)
+    kept = a_t / a_s
+    variance = (s_t**2 - (kept * s_s) ** 2).clamp_min(0)
+    noise = torch.randn(x_t.shape, **options)
+    return (kept * s_s**2 * x_t + a_s * variance * x0 + s_s * variance.sqrt() * s_t * noise) / s_t**2

@@ -1,0 +1,155 @@
+"""Trains methods, samples them, measures the samples; one small file for each, so that a killed run loses little."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.data.images import load_pixels
+from ldm_smd.device import pick_device
+from ldm_smd.evaluation.distances import FeatureSet, distances, frechet_distance
+from ldm_smd.evaluation.features import load_extractor
+from ldm_smd.models.attention import set_attention_backend
+
+from .jobs import Job
+from .method import Latents, Method, Training, train
+from .network import Start, load_start
+from .pictures import load_latents
+
+SHEET_PICTURES, SHEET_STEPS = 16, (1, 2, 4, 8)
+SAMPLING_BATCH = 256
+ROUNDS = 5
+"""Of the bootstrap that the deviations of the distances are from."""
+
+Measure = Callable[[torch.Tensor], dict[str, float]]
+"""From pictures, uint8 (N, 3, H, W)."""
+
+
+@dataclass
+class World:
+    """What all jobs of a process share, loaded once."""
+
+    start: Start
+    latents: Latents
+    autoencoder: FrozenAutoencoder
+    labels: torch.Tensor
+    measure: Measure
+    floor: dict[str, float]
+
+
+def load_world(config: Any) -> World:
+    """``config``: a RivalsConfig."""
+    device = pick_device(config.device)
+    set_attention_backend("sdpa")  # forward derivatives need torch's own
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
+    start = load_start(config.start, device)
+    held_out, labels, _ = load_pixels(config.held_out)
+    null = start.unet.config.num_classes or 0
+    known = torch.tensor([null if label is None else label for label in labels])
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    chosen = order[torch.arange(config.samples) % len(order)]
+    measure, floor = make_measure(config, held_out, device)
+    return World(start, load_latents(config.shards, autoencoder, device), autoencoder, known[chosen].to(device), measure, floor)
+
+
+def make_measure(config: Any, held_out: torch.Tensor, device: torch.device) -> tuple[Measure, dict[str, float]]:
+    """Distances to the training pictures, and the Frechet distance to held-out ones; and what held-out pictures have."""
+    extractor = load_extractor(config.features, str(device))
+    training, _, _ = load_pixels(config.images)
+    reference, new = FeatureSet(extractor(training)), FeatureSet(extractor(held_out))
+
+    def measure(pixels: torch.Tensor) -> dict[str, float]:
+        features = extractor(pixels)
+        found = distances(features, reference, extractor.unit_length, ROUNDS)
+        found["frechet_held_out"] = frechet_distance(features, new)
+        return {name: round(value, 5) for name, value in found.items()}
+
+    return measure, measure(held_out) | {"pictures": len(held_out)}
+
+
+@torch.no_grad()
+def sampled(method: Method, network: torch.nn.Module, world: World, steps: int) -> torch.Tensor:
+    """Pictures, uint8 (N, 3, H, W): of the held-out labels, with the same noise for every method."""
+    device, labels = world.start.device, world.labels
+    side = world.start.unet.config.sample_size
+    noise = torch.randn(len(labels), world.start.channels, side, side, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator(device).manual_seed(steps)
+    parts = []
+    for rows, part in zip(noise.split(SAMPLING_BATCH), labels.split(SAMPLING_BATCH)):
+        x0 = method.sample(network, rows.to(device), part, steps, generator)
+        parts.append(((world.autoencoder.decode(x0) + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(parts)
+
+
+def run_job(job: Job, cost: float, world: World, steps: Sequence[int], batch: int, folder: Path) -> dict:
+    """Train, sample, measure and write; a job that fails is written too, with what was wrong."""
+    began = time.perf_counter()
+    result = job.as_dict() | {"cost": cost, "trained_images": int(job.images / cost)}
+    rows = []
+    try:
+        method = job.make(world.start)
+        network = method.networks["model"]
+        if job.images:
+            network = train(method, world.latents, Training(result["trained_images"], batch, job.seed))
+        network.eval()
+        result["training_seconds"] = round(time.perf_counter() - began, 1)
+        result["steps"] = {}
+        for count in steps:
+            pixels = sampled(method, network, world, count)
+            result["steps"][str(count)] = world.measure(pixels)
+            if count in SHEET_STEPS:
+                rows.append(pixels[:SHEET_PICTURES])
+    except (FloatingPointError, ValueError, torch.OutOfMemoryError) as error:
+        result["failed"] = str(error)
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    if rows:
+        to_pil_image(make_grid(torch.cat(rows), nrow=SHEET_PICTURES, padding=2, pad_value=204)).save(folder / f"{job.name}.png")
+    partial = folder / f"{job.name}.partial"
+    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    partial.rename(folder / f"{job.name}.json")
+    found = {count: cell["frechet"] for count, cell in result.get("steps", {}).items()}
+    print(f"{job.name} {job.settings}: {result.get('failed', found)} in {result['seconds']:.0f} s", flush=True)
+    return result
+
+
+def run_jobs(jobs: Sequence[Job], costs: dict[str, float], config: Any, folder: Path) -> None:
+    """Run those that have no file yet, ``config.workers`` at a time."""
+    left = [job for job in jobs if not (folder / f"{job.name}.json").is_file()]
+    if config.workers <= 1 or len(left) <= 1:
+        world = load_world(config) if left else None
+        for job in left:
+            run_job(job, costs[job.cost_key], world, config.steps, config.batch, folder)
+        return
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    count = min(config.workers, len(left))
+    for each in [*((job, costs[job.cost_key]) for job in left), *[None] * count]:
+        queue.put(each)
+    workers = [context.Process(target=work, args=(queue, config, folder)) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise RuntimeError(f"workers: expected all to end well, found exit codes {[w.exitcode for w in workers]}")
+
+
+def work(queue: Any, config: Any, folder: Path) -> None:
+    """One process: jobs from the queue until there is None."""
+    torch.set_num_threads(1)
+    world = load_world(config)
+    while (item := queue.get()) is not None:
+        run_job(*item, world, config.steps, config.batch, folder)

@@ -1,0 +1,238 @@
+"""Average velocities of the flow from noise to data: improved MeanFlow (arXiv 2512.02012), AlphaFlow (2510.20771) and Shortcut
+models (2410.12557).
+
+Times are those of the straight path, z_t = (1 - t) x_0 + t eps, whose velocity is eps - x_0; u(z_t, r, t) is the average
+velocity from t to r <= t. A Gaussian model of another path gives the velocity u(z_t, t, t) without loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .method import Method, column, squares
+from .network import Denoiser, Start, denoiser
+
+NEAREST, FARTHEST = 1e-4, 0.999
+"""The network's own time ends there."""
+DIFFERENCE = 0.005
+"""Half of the distance that derivatives are taken over where they are differences."""
+SNAP = 0.005
+
+
+def average_velocity(model: Denoiser, z: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """u(z_t, r, t), which is at the start the velocity at t whatever r. With a = (1 - t) / n, s = t / n, n^2 = (1 - t)^2 + t^2,
+
+    x_t = z_t / n,    u = (s - a) x_t + (a + s) v(x_t)
+    """
+    inside = t.clamp(NEAREST, FARTHEST)
+    length = column(((1 - inside) ** 2 + inside**2).sqrt())
+    x = z / length
+    v = model(x, inside / (1 - inside), labels, t - r)
+    return (column(2 * inside - 1) * x + v) / length
+
+
+@dataclass
+class FlowSettings:
+    learning_rate: float = 1e-4
+    mean: float = -0.4
+    deviation: float = 1.0
+    """Of logit(t) and logit(r), the larger of which is t."""
+    share_equal: float = 0.5
+    """Rows with r = t."""
+
+
+class FlowMap(Method):
+    """What the three have in common; rows are parted in those with r = t, which come first, and those with r < t."""
+
+    Settings = FlowSettings
+
+    def __init__(self, start: Start, settings: FlowSettings) -> None:
+        super().__init__(start, settings)
+        network = denoiser(start, second=True, smooth=True)
+        rate = settings.learning_rate
+        self.add("model", network, torch.optim.Adam(network.parameters(), lr=rate, betas=(0.9, 0.95), fused=True))
+
+    def times(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """r and t of a batch, and how many rows have r = t."""
+        normal = torch.randn(2, count, generator=generator, device=self.start.device)
+        drawn = (self.settings.mean + self.settings.deviation * normal).sigmoid()
+        t, r = drawn.max(dim=0).values, drawn.min(dim=0).values
+        equal = round(count * self.settings.share_equal)
+        return torch.cat((t[:equal], r[equal:])), t, equal
+
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
+        r, t, equal = self.times(len(x0), generator)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+        z, v = (1 - column(t)) * x0 + column(t) * eps, eps - x0
+        losses = self.losses(z, v, r, t, labels, equal)
+        self.descend("model", losses.mean(), rate)
+        return {"loss": losses.detach().mean()}
+
+    def losses(
+        self, z: torch.Tensor, v: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, equal: int
+    ) -> torch.Tensor:
+        """(N,), given the velocity v = eps - x_0."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(
+        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """z_r = z_t - (t - r) u(z_t, r, t), in even steps from t = 1."""
+        z = noise
+        for index in range(steps):
+            t = torch.full((len(z),), 1 - index / steps, device=z.device)
+            r = t - 1 / steps
+            z = z - column(t - r) * average_velocity(network, z, r, t, labels)
+        return z
+
+
+@dataclass
+class MeanFlowSettings(FlowSettings):
+    power: float = 1.0
+    """Of the adaptive weight: 0 is the plain squared error."""
+    derivative: str = "jvp"
+    """Or "difference", the central difference of TiM (arXiv 2509.04394)."""
+
+
+class MeanFlow(FlowMap):
+    """Improved MeanFlow without its second head. The average velocity obeys u = v - (t - r) du/dt along the path, so
+
+        V = u + (t - r) sg(du/dt),    loss = |V - (eps - x_0)|^2 / sg(|V - (eps - x_0)|^2 + 0.01)^power
+
+    where du/dt is taken along the velocity that the model itself predicts, (u(z, t, t), 1)."""
+
+    Settings = MeanFlowSettings
+    SEARCH = {
+        "learning_rate": [1e-4, 3e-4, 6e-4, 1e-3],
+        "share_equal": [0.25, 0.5, 0.75],
+        "mean": [-0.4, 0.4, 1.2],
+        "deviation": [1.0, 1.6],
+        "power": [0.0, 0.5, 1.0],
+    }
+
+    def losses(
+        self, z: torch.Tensor, v: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, equal: int
+    ) -> torch.Tensor:
+        model = self.networks["model"]
+        u = average_velocity(model, z[:equal], r[:equal], t[:equal], labels[:equal])
+        late = slice(equal, None)
+        far, derivative = self.derivative(model, z[late], r[late], t[late], labels[late])
+        errors = squares(torch.cat((u, far + column(t - r)[late] * derivative)) - v)
+        return errors / (errors.detach() + 0.01) ** self.settings.power
+
+    def derivative(
+        self, model: Denoiser, z: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """u(z, r, t) with its graph, and du/dt along the path without."""
+        with torch.no_grad():
+            velocity = average_velocity(model, z, t, t, labels)
+        if self.settings.derivative == "difference":
+            with torch.no_grad():
+                ends = [
+                    average_velocity(model, z + sign * DIFFERENCE * velocity, r, t + sign * DIFFERENCE, labels)
+                    for sign in (1, -1)
+                ]
+            return average_velocity(model, z, r, t, labels), (ends[0] - ends[1]) / (2 * DIFFERENCE)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+            u, derivative = jvp(lambda z, t: average_velocity(model, z, r, t, labels), (z, t), (velocity, torch.ones_like(t)))
+        return u, derivative.detach()
+
+
+@dataclass
+class AlphaFlowSettings(FlowSettings):
+    last_alpha: float = 0.02
+    steepness: float = 25.0
+    limit: float = 4.0
+    """Targets are clipped to this, either way."""
+
+
+class AlphaFlow(FlowMap):
+    """With d = alpha (t - r), and alpha going from 1, where it is flow matching, to nearly 0, where it is MeanFlow,
+
+    goal = (d v + (t - r - d) sg u(z - d v, r, t - d)) / (t - r),    v = eps - x_0,
+    loss = alpha e / sg(e + 0.001),    e = mean (u - goal)^2
+    """
+
+    Settings = AlphaFlowSettings
+    SEARCH = {
+        "learning_rate": [1e-4, 3e-4, 6e-4, 1e-3],
+        "share_equal": [0.25, 0.5, 0.75],
+        "mean": [-0.4, 0.4, 1.2],
+        "last_alpha": [0.02, 0.1, 0.25],
+        "steepness": [10.0, 25.0],
+    }
+
+    def alpha(self) -> float:
+        """1 - sigmoid of the progress, centred at half of the training; within SNAP of 1 it is 1."""
+        alpha = 1 - 1 / (1 + math.exp(-self.settings.steepness * (self.progress - 0.5)))
+        return 1.0 if alpha > 1 - SNAP else max(alpha, self.settings.last_alpha)
+
+    def losses(
+        self, z: torch.Tensor, v: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, equal: int
+    ) -> torch.Tensor:
+        model, alpha = self.networks["model"], self.alpha()
+        late = slice(equal, None)
+        goal, weight = v, torch.ones_like(t)
+        if alpha < 1 and equal < len(t):
+            far = self.goal(model, z[late], v[late], r[late], t[late], labels[late], alpha)
+            goal = torch.cat((v[:equal], far.clamp(-self.settings.limit, self.settings.limit)))
+            weight[late] = alpha
+        errors = squares(average_velocity(model, z, r, t, labels) - goal) / z[0].numel()
+        return weight * errors / (errors.detach() + 1e-3)
+
+    @torch.no_grad()
+    def goal(
+        self,
+        model: Denoiser,
+        z: torch.Tensor,
+        v: torch.Tensor,
+        r: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        alpha: float,
+    ) -> torch.Tensor:
+        d = alpha * (t - r)
+        rest = average_velocity(model, z - column(d) * v, r, t - d, labels)
+        return alpha * v + (1 - alpha) * rest
+
+
+@dataclass
+class ShortcutSettings(FlowSettings):
+    share_equal: float = 0.875
+    learning_rate: float = 1e-4
+    limit: float = 4.0
+
+
+class Shortcut(AlphaFlow):
+    """A step is to be what two of half its size are, both by the model itself:
+
+        goal = (u(z, m, t) + u(z - (t - m) u(z, m, t), r, m)) / 2,    m = (t + r) / 2
+
+    on an eighth of the rows; plain squared errors. Times are real ones here, and the halves are the model's own, not its
+    average's."""
+
+    Settings = ShortcutSettings
+    SEARCH = {
+        "learning_rate": [1e-4, 3e-4, 6e-4, 1e-3],
+        "share_equal": [0.5, 0.75, 0.875],
+        "mean": [-0.4, 0.4, 1.2],
+        "deviation": [1.0, 1.6],
+    }
+
+    def losses(
+        self, z: torch.Tensor, v: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, equal: int
+    ) -> torch.Tensor:
+        model, late = self.networks["model"], slice(equal, None)
+        with torch.no_grad():
+            middle = (t + r)[late] / 2
+            first = average_velocity(model, z[late], middle, t[late], labels[late])
+            far = self.goal(model, z[late], first, r[late], t[late], labels[late], 0.5)
+        goal = torch.cat((v[:equal], far.clamp(-self.settings.limit, self.settings.limit)))
+        return squares(average_velocity(model, z, r, t, labels) - goal) / z[0].numel()

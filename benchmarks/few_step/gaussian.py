@@ -1,0 +1,70 @@
+"""The same budget spent on more training of the Gaussian model, which a scheduler of diffusers samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import DiffusionConfig
+from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.schedulers.timesteps import begin_run, step_options
+from ldm_smd.training.trained import adamw
+
+from .method import Method
+from .network import Start, denoiser
+
+SCHEDULERS = {
+    "DDPM": "DDPMScheduler",
+    "DDIM": "DDIMScheduler",
+    "UniPC": "UniPCMultistepScheduler",
+    "SDE-DPM-Solver++": "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++",
+}
+
+
+@dataclass
+class GaussianSettings:
+    learning_rate: float = 3e-4
+    scheduler: str = "UniPC"
+    """Of SCHEDULERS."""
+
+
+class Gaussian(Method):
+    """The denoising loss |v(x_t, t) - (a eps - s x_0)|^2 at t uniform over the process, as in the training of the start."""
+
+    Settings = GaussianSettings
+    SEARCH = {
+        "learning_rate": [1e-4, 3e-4, 6e-4, 1e-3],
+        "scheduler": list(SCHEDULERS),
+    }
+
+    def __init__(self, start: Start, settings: GaussianSettings) -> None:
+        super().__init__(start, settings)
+        network = denoiser(start)
+        self.process = DiffusionProcess(start.alphas_cumprod)
+        self.add("model", network, adamw(network, settings.learning_rate))
+
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
+        t = self.process.random_t(len(x0), generator=generator, device=x0.device)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+        target = self.process.target(x0, eps, t, "v_prediction")
+        found = self.networks["model"].unet(self.process.noise(x0, eps, t), t, labels, return_dict=False)[0]
+        loss = (found - target).square().mean()
+        self.descend("model", loss, rate)
+        return {"loss": loss.detach()}
+
+    @torch.no_grad()
+    def sample(
+        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        scheduler = make_scheduler(SCHEDULERS[self.settings.scheduler], build_scheduler(DiffusionConfig()))
+        timesteps = begin_run(scheduler, steps, None)
+        x = noise * scheduler.init_noise_sigma
+        for index, t in enumerate(timesteps):
+            seen = scheduler.scale_model_input(x, t)
+            v = network.unet(seen, t.to(x.device), labels, return_dict=False)[0]
+            x = scheduler.step(v, t, x, **step_options(scheduler, generator, index)).prev_sample
+        return x

@@ -1,0 +1,120 @@
+"""What a contest consists of: trainings of methods with settings, and what a step of each costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+import yaml
+
+from ldm_smd.errors import UserError
+
+from . import METHODS
+from .method import Latents, Method
+from .network import Start
+
+COSTLY = ("share_equal", "critic_updates", "steps", "every", "particles", "derivative", "critic_gan")
+"""Settings that change what a step costs."""
+ROUNDS = 7
+LEAST_STEPS = 4
+
+
+@dataclass
+class Job:
+    """One training of a method and the measures of its samples.
+
+    Attributes:
+        settings: those that are not the default.
+        images: of a Gaussian training of the same cost; 0 for the start itself.
+    """
+
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    images: int = 0
+
+    @property
+    def name(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.method}-{digest if self.settings else 'default'}-{self.images}-{self.seed}"
+
+    @property
+    def cost_key(self) -> str:
+        """Names the cost of a step: jobs with the same key cost the same."""
+        costly = {name: value for name, value in self.settings.items() if name in COSTLY}
+        return f"{self.method} {json.dumps(costly, sort_keys=True)}"
+
+    def make(self, start: Start) -> Method:
+        cls = METHODS[self.method]
+        return cls(start, cls.Settings(**self.settings))
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def read_settings(lines: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """METHOD.setting=value lines as settings of each method, checked."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        left, _, value = line.partition("=")
+        method, _, name = left.partition(".")
+        defaults = {each.name: each.default for each in fields(METHODS[method].Settings)} if method in METHODS else {}
+        if name not in defaults:
+            raise UserError(f"settings: expected METHOD.setting=value of {', '.join(METHODS)}, found {line!r}")
+        found.setdefault(method, {})[name] = type(defaults[name])(yaml.safe_load(value))
+    return found
+
+
+def searched(method: str, tries: int, images: int) -> list[Job]:
+    """The default, every value of SEARCH alone, and then random choices of all: the first ``tries`` of them, one seed each."""
+    cls = METHODS[method]
+    defaults = {each.name: each.default for each in fields(cls.Settings)}
+    chance = random.Random(0)
+    alone = [{name: value} for name, values in cls.SEARCH.items() for value in values if value != defaults[name]]
+    many = [{name: chance.choice(values) for name, values in cls.SEARCH.items()} for _ in range(tries)]
+    jobs: dict[str, Job] = {}
+    for settings in [{}, *alone, *many]:
+        job = Job(method, {name: value for name, value in settings.items() if value != defaults[name]}, 0, images)
+        jobs.setdefault(job.name, job)
+    return list(jobs.values())[:tries]
+
+
+def step_costs(jobs: Sequence[Job], start: Start, latents: Latents, batch: int) -> dict[str, float]:
+    """Seconds a row takes in a step of each job, over those of the denoising loss: medians of ratios, taken in turn."""
+    device = start.device
+    generator = torch.Generator(device).manual_seed(0)
+
+    def seconds(method: Method, steps: int) -> float:
+        rows = max(batch // method.group, 1) * method.group
+        x0, labels = latents.batch(rows, method.group, 0.1, generator)
+        began = synchronised(device)
+        for count in range(steps):
+            method.count, method.progress = count, 0.5
+            method.step(x0, labels, generator, 0.0)
+        return (synchronised(device) - began) / steps / rows
+
+    costs: dict[str, float] = {}
+    plain = Job("gaussian").make(start)
+    for job in jobs:
+        if job.cost_key not in costs:
+            method = job.make(start)
+            steps = method.cycle * -(-LEAST_STEPS // method.cycle)
+            seconds(method, 2), seconds(plain, 2)
+            ratios = [seconds(method, steps) / seconds(plain, LEAST_STEPS) for _ in range(ROUNDS)]
+            costs[job.cost_key] = round(statistics.median(ratios), 3)
+            print(f"{job.cost_key}: {costs[job.cost_key]:.2f}", flush=True)
+    return costs
+
+
+def synchronised(device: torch.device) -> float:
+    """The time when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,145 @@
+"""What all few-step methods have in common: how they are trained, and what they are asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm_smd.autoencoder import sample_latents
+from ldm_smd.training.ema import EMA
+
+from .network import Start
+
+CHECK_EVERY = 200
+"""Steps between two looks at the loss, where the host waits for the device."""
+
+
+class Method:
+    """A way to train a few-step generator.
+
+    Attributes:
+        networks: all that are trained. "model" is the one that the moving average is of, and that samples.
+        settings: an instance of ``Settings``.
+        progress: how much of the training is done, in [0, 1); the trainer says so before each step.
+        group: rows of a batch come in groups of so many with one label.
+        cycle: steps after which the work repeats, for timing.
+    """
+
+    Settings: type
+    SEARCH: dict[str, list]
+    group = 1
+    cycle = 1
+
+    def __init__(self, start: Start, settings: Any) -> None:
+        self.start, self.settings = start, settings
+        self.networks: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.rates: dict[str, float] = {}
+        self.progress = 0.0
+        self.count = 0
+
+    def add(self, name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.networks[name], self.optimizers[name] = network, optimizer
+        self.rates[name] = optimizer.param_groups[0]["lr"]
+
+    def descend(self, name: str, loss: torch.Tensor, rate: float) -> None:
+        """One update of one network; the others, which the loss may have gone through, keep no gradient."""
+        for network in self.networks.values():
+            network.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.networks[name].parameters(), 1.0)
+        self.optimizers[name].param_groups[0]["lr"] = self.rates[name] * rate
+        self.optimizers[name].step()
+
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
+        """One update. ``rate`` in [0, 1] is the schedule's factor of all learning rates. Returns scalars on the device."""
+        raise NotImplementedError
+
+    def sample(
+        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        """x_0 (N, C, h, w) from standard normal noise of that shape, in so many evaluations of ``network``."""
+        raise NotImplementedError
+
+
+@dataclass
+class Training:
+    """How long a method is trained, and how its rate goes."""
+
+    images: int
+    batch: int = 32
+    seed: int = 0
+    warmup_images: int = 2000
+    ema_halflife_images: int = 4000
+    label_dropout: float = 0.1
+
+    def factor(self, seen: int) -> float:
+        """Linear warm-up, constant, linear cool-down over the last half."""
+        warm = (seen + self.batch) / max(self.warmup_images, self.batch)
+        cool = (self.images - seen) / max(0.5 * self.images, self.batch)
+        return min(1.0, warm, cool)
+
+
+class Latents:
+    """All latents of a data set in the memory of a device.
+
+    Args:
+        moments: (N, 2, C, h, w), means and log-variances of normalised latents, or means alone (N, 1, C, h, w).
+        labels: (N,).
+        null: the label of no class.
+    """
+
+    def __init__(self, moments: torch.Tensor, labels: torch.Tensor, null: int) -> None:
+        order = labels.argsort(stable=True)
+        self.moments, self.labels, self.null = moments[order], labels[order], null
+        self.counts = torch.bincount(self.labels, minlength=null + 1)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def batch(self, size: int, group: int, dropout: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_0, labels), where ``group`` consecutive rows have one label."""
+        options: dict[str, Any] = {"generator": generator, "device": self.labels.device}
+        first = torch.randint(len(self.labels), (size // group,), **options)
+        chosen = first
+        if group > 1:
+            label = self.labels[first][:, None]
+            within = torch.rand(len(first), group, **options)
+            chosen = (self.starts[label] + (within * self.counts[label]).long()).flatten()
+        dropped = torch.rand(len(first), **options) < dropout
+        labels = torch.where(dropped, self.null, self.labels[first]).repeat_interleave(group)
+        moments = self.moments[chosen]
+        noise = torch.randn(moments[:, 0].shape, **options) if moments.shape[1] == 2 else None
+        return sample_latents(moments, noise=noise), labels
+
+
+def train(method: Method, latents: Latents, training: Training) -> nn.Module:
+    """Train a method; returns the moving average of its "model". Raises FloatingPointError where a loss is no number."""
+    generator = torch.Generator(latents.labels.device).manual_seed(training.seed)
+    torch.manual_seed(training.seed)
+    model = method.networks["model"]
+    ema = EMA(model, training.ema_halflife_images)
+    size = max(training.batch // method.group, 1) * method.group
+    for step, seen in enumerate(range(0, training.images, size)):
+        method.progress, method.count = seen / training.images, step
+        x0, labels = latents.batch(size, method.group, training.label_dropout, generator)
+        losses = method.step(x0, labels, generator, training.factor(seen))
+        ema.update(model, size, seen + size)
+        if step % CHECK_EVERY == 0 or seen + size >= training.images:
+            for name, value in losses.items():
+                if not math.isfinite(float(value)):
+                    who = type(method).__name__
+                    raise FloatingPointError(f"{who}: expected a finite {name}, found {float(value)} at {seen} images")
+    return ema.model
+
+
+def squares(x: torch.Tensor) -> torch.Tensor:
+    """|x|^2 of each row, (N,)."""
+    return x.square().flatten(1).sum(dim=1)
+
+
+def column(x: torch.Tensor) -> torch.Tensor:
+    """(N,) -> (N, 1, 1, 1)"""
+    return x.view(-1, 1, 1, 1)

@@ -1,0 +1,192 @@
+"""Few-step methods that people would pick, trained from the same Gaussian model at the same cost, and measured alike.
+
+Parts: check (data whose distribution is known), costs (a step's seconds over the denoising loss'), search (settings of each
+method), contest (the best settings, several seeds), collect (join what there is). Each training writes a file of its own into
+``folder``; a part that is run again does what is missing.
+
+examples:
+  python benchmarks/rivals.py --config configs/benchmarks/rivals-emoji.yaml part=check name=known
+  python benchmarks/rivals.py --config configs/benchmarks/rivals-emoji.yaml part=costs
+  python benchmarks/rivals.py --config configs/benchmarks/rivals-emoji.yaml part=search workers=8
+  python benchmarks/rivals.py --config configs/benchmarks/rivals-emoji.yaml part=contest workers=8
+
+Writes benchmarks/results/rivals-NAME.json and .md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from few_step import METHODS
+from few_step.contest import load_world, run_jobs
+from few_step.jobs import Job, read_settings, searched, step_costs
+from few_step.known import check_known
+from omegaconf import MISSING
+from yardstick import RESULTS
+
+from ldm_smd.cli import run_tool
+from ldm_smd.data.settings import ImagesConfig
+from ldm_smd.schema import check
+
+PARTS = ("check", "costs", "search", "contest", "collect")
+JUDGED = ("1", "2", "4", "8")
+"""Numbers of steps whose geometric mean a search is judged by."""
+
+
+@dataclass
+class RivalsConfig:
+    """benchmarks/rivals.py"""
+
+    name: str = MISSING
+    """Of the picture set; names the result files."""
+    part: str = "contest"
+    """check, costs, search, contest or collect."""
+    start: str = "checkpoints/unet-emoji-vanilla"
+    """Folder of the Gaussian model."""
+    shards: str = "outputs/latents/emoji"
+    autoencoder: str = "checkpoints/autoencoder-emoji"
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    """The pictures of the shards."""
+    held_out: ImagesConfig = field(default_factory=ImagesConfig)
+    """Real pictures no model has seen; their labels are the labels sampled."""
+    features: str = "checkpoints/classifier"
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    settings: list[str] = field(default_factory=list)
+    """METHOD.setting=value: of the contest, in place of what the search found."""
+    budget: int = 80_000
+    """Images of the denoising loss that every training of the contest costs as much as."""
+    search_budget: int = 24_000
+    tries: int = 12
+    """Settings of each method that a search tries."""
+    seeds: int = 3
+    batch: int = 32
+    samples: int = 2000
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    workers: int = 1
+    """Processes that train at a time, all on one device."""
+    folder: str = "outputs/rivals"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check(self.part in PARTS, "part", f"one of {', '.join(PARTS)}", self.part)
+        unknown = set(self.methods) - set(METHODS)
+        check(not unknown, "methods", f"some of {', '.join(METHODS)}", ", ".join(sorted(unknown)))
+        check(self.samples >= 32, "samples", "at least 32", self.samples)
+
+
+def rivals(config: RivalsConfig) -> Path:
+    """Run a part; returns the JSON file."""
+    if config.part == "check":
+        return check_known(RESULTS / f"rivals-{config.name}.json", config.methods)
+    folder = Path(config.folder)
+    if config.part != "collect":
+        jobs = planned(config, folder)
+        costs = known_costs(jobs, config, folder)
+        if config.part != "costs":
+            run_jobs(jobs, costs, config, folder / config.part)
+    return collect(config, folder)
+
+
+def planned(config: RivalsConfig, folder: Path) -> list[Job]:
+    """The trainings of a part; for the costs, the untrained defaults."""
+    if config.part == "costs":
+        return [Job(method) for method in config.methods]
+    if config.part == "search":
+        return [job for method in config.methods for job in searched(method, config.tries, config.search_budget)]
+    found = {method: entry["settings"] for method, entry in best_settings(folder / "search").items()}
+    found |= read_settings(config.settings)
+    jobs = [
+        Job(method, found.get(method, {}), seed, config.budget) for seed in range(config.seeds) for method in config.methods
+    ]
+    return [Job("gaussian", {"scheduler": name}) for name in ("UniPC", "SDE-DPM-Solver++", "DDPM")] + jobs
+
+
+def known_costs(jobs: list[Job], config: RivalsConfig, folder: Path) -> dict[str, float]:
+    """From the file, and measured for the jobs that it has none for; nothing else should run on the device then."""
+    path = folder / "costs.json"
+    costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    missing = [job for job in jobs if job.cost_key not in costs]
+    if missing:
+        world = load_world(config)
+        costs |= step_costs(missing, world.start, world.latents, config.batch)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
+    return costs
+
+
+def read_results(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def judged(result: dict) -> float:
+    """Geometric mean of the Frechet distances to training pictures; infinite for what failed."""
+    cells = [result["steps"][count]["frechet"] for count in JUDGED if count in result.get("steps", {})]
+    if result.get("failed") or not cells:
+        return math.inf
+    return math.exp(statistics.mean(math.log(max(value, 1e-6)) for value in cells))
+
+
+def best_settings(folder: Path) -> dict[str, dict]:
+    """Of each method, the best result of a search."""
+    best: dict[str, dict] = {}
+    for result in read_results(folder):
+        if result["method"] not in best or judged(result) < judged(best[result["method"]]):
+            best[result["method"]] = result
+    return best
+
+
+def collect(config: RivalsConfig, folder: Path) -> Path:
+    """Join the files of all jobs; returns the JSON file."""
+    content = {"name": config.name, "budget": config.budget, "samples": config.samples, "batch": config.batch}
+    costs = folder / "costs.json"
+    content["costs"] = json.loads(costs.read_text(encoding="utf-8")) if costs.is_file() else {}
+    for part in ("search", "contest"):
+        content[part] = sorted(read_results(folder / part), key=lambda result: (result["method"], judged(result)))
+    path = RESULTS / f"rivals-{config.name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = "\n".join(report(content, config.steps)) + "\n"
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    return path
+
+
+def report(content: dict, steps: list[int]) -> list[str]:
+    """Markdown: the contest, a row for each method and settings, mean over seeds and deviation; then the search."""
+    lines = [
+        f"Frechet distance to training pictures, {content['name']}: every training costs as much as {content['budget']} images "
+        f"of the denoising loss; {content['samples']} samples.",
+        "",
+        "| method | settings | cost of a step | images | seeds | " + " | ".join(f"{n} steps" for n in steps) + " |",
+        "|---" * (len(steps) + 5) + "|",
+    ]
+    groups: dict[str, list[dict]] = {}
+    for result in content["contest"]:
+        key = f"{result['method']} {json.dumps(result['settings'], sort_keys=True)} {result['images']}"
+        groups.setdefault(key, []).append(result)
+    lines += [row(group, steps) for group in groups.values()]
+    if content["search"]:
+        lines += ["", "Search, one seed, best first:", "", *lines[2:4]]
+        lines += [row([result], steps) for result in content["search"]]
+    return lines
+
+
+def row(group: list[dict], steps: list[int]) -> str:
+    first = group[0]
+    settings = ", ".join(f"{name}={value}" for name, value in first["settings"].items()) or "default"
+    cells = []
+    for count in map(str, steps):
+        values = [result["steps"][count]["frechet"] for result in group if count in result.get("steps", {})]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "failed")
+    images = first["trained_images"] if first["images"] else "none"
+    return f"| {first['method']} | {settings} | {first['cost']:.2f} | {images} | {len(group)} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(RivalsConfig, rivals, __doc__))

@@ -1,0 +1,253 @@
+import json
+
+import few_step.contest
+import few_step.flow_maps as flow_maps
+import pytest
+import rivals
+import torch
+from few_step import METHODS
+from few_step.jobs import Job, read_settings, searched, step_costs
+from few_step.method import Latents, Training, train
+from few_step.moment_matching import kernel_loss, transition
+from few_step.network import Critic, denoiser, levels, start_from
+from rivals import RivalsConfig
+
+from ldm_smd.errors import UserError
+from ldm_smd.models.unet import SMDUNet2DModel
+
+
+def tiny_unet(side=4, channels=3):
+    torch.manual_seed(0)
+    unet = SMDUNet2DModel(
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        attention_levels=(),
+        attention_head_dim=8,
+        num_classes=2,
+        norm_num_groups=4,
+        z_channels=0,
+    )
+    for parameter in unet.parameters():  # what starts at zero would hide much
+        torch.nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+@pytest.fixture
+def start():
+    return start_from(tiny_unet())
+
+
+@pytest.fixture
+def latents():
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.randn(40, 2, 3, 4, 4, generator=generator)
+    return Latents(moments, torch.arange(40) % 2, 2)
+
+
+def batch(count=8):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, 4, 4, generator=generator), torch.arange(count) % 3
+
+
+def test_networks_start_as_the_gaussian_model(start):
+    x, labels = batch()
+    t = torch.tensor([0, 1, 10, 100, 300, 500, 800, 999])
+    sigma = (1 / start.alphas_cumprod[t] - 1).sqrt()
+    expected = start.unet(x, t, labels, return_dict=False)[0]
+    second = torch.rand(8)
+    torch.testing.assert_close(denoiser(start)(x, sigma, labels), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(denoiser(start, second=True)(x, sigma, labels, second), expected, atol=1e-3, rtol=1e-3)
+    wide = torch.cat((x, torch.randn(x.shape)), dim=1)
+    torch.testing.assert_close(denoiser(start, more_channels=3)(wide, sigma, labels), expected, atol=1e-3, rtol=1e-3)
+    a, s = levels(sigma)
+    clean, features = denoiser(start).clean_and_features(x, sigma, labels)
+    torch.testing.assert_close(clean, a * x - s * expected, atol=1e-3, rtol=1e-3)
+    assert features.shape == (8, 16, 2, 2)
+    assert Critic(denoiser(start))(x, sigma, labels).shape == (8,)
+
+
+def test_blurred_time_keeps_slow_features(start):
+    smooth = denoiser(start, smooth=True).unet.time_proj
+    t = torch.tensor([3.0, 500.0])
+    found, sharp = smooth(t), start.unet.time_proj(t)
+    torch.testing.assert_close(found[:, [7, 15]], sharp[:, [7, 15]], atol=1e-3, rtol=1e-3)  # the slowest
+    assert found[:, [0, 8]].abs().max() < 1e-6  # the fastest
+
+
+def test_velocity_of_the_straight_path(start):
+    """With r = t the average velocity is eps - x_0 where the Gaussian model's v is a eps - s x_0."""
+    x0, labels = batch()
+    eps, t = torch.randn(x0.shape), torch.linspace(0.05, 0.95, 8)
+    sigma = t / (1 - t)
+    a, s = levels(sigma)
+    straight = t.view(-1, 1, 1, 1)
+
+    class Known(torch.nn.Module):
+        def forward(self, x_t, sigma, labels, second):
+            torch.testing.assert_close(x_t, a * x0 + s * eps)
+            return a * eps - s * x0
+
+    found = flow_maps.average_velocity(Known(), (1 - straight) * x0 + straight * eps, t, t, labels)
+    torch.testing.assert_close(found, eps - x0, atol=1e-5, rtol=1e-5)
+
+
+def test_mean_flow_derivative_is_the_finite_difference(start):
+    method = Job("meanflow").make(start)
+    model = method.networks["model"].double()
+    torch.nn.init.normal_(model.unet.image_embedding.weight, std=0.1)
+    x, labels = batch()
+    t = torch.linspace(0.2, 0.9, 8).double()
+    r = 0.4 * t
+    u, exact = method.derivative(model, x.double(), r, t, labels)
+    method.settings.derivative = "difference"
+    same, difference = method.derivative(model, x.double(), r, t, labels)
+    torch.testing.assert_close(u, same)
+    assert (exact - difference).norm() < 1e-2 * exact.norm()
+    assert u.requires_grad and not exact.requires_grad
+
+
+@pytest.mark.parametrize("name", ["meanflow", "alphaflow", "shortcut"])
+def test_flow_maps_with_r_at_t_are_flow_matching(start, name):
+    method = Job(name, {"share_equal": 1.0}).make(start)
+    x0, labels = batch()
+    eps, t = torch.randn(x0.shape), torch.linspace(0.1, 0.9, 8)
+    straight = t.view(-1, 1, 1, 1)
+    z, v = (1 - straight) * x0 + straight * eps, eps - x0
+    errors = (flow_maps.average_velocity(method.networks["model"], z, t, t, labels) - v).square().flatten(1).sum(dim=1)
+    per_element = errors / x0[0].numel()
+    expected = {
+        "meanflow": errors / (errors + 0.01),
+        "alphaflow": per_element / (per_element + 1e-3),
+        "shortcut": per_element,
+    }[name]
+    torch.testing.assert_close(method.losses(z, v, t, t, labels, 8), expected)
+
+
+def test_alpha_goes_from_one_to_its_floor(start):
+    method = Job("alphaflow").make(start)
+    found = []
+    for method.progress in (0.0, 0.5, 0.99):
+        found.append(method.alpha())
+    assert found == [1.0, 0.5, 0.02]
+
+
+def test_consistency_target_at_no_noise_is_the_picture(start):
+    method = Job("ect", {"q": 2.0, "stages": 8}).make(start)
+    assert method.nearer(torch.tensor([1e-3, 0.1]))[0] == 0  # it starts as denoising
+    x0, labels = batch()
+    found = method.at(method.networks["model"], x0, torch.randn(x0.shape), torch.zeros(8), labels)
+    torch.testing.assert_close(found, x0)
+    method.progress = 0.99
+    t = torch.tensor([0.5, 5.0, 50.0])
+    assert (method.nearer(t) / t > 0.95).all()
+
+
+def test_kernel_loss_is_zero_in_mean_for_equal_laws():
+    """Each draw also meets itself, which the V-statistic of M draws has on either side: only the cross term differs."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 4000, 8, 5, generator=generator)
+    c = torch.ones(4000)
+    own = kernel_loss(x, y, c).mean()
+    # Without the pairs of a draw with itself, whose kernel is 1: mean of all minus what those add.
+    between = kernel_loss(x, x, c)
+    torch.testing.assert_close(between, torch.zeros(4000), atol=1e-5, rtol=0)
+    shifted = kernel_loss(x, y + 1, c).mean()
+    apart = (x[:, 0] - y[:, 0]).norm(dim=1)
+    bias = 2 * (1 - (-apart / 5).exp().mean()) / 8
+    torch.testing.assert_close(own, bias, atol=3e-3, rtol=0)
+    assert shifted > own + 0.02
+
+
+def test_transition_is_the_step_of_ddim(start):
+    x0, labels = batch()
+    eps, t, s = torch.randn(x0.shape), torch.full((8,), 3.0), torch.full((8,), 0.5)
+    (a_t, s_t), (a_s, s_s) = levels(t), levels(s)
+
+    def known(x_t, sigma, labels, second):
+        return a_t * eps - s_t * x0
+
+    found, c = transition(known, a_t * x0 + s_t * eps, t, s, labels)
+    torch.testing.assert_close(found, a_s * x0 + s_s * eps)
+    assert (c > 0).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_step_and_sample(start, latents, name):
+    job = Job(name)
+    method = job.make(start)
+    before = {key: [value.clone() for value in network.parameters()] for key, network in method.networks.items()}
+    network = train(method, latents, Training(64, batch=16, warmup_images=16))
+    for key, values in before.items():
+        changed = [not torch.equal(old, new) for old, new in zip(values, method.networks[key].parameters())]
+        assert any(changed), key
+    assert any(not torch.equal(old, new) for old, new in zip(start.unet.parameters(), network.unet.parameters(), strict=False))
+    noise, labels = batch(3)
+    for steps in (1, 2, 4, 8, 16):
+        found = method.sample(network, noise, labels, steps, torch.Generator().manual_seed(0))
+        assert found.shape == noise.shape and found.isfinite().all()
+        again = method.sample(network, noise, labels, steps, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(found, again)
+    assert set(METHODS[name].SEARCH) <= set(vars(method.settings))
+
+
+def test_training_stops_where_a_loss_is_no_number(start, latents):
+    method = Job("gaussian").make(start)
+    torch.nn.init.constant_(method.networks["model"].unet.conv_out.bias, torch.nan)
+    with pytest.raises(FloatingPointError, match="Gaussian: expected a finite loss"):
+        train(method, latents, Training(32, batch=16))
+
+
+def test_batches_share_labels_in_groups(latents):
+    x0, labels = latents.batch(64, 4, 0.25, torch.Generator().manual_seed(0))
+    groups = labels.view(16, 4)
+    assert (groups == groups[:, :1]).all() and x0.shape == (64, 3, 4, 4)
+    assert set(labels.tolist()) == {0, 1, 2}
+
+
+def test_jobs():
+    assert read_settings(["ect.q=16", "ddgan.steps=8"]) == {"ect": {"q": 16.0}, "ddgan": {"steps": 8}}
+    with pytest.raises(UserError, match=r"expected METHOD\.setting=value"):
+        read_settings(["ect.steps=8"])
+    jobs = searched("ect", 20, 100)
+    assert len({job.name for job in jobs}) == 20 and jobs[0].settings == {}
+
+
+def test_cost_of_a_step(start, latents, capsys):
+    costs = step_costs([Job("gaussian"), Job("ect"), Job("ect", {"q": 2.0})], start, latents, 8)
+    assert len(costs) == 2 and all(0.2 < cost < 10 for cost in costs.values())
+
+
+@pytest.mark.slow
+def test_rivals_end_to_end(shards, vae_folder, pictures, yardstick_settings, tmp_path, monkeypatch, run):
+    monkeypatch.setattr(rivals, "RESULTS", tmp_path)
+    monkeypatch.setattr(few_step.contest, "SHEET_STEPS", (1, 2))
+    unet = tiny_unet(8, 4)
+    unet.save_pretrained(tmp_path / "start")
+    common = [
+        *(setting for setting in yardstick_settings if not setting.startswith("sampling")),
+        f"start={tmp_path / 'start'}",
+        f"shards={shards}",
+        f"autoencoder={vae_folder}",
+        f"folder={tmp_path / 'rivals'}",
+        "samples=32",
+        "batch=8",
+        "steps=[1,2]",
+        "budget=16",
+        "search_budget=16",
+        "tries=2",
+        "seeds=1",
+        "methods=[ect,gaussian]",
+        "device=cpu",
+    ]
+    for part in ("costs", "search", "contest"):
+        code, _, error = run(RivalsConfig, rivals.rivals, *common, f"part={part}")
+        assert code == 0, error
+    content = json.loads((tmp_path / "rivals-shapes.json").read_text())
+    assert len(content["search"]) == 4 and len(content["contest"]) == 5
+    cell = content["contest"][0]["steps"]["2"]
+    assert cell["frechet"] > 0 and cell["frechet_held_out"] > 0
+    assert len(list((tmp_path / "rivals" / "contest").glob("*.png"))) == 5
+    assert "| ect |" in (tmp_path / "rivals-shapes.md").read_text()
