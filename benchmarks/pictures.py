@@ -92,18 +92,19 @@ class PictureMeasure:
         self.config, self.device = config, pick_device(device)
         training, labels, _ = load_pixels(config.images)
         held_out, _, _ = load_pixels(config.held_out)
-        self._labels, self._held_out = labels, held_out
+        self._labels = labels
         chosen = torch.randperm(len(training), generator=seeded(0))[: config.reference]
         self.networks = [NetworkMeasure(load_extractor(name, device), training, held_out, chosen) for name in config.features]
         self._nearest = NearestPicture(training, self.device)
         self._new_distance = float(self._nearest(held_out).median())
-        self.floor = self.measure(held_out, held_out=False)
-        drawn = torch.randint(len(training), (config.resampled,), generator=seeded(1))
-        self.training = self.measure(training[drawn])
-        among = training[drawn.unique()]
-        self._copies_among_training = float((self._nearest(among, itself=True) <= config.near).double().mean())
+        self.floor = self._measured(held_out, [network.held_out.features for network in self.networks], held_out=False)
+        drawn = torch.randint(len(chosen), (config.resampled,), generator=seeded(1))
+        again = [network.training.features[drawn] for network in self.networks]
+        self.training = self._measured(training[chosen[drawn]], again)
+        among = self._nearest(training[chosen[: config.resampled]], itself=True)
+        self._copies_among_training = float((among <= config.near).double().mean())
 
-    def measure(self, pixels: torch.Tensor, held_out: bool = True) -> dict:
+    def measure(self, pixels: torch.Tensor) -> dict:
         """Of pictures uint8 (N, 3, H, W): ``pictures``, how many; ``copies``, the share of them within ``near`` of a training
         picture; ``nearest_pixels``, the median distance to the nearest training picture over that of the held-out pictures;
         and for each network, by its name, under ``features``:
@@ -112,12 +113,7 @@ class PictureMeasure:
         training pictures; ``frechet_held_out``; ``nearest``, as ``nearest_pixels`` but in the features: near 0 where training
         pictures come out again, 1 where what comes out is as new as pictures never trained on.
         """
-        found = self._pixel_measures(pixels)
-        found["features"] = {
-            network.extractor.name: network(network.extractor(pixels), self.config.bootstrap, held_out)
-            for network in self.networks
-        }
-        return found
+        return self._measured(pixels, [network.extractor(pixels) for network in self.networks])
 
     def choice(self, pixels: torch.Tensor) -> float:
         """The number to choose by, smaller is better: the mean over the networks of the logarithm of the Frechet distance to
@@ -133,6 +129,13 @@ class PictureMeasure:
         """Of training pictures in one shuffled order, over again where there are fewer."""
         order = torch.randperm(len(self._labels), generator=seeded(2)).tolist()
         return [self._labels[order[index % len(order)]] for index in range(count)]
+
+    def _measured(self, pixels: torch.Tensor, features: list[torch.Tensor], held_out: bool = True) -> dict:
+        by_network = {
+            network.extractor.name: network(of_network, self.config.bootstrap, held_out)
+            for network, of_network in zip(self.networks, features)
+        }
+        return self._pixel_measures(pixels) | {"features": by_network}
 
     def _pixel_measures(self, pixels: torch.Tensor) -> dict:
         nearest = self._nearest(pixels)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from nearest import NearestPicture
 from pictures import PictureConfig, PictureMeasure
+from PIL import Image
 from train_features import TrainFeaturesConfig, contrastive_loss, effective_rank, nearest_right, train_features
 from views import ViewConfig, gaussian_blur, hue_turn, random_views
 
@@ -25,9 +26,12 @@ def networks(tmp_path):
 
 
 @pytest.fixture
-def measure(pictures, networks):
-    images = ImagesConfig(source=str(pictures), resolution=16)
-    held_out = ImagesConfig(source=str(pictures / "disc"), resolution=16)
+def measure(pictures, networks, tmp_path):
+    """The held-out pictures are the training pictures upside down."""
+    images, held_out = (ImagesConfig(source=str(folder), resolution=16) for folder in (pictures, tmp_path / "held_out"))
+    for path in pictures.rglob("*.png"):
+        (tmp_path / "held_out" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "held_out" / path.parent.name / path.name)
     return PictureMeasure(PictureConfig(images, held_out, networks, resampled=40, bootstrap=3), "cpu")
 
 
