@@ -13,6 +13,7 @@ from like import LikeConfig
 from schedulers import SchedulersConfig
 from teleport import TeleportBenchmarkConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
+from train_features import TrainFeaturesConfig
 
 from ldm_smd.apps.settings import DemoConfig, ExploreConfig
 from ldm_smd.autoencoder import FrozenAutoencoder
@@ -35,6 +36,7 @@ FILES += [
     (ROOT / "classifier.yaml", TrainClassifierConfig, []),
     (ROOT / "explore.yaml", ExploreConfig, []),
     (ROOT / "benchmarks/conversion-emoji.yaml", ConversionConfig, []),
+    (ROOT / "benchmarks/features-selfsupervised.yaml", TrainFeaturesConfig, []),
     (ROOT / "benchmarks/few-steps-cifar10.yaml", FewStepsConfig, []),
     (ROOT / "benchmarks/few-steps-emoji.yaml", FewStepsConfig, []),
     (ROOT / "benchmarks/gms-cifar10.yaml", GMSConfig, []),

@@ -1,0 +1,115 @@
+"""Random views of pictures for contrastive training, every picture of a batch with its own draws.
+
+The transforms of torchvision draw once for a whole batch, and picture by picture they take longer than the network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+ASPECT = 4 / 3
+GREY = (0.299, 0.587, 0.114)
+TAPS = 5
+"""Of the blur's kernel."""
+
+
+@dataclass
+class ViewConfig:
+    """How views differ."""
+
+    side: int = 32
+    """Of the views, in pixels."""
+    area: list[float] = field(default_factory=lambda: [0.3, 1.0])
+    """Least and greatest share of the picture that is cropped."""
+    mirror: bool = False
+    """Half of them. Not for letters or flags."""
+    jitter: float = 0.4
+    """Greatest relative change of brightness, contrast and saturation."""
+    hue: float = 0.1
+    """Greatest turn of the hue, of a whole circle."""
+    recoloured: float = 0.8
+    """Share of the views with other colours."""
+    grey: float = 0.15
+    """Share of the views without colours."""
+    blurred: float = 0.2
+    """Share of the views that are blurred. Few and little: features that ignore a blur do not measure it."""
+    blur: float = 0.8
+    """Greatest standard deviation, in pixels of the view."""
+
+
+def random_views(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
+    """One view of each picture: (N, 3, H, W) in [0, 1] -> (N, 3, side, side) in [0, 1]."""
+    return random_blur(random_colours(random_crop(pixels, config), config), config).clamp(0.0, 1.0)
+
+
+def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """(N,), for each picture of ``like``."""
+    return torch.empty(len(like), device=like.device).uniform_(low, high)
+
+
+def random_crop(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
+    """A rectangle of random area, aspect and place, at the side of the views; mirrored or not."""
+    area, aspect = uniform(pixels, *config.area), torch.exp(uniform(pixels, -1, 1) * torch.tensor(ASPECT).log())
+    width, height = (area * aspect).sqrt().clamp_max(1.0), (area / aspect).sqrt().clamp_max(1.0)
+    theta = torch.zeros(len(pixels), 2, 3, device=pixels.device)
+    theta[:, 0, 0], theta[:, 1, 1] = width, height
+    theta[:, 0, 2], theta[:, 1, 2] = uniform(pixels, -1, 1) * (1 - width), uniform(pixels, -1, 1) * (1 - height)
+    if config.mirror:
+        theta[:, 0, 0] *= torch.where(uniform(pixels, 0, 1) < 0.5, 1.0, -1.0)
+    grid = F.affine_grid(theta, [len(pixels), 3, config.side, config.side], align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+def random_colours(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
+    """Brightness b, contrast c, saturation s and hue h, all linear in the colours, so one 3 x 3 matrix for each picture:
+
+        x -> b (c R x + (1 - c) m),   R = turn(h) (s I + (1 - s) 1 g^T)
+
+    with g the weights of the grey value, m the mean grey value of the picture, and turn(h) the rotation of colours around the
+    grey axis. s = 0 makes a view grey.
+    """
+    on = uniform(pixels, 0, 1) < config.recoloured
+    strengths = [torch.where(on, 1 + config.jitter * uniform(pixels, -1, 1), 1.0) for _ in range(3)]
+    brightness, contrast, saturation = (strength.view(-1, 1, 1) for strength in strengths)
+    saturation = torch.where((uniform(pixels, 0, 1) < config.grey).view(-1, 1, 1), 0.0, saturation)
+    angle = torch.where(on, 2 * torch.pi * config.hue * uniform(pixels, -1, 1), 0.0)
+    eye, weights = torch.eye(3, device=pixels.device), torch.tensor(GREY, device=pixels.device)
+    saturated = saturation * eye + (1 - saturation) * weights.expand(3, 3)
+    matrix = hue_turn(angle) @ saturated
+    mean = torch.einsum("c,nchw->n", weights, pixels).view(-1, 1, 1) / pixels[0, 0].numel()
+    turned = (contrast * matrix) @ pixels.flatten(2) + (1 - contrast) * mean
+    return (brightness * turned).view_as(pixels)
+
+
+def hue_turn(angle: torch.Tensor) -> torch.Tensor:
+    """Rotations (N, 3, 3) around the grey axis u = (1, 1, 1) / sqrt 3, Rodrigues' formula:
+
+    cos a I + sin a [u]_x + (1 - cos a) u u^T
+    """
+    cosine, sine = angle.cos().view(-1, 1, 1), angle.sin().view(-1, 1, 1)
+    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=angle.device) / 3**0.5
+    return cosine * torch.eye(3, device=angle.device) + sine * cross + (1 - cosine) / 3
+
+
+def random_blur(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
+    """A Gaussian blur of a share of the pictures, each with a standard deviation of its own."""
+    chosen = (uniform(pixels, 0, 1) < config.blurred).nonzero().flatten()
+    if not len(chosen):
+        return pixels
+    blurred = pixels.clone()
+    blurred[chosen] = gaussian_blur(pixels[chosen], uniform(pixels[chosen], 0.1, max(config.blur, 0.1)))
+    return blurred
+
+
+def gaussian_blur(pixels: torch.Tensor, deviations: torch.Tensor) -> torch.Tensor:
+    """Pictures (N, C, H, W) blurred with standard deviations (N,), edges repeated."""
+    count, channels = pixels.shape[:2]
+    offsets = torch.arange(TAPS, device=pixels.device) - TAPS // 2
+    kernel = (-offsets.square() / (2 * deviations[:, None] ** 2)).exp()
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)[:, None]
+    padded = F.pad(pixels, (TAPS // 2,) * 4, mode="replicate").flatten(0, 1)[None]
+    rows = F.conv2d(padded, kernel[:, :, None], groups=count * channels)
+    return F.conv2d(rows, kernel[..., None], groups=count * channels)[0].view_as(pixels)
