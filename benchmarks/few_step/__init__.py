@@ -5,6 +5,7 @@ from .consistency import ECT
 from .flow_maps import AlphaFlow, MeanFlow, Shortcut
 from .gaussian import Gaussian
 from .method import Method
+from .mixtures import Energy, PosteriorDistillation
 from .moment_matching import IMM
 
 METHODS: dict[str, type[Method]] = {
@@ -16,4 +17,6 @@ METHODS: dict[str, type[Method]] = {
     "imm": IMM,
     "dmd2": DMD2,
     "ddgan": DDGAN,
+    "energy": Energy,
+    "distillation": PosteriorDistillation,
 }

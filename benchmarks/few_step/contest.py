@@ -61,7 +61,9 @@ def load_world(config: Any) -> World:
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     chosen = order[torch.arange(config.samples) % len(order)]
     measure, floor = make_measure(config, held_out, device)
-    return World(start, load_latents(config.shards, autoencoder, device), autoencoder, known[chosen].to(device), measure, floor)
+    latents = load_latents(config.shards, autoencoder, device)
+    start.latents, start.labels = latents.moments[:, 0], latents.labels
+    return World(start, latents, autoencoder, known[chosen].to(device), measure, floor)
 
 
 def make_measure(config: Any, held_out: torch.Tensor, device: torch.device) -> tuple[Measure, dict[str, float]]:

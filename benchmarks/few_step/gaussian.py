@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,11 +61,24 @@ class Gaussian(Method):
     def sample(
         self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
     ) -> torch.Tensor:
-        scheduler = make_scheduler(SCHEDULERS[self.settings.scheduler], build_scheduler(DiffusionConfig()))
-        timesteps = begin_run(scheduler, steps, None)
-        x = noise * scheduler.init_noise_sigma
-        for index, t in enumerate(timesteps):
-            seen = scheduler.scale_model_input(x, t)
-            v = network.unet(seen, t.to(x.device), labels, return_dict=False)[0]
-            x = scheduler.step(v, t, x, **step_options(scheduler, generator, index)).prev_sample
-        return x
+        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return network.unet(x, t, labels, return_dict=False)[0]
+
+        return run_scheduler(self.settings.scheduler, predict, noise, steps, generator)
+
+
+def run_scheduler(
+    name: str,
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    noise: torch.Tensor,
+    steps: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """x_0 by a scheduler of SCHEDULERS; ``predict`` gives v of x_t and t."""
+    scheduler = make_scheduler(SCHEDULERS[name], build_scheduler(DiffusionConfig()))
+    timesteps = begin_run(scheduler, steps, None)
+    x = noise * scheduler.init_noise_sigma
+    for index, t in enumerate(timesteps):
+        v = predict(scheduler.scale_model_input(x, t), t.to(x.device))
+        x = scheduler.step(v, t, x, **step_options(scheduler, generator, index)).prev_sample
+    return x

@@ -20,7 +20,19 @@ from . import METHODS
 from .method import Latents, Method
 from .network import Start
 
-COSTLY = ("share_equal", "critic_updates", "steps", "every", "particles", "derivative", "critic_gan")
+COSTLY = (
+    "share_equal",
+    "critic_updates",
+    "steps",
+    "every",
+    "particles",
+    "derivative",
+    "critic_gan",
+    "draws",
+    "views",
+    "adversarial",
+    "fitted",
+)
 """Settings that change what a step costs."""
 ROUNDS = 7
 LEAST_STEPS = 4

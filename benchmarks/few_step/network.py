@@ -32,10 +32,13 @@ class Start:
     Attributes:
         unet: a Gaussian model that predicts v, on the device; never changed.
         alphas_cumprod: of its process, on the device.
+        latents, labels: of the data, (N, C, h, w) and (N,); None where no method fits anything to them.
     """
 
     unet: SMDUNet2DModel
     alphas_cumprod: torch.Tensor
+    latents: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,178 @@
+"""Soft mixture denoising: trained by posterior distillation, as tools/train.py does with objective.name=distillation, and with the
+energy score, which is distributional diffusion (arXiv 2502.02483) with this package's network."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from ldm_smd.diffusion.objectives import objective
+from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import DistillationConfig
+from ldm_smd.models.fit import fit_posterior_noise
+from ldm_smd.models.unet import SMDUNet2DModel
+from ldm_smd.training.distillation import FARTHEST, MOMENTUM, NEAREST
+from ldm_smd.training.fit_gaussian import LATENTS_PER_COMPONENT
+from ldm_smd.training.judges import Judges, critic_of
+from ldm_smd.training.trained import adamw
+
+from .gaussian import run_scheduler
+from .method import Method
+from .network import Start
+
+MODES = 256
+RANK = 128
+PARTS = {"z_channels": 32, "identifier_channels": 32, "hypernetwork_width": 40, "placement": "up"}
+"""Of the mixture, as in configs/train/emoji-smd.yaml."""
+PATCHES = [0, 4, 2, 1]
+
+
+class Mixture(Method):
+    """What both have in common: the network and how it is sampled, by DDPM's posterior with a draw of x_0."""
+
+    def __init__(self, start: Start, settings: Any) -> None:
+        super().__init__(start, settings)
+        self.process = DiffusionProcess(start.alphas_cumprod)
+        self.model = mixture(start, fitted=settings.fitted)
+
+    def velocity(
+        self,
+        network: nn.Module,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        draws: int,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """v, (N * draws, C, h, w), the draws of a picture in consecutive rows."""
+        eta = torch.randn(len(x_t) * draws, *x_t.shape[1:], generator=generator, device=x_t.device)
+        return network(x_t, t, labels, eta=eta, return_dict=False)[0]
+
+    @torch.no_grad()
+    def sample(
+        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+    ) -> torch.Tensor:
+        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.velocity(network, x, t, labels, 1, generator)
+
+        return run_scheduler("DDPM", predict, noise, steps, generator)
+
+
+def mixture(start: Start, fitted: bool) -> SMDUNet2DModel:
+    """A mixture with the Gaussian model's weights, and its noise fitted to the latents or the paper's white noise."""
+    config = {name: value for name, value in start.unet.config.items() if not name.startswith("_")} | PARTS
+    config |= {"noise_rank": RANK if fitted else 0, "noise_modes": 1, "noise_timesteps": len(start.alphas_cumprod)}
+    if fitted:
+        if start.latents is None or start.labels is None:
+            raise ValueError("fitted: expected a start with latents, found none")
+        config["noise_modes"] = max(1, min(MODES, len(start.latents) // LATENTS_PER_COMPONENT))
+    network = SMDUNet2DModel(**config).to(start.device)
+    assert network.mixture is not None
+    if fitted:
+        null = config["num_classes"]
+        labels = torch.where(start.labels == null, -1, start.labels)
+        process = DiffusionProcess(start.alphas_cumprod.cpu())
+        noise = network.mixture.noise.cpu()
+        fit_posterior_noise(noise, start.latents.cpu(), labels.cpu(), process, "v_prediction")
+        network.mixture.noise.to(start.device)
+    missing, unexpected = network.load_state_dict(start.unet.state_dict(), strict=False)
+    if unexpected or any(not name.startswith("mixture.") for name in missing):
+        raise ValueError(f"weights: expected those of the Gaussian model, found {missing + unexpected} missing or unknown")
+    return network.train().requires_grad_(True)
+
+
+@dataclass
+class EnergySettings:
+    learning_rate: float = 5e-4
+    fitted: bool = True
+    """Noise fitted to the latents; else the paper's."""
+    draws: int = 4
+    beta: float = 1.0
+
+
+class Energy(Mixture):
+    """The energy score of M draws, 1/M sum |v - v_j|^beta - 1/(2 M (M - 1)) sum |v_j - v_k|^beta, over patches."""
+
+    Settings = EnergySettings
+    SEARCH = {
+        "learning_rate": [2e-4, 5e-4, 1e-3],
+        "draws": [2, 4, 8],
+        "beta": [0.5, 1.0, 1.5],
+        "fitted": [True, False],
+    }
+
+    def __init__(self, start: Start, settings: EnergySettings) -> None:
+        super().__init__(start, settings)
+        self.add("model", self.model, adamw(self.model, settings.learning_rate, 0.01))
+        self.score = objective("energy", settings.beta, 1.0, PATCHES, 0.2)
+
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
+        t = self.process.random_t(len(x0), generator=generator, device=x0.device)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+        target = self.process.target(x0, eps, t, "v_prediction")
+        found = self.velocity(self.model, self.process.noise(x0, eps, t), t, labels, self.settings.draws, generator)
+        loss = self.score(rearrange(found, "(b m) ... -> b m ...", b=len(x0)), target).mean()
+        self.descend("model", loss, rate)
+        return {"loss": loss.detach()}
+
+
+@dataclass
+class DistillationSettings:
+    learning_rate: float = 2e-4
+    critic_rate: float = 5e-4
+    fitted: bool = False
+    views: str = "conditional"
+    pure_noise: float = 0.3
+    critic_updates: int = 1
+    adversarial: float = 0.0
+
+
+class PosteriorDistillation(Mixture):
+    """NCVSD (arXiv 2506.09416) for a mixture; the losses are the package's own (ldm_smd/training/judges.py)."""
+
+    Settings = DistillationSettings
+    SEARCH = {
+        "learning_rate": [1e-4, 2e-4, 5e-4],
+        "critic_rate": [2e-4, 5e-4, 1e-3],
+        "fitted": [True, False],
+        "views": ["conditional", "joined", "marginal"],
+        "pure_noise": [0.1, 0.3, 0.5],
+        "critic_updates": [1, 2],
+        "adversarial": [0.0, 0.3],
+    }
+
+    def __init__(self, start: Start, settings: DistillationSettings) -> None:
+        super().__init__(start, settings)
+        about = DistillationConfig(views=settings.views, adversarial_weight=settings.adversarial)
+        self.teacher = copy.deepcopy(start.unet).eval().requires_grad_(False)
+        self.critic = critic_of(self.teacher, about).train()
+        self.judges = Judges(self.process, "v_prediction", about)
+        self.add("model", self.model, adamw(self.model, settings.learning_rate, 0.01, MOMENTUM))
+        self.add("critic", self.critic, adamw(self.critic, settings.critic_rate, momentum=MOMENTUM))
+
+    def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
+        for _ in range(self.settings.critic_updates - 1):
+            self.descend("critic", self.losses(x0, labels, generator, False)["critic_loss"].mean(), rate)
+        losses = self.losses(x0, labels, generator, True)
+        means = {name: value.mean() for name, value in losses.items()}
+        self.descend("model", means["loss"], rate)
+        self.descend("critic", means["critic_loss"], rate)
+        return {name: value.detach() for name, value in means.items()}
+
+    def losses(
+        self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, model_learns: bool
+    ) -> dict[str, torch.Tensor]:
+        options, last = {"generator": generator, "device": x0.device}, self.process.last
+        t = self.process.random_t(len(x0), **options)
+        t = torch.where(torch.rand(len(x0), **options) < self.settings.pure_noise, last, t)
+        x_t = self.process.noise(x0, torch.randn(x0.shape, **options), t)
+        with torch.set_grad_enabled(model_learns):
+            x = self.process.to_x0(self.velocity(self.model, x_t, t, labels, 1, generator), x_t, t, "v_prediction")
+        r = torch.empty(len(x0), device=x0.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator).round().long()
+        second = torch.randn(x0.shape, **options)
+        return self.judges.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
