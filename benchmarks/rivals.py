@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from few_step import METHODS
-from few_step.contest import load_world, run_jobs
+from few_step.contest import first_frechet, load_world, run_jobs
 from few_step.jobs import Job, read_settings, searched, step_costs
 from few_step.known import check_known
 from omegaconf import MISSING
@@ -54,7 +54,6 @@ class RivalsConfig:
     """The pictures of the shards."""
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
     """Real pictures no model has seen; their labels are the labels sampled."""
-    features: str = "checkpoints/classifier"
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     settings: list[str] = field(default_factory=list)
     """METHOD.setting=value: of the contest, in place of what the search found."""
@@ -124,11 +123,10 @@ def read_results(folder: Path) -> list[dict]:
 
 
 def judged(result: dict) -> float:
-    """Geometric mean of the Frechet distances to training pictures; infinite for what failed."""
-    cells = [result["steps"][count]["frechet"] for count in JUDGED if count in result.get("steps", {})]
-    if result.get("failed") or not cells:
-        return math.inf
-    return math.exp(statistics.mean(math.log(max(value, 1e-6)) for value in cells))
+    """Geometric mean of the Frechet distances to training pictures, in all feature networks; infinite for what failed."""
+    cells = [result["steps"][count] for count in JUDGED if count in result.get("steps", {})]
+    values = [network["frechet"] for cell in cells for network in cell["features"].values()]
+    return math.inf if result.get("failed") or not values else statistics.geometric_mean(values)
 
 
 def best_settings(folder: Path) -> dict[str, dict]:
@@ -181,7 +179,7 @@ def row(group: list[dict], steps: list[int]) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in first["settings"].items()) or "default"
     cells = []
     for count in map(str, steps):
-        values = [result["steps"][count]["frechet"] for result in group if count in result.get("steps", {})]
+        values = [first_frechet(result["steps"][count]) for result in group if count in result.get("steps", {})]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "failed")
     images = first["trained_images"] if first["images"] else "none"

@@ -6,19 +6,20 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing
+from pictures import PictureConfig, PictureMeasure
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.data.images import load_pixels
 from ldm_smd.device import pick_device
-from ldm_smd.evaluation.distances import FeatureSet, distances, frechet_distance
-from ldm_smd.evaluation.features import load_extractor
+from ldm_smd.evaluation.distances import frechet_distance
 from ldm_smd.models.attention import set_attention_backend
 
 from .jobs import Job
@@ -28,11 +29,8 @@ from .pictures import load_latents
 
 SHEET_PICTURES, SHEET_STEPS = 16, (1, 2, 4, 8)
 SAMPLING_BATCH = 256
-ROUNDS = 5
-"""Of the bootstrap that the deviations of the distances are from."""
-
-Measure = Callable[[torch.Tensor], dict[str, float]]
-"""From pictures, uint8 (N, 3, H, W)."""
+Measure = Callable[[torch.Tensor], dict]
+"""From pictures, uint8 (N, 3, H, W): of each feature network by name, and of the pixels."""
 
 
 @dataclass
@@ -44,41 +42,42 @@ class World:
     autoencoder: FrozenAutoencoder
     labels: torch.Tensor
     measure: Measure
-    floor: dict[str, float]
+    seed: int
+    """Of the noise that samples start from."""
 
 
 def load_world(config: Any) -> World:
-    """``config``: a RivalsConfig."""
+    """``config``: a RivalsConfig. A search has other labels and other noise than the contest, and measures nothing held out:
+    the settings that it chooses are not chosen by what is reported."""
     device = pick_device(config.device)
     set_attention_backend("sdpa")  # forward derivatives need torch's own
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
     start = load_start(config.start, device)
-    held_out, labels, _ = load_pixels(config.held_out)
+    searches = config.part == "search"
+    pictures = PictureMeasure(PictureConfig(config.images, config.held_out, resampled=config.samples), str(device))
+    labels = pictures.labels(config.samples) if searches else held_out_labels(config)
     null = start.unet.config.num_classes or 0
-    known = torch.tensor([null if label is None else label for label in labels])
-    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
-    chosen = order[torch.arange(config.samples) % len(order)]
-    measure, floor = make_measure(config, held_out, device)
+    known = torch.tensor([null if label is None else label for label in labels], device=device)
     latents = load_latents(config.shards, autoencoder, device)
     start.latents, start.labels = latents.moments[:, 0], latents.labels
-    return World(start, latents, autoencoder, known[chosen].to(device), measure, floor)
+    measure = partial(distances_to_training, pictures) if searches else pictures.measure
+    return World(start, latents, autoencoder, known, measure, int(searches))
 
 
-def make_measure(config: Any, held_out: torch.Tensor, device: torch.device) -> tuple[Measure, dict[str, float]]:
-    """Distances to the training pictures, and the Frechet distance to held-out ones; and what held-out pictures have."""
-    extractor = load_extractor(config.features, str(device))
-    training, _, _ = load_pixels(config.images)
-    reference, new = FeatureSet(extractor(training)), FeatureSet(extractor(held_out))
+def held_out_labels(config: Any) -> list[int | None]:
+    """In one shuffled order, over again where there are fewer than samples."""
+    labels = load_pixels(config.held_out)[1]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
+    return [labels[order[index % len(order)]] for index in range(config.samples)]
 
-    def measure(pixels: torch.Tensor) -> dict[str, float]:
-        features = extractor(pixels)
-        found = distances(features, reference, extractor.unit_length, ROUNDS)
-        found["frechet_held_out"] = frechet_distance(features, new)
-        return {name: round(value, 5) for name, value in found.items()}
 
-    return measure, measure(held_out) | {"pictures": len(held_out)}
+def distances_to_training(pictures: PictureMeasure, pixels: torch.Tensor) -> dict:
+    """The quick part of ``PictureMeasure.measure``."""
+    networks = pictures.networks
+    found = {each.extractor.name: frechet_distance(each.extractor(pixels), each.training) for each in networks}
+    return {"features": {name: {"frechet": round(value, 5)} for name, value in found.items()}}
 
 
 @torch.no_grad()
@@ -86,8 +85,8 @@ def sampled(method: Method, network: torch.nn.Module, world: World, steps: int) 
     """Pictures, uint8 (N, 3, H, W): of the held-out labels, with the same noise for every method."""
     device, labels = world.start.device, world.labels
     side = world.start.unet.config.sample_size
-    noise = torch.randn(len(labels), world.start.channels, side, side, generator=torch.Generator().manual_seed(0))
-    generator = torch.Generator(device).manual_seed(steps)
+    noise = torch.randn(len(labels), world.start.channels, side, side, generator=torch.Generator().manual_seed(world.seed))
+    generator = torch.Generator(device).manual_seed(10 * steps + world.seed)
     parts = []
     for rows, part in zip(noise.split(SAMPLING_BATCH), labels.split(SAMPLING_BATCH)):
         x0 = method.sample(network, rows.to(device), part, steps, generator)
@@ -119,12 +118,17 @@ def run_job(job: Job, cost: float, world: World, steps: Sequence[int], batch: in
     folder.mkdir(parents=True, exist_ok=True)
     if rows:
         to_pil_image(make_grid(torch.cat(rows), nrow=SHEET_PICTURES, padding=2, pad_value=204)).save(folder / f"{job.name}.png")
-    partial = folder / f"{job.name}.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.rename(folder / f"{job.name}.json")
-    found = {count: cell["frechet"] for count, cell in result.get("steps", {}).items()}
+    unfinished = folder / f"{job.name}.partial"
+    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished.rename(folder / f"{job.name}.json")
+    found = {count: first_frechet(cell) for count, cell in result.get("steps", {}).items()}
     print(f"{job.name} {job.settings}: {result.get('failed', found)} in {result['seconds']:.0f} s", flush=True)
     return result
+
+
+def first_frechet(cell: dict) -> float:
+    """The Frechet distance to training pictures in the first feature network."""
+    return next(iter(cell["features"].values()))["frechet"]
 
 
 def run_jobs(jobs: Sequence[Job], costs: dict[str, float], config: Any, folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""Soft mixture denoising: trained by posterior distillation, as tools/train.py does with objective.name=distillation, and with the
-energy score, which is distributional diffusion (arXiv 2502.02483) with this package's network."""
+"""Soft mixture denoising, trained by posterior distillation, as tools/train.py does with objective.name=distillation, or with
+the energy score, which is distributional diffusion (arXiv 2502.02483) with this package's network."""
 
 from __future__ import annotations
 
