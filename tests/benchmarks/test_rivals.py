@@ -5,7 +5,7 @@ import few_step.flow_maps as flow_maps
 import pytest
 import rivals
 import torch
-from few_step import METHODS
+from few_step import METHODS, known
 from few_step.jobs import Job, read_settings, searched, step_costs
 from few_step.method import Latents, Training, train
 from few_step.moment_matching import kernel_loss, transition
@@ -218,6 +218,19 @@ def test_jobs():
 def test_cost_of_a_step(start, latents, capsys):
     costs = step_costs([Job("gaussian"), Job("ect"), Job("ect", {"q": 2.0})], start, latents, 8)
     assert len(costs) == 2 and all(0.2 < cost < 10 for cost in costs.values())
+
+
+@pytest.mark.slow
+def test_known_answers_end_to_end(tmp_path, monkeypatch):
+    for name, value in {"POINTS": 500, "SAMPLES": 64, "SETS": 1, "UPDATES": 2, "START_UPDATES": 2, "BATCH": 16}.items():
+        monkeypatch.setattr(known, name, value)
+    path = tmp_path / "rivals-known.json"
+    known.check_known(path, ["ect"])
+    known.check_known(path, ["imm"])  # beside what is there
+    content = json.loads(path.read_text())
+    assert set(content) == {"ring of 8", "one Gaussian"}
+    assert {"ect", "imm", "start, DDIM"} <= set(content["ring of 8"])
+    assert "| one Gaussian | 1 steps |" in path.with_suffix(".md").read_text()
 
 
 @pytest.mark.slow
