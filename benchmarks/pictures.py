@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from nearest import NearestPicture
@@ -99,12 +100,23 @@ class PictureMeasure:
         self.networks = [NetworkMeasure(load_extractor(name, device), training, held_out, chosen) for name in config.features]
         self._nearest = NearestPicture(training, self.device)
         self._new_distance = float(self._nearest(held_out).median())
-        self.floor = self._measured(held_out, [network.held_out.features for network in self.networks], held_out=False)
-        drawn = torch.randint(len(chosen), (config.resampled,), generator=seeded(1))
+        self._chosen, self._training = chosen, training
+        self._held_out_pictures = held_out
+
+    @cached_property
+    def floor(self) -> dict:
+        return self._measured(self._held_out_pictures, [network.held_out.features for network in self.networks], held_out=False)
+
+    @cached_property
+    def training(self) -> dict:
+        drawn = torch.randint(len(self._chosen), (self.config.resampled,), generator=seeded(1))
         again = [network.training.features[drawn] for network in self.networks]
-        self.training = self._measured(training[chosen[drawn]], again)
-        among = self._nearest(training[chosen[: config.resampled]], itself=True)
-        self._copies_among_training = float((among <= config.near).double().mean())
+        return self._measured(self._training[self._chosen[drawn]], again)
+
+    @cached_property
+    def _copies_among_training(self) -> float:
+        among = self._nearest(self._training[self._chosen[: self.config.resampled]], itself=True)
+        return float((among <= self.config.near).double().mean())
 
     def measure(self, pixels: torch.Tensor) -> dict:
         """Of pictures uint8 (N, 3, H, W): ``pictures``, how many; ``copies``, the share of them within ``near`` of a training

@@ -20,10 +20,11 @@ import math
 import statistics
 import sys
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from few_step import METHODS
-from few_step.contest import first_frechet, load_world, run_jobs
+from few_step.contest import first_frechet, load_start_and_latents, run_jobs
 from few_step.jobs import Job, read_settings, searched, step_costs
 from few_step.known import check_known
 from omegaconf import MISSING
@@ -54,6 +55,7 @@ class RivalsConfig:
     """The pictures of the shards."""
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
     """Real pictures no model has seen; their labels are the labels sampled."""
+    features: list[str] = field(default_factory=lambda: ["checkpoints/classifier", "checkpoints/features-selfsupervised"])
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     settings: list[str] = field(default_factory=list)
     """METHOD.setting=value: of the contest, in place of what the search found."""
@@ -66,6 +68,8 @@ class RivalsConfig:
     batch: int = 32
     samples: int = 2000
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    keep: list[str] = field(default_factory=list)
+    """Methods whose weights are kept, of the first seed."""
     workers: int = 1
     """Processes that train at a time, all on one device."""
     folder: str = "outputs/rivals"
@@ -96,7 +100,8 @@ def planned(config: RivalsConfig, folder: Path) -> list[Job]:
     if config.part == "costs":
         return [Job(method) for method in config.methods]
     if config.part == "search":
-        return [job for method in config.methods for job in searched(method, config.tries, config.search_budget)]
+        tries = [searched(method, config.tries, config.search_budget) for method in config.methods]
+        return [job for jobs in zip_longest(*tries) for job in jobs if job]  # a stopped search has tried as many of each
     found = {method: entry["settings"] for method, entry in best_settings(folder / "search").items()}
     found |= read_settings(config.settings)
     jobs = [
@@ -111,8 +116,8 @@ def known_costs(jobs: list[Job], config: RivalsConfig, folder: Path) -> dict[str
     costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     missing = [job for job in jobs if job.cost_key not in costs]
     if missing:
-        world = load_world(config)
-        costs |= step_costs(missing, world.start, world.latents, config.batch)
+        start, latents, _ = load_start_and_latents(config)
+        costs |= step_costs(missing, start, latents, config.batch)
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(costs, indent=1) + "\n", encoding="utf-8")
     return costs

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.multiprocessing
 from pictures import PictureConfig, PictureMeasure
+from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -46,22 +47,28 @@ class World:
     """Of the noise that samples start from."""
 
 
-def load_world(config: Any) -> World:
-    """``config``: a RivalsConfig. A search has other labels and other noise than the contest, and measures nothing held out:
-    the settings that it chooses are not chosen by what is reported."""
+def load_start_and_latents(config: Any) -> tuple[Start, Latents, FrozenAutoencoder]:
+    """``config``: a RivalsConfig. On its device, which is set up."""
     device = pick_device(config.device)
     set_attention_backend("sdpa")  # forward derivatives need torch's own
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
     autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
-    start = load_start(config.start, device)
-    searches = config.part == "search"
-    pictures = PictureMeasure(PictureConfig(config.images, config.held_out, resampled=config.samples), str(device))
-    labels = pictures.labels(config.samples) if searches else held_out_labels(config)
-    null = start.unet.config.num_classes or 0
-    known = torch.tensor([null if label is None else label for label in labels], device=device)
-    latents = load_latents(config.shards, autoencoder, device)
+    start, latents = load_start(config.start, device), load_latents(config.shards, autoencoder, device)
     start.latents, start.labels = latents.moments[:, 0], latents.labels
+    return start, latents, autoencoder
+
+
+def load_world(config: Any) -> World:
+    """A search has other labels and other noise than the contest, and measures nothing held out: the settings that it chooses
+    are not chosen by what is reported."""
+    start, latents, autoencoder = load_start_and_latents(config)
+    searches = config.part == "search"
+    pictures = PictureMeasure(
+        PictureConfig(config.images, config.held_out, config.features, resampled=config.samples), str(start.device)
+    )
+    labels = pictures.labels(config.samples) if searches else held_out_labels(config)
+    known = torch.tensor([latents.null if label is None else label for label in labels], device=start.device)
     measure = partial(distances_to_training, pictures) if searches else pictures.measure
     return World(start, latents, autoencoder, known, measure, int(searches))
 
@@ -94,7 +101,7 @@ def sampled(method: Method, network: torch.nn.Module, world: World, steps: int) 
     return torch.cat(parts)
 
 
-def run_job(job: Job, cost: float, world: World, steps: Sequence[int], batch: int, folder: Path) -> dict:
+def run_job(job: Job, cost: float, world: World, config: Any, folder: Path) -> dict:
     """Train, sample, measure and write; a job that fails is written too, with what was wrong."""
     began = time.perf_counter()
     result = job.as_dict() | {"cost": cost, "trained_images": int(job.images / cost)}
@@ -103,11 +110,17 @@ def run_job(job: Job, cost: float, world: World, steps: Sequence[int], batch: in
         method = job.make(world.start)
         network = method.networks["model"]
         if job.images:
-            network = train(method, world.latents, Training(result["trained_images"], batch, job.seed))
+            network = train(method, world.latents, Training(result["trained_images"], config.batch, job.seed))
         network.eval()
+        if job.method in config.keep and job.seed == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            halves = {
+                name: value.half().contiguous() for name, value in network.state_dict().items() if value.is_floating_point()
+            }
+            save_file(halves, folder / f"{job.name}.safetensors")
         result["training_seconds"] = round(time.perf_counter() - began, 1)
         result["steps"] = {}
-        for count in steps:
+        for count in config.steps:
             pixels = sampled(method, network, world, count)
             result["steps"][str(count)] = world.measure(pixels)
             if count in SHEET_STEPS:
@@ -137,7 +150,7 @@ def run_jobs(jobs: Sequence[Job], costs: dict[str, float], config: Any, folder: 
     if config.workers <= 1 or len(left) <= 1:
         world = load_world(config) if left else None
         for job in left:
-            run_job(job, costs[job.cost_key], world, config.steps, config.batch, folder)
+            run_job(job, costs[job.cost_key], world, config, folder)
         return
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -158,4 +171,4 @@ def work(queue: Any, config: Any, folder: Path) -> None:
     torch.set_num_threads(1)
     world = load_world(config)
     while (item := queue.get()) is not None:
-        run_job(*item, world, config.steps, config.batch, folder)
+        run_job(*item, world, config, folder)

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -85,14 +86,19 @@ def read_settings(lines: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def searched(method: str, tries: int, images: int) -> list[Job]:
-    """The default, every value of SEARCH alone, and then random choices of all: the first ``tries`` of them, one seed each."""
+    """The default, every value of the learning rate alone, then a value of each other setting in turn, and then random choices
+    of all: the first ``tries`` of them, one seed each."""
     cls = METHODS[method]
     defaults = {each.name: each.default for each in fields(cls.Settings)}
+    others = {name: [value for value in values if value != defaults[name]] for name, values in cls.SEARCH.items()}
+    rates = [{"learning_rate": value} for value in others.pop("learning_rate")]
+    alone = [
+        {name: value} for values in zip_longest(*others.values()) for name, value in zip(others, values) if value is not None
+    ]
     chance = random.Random(0)
-    alone = [{name: value} for name, values in cls.SEARCH.items() for value in values if value != defaults[name]]
     many = [{name: chance.choice(values) for name, values in cls.SEARCH.items()} for _ in range(tries)]
     jobs: dict[str, Job] = {}
-    for settings in [{}, *alone, *many]:
+    for settings in [{}, *rates, *alone, *many]:
         job = Job(method, {name: value for name, value in settings.items() if value != defaults[name]}, 0, images)
         jobs.setdefault(job.name, job)
     return list(jobs.values())[:tries]

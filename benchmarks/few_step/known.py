@@ -91,6 +91,7 @@ def check_known(path: Path, methods: Sequence[str]) -> Path:
         problem = Problem(name, 10)
         latents = points(problem)
         start = known_start(latents)
+        start.latents, start.labels = latents.moments[:, 0], latents.labels
         entry = content.setdefault(name, {})
         for scheduler in ("DDIM", "UniPC", "DDPM"):
             method = METHODS["gaussian"](start, METHODS["gaussian"].Settings(scheduler=scheduler))

@@ -73,9 +73,15 @@ class Training:
     images: int
     batch: int = 32
     seed: int = 0
-    warmup_images: int = 2000
-    ema_halflife_images: int = 4000
+    warmup_images: int = 0
+    """0: 50 steps, at least 2,000 images."""
+    ema_halflife_images: int = 0
+    """0: a fiftieth of the images, at least 2,000."""
     label_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.warmup_images = self.warmup_images or max(2000, 50 * self.batch)
+        self.ema_halflife_images = self.ema_halflife_images or max(2000, self.images // 50)
 
     def factor(self, seen: int) -> float:
         """Linear warm-up, constant, linear cool-down over the last half."""

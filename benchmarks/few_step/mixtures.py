@@ -66,7 +66,8 @@ class Mixture(Method):
 def mixture(start: Start, fitted: bool) -> SMDUNet2DModel:
     """A mixture with the Gaussian model's weights, and its noise fitted to the latents or the paper's white noise."""
     config = {name: value for name, value in start.unet.config.items() if not name.startswith("_")} | PARTS
-    config |= {"noise_rank": RANK if fitted else 0, "noise_modes": 1, "noise_timesteps": len(start.alphas_cumprod)}
+    rank = min(RANK, start.channels * config["sample_size"] ** 2)
+    config |= {"noise_rank": rank if fitted else 0, "noise_modes": 1, "noise_timesteps": len(start.alphas_cumprod)}
     if fitted:
         if start.latents is None or start.labels is None:
             raise ValueError("fitted: expected a start with latents, found none")

@@ -36,15 +36,17 @@ def tiny_unet(side=4, channels=3):
 
 
 @pytest.fixture
-def start():
-    return start_from(tiny_unet())
-
-
-@pytest.fixture
 def latents():
     generator = torch.Generator().manual_seed(0)
     moments = torch.randn(40, 2, 3, 4, 4, generator=generator)
     return Latents(moments, torch.arange(40) % 2, 2)
+
+
+@pytest.fixture
+def start(latents):
+    start = start_from(tiny_unet())
+    start.latents, start.labels = latents.moments[:, 0], latents.labels
+    return start
 
 
 def batch(count=8):
@@ -237,10 +239,12 @@ def test_known_answers_end_to_end(tmp_path, monkeypatch):
 def test_rivals_end_to_end(shards, vae_folder, pictures, yardstick_settings, tmp_path, monkeypatch, run):
     monkeypatch.setattr(rivals, "RESULTS", tmp_path)
     monkeypatch.setattr(few_step.contest, "SHEET_STEPS", (1, 2))
+    (features,) = (setting.partition("=")[2] for setting in yardstick_settings if setting.startswith("features"))
     unet = tiny_unet(8, 4)
     unet.save_pretrained(tmp_path / "start")
     common = [
-        *(setting for setting in yardstick_settings if not setting.startswith("sampling")),
+        *(setting for setting in yardstick_settings if not setting.startswith(("sampling", "features"))),
+        f"features=[{features}]",
         f"start={tmp_path / 'start'}",
         f"shards={shards}",
         f"autoencoder={vae_folder}",
@@ -252,7 +256,8 @@ def test_rivals_end_to_end(shards, vae_folder, pictures, yardstick_settings, tmp
         "search_budget=16",
         "tries=2",
         "seeds=1",
-        "methods=[ect,gaussian]",
+        "methods=[distillation,gaussian]",
+        "keep=[distillation]",
         "device=cpu",
     ]
     for part in ("costs", "search", "contest"):
@@ -260,7 +265,7 @@ def test_rivals_end_to_end(shards, vae_folder, pictures, yardstick_settings, tmp
         assert code == 0, error
     content = json.loads((tmp_path / "rivals-shapes.json").read_text())
     assert len(content["search"]) == 4 and len(content["contest"]) == 5
-    cell = content["contest"][0]["steps"]["2"]
+    (cell,) = content["contest"][0]["steps"]["2"]["features"].values()
     assert cell["frechet"] > 0 and cell["frechet_held_out"] > 0
     assert len(list((tmp_path / "rivals" / "contest").glob("*.png"))) == 5
-    assert "| ect |" in (tmp_path / "rivals-shapes.md").read_text()
+    assert "| distillation |" in (tmp_path / "rivals-shapes.md").read_text()
