@@ -226,6 +226,7 @@ class Shortcut(AlphaFlow):
         "learning_rate": [1e-4, 3e-4, 6e-4, 1e-3],
         "share_equal": [0.5, 0.75, 0.875],
         "times": list(TIMES),
+        "limit": [4.0, 8.0],
     }
 
     def losses(
