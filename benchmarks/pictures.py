@@ -18,6 +18,7 @@ from ldm_smd.evaluation.features import Extractor, load_extractor
 from ldm_smd.schema import check
 
 DIGITS = 5
+LEAST = 1e-9
 
 
 @dataclass
@@ -63,7 +64,7 @@ class NetworkMeasure:
         found = distances(features, self.training, self.extractor.unit_length, rounds)
         if held_out:
             found["frechet_held_out"] = frechet_distance(features, self.held_out)
-        return rounded(found | {"nearest": self._to_nearest(features) / self.new_distance})
+        return rounded(found | {"nearest": self._to_nearest(features) / max(self.new_distance, LEAST)})
 
     def _to_nearest(self, features: torch.Tensor) -> float:
         """Median distance to the nearest training picture."""
@@ -155,7 +156,7 @@ class PictureMeasure:
         nearest = self._nearest(pixels)
         copies = float((nearest <= self.config.near).double().mean())
         return {"pictures": len(pixels)} | rounded(
-            {"copies": copies, "nearest_pixels": float(nearest.median()) / self._new_distance}
+            {"copies": copies, "nearest_pixels": float(nearest.median()) / max(self._new_distance, LEAST)}
         )
 
 

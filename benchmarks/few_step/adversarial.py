@@ -43,6 +43,9 @@ class DMD2Settings:
     """Weight of the classifier in the critic's loss."""
     steps: int = 4
     """Noises that the generator is trained at."""
+    first: float = 5.0
+    """Sigma that the first step is told. Where it is the process' last, the start is a constant there, which training does not
+    leave (few_step/known.py); DMD2's one-step SDXL tells its network a middle timestep for the same reason."""
 
 
 class DMD2(Method):
@@ -61,6 +64,7 @@ class DMD2(Method):
         "critic_rate": [5e-5, 1e-4, 3e-4],
         "critic_updates": [1, 2, 5],
         "gan": [0.0, 3e-3, 3e-2],
+        "first": [2.0, 5.0, 80.0],
         "steps": [2, 4, 8],
     }
 
@@ -69,7 +73,7 @@ class DMD2(Method):
         model, critic = denoiser(start), FakeScore(denoiser(start))
         self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
         self.cycle = settings.critic_updates * settings.steps
-        self.sigmas = trailing(model, settings.steps)
+        self.sigmas = trailing(model, settings.steps).clamp_max(settings.first)
         for name, network, rate in (("model", model, settings.learning_rate), ("critic", critic, settings.critic_rate)):
             self.add(name, network, torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.01, fused=True))
         self.last = torch.zeros((), device=start.device)
@@ -125,7 +129,8 @@ class DMD2(Method):
     def sample(
         self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
     ) -> torch.Tensor:
-        return resample(lambda x, sigma: network.clean(x, sigma, labels), noise, trailing(network, steps), generator)
+        sigmas = trailing(network, steps).clamp_max(self.settings.first)
+        return resample(lambda x, sigma: network.clean(x, sigma, labels), noise, sigmas, generator)
 
 
 @dataclass
