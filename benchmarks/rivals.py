@@ -1,6 +1,6 @@
 """Few-step methods that people would pick, trained from the same Gaussian model at the same cost, and measured alike.
 
-Parts: check (data whose distribution is known), costs (a step's seconds over the denoising loss'), search (settings of each
+Parts: check (data whose distribution is known), costs (of all that is searched, in denoising steps), search (settings of each
 method), contest (the best settings, several seeds), collect (join what there is). Each training writes a file of its own into
 ``folder``; a part that is run again does what is missing.
 
@@ -22,6 +22,7 @@ import sys
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from few_step import METHODS
 from few_step.contest import first_frechet, load_start_and_latents, run_jobs
@@ -92,14 +93,15 @@ def rivals(config: RivalsConfig) -> Path:
         costs = known_costs(jobs, config, folder)
         if config.part != "costs":
             run_jobs(jobs, costs, config, folder / config.part)
+        if config.part == "search":
+            jobs = [combined(method, config.search_budget, folder / "search") for method in config.methods]
+            run_jobs(jobs, known_costs(jobs, config, folder), config, folder / "search")
     return collect(config, folder)
 
 
 def planned(config: RivalsConfig, folder: Path) -> list[Job]:
-    """The trainings of a part; for the costs, the untrained defaults."""
-    if config.part == "costs":
-        return [Job(method) for method in config.methods]
-    if config.part == "search":
+    """The trainings of a part; for the costs, those of the search."""
+    if config.part in ("costs", "search"):
         tries = [searched(method, config.tries, config.search_budget) for method in config.methods]
         return [job for jobs in zip_longest(*tries) for job in jobs if job]  # a stopped search has tried as many of each
     found = {method: entry["settings"] for method, entry in best_settings(folder / "search").items()}
@@ -141,6 +143,18 @@ def best_settings(folder: Path) -> dict[str, dict]:
         if result["method"] not in best or judged(result) < judged(best[result["method"]]):
             best[result["method"]] = result
     return best
+
+
+def combined(method: str, images: int, folder: Path) -> Job:
+    """All values that are better than the default's alone, together; of each setting, the best one."""
+    best: dict[str, tuple[float, Any]] = {}
+    found = [each for each in read_results(folder) if each["method"] == method and each["images"] == images]
+    plain = next((judged(each) for each in found if not each["settings"]), math.inf)
+    for result in found:
+        if len(result["settings"]) == 1 and judged(result) < plain:
+            [(name, value)] = result["settings"].items()
+            best[name] = min(best.get(name, (math.inf, None)), (judged(result), value), key=lambda each: each[0])
+    return Job(method, {name: value for name, (_, value) in best.items()}, 0, images)
 
 
 def collect(config: RivalsConfig, folder: Path) -> Path:

@@ -35,7 +35,7 @@ COSTLY = (
     "fitted",
 )
 """Settings that change what a step costs."""
-ROUNDS = 7
+ROUNDS = 3
 LEAST_STEPS = 4
 
 

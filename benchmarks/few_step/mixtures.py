@@ -139,12 +139,12 @@ class PosteriorDistillation(Mixture):
     Settings = DistillationSettings
     SEARCH = {
         "learning_rate": [1e-4, 2e-4, 5e-4],
-        "critic_rate": [2e-4, 5e-4, 1e-3],
         "fitted": [True, False],
         "views": ["conditional", "joined", "marginal"],
-        "pure_noise": [0.1, 0.3, 0.5],
+        "adversarial": [0.0, 0.3, 0.1, 1.0],
         "critic_updates": [1, 2],
-        "adversarial": [0.0, 0.3],
+        "critic_rate": [5e-4, 1e-3, 2e-4],
+        "pure_noise": [0.3, 0.1, 0.5],
     }
 
     def __init__(self, start: Start, settings: DistillationSettings) -> None:

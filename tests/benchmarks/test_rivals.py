@@ -269,7 +269,7 @@ def test_rivals_end_to_end(shards, vae_folder, pictures, yardstick_settings, tmp
         code, _, error = run(RivalsConfig, rivals.rivals, *common, f"part={part}")
         assert code == 0, error
     content = json.loads((tmp_path / "rivals-shapes.json").read_text())
-    assert len(content["search"]) == 4 and len(content["contest"]) == 5
+    assert 4 <= len(content["search"]) <= 6 and len(content["contest"]) == 5
     (cell,) = content["contest"][0]["steps"]["2"]["features"].values()
     assert cell["frechet"] > 0 and cell["frechet_held_out"] > 0
     assert len(list((tmp_path / "rivals" / "contest").glob("*.png"))) == 5
