@@ -124,7 +124,7 @@ class Energy(Mixture):
 
 @dataclass
 class DistillationSettings:
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-4
     critic_rate: float = 5e-4
     fitted: bool = False
     views: str = "conditional"
@@ -138,7 +138,7 @@ class PosteriorDistillation(Mixture):
 
     Settings = DistillationSettings
     SEARCH = {
-        "learning_rate": [1e-4, 2e-4, 5e-4],
+        "learning_rate": [5e-4, 1e-3],
         "fitted": [True, False],
         "views": ["conditional", "joined", "marginal"],
         "adversarial": [0.0, 0.3, 0.1, 1.0],
