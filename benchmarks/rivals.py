@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from few_step import METHODS
 from few_step.contest import first_frechet, load_start_and_latents, run_jobs
@@ -71,6 +71,10 @@ class RivalsConfig:
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     keep: list[str] = field(default_factory=list)
     """Methods whose weights are kept, of the first seed."""
+    gaussian: Optional[str] = None
+    """Folder of Gaussians (tools/fit_gaussian.py), to sample from their drafts too."""
+    draft_sigma: float = 2.5
+    draft_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
     workers: int = 1
     """Processes that train at a time, all on one device."""
     folder: str = "outputs/rivals"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -127,9 +128,15 @@ class DMD2(Method):
         return x, sigma
 
     def sample(
-        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+        self,
+        network: nn.Module,
+        noise: torch.Tensor,
+        labels: torch.Tensor,
+        steps: int,
+        generator: torch.Generator,
+        first: float | None = None,
     ) -> torch.Tensor:
-        sigmas = trailing(network, steps).clamp_max(self.settings.first)
+        sigmas = trailing(network, steps).clamp_max(min(self.settings.first, first or math.inf))
         return resample(lambda x, sigma: network.clean(x, sigma, labels), noise, sigmas, generator)
 
 
@@ -201,9 +208,15 @@ class DDGAN(Method):
 
     @torch.no_grad()
     def sample(
-        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+        self,
+        network: nn.Module,
+        noise: torch.Tensor,
+        labels: torch.Tensor,
+        steps: int,
+        generator: torch.Generator,
+        first: float | None = None,
     ) -> torch.Tensor:
-        sigmas = trailing(network, steps)
+        sigmas = trailing(network, steps).clamp_max(first or math.inf)
         x = noise
         for t, s in zip(sigmas, torch.cat((sigmas[1:], torch.zeros_like(sigmas[:1])))):
             x = posterior_step(network, x, t.expand(len(x)), s.expand(len(x)), labels, generator)

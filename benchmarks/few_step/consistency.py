@@ -90,6 +90,14 @@ class ECT(Method):
         return torch.cat((torch.full((1,), LARGEST, device=self.start.device), inner))
 
     def sample(
-        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+        self,
+        network: nn.Module,
+        noise: torch.Tensor,
+        labels: torch.Tensor,
+        steps: int,
+        generator: torch.Generator,
+        first: float | None = None,
     ) -> torch.Tensor:
-        return resample(lambda x, sigma: network.clean(x, sigma, labels), noise, self.nodes(steps), generator)
+        return resample(
+            lambda x, sigma: network.clean(x, sigma, labels), noise, self.nodes(steps).clamp_max(first or LARGEST), generator
+        )

@@ -22,6 +22,7 @@ from ldm_smd.data.images import load_pixels
 from ldm_smd.device import pick_device
 from ldm_smd.evaluation.distances import frechet_distance
 from ldm_smd.models.attention import set_attention_backend
+from ldm_smd.models.gaussian import LatentGaussians
 
 from .jobs import Job
 from .method import Latents, Method, Training, train
@@ -56,6 +57,8 @@ def load_start_and_latents(config: Any) -> tuple[Start, Latents, FrozenAutoencod
     autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
     start, latents = load_start(config.start, device), load_latents(config.shards, autoencoder, device)
     start.latents, start.labels = latents.moments[:, 0], latents.labels
+    if config.gaussian:
+        start.gaussians = LatentGaussians.from_pretrained(config.gaussian, use_safetensors=True).to(device)
     return start, latents, autoencoder
 
 
@@ -88,15 +91,16 @@ def distances_to_training(pictures: PictureMeasure, pixels: torch.Tensor) -> dic
 
 
 @torch.no_grad()
-def sampled(method: Method, network: torch.nn.Module, world: World, steps: int) -> torch.Tensor:
-    """Pictures, uint8 (N, 3, H, W): of the held-out labels, with the same noise for every method."""
+def sampled(method: Method, network: torch.nn.Module, world: World, steps: int, first: float | None = None) -> torch.Tensor:
+    """Pictures, uint8 (N, 3, H, W), with the same noise for every method; with ``first``, from drafts at that sigma."""
     device, labels = world.start.device, world.labels
     side = world.start.unet.config.sample_size
     noise = torch.randn(len(labels), world.start.channels, side, side, generator=torch.Generator().manual_seed(world.seed))
     generator = torch.Generator(device).manual_seed(10 * steps + world.seed)
     parts = []
     for rows, part in zip(noise.split(SAMPLING_BATCH), labels.split(SAMPLING_BATCH)):
-        x0 = method.sample(network, rows.to(device), part, steps, generator)
+        x = rows.to(device) if first is None else world.start.draft(rows.to(device), first, part, generator)
+        x0 = method.sample(network, x, part, steps, generator, first)
         parts.append(((world.autoencoder.decode(x0) + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(parts)
 
@@ -125,6 +129,10 @@ def run_job(job: Job, cost: float, world: World, config: Any, folder: Path) -> d
             result["steps"][str(count)] = world.measure(pixels)
             if count in SHEET_STEPS:
                 rows.append(pixels[:SHEET_PICTURES])
+        drafts = [] if world.start.gaussians is None else config.draft_steps
+        for count in drafts:
+            pixels = sampled(method, network, world, count, config.draft_sigma)
+            result.setdefault("steps_from_drafts", {})[str(count)] = world.measure(pixels)
     except (FloatingPointError, ValueError, torch.OutOfMemoryError) as error:
         result["failed"] = str(error)
     result["seconds"] = round(time.perf_counter() - began, 1)

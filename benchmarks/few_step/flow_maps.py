@@ -86,13 +86,20 @@ class FlowMap(Method):
 
     @torch.no_grad()
     def sample(
-        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+        self,
+        network: nn.Module,
+        noise: torch.Tensor,
+        labels: torch.Tensor,
+        steps: int,
+        generator: torch.Generator,
+        first: float | None = None,
     ) -> torch.Tensor:
-        """z_r = z_t - (t - r) u(z_t, r, t), in even steps from t = 1."""
-        z = noise
+        """z_r = z_t - (t - r) u(z_t, r, t), in even steps from t = 1, or where ``first`` is."""
+        farthest = 1.0 if first is None else first / (1 + first)
+        z = noise * ((1 - farthest) ** 2 + farthest**2) ** 0.5
         for index in range(steps):
-            t = torch.full((len(z),), 1 - index / steps, device=z.device)
-            r = t - 1 / steps
+            t = torch.full((len(z),), farthest * (1 - index / steps), device=z.device)
+            r = t - farthest / steps
             z = z - column(t - r) * average_velocity(network, z, r, t, labels)
         return z
 

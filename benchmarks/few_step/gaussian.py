@@ -12,6 +12,7 @@ from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.schedulers.teleport import TeleportScheduler
 from ldm_smd.schedulers.timesteps import begin_run, step_options
 from ldm_smd.training.trained import adamw
 
@@ -59,12 +60,18 @@ class Gaussian(Method):
 
     @torch.no_grad()
     def sample(
-        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+        self,
+        network: nn.Module,
+        noise: torch.Tensor,
+        labels: torch.Tensor,
+        steps: int,
+        generator: torch.Generator,
+        first: float | None = None,
     ) -> torch.Tensor:
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return network.unet(x, t, labels, return_dict=False)[0]
 
-        return run_scheduler(self.settings.scheduler, predict, noise, steps, generator)
+        return run_scheduler(self.settings.scheduler, predict, noise, steps, generator, first)
 
 
 def run_scheduler(
@@ -73,11 +80,18 @@ def run_scheduler(
     noise: torch.Tensor,
     steps: int,
     generator: torch.Generator,
+    first: float | None = None,
 ) -> torch.Tensor:
-    """x_0 by a scheduler of SCHEDULERS; ``predict`` gives v of x_t and t."""
+    """x_0 by a scheduler of SCHEDULERS; ``predict`` gives v of x_t and t. Where ``first`` is given, on the schedule that ends
+    at this sigma, as TeleportScheduler has it."""
     scheduler = make_scheduler(SCHEDULERS[name], build_scheduler(DiffusionConfig()))
+    if first is not None:
+        scheduler = TeleportScheduler.from_config(scheduler.config, scheduler=SCHEDULERS[name], sigma_skip=first).rest
     timesteps = begin_run(scheduler, steps, None)
     x = noise * scheduler.init_noise_sigma
+    if first is not None:  # in the scheduler's units
+        s = (1.0 - scheduler.alphas_cumprod[-1].item()) ** 0.5
+        x = scheduler.add_noise(torch.zeros_like(noise), noise / s, timesteps[:1].repeat(len(noise)))
     for index, t in enumerate(timesteps):
         v = predict(scheduler.scale_model_input(x, t), t.to(x.device))
         x = scheduler.step(v, t, x, **step_options(scheduler, generator, index)).prev_sample

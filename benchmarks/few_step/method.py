@@ -60,9 +60,16 @@ class Method:
         raise NotImplementedError
 
     def sample(
-        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+        self,
+        network: nn.Module,
+        noise: torch.Tensor,
+        labels: torch.Tensor,
+        steps: int,
+        generator: torch.Generator,
+        first: float | None = None,
     ) -> torch.Tensor:
-        """x_0 (N, C, h, w) from standard normal noise of that shape, in so many evaluations of ``network``."""
+        """x_0 (N, C, h, w) from standard normal noise of that shape, in so many evaluations of ``network``; where ``first`` is
+        given, from x_t = a x_0 + s eps with s / a = first, in place of the noise."""
         raise NotImplementedError
 
 

@@ -18,7 +18,7 @@ from ldm_smd.models.fit import fit_posterior_noise
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.training.distillation import FARTHEST, MOMENTUM, NEAREST
 from ldm_smd.training.fit_gaussian import LATENTS_PER_COMPONENT
-from ldm_smd.training.judges import Judges, critic_of
+from ldm_smd.training.judges import Judges, critic_objective, critic_of
 from ldm_smd.training.trained import adamw
 
 from .gaussian import run_scheduler
@@ -55,12 +55,18 @@ class Mixture(Method):
 
     @torch.no_grad()
     def sample(
-        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+        self,
+        network: nn.Module,
+        noise: torch.Tensor,
+        labels: torch.Tensor,
+        steps: int,
+        generator: torch.Generator,
+        first: float | None = None,
     ) -> torch.Tensor:
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.velocity(network, x, t, labels, 1, generator)
 
-        return run_scheduler("DDPM", predict, noise, steps, generator)
+        return run_scheduler("DDPM", predict, noise, steps, generator, first)
 
 
 def mixture(start: Start, fitted: bool) -> SMDUNet2DModel:
@@ -158,12 +164,11 @@ class PosteriorDistillation(Mixture):
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         for _ in range(self.settings.critic_updates - 1):
-            self.descend("critic", self.losses(x0, labels, generator, False)["critic_loss"].mean(), rate)
+            self.descend("critic", critic_objective(self.losses(x0, labels, generator, False)).mean(), rate)
         losses = self.losses(x0, labels, generator, True)
-        means = {name: value.mean() for name, value in losses.items()}
-        self.descend("model", means["loss"], rate)
-        self.descend("critic", means["critic_loss"], rate)
-        return {name: value.detach() for name, value in means.items()}
+        self.descend("model", losses["loss"].mean(), rate)
+        self.descend("critic", critic_objective(losses).mean(), rate)
+        return {name: value.detach().mean() for name, value in losses.items()}
 
     def losses(
         self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, model_learns: bool
@@ -177,3 +182,14 @@ class PosteriorDistillation(Mixture):
         r = torch.empty(len(x0), device=x0.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator).round().long()
         second = torch.randn(x0.shape, **options)
         return self.judges.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
+
+
+@dataclass
+class WhiteNoiseSettings(DistillationSettings):
+    fitted: bool = False
+
+
+class WhiteNoiseDistillation(PosteriorDistillation):
+    """The same with the paper's own noise, and nothing fitted."""
+
+    Settings = WhiteNoiseSettings

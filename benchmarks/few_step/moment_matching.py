@@ -107,18 +107,25 @@ class IMM(Method):
         self.descend("model", loss, rate)
         return {"loss": loss.detach()}
 
-    def nodes(self, steps: int) -> torch.Tensor:
-        """Sigmas from the largest to the least: the middle one for two steps, for more even in t."""
-        t = torch.linspace(FARTHEST, NEAREST, steps + 1, device=self.start.device)
-        if steps == 2:
+    def nodes(self, steps: int, first: float | None = None) -> torch.Tensor:
+        """Sigmas from the first, or the largest, to the least: the middle one for two steps, for more even in t."""
+        farthest = FARTHEST if first is None else first / (1 + first)
+        t = torch.linspace(farthest, NEAREST, steps + 1, device=self.start.device)
+        if steps == 2 and first is None:
             t[1] = self.settings.middle / (1 + self.settings.middle)
         return t / (1 - t)
 
     @torch.no_grad()
     def sample(
-        self, network: nn.Module, noise: torch.Tensor, labels: torch.Tensor, steps: int, generator: torch.Generator
+        self,
+        network: nn.Module,
+        noise: torch.Tensor,
+        labels: torch.Tensor,
+        steps: int,
+        generator: torch.Generator,
+        first: float | None = None,
     ) -> torch.Tensor:
-        x, nodes = noise, self.nodes(steps)
+        x, nodes = noise, self.nodes(steps, first)
         for t, s in pairwise(nodes):
             x = transition(network, x, t.expand(len(x)), s.expand(len(x)), labels)[0]
         return x * levels(nodes[-1:])[0].reciprocal()

@@ -12,6 +12,7 @@ from torch import nn
 
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DiffusionConfig
+from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.models.mixture import Draws
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schedulers.schedule import build_scheduler
@@ -33,12 +34,22 @@ class Start:
         unet: a Gaussian model that predicts v, on the device; never changed.
         alphas_cumprod: of its process, on the device.
         latents, labels: of the data, (N, C, h, w) and (N,); None where no method fits anything to them.
+        gaussians: a mixture fitted to the data, of tools/fit_gaussian.py; its drafts are where sampling may start.
     """
 
     unet: SMDUNet2DModel
     alphas_cumprod: torch.Tensor
     latents: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    gaussians: LatentGaussians | None = None
+
+    def draft(self, noise: torch.Tensor, sigma: float, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """x_t = a x_0 + s eps with s / a = sigma, were x_0 of the Gaussians, from pure noise, (N, C, h, w)."""
+        assert self.gaussians is not None
+        a = (1 + sigma**2) ** -0.5
+        end = float(self.alphas_cumprod[-1])
+        uniform = torch.rand(len(noise), generator=generator, device=noise.device)
+        return self.gaussians.transport(noise, (end**0.5, (1 - end) ** 0.5), (a, sigma * a), labels, uniform)
 
     @property
     def device(self) -> torch.device:

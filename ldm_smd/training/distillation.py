@@ -12,7 +12,7 @@ from einops import rearrange
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
 from ..errors import UserError
-from .judges import Judges, critic_of, gaussian
+from .judges import Judges, critic_objective, critic_of, gaussian
 from .run import Run
 from .step import draw_step, known_conditions, parts, trained_model, whole_batch
 from .step_noise import StepNoise
@@ -59,34 +59,35 @@ class Distillation:
 
     def step(self, batch: LatentBatch, images_seen: int, learning_rate: float) -> dict[str, torch.Tensor]:
         clip, critic_rate = self.run.config.gradient_clip, learning_rate * self.critic_rate
-        more = self.run.config.objective.distillation.critic_updates - 1
-        for number in range(1, more + 1):
-            self.backward(batch, self.draw(batch, images_seen, number), {"critic_loss": self.critic})
+        for number in range(1, self.run.config.objective.distillation.critic_updates):
+            self.backward(batch, self.draw(batch, images_seen, number), ["critic"])
             self.critic.descend(critic_rate, clip)
-        losses = self.backward(batch, self.draw(batch, images_seen), {"loss": self.model, "critic_loss": self.critic})
+        losses = self.backward(batch, self.draw(batch, images_seen), ["model", "critic"])
         norm = self.model.descend(learning_rate, clip)
         self.critic.descend(critic_rate, clip)
         return losses | {"gradient_norm": norm}
 
-    def backward(self, batch: LatentBatch, noise: TwoViews, learning: dict[str, TrainedNetwork]) -> dict[str, torch.Tensor]:
-        """Set the gradients of a batch, in ``accumulate`` parts; ``learning`` has networks by their losses. Returns all mean
-        losses."""
+    def backward(self, batch: LatentBatch, noise: TwoViews, names: list[str]) -> dict[str, torch.Tensor]:
+        """Set the gradients of a batch of the networks named, in ``accumulate`` parts; returns the mean losses."""
         run, size = self.run, len(batch.labels)
-        totals = dict.fromkeys(("loss", "critic_loss", "teacher_loss"), torch.zeros((), device=batch.labels.device))
-        for trained in learning.values():
+        learning = [self.networks[name] for name in names]
+        totals: dict[str, torch.Tensor] = {}
+        for trained in learning:
             trained.network.zero_grad()
         for rows, last in parts(size, run.config.accumulate):
             with ExitStack() as waiting:
-                for trained in () if last else learning.values():
+                for trained in () if last else learning:
                     waiting.enter_context(run.accelerator.no_sync(trained.forward))
-                losses = self.losses(batch.rows(*rows), noise.rows(*rows), "loss" in learning)
-                for name in learning:
-                    run.accelerator.backward(losses[name].sum() / size)
-            totals = {name: total + losses[name].detach().sum() / size for name, total in totals.items()}
+                losses = self.losses(batch.rows(*rows), noise.rows(*rows), "model" in names)
+                objectives = {"model": losses["loss"], "critic": critic_objective(losses)}
+                for name in names:
+                    run.accelerator.backward(objectives[name].sum() / size)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().sum() / size
         return totals
 
     def losses(self, batch: LatentBatch, noise: TwoViews, model_learns: bool = True) -> dict[str, torch.Tensor]:
-        """Return the model's loss, the critic's, and the teacher's error where the critic's is taken, each (b,)."""
+        """Return what ``Judges.losses`` does; without the model's graph unless it learns."""
         run, path = self.run, self.process
         prediction_type, t = run.config.diffusion.prediction_type, noise.t
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))

@@ -21,6 +21,8 @@ from .run import Run
 
 TIME_FEATURES = 128
 SMALLEST = 1e-4
+LOGIT_WEIGHT = 0.1
+"""Of the logit's loss beside the denoiser's, in the critic's objective."""
 Conditions = dict[str, torch.Tensor | None]
 Forward = Callable[..., tuple[torch.Tensor]]
 
@@ -56,7 +58,8 @@ class Judges:
         second_eps: torch.Tensor,
         conditions: Conditions,
     ) -> dict[str, torch.Tensor]:
-        """Return the mixture's loss, the critic's, and the teacher's error where the critic's is taken, each (B,).
+        """Return the mixture's loss, the critic's as a denoiser, the teacher's where the critic's is taken, and with an
+        adversarial weight the logit's, each (B,). The critic learns by ``critic_objective`` of them.
 
         Args:
             teacher, critic: forward passes, the critic's of ``critic_of``.
@@ -84,16 +87,17 @@ class Judges:
         scale = (drawn.detach() - true).abs().flatten(1).mean(dim=1).clamp_min(SMALLEST).view(-1, 1, 1, 1)
         goal = drawn.detach() - (own.detach() - true) / scale
         gain = x0_per_prediction(self.prediction_type, *path.signal_and_noise(u, view))
+        adversarial: dict[str, torch.Tensor] = {}
         critic_loss, teacher_loss = (((found - drawn.detach()) / gain).square().flatten(1).mean(dim=1) for found in (own, true))
         if weight > 0:
             drawn_logit, true_logit = said[:, channels:].mean(dim=(1, 2, 3)).chunk(2)
             (slope,) = torch.autograd.grad(drawn_logit.sum(), drawn, retain_graph=True)
             push = torch.sigmoid(-drawn_logit.detach()).view(-1, 1, 1, 1) * slope / slope.abs().mean().clamp_min(SMALLEST**2)
             goal = goal + weight * push
-            critic_loss = critic_loss + LOGIT_WEIGHT * (F.softplus(drawn_logit) + F.softplus(-true_logit))
+            adversarial = {"logit_loss": F.softplus(drawn_logit) + F.softplus(-true_logit)}
         # An error of v is one of x_0 over s_t.
         loss = 0.5 / path.signal_and_noise(t, t)[1] * (x - goal).square().flatten(1).mean(dim=1)
-        return {"loss": loss, "critic_loss": critic_loss, "teacher_loss": teacher_loss}
+        return {"loss": loss, "critic_loss": critic_loss, "teacher_loss": teacher_loss} | adversarial
 
     def view(
         self, x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, second_eps: torch.Tensor
@@ -108,8 +112,10 @@ class Judges:
         return beside(view, x_t, t, conditions) if self.settings.views == "conditional" else (view, conditions)
 
 
-LOGIT_WEIGHT = 0.1
-"""Of the discriminator's loss beside the critic's."""
+def critic_objective(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a critic is trained by, of the losses that ``Judges`` returns."""
+    logit = losses.get("logit_loss")
+    return losses["critic_loss"] if logit is None else losses["critic_loss"] + LOGIT_WEIGHT * logit
 
 
 def critic_of(teacher: SMDUNet2DModel, settings: DistillationConfig) -> SMDUNet2DModel:

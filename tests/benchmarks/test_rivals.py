@@ -13,6 +13,7 @@ from few_step.network import Critic, denoiser, levels, start_from
 from rivals import RivalsConfig
 
 from ldm_smd.errors import UserError
+from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.models.unet import SMDUNet2DModel
 
 
@@ -197,7 +198,22 @@ def test_step_and_sample(start, latents, name):
         assert found.shape == noise.shape and found.isfinite().all()
         again = method.sample(network, noise, labels, steps, torch.Generator().manual_seed(0))
         torch.testing.assert_close(found, again)
+        from_draft = method.sample(network, noise, labels, steps, torch.Generator().manual_seed(0), 1.5)
+        assert from_draft.isfinite().all() and not torch.allclose(from_draft, found)
     assert set(METHODS[name].SEARCH) <= set(vars(method.settings))
+
+
+def test_drafts_are_of_the_gaussians_at_their_sigma(start):
+    start.gaussians = LatentGaussians(3, 4, 4, rank=1, count=1, shared=True, num_classes=2)
+    start.gaussians.log_weights.zero_()
+    start.gaussians.means.fill_(3.0)
+    start.gaussians.variances.fill_(0.01)
+    start.gaussians.tails.fill_(0.01)
+    noise = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    drafts = start.draft(noise, 2.0, torch.arange(64) % 3, torch.Generator().manual_seed(0))
+    a = 5**-0.5
+    assert drafts.mean() == pytest.approx(3 * a, abs=0.05)
+    assert drafts.std() == pytest.approx((4 + 0.01) ** 0.5 * a, abs=0.05)
 
 
 def test_training_stops_where_a_loss_is_no_number(start, latents):
