@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from few_step import METHODS
-from few_step.contest import first_frechet, load_start_and_latents, run_jobs
+from few_step.contest import load_start_and_latents, run_jobs
 from few_step.jobs import Job, read_settings, searched, step_costs
 from few_step.known import check_known
+from few_step.report import draw, tables, targets
 from omegaconf import MISSING
+from targets import target_table
 from yardstick import RESULTS
 
 from ldm_smd.cli import run_tool
@@ -57,7 +59,7 @@ class RivalsConfig:
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
     """Real pictures no model has seen; their labels are the labels sampled."""
     features: list[str] = field(default_factory=lambda: ["checkpoints/classifier", "checkpoints/features-selfsupervised"])
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    methods: list[str] = field(default_factory=lambda: [name for name in METHODS if name != "folder"])
     settings: list[str] = field(default_factory=list)
     """METHOD.setting=value: of the contest, in place of what the search found."""
     budget: int = 80_000
@@ -71,6 +73,13 @@ class RivalsConfig:
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     keep: list[str] = field(default_factory=list)
     """Methods whose weights are kept, of the first seed."""
+    measured: list[str] = field(default_factory=list)
+    """Folders of mixtures that are measured beside what is trained."""
+    device_name: str = ""
+    """What the trainings ran on, for the result."""
+    start_schedulers: list[str] = field(default_factory=lambda: ["UniPC", "SDE-DPM-Solver++", "DDPM"])
+    start_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 100])
+    """Of the Gaussian model that all start from."""
     gaussian: Optional[str] = None
     """Folder of Gaussians (tools/fit_gaussian.py), to sample from their drafts too."""
     draft_sigma: float = 2.5
@@ -113,7 +122,8 @@ def planned(config: RivalsConfig, folder: Path) -> list[Job]:
     jobs = [
         Job(method, found.get(method, {}), seed, config.budget) for seed in range(config.seeds) for method in config.methods
     ]
-    return [Job("gaussian", {"scheduler": name}) for name in ("UniPC", "SDE-DPM-Solver++", "DDPM")] + jobs
+    given = [Job("folder", {"folder": folder}) for folder in config.measured]
+    return [Job("gaussian", {"scheduler": name}) for name in config.start_schedulers] + given + jobs
 
 
 def known_costs(jobs: list[Job], config: RivalsConfig, folder: Path) -> dict[str, float]:
@@ -163,50 +173,22 @@ def combined(method: str, images: int, folder: Path) -> Job:
 
 def collect(config: RivalsConfig, folder: Path) -> Path:
     """Join the files of all jobs; returns the JSON file."""
-    content = {"name": config.name, "budget": config.budget, "samples": config.samples, "batch": config.batch}
+    command = " ".join(["python", "benchmarks/rivals.py", *sys.argv[1:]])
+    content = {"command": command, "device": config.device_name}
+    content |= {name: getattr(config, name) for name in ("name", "budget", "search_budget", "samples", "batch")}
     costs = folder / "costs.json"
     content["costs"] = json.loads(costs.read_text(encoding="utf-8")) if costs.is_file() else {}
     for part in ("search", "contest"):
         content[part] = sorted(read_results(folder / part), key=lambda result: (result["method"], judged(result)))
+    content["targets"] = targets(content)
     path = RESULTS / f"rivals-{config.name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    text = "\n".join(report(content, config.steps)) + "\n"
+    text = "\n".join([f"`{content['command']}`", *tables(content), *target_table(content["targets"])]) + "\n"
     path.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(content, path.with_suffix(".png"))
     print(text)
     return path
-
-
-def report(content: dict, steps: list[int]) -> list[str]:
-    """Markdown: the contest, a row for each method and settings, mean over seeds and deviation; then the search."""
-    lines = [
-        f"Frechet distance to training pictures, {content['name']}: every training costs as much as {content['budget']} images "
-        f"of the denoising loss; {content['samples']} samples.",
-        "",
-        "| method | settings | cost of a step | images | seeds | " + " | ".join(f"{n} steps" for n in steps) + " |",
-        "|---" * (len(steps) + 5) + "|",
-    ]
-    groups: dict[str, list[dict]] = {}
-    for result in content["contest"]:
-        key = f"{result['method']} {json.dumps(result['settings'], sort_keys=True)} {result['images']}"
-        groups.setdefault(key, []).append(result)
-    lines += [row(group, steps) for group in groups.values()]
-    if content["search"]:
-        lines += ["", "Search, one seed, best first:", "", *lines[2:4]]
-        lines += [row([result], steps) for result in content["search"]]
-    return lines
-
-
-def row(group: list[dict], steps: list[int]) -> str:
-    first = group[0]
-    settings = ", ".join(f"{name}={value}" for name, value in first["settings"].items()) or "default"
-    cells = []
-    for count in map(str, steps):
-        values = [first_frechet(result["steps"][count]) for result in group if count in result.get("steps", {})]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.2f}{spread}" if values else "failed")
-    images = first["trained_images"] if first["images"] else "none"
-    return f"| {first['method']} | {settings} | {first['cost']:.2f} | {images} | {len(group)} | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from .consistency import ECT
 from .flow_maps import AlphaFlow, MeanFlow, Shortcut
 from .gaussian import Gaussian
 from .method import Method
-from .mixtures import Energy, PosteriorDistillation, WhiteNoiseDistillation
+from .mixtures import Energy, Folder, PosteriorDistillation, WhiteNoiseDistillation
 from .moment_matching import IMM
 
 METHODS: dict[str, type[Method]] = {
@@ -19,5 +19,6 @@ METHODS: dict[str, type[Method]] = {
     "ddgan": DDGAN,
     "energy": Energy,
     "distillation": PosteriorDistillation,
+    "folder": Folder,
     "distillation-iid": WhiteNoiseDistillation,
 }

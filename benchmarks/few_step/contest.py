@@ -28,6 +28,7 @@ from .jobs import Job
 from .method import Latents, Method, Training, train
 from .network import Start, load_start
 from .pictures import load_latents
+from .report import first_frechet
 
 SHEET_PICTURES, SHEET_STEPS = 16, (1, 2, 4, 8)
 SAMPLING_BATCH = 256
@@ -124,7 +125,7 @@ def run_job(job: Job, cost: float, world: World, config: Any, folder: Path) -> d
             save_file(halves, folder / f"{job.name}.safetensors")
         result["training_seconds"] = round(time.perf_counter() - began, 1)
         result["steps"] = {}
-        for count in config.steps:
+        for count in config.steps if job.images else config.start_steps:
             pixels = sampled(method, network, world, count)
             result["steps"][str(count)] = world.measure(pixels)
             if count in SHEET_STEPS:
@@ -145,11 +146,6 @@ def run_job(job: Job, cost: float, world: World, config: Any, folder: Path) -> d
     found = {count: first_frechet(cell) for count, cell in result.get("steps", {}).items()}
     print(f"{job.name} {job.settings}: {result.get('failed', found)} in {result['seconds']:.0f} s", flush=True)
     return result
-
-
-def first_frechet(cell: dict) -> float:
-    """The Frechet distance to training pictures in the first feature network."""
-    return next(iter(cell["features"].values()))["frechet"]
 
 
 def run_jobs(jobs: Sequence[Job], costs: dict[str, float], config: Any, folder: Path) -> None:

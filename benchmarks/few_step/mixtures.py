@@ -193,3 +193,21 @@ class WhiteNoiseDistillation(PosteriorDistillation):
     """The same with the paper's own noise, and nothing fitted."""
 
     Settings = WhiteNoiseSettings
+
+
+@dataclass
+class FolderSettings:
+    folder: str = ""
+
+
+class Folder(Mixture):
+    """A mixture that was trained elsewhere."""
+
+    Settings = FolderSettings
+    SEARCH: dict[str, list] = {}
+
+    def __init__(self, start: Start, settings: FolderSettings) -> None:
+        Method.__init__(self, start, settings)
+        self.process = DiffusionProcess(start.alphas_cumprod)
+        network = SMDUNet2DModel.from_pretrained(settings.folder, use_safetensors=True)
+        self.networks["model"] = network.to(start.device)

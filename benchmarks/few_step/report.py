@@ -1,0 +1,220 @@
+"""The contest as tables, targets and a figure."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from targets import target
+from yardstick import plain_log_ticks
+
+NOISE, DRAFTS = "steps", "steps_from_drafts"
+OURS, WHITE, SHIPPED, START = "distillation", "distillation-iid", "shipped mixture", "Gaussian start"
+Cell = Callable[[dict], float]
+
+
+def first_frechet(cell: dict) -> float:
+    """The Frechet distance to training pictures in the first feature network."""
+    return next(iter(cell["features"].values()))["frechet"]
+
+
+def of_network(network: str, measure: str = "frechet") -> Cell:
+    return lambda cell: cell["features"][network][measure]
+
+
+class Row:
+    """What the seeds of one method with one set of settings have in common.
+
+    Attributes:
+        name: the method, or what it is for the start and for a folder of weights.
+        images: of a Gaussian training of the same cost; 0 where nothing was trained for the contest.
+    """
+
+    def __init__(self, results: list[dict]) -> None:
+        first = results[0]
+        self.results, self.settings, self.images, self.cost = results, first["settings"], first["images"], first["cost"]
+        self.name = first["method"]
+        if not self.images:
+            self.name = SHIPPED if self.name == "folder" else f"{START}, {self.settings.get('scheduler', 'UniPC')}"
+
+    def values(self, start: str, steps: int | str, cell: Cell) -> list[float]:
+        return [cell(each[start][str(steps)]) for each in self.results if str(steps) in each.get(start, {})]
+
+    def mean(self, start: str, steps: int | str, cell: Cell) -> float:
+        """Over seeds; infinite where it was not measured."""
+        values = self.values(start, steps, cell)
+        return statistics.mean(values) if values else float("inf")
+
+    def counts(self, start: str) -> list[int]:
+        return sorted({int(steps) for each in self.results for steps in each.get(start, {})})
+
+    def text(self, start: str, steps: int | str, cell: Cell) -> str:
+        values = self.values(start, steps, cell)
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{spread}" if values else ""
+
+
+def rows_of(results: list[dict]) -> list[Row]:
+    groups: dict[str, list[dict]] = {}
+    for result in results:
+        if not result.get("failed"):
+            key = f"{result['method']} {json.dumps(result['settings'], sort_keys=True)} {result['images']}"
+            groups.setdefault(key, []).append(result)
+    return [Row(group) for group in groups.values()]
+
+
+def networks_of(rows: list[Row]) -> list[str]:
+    return list(next(iter(rows[0].results[0][NOISE].values()))["features"])
+
+
+def tables(content: dict) -> list[str]:
+    """Markdown: a table for each feature network, one for copies and recall, and the search."""
+    lines: list[str] = []
+    rows = rows_of(content["contest"])
+    if rows:
+        noise, drafts = (sorted({n for row in rows for n in row.counts(start)}) for start in (NOISE, DRAFTS))
+        head = ["method", "step", "images", "seeds", *(f"{n}" for n in noise), *(f"{n}, drafts" for n in drafts)]
+        for network in networks_of(rows):
+            cell = of_network(network)
+            lines += [
+                "",
+                f"{content['name']}, Frechet distance to training pictures in the features of `{network}` by evaluations of "
+                f"the network, from noise and from drafts; mean ± standard deviation over training seeds, {content['samples']} "
+                f"samples. Every training costs as much as {content['budget']:,} images of the denoising loss; step: its cost "
+                "for a picture over that of the denoising loss.",
+                "",
+                *table(head, [[*about(row), *numbers(row, noise, drafts, cell)] for row in rows]),
+            ]
+        lines += diversity(rows, networks_of(rows))
+    if content["search"]:
+        searched = rows_of(content["search"])
+        counts = sorted({n for row in searched for n in row.counts(NOISE)})
+        settings = [[row.name, listed(row), *numbers(row, counts, [], first_frechet)] for row in searched]
+        lines += ["", "The search, best first, one seed each:", ""]
+        lines += table(["method", "settings", *(f"{n}" for n in counts)], settings)
+    return lines
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def about(row: Row) -> list[str]:
+    trained = f"{row.results[0]['trained_images']:,}" if row.images else ""
+    return [row.name, f"{row.cost:.2f}" if row.images else "", trained, str(len(row.results)) if row.images else ""]
+
+
+def listed(row: Row) -> str:
+    return ", ".join(f"{name}={value}" for name, value in row.settings.items()) or "default"
+
+
+def numbers(row: Row, noise: list[int], drafts: list[int], cell: Cell) -> list[str]:
+    return [row.text(start, n, cell) for start, counts in ((NOISE, noise), (DRAFTS, drafts)) for n in counts]
+
+
+def diversity(rows: list[Row], networks: list[str]) -> list[str]:
+    """Recall, coverage and copies at four evaluations from noise and one from drafts."""
+    lines = [
+        "",
+        "Recall in both networks, coverage in the first, and copies: the share of samples within a root mean square of ",
+    ]
+    lines[-1] += "0.1 of a training picture. Four evaluations from noise, then one from drafts."
+    head = ["method"]
+    for start in ("noise, 4", "drafts, 1"):
+        head += [f"recall ({start})", "coverage", "copies"]
+    found = []
+    for row in rows:
+        cells = [row.name]
+        for start, steps in ((NOISE, 4), (DRAFTS, 1)):
+            recall = " / ".join(row.text(start, steps, of_network(network, "recall")) for network in networks)
+            coverage = row.text(start, steps, of_network(networks[0], "coverage"))
+            cells += [recall, coverage, row.text(start, steps, lambda cell: cell["copies"])]
+        found.append(cells)
+    return [*lines, "", *table(head, found)]
+
+
+def targets(content: dict) -> list[dict]:
+    """Those that what was measured says something about; n evaluations from noise or from drafts, whichever is better, for
+    every method alike."""
+    rows = rows_of(content["contest"])
+    by_name = {row.name: row for row in rows}
+    starts = [row for row in rows if row.name.startswith(START)]
+    found: list[dict] = []
+    if not starts:
+        return found
+    for network in networks_of(rows):
+        cell = of_network(network)
+
+        def best(row: Row, steps: int, cell: Cell = cell) -> float:
+            return min(row.mean(start, steps, cell) for start in (NOISE, DRAFTS))
+
+        gaussian = min(row.mean(NOISE, n, cell) for row in starts for n in row.counts(NOISE))
+        where = f"`{network}`"
+        for name in (OURS, SHIPPED):
+            if name in by_name:
+                row = by_name[name]
+                for steps, wanted in ((4, "<= 0.55"), (2, "<= 0.8"), (1, "<= 1")):
+                    found.append(
+                        target(f"{name}, {steps} steps / Gaussian at any, {where}", wanted, best(row, steps) / gaussian)
+                    )
+                ratio = row.mean(NOISE, 16, cell) / row.mean(NOISE, 4, cell)
+                found.append(target(f"{name}, 16 steps / 4 steps, {where}", "<= 1.05", ratio))
+        if WHITE in by_name:
+            ratio = by_name[WHITE].mean(NOISE, 1, cell) / min(row.mean(NOISE, 1, cell) for row in starts)
+            found.append(target(f"{WHITE}, 1 step / Gaussian, 1 step, {where}", "<= 0.15", ratio))
+        rivals = [row for row in rows if row.images and row.name not in (OURS, WHITE)]
+        if OURS in by_name and rivals:
+            for steps in (1, 2, 4, 8):
+                ratio = best(by_name[OURS], steps) / min(best(row, steps) for row in rivals)
+                found.append(target(f"{OURS}, {steps} steps / best rival, {where}", "<= 1", ratio))
+        found += recalled(by_name, starts, network)
+    if OURS in by_name:
+        found.append(target("training step / denoising step", "<= 2.5", by_name[OURS].cost))
+    return found
+
+
+def recalled(by_name: dict[str, Row], starts: list[Row], network: str) -> list[dict]:
+    """Recall and coverage at 4 steps, less those of the Gaussian model where its Frechet distance is least."""
+    frechet = of_network(network)
+    row, steps = min(
+        ((row, n) for row in starts for n in row.counts(NOISE)), key=lambda each: each[0].mean(NOISE, each[1], frechet)
+    )
+    found = []
+    for name in (OURS, SHIPPED):
+        for measure in ("recall", "coverage"):
+            if name in by_name:
+                cell = of_network(network, measure)
+                less = by_name[name].mean(NOISE, 4, cell) - row.mean(NOISE, steps, cell)
+                found.append(target(f"{name}, 4 steps, {measure} less the Gaussian's best, `{network}`", ">= -0.02", less))
+    return found
+
+
+def draw(content: dict, path: Path) -> None:
+    """Frechet distances by evaluations, a panel for each feature network; dashed from drafts."""
+    rows = rows_of(content["contest"])
+    if not rows:
+        return
+    networks = networks_of(rows)
+    figure, axes = plt.subplots(1, len(networks), figsize=(6.5 * len(networks), 5), squeeze=False)
+    for axis, network in zip(axes[0], networks):
+        cell = of_network(network)
+        for index, row in enumerate(rows):
+            colour = f"C{index % 10}" if not row.name.startswith(START) else "0.6"
+            width = 2.5 if row.name in (OURS, SHIPPED) else 1.0
+            for start, style in ((NOISE, "-"), (DRAFTS, "--")):
+                counts = row.counts(start)
+                if counts:
+                    values = [row.values(start, n, cell) for n in counts]
+                    spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+                    label = row.name if start == NOISE else None
+                    means = [statistics.mean(each) for each in values]
+                    axis.errorbar(counts, means, spread, label=label, ls=style, color=colour, marker=".", lw=width)
+        axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="Frechet distance", title=network)
+        plain_log_ticks(axis.xaxis, axis.yaxis)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
