@@ -43,7 +43,7 @@ class SchedulersConfig(ResultsConfig):
 
     gaussian: str = MISSING
     smd: str = MISSING
-    """Folders of networks, as checkpoints/unet-emoji-smd."""
+    """Folders of networks, as checkpoints/unet-emoji-energy."""
     autoencoder: str = MISSING
     """Folder of the AutoencoderKL of both."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

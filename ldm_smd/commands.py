@@ -68,7 +68,7 @@ examples:
 
 examples:
   python tools/train.py --config configs/train/emoji-smd.yaml
-  python tools/train.py --config configs/train/emoji-smd.yaml model.z_channels=0 objective.name=mse output=outputs/vanilla
+  python tools/train.py --config configs/train/emoji-vanilla.yaml output=outputs/vanilla
   python tools/train.py --config configs/train/emoji-smd.yaml --dry-run
   accelerate launch --num_processes 8 tools/train.py --config configs/train/emoji-smd.yaml
 """,
