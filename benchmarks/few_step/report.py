@@ -138,7 +138,7 @@ def diversity(rows: list[Row], networks: list[str]) -> list[str]:
 
 
 def targets(content: dict) -> list[dict]:
-    """Those that what was measured says something about, with sampling from noise alone, and for every method alike from noise or
+    """Those that what was measured says something about: from noise alone, and for every method alike from noise or
     from drafts, whichever is nearer."""
     rows = rows_of(content["contest"])
     by_name = {row.name: row for row in rows}
