@@ -1,6 +1,7 @@
 """The tools one after another on pictures, as the README has them; and the demo, tiny."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm_smd.apps.demo import demo
+from ldm_smd.apps.demo import demo, run_config
 from ldm_smd.apps.settings import DemoConfig
 from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode
@@ -102,7 +103,7 @@ def test_missing_parts_exit_with_two(run, train_config, tmp_path, missing):
 
 @pytest.mark.slow
 def test_demo(pictures, vae_folder, train_config, tmp_path):
-    """The demo's own code on tiny parts: both models, every table and picture of the report."""
+    """The demo's own code on tiny parts: models as shipped, continued and distilled; every table and picture of the report."""
     runs = []
     for name, changes in (("smd", []), ("vanilla", ["model.z_channels=0", "objective.name=mse"])):
         config = train_config(*changes, f"output={tmp_path / 'shipped' / name}", "log_every_images=16")
@@ -117,6 +118,11 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
         settings.write_text(yaml.safe_dump({**shared, **overrides}))
         (folder / "unet/metrics.jsonl").write_text((tmp_path / "shipped" / name / "metrics.jsonl").read_text())
         runs.append({"name": name, "config": str(settings), "checkpoint": str(folder / "unet")})
+    smd, vanilla = runs
+    distilling = yaml.safe_load(Path(smd["config"]).read_text()) | {"objective": {"name": "distillation"}}
+    (tmp_path / "distilled.yaml").write_text(yaml.safe_dump(distilling))
+    distilled = vanilla | {"name": "distilled", "config": str(tmp_path / "distilled.yaml"), "learning_rate_share": 1}
+    runs = [vanilla | {"learning_rate_share": 0}, distilled, smd]
     encoding = {"images": {"source": str(pictures), "resolution": 16}, "autoencoder": str(vae_folder), "num_workers": 0}
     (tmp_path / "encode.yaml").write_text(yaml.safe_dump({**encoding, "output": "unused"}))
     FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")
@@ -130,11 +136,31 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
         "steps": [2, 3],
     }
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(content))
-    page = demo(load_config(DemoConfig, tmp_path / "demo.yaml")).read_text()
+    config = load_config(DemoConfig, tmp_path / "demo.yaml")
+    page = demo(config).read_text()
     report = json.loads((tmp_path / "demo/report.json").read_text())
-    assert set(report["distance"]) == {"floor", "smd, DDPM", "vanilla, DDPM"}
+    assert set(report["distance"]) == {"floor", "vanilla, DDPM", "distilled, DDPM", "smd, DDPM"}
     assert set(report["distance"]["smd, DDPM"]) == {"2", "3"} and report["distance"]["floor"] < 1e-6
     assert set(report["spread"]["vanilla"].values()) == {0.0}
     assert {t["name"] for t in report["targets"]} >= {"demo, peak memory", "parameters of the models, apart by"}
     assert (tmp_path / "demo/comparison.png").stat().st_size > 10_000
-    assert page.count("data:image/png;base64,") == 6
+    row = report["few_steps"]
+    assert row["steps"] == 3 and [model["caption"] for model in row["models"]] == [
+        "Gaussian model, as shipped",
+        "mixture, after 32 images of distillation",
+        "mixture, after 32 images of training",
+    ]
+    assert [model["distance"] for model in row["models"]] == [report["distance"][m["title"]]["3"] for m in row["models"]]
+    before, after = (model["distance"] for model in row["models"][:2])
+    assert f"{before:.2f} before, {after:.2f} now" in row["seen"] and ("no nearer" in row["seen"]) == (after >= before)
+    assert row["seen"] in page and page.count("data:image/png;base64,") == 3 + 6 + 2
+
+    # What is not trained is the shipped network, in a model folder; what is trained has its rate.
+    weights = [
+        load_file(folder / "diffusion_pytorch_model.safetensors")
+        for folder in (Path(vanilla["checkpoint"]), tmp_path / "demo/vanilla/model/unet")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not (tmp_path / "demo/vanilla/metrics.jsonl").exists() and "train vanilla" not in report["seconds"]
+    configs = {run.name: run_config(config, run, str(vae_folder)) for run in config.runs}
+    assert configs["distilled"].learning_rate == pytest.approx(10 * configs["smd"].learning_rate)

@@ -1,4 +1,4 @@
-"""tools/demo.py: encode, continue the training of SMD and the Gaussian baseline from the shipped weights, sample, report."""
+"""tools/demo.py: encode, make a mixture of the shipped Gaussian model, compare it with the shipped models, report."""
 
 from __future__ import annotations
 
@@ -24,23 +24,28 @@ from ..data.settings import EncodeConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
 from ..diffusion.process import DiffusionProcess
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS, spread_over_eta
 from ..evaluation.distances import frechet_distance
 from ..evaluation.features import load_extractor
 from ..evaluation.reconstruction import reconstruction_psnr
 from ..files import claimed
 from ..models.denoiser import known_labels
+from ..models.unet import SMDUNet2DModel
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers import make_scheduler
+from ..schedulers.schedule import build_scheduler
 from ..training.loop import train
 from ..training.metrics_log import read_metrics
+from ..training.model_folder import model_card, write_model_folder
 from ..training.settings import TrainConfig
 from .report import write_report
 from .settings import DemoConfig, DemoRunConfig
 
-GRID_COLUMNS, GRID_ROWS = 8, 5
+GRID_COLUMNS, GRID_ROWS = 6, 6
+FEW_STEPS = 4
+"""The models are shown side by side at this number of steps, or the nearest of ``steps``."""
 SPREAD_PICTURES = 64
 LATENTS = "latents"
 LONGEST_NAME = 100
@@ -62,8 +67,9 @@ def demo(config: DemoConfig) -> Path:
                 raise UserError(f"held_out.source: expected labels of the {len(classes)} training classes, found {unknown[0]}")
             autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
             extractor = load_extractor(config.features)
+            configs = {run.name: run_config(config, run, encode_config.autoencoder) for run in config.runs}
+            shipped = {run.name: shipped_unet(run) for run in config.runs if run.learning_rate_share == 0}
             for run in config.runs:
-                load_config(TrainConfig, run.config)
                 for scheduler in run.schedulers:
                     make_scheduler(scheduler, DDPMScheduler())
         for name in (LATENTS, *(run.name for run in config.runs)):
@@ -79,8 +85,12 @@ def demo(config: DemoConfig) -> Path:
 
         pipelines: dict[str, SMDPipeline] = {}
         for run in config.runs:
-            with timed(seconds, f"train {run.name}"):
-                pipelines[run.name] = load_pipeline(train(run_config(config, run, encode_config.autoencoder)))
+            if run.name in shipped:
+                folder = shipped_model(configs[run.name], run, shipped[run.name], autoencoder, manifest)
+            else:
+                with timed(seconds, f"train {run.name}"):
+                    folder = train(configs[run.name])
+            pipelines[run.name] = load_pipeline(folder)
 
         reference = extractor(training_pixels, description="reference")
         distance: dict = {"floor": frechet_distance(extractor(held_out, description="floor"), reference)}
@@ -93,7 +103,7 @@ def demo(config: DemoConfig) -> Path:
                 pipeline = pipelines[run.name]
                 own = pipeline.scheduler
                 for scheduler in run.schedulers:
-                    title = f"{run.name}, {scheduler.removesuffix('Scheduler')}"
+                    title = sample_title(run, scheduler)
                     pipeline.scheduler = make_scheduler(scheduler, own)
                     distance[title], grids[title] = {}, {}
                     for steps in config.steps:
@@ -129,6 +139,7 @@ def demo(config: DemoConfig) -> Path:
             "distance": distance,
             "spread": spread,
             "parameters": parameters,
+            "few_steps": few_steps(config, pipelines, configs, seconds, distance),
             "samples": len(sampled_labels),
             "guidance_scale": config.guidance_scale,
             "threads": torch.get_num_threads(),
@@ -171,22 +182,82 @@ def run_config(config: DemoConfig, run: DemoRunConfig, autoencoder: str) -> Trai
     """Return the run's training config with the demo's lengths, starting from the shipped weights."""
     output = Path(config.output)
     base = load_config(TrainConfig, run.config)
-    return dataclasses.replace(
+    base = dataclasses.replace(
         base,
         shards=str(output / LATENTS),
         autoencoder=autoencoder,
         output=str(output / run.name),
         init_from=run.checkpoint,
+    )
+    if run.learning_rate_share == 0:
+        return base
+    return dataclasses.replace(
+        base,
         images_total=config.images,
-        # The shipped weights are averages: a full learning rate would first undo the averaging.
-        learning_rate=base.learning_rate / 10,
+        learning_rate=base.learning_rate * run.learning_rate_share,
         warmup_images=config.images // 10,
         cooldown_images=config.images // 2,
-        ema_halflife_images=min(base.ema_halflife_images, config.images // 4),
+        # Eight half-lives: the average has forgotten the start, which may be another kind of model.
+        ema_halflife_images=min(base.ema_halflife_images, config.images // 8),
         log_every_images=max(config.images // 20, base.batch_size),
         sample_every_images=config.images,
         checkpoint_every_images=config.images,
     )
+
+
+def shipped_unet(run: DemoRunConfig) -> SMDUNet2DModel:
+    """Load the network of a run that is shown as shipped."""
+    try:
+        return SMDUNet2DModel.from_pretrained(run.checkpoint, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        found = f"{run.checkpoint}: {one_line(error)}"
+        raise UserError(f"runs[].checkpoint: expected the folder of an SMDUNet2DModel, found {found}") from error
+
+
+def shipped_model(
+    config: TrainConfig, run: DemoRunConfig, unet: SMDUNet2DModel, autoencoder: FrozenAutoencoder, manifest: Manifest
+) -> Path:
+    """Write the model folder of a run that is shown as shipped, where a training would write its own; returns it."""
+    folder = Path(config.output) / "model"
+    labels = {str(number): name for number, name in enumerate(manifest.classes)} if unet.config.num_classes else None
+    pipeline = SMDPipeline(unet, autoencoder.model, build_scheduler(config.diffusion), labels)
+    write_model_folder(
+        folder, pipeline, model_card(run.name, f"The weights of `{run.checkpoint}`, as shipped.", config), "unet"
+    )
+    return folder
+
+
+def few_steps(
+    config: DemoConfig,
+    pipelines: dict[str, SMDPipeline],
+    configs: dict[str, TrainConfig],
+    seconds: dict[str, float],
+    distance: dict,
+) -> dict:
+    """Return what the report's first row of pictures says: ``steps``; ``models``, each with the title of its grid, a caption
+    and its distance; ``seen``, what a run trained at the full rate has gained over the weights it started from."""
+    steps = min(config.steps, key=lambda n: abs(n - FEW_STEPS))
+    models, at = [], {}
+    for run in config.runs:
+        title = sample_title(run, run.schedulers[0])
+        kind = "mixture" if pipelines[run.name].unet.is_mixture else "Gaussian model"
+        lesson = "distillation" if configs[run.name].objective.name == "distillation" else "training"
+        state = f"after {config.images:,} images of {lesson}" if run.learning_rate_share else "as shipped"
+        at[run.name] = distance[title][steps]
+        models.append({"title": title, "caption": f"{kind}, {state}", "distance": at[run.name]})
+    seen = []
+    for run in config.runs:
+        starts = [other for other in config.runs if other.checkpoint == run.checkpoint and other.learning_rate_share == 0]
+        if run.learning_rate_share == 1 and starts:
+            before, after = at[starts[0].name], at[run.name]
+            change = "nearer to the training pictures" if after < before else "no nearer to the training pictures"
+            spent = f"{config.images:,} images and {seconds[f'train {run.name}']:.0f} seconds"
+            seen.append(f"After {spent} of training, {run.name} is {change}: {before:.2f} before, {after:.2f} now.")
+    return {"steps": steps, "models": models, "seen": " ".join(seen)}
+
+
+def sample_title(run: DemoRunConfig, scheduler: str) -> str:
+    return f"{run.name}, {scheduler.removesuffix('Scheduler')}"
 
 
 def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest) -> dict[int, float]:
@@ -202,11 +273,14 @@ def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest
 
 
 def training_curve(output: Path, run: DemoRunConfig) -> list[tuple[int, float]]:
-    """Return (images seen, loss) of the shipped training, and of the demo's after it."""
+    """Return (images seen, loss) of the shipped training, and of the demo's after it; of the demo's alone where that is a
+    training of its own, whose loss may be another."""
     shipped, continued = (
         [(line["images_seen"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
         for folder in (Path(run.checkpoint), output / run.name)
     )
+    if run.learning_rate_share == 1:
+        return continued
     start = shipped[-1][0] if shipped else 0
     return shipped + [(start + images, loss) for images, loss in continued]
 

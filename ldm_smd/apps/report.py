@@ -67,7 +67,7 @@ def spread_figure(spread: dict[str, dict[int, float]]) -> plt.Figure:
 def comparison_figure(grids: dict[str, dict[int, torch.Tensor]]) -> plt.Figure:
     """Draw a row per number of steps, a column per model."""
     steps = sorted({n for by_steps in grids.values() for n in by_steps})
-    figure, axes = plt.subplots(len(steps), len(grids), figsize=(4.2 * len(grids), 2.8 * len(steps)), squeeze=False)
+    figure, axes = plt.subplots(len(steps), len(grids), figsize=(4 * len(grids), 4.2 * len(steps)), squeeze=False)
     for column, (name, by_steps) in zip(axes.T, grids.items()):
         for axis, n in zip(column, steps):
             axis.imshow(by_steps[n].clamp(0, 1).permute(1, 2, 0), interpolation="lanczos")

@@ -33,9 +33,13 @@ class DemoRunConfig(Settings):
 
     name: str = MISSING
     config: str = MISSING
-    """Training config; its settings but for output, init_from and the lengths below are kept."""
+    """Training config; its settings but for output, init_from, the learning rate and the lengths below are kept."""
     checkpoint: str = MISSING
     """Shipped UNet folder, with the metrics of its training in metrics.jsonl."""
+    learning_rate_share: float = number(0.1, 0, 1)
+    """Part of the config's learning rate that it is trained with. 0: not at all, it is shown as shipped. Below 1: the shipped
+    training goes on, gently, as its weights are averages that a full rate would first undo. 1: a training of its own that
+    starts from these weights, such as a distillation from a Gaussian model."""
     schedulers: list[str] = field(default_factory=lambda: ["DDPMScheduler"])
     """The report shows samples of each."""
 
@@ -56,7 +60,7 @@ class DemoConfig(Settings):
     """Feature network of the distance: a FeatureNetwork folder, open_clip:ARCHITECTURE:FILE.safetensors or inception:FILE."""
     runs: list[DemoRunConfig] = field(default_factory=list)
     images: int = number(3_000, 1, MOST_IMAGES)
-    """Images each model is trained on, from its checkpoint on."""
+    """Images that a model is trained on, from its checkpoint on."""
     steps: list[int] = number([2, 4, 8, 32], 1, 10**5, fewest=1)
     guidance_scale: float = number(1.0, 0, 1000)
     seed: int = number(0, 0, MOST_SEED)
