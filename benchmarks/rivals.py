@@ -75,7 +75,7 @@ class RivalsConfig:
     """Methods whose weights are kept, of the first seed."""
     measured: list[str] = field(default_factory=list)
     """Folders of mixtures that are measured beside what is trained."""
-    device_name: str = ""
+    device_name: Optional[str] = None
     """What the trainings ran on, for the result."""
     start_schedulers: list[str] = field(default_factory=lambda: ["UniPC", "SDE-DPM-Solver++", "DDPM"])
     start_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 100])

@@ -10,6 +10,7 @@ from conversion import ConversionConfig
 from few_steps import FewStepsConfig
 from gms import GMSConfig
 from like import LikeConfig
+from rivals import RivalsConfig
 from schedulers import SchedulersConfig
 from teleport import TeleportBenchmarkConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,6 +43,7 @@ FILES += [
     (ROOT / "benchmarks/gms-cifar10.yaml", GMSConfig, []),
     (ROOT / "benchmarks/gms-emoji.yaml", GMSConfig, []),
     (ROOT / "benchmarks/like-emoji.yaml", LikeConfig, []),
+    (ROOT / "benchmarks/rivals-emoji.yaml", RivalsConfig, []),
     (ROOT / "benchmarks/schedulers-emoji.yaml", SchedulersConfig, []),
     (ROOT / "benchmarks/teleport-emoji.yaml", TeleportBenchmarkConfig, []),
 ]
