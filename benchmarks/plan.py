@@ -12,8 +12,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from autoencoders import stable_diffusion
@@ -21,12 +24,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_smd.config import config_as_dict, load_config
+from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import DistillationConfig
 from ldm_smd.models.unet import SMDUNet2DModel
+from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.training.judges import Judges, critic_objective, critic_of
 from ldm_smd.training.settings import TrainConfig
 
 RESULT = Path(__file__).parent / "results" / "plan.md"
 TRAINING_CONFIG = "configs/train/imagenet-256.yaml"
+DISTILLATION_CONFIG = "configs/train/emoji-smd.yaml"
+"""Whose settings of the distillation are taken for that model."""
 CLASSES = 1000
+LATENT = (4, 32, 32)
 TAR_BLOCK, NPY_HEADER = 512, 128
 FLOAT16, FLOAT32 = 2, 4
 WEIGHTS_HELD = 5
@@ -75,32 +85,93 @@ class Model:
     """
 
     def __init__(self, config: TrainConfig, mixture: bool, checkpointing: bool = False) -> None:
-        shape = config_as_dict(config.model) | ({} if mixture else {"z_channels": 0})
         draws = config.objective.draws if mixture else 1
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
-            return tensor
-
-        alive: list[torch.Tensor] = []
         with FakeTensorMode(allow_non_fake_inputs=True):
-            unet = SMDUNet2DModel(sample_size=32, in_channels=4, out_channels=4, num_classes=CLASSES, **shape)
-            if checkpointing:
-                unet.enable_gradient_checkpointing()
-            weights = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
-            inputs = (torch.empty(ACTIVATION_BATCH, 4, 32, 32), torch.zeros(ACTIVATION_BATCH, dtype=torch.long))
-            labels = torch.zeros(ACTIVATION_BATCH, dtype=torch.long)
-            eta = torch.empty(ACTIVATION_BATCH * draws, 4, 32, 32) if mixture else None
+            unet = unet_of(config, mixture, checkpointing)
+            inputs = (*pictures_and_t(), torch.zeros(ACTIVATION_BATCH, dtype=torch.long))
+            eta = torch.empty(ACTIVATION_BATCH * draws, *LATENT) if mixture else None
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                unet(*inputs, labels, eta)
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-                unet.train()(*inputs, labels, eta)
+                unet(*inputs, eta)
+            with kept_by(unet) as kept:
+                unet.train()(*inputs, eta)
         self.parameters = unet.num_parameters()
         self.flops = (1 + BACKWARD) * counter.get_total_flops() / ACTIVATION_BATCH
-        self.activations = sum(size for storage, size in kept.items() if storage not in weights) / ACTIVATION_BATCH
+        self.activations = kept() / ACTIVATION_BATCH
+
+
+class Distilled:
+    """The same mixture where a Gaussian model of its shape is distilled into it: one draw a picture, the passes of critic and
+    teacher with it. Counted where training goes, forth and back (ldm_smd/training/judges.py).
+
+    Attributes:
+        flops: of a training step, a picture.
+        activations: bytes a picture that autograd keeps, of mixture and critic, in bf16.
+        held: bytes of weights and what is as large: of the mixture as ever, of the critic all but the average, the teacher's.
+        divided: the part of them that FSDP divides, which is all but the teacher's.
+    """
+
+    def __init__(self, config: TrainConfig, settings: DistillationConfig, checkpointing: bool = False) -> None:
+        path = DiffusionProcess(build_scheduler(config.diffusion).alphas_cumprod)
+        judges = Judges(path, config.diffusion.prediction_type, settings)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            judges.path = DiffusionProcess(fake.from_tensor(path.alphas_cumprod))
+            model, teacher = (unet_of(config, mixture, checkpointing) for mixture in (True, False))
+            with patch.object(SMDUNet2DModel, "to", lambda critic, _: critic):  # which fake weights do not like; they are there
+                critic = critic_of(teacher.requires_grad_(False), settings).train()
+            if checkpointing:
+                critic.enable_gradient_checkpointing()
+            labels = {"class_labels": torch.zeros(ACTIVATION_BATCH, dtype=torch.long)}
+            (x_t, t), noise = pictures_and_t(), torch.empty(ACTIVATION_BATCH, *LATENT)
+
+            def losses(model_learns: bool = True) -> dict[str, torch.Tensor]:
+                with torch.set_grad_enabled(model_learns):
+                    x = model(x_t, t, eta=noise, return_dict=False, **labels)[0].float()
+                return judges.losses(teacher, critic, x, noise, x_t, t, t, noise, labels)
+
+            with FlopCounterMode(display=False) as counter:
+                for number in range(settings.critic_updates):
+                    found = losses(last := number == settings.critic_updates - 1)
+                    if last:
+                        found["loss"].sum().backward()
+                    critic_objective(found).sum().backward()
+            with kept_by(model, teacher, critic) as kept:
+                losses()
+        self.flops = counter.get_total_flops() / ACTIVATION_BATCH
+        self.activations = kept() / ACTIVATION_BATCH
+        sizes = (network.num_parameters() for network in (model, critic, teacher))
+        mixture, critical, frozen = (FLOAT32 * size for size in sizes)
+        self.divided = WEIGHTS_HELD * mixture + (WEIGHTS_HELD - 1) * critical
+        self.held = self.divided + frozen
+
+
+def unet_of(config: TrainConfig, mixture: bool, checkpointing: bool) -> SMDUNet2DModel:
+    shape = config_as_dict(config.model) | ({} if mixture else {"z_channels": 0})
+    channels, side, _ = LATENT
+    unet = SMDUNet2DModel(sample_size=side, in_channels=channels, out_channels=channels, num_classes=CLASSES, **shape)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def pictures_and_t() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty(ACTIVATION_BATCH, *LATENT), torch.zeros(ACTIVATION_BATCH, dtype=torch.long)
+
+
+@contextmanager
+def kept_by(*networks: torch.nn.Module) -> Iterator[Callable[[], int]]:
+    """Give the bytes that autograd keeps of what is computed meanwhile, in bf16, but for the weights."""
+    sizes: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
+    weights = {parameter.untyped_storage()._cdata for network in networks for parameter in network.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage._cdata] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        yield lambda: sum(size for storage, size in sizes.items() if storage not in weights)
 
 
 def shard_bytes(pictures: int, views: int) -> int:
@@ -119,6 +190,8 @@ def plan(arguments: argparse.Namespace) -> str:
     encoder = 2 * encoder_flops(256)  # the picture and its mirror image
     mixture, gaussian = Model(config, mixture=True), Model(config, mixture=False)
     checkpointed = Model(config, mixture=True, checkpointing=True)
+    settings = load_config(TrainConfig, DISTILLATION_CONFIG).objective.distillation
+    distilled, distilled_checkpointed = (Distilled(config, settings, checkpointing) for checkpointing in (False, True))
     per_gpu = config.batch_size // arguments.gpus
     steps_per_second = arguments.gpus * arguments.teraflops * 1e12 * arguments.utilisation / mixture.flops / config.batch_size
     lines = [
@@ -126,7 +199,8 @@ def plan(arguments: argparse.Namespace) -> str:
         f"{arguments.teraflops:g} TFLOP/s (bf16, dense), of which {arguments.utilisation:.0%} are assumed to be used, at "
         f"{arguments.price:g} $ an hour each; nothing here is measured. The model is that of `{TRAINING_CONFIG}`: "
         f"{mixture.parameters / 1e6:.0f} million parameters, {mixture.flops / 1e9:.0f} GFLOP a picture in training as a "
-        f"mixture of {config.objective.draws} draws, {gaussian.flops / 1e9:.0f} as a Gaussian model. The autoencoder is Stable "
+        f"mixture of {config.objective.draws} draws, {gaussian.flops / 1e9:.0f} as a Gaussian model, "
+        f"{distilled.flops / 1e9:.0f} where one is distilled into it as in `{DISTILLATION_CONFIG}`. The autoencoder is Stable "
         f"Diffusion's in float32 (TF32, half the rate), {encoder / 1e9:.0f} GFLOP for a picture and its mirror image.",
         "",
         "| | " + " | ".join(task.name for task in TASKS) + " |",
@@ -151,6 +225,8 @@ def plan(arguments: argparse.Namespace) -> str:
     row("training", *(f"{task.images / 1e6:.0f} million images, {task.images / task.pictures:.0f} epochs" for task in TASKS))
     row("as a mixture", *(f"{each:.0f} h, {each * cost:,.0f} $" for each in train))
     row("as a Gaussian model", *(f"{each:.0f} h, {each * cost:,.0f} $" for each in base))
+    million = hours(1e6 * distilled.flops, arguments)
+    row("distilled from that, each million images", *([f"{million:.2f} h, {million * cost:,.2f} $"] * len(TASKS)))
     moments = shard_bytes(1, 1)
     same = [f"{steps_per_second * config.batch_size * moments / 2**20:,.0f} MiB/s"] * len(TASKS)
     row("latents to be read meanwhile, all GPUs", *same)
@@ -163,6 +239,11 @@ def plan(arguments: argparse.Namespace) -> str:
         f"average (1/{arguments.gpus} of it with FSDP), and {mixture.activations * per_gpu / 2**30:.1f} GiB that autograd "
         f"keeps of {per_gpu} pictures, {checkpointed.activations * per_gpu / 2**30:.1f} GiB with gradient_checkpointing=true "
         "(for a third more operations); accumulate=N divides either.",
+        "",
+        f"Of a distillation: {distilled.held / 2**30:.1f} GiB for mixture, critic and teacher (with FSDP 1/{arguments.gpus} of "
+        f"{distilled.divided / 2**30:.1f}, and the teacher's weights), and {distilled.activations * per_gpu / 2**30:.1f} GiB "
+        f"that autograd keeps, {distilled_checkpointed.activations * per_gpu / 2**30:.1f} GiB with "
+        "gradient_checkpointing=true.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -65,6 +65,30 @@ def spread_over_eta(
     return spread
 
 
+@torch.no_grad()
+def nearest_share(
+    model: SMDUNet2DModel,
+    path: GaussianPath,
+    prediction_type: str,
+    latents: torch.Tensor,
+    labels: torch.Tensor | None,
+    seed: int = 0,
+) -> float:
+    """Draw one x_0 from pure noise for each of the latents (B, C, H, W), with its label: how far a draw is from the nearest
+    other one, on average, in units of that distance among the latents. About 1 where draws are as different as the data; 0
+    where they are one; more where they are noisy."""
+    generator = torch.Generator(latents.device).manual_seed(seed)
+    x_t, eta = (torch.randn(latents.shape, generator=generator, device=latents.device) for _ in range(2))
+    steps = torch.full((len(latents),), path.last, device=latents.device)
+    draws = path.to_x0(model(x_t, steps, labels, eta).sample.float(), x_t, steps, prediction_type)
+
+    def nearest(points: torch.Tensor) -> torch.Tensor:
+        distances = torch.cdist(points.flatten(1), points.flatten(1))
+        return distances.fill_diagonal_(float("inf")).amin(dim=1).mean()
+
+    return float(nearest(draws) / nearest(latents).clamp_min(1e-6))
+
+
 def has_collapsed(spread: dict[int, Spread]) -> bool:
     """Tell whether the draws agree at every timestep: the mixture is in effect a Gaussian model."""
     return all(at.ratio < COLLAPSED for at in spread.values())

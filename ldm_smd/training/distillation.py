@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch._functorch.config
 from einops import rearrange
 
 from ..autoencoder import sample_latents
@@ -50,7 +52,11 @@ class Distillation:
         if source is None:
             raise UserError("objective.distillation.teacher: expected the folder of a Gaussian model, or init_from, found None")
         self.teacher = gaussian(source, run, self.model.network).requires_grad_(False)
-        self.judges = Judges(self.process, config.diffusion.prediction_type, settings)
+        over_processes = partial(run.accelerator.reduce, reduction="mean")
+        self.judges = Judges(self.process, config.diffusion.prediction_type, settings, over_processes)
+        if config.compile and settings.adversarial_weight > 0:
+            # The critic's graph is gone back through twice; compiled ones may give its memory away the first time.
+            torch._functorch.config.donated_buffer = False
         critic = critic_of(self.teacher, settings)
         rate = settings.critic_learning_rate
         self.critic = TrainedNetwork(critic, adamw(critic, rate, momentum=MOMENTUM))

@@ -40,11 +40,15 @@ class Judges:
     channel, its logit c(x); the goal then has one term more, of about the same size in every training:
 
         + w sigmoid(-c) grad c / mean |grad c|
+
+    This mean is over the images too, so ``over_processes`` takes it to the mean of all processes; with ``accumulate`` it is
+    that of a part of the batch.
     """
 
     path: GaussianPath
     prediction_type: str
     settings: DistillationConfig
+    over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda mean: mean
 
     def losses(
         self,
@@ -92,8 +96,8 @@ class Judges:
         if weight > 0:
             drawn_logit, true_logit = said[:, channels:].mean(dim=(1, 2, 3)).chunk(2)
             (slope,) = torch.autograd.grad(drawn_logit.sum(), drawn, retain_graph=True)
-            push = torch.sigmoid(-drawn_logit.detach()).view(-1, 1, 1, 1) * slope / slope.abs().mean().clamp_min(SMALLEST**2)
-            goal = goal + weight * push
+            size = self.over_processes(slope.abs().mean()).clamp_min(SMALLEST**2)
+            goal = goal + weight * torch.sigmoid(-drawn_logit.detach()).view(-1, 1, 1, 1) * slope / size
             adversarial = {"logit_loss": F.softplus(drawn_logit) + F.softplus(-true_logit)}
         # An error of v is one of x_0 over s_t.
         loss = 0.5 / path.signal_and_noise(t, t)[1] * (x - goal).square().flatten(1).mean(dim=1)

@@ -29,6 +29,7 @@ from .rates import warmup_cooldown
 from .run import Run
 from .settings import TrainConfig
 from .signals import EXIT_CODE, sigterm_flag
+from .watch import CriticWatch
 
 STOP_EVERY_STEPS = 10
 """Processes agree on stopping after every so many steps."""
@@ -76,7 +77,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
     resume_optimizers(run.checkpoints, learner.networks)
     for average in (ema, *averages):
         average.shard_like(model)
-    means = RunningMeans(accelerator, state.get("means"))
+    means, watch = RunningMeans(accelerator, state.get("means")), CriticWatch()
     log = MetricsLog(run.output, images_seen) if main else None
     if main:
         run.record.save(run.output)
@@ -100,7 +101,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
             check_finite(values, images_seen, batches.keys_at(before))
             if log is not None:
                 rates = {"learning_rate": learning_rate, "images_per_second": bar.format_dict["rate"] or 0.0}
-                log.log(images_seen, values | rates)
+                log.log(images_seen, values | watch.ratio(values) | rates)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
 
         # Show samples.

@@ -6,7 +6,7 @@ import logging
 
 from torchvision.utils import make_grid, save_image
 
-from ..evaluation.diagnostics import COLLAPSED, DIAGNOSTIC_TIMESTEPS, has_collapsed, spread_over_eta
+from ..evaluation.diagnostics import COLLAPSED, DIAGNOSTIC_TIMESTEPS, has_collapsed, nearest_share, spread_over_eta
 from ..models.denoiser import known_labels
 from ..pipelines import seeded_generators
 from .metrics_log import MetricsLog
@@ -39,14 +39,17 @@ def preview(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None
 
 
 def log_spread(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None:
-    """Log how far apart the draws of the mixture are; warn where they have become one."""
+    """Log how far apart the draws of the mixture are, for one x_t and from pure noise; warn where they have become one."""
     batch, process = run.batches().batch_at(0).rows(0, SPREAD_PICTURES).to(run.accelerator.device), run.process()
     latents = run.autoencoder.normalise(batch.moments[:, 0].float())
     known = known_labels(batch.labels, unet.config.num_classes)
     steps = [t for t in DIAGNOSTIC_TIMESTEPS if t <= process.last]
     spread = spread_over_eta(unet, process, run.config.diffusion.prediction_type, latents, known, steps)
-    over_eta = {f"spread/{t}": at.over_eta for t, at in spread.items()}
-    log.log(images_seen, over_eta | {f"spread_share/{t}": at.ratio for t, at in spread.items()})
+    values = {f"spread/{t}": at.over_eta for t, at in spread.items()}
+    values |= {f"spread_share/{t}": at.ratio for t, at in spread.items()}
+    if len(latents) > 1:
+        values["nearest_share"] = nearest_share(unet, process, run.config.diffusion.prediction_type, latents, known)
+    log.log(images_seen, values)
     if has_collapsed(spread):
         logger.warning(
             "the mixture has collapsed: at no timestep do its draws differ by %.0f %% of the posterior's spread%s",

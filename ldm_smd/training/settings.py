@@ -33,7 +33,8 @@ class TrainConfig(Settings):
     batch_size: int = number(256, 1, 2**20)
     """Over all processes together; the number of processes must divide it."""
     accumulate: int = number(1, 1, 2**20)
-    """Parts in which a process takes its slice of a batch, one after the other, where memory is short; same results."""
+    """Parts in which a process takes its slice of a batch, one after the other, where memory is short; same results, but for
+    the scale of an adversarial term, which is taken from a part."""
     learning_rate: float = number(3e-4, above=0, most=1)
     """Learning rate of AdamW. The energy score can diverge above 1e-3."""
     warmup_images: int = number(10_000, 0, MOST_IMAGES)

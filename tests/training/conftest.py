@@ -17,6 +17,17 @@ def open_run(train_config):
 
 
 @pytest.fixture
+def distillation(gaussian_folder):
+    """Settings of a distillation from the Gaussian model."""
+    return f"init_from={gaussian_folder / 'unet'}", "objective.name=distillation", "objective.draws=1"
+
+
+@pytest.fixture
+def distil(train_config, distillation):
+    return lambda *overrides: train_config(*distillation, *overrides)
+
+
+@pytest.fixture
 def adamw_steps(monkeypatch):
     """(loss, whether there were gradients before it, their norm after it) of every step of an AdamW."""
     found, parameters = [], []

@@ -15,19 +15,8 @@ ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
 
 
 @pytest.fixture
-def settings(gaussian_folder):
-    """Settings of a distillation from the Gaussian model."""
-    return f"init_from={gaussian_folder / 'unet'}", "objective.name=distillation", "objective.draws=1"
-
-
-@pytest.fixture
-def distil(train_config, settings):
-    return lambda *overrides: train_config(*settings, *overrides)
-
-
-@pytest.fixture
-def learner(open_run, settings):
-    return lambda *overrides: Distillation(open_run(*settings, *overrides))
+def learner(open_run, distillation):
+    return lambda *overrides: Distillation(open_run(*distillation, *overrides))
 
 
 @pytest.mark.slow

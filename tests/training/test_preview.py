@@ -1,6 +1,65 @@
+import pytest
+import torch
+
+from ldm_smd.diffusion.process import DiffusionProcess
+from ldm_smd.diffusion.settings import DiffusionConfig, DistillationConfig
+from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.training.judges import Judges
 from ldm_smd.training.loop import train
+from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.watch import REPORTS, CriticWatch
 
 
-def test_a_collapsed_mixture_is_reported(train_config, caplog):
+def last(folder, name):
+    return [line[name] for line in read_metrics(folder / "metrics.jsonl") if name in line][-1]
+
+
+def test_a_collapsed_mixture_is_reported(train_config, tmp_path, caplog):
     train(train_config("objective.name=mse", "model.noise_rank=0", "images_total=16"))
     assert any("the mixture has collapsed" in record.message for record in caplog.records)
+    assert last(tmp_path / "run", "nearest_share") < 0.1
+    train(train_config("images_total=16", f"output={tmp_path / 'fitted'}"))
+    assert last(tmp_path / "fitted", "nearest_share") > 0.5
+
+
+def test_a_collapsed_distillation_is_reported(caplog):
+    """Of data N(0, 1), with the best teacher, and the best critic of a mixture that gives the data or one picture only."""
+    torch.manual_seed(0)
+    settings, path = DistillationConfig(), DiffusionProcess(build_scheduler(DiffusionConfig()).alphas_cumprod)
+    shape, picture = (256, 4, 4, 4), torch.randn(1, 4, 4, 4)
+    t, r = torch.full(shape[:1], 700), torch.randint(20, 980, shape[:1])
+
+    def teacher(seen, u, **_):
+        return (torch.zeros_like(seen[:, :4]),)  # v = 0 is x_0 = a x_u, the mean of N(0, 1) given x_u
+
+    def knows_picture(seen, u, **_):
+        a, s = path.signal_and_noise(u, seen)
+        return ((a * seen[:, :4] - picture) / s,)
+
+    def ratio(critic, draws):
+        watch = CriticWatch()
+        for _ in range(REPORTS):
+            x0, eps, second = torch.randn(3, *shape)
+            losses = Judges(path, "v_prediction", settings).losses(
+                teacher, critic, draws(x0), x0, path.noise(x0, eps, t), t, r, second, {}
+            )
+            found = watch.ratio({name: float(loss.mean()) for name, loss in losses.items()})
+        return found["critic_ratio"]
+
+    assert ratio(teacher, lambda x0: torch.randn_like(x0)) == 1 and not caplog.records
+    assert ratio(knows_picture, lambda x0: picture.expand_as(x0)) < 0.01
+    assert ["far from what the teacher makes" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("ratio, words", [(0.3, "far from what the teacher makes"), (3.0, "lost the draws"), (0.9, "")])
+def test_a_critic_apart_from_the_teacher_is_said_once(caplog, ratio, words):
+    watch = CriticWatch()
+    watch.ratio({"critic_loss": 10.0, "teacher_loss": 1.0})  # one report, which says nothing
+    assert watch.ratio({"loss": 1.0}) == {}
+    assert watch.ratio({"critic_loss": 1.0, "teacher_loss": 1.0}) == {"critic_ratio": 1.0}
+    for _ in range(REPORTS - 1):
+        watch.ratio({"critic_loss": 2 * ratio, "teacher_loss": 2.0})
+    assert not caplog.records
+    for _ in range(3):
+        watch.ratio({"critic_loss": 2 * ratio, "teacher_loss": 2.0})
+    assert [words in record.message for record in caplog.records] == [True] * bool(words)

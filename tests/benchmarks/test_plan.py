@@ -1,0 +1,46 @@
+import plan
+import pytest
+from accelerate import Accelerator
+
+from ldm_smd.diffusion.settings import DistillationConfig
+from ldm_smd.training.distillation import Distillation
+from ldm_smd.training.run import Run
+
+
+@pytest.fixture
+def config(train_config, gaussian_folder):
+    return train_config(f"init_from={gaussian_folder / 'unet'}", "objective.name=distillation", "objective.draws=1")
+
+
+def test_the_memory_of_a_distillation_is_what_it_has(config, monkeypatch):
+    """After a step: weights, gradients and optimizers of both networks, the teacher, and the average that the loop has."""
+    monkeypatch.setattr(plan, "CLASSES", 2)
+    monkeypatch.setattr(plan, "LATENT", (4, 8, 8))
+    learner = Distillation(Run.open(config, Accelerator()))
+    learner.step(learner.run.batches().batch_at(0), 0, learning_rate=1e-3)
+
+    def size(tensors):
+        return sum(tensor.nbytes for tensor in tensors)
+
+    held = size(learner.teacher.parameters()) + size(learner.model.network.parameters())
+    for trained in learner.networks.values():
+        weights = list(trained.network.parameters())
+        states = [value for state in trained.optimizer.state.values() for name, value in state.items() if name != "step"]
+        held += size(weights) + size(weight.grad for weight in weights) + size(states)
+    assert plan.Distilled(config, config.objective.distillation).held == held
+
+
+def test_the_operations_of_a_distillation(config):
+    """Of a critic that learns from twice the pictures and is gone back through once more, and of one that learns twice."""
+    base, adversarial, twice = (
+        plan.Distilled(config, DistillationConfig(**changed))
+        for changed in ({}, {"adversarial_weight": 0.3}, {"critic_updates": 2})
+    )
+    mixture, gaussian = (plan.Model(config, mixture=mixture) for mixture in (True, False))
+    assert base.flops == pytest.approx(mixture.flops + 4 / 3 * gaussian.flops, rel=0.05)
+    assert adversarial.flops == pytest.approx(mixture.flops + (4 / 3 + 1 + 2 / 3) * gaussian.flops, rel=0.05)
+    assert twice.flops == pytest.approx(base.flops + (mixture.flops + 4 * gaussian.flops) / 3, rel=0.05)
+    assert base.activations == pytest.approx(mixture.activations + gaussian.activations, rel=0.05)
+    assert adversarial.activations == pytest.approx(mixture.activations + 2 * gaussian.activations, rel=0.05)
+    checkpointed = plan.Distilled(config, DistillationConfig(adversarial_weight=0.3), checkpointing=True)
+    assert checkpointed.activations < 0.6 * adversarial.activations
