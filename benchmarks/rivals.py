@@ -130,7 +130,7 @@ def known_costs(jobs: list[Job], config: RivalsConfig, folder: Path) -> dict[str
     """From the file, and measured for the jobs that it has none for; nothing else should run on the device then."""
     path = folder / "costs.json"
     costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    missing = [job for job in jobs if job.cost_key not in costs]
+    missing = [job for job in jobs if job.images and job.cost_key not in costs]
     if missing:
         start, latents, _ = load_start_and_latents(config)
         costs |= step_costs(missing, start, latents, config.batch)

@@ -154,12 +154,12 @@ def run_jobs(jobs: Sequence[Job], costs: dict[str, float], config: Any, folder: 
     if config.workers <= 1 or len(left) <= 1:
         world = load_world(config) if left else None
         for job in left:
-            run_job(job, costs[job.cost_key], world, config, folder)
+            run_job(job, costs.get(job.cost_key, 1.0), world, config, folder)
         return
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     count = min(config.workers, len(left))
-    for each in [*((job, costs[job.cost_key]) for job in left), *[None] * count]:
+    for each in [*((job, costs.get(job.cost_key, 1.0)) for job in left), *[None] * count]:
         queue.put(each)
     workers = [context.Process(target=work, args=(queue, config, folder)) for _ in range(count)]
     for worker in workers:
