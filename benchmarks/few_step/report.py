@@ -13,7 +13,8 @@ from targets import target
 from yardstick import plain_log_ticks
 
 NOISE, DRAFTS = "steps", "steps_from_drafts"
-OURS, WHITE, SHIPPED, START = "distillation", "distillation-iid", "shipped mixture", "Gaussian start"
+OURS, WHITE, START = "distillation", "distillation-iid", "Gaussian start"
+SHIPPED = "checkpoints/unet-emoji-smd"
 Cell = Callable[[dict], float]
 
 
@@ -30,7 +31,7 @@ class Row:
     """What the seeds of one method with one set of settings have in common.
 
     Attributes:
-        name: the method, or what it is for the start and for a folder of weights.
+        name: the method; the folder of weights trained elsewhere; or the start's scheduler.
         images: of a Gaussian training of the same cost; 0 where nothing was trained for the contest.
     """
 
@@ -39,7 +40,8 @@ class Row:
         self.results, self.settings, self.images, self.cost = results, first["settings"], first["images"], first["cost"]
         self.name = first["method"]
         if not self.images:
-            self.name = SHIPPED if self.name == "folder" else f"{START}, {self.settings.get('scheduler', 'UniPC')}"
+            given = self.name == "folder"
+            self.name = self.settings["folder"] if given else f"{START}, {self.settings.get('scheduler', 'UniPC')}"
 
     def values(self, start: str, steps: int | str, cell: Cell) -> list[float]:
         return [cell(each[start][str(steps)]) for each in self.results if str(steps) in each.get(start, {})]
