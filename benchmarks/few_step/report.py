@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -201,8 +202,9 @@ def draw(content: dict, path: Path) -> None:
     figure, axes = plt.subplots(1, len(networks), figsize=(6.5 * len(networks), 5), squeeze=False)
     for axis, network in zip(axes[0], networks):
         cell = of_network(network)
-        for index, row in enumerate(rows):
-            colour = f"C{index % 10}" if not row.name.startswith(START) else "0.6"
+        colours = cycle(f"C{index}" for index in range(10))
+        for row in rows:
+            colour = "0.6" if row.name.startswith(START) else next(colours)
             width = 2.5 if row.name in (OURS, SHIPPED) else 1.0
             for start, style in ((NOISE, "-"), (DRAFTS, "--")):
                 counts = row.counts(start)
