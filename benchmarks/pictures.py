@@ -95,8 +95,8 @@ class PictureMeasure:
     def __init__(self, config: PictureConfig, device: str = "auto") -> None:
         self.config, self.device = config, pick_device(device)
         training, labels, _ = load_pixels(config.images)
-        held_out, _, _ = load_pixels(config.held_out)
-        self._labels = labels
+        held_out, held_out_labels, _ = load_pixels(config.held_out)
+        self._labels, self._held_out_labels = labels, held_out_labels
         chosen = torch.randperm(len(training), generator=seeded(0))[: config.reference]
         self.networks = [NetworkMeasure(load_extractor(name, device), training, held_out, chosen) for name in config.features]
         self._nearest = NearestPicture(training, self.device)
@@ -142,8 +142,11 @@ class PictureMeasure:
 
     def labels(self, count: int) -> list[int | None]:
         """Of training pictures in one shuffled order, over again where there are fewer."""
-        order = torch.randperm(len(self._labels), generator=seeded(2)).tolist()
-        return [self._labels[order[index % len(order)]] for index in range(count)]
+        return shuffled(self._labels, count, seed=2)
+
+    def held_out_labels(self, count: int) -> list[int | None]:
+        """Of held-out pictures, likewise: for the samples that are reported."""
+        return shuffled(self._held_out_labels, count, seed=0)
 
     def _measured(self, pixels: torch.Tensor, features: list[torch.Tensor], held_out: bool = True) -> dict:
         by_network = {
@@ -158,6 +161,11 @@ class PictureMeasure:
         return {"pictures": len(pixels)} | rounded(
             {"copies": copies, "nearest_pixels": float(nearest.median()) / max(self._new_distance, LEAST)}
         )
+
+
+def shuffled(labels: list[int | None], count: int, seed: int) -> list[int | None]:
+    order = torch.randperm(len(labels), generator=seeded(seed)).tolist()
+    return [labels[order[index % len(order)]] for index in range(count)]
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:

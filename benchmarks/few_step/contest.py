@@ -18,7 +18,6 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.data.images import load_pixels
 from ldm_smd.device import pick_device
 from ldm_smd.evaluation.distances import frechet_distance
 from ldm_smd.models.attention import set_attention_backend
@@ -71,17 +70,10 @@ def load_world(config: Any) -> World:
     pictures = PictureMeasure(
         PictureConfig(config.images, config.held_out, config.features, resampled=config.samples), str(start.device)
     )
-    labels = pictures.labels(config.samples) if searches else held_out_labels(config)
+    labels = (pictures.labels if searches else pictures.held_out_labels)(config.samples)
     known = torch.tensor([latents.null if label is None else label for label in labels], device=start.device)
     measure = partial(distances_to_training, pictures) if searches else pictures.measure
     return World(start, latents, autoencoder, known, measure, int(searches))
-
-
-def held_out_labels(config: Any) -> list[int | None]:
-    """In one shuffled order, over again where there are fewer than samples."""
-    labels = load_pixels(config.held_out)[1]
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist()
-    return [labels[order[index % len(order)]] for index in range(config.samples)]
 
 
 def distances_to_training(pictures: PictureMeasure, pixels: torch.Tensor) -> dict:

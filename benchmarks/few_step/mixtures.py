@@ -184,15 +184,8 @@ class PosteriorDistillation(Mixture):
         return self.judges.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
 
 
-@dataclass
-class WhiteNoiseSettings(DistillationSettings):
-    fitted: bool = False
-
-
 class WhiteNoiseDistillation(PosteriorDistillation):
-    """The same with the paper's own noise, and nothing fitted."""
-
-    Settings = WhiteNoiseSettings
+    """The same under a name of its own: in a contest with the paper's own noise, the default, and nothing fitted."""
 
 
 @dataclass
