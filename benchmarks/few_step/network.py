@@ -16,6 +16,7 @@ from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.models.mixture import Draws
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.training.judges import extended
 
 SECOND_DIMENSIONS = 64
 FASTEST = 50.0
@@ -160,20 +161,10 @@ def denoiser(start: Start, second: bool = False, more_channels: int = 0, smooth:
         more_channels: of the input, whose weights start at zero.
         smooth: make it smooth in time, for what takes derivatives in it.
     """
-    config = {name: value for name, value in start.unet.config.items() if not name.startswith("_")}
-    config["in_channels"] += more_channels
-    config["embedding_dimensions"] = SECOND_DIMENSIONS if second else None
-    unet = SMDUNet2DModel.from_config(config)
-    weights = start.unet.state_dict()
-    if more_channels:
-        first = weights["conv_in.weight"]
-        weights["conv_in.weight"] = torch.cat((first, first.new_zeros(len(first), more_channels, *first.shape[2:])), dim=1)
-    missing, unexpected = unet.load_state_dict(weights, strict=False)
-    if unexpected or set(missing) - {"image_embedding.weight"}:
-        raise ValueError(f"weights: expected those of the Gaussian model, found {missing + unexpected} missing or unknown")
+    unet = extended(start.unet, more_channels, SECOND_DIMENSIONS if second else 0, 0)
     if smooth:
         unet.time_proj = BlurredTime(unet.time_proj, unet.config.block_out_channels[0])
-    return Denoiser(unet.to(start.device).train().requires_grad_(True), start.alphas_cumprod)
+    return Denoiser(unet.train().requires_grad_(True), start.alphas_cumprod)
 
 
 def features_of(number: torch.Tensor) -> torch.Tensor:
