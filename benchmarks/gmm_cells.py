@@ -62,6 +62,8 @@ class Distilled:
     head_blocks: int = 1
     normalise: str = "own"
     """By the draw's distance from the teacher's prediction; or "level", by s_u."""
+    regression: float = 0.0
+    """Share of the updates, the first ones, that learn eta -> x_0 by regression on the teacher's posterior flow."""
     identity: float = 0.0
     """alpha of score identity."""
     energy: float = 0.0
@@ -115,6 +117,7 @@ OTHERS = Distilled(f"{EXACT}, critic of x_r, x_t and 15 other draws", draws=16, 
 DRAWS = Distilled(f"{EXACT}, 32 draws as the critic", draws=32, critic_updates=0, momentum=0.9)
 SINGLE, MANY = Budget(1000, 192, 2e-3), Budget(1000, 24, 4e-3)
 LONGER = replace(DRAWS, name=DRAWS.name + ", longer, 3 head blocks", head_blocks=3)
+FLOW = Distilled(f"{EXACT}, regression on its flow", regression=1.0, momentum=0.9)
 DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [
     ("ring of 8", 2, BOTH, SINGLE),
     ("ring of 8", 2, DRAWS, MANY),

@@ -18,13 +18,14 @@ from torch import nn
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.objectives import energy
 from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.diffusion.two_views import joined_view
+from ldm_smd.diffusion.two_views import joined_view, posterior_flow
 from ldm_smd.progress import progress
 
 LEVELS = 1000
 """Steps of the process that the second view is noised by; the student's T steps are among them, so T has to divide LEVELS."""
 LEAST_NOISE = 0.03
 """Least s_r / a_r of the second view, which is uniform in its logarithm; the modes' own is about 0.06."""
+FLOW_STEPS = 16
 SMALLEST = 1e-4
 ENERGY_BETA = 0.25
 EMA_DECAY = 0.998
@@ -195,8 +196,8 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
     optimizer = torch.optim.AdamW(student.parameters(), lr=0, betas=betas, weight_decay=0, fused=True)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=0, betas=betas, weight_decay=0, fused=True)
 
-    def draws() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(x_0, draws of the student (N, M, D)), and x_t and t for every draw."""
+    def draws() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(x_0, draws of the student (N, M, D)), and x_t, t and eta for every draw."""
         size = seeds * budget.batch
         x0 = problem.sample(size, generator)
         t = torch.randint(problem.steps, (size,), generator=generator)
@@ -206,7 +207,7 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
         eta = torch.randn(seeds, budget.batch * model.draws, student.eta_dimensions, generator=generator)
         x = student.predict(features, eta).view(size, model.draws, -1)
         fine = (t + 1) * LEVELS // problem.steps - 1
-        return x0, x, *(each.repeat_interleave(model.draws, dim=0) for each in (x_t, fine))
+        return x0, x, *(each.repeat_interleave(model.draws, dim=0) for each in (x_t, fine)), eta.flatten(0, 1)
 
     def critic_step(draws: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, rate: float) -> None:
         x = draws.flatten(0, 1)
@@ -217,16 +218,29 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
         losses = ((critic(views, true, draws) - x) / s_u).square().sum(dim=1)
         descend(losses, critic, critic_optimizer, rate, seeds)
 
+    def follow(update: int) -> None:
+        decay = min(EMA_DECAY, (update + 1) / (update + 10))
+        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in student.parameters()], 1 - decay)
+        bar.update()
+
     bar = progress(budget.updates, 0, model.name)
     for update in range(budget.updates):
         decayed = 0.5 * (1 + math.cos(math.pi * update / budget.updates)) * min(1.0, (update + 1) / WARMUP_UPDATES)
         rate, critic_rate = budget.learning_rate * decayed, budget.learning_rate * model.critic_rate * decayed
-        for _ in range(model.critic_updates - 1):
+        regresses = update < model.regression * budget.updates
+        for _ in range(0 if regresses else model.critic_updates - 1):
             with torch.no_grad():
-                _, many, x_t, t = draws()
+                _, many, x_t, t, _ = draws()
             critic_step(many, x_t, t, critic_rate)
-        x0, many, x_t, t = draws()
+        x0, many, x_t, t, eta = draws()
         x = many.flatten(0, 1)
+        s_t = path.signal_and_noise(t, x)[1]
+        if regresses:
+            with torch.no_grad():
+                goal = posterior_flow(teacher, path, x_t, t, eta[:, : x.shape[1]], FLOW_STEPS)
+            descend(((x - goal) / s_t).square().sum(dim=1), student, optimizer, rate, seeds)
+            follow(update)
+            continue
         with torch.set_grad_enabled(model.identity > 0):
             views = noise_anew(path, x if model.identity else x.detach(), x_t, t, model, generator)
             true = teacher(views.x_u, views.u)
@@ -234,15 +248,13 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
                 own = critic(views, true, many.detach())
             else:
                 own = mean_of_draws(many.detach(), views.x_r, *path.signal_and_noise(views.r, x), False)
-        s_t, s_u = (path.signal_and_noise(each, x)[1] for each in (t, views.u))
+        s_u = path.signal_and_noise(views.u, x)[1]
         losses = (s_t[:, 0] * student_loss(model, x, own, true, s_u)).view(-1, model.draws).mean(dim=1)
         if model.energy:
             losses = losses + model.energy * energy(many[..., None, None], x0[..., None, None], ENERGY_BETA)
         descend(losses, student, optimizer, rate, seeds)
         if model.critic_updates:
             critic_step(many.detach(), x_t, t, critic_rate)
-        decay = min(EMA_DECAY, (update + 1) / (update + 10))
-        torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in student.parameters()], 1 - decay)
-        bar.update()
+        follow(update)
     bar.close()
     return ema

@@ -7,7 +7,8 @@ from ..schema import Settings, check, choice, number
 
 LOSSES = ("mse", "energy", "mixture_nll")
 """They compare predictions with a target (objectives.py)."""
-OBJECTIVES = (*LOSSES, "distillation")
+OBJECTIVES = (*LOSSES, "regression", "distillation")
+"""The last two learn from a trained Gaussian model."""
 VIEWS = ("conditional", "joined", "marginal")
 WEIGHTINGS = ("prediction", "v", "epsilon", "x0", "min_snr")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -29,7 +30,8 @@ class DiffusionConfig(Settings):
 
 @dataclass
 class DistillationConfig(Settings):
-    """What objective.name=distillation needs beside the model (ldm_smd/training/distillation.py)."""
+    """What objective.name=distillation needs beside the model (ldm_smd/training/distillation.py), and of it
+    objective.name=regression: the teacher and ``pure_noise``."""
 
     teacher: Optional[str] = None
     """Folder of the Gaussian denoiser that is learnt from, RUN/model/unet; null: init_from."""
@@ -53,7 +55,8 @@ class ObjectiveConfig(Settings):
 
     name: str = choice("energy", OBJECTIVES)
     """energy: a strictly proper score, learns the mixture. mixture_nll: likelihood of the draws' mixture. mse: the paper's
-    loss, which collapses; the one for Gaussian models. distillation: from a trained Gaussian model."""
+    loss, which collapses; the one for Gaussian models. From a trained Gaussian model learn regression, which covers all that it
+    would sample, and distillation, which is sharp (ldm_smd/training/regression.py and distillation.py)."""
     draws: int = number(4, 1, 1024)
     """M, predictions per picture (energy: at least 2)."""
     beta: float = number(1.0, above=0, below=2)
@@ -66,6 +69,8 @@ class ObjectiveConfig(Settings):
     """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""
     weighting: str = choice("prediction", WEIGHTINGS)
     """Weighting of the timesteps: the space in which errors weigh the same at each (prediction, v, epsilon, x0), or min_snr."""
+    flow_steps: int = number(8, 1, 1000)
+    """Evaluations of the teacher for each draw that regression learns."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 
     def __post_init__(self) -> None:

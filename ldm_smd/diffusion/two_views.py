@@ -1,10 +1,17 @@
-"""Two noisy views of one x_0 as one: what a denoiser must be given to know x_0 from both."""
+"""Two noisy views of one x_0: as one view, and the flow that draws x_0 given the first of them."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 from .process import GaussianPath
+
+LEAST_RATIO = 1e-12
+"""Least signal-to-noise ratio of a second view, so that it has a logarithm."""
+LEAST_STEP = 1e-4
+Levels = tuple[torch.Tensor, torch.Tensor]
 
 
 def joined_view(
@@ -18,8 +25,58 @@ def joined_view(
 
     as in noise-conditional variational score distillation (arXiv 2506.09416); u is real, (B,).
     """
-    (a_t, s_t), (a_r, s_r) = path.signal_and_noise(t, x_t), path.signal_and_noise(r, x_r)
+    return joined(path, x_t, path.signal_and_noise(t, x_t), x_r, path.signal_and_noise(r, x_r))
+
+
+def joined(
+    path: GaussianPath, x_t: torch.Tensor, levels_t: Levels, x_r: torch.Tensor, levels_r: Levels
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``joined_view``, with (a, s) of both views, (B, 1, 1, 1) each."""
+    (a_t, s_t), (a_r, s_r) = levels_t, levels_r
     ratio = (a_t / s_t) ** 2 + (a_r / s_r) ** 2
     mean = (a_t / s_t**2 * x_t + a_r / s_r**2 * x_r) / ratio
     u = path.timestep_of(ratio.flatten())
     return path.signal_and_noise(u, mean)[0] * mean, u
+
+
+def posterior_flow(
+    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    path: GaussianPath,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    eta: torch.Tensor,
+    steps: int,
+) -> torch.Tensor:
+    """Draw x_0 of q(x_0 | x_t) as a function of eta ~ N(0, I), with so many evaluations of a denoiser.
+
+    A second view x_r of the x_0 behind x_t goes from pure noise, eta, to x_0 along the probability flow of q(x_r | x_t), which
+    needs E[x_0 | x_t, x_r] = D(x_u, u) and nothing else. In steps of DPM-Solver++(2M) (arXiv 2211.01095), evenly spaced in u
+    from t to 0, with lambda = log(a_r / s_r) and h_i = lambda_{i+1} - lambda_i:
+
+        x_{i+1} = s_{i+1} / s_i x_i + (a_{i+1} - a_i s_{i+1} / s_i) (D_i + h_i / (2 h_{i-1}) (D_i - D_{i-1}))
+
+    Args:
+        denoise: (x_u, u) -> E[x_0 | x_u], u real, (B,).
+        x_t, eta: (B, C, H, W).
+        t: (B,).
+    """
+    levels_t = path.signal_and_noise(t, x_t)
+    ratio_t = (levels_t[0] / levels_t[1]) ** 2
+
+    def second_view(done: int) -> Levels:
+        a, s = path.signal_and_noise(t * (1.0 - done / steps), x_t)
+        ratio = ((a / s) ** 2 - ratio_t).clamp_min(LEAST_RATIO)
+        return (ratio / (1.0 + ratio)).sqrt(), (1.0 + ratio).rsqrt()
+
+    found = denoise(x_t, t.float())
+    x_r, a, s = eta, torch.zeros_like(levels_t[0]), torch.ones_like(levels_t[0])
+    before, step_before = found, torch.full_like(a, torch.inf)
+    for done in range(1, steps):
+        a_next, s_next = second_view(done)
+        step = (a_next / s_next).log() - (a / s).log()
+        # The first step is of infinite length, and says nothing of how D changes.
+        change = step / (2.0 * step_before.clamp_min(LEAST_STEP)) * (found - before) if done > 2 else 0.0
+        x_r = s_next / s * x_r + (a_next - a * s_next / s) * (found + change)
+        before, step_before, a, s = found, step, a_next, s_next
+        found = denoise(*joined(path, x_t, levels_t, x_r, (a, s)))
+    return found

@@ -13,11 +13,11 @@ from einops import rearrange
 
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
-from ..errors import UserError
-from .judges import Judges, critic_objective, critic_of, gaussian
+from .judges import Judges, critic_objective, critic_of
 from .run import Run
-from .step import draw_step, known_conditions, parts, trained_model, whole_batch
+from .step import known_conditions, parts, trained_model, whole_batch
 from .step_noise import StepNoise
+from .teacher import draw_with_pure_noise, teacher_of
 from .trained import TrainedNetwork, adamw
 
 NEAREST, FARTHEST = 0.02, 0.98
@@ -48,10 +48,7 @@ class Distillation:
     def __init__(self, run: Run) -> None:
         config, settings = run.config, run.config.objective.distillation
         self.run, self.process, self.model = run, run.process(), trained_model(run, MOMENTUM)
-        source = settings.teacher or config.init_from
-        if source is None:
-            raise UserError("objective.distillation.teacher: expected the folder of a Gaussian model, or init_from, found None")
-        self.teacher = gaussian(source, run, self.model.network).requires_grad_(False)
+        self.teacher = teacher_of(run, self.model.network)
         over_processes = partial(run.accelerator.reduce, reduction="mean")
         self.judges = Judges(self.process, config.diffusion.prediction_type, settings, over_processes)
         if config.compile and settings.adversarial_weight > 0:
@@ -108,14 +105,10 @@ class Distillation:
             return self.judges.losses(self.teacher, self.critic.forward, x, x0, x_t, t, noise.r, noise.second_eps, conditions)
 
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:
-        """Draw this process's part of the random numbers, of which more t are the last than in other trainings; others for each
-        ``number``."""
-        run, last, settings = self.run, self.process.last, self.run.config.objective.distillation
-        noise = draw_step(run, self.process, batch, images_seen, 1, number)
+        """Draw this process's part of the random numbers; others for each ``number``."""
+        run, last = self.run, self.process.last
+        noise = draw_with_pure_noise(run, self.process, batch, images_seen, 1, number)
         generator, count, rows = whole_batch(run, batch, images_seen, number, 1)
-        device = generator.device
-        pure = torch.rand(count, generator=generator, device=device) < settings.pure_noise
-        r = torch.empty(count, device=device).uniform_(NEAREST * last, FARTHEST * last, generator=generator).round().long()
-        eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=device)
-        noise.t = torch.where(pure[rows], last, noise.t)
-        return TwoViews(**vars(noise), r=r[rows], second_eps=eps[rows])
+        r = torch.empty(count, device=generator.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator)
+        eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=generator.device)
+        return TwoViews(**vars(noise), r=r.round().long()[rows], second_eps=eps[rows])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from ..diffusion.process import GaussianPath, x0_per_prediction
 from ..diffusion.settings import DistillationConfig
 from ..diffusion.two_views import joined_view
-from ..models.extended import class_of
 from ..models.unet import SMDUNet2DModel
-from ..schema import check
-from .run import Run
 
 TIME_FEATURES = 128
 SMALLEST = 1e-4
@@ -127,18 +123,6 @@ def critic_of(teacher: SMDUNet2DModel, settings: DistillationConfig) -> SMDUNet2
     sees_x_t, tells = settings.views == "conditional", settings.adversarial_weight > 0
     critic = extended(teacher, teacher.config.in_channels if sees_x_t else 0, TIME_FEATURES if sees_x_t else 0, int(tells))
     return critic.requires_grad_(True)
-
-
-def gaussian(folder: str, run: Run, like: SMDUNet2DModel) -> SMDUNet2DModel:
-    """The Gaussian denoiser of a folder, of the same latents and classes as the mixture ``like``, on the device."""
-    key = "objective.distillation.teacher"
-    found = class_of(folder)
-    check(found == "SMDUNet2DModel", key, "the folder of an SMDUNet2DModel (RUN/model/unet)", f"{found or 'none'} in {folder}")
-    model = SMDUNet2DModel.from_pretrained(Path(folder), use_safetensors=True)
-    check(not model.is_mixture, key, "a Gaussian model", f"a mixture in {folder}")
-    for name in ("in_channels", "num_classes"):
-        check(model.config[name] == like.config[name], key, f"{name} {like.config[name]}, as the model's", model.config[name])
-    return model.to(run.accelerator.device)
 
 
 def extended(teacher: SMDUNet2DModel, inputs: int, features: int, outputs: int) -> SMDUNet2DModel:

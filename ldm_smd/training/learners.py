@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .distillation import Distillation
+from .regression import PosteriorRegression
 from .run import Run
 from .step import Denoising, Learner
 
 
 def learner_for(run: Run) -> Learner:
     """Choose by the objective."""
-    return Distillation(run) if run.config.objective.name == "distillation" else Denoising(run)
+    kinds: dict[str, Callable[[Run], Learner]] = {"distillation": Distillation, "regression": PosteriorRegression}
+    return kinds.get(run.config.objective.name, Denoising)(run)

@@ -42,15 +42,15 @@ class Denoising:
         score = run.config.objective
         self.run, self.process, self.model = run, run.process(), trained_model(run)
         self.networks = {"model": self.model}
-        self.objective = objective(score.name, score.beta, score.diversity, score.patches, score.bandwidth)
-        self.exponent = score.beta if score.name == "energy" else 2.0
         self.draws = score.draws if self.model.network.is_mixture else 0
 
     def step(self, batch: LatentBatch, images_seen: int, learning_rate: float) -> dict[str, torch.Tensor]:
         self.model.network.zero_grad()
-        noise = draw_step(self.run, self.process, batch, images_seen, self.draws)
-        loss = self.backward(batch, noise)
+        loss = self.backward(batch, self.draw(batch, images_seen))
         return {"loss": loss, "gradient_norm": self.model.descend(learning_rate, self.run.config.gradient_clip)}
+
+    def draw(self, batch: LatentBatch, images_seen: int) -> StepNoise:
+        return draw_step(self.run, self.process, batch, images_seen, self.draws)
 
     def backward(self, batch: LatentBatch, noise: StepNoise) -> torch.Tensor:
         """Add the gradients of a batch, in ``accumulate`` parts; returns its mean loss."""
@@ -73,8 +73,11 @@ class Denoising:
         conditions = known_conditions(batch, noise, self.model.network.config.num_classes)
         with self.run.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
-        losses = self.objective(rearrange(prediction, "(b m) ... -> b m ...", b=len(x0)), target)
-        return losses * timestep_weight(config.objective.weighting, self.exponent, self.process, t, prediction_type)
+        score = config.objective
+        compare = objective(score.name, score.beta, score.diversity, score.patches, score.bandwidth)
+        exponent = score.beta if score.name == "energy" else 2.0
+        losses = compare(rearrange(prediction, "(b m) ... -> b m ...", b=len(x0)), target)
+        return losses * timestep_weight(score.weighting, exponent, self.process, t, prediction_type)
 
 
 def trained_model(run: Run, momentum: float = 0.9) -> TrainedNetwork:

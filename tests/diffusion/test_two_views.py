@@ -1,28 +1,39 @@
 import pytest
 import torch
 
-from ldm_smd.diffusion.two_views import joined_view
+from ldm_smd.diffusion.two_views import joined_view, posterior_flow
 from tests.diffusion.paths import PATHS
+
+
+def three_modes():
+    """Points, and the log density there of data with three modes."""
+    grid = torch.linspace(-4.0, 4.0, 20_001, dtype=torch.float64)
+    modes = torch.tensor([-1.0, 0.2, 1.5], dtype=torch.float64)
+    weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    return grid, (weights @ torch.exp(-((grid - modes[:, None]) ** 2) / (2 * 0.15**2))).log()
+
+
+def log_likelihoods(path, view, t, grid):
+    """Of each x_0 in the grid given a view (B, 1, 1, 1), (B, N)."""
+    a, s = path.signal_and_noise(t, view)
+    return -((view - a * grid) ** 2).flatten(1) / (2 * s.flatten(1) ** 2)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_one_view_says_what_two_say(path):
     """E[x_0 | x_t, x_r] by quadrature, over data with three modes, equals E[x_0 | x_u]."""
-    grid = torch.linspace(-4.0, 4.0, 20_001, dtype=torch.float64)
-    modes = torch.tensor([-1.0, 0.2, 1.5], dtype=torch.float64)
-    prior = torch.tensor([0.2, 0.5, 0.3]) @ torch.exp(-((grid - modes[:, None]) ** 2) / (2 * 0.15**2)).float()
     x = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64).view(3, 1, 1, 1)
     y = torch.tensor([0.1, -1.2, 0.4], dtype=torch.float64).view(3, 1, 1, 1)
     t, r = torch.tensor([900, 500, 300]), torch.tensor([400, 500, 800])
     x_u, u = joined_view(path, x, t, y, r)
 
+    grid, log_prior = three_modes()
+
     def log_likelihood(view, timestep):
-        a, s = path.signal_and_noise(timestep, view)
-        return -((view - a * grid) ** 2).flatten(1) / (2 * s.flatten(1) ** 2)
+        return log_likelihoods(path, view, timestep, grid)
 
     def mean(log_likelihoods):
-        weights = torch.softmax(log_likelihoods + prior.double().log(), dim=1)
-        return weights @ grid
+        return torch.softmax(log_likelihoods + log_prior, dim=1) @ grid
 
     both = mean(log_likelihood(x, t) + log_likelihood(y, r))
     assert torch.allclose(mean(log_likelihood(x_u, u)), both, atol=1e-4)
@@ -36,3 +47,23 @@ def test_the_timestep_of_a_ratio(path):
     a, s = path.signal_and_noise(t, t)
     assert torch.allclose(path.timestep_of((a / s) ** 2).double(), t, atol=1e-2)
     assert path.timestep_of(torch.tensor([1e12], dtype=torch.float64)).item() == pytest.approx(0.0, abs=1e-2)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("t", [300, 700, 950])
+def test_the_posterior_flow_draws_the_posterior(path, t):
+    """In one dimension a flow keeps order, so that it takes the quantiles of eta to those of q(x_0 | x_t)."""
+    grid, log_prior = three_modes()
+    quantiles = torch.tensor([0.03, 0.2, 0.4, 0.6, 0.8, 0.97], dtype=torch.float64)
+    eta = torch.special.ndtri(quantiles).view(-1, 1, 1, 1)
+    x_t, t = torch.full_like(eta, 0.4), torch.full((len(eta),), t)
+
+    def denoise(x, u):
+        return (torch.softmax(log_likelihoods(path, x, u, grid) + log_prior, dim=1) @ grid).view_as(x)
+
+    posterior = torch.softmax(log_likelihoods(path, x_t[:1], t[:1], grid) + log_prior, dim=1)[0]
+    expected = grid[torch.searchsorted(posterior.cumsum(0), quantiles)]
+    errors = [
+        (posterior_flow(denoise, path, x_t, t, eta, steps).flatten() - expected).abs().max().item() for steps in (1, 10, 100)
+    ]
+    assert errors[0] > 0.1 and errors[2] < 0.02 and errors[2] < errors[1]

@@ -84,6 +84,7 @@ ELSEWHERE = {
     "objective.distillation.pure_noise",
     "objective.distillation.teacher",
     "objective.distillation.views",
+    "objective.flow_steps",  # test_regression.py
     "output",
     "resume_changed",  # test_record.py
     "sample_every_images",

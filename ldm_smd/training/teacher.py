@@ -1,0 +1,47 @@
+"""What trainings that learn from a Gaussian model share: their teacher, and where they learn most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..data.stream import LatentBatch
+from ..diffusion.process import GaussianPath
+from ..errors import UserError
+from ..models.extended import class_of
+from ..models.unet import SMDUNet2DModel
+from ..schema import check
+from .run import Run
+from .step import draw_step, whole_batch
+from .step_noise import StepNoise
+
+KEY = "objective.distillation.teacher"
+
+
+def teacher_of(run: Run, mixture: SMDUNet2DModel) -> SMDUNet2DModel:
+    """Load the Gaussian denoiser that a mixture of the same latents and classes learns from, frozen, on the device: the
+    configured one, or ``init_from``."""
+    folder = run.config.objective.distillation.teacher or run.config.init_from
+    if folder is None:
+        raise UserError(f"{KEY}: expected the folder of a Gaussian model, or init_from, found None")
+    found = class_of(folder)
+    check(found == "SMDUNet2DModel", KEY, "the folder of an SMDUNet2DModel (RUN/model/unet)", f"{found or 'none'} in {folder}")
+    teacher = SMDUNet2DModel.from_pretrained(Path(folder), use_safetensors=True)
+    check(not teacher.is_mixture, KEY, "a Gaussian model", f"a mixture in {folder}")
+    for name in ("in_channels", "num_classes"):
+        wanted = mixture.config[name]
+        check(teacher.config[name] == wanted, KEY, f"{name} {wanted}, as the model's", teacher.config[name])
+    return teacher.to(run.accelerator.device).requires_grad_(False)
+
+
+def draw_with_pure_noise(
+    run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int, draws: int, number: int = 0
+) -> StepNoise:
+    """``draw_step``, where t is the last, at which sampling begins, for ``objective.distillation.pure_noise`` of the images."""
+    noise = draw_step(run, path, batch, images_seen, draws, number)
+    generator, count, rows = whole_batch(run, batch, images_seen, number, 2)
+    share = run.config.objective.distillation.pure_noise
+    pure = torch.rand(count, generator=generator, device=generator.device) < share
+    noise.t = torch.where(pure[rows], path.last, noise.t)
+    return noise
