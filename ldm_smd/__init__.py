@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .models.extended import ExtendedUNet2DModel
+    from .models.extended_dit import ExtendedDiTTransformer2DModel
     from .models.unet import SMDUNet2DModel
     from .pipelines import SMDPipeline
     from .schedulers import GMSScheduler, TeleportScheduler
 
     __version__: str
 
-__all__ = ["ExtendedUNet2DModel", "GMSScheduler", "SMDPipeline", "SMDUNet2DModel", "TeleportScheduler", "__version__"]
+__all__ = [
+    "ExtendedDiTTransformer2DModel",
+    "ExtendedUNet2DModel",
+    "GMSScheduler",
+    "SMDPipeline",
+    "SMDUNet2DModel",
+    "TeleportScheduler",
+    "__version__",
+]
 
 _HOMES = {
+    "ExtendedDiTTransformer2DModel": ".models.extended_dit",
     "ExtendedUNet2DModel": ".models.extended",
     "GMSScheduler": ".schedulers",
     "SMDPipeline": ".pipelines",

@@ -23,7 +23,7 @@ def test_sample_tool(run, model_folder, tmp_path):
     code, _, _ = run(SampleConfig, sample, *options, *guided, f"output={tmp_path / 'guided'}", "classes=[0]")
     assert code == 0 and Image.open(tmp_path / "guided/class0000-seed00000000.png").size == (16, 24)
     for setting, message in (
-        ("guide=nowhere", "guide: expected the folder of a UNet"),
+        ("guide=nowhere", "guide: expected the folder of a denoiser"),
         ("steps=1001", "num_inference_steps: expected 1 to 1000, found 1001"),
         ("steps=61", "num_inference_steps: expected a number at which no timestep is rounded to -1, found 61"),
         ("scheduler=FlowMatchEulerDiscreteScheduler", "scheduler: expected one of the noise schedule that models are trained"),

@@ -1,6 +1,6 @@
 """The sizes of the tiny models that tests build."""
 
-from diffusers import UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 
 MIXTURE = {"z_channels": 8, "identifier_channels": 8, "hypernetwork_width": 8}
 SIZES = {
@@ -55,3 +55,17 @@ def diffusers_unet(**changes):
         "num_class_embeds": 3,
     }
     return UNet2DModel(**{**sizes, **changes})
+
+
+def diffusers_dit(**changes):
+    """An untrained DiTTransformer2DModel of diffusers for 4x8x8 latents of three classes."""
+    sizes = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_embeds_ada_norm": 3,
+    }
+    return DiTTransformer2DModel(**{**sizes, **changes})

@@ -1,25 +1,27 @@
-"""Any denoiser: this package's, or a plain UNet2DModel of diffusers, compiled or not."""
+"""Any denoiser: this package's, or a plain UNet2DModel or DiTTransformer2DModel of diffusers, compiled or not."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DModel
 
 
 def is_mixture(unet: ModelMixin) -> bool:
-    """Tell whether a denoiser is a mixture; a plain UNet2DModel is not."""
+    """Tell whether a denoiser is a mixture; those of diffusers are not."""
     return getattr(unet, "is_mixture", False)
 
 
 def is_plain(unet: ModelMixin) -> bool:
-    """Tell whether a denoiser is a UNet2DModel, perhaps wrapped by torch.compile."""
-    return isinstance(getattr(unet, "_orig_mod", unet), UNet2DModel)
+    """Tell whether a denoiser is one of diffusers, perhaps wrapped by torch.compile."""
+    return isinstance(getattr(unet, "_orig_mod", unet), (UNet2DModel, DiTTransformer2DModel))
 
 
 def num_classes(unet: ModelMixin) -> int | None:
     """Return a denoiser's number of classes; the last class embedding of a plain UNet2DModel is that of the null class."""
     if not is_plain(unet):
         return unet.config.num_classes
+    if "num_embeds_ada_norm" in unet.config:  # a DiT, whose null class comes after these
+        return unet.config.num_embeds_ada_norm
     embeds = unet.config.num_class_embeds
     return None if embeds is None else embeds - 1
 
@@ -48,11 +50,13 @@ def predict(
     eta: torch.Tensor | None = None,
     image_embeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the prediction of any denoiser, as SMDUNet2DModel.forward does; a plain UNet2DModel does not read eta."""
+    """Return the prediction of any denoiser, as SMDUNet2DModel.forward does; one of diffusers does not read eta. What a DiT
+    predicts beside it, a variance, is left out."""
     if image_embeds is not None and embedding_dimensions(unet) is None:
         raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
     if is_plain(unet):
         labels = null_labels(unet, sample) if class_labels is None else class_labels
-        return unet(sample, timestep, labels, return_dict=False)[0]
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        return unet(sample, timestep, labels, return_dict=False)[0][:, : sample.shape[1]]
     embeds = {} if image_embeds is None else {"image_embeds": image_embeds}
     return unet(sample, timestep, class_labels, eta, return_dict=False, **embeds)[0]

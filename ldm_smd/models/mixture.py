@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
@@ -26,6 +27,7 @@ class Cut:
         last_channels: channels of the feature map that the noise is added to.
         out_channels: channels of the prediction.
         norm_num_groups: groups of f_phi's GroupNorm.
+        patch_size: latent positions, along a side, of one position of those feature maps.
     """
 
     feature_channels: int
@@ -36,6 +38,7 @@ class Cut:
     last_channels: int
     out_channels: int
     norm_num_groups: int
+    patch_size: int = 1
 
 
 class Draws:
@@ -59,10 +62,11 @@ class Draws:
 
 
 class MixtureDraws(Draws):
-    """M draws of each image: their noise e (B * M, C, H, W) and z (B * M, z_channels, h, w)."""
+    """M draws of each image: their noise e (B * M, C, H, W), the same in patches (B * M, C p^2, H / p, W / p), and z
+    (B * M, z_channels, h, w)."""
 
-    def __init__(self, mixture: Mixture, noise: torch.Tensor, z: torch.Tensor, count: int) -> None:
-        self.mixture, self.noise, self.z, self.count = mixture, noise, z, count
+    def __init__(self, mixture: Mixture, noise: torch.Tensor, patches: torch.Tensor, z: torch.Tensor, count: int) -> None:
+        self.mixture, self.noise, self.patches, self.z, self.count = mixture, noise, patches, z, count
 
     def repeat(self, x: torch.Tensor) -> torch.Tensor:
         return repeat(x, self.count)
@@ -76,7 +80,7 @@ class MixtureDraws(Draws):
         return modulation if shift is None else modulation + shift(self.z.mean(dim=(2, 3)))
 
     def with_noise(self, h: torch.Tensor) -> torch.Tensor:
-        return self.mixture.noise_skip.added_to(h, self.noise)
+        return self.mixture.noise_skip.added_to(h, self.patches)
 
 
 class Mixture(nn.Module):
@@ -98,15 +102,16 @@ class Mixture(nn.Module):
         """``config`` is that of the network, with ``z_channels``, ``identifier_channels``, ``hypernetwork_width`` and
         ``noise_*`` (SMDUNet2DModel)."""
         super().__init__()
-        z_channels, in_channels = config.z_channels, config.in_channels
+        self.patch_size, z_channels, in_channels = cut.patch_size, config.z_channels, config.in_channels
+        noise_channels = in_channels * cut.patch_size**2
         self.hypernetworks = nn.ModuleDict()
         for place, channels in cut.places.items():
             self.hypernetworks[place] = HyperNetwork(channels, z_channels, config.hypernetwork_width, cut.norm_num_groups)
-        features = (cut.feature_channels, cut.feature_stride, in_channels, cut.embedding_dim)
+        features = (cut.feature_channels, cut.feature_stride, noise_channels, cut.embedding_dim)
         self.identifier = MixtureIdentifier(*features, config.identifier_channels, z_channels)
         modes, timesteps = config.noise_modes, config.noise_timesteps
         self.noise = PosteriorNoise(in_channels, config.sample_size, config.noise_rank, modes, config.num_classes, timesteps)
-        self.noise_skip = zero_init(Pointwise(in_channels, cut.last_channels, bias=False))
+        self.noise_skip = zero_init(Pointwise(noise_channels, cut.last_channels, bias=False))
         self.gate = zero_init(nn.Linear(cut.embedding_dim, cut.out_channels))
         self.modulation = zero_init(nn.Linear(z_channels, cut.modulation_size)) if cut.modulation_size else None
 
@@ -122,7 +127,9 @@ class Mixture(nn.Module):
         """Make draws of eta (B * M, C, H, W), or one for each image where that is None. x_t, t and labels are those of
         ``Backbone.trunk``, features and embedding its Trunk's."""
         noise = self.noise(eta, sample, timestep, class_labels)
-        return MixtureDraws(self, noise, self.identifier(noise, features, embedding), len(noise) // len(sample))
+        patches = noise if self.patch_size == 1 else F.pixel_unshuffle(noise, self.patch_size)
+        z = self.identifier(patches, features, embedding)
+        return MixtureDraws(self, noise, patches, z, len(noise) // len(sample))
 
     def gated(self, prediction: torch.Tensor, draws: MixtureDraws, embedding: torch.Tensor) -> torch.Tensor:
         """Add the noise to the tail's prediction (B * M, C, H, W), each channel by its gate."""

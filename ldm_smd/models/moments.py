@@ -47,7 +47,9 @@ class MomentHeads(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_unet(cls, unet: SMDUNet2DModel | UNet2DModel) -> MomentHeads:
-        """Make untrained heads of the right size."""
+        """Make untrained heads of the right size. Raises ValueError for a denoiser that does not end in a convolution."""
+        if not hasattr(unet, "conv_out"):
+            raise ValueError(f"unet: expected a UNet, whose last convolution the heads read, found {type(unet).__name__}")
         return cls(unet.conv_out.in_channels, unet.config.in_channels, unet.config.norm_num_groups)
 
     def forward(self, features: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,6 +24,8 @@ class ModelConfig(Settings):
     """Channels of the mixture's latent map z. 0: the Gaussian baseline, without g_xi and f_phi."""
     identifier_channels: int = number(32, 1, 4096)
     hypernetwork_width: int = number(64, 1, 4096)
+    tail_blocks: int = number(4, 1, 1024)
+    """Of a DiT that is extended: the last blocks, which each draw runs through."""
     placement: str = choice("up", PLACEMENTS)
     """Where the hypernetwork acts: in_out (the paper), up (the trunk runs once for all draws), all."""
     noise_rank: int = number(128, 0, 2**16)

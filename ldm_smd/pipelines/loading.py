@@ -9,14 +9,14 @@ from pathlib import Path
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 
 from ..errors import UserError, one_line
-from ..models.extended import ExtendedUNet2DModel
 from ..models.gaussian import LatentGaussians
+from ..models.known import EXTENDED
 from ..models.moments import MomentHeads
 from ..models.unet import SMDUNet2DModel
 from ..schedulers import GMSScheduler, TeleportScheduler
 from .smd import SMDPipeline
 
-for cls in (SMDUNet2DModel, ExtendedUNet2DModel, MomentHeads, LatentGaussians, GMSScheduler, TeleportScheduler):
+for cls in (SMDUNet2DModel, *EXTENDED.values(), MomentHeads, LatentGaussians, GMSScheduler, TeleportScheduler):
     # Without this diffusers refuses pipelines of the hub that contain these: they belong to no library that it knows.
     methods = ["save_pretrained", "from_pretrained"]
     ALL_IMPORTABLE_CLASSES[cls.__name__] = LOADABLE_CLASSES.setdefault(cls.__module__, {})[cls.__name__] = methods

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
@@ -16,6 +16,7 @@ from ..autoencoder import Autoencoder, spatial_factor
 from ..errors import UserError
 from ..models.denoiser import is_mixture
 from ..models.extended import ExtendedUNet2DModel
+from ..models.extended_dit import ExtendedDiTTransformer2DModel
 from ..models.gaussian import LatentGaussians
 from ..models.moments import MomentHeads
 from ..models.unet import SMDUNet2DModel
@@ -36,7 +37,8 @@ class SMDPipeline(DiffusionPipeline):
     DDIMScheduler too, at any variance: (x_t, x_0) being a true pair, (x_t - a_t x_0) / s_t is as good as fresh noise.
 
     Args:
-        unet: the denoiser; a plain UNet2DModel is a Gaussian one, whose last class embedding is that of no class.
+        unet: the denoiser; a plain UNet2DModel is a Gaussian one, whose last class embedding is that of no class, and so is a
+            plain DiTTransformer2DModel.
         vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
         scheduler: a scheduler of diffusers that schedulers/support.py lists, with the settings there, or one of this package.
         id2label: class names by number (as a string, as JSON has it).
@@ -54,13 +56,15 @@ class SMDPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: SMDUNet2DModel | ExtendedUNet2DModel | UNet2DModel,
+        unet: SMDUNet2DModel | ExtendedUNet2DModel | ExtendedDiTTransformer2DModel | UNet2DModel | DiTTransformer2DModel,
         vae: Autoencoder,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,
         moments: MomentHeads | None = None,
         gaussian: LatentGaussians | None = None,
-        guide: SMDUNet2DModel | ExtendedUNet2DModel | UNet2DModel | None = None,
+        guide: (
+            SMDUNet2DModel | ExtendedUNet2DModel | ExtendedDiTTransformer2DModel | UNet2DModel | DiTTransformer2DModel | None
+        ) = None,
         embedding: dict | None = None,
     ) -> None:
         super().__init__()

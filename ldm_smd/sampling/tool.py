@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from torchvision.transforms.functional import to_pil_image
 
@@ -13,8 +13,8 @@ from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
 from ..models.denoiser import num_classes
-from ..models.extended import ExtendedUNet2DModel, class_of
-from ..models.unet import SMDUNet2DModel
+from ..models.extended import class_of
+from ..models.known import DENOISERS
 from ..pipelines import SMDPipeline, load_pipeline
 from ..schedulers import make_scheduler
 from .batches import SamplingOptions, sample_pixels
@@ -80,12 +80,11 @@ def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | No
 
 
 def load_guide(folder: str, pipeline: SMDPipeline) -> ModelMixin:
-    """Load the UNet of a folder, which must be for the same latents and classes."""
-    classes = {cls.__name__: cls for cls in (SMDUNet2DModel, ExtendedUNet2DModel, UNet2DModel)}
+    """Load the denoiser of a folder, which must be for the same latents and classes."""
     name = class_of(folder)
-    if name not in classes:
-        raise UserError(f"guide: expected the folder of a UNet (RUN/checkpoints/images-N/ema), found none at {folder}")
-    guide = classes[name].from_pretrained(folder, use_safetensors=True)
+    if name not in DENOISERS:
+        raise UserError(f"guide: expected the folder of a denoiser (RUN/checkpoints/images-N/ema), found none at {folder}")
+    guide = DENOISERS[name].from_pretrained(folder, use_safetensors=True)
     for what, found, wanted in (
         ("channels", guide.config.in_channels, pipeline.unet.config.in_channels),
         ("classes", num_classes(guide), num_classes(pipeline.unet)),

@@ -6,19 +6,21 @@ from pathlib import Path
 
 from ..config import config_as_dict
 from ..data.shards import Manifest
-from ..errors import UserError
-from ..models.extended import ExtendedUNet2DModel, class_of
+from ..errors import UserError, one_line
+from ..models.backbone import Backbone
+from ..models.extended import class_of
 from ..models.fit import fit_posterior_noise
+from ..models.known import EXTENDED, EXTENSIONS
 from ..models.mixture import Mixture
 from ..models.unet import SMDUNet2DModel
 from ..schema import check
 from .checkpoint import checkpoints, load_weights
 from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
-from .run import Denoiser, Run
+from .run import Run
 from .settings import TrainConfig
 
 
-def initial_model(run: Run) -> Denoiser:
+def initial_model(run: Run) -> Backbone:
     """Make ``build_model``'s on the device, its noise fitted unless a checkpoint has it."""
     model = build_model(run.config, run.manifest)
     if model.mixture is not None and not model.mixture.noise.is_fitted and not checkpoints(run.checkpoints):
@@ -26,14 +28,15 @@ def initial_model(run: Run) -> Denoiser:
     return model.to(run.accelerator.device)
 
 
-def build_model(config: TrainConfig, manifest: Manifest) -> Denoiser:
+def build_model(config: TrainConfig, manifest: Manifest) -> Backbone:
     """Make the configured UNet for the latents and classes of the shards, untrained or with the weights of ``init_from``; a
-    UNet2DModel of diffusers in ``init_from`` is extended to a mixture."""
-    if config.init_from and class_of(config.init_from) in ("UNet2DModel", "ExtendedUNet2DModel"):
+    network of diffusers in ``init_from`` is extended to a mixture."""
+    if config.init_from and class_of(config.init_from) in (*EXTENDED, *EXTENSIONS):
         return extended_model(config, manifest)
     channels, height, width = manifest.latent_shape
     classes = len(manifest.classes) if config.class_conditional else 0
     shape = config_as_dict(config.model)
+    del shape["tail_blocks"]  # of a DiT
     shape["noise_modes"] = noise_modes(config, manifest)
     model = SMDUNet2DModel(
         sample_size=max(height, width),
@@ -50,25 +53,29 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Denoiser:
     return model
 
 
-def extended_model(config: TrainConfig, manifest: Manifest) -> ExtendedUNet2DModel:
+def extended_model(config: TrainConfig, manifest: Manifest) -> Backbone:
     """Extend ``init_from``, which keeps its blocks, by a mixture of the sizes in ``config.model``."""
-    shape = config.model
-    check(not config.image_conditional, "image_conditional", "false for a UNet2DModel of diffusers", True)
-    assert config.init_from is not None
-    if class_of(config.init_from) == "ExtendedUNet2DModel":
-        check(shape.z_channels > 0, "model.z_channels", f"more than 0 for the mixture {config.init_from}", 0)
-        model = ExtendedUNet2DModel.from_pretrained(config.init_from, use_safetensors=True)
+    shape, folder = config.model, config.init_from
+    assert folder is not None
+    kind = class_of(folder) or ""
+    check(not config.image_conditional, "image_conditional", f"false for the {kind} of init_from", True)
+    if kind in EXTENDED:
+        check(shape.z_channels > 0, "model.z_channels", f"more than 0 for the mixture {folder}", 0)
+        model = EXTENDED[kind].from_pretrained(folder, use_safetensors=True)
     elif shape.z_channels == 0 or shape.placement != "up":
         raise UserError(
-            "init_from: expected a mixture, model.z_channels > 0 and model.placement=up, to extend a diffusers "
-            f"UNet2DModel to, found {shape.z_channels} and {shape.placement}"
+            f"init_from: expected a mixture, model.z_channels > 0 and model.placement=up, to extend a diffusers {kind} to, "
+            f"found {shape.z_channels} and {shape.placement}"
         )
     else:
-        sizes = {
-            name: getattr(shape, name) for name in ("z_channels", "identifier_channels", "hypernetwork_width", "noise_rank")
-        }
+        names = ["z_channels", "identifier_channels", "hypernetwork_width", "noise_rank"]
+        names += ["tail_blocks"] if kind == "DiTTransformer2DModel" else []
+        sizes = {name: getattr(shape, name) for name in names}
         modes, timesteps = noise_modes(config, manifest), config.diffusion.num_train_timesteps
-        model = ExtendedUNet2DModel.from_unet(config.init_from, **sizes, noise_modes=modes, noise_timesteps=timesteps)
+        try:
+            model = EXTENSIONS[kind](folder, **sizes, noise_modes=modes, noise_timesteps=timesteps)
+        except ValueError as error:
+            raise UserError(f"init_from: {one_line(error)}") from error
     channels, classes = manifest.latent_shape[0], len(manifest.classes)
     check(model.config.in_channels == channels, "init_from", f"{channels} channels, as the latents", model.config.in_channels)
     if model.config.num_classes is not None:

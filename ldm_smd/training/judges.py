@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 from diffusers.models.embeddings import get_timestep_embedding
 
 from ..diffusion.process import GaussianPath, x0_per_prediction
 from ..diffusion.settings import DistillationConfig
 from ..diffusion.two_views import joined_view
+from ..models.extended_dit import without_label_dropout
 from ..models.unet import SMDUNet2DModel
+from ..schema import check
 
 TIME_FEATURES = 128
 SMALLEST = 1e-4
@@ -79,9 +83,8 @@ class Judges:
             }
         said = critic(seen, u.repeat(len(seen) // len(u)), return_dict=False, **known)[0].float()
         with torch.no_grad():
-            true = path.to_x0(
-                teacher(view, u, return_dict=False, **conditions)[0].float(), view.detach(), u, self.prediction_type
-            )
+            prediction = teacher(view, u, return_dict=False, **conditions)[0][:, :channels].float()
+            true = path.to_x0(prediction, view.detach(), u, self.prediction_type)
         own = path.to_x0(said[: len(x), :channels], view, u, self.prediction_type)
 
         scale = (drawn.detach() - true).abs().flatten(1).mean(dim=1).clamp_min(SMALLEST).view(-1, 1, 1, 1)
@@ -118,9 +121,16 @@ def critic_objective(losses: dict[str, torch.Tensor]) -> torch.Tensor:
     return losses["critic_loss"] if logit is None else losses["critic_loss"] + LOGIT_WEIGHT * logit
 
 
-def critic_of(teacher: SMDUNet2DModel, settings: DistillationConfig) -> SMDUNet2DModel:
-    """A copy of the teacher that sees and says what ``Judges`` asks for; what is new starts at zero."""
+def critic_of(teacher: ModelMixin, settings: DistillationConfig) -> ModelMixin:
+    """A copy of the teacher that sees and says what ``Judges`` asks for; what is new starts at zero. Only an SMDUNet2DModel can
+    be given more to see and to say."""
     sees_x_t, tells = settings.views == "conditional", settings.adversarial_weight > 0
+    if not isinstance(teacher, SMDUNet2DModel):
+        kind = type(teacher).__name__
+        key = "objective.distillation"
+        check(not sees_x_t, f"{key}.views", f"joined or marginal for a {kind} as teacher", settings.views)
+        check(not tells, f"{key}.adversarial_weight", f"0 for a {kind} as teacher", settings.adversarial_weight)
+        return without_label_dropout(copy.deepcopy(teacher)).requires_grad_(True)
     critic = extended(teacher, teacher.config.in_channels if sees_x_t else 0, TIME_FEATURES if sees_x_t else 0, int(tells))
     return critic.requires_grad_(True)
 

@@ -9,9 +9,10 @@ from diffusers import ModelMixin
 
 from ..config import config_as_dict
 from ..files import atomic_folder
+from ..models.backbone import Backbone
 from ..models.denoiser import embedding_dimensions
 from ..pipelines import SMDPipeline
-from .run import Denoiser, Run
+from .run import Run
 
 CARD_CLASSES = 20
 
@@ -41,7 +42,7 @@ tags: [ldm_smd, latent-diffusion]
 """
 
 
-def build_pipeline(run: Run, unet: Denoiser) -> SMDPipeline:
+def build_pipeline(run: Run, unet: Backbone) -> SMDPipeline:
     """Make the pipeline of a run's denoiser."""
     manifest = run.manifest
     labels = {str(number): name for number, name in enumerate(manifest.classes)} if unet.config.num_classes else None
@@ -49,7 +50,7 @@ def build_pipeline(run: Run, unet: Denoiser) -> SMDPipeline:
     return SMDPipeline(unet, run.autoencoder.model, run.scheduler, labels, embedding=embedding)
 
 
-def save_model_folder(run: Run, unet: Denoiser, images_seen: int) -> None:
+def save_model_folder(run: Run, unet: Backbone, images_seen: int) -> None:
     """Write OUTPUT/model: the pipeline with the EMA weights, and its card."""
     config, manifest = run.config, run.manifest
     method = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"

@@ -7,11 +7,12 @@ import logging
 from torchvision.utils import make_grid, save_image
 
 from ..evaluation.diagnostics import COLLAPSED, DIAGNOSTIC_TIMESTEPS, has_collapsed, nearest_share, spread_over_eta
+from ..models.backbone import Backbone
 from ..models.denoiser import known_labels
 from ..pipelines import seeded_generators
 from .metrics_log import MetricsLog
 from .model_folder import build_pipeline
-from .run import Denoiser, Run
+from .run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ SPREAD_PICTURES = 16
 PREVIEW_PICTURES = 40
 
 
-def preview(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None:
+def preview(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> None:
     """Log a grid of samples from fixed seeds, and the spread over eta by timestep, both from the EMA weights."""
     device = unet.device  # the CPU, where the training weights are sharded
     pipeline = build_pipeline(run, unet.to(run.accelerator.device))
@@ -38,7 +39,7 @@ def preview(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None
     unet.to(device)
 
 
-def log_spread(run: Run, unet: Denoiser, images_seen: int, log: MetricsLog) -> None:
+def log_spread(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> None:
     """Log how far apart the draws of the mixture are, for one x_t and from pure noise; warn where they have become one."""
     batch, process = run.batches().batch_at(0).rows(0, SPREAD_PICTURES).to(run.accelerator.device), run.process()
     latents = run.autoencoder.normalise(batch.moments[:, 0].float())

@@ -11,6 +11,7 @@ from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
 from ..diffusion.two_views import posterior_flow
 from ..models.blocks import repeat
+from ..models.denoiser import predict
 from ..schema import check
 from .run import Run
 from .step import Denoising, known_conditions
@@ -49,7 +50,7 @@ class PosteriorRegression(Denoising):
 
         def denoise(x_u: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
             with run.accelerator.autocast():
-                prediction = self.teacher(x_u, u, return_dict=False, **each)[0].float()
+                prediction = predict(self.teacher, x_u, u, **each).float()
             return path.to_x0(prediction, x_u, u, prediction_type)
 
         with torch.no_grad():

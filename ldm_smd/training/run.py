@@ -12,13 +12,9 @@ from ..autoencoder import FrozenAutoencoder
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
 from ..diffusion.process import DiffusionProcess
-from ..models.extended import ExtendedUNet2DModel
-from ..models.unet import SMDUNet2DModel
 from ..schedulers.schedule import build_scheduler
 from .record import MAY_CHANGE, NOT_COMPARED, RunRecord, open_record
 from .settings import TrainConfig
-
-Denoiser = SMDUNet2DModel | ExtendedUNet2DModel
 
 
 @dataclass(frozen=True)

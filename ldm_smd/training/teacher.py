@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 
 from ..data.stream import LatentBatch
 from ..diffusion.process import GaussianPath
 from ..errors import UserError
+from ..models.backbone import Backbone
+from ..models.denoiser import is_mixture, num_classes
 from ..models.extended import class_of
-from ..models.unet import SMDUNet2DModel
+from ..models.known import DENOISERS
 from ..schema import check
 from .run import Run
 from .step import draw_step, whole_batch
@@ -19,19 +22,21 @@ from .step_noise import StepNoise
 KEY = "objective.distillation.teacher"
 
 
-def teacher_of(run: Run, mixture: SMDUNet2DModel) -> SMDUNet2DModel:
+def teacher_of(run: Run, mixture: Backbone) -> ModelMixin:
     """Load the Gaussian denoiser that a mixture of the same latents and classes learns from, frozen, on the device: the
     configured one, or ``init_from``."""
     folder = run.config.objective.distillation.teacher or run.config.init_from
     if folder is None:
         raise UserError(f"{KEY}: expected the folder of a Gaussian model, or init_from, found None")
-    found = class_of(folder)
-    check(found == "SMDUNet2DModel", KEY, "the folder of an SMDUNet2DModel (RUN/model/unet)", f"{found or 'none'} in {folder}")
-    teacher = SMDUNet2DModel.from_pretrained(Path(folder), use_safetensors=True)
-    check(not teacher.is_mixture, KEY, "a Gaussian model", f"a mixture in {folder}")
-    for name in ("in_channels", "num_classes"):
-        wanted = mixture.config[name]
-        check(teacher.config[name] == wanted, KEY, f"{name} {wanted}, as the model's", teacher.config[name])
+    kind = class_of(folder) or "none"
+    check(kind in DENOISERS, KEY, f"the folder of one of {', '.join(DENOISERS)} (RUN/model/unet)", f"{kind} in {folder}")
+    teacher = DENOISERS[kind].from_pretrained(Path(folder), use_safetensors=True)
+    check(not is_mixture(teacher), KEY, "a Gaussian model", f"a mixture in {folder}")
+    for name, found, wanted in (
+        ("in_channels", teacher.config.in_channels, mixture.config.in_channels),
+        ("num_classes", num_classes(teacher), mixture.config.num_classes),
+    ):
+        check(found == wanted, KEY, f"{name} {wanted}, as the model's", found)
     return teacher.to(run.accelerator.device).requires_grad_(False)
 
 

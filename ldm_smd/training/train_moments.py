@@ -47,7 +47,10 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     manifest.check_autoencoder(autoencoder)
 
     torch.manual_seed(config.seed)
-    heads = MomentHeads.for_unet(pipeline.unet).to(device)
+    try:
+        heads = MomentHeads.for_unet(pipeline.unet).to(device)
+    except ValueError as wrong:
+        raise UserError(f"model: {wrong}") from wrong
     ema = EMA(heads, config.ema_halflife_images)
     trained = TrainedNetwork(heads, adamw(heads, config.learning_rate, weight_decay=0.01))
     errors = PredictionErrors(pipeline, autoencoder, config.label_dropout)

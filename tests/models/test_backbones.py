@@ -144,9 +144,9 @@ def test_round_trips_in_a_fresh_process(tmp_path):
 import torch
 from pathlib import Path
 from safetensors.torch import load_file
-from ldm_smd import ExtendedUNet2DModel, SMDUNet2DModel
+from ldm_smd import ExtendedDiTTransformer2DModel, ExtendedUNet2DModel, SMDUNet2DModel
 for name in {BACKBONES}:
-    kind = ExtendedUNet2DModel if name == "unet2d" else SMDUNet2DModel
+    kind = {{"unet2d": ExtendedUNet2DModel, "dit": ExtendedDiTTransformer2DModel}}.get(name, SMDUNet2DModel)
     i = load_file(Path({str(tmp_path)!r}) / f"{{name}}.safetensors")
     found = kind.from_pretrained(Path({str(tmp_path)!r}) / name)(i["x"], i["t"], i["labels"], i["eta"]).sample
     assert (found - i["expected"]).abs().max() <= 1e-4 * i["expected"].abs().max(), name

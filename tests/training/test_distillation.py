@@ -114,7 +114,7 @@ def test_another_teacher_than_the_start(distil, train_config, gaussian_folder, m
         train(train_config(*plain))
     with pytest.raises(UserError, match=r"objective\.distillation\.teacher: expected a Gaussian model, found 'a mixture in"):
         train(train_config(*plain, f"init_from={model_folder / 'unet'}"))
-    with pytest.raises(UserError, match=r"teacher: expected the folder of an SMDUNet2DModel .*, found 'none in"):
+    with pytest.raises(UserError, match=r"teacher: expected the folder of one of .*, found 'none in"):
         train(train_config(*plain, f"objective.distillation.teacher={tmp_path / 'nowhere'}"))
     teacher = f"objective.distillation.teacher={gaussian_folder / 'unet'}"
     with pytest.raises(UserError, match=r"teacher: expected num_classes None, as the model's, found 2"):

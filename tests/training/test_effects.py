@@ -77,6 +77,7 @@ ELSEWHERE = {
     "init_from",  # test_build.py
     "keep_checkpoints",
     "log_every_images",
+    "model.tail_blocks",  # test_dit.py
     "num_workers",
     "objective.distillation.critic_learning_rate",  # test_distillation.py, as those below
     "objective.distillation.adversarial_weight",

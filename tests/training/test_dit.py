@@ -1,0 +1,111 @@
+"""A DiT of diffusers becomes a mixture, by every objective, and is sampled."""
+
+import json
+
+import pytest
+import torch
+
+from ldm_smd import ExtendedDiTTransformer2DModel
+from ldm_smd.errors import UserError
+from ldm_smd.models.denoiser import predict
+from ldm_smd.pipelines import load_pipeline
+from ldm_smd.training.loop import train
+from ldm_smd.training.settings import TrainMomentsConfig
+from ldm_smd.training.train_moments import train_moments
+from tests.rounding import alike
+from tests.tiny import MIXTURE, diffusers_dit
+from tests.training.results import assert_same_losses, weights
+
+TAIL = "model.tail_blocks=2"
+
+
+@pytest.fixture
+def dit(tmp_path):
+    """The folder of a DiT for two classes, with a learned variance in four more output channels, as ImageNet's have it."""
+    torch.manual_seed(0)
+    model = diffusers_dit(out_channels=8, num_embeds_ada_norm=2)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "dit")
+    return tmp_path / "dit"
+
+
+def test_a_mixture_predicts_what_the_dit_does(dit):
+    """But for the variance; at other sizes than those trained too."""
+    plain = diffusers_dit(out_channels=8, num_embeds_ada_norm=2).from_pretrained(dit)
+    model = ExtendedDiTTransformer2DModel.from_transformer(dit, tail_blocks=1, noise_rank=0, **MIXTURE).train()
+    x, t, labels = torch.randn(3, 4, 8, 8), torch.tensor([999, 400, 3]), torch.tensor([0, 1, 2])
+    expected = plain(x, t, labels).sample[:, :4]
+    assert alike(model(x, t, labels).sample, expected)
+    assert alike(model(x, t, labels).sample, model(x, t, labels).sample), "it leaves out no labels by itself"
+    assert alike(predict(plain, x, t, labels), expected)
+    assert predict(plain, x, 400).shape == x.shape
+    assert model(torch.randn(1, 4, 8, 12), 10).sample.shape == (1, 4, 8, 12)
+    with pytest.raises(ValueError, match=r"sample: expected sides that are multiples of 2, found \(8, 7\)"):
+        model(torch.randn(1, 4, 8, 7), 10)
+
+
+@pytest.mark.slow
+def test_a_dit_starts_a_mixture(train_config, dit, tmp_path):
+    """DiT -> mixture -> training, resumed -> a pipeline that samples -> training from that."""
+    start = (f"init_from={dit}", TAIL)
+    train(train_config(*start, "images_total=32"))
+    folder = train(train_config(*start, "images_total=64"))
+    assert json.loads((folder / "unet/config.json").read_text())["_class_name"] == "ExtendedDiTTransformer2DModel"
+    train(train_config(*start, "images_total=64", f"output={tmp_path / 'straight'}"))
+    straight = weights(tmp_path / "straight/model/unet")
+    assert all(torch.equal(straight[name], value) for name, value in weights(folder / "unet").items())
+    assert load_pipeline(folder)([0, 1], num_inference_steps=2, output_type="pt").images.isfinite().all()
+    train(train_config(f"init_from={folder / 'unet'}", f"output={tmp_path / 'again'}", "images_total=8"))
+    train(train_config(*start, "accumulate=2", "gradient_checkpointing=true", f"output={tmp_path / 'parts'}"))
+    assert_same_losses(tmp_path / "straight", tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "objective",
+    [
+        ["mixture_nll"],
+        ["regression", "model.noise_rank=0", "objective.flow_steps=2"],
+        ["distillation", "objective.draws=1", "objective.distillation.views=joined"],
+    ],
+    ids=lambda given: given[0],
+)
+def test_every_objective(train_config, dit, objective):
+    name, *settings = objective
+    folder = train(train_config(f"init_from={dit}", TAIL, f"objective.name={name}", *settings))
+    assert load_pipeline(folder)([1], num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+def test_a_dit_in_a_pipeline(model_folder, dit, tmp_path):
+    """As it is, a Gaussian model, saved and loaded, with guidance."""
+    ours = load_pipeline(model_folder)
+    ours.register_modules(unet=diffusers_dit().from_pretrained(dit))
+    ours.save_pretrained(tmp_path / "plain")
+    plain = load_pipeline(tmp_path / "plain")
+    pictures = plain([0, 1], num_inference_steps=2, guidance_scale=2.0, output_type="pt").images
+    assert pictures.isfinite().all() and pictures.std() > 0
+
+
+def test_what_cannot_work_is_said(train_config, dit):
+    start = f"init_from={dit}"
+    with pytest.raises(UserError, match="init_from: tail_blocks: expected 1 to 2, fewer than the DiT's blocks, found 3"):
+        train(train_config(start, "model.tail_blocks=3"))
+    with pytest.raises(UserError, match=r"init_from: expected a mixture, .* to extend a diffusers DiTTransformer2DModel to"):
+        train(train_config(start, "model.z_channels=0", "objective.name=mse"))
+    distil = (start, TAIL, "objective.name=distillation", "objective.draws=1")
+    with pytest.raises(UserError, match="views: expected joined or marginal for a DiTTransformer2DModel as teacher"):
+        train(train_config(*distil))
+    marginal = (*distil, "objective.distillation.views=marginal")
+    with pytest.raises(UserError, match="adversarial_weight: expected 0 for a DiTTransformer2DModel as teacher"):
+        train(train_config(*marginal, "objective.distillation.adversarial_weight=0.3"))
+
+
+def test_moments_need_a_unet(model_folder, shards, dit, tmp_path, run):
+    ours = load_pipeline(model_folder)
+    ours.register_modules(unet=diffusers_dit().from_pretrained(dit))
+    ours.save_pretrained(tmp_path / "plain")
+    settings = [f"model={tmp_path / 'plain'}", f"shards={shards}", f"output={tmp_path / 'moments'}"]
+    code, _, error = run(TrainMomentsConfig, train_moments, *settings)
+    assert code == 2 and "model: unet: expected a UNet" in error and "DiTTransformer2DModel" in error
+    assert not (tmp_path / "moments").exists()
