@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .models.extended import ExtendedUNet2DModel
+    from .models.extended_condition import ExtendedUNet2DConditionModel
     from .models.extended_dit import ExtendedDiTTransformer2DModel
     from .models.unet import SMDUNet2DModel
     from .pipelines import SMDPipeline
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExtendedDiTTransformer2DModel",
+    "ExtendedUNet2DConditionModel",
     "ExtendedUNet2DModel",
     "GMSScheduler",
     "SMDPipeline",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "ExtendedDiTTransformer2DModel": ".models.extended_dit",
+    "ExtendedUNet2DConditionModel": ".models.extended_condition",
     "ExtendedUNet2DModel": ".models.extended",
     "GMSScheduler": ".schedulers",
     "SMDPipeline": ".pipelines",

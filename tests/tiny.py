@@ -1,6 +1,6 @@
 """The sizes of the tiny models that tests build."""
 
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 MIXTURE = {"z_channels": 8, "identifier_channels": 8, "hypernetwork_width": 8}
 SIZES = {
@@ -69,3 +69,20 @@ def diffusers_dit(**changes):
         "num_embeds_ada_norm": 3,
     }
     return DiTTransformer2DModel(**{**sizes, **changes})
+
+
+def diffusers_condition(**changes):
+    """An untrained UNet2DConditionModel of diffusers for 4x8x8 latents, in the layout of Stable Diffusion's."""
+    sizes = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 12,
+    }
+    return UNet2DConditionModel(**{**sizes, **changes})

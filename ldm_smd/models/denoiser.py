@@ -1,9 +1,9 @@
-"""Any denoiser: this package's, or a plain UNet2DModel or DiTTransformer2DModel of diffusers, compiled or not."""
+"""Any denoiser: this package's, or a plain one of diffusers, compiled or not."""
 
 from __future__ import annotations
 
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
 
 
 def is_mixture(unet: ModelMixin) -> bool:
@@ -13,7 +13,7 @@ def is_mixture(unet: ModelMixin) -> bool:
 
 def is_plain(unet: ModelMixin) -> bool:
     """Tell whether a denoiser is one of diffusers, perhaps wrapped by torch.compile."""
-    return isinstance(getattr(unet, "_orig_mod", unet), (UNet2DModel, DiTTransformer2DModel))
+    return isinstance(getattr(unet, "_orig_mod", unet), (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel))
 
 
 def num_classes(unet: ModelMixin) -> int | None:
@@ -57,6 +57,8 @@ def predict(
     if is_plain(unet):
         labels = null_labels(unet, sample) if class_labels is None else class_labels
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+        if "cross_attention_dim" in unet.config:  # nothing to attend to
+            labels = sample.new_zeros(len(sample), 1, unet.config.cross_attention_dim)
         return unet(sample, timestep, labels, return_dict=False)[0][:, : sample.shape[1]]
     embeds = {} if image_embeds is None else {"image_embeds": image_embeds}
     return unet(sample, timestep, class_labels, eta, return_dict=False, **embeds)[0]

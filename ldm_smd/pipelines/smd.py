@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import (
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
@@ -16,6 +23,7 @@ from ..autoencoder import Autoencoder, spatial_factor
 from ..errors import UserError
 from ..models.denoiser import is_mixture
 from ..models.extended import ExtendedUNet2DModel
+from ..models.extended_condition import ExtendedUNet2DConditionModel
 from ..models.extended_dit import ExtendedDiTTransformer2DModel
 from ..models.gaussian import LatentGaussians
 from ..models.moments import MomentHeads
@@ -25,6 +33,15 @@ from ..schedulers.timesteps import Generators, begin_run, predicted_x0, step_opt
 from .decoding import decode_latents, encode_images
 from .guidance import Conditions, guided_prediction, guided_steps, read_conditions
 
+Denoiser: TypeAlias = (
+    SMDUNet2DModel
+    | ExtendedUNet2DModel
+    | ExtendedUNet2DConditionModel
+    | ExtendedDiTTransformer2DModel
+    | UNet2DModel
+    | UNet2DConditionModel
+    | DiTTransformer2DModel
+)
 TOOLS = {"moments": "train_moments", "gaussian": "fit_gaussian"}
 """The tools that make the components which a scheduler may need."""
 
@@ -37,8 +54,8 @@ class SMDPipeline(DiffusionPipeline):
     DDIMScheduler too, at any variance: (x_t, x_0) being a true pair, (x_t - a_t x_0) / s_t is as good as fresh noise.
 
     Args:
-        unet: the denoiser; a plain UNet2DModel is a Gaussian one, whose last class embedding is that of no class, and so is a
-            plain DiTTransformer2DModel.
+        unet: the denoiser; a plain UNet2DModel is a Gaussian one, whose last class embedding is that of no class; so is a
+            plain DiTTransformer2DModel, and a plain UNet2DConditionModel, which attends to zeros.
         vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
         scheduler: a scheduler of diffusers that schedulers/support.py lists, with the settings there, or one of this package.
         id2label: class names by number (as a string, as JSON has it).
@@ -56,15 +73,13 @@ class SMDPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: SMDUNet2DModel | ExtendedUNet2DModel | ExtendedDiTTransformer2DModel | UNet2DModel | DiTTransformer2DModel,
+        unet: Denoiser,
         vae: Autoencoder,
         scheduler: SchedulerMixin,
         id2label: dict[str, str] | None = None,
         moments: MomentHeads | None = None,
         gaussian: LatentGaussians | None = None,
-        guide: (
-            SMDUNet2DModel | ExtendedUNet2DModel | ExtendedDiTTransformer2DModel | UNet2DModel | DiTTransformer2DModel | None
-        ) = None,
+        guide: Denoiser | None = None,
         embedding: dict | None = None,
     ) -> None:
         super().__init__()

@@ -34,7 +34,6 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Backbone:
     if config.init_from and class_of(config.init_from) in (*EXTENDED, *EXTENSIONS):
         return extended_model(config, manifest)
     channels, height, width = manifest.latent_shape
-    classes = len(manifest.classes) if config.class_conditional else 0
     shape = config_as_dict(config.model)
     del shape["tail_blocks"]  # of a DiT
     shape["noise_modes"] = noise_modes(config, manifest)
@@ -42,9 +41,8 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Backbone:
         sample_size=max(height, width),
         in_channels=channels,
         out_channels=channels,
-        num_classes=classes or None,
         noise_timesteps=config.diffusion.num_train_timesteps,
-        embedding_dimensions=manifest.embedding_dimensions if config.image_conditional else None,
+        **conditions(config, manifest),
         **{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()},
     )
     if config.init_from:
@@ -58,7 +56,8 @@ def extended_model(config: TrainConfig, manifest: Manifest) -> Backbone:
     shape, folder = config.model, config.init_from
     assert folder is not None
     kind = class_of(folder) or ""
-    check(not config.image_conditional, "image_conditional", f"false for the {kind} of init_from", True)
+    attends = "UNet2DConditionModel" in kind  # to tokens, of any conditions
+    check(attends or not config.image_conditional, "image_conditional", f"false for the {kind} of init_from", True)
     if kind in EXTENDED:
         check(shape.z_channels > 0, "model.z_channels", f"more than 0 for the mixture {folder}", 0)
         model = EXTENDED[kind].from_pretrained(folder, use_safetensors=True)
@@ -70,7 +69,7 @@ def extended_model(config: TrainConfig, manifest: Manifest) -> Backbone:
     else:
         names = ["z_channels", "identifier_channels", "hypernetwork_width", "noise_rank"]
         names += ["tail_blocks"] if kind == "DiTTransformer2DModel" else []
-        sizes = {name: getattr(shape, name) for name in names}
+        sizes = {name: getattr(shape, name) for name in names} | (conditions(config, manifest) if attends else {})
         modes, timesteps = noise_modes(config, manifest), config.diffusion.num_train_timesteps
         try:
             model = EXTENSIONS[kind](folder, **sizes, noise_modes=modes, noise_timesteps=timesteps)
@@ -82,6 +81,13 @@ def extended_model(config: TrainConfig, manifest: Manifest) -> Backbone:
         what = f"{classes + 1} class embeddings, {classes} classes and no label"
         check(model.config.num_classes == classes, "init_from", what, model.config.num_classes + 1)
     return model
+
+
+def conditions(config: TrainConfig, manifest: Manifest) -> dict[str, int | None]:
+    """Return what the model is conditioned on: the number of classes and the length of image embeddings, None for none."""
+    classes = len(manifest.classes) if config.class_conditional else 0
+    dimensions = manifest.embedding_dimensions if config.image_conditional else None
+    return {"num_classes": classes or None, "embedding_dimensions": dimensions}
 
 
 def noise_modes(config: TrainConfig, manifest: Manifest) -> int:

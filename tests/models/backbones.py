@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from ldm_smd.models.extended import ExtendedUNet2DModel, plain_config
+from ldm_smd.models.extended_condition import ExtendedUNet2DConditionModel
 from ldm_smd.models.extended_dit import ExtendedDiTTransformer2DModel
 from ldm_smd.models.settings import PLACEMENTS
 from ldm_smd.models.unet import SMDUNet2DModel
-from tests.tiny import MIXTURE, SIZES, diffusers_dit, diffusers_unet
+from tests.tiny import MIXTURE, SIZES, diffusers_condition, diffusers_dit, diffusers_unet
 
 NOISE = {"noise_rank": 5, "noise_modes": 2}
-BACKBONES = (*(f"smd-{placement}" for placement in PLACEMENTS), "unet2d", "dit")
+BACKBONES = (*(f"smd-{placement}" for placement in PLACEMENTS), "unet2d", "dit", "condition")
 
 
 def gaussian(name, **changes):
@@ -22,6 +23,8 @@ def gaussian(name, **changes):
         return diffusers_unet(**{"num_class_embeds": 4, **changes}).eval()
     if name == "dit":
         return diffusers_dit(**changes).eval()
+    if name == "condition":
+        return diffusers_condition(**changes).eval()
     model = SMDUNet2DModel(8, 4, 4, num_classes=3, **{**SIZES, "z_channels": 0, **changes}).eval()
     torch.nn.init.normal_(model.conv_out.weight)
     return model
@@ -40,6 +43,11 @@ def mixture(name, **changes):
         sizes = {"sample_size": 8, "in_channels": 4, "num_classes": 3, "tail_blocks": 2, **MIXTURE, **NOISE, **changes}
         model = ExtendedDiTTransformer2DModel(plain_config(plain), **sizes).eval()
         model.transformer.load_state_dict(plain.state_dict())
+        return model
+    if isinstance(plain, UNet2DConditionModel):
+        sizes = {"sample_size": 8, "in_channels": 4, "num_classes": 3, **MIXTURE, **NOISE, **changes}
+        model = ExtendedUNet2DConditionModel(plain_config(plain), **sizes).eval()
+        model.unet.load_state_dict(plain.state_dict())
         return model
     placement = name.removeprefix("smd-")
     model = SMDUNet2DModel(8, 4, 4, num_classes=3, **{**SIZES, **NOISE, "placement": placement, **changes}).eval()

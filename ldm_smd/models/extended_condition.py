@@ -1,0 +1,154 @@
+"""ExtendedUNet2DConditionModel: a Gaussian diffusers.UNet2DConditionModel, trained elsewhere, extended to a mixture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from torch import nn
+
+from .backbone import Backbone, Trunk
+from .blocks import zero_init
+from .denoiser import null_labels
+from .extended import plain_config
+from .mixture import Cut, Draws, Mixture
+
+ABSENT = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+"""Settings of a UNet2DConditionModel that are to be None: more conditions than its cross-attention."""
+
+
+class ExtendedUNet2DConditionModel(Backbone):
+    """A ``diffusers.UNet2DConditionModel``, such as Stable Diffusion's, with the mixture of SMDUNet2DModel, placement "up".
+    In place of text it attends to tokens that are learned: one for each class, one made of an OpenCLIP image embedding, and
+    ``empty_states`` always. All start at zero, as what the UNet predicts where it attends to zeros. ``self.unet`` stays a plain
+    UNet2DConditionModel, which can be saved by itself.
+
+    Args:
+        unet_config: of the UNet2DConditionModel, with cross-attention as its only condition.
+        sample_size, in_channels: of the UNet.
+        num_classes: number of classes, or None; a label equal to it is "no label".
+        embedding_dimensions: D of the image embeddings that it can be conditioned on; None where it cannot.
+        empty_tokens: length of ``empty_states``; that of a text encoder's output where it starts as an empty text.
+        z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in SMDUNet2DModel.
+    """
+
+    _supports_gradient_checkpointing = True  # of its UNet's blocks
+    mixture: Mixture
+
+    @register_to_config
+    def __init__(
+        self,
+        unet_config: dict,
+        sample_size: int,
+        in_channels: int,
+        num_classes: int | None = None,
+        embedding_dimensions: int | None = None,
+        empty_tokens: int = 1,
+        z_channels: int = 32,
+        identifier_channels: int = 32,
+        hypernetwork_width: int = 64,
+        noise_rank: int = 128,
+        noise_modes: int = 256,
+        noise_timesteps: int = 1000,
+    ) -> None:
+        super().__init__()
+        self.unet = UNet2DConditionModel.from_config(unet_config)
+        config = self.unet.config
+        found = [f"{name} {config[name]!r}" for name in ABSENT if config[name] is not None]
+        if found or not isinstance(config.cross_attention_dim, int):
+            wanted = "expected a UNet whose one condition is cross-attention, of one width"
+            raise ValueError(f"unet: {wanted}, found {', '.join(found) or config.cross_attention_dim}")
+        width, last, embedding_dim = (
+            config.cross_attention_dim,
+            config.block_out_channels[-1],
+            self.unet.time_embedding.linear_2,
+        )
+        self.empty_states = nn.Parameter(torch.zeros(empty_tokens, width))
+        self.class_states = None if num_classes is None else zero_init(nn.Embedding(num_classes + 1, width))
+        self.image_states = None
+        if embedding_dimensions is not None:
+            self.image_states = zero_init(nn.Linear(embedding_dimensions, width, bias=False))
+        # What an up block takes in is what the one before it put out.
+        widths = (last, *reversed(config.block_out_channels))[: len(self.unet.up_blocks)]
+        cut = Cut(
+            feature_channels=last,
+            feature_stride=1,
+            embedding_dim=embedding_dim.out_features,
+            places={f"up{index}": channels for index, channels in enumerate(widths[:-1] or widths)},
+            modulation_size=embedding_dim.out_features,
+            last_channels=widths[-1],
+            out_channels=config.out_channels,
+            norm_num_groups=config.norm_num_groups,
+        )
+        self.mixture = Mixture(cut, self.config)
+
+    @classmethod
+    def from_unet(
+        cls, folder: str | Path, num_classes: int | None = None, embedding_dimensions: int | None = None, **mixture: int
+    ) -> ExtendedUNet2DConditionModel:
+        """Load the UNet2DConditionModel of a folder; give it tokens for these conditions and a new mixture of these sizes."""
+        unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+        sizes = {"sample_size": unet.config.sample_size, "in_channels": unet.config.in_channels}
+        conditions = {"num_classes": num_classes, "embedding_dimensions": embedding_dimensions}
+        model = cls(unet_config=plain_config(unet), **sizes, **conditions, **mixture)
+        model.unet.load_state_dict(unet.state_dict())
+        return model
+
+    def states(
+        self, sample: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What is attended to: the empty states and a token for each condition, (B, tokens, cross_attention_dim)."""
+        tokens = [self.empty_states.to(sample.dtype).expand(len(sample), -1, -1)]
+        if class_labels is not None and self.class_states is None:
+            raise ValueError("class_labels: expected None, this model has num_classes=None")
+        if self.class_states is not None:
+            tokens.append(self.class_states(null_labels(self, sample) if class_labels is None else class_labels)[:, None])
+        if self.image_states is not None:
+            dimensions = self.config.embedding_dimensions
+            embeds = sample.new_zeros(len(sample), dimensions) if image_embeds is None else image_embeds.to(sample.dtype)
+            tokens.append(self.image_states(embeds * math.sqrt(dimensions))[:, None])  # of unit variance
+        elif image_embeds is not None:
+            raise ValueError("image_embeds: expected None, this model has embedding_dimensions=None")
+        return torch.cat(tokens, dim=1)
+
+    def trunk(
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
+    ) -> Trunk:
+        unet, states = self.unet, self.states(sample, class_labels, image_embeds)
+        if unet.config.center_input_sample:
+            sample = 2 * sample - 1
+        embedding = unet.time_embedding(unet.time_proj(timestep.expand(len(sample))).to(sample.dtype))
+        h = unet.conv_in(sample)
+        skips = [h]
+        for block in unet.down_blocks:
+            h, outputs = block(hidden_states=h, temb=embedding, **attended(block, states))
+            skips.extend(outputs)
+        if unet.mid_block is not None:
+            h = unet.mid_block(h, embedding, **attended(unet.mid_block, states))
+        return Trunk(h, F.silu(embedding), (embedding, skips, states))
+
+    def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
+        unet, h = self.unet, trunk.features
+        embedding, skips, states = cast(tuple[torch.Tensor, list[torch.Tensor], torch.Tensor], trunk.kept)
+        embedding, states, left = draws.modulated(embedding), draws.repeat(states), len(skips)
+        for index, block in enumerate(unet.up_blocks):
+            first = left - len(block.resnets)
+            h = draws.at(f"up{index}", h)
+            if index == len(unet.up_blocks) - 1:
+                h = draws.with_noise(h)
+            given = tuple(draws.repeat(skip) for skip in skips[first:left])
+            # To the sides of the next skip connections, so that any input size works.
+            size = skips[first - 1].shape[2:] if first else None
+            h = block(h, given, embedding, upsample_size=size, **attended(block, states))
+            left = first
+        return unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).contiguous()
+
+
+def attended(block: nn.Module, states: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument of a block that attends to states, nothing for others."""
+    return {"encoder_hidden_states": states} if getattr(block, "has_cross_attention", False) else {}
