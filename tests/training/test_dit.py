@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from ldm_smd import ExtendedDiTTransformer2DModel
+from ldm_smd.data.encode import encode
+from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.errors import UserError
 from ldm_smd.models.denoiser import predict
 from ldm_smd.pipelines import load_pipeline
+from ldm_smd.sampling.settings import SampleConfig
+from ldm_smd.sampling.tool import sample
+from ldm_smd.training.fit_gaussian import fit_gaussian
 from ldm_smd.training.loop import train
-from ldm_smd.training.settings import TrainMomentsConfig
+from ldm_smd.training.settings import FitGaussianConfig, TrainConfig, TrainMomentsConfig
 from ldm_smd.training.train_moments import train_moments
 from tests.rounding import alike
 from tests.tiny import MIXTURE, diffusers_dit
@@ -109,3 +114,19 @@ def test_moments_need_a_unet(model_folder, shards, dit, tmp_path, run):
     code, _, error = run(TrainMomentsConfig, train_moments, *settings)
     assert code == 2 and "model: unet: expected a UNet" in error and "DiTTransformer2DModel" in error
     assert not (tmp_path / "moments").exists()
+
+
+@pytest.mark.slow
+def test_the_recipe(run, pictures, vae_folder, dit, tmp_path):
+    """From a DiT to pictures in four steps: encode, train, fit the Gaussians, sample from them."""
+    latents, mixture, drafts, samples = (tmp_path / name for name in ("latents", "mixture", "drafts", "samples"))
+    images = [f"images.source={pictures}", "images.resolution=16", "num_workers=0"]
+    assert run(EncodeConfig, encode, *images, f"autoencoder={vae_folder}", f"output={latents}")[0] == 0
+    process = ["diffusion.prediction_type=epsilon", "diffusion.beta_schedule=linear"]
+    settings = [f"shards={latents}", f"autoencoder={vae_folder}", f"init_from={dit}", TAIL, "images_total=32", "batch_size=8"]
+    assert run(TrainConfig, train, *settings, *process, "sample_steps=2", f"output={mixture}")[0] == 0
+    fit = [f"model={mixture / 'model'}", f"shards={latents}", "rank=4", f"output={drafts}"]
+    assert run(FitGaussianConfig, fit_gaussian, *fit)[0] == 0
+    code, _, error = run(SampleConfig, sample, f"model={drafts}", "steps=4", "per_class=2", f"output={samples}")
+    assert code == 0, error
+    assert len(list(samples.glob("class*.png"))) == 4

@@ -1,0 +1,204 @@
+"""What a mixture costs in networks of diffusers at full size: DiT-XL/2 and Stable Diffusion 1.x's UNet, with random weights.
+
+Each is extended to a mixture as tools/train.py init_from= does. The Gaussian model and the mixture have the same weights, so
+that both fit into memory, and are timed in turn: a training step (forward and backward, 4 draws of each image) and a sampling
+step. Peak memory is that of two training steps of the mixture with AdamW, in a process of their own.
+
+    python benchmarks/denoisers.py
+    python benchmarks/denoisers.py --only DiT-XL/2 --rounds 9
+
+Writes benchmarks/results/denoisers.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from targets import target, target_table
+from yardstick import RESULTS
+
+from ldm_smd.diffusion.objectives import energy, mse
+from ldm_smd.models.backbone import Backbone
+from ldm_smd.models.denoiser import predict
+from ldm_smd.models.extended import plain_config
+from ldm_smd.models.extended_condition import ExtendedUNet2DConditionModel
+from ldm_smd.models.extended_dit import ExtendedDiTTransformer2DModel
+
+DRAWS = 4
+CHANNELS, SIDE = 4, 32
+"""Of the latents of 256-pixel images in the VAE of both."""
+GAUSSIAN, MIXTURE = "Gaussian model", "mixture"
+
+
+@dataclass(frozen=True)
+class Network:
+    """``extended`` makes the mixture, ``plain`` is the Gaussian model within it."""
+
+    extended: Callable[[], Backbone]
+    plain: Callable[[Backbone], torch.nn.Module]
+
+
+def dit_xl() -> Backbone:
+    """In the layout of the ImageNet DiT-XL/2 (arXiv 2212.09748), without its learned variance."""
+    with torch.device("meta"):
+        config = plain_config(DiTTransformer2DModel(num_layers=28, in_channels=CHANNELS, out_channels=CHANNELS))
+    sizes = {"sample_size": SIDE, "in_channels": CHANNELS, "num_classes": 1000}
+    return ExtendedDiTTransformer2DModel(config | {"sample_size": SIDE}, **sizes)
+
+
+def stable_diffusion() -> Backbone:
+    """In the layout of Stable Diffusion 1.x, with tokens for 1,000 classes."""
+    with torch.device("meta"):
+        config = plain_config(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
+    return ExtendedUNet2DConditionModel(config, sample_size=64, in_channels=CHANNELS, num_classes=1000)
+
+
+NETWORKS = {
+    "DiT-XL/2": Network(dit_xl, lambda model: model.transformer),
+    "Stable Diffusion 1.x": Network(stable_diffusion, lambda model: model.unet),
+}
+
+
+def synchronised(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Steps:
+    """Steps of a network and of the Gaussian model within it, on the same inputs."""
+
+    def __init__(self, network: Network, device: torch.device, batch: int) -> None:
+        torch.manual_seed(0)
+        self.device, self.model = device, network.extended().to(device)
+        self.plain = network.plain(self.model)
+        self.x, self.target = (torch.randn(batch, CHANNELS, SIDE, SIDE, device=device) for _ in range(2))
+        self.eta = torch.randn(batch * DRAWS, CHANNELS, SIDE, SIDE, device=device)
+        self.t = torch.randint(0, 1000, (batch,), device=device)
+        self.labels = torch.randint(0, 1000, (batch,), device=device)
+
+    def loss(self, what: str) -> torch.Tensor:
+        if what == MIXTURE:
+            draws = self.model(self.x, self.t, self.labels, self.eta).sample
+            return energy(draws.unflatten(0, (-1, DRAWS)), self.target).mean()
+        return mse(predict(self.plain, self.x, self.t, self.labels)[:, None], self.target).mean()
+
+    def training_seconds(self, what: str) -> float:
+        self.model.train().zero_grad(set_to_none=True)
+        started = synchronised(self.device)
+        self.loss(what).backward()
+        return synchronised(self.device) - started
+
+    @torch.no_grad()
+    def sampling_seconds(self, what: str) -> float:
+        self.model.eval().zero_grad(set_to_none=True)
+        started = synchronised(self.device)
+        if what == MIXTURE:
+            self.model(self.x, self.t, self.labels)
+        else:
+            predict(self.plain, self.x, self.t, self.labels)
+        return synchronised(self.device) - started
+
+
+def peak_memory(name: str, batch: int, queue: multiprocessing.Queue) -> None:
+    """Put the GB of two training steps of the mixture with AdamW, in float32: of the GPU where there is one, else of this
+    process."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = Steps(NETWORKS[name], device, batch)
+    optimizer = torch.optim.AdamW(steps.model.train().parameters(), lr=1e-4, fused=True)
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        steps.loss(MIXTURE).backward()
+        optimizer.step()
+    on_gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    queue.put((on_gpu or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9)
+
+
+def in_turn(seconds: Callable[[str], float], rounds: int) -> list[dict[str, float]]:
+    """Seconds of both, one after the other in every round, after one that is not counted."""
+    return [{what: seconds(what) for what in (GAUSSIAN, MIXTURE)} for _ in range(rounds + 1)][1:]
+
+
+def measure(name: str, rounds: int, batch: int, device: torch.device) -> dict:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=peak_memory, args=(name, batch, queue))
+    process.start()
+    gigabytes = queue.get()
+    process.join()
+    steps = Steps(NETWORKS[name], device, batch)
+    both, plain = (sum(p.numel() for p in model.parameters()) for model in (steps.model, steps.plain))
+    training, sampling = in_turn(steps.training_seconds, rounds), in_turn(steps.sampling_seconds, 2 * rounds)
+    return {
+        "parameters": plain,
+        "mixture_parameters": both - plain,
+        "training_peak_gb": round(gigabytes, 2),
+        "training_seconds": training,
+        "sampling_seconds": sampling,
+        "training_ratio": statistics.median(row[MIXTURE] / row[GAUSSIAN] for row in training),
+        "sampling_ratio": statistics.median(row[MIXTURE] / row[GAUSSIAN] for row in sampling),
+    }
+
+
+def targets(networks: dict[str, dict]) -> list[dict]:
+    found = []
+    for name, each in networks.items():
+        found.append(target(f"{name}: training step, 4 draws, over the Gaussian model's", "<= 1.6", each["training_ratio"]))
+        found.append(target(f"{name}: sampling step over the Gaussian model's", "<= 1.03", each["sampling_ratio"]))
+    return found
+
+
+def table(result: dict) -> str:
+    """The result as Markdown."""
+    lines = [f"`{result['command']}`, {result['device']}, {result['threads']} threads, float32, batch {result['batch']}:", ""]
+    lines += [
+        "| network | parameters | of the mixture | training, peak | training step | sampling step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, each in result["networks"].items():
+        sizes = f"{each['parameters'] / 1e6:.0f} million | {each['mixture_parameters'] / 1e6:.1f} million"
+        ratios = f"{each['training_ratio']:.2f} | {each['sampling_ratio']:.3f}"
+        lines.append(f"| {name} | {sizes} | {each['training_peak_gb']:.1f} GB | {ratios} |")
+    return "\n".join([*lines, *target_table(result["targets"])]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(NETWORKS), help="one network; the others keep what the result file says of them")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=1)
+    arguments = parser.parse_args()
+    device, path = torch.device("cuda" if torch.cuda.is_available() else "cpu"), RESULTS / "denoisers.json"
+    networks = json.loads(path.read_text(encoding="utf-8"))["networks"] if path.is_file() else {}
+    for name in [arguments.only] if arguments.only else NETWORKS:
+        networks[name] = measure(name, arguments.rounds, arguments.batch, device)
+        print(name, {key: value for key, value in networks[name].items() if not key.endswith("seconds")}, flush=True)
+    result = {
+        "command": " ".join(["python", "benchmarks/denoisers.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "diffusers")},
+        "batch": arguments.batch,
+        "networks": networks,
+        "targets": targets(networks),
+    }
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
