@@ -131,13 +131,19 @@ def in_turn(seconds: Callable[[str], float], rounds: int) -> list[dict[str, floa
     return [{what: seconds(what) for what in (GAUSSIAN, MIXTURE)} for _ in range(rounds + 1)][1:]
 
 
-def measure(name: str, rounds: int, batch: int, device: torch.device) -> dict:
+def peak_in_a_process(name: str, batch: int) -> float:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=peak_memory, args=(name, batch, queue))
     process.start()
-    gigabytes = queue.get()
     process.join()
+    if process.exitcode:
+        raise RuntimeError(f"memory of {name}: expected its process to end well, found exit code {process.exitcode}")
+    return queue.get()
+
+
+def measure(name: str, rounds: int, batch: int, device: torch.device) -> dict:
+    gigabytes = peak_in_a_process(name, batch)
     steps = Steps(NETWORKS[name], device, batch)
     both, plain = (sum(p.numel() for p in model.parameters()) for model in (steps.model, steps.plain))
     training, sampling = in_turn(steps.training_seconds, rounds), in_turn(steps.sampling_seconds, 2 * rounds)

@@ -118,7 +118,20 @@ DRAWS = Distilled(f"{EXACT}, 32 draws as the critic", draws=32, critic_updates=0
 SINGLE, MANY = Budget(1000, 192, 2e-3), Budget(1000, 24, 4e-3)
 LONGER = replace(DRAWS, name=DRAWS.name + ", longer, 3 head blocks", head_blocks=3)
 FLOW = Distilled(f"{EXACT}, regression on its flow", regression=1.0, momentum=0.9)
+DEEPER = replace(FLOW, name=FLOW.name + ", longer, 5 head blocks", head_blocks=5)
+LONG = Budget(20_000, 192, 4e-3)
 DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [
+    ("ring of 8", 2, FLOW, SINGLE),
+    ("ring of 8", 2, DEEPER, LONG),
+    ("5x5 grid", 5, DEEPER, LONG),
+    ("mixture in 16-D", 5, DEEPER, replace(LONG, updates=4000)),
+    ("mixture in 64-D", 5, DEEPER, replace(LONG, updates=4000)),
+    (
+        "ring of 8",
+        2,
+        replace(DEEPER, name="learned teacher, regression on its flow, longer", teacher="learned", first_updates=4000),
+        replace(LONG, updates=8000),
+    ),
     ("ring of 8", 2, BOTH, SINGLE),
     ("ring of 8", 2, DRAWS, MANY),
     ("ring of 8", 2, Distilled(f"{EXACT}, critic of x_u", joint=False), SINGLE),

@@ -101,6 +101,8 @@ def test_every_model_trains(model):
         {"draws": 3, "others": True},
         {"draws": 3, "critic_updates": 0, "start": "Gaussian"},
         {"identity": 1.0},
+        {"regression": 1.0, "draws": 2},
+        {"regression": 0.5, "teacher": "learned"},
         {"energy": 0.1, "draws": 2, "normalise": "level", "pure_noise": 0.5},
     ],
     ids=str,
