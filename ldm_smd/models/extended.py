@@ -8,8 +8,9 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.configuration_utils import register_to_config
+from torch import nn
 
 from .backbone import Backbone, Trunk
 from .denoiser import null_labels, num_classes
@@ -51,20 +52,7 @@ class ExtendedUNet2DModel(Backbone):
         skips = any(hasattr(block, "skip_conv") for block in (*self.unet.down_blocks, *self.unet.up_blocks))
         if config.time_embedding_type != "positional" or config.class_embed_type is not None or skips:
             raise ValueError("unet: expected positional time embedding, class_embed_type None and no skip blocks")
-        last, embedding_dim = config.block_out_channels[-1], self.unet.time_embedding.linear_2.out_features
-        # What an up block takes in is what the one before it put out.
-        widths = (last, *reversed(config.block_out_channels))[: len(self.unet.up_blocks)]
-        cut = Cut(
-            feature_channels=last,
-            feature_stride=1,
-            embedding_dim=embedding_dim,
-            places={f"up{index}": width for index, width in enumerate(widths[:-1] or widths)},
-            modulation_size=embedding_dim,
-            last_channels=widths[-1],
-            out_channels=config.out_channels,
-            norm_num_groups=config.norm_num_groups,
-        )
-        self.mixture = Mixture(cut, self.config)
+        self.mixture = Mixture(cut_after_middle(self.unet), self.config)
 
     @classmethod
     def from_unet(cls, folder: str | Path, **mixture: int) -> ExtendedUNet2DModel:
@@ -96,21 +84,60 @@ class ExtendedUNet2DModel(Backbone):
         return Trunk(h, F.silu(embedding), (embedding, skips))
 
     def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
-        unet, h = self.unet, trunk.features
         embedding, skips = cast(tuple[torch.Tensor, list[torch.Tensor]], trunk.kept)
-        embedding, left = draws.modulated(embedding), len(skips)
-        for index, block in enumerate(unet.up_blocks):
-            first = left - len(block.resnets)
-            h = draws.at(f"up{index}", h)
-            if index == len(unet.up_blocks) - 1:
-                h = draws.with_noise(h)
-            h = block(h, tuple(draws.repeat(skip) for skip in skips[first:left]), embedding)
-            left = first
-        return unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).contiguous()
+        return decoder_path(self.unet, trunk.features, embedding, skips, draws)
 
 
-def plain_config(unet: UNet2DModel) -> dict:
-    """Return the UNet's config without its class and version."""
+def cut_after_middle(unet: UNet2DModel | UNet2DConditionModel) -> Cut:
+    """z may act before every up block but the last, before which the noise enters."""
+    config, last = unet.config, unet.config.block_out_channels[-1]
+    embedding_dim = unet.time_embedding.linear_2.out_features
+    # What an up block takes in is what the one before it put out.
+    widths = (last, *reversed(config.block_out_channels))[: len(unet.up_blocks)]
+    return Cut(
+        feature_channels=last,
+        feature_stride=1,
+        embedding_dim=embedding_dim,
+        places={f"up{index}": width for index, width in enumerate(widths[:-1] or widths)},
+        modulation_size=embedding_dim,
+        last_channels=widths[-1],
+        out_channels=config.out_channels,
+        norm_num_groups=config.norm_num_groups,
+    )
+
+
+def decoder_path(
+    unet: UNet2DModel | UNet2DConditionModel,
+    h: torch.Tensor,
+    embedding: torch.Tensor,
+    skips: list[torch.Tensor],
+    draws: Draws,
+    states: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the up blocks for every draw: h (B, C, h, w), embedding (B, E), skip connections, and the states that blocks with
+    cross-attention attend to -> (B * M, C, H, W)."""
+    embedding, left = draws.modulated(embedding), len(skips)
+    states = None if states is None else draws.repeat(states)
+    for index, block in enumerate(unet.up_blocks):
+        first = left - len(block.resnets)
+        h = draws.at(f"up{index}", h)
+        if index == len(unet.up_blocks) - 1:
+            h = draws.with_noise(h)
+        given = tuple(draws.repeat(skip) for skip in skips[first:left])
+        # To the sides of the next skip connections, so that any input size works.
+        size = skips[first - 1].shape[2:] if first else None
+        h = block(h, given, embedding, upsample_size=size, **attended(block, states))
+        left = first
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).contiguous()
+
+
+def attended(block: nn.Module, states: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+    """The argument of a block that attends to states, nothing for others."""
+    return {"encoder_hidden_states": states} if getattr(block, "has_cross_attention", False) else {}
+
+
+def plain_config(unet: ModelMixin) -> dict:
+    """Return a network's config without its class and version."""
     return {name: value for name, value in unet.config.items() if not name.startswith("_")}
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from .backbone import Backbone, Trunk
 from .blocks import zero_init
 from .denoiser import null_labels
-from .extended import plain_config
-from .mixture import Cut, Draws, Mixture
+from .extended import attended, cut_after_middle, decoder_path, plain_config
+from .mixture import Draws, Mixture
 
 ABSENT = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 """Settings of a UNet2DConditionModel that are to be None: more conditions than its cross-attention."""
@@ -63,29 +63,13 @@ class ExtendedUNet2DConditionModel(Backbone):
         if found or not isinstance(config.cross_attention_dim, int):
             wanted = "expected a UNet whose one condition is cross-attention, of one width"
             raise ValueError(f"unet: {wanted}, found {', '.join(found) or config.cross_attention_dim}")
-        width, last, embedding_dim = (
-            config.cross_attention_dim,
-            config.block_out_channels[-1],
-            self.unet.time_embedding.linear_2,
-        )
+        width = config.cross_attention_dim
         self.empty_states = nn.Parameter(torch.zeros(empty_tokens, width))
         self.class_states = None if num_classes is None else zero_init(nn.Embedding(num_classes + 1, width))
         self.image_states = None
         if embedding_dimensions is not None:
             self.image_states = zero_init(nn.Linear(embedding_dimensions, width, bias=False))
-        # What an up block takes in is what the one before it put out.
-        widths = (last, *reversed(config.block_out_channels))[: len(self.unet.up_blocks)]
-        cut = Cut(
-            feature_channels=last,
-            feature_stride=1,
-            embedding_dim=embedding_dim.out_features,
-            places={f"up{index}": channels for index, channels in enumerate(widths[:-1] or widths)},
-            modulation_size=embedding_dim.out_features,
-            last_channels=widths[-1],
-            out_channels=config.out_channels,
-            norm_num_groups=config.norm_num_groups,
-        )
-        self.mixture = Mixture(cut, self.config)
+        self.mixture = Mixture(cut_after_middle(self.unet), self.config)
 
     @classmethod
     def from_unet(
@@ -133,22 +117,5 @@ class ExtendedUNet2DConditionModel(Backbone):
         return Trunk(h, F.silu(embedding), (embedding, skips, states))
 
     def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
-        unet, h = self.unet, trunk.features
         embedding, skips, states = cast(tuple[torch.Tensor, list[torch.Tensor], torch.Tensor], trunk.kept)
-        embedding, states, left = draws.modulated(embedding), draws.repeat(states), len(skips)
-        for index, block in enumerate(unet.up_blocks):
-            first = left - len(block.resnets)
-            h = draws.at(f"up{index}", h)
-            if index == len(unet.up_blocks) - 1:
-                h = draws.with_noise(h)
-            given = tuple(draws.repeat(skip) for skip in skips[first:left])
-            # To the sides of the next skip connections, so that any input size works.
-            size = skips[first - 1].shape[2:] if first else None
-            h = block(h, given, embedding, upsample_size=size, **attended(block, states))
-            left = first
-        return unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).contiguous()
-
-
-def attended(block: nn.Module, states: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The argument of a block that attends to states, nothing for others."""
-    return {"encoder_hidden_states": states} if getattr(block, "has_cross_attention", False) else {}
+        return decoder_path(self.unet, trunk.features, embedding, skips, draws, states)
