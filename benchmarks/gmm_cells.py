@@ -123,15 +123,8 @@ LONG = Budget(20_000, 192, 4e-3)
 DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [
     ("ring of 8", 2, FLOW, SINGLE),
     ("ring of 8", 2, DEEPER, LONG),
-    ("5x5 grid", 5, DEEPER, LONG),
-    ("mixture in 16-D", 5, DEEPER, replace(LONG, updates=4000)),
-    ("mixture in 64-D", 5, DEEPER, replace(LONG, updates=4000)),
-    (
-        "ring of 8",
-        2,
-        replace(DEEPER, name="learned teacher, regression on its flow, longer", teacher="learned", first_updates=4000),
-        replace(LONG, updates=8000),
-    ),
+    ("5x5 grid", 5, DEEPER, replace(LONG, updates=8000)),
+    ("mixture in 16-D", 5, DEEPER, replace(LONG, updates=2000)),
     ("ring of 8", 2, BOTH, SINGLE),
     ("ring of 8", 2, DRAWS, MANY),
     ("ring of 8", 2, Distilled(f"{EXACT}, critic of x_u", joint=False), SINGLE),
