@@ -23,7 +23,7 @@ from autoencoders import stable_diffusion
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldm_smd.config import config_as_dict, load_config
+from ldm_smd.config import load_config
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DistillationConfig
 from ldm_smd.models.unet import SMDUNet2DModel
@@ -145,7 +145,7 @@ class Distilled:
 
 
 def unet_of(config: TrainConfig, mixture: bool, checkpointing: bool) -> SMDUNet2DModel:
-    shape = config_as_dict(config.model) | ({} if mixture else {"z_channels": 0})
+    shape = config.model.of_unet() | ({} if mixture else {"z_channels": 0})
     channels, side, _ = LATENT
     unet = SMDUNet2DModel(sample_size=side, in_channels=channels, out_channels=channels, num_classes=CLASSES, **shape)
     if checkpointing:

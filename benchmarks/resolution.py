@@ -28,7 +28,7 @@ from diffusers import DDPMScheduler
 from targets import target
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import config_as_dict, load_config
+from ldm_smd.config import load_config
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.pipelines import SMDPipeline
 from ldm_smd.training.settings import TrainConfig
@@ -45,7 +45,7 @@ def one_case(kind: str, pixels: int) -> dict:
     vae = AUTOENCODERS[kind]().eval()
     encoder = FrozenAutoencoder(vae)
     side = pixels // encoder.factor
-    shape = config_as_dict(load_config(TrainConfig, "configs/train/imagenet-256.yaml").model)
+    shape = load_config(TrainConfig, "configs/train/imagenet-256.yaml").model.of_unet()
     channels = encoder.latent_channels
     unet = SMDUNet2DModel(sample_size=32, in_channels=channels, out_channels=channels, num_classes=CLASSES, **shape).eval()
     pipeline = SMDPipeline(unet, vae, DDPMScheduler())

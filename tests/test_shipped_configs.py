@@ -18,7 +18,7 @@ from train_features import TrainFeaturesConfig
 
 from ldm_smd.apps.settings import DemoConfig, ExploreConfig
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.config import config_as_dict, load_config
+from ldm_smd.config import load_config
 from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.evaluation.settings import EvaluateConfig
 from ldm_smd.models.unet import SMDUNet2DModel
@@ -76,7 +76,7 @@ def test_networks_of_full_size_fit_together(name, build, pixels, factor):
         assert autoencoder.factor == factor
         shape = (autoencoder.latent_channels, pixels // factor, pixels // factor)
         unet = SMDUNet2DModel(
-            sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], num_classes=1000, **config_as_dict(config.model)
+            sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], num_classes=1000, **config.model.of_unet()
         )
         eta = torch.empty(2 * config.objective.draws, *shape)
         prediction = unet(torch.empty(2, *shape), torch.zeros(2), torch.zeros(2, dtype=torch.long), eta).sample

@@ -1,6 +1,7 @@
 """Settings of the networks that are trained: the SMD UNet and the autoencoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from ..schema import Settings, check, choice, number
 
@@ -32,6 +33,11 @@ class ModelConfig(Settings):
     """Principal components of the latents that a draw chooses in (ldm_smd/models/noise.py). 0: white noise (the paper)."""
     noise_modes: int = number(256, 1, 2**16)
     """Modes of the Gaussian mixture that the latents are taken to be from, in those directions. 1: one Gaussian."""
+
+    def of_unet(self) -> dict[str, Any]:
+        """What SMDUNet2DModel takes of it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tail_blocks"}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     def __post_init__(self) -> None:
         super().__post_init__()

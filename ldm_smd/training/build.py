@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config import config_as_dict
 from ..data.shards import Manifest
 from ..errors import UserError, one_line
 from ..models.backbone import Backbone
@@ -34,8 +33,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Backbone:
     if config.init_from and class_of(config.init_from) in (*EXTENDED, *EXTENSIONS):
         return extended_model(config, manifest)
     channels, height, width = manifest.latent_shape
-    shape = config_as_dict(config.model)
-    del shape["tail_blocks"]  # of a DiT
+    shape = config.model.of_unet()
     shape["noise_modes"] = noise_modes(config, manifest)
     model = SMDUNet2DModel(
         sample_size=max(height, width),
@@ -43,7 +41,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Backbone:
         out_channels=channels,
         noise_timesteps=config.diffusion.num_train_timesteps,
         **conditions(config, manifest),
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()},
+        **shape,
     )
     if config.init_from:
         kept = None if model.mixture is None else model.mixture.noise
