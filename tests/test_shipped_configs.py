@@ -43,6 +43,7 @@ FILES += [
     (ROOT / "benchmarks/gms-cifar10.yaml", GMSConfig, []),
     (ROOT / "benchmarks/gms-emoji.yaml", GMSConfig, []),
     (ROOT / "benchmarks/like-emoji.yaml", LikeConfig, []),
+    (ROOT / "benchmarks/rivals-cifar10.yaml", RivalsConfig, []),
     (ROOT / "benchmarks/rivals-emoji.yaml", RivalsConfig, []),
     (ROOT / "benchmarks/schedulers-emoji.yaml", SchedulersConfig, []),
     (ROOT / "benchmarks/teleport-emoji.yaml", TeleportBenchmarkConfig, []),
