@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 
 from ..diffusion.process import GaussianPath, x0_per_prediction
@@ -128,6 +128,7 @@ def critic_of(teacher: ModelMixin, settings: DistillationConfig) -> ModelMixin:
     if not isinstance(teacher, SMDUNet2DModel):
         kind = type(teacher).__name__
         key = "objective.distillation"
+        check(not isinstance(teacher, UNet2DConditionModel), f"{key}.teacher", "a denoiser without cross-attention", kind)
         check(not sees_x_t, f"{key}.views", f"joined or marginal for a {kind} as teacher", settings.views)
         check(not tells, f"{key}.adversarial_weight", f"0 for a {kind} as teacher", settings.adversarial_weight)
         return without_label_dropout(copy.deepcopy(teacher)).requires_grad_(True)

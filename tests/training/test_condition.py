@@ -73,7 +73,10 @@ def test_regression_on_an_unconditional_one(train_config, folder):
     assert train(train_config(f"init_from={folder}", *flow)).is_dir()
 
 
-def test_what_cannot_be_extended(train_config, tmp_path):
+def test_what_cannot_work_is_said(train_config, folder, tmp_path):
+    distil = ("objective.name=distillation", "objective.draws=1", "class_conditional=false")
+    with pytest.raises(UserError, match=r"distillation\.teacher: expected a denoiser without cross-attention, found"):
+        train(train_config(f"init_from={folder}", *distil))
     diffusers_condition(class_embed_type="timestep").save_pretrained(tmp_path / "more")
     with pytest.raises(UserError, match=r"init_from: unet: expected a UNet whose one condition is cross-attention.*'timestep'"):
         train(train_config(f"init_from={tmp_path / 'more'}"))
