@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -192,7 +193,7 @@ def main() -> None:
         networks[name] = measure(name, arguments.rounds, arguments.batch, device)
         print(name, {key: value for key, value in networks[name].items() if not key.endswith("seconds")}, flush=True)
     result = {
-        "command": " ".join(["python", "benchmarks/denoisers.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/denoisers.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "diffusers")},
