@@ -33,6 +33,7 @@ COSTLY = (
     "views",
     "adversarial",
     "fitted",
+    "energy_first",
 )
 """Settings that change what a step costs."""
 ROUNDS = 3
@@ -114,7 +115,7 @@ def step_costs(jobs: Sequence[Job], start: Start, latents: Latents, batch: int) 
         x0, labels = latents.batch(rows, method.group, 0.1, generator)
         began = synchronised(device)
         for count in range(steps):
-            method.count, method.progress = count, 0.5
+            method.count, method.progress = count, count / steps  # which a method's work may depend on
             method.step(x0, labels, generator, 0.0)
         return (synchronised(device) - began) / steps / rows
 

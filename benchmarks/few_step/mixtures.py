@@ -30,10 +30,11 @@ RANK = 128
 PARTS = {"z_channels": 32, "identifier_channels": 32, "hypernetwork_width": 40, "placement": "up"}
 """Of the mixture, as in configs/train/emoji-smd.yaml."""
 PATCHES = [0, 4, 2, 1]
+FIRST_DRAWS, FIRST_BETA = 4, 0.5
 
 
 class Mixture(Method):
-    """What both have in common: the network and how it is sampled, by DDPM's posterior with a draw of x_0."""
+    """What both have in common: the network, how it is sampled (DDPM's posterior with a draw of x_0), the energy score."""
 
     def __init__(self, start: Start, settings: Any) -> None:
         super().__init__(start, settings)
@@ -52,6 +53,19 @@ class Mixture(Method):
         """v, (N * draws, C, h, w), the draws of a picture in consecutive rows."""
         eta = torch.randn(len(x_t) * draws, *x_t.shape[1:], generator=generator, device=x_t.device)
         return network(x_t, t, labels, eta=eta, return_dict=False)[0]
+
+    def energy_step(
+        self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float, draws: int, beta: float
+    ) -> dict[str, torch.Tensor]:
+        """One update by the energy score of so many draws."""
+        t = self.process.random_t(len(x0), generator=generator, device=x0.device)
+        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+        target = self.process.target(x0, eps, t, "v_prediction")
+        found = self.velocity(self.model, self.process.noise(x0, eps, t), t, labels, draws, generator)
+        score = objective("energy", beta, 1.0, PATCHES)
+        loss = score(rearrange(found, "(b m) ... -> b m ...", b=len(x0)), target).mean()
+        self.descend("model", loss, rate)
+        return {"loss": loss.detach()}
 
     @torch.no_grad()
     def sample(
@@ -116,16 +130,9 @@ class Energy(Mixture):
     def __init__(self, start: Start, settings: EnergySettings) -> None:
         super().__init__(start, settings)
         self.add("model", self.model, adamw(self.model, settings.learning_rate, 0.01))
-        self.score = objective("energy", settings.beta, 1.0, PATCHES, 0.2)
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
-        t = self.process.random_t(len(x0), generator=generator, device=x0.device)
-        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
-        target = self.process.target(x0, eps, t, "v_prediction")
-        found = self.velocity(self.model, self.process.noise(x0, eps, t), t, labels, self.settings.draws, generator)
-        loss = self.score(rearrange(found, "(b m) ... -> b m ...", b=len(x0)), target).mean()
-        self.descend("model", loss, rate)
-        return {"loss": loss.detach()}
+        return self.energy_step(x0, labels, generator, rate, self.settings.draws, self.settings.beta)
 
 
 @dataclass
@@ -137,6 +144,8 @@ class DistillationSettings:
     pure_noise: float = 0.3
     critic_updates: int = 1
     adversarial: float = 0.0
+    energy_first: float = 0.0
+    """Share of the images, the first, that the energy score learns from, with FIRST_DRAWS draws and exponent FIRST_BETA."""
 
 
 class PosteriorDistillation(Mixture):
@@ -151,6 +160,7 @@ class PosteriorDistillation(Mixture):
         "critic_updates": [1, 2],
         "critic_rate": [5e-4, 1e-3, 2e-4],
         "pure_noise": [0.3, 0.1, 0.5],
+        "energy_first": [0.0, 0.5, 0.75],
     }
 
     def __init__(self, start: Start, settings: DistillationSettings) -> None:
@@ -163,6 +173,8 @@ class PosteriorDistillation(Mixture):
         self.add("critic", self.critic, adamw(self.critic, settings.critic_rate, momentum=MOMENTUM))
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
+        if self.progress < self.settings.energy_first:
+            return self.energy_step(x0, labels, generator, rate, FIRST_DRAWS, FIRST_BETA)
         for _ in range(self.settings.critic_updates - 1):
             self.descend("critic", critic_objective(self.losses(x0, labels, generator, False)).mean(), rate)
         losses = self.losses(x0, labels, generator, True)

@@ -294,3 +294,20 @@ def test_rivals_end_to_end(shards, vae_folder, pictures, yardstick_settings, tmp
     assert cell["frechet"] > 0 and cell["frechet_held_out"] > 0
     assert len(list((tmp_path / "rivals" / "contest").glob("*.png"))) == 6
     assert "| distillation |" in (tmp_path / "rivals-shapes.md").read_text()
+
+
+def test_the_energy_score_comes_first(start):
+    """The critic learns only after it; the cost is another."""
+    method = Job("distillation", {"energy_first": 0.5}).make(start)
+    x0, labels = batch()
+
+    def moved(progress):
+        method.progress = progress
+        before = {name: [p.clone() for p in network.parameters()] for name, network in method.networks.items()}
+        method.step(x0, labels, torch.Generator().manual_seed(0), 1.0)
+        after = {name: network.parameters() for name, network in method.networks.items()}
+        return {name for name in before if not all(map(torch.equal, before[name], after[name]))}
+
+    assert moved(0.49) == {"model"}
+    assert "critic" in moved(0.5)
+    assert Job("distillation", {"energy_first": 0.5}).cost_key != Job("distillation").cost_key
