@@ -5,7 +5,7 @@ from .consistency import ECT
 from .flow_maps import AlphaFlow, MeanFlow, Shortcut
 from .gaussian import Gaussian
 from .method import Method
-from .mixtures import Energy, Folder, PosteriorDistillation, WhiteNoiseDistillation
+from .mixtures import Energy, EnergyThenDistillation, Folder, PosteriorDistillation, WhiteNoiseDistillation
 from .moment_matching import IMM
 
 METHODS: dict[str, type[Method]] = {
@@ -21,4 +21,5 @@ METHODS: dict[str, type[Method]] = {
     "distillation": PosteriorDistillation,
     "folder": Folder,
     "distillation-iid": WhiteNoiseDistillation,
+    "energy-distillation": EnergyThenDistillation,
 }

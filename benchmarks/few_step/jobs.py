@@ -37,7 +37,7 @@ COSTLY = (
 )
 """Settings that change what a step costs."""
 ROUNDS = 3
-LEAST_STEPS = 4
+LEAST_STEPS = 6
 
 
 @dataclass
@@ -115,7 +115,7 @@ def step_costs(jobs: Sequence[Job], start: Start, latents: Latents, batch: int) 
         x0, labels = latents.batch(rows, method.group, 0.1, generator)
         began = synchronised(device)
         for count in range(steps):
-            method.count, method.progress = count, count / steps  # which a method's work may depend on
+            method.count, method.progress = count, (count + 0.5) / steps  # which a method's work may depend on
             method.step(x0, labels, generator, 0.0)
         return (synchronised(device) - began) / steps / rows
 

@@ -160,7 +160,7 @@ class PosteriorDistillation(Mixture):
         "critic_updates": [1, 2],
         "critic_rate": [5e-4, 1e-3, 2e-4],
         "pure_noise": [0.3, 0.1, 0.5],
-        "energy_first": [0.0, 0.5, 0.75],
+        "energy_first": [0.0, 0.67],
     }
 
     def __init__(self, start: Start, settings: DistillationSettings) -> None:
@@ -198,6 +198,21 @@ class PosteriorDistillation(Mixture):
 
 class WhiteNoiseDistillation(PosteriorDistillation):
     """The same under a name of its own: in a contest with the paper's own noise, the default, and nothing fitted."""
+
+
+@dataclass
+class EnergyThenSettings(DistillationSettings):
+    fitted: bool = True
+    adversarial: float = 0.3
+    pure_noise: float = 0.1
+    critic_rate: float = 1e-3
+    energy_first: float = 0.67
+
+
+class EnergyThenDistillation(PosteriorDistillation):
+    """The energy score of two thirds of the images, about half of the time, and then distillation."""
+
+    Settings = EnergyThenSettings
 
 
 @dataclass
