@@ -42,7 +42,8 @@ def test_two_processes_distil_as_one_does(distil, tmp_path, launch):
     assert process.returncode == 0, error[-6000:]
     for kind in ("whole", "divided"):
         for name in runs[:2]:
-            assert_same_losses(tmp_path / "one" / name, tmp_path / kind / name)
+            # After one update of the critic the difference of two denoisers is small, and rounding a larger part of it.
+            assert_same_losses(tmp_path / "one" / name, tmp_path / kind / name, rel=2e-3)
     # The term's scale is that of a part, and one process has other parts.
     assert_same_losses(*(tmp_path / kind / "adversarial-parts" for kind in ("whole", "divided")))
     assert_same_losses(*(tmp_path / f"divided/adversarial{precision}" for precision in ("", "-bf16")), rel=0.02)
