@@ -20,13 +20,13 @@ import resource
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from few_step.jobs import synchronised
 from targets import target, target_table
 from yardstick import RESULTS
 
@@ -70,12 +70,6 @@ NETWORKS = {
     "DiT-XL/2": Network(dit_xl, lambda model: model.transformer),
     "Stable Diffusion 1.x": Network(stable_diffusion, lambda model: model.unet),
 }
-
-
-def synchronised(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class Steps:

@@ -147,6 +147,8 @@ def targets(content: dict) -> list[dict]:
     by_name = {row.name: row for row in rows}
     gaussians = [row for row in rows if row.name.startswith(START)]
     rivals = [row for row in rows if row.images and row.name not in (OURS, WHITE, AFTER)]
+    trained = [name for name in (OURS, AFTER) if name in by_name]
+    ours = [name for name in (*trained, SHIPPED) if name in by_name]
     found: list[dict] = []
     for network in networks_of(rows) if gaussians else []:
         cell = of_network(network)
@@ -154,22 +156,22 @@ def targets(content: dict) -> list[dict]:
             where = f"`{network}`, {start}"
             best = partial(nearest, starts=starts, cell=cell)
             gaussian = min(best(row, n) for row in gaussians for each in starts for n in row.counts(each))
-            for name in [name for name in (OURS, AFTER, SHIPPED) if name in by_name]:
+            for name in ours:
                 for steps, wanted in ((4, "<= 0.55"), (2, "<= 0.8"), (1, "<= 1")):
                     ratio = best(by_name[name], steps) / gaussian
                     found.append(target(f"{name}, {steps} steps / Gaussian at any, {where}", wanted, ratio))
-            for name in [name for name in (OURS, AFTER) if name in by_name and rivals]:
+            for name in trained if rivals else ():
                 for steps in (1, 2, 4, 8):
                     ratio = best(by_name[name], steps) / min(best(row, steps) for row in rivals)
                     found.append(target(f"{name}, {steps} steps / best rival, {where}", "<= 1", ratio))
-        for name in [name for name in (OURS, AFTER, SHIPPED) if name in by_name]:
+        for name in ours:
             ratio = by_name[name].mean(NOISE, 16, cell) / by_name[name].mean(NOISE, 4, cell)
             found.append(target(f"{name}, 16 steps / 4 steps, `{network}`, noise", "<= 1.05", ratio))
         if WHITE in by_name:
             ratio = by_name[WHITE].mean(NOISE, 1, cell) / min(row.mean(NOISE, 1, cell) for row in gaussians)
             found.append(target(f"{WHITE}, 1 step / Gaussian, 1 step, `{network}`, noise", "<= 0.15", ratio))
         found += recalled(by_name, gaussians, network)
-    for name in [name for name in (OURS, AFTER) if name in by_name]:
+    for name in trained:
         found.append(target(f"{name}, training step / denoising step", "<= 2.5", by_name[name].cost))
     return found
 

@@ -11,6 +11,7 @@ from .process import GaussianPath
 LEAST_RATIO = 1e-12
 """Least signal-to-noise ratio of a second view, so that it has a logarithm."""
 LEAST_STEP = 1e-4
+"""Least length of a step in lambda, where it is divided by."""
 Levels = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -25,18 +26,16 @@ def joined_view(
 
     as in noise-conditional variational score distillation (arXiv 2506.09416); u is real, (B,).
     """
-    return joined(path, x_t, path.signal_and_noise(t, x_t), x_r, path.signal_and_noise(r, x_r))
-
-
-def joined(
-    path: GaussianPath, x_t: torch.Tensor, levels_t: Levels, x_r: torch.Tensor, levels_r: Levels
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``joined_view``, with (a, s) of both views, (B, 1, 1, 1) each."""
-    (a_t, s_t), (a_r, s_r) = levels_t, levels_r
-    ratio = (a_t / s_t) ** 2 + (a_r / s_r) ** 2
-    mean = (a_t / s_t**2 * x_t + a_r / s_r**2 * x_r) / ratio
+    mean, ratio = joined(x_t, path.signal_and_noise(t, x_t), x_r, path.signal_and_noise(r, x_r))
     u = path.timestep_of(ratio.flatten())
     return path.signal_and_noise(u, mean)[0] * mean, u
+
+
+def joined(x_t: torch.Tensor, levels_t: Levels, x_r: torch.Tensor, levels_r: Levels) -> tuple[torch.Tensor, torch.Tensor]:
+    """From two views and their (a, s), (B, 1, 1, 1) each, to m and l_u of ``joined_view``."""
+    (a_t, s_t), (a_r, s_r) = levels_t, levels_r
+    ratio = (a_t / s_t) ** 2 + (a_r / s_r) ** 2
+    return (a_t / s_t**2 * x_t + a_r / s_r**2 * x_r) / ratio, ratio
 
 
 def posterior_flow(
@@ -63,20 +62,18 @@ def posterior_flow(
     levels_t = path.signal_and_noise(t, x_t)
     ratio_t = (levels_t[0] / levels_t[1]) ** 2
 
-    def second_view(done: int) -> Levels:
-        a, s = path.signal_and_noise(t * (1.0 - done / steps), x_t)
-        ratio = ((a / s) ** 2 - ratio_t).clamp_min(LEAST_RATIO)
-        return (ratio / (1.0 + ratio)).sqrt(), (1.0 + ratio).rsqrt()
-
     found = denoise(x_t, t.float())
     x_r, a, s = eta, torch.zeros_like(levels_t[0]), torch.ones_like(levels_t[0])
-    before, step_before = found, torch.full_like(a, torch.inf)
+    before, step_before = found, torch.zeros_like(a)
     for done in range(1, steps):
-        a_next, s_next = second_view(done)
+        u = t * (1.0 - done / steps)
+        a_u, s_u = path.signal_and_noise(u, x_t)
+        ratio = ((a_u / s_u) ** 2 - ratio_t).clamp_min(LEAST_RATIO)
+        a_next, s_next = (ratio / (1.0 + ratio)).sqrt(), (1.0 + ratio).rsqrt()
         step = (a_next / s_next).log() - (a / s).log()
-        # The first step is of infinite length, and says nothing of how D changes.
-        change = step / (2.0 * step_before.clamp_min(LEAST_STEP)) * (found - before) if done > 2 else 0.0
+        # The first step is infinitely long: it has no correction, and gives the second none.
+        change = step / (2.0 * step_before.clamp_min(LEAST_STEP)) * (found - before) if done > 1 else 0.0
         x_r = s_next / s * x_r + (a_next - a * s_next / s) * (found + change)
         before, step_before, a, s = found, step, a_next, s_next
-        found = denoise(*joined(path, x_t, levels_t, x_r, (a, s)))
+        found = denoise(a_u * joined(x_t, levels_t, x_r, (a, s))[0], u)
     return found

@@ -69,18 +69,10 @@ class ExtendedUNet2DModel(Backbone):
         unet = self.unet
         if image_embeds is not None:
             raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
-        if unet.config.center_input_sample:
-            sample = 2 * sample - 1
         embedding = unet.time_embedding(unet.time_proj(timestep.expand(len(sample))).to(sample.dtype))
         if unet.class_embedding is not None:
             embedding = embedding + unet.class_embedding(null_labels(self, sample) if class_labels is None else class_labels)
-        h = unet.conv_in(sample)
-        skips = [h]
-        for block in unet.down_blocks:
-            h, outputs = block(hidden_states=h, temb=embedding)
-            skips.extend(outputs)
-        if unet.mid_block is not None:
-            h = unet.mid_block(h, embedding)
+        h, skips = encoder_path(unet, sample, embedding)
         return Trunk(h, F.silu(embedding), (embedding, skips))
 
     def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
@@ -104,6 +96,24 @@ def cut_after_middle(unet: UNet2DModel | UNet2DConditionModel) -> Cut:
         out_channels=config.out_channels,
         norm_num_groups=config.norm_num_groups,
     )
+
+
+def encoder_path(
+    unet: UNet2DModel | UNet2DConditionModel,
+    sample: torch.Tensor,
+    embedding: torch.Tensor,
+    states: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Run the down blocks and the middle: x_t (B, C, H, W), embedding (B, E), and the states that blocks with cross-attention
+    attend to -> the middle's output and the skip connections."""
+    h = unet.conv_in(2 * sample - 1 if unet.config.center_input_sample else sample)
+    skips = [h]
+    for block in unet.down_blocks:
+        h, outputs = block(hidden_states=h, temb=embedding, **attended(block, states))
+        skips.extend(outputs)
+    if unet.mid_block is not None:
+        h = unet.mid_block(h, embedding, **attended(unet.mid_block, states))
+    return h, skips
 
 
 def decoder_path(

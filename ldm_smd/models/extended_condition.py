@@ -15,7 +15,7 @@ from torch import nn
 from .backbone import Backbone, Trunk
 from .blocks import zero_init
 from .denoiser import null_labels
-from .extended import attended, cut_after_middle, decoder_path, plain_config
+from .extended import cut_after_middle, decoder_path, encoder_path, plain_config
 from .mixture import Draws, Mixture
 
 ABSENT = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
@@ -104,16 +104,8 @@ class ExtendedUNet2DConditionModel(Backbone):
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> Trunk:
         unet, states = self.unet, self.states(sample, class_labels, image_embeds)
-        if unet.config.center_input_sample:
-            sample = 2 * sample - 1
         embedding = unet.time_embedding(unet.time_proj(timestep.expand(len(sample))).to(sample.dtype))
-        h = unet.conv_in(sample)
-        skips = [h]
-        for block in unet.down_blocks:
-            h, outputs = block(hidden_states=h, temb=embedding, **attended(block, states))
-            skips.extend(outputs)
-        if unet.mid_block is not None:
-            h = unet.mid_block(h, embedding, **attended(unet.mid_block, states))
+        h, skips = encoder_path(unet, sample, embedding, states)
         return Trunk(h, F.silu(embedding), (embedding, skips, states))
 
     def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:

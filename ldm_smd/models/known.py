@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias, get_args
 
 from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
 
@@ -22,7 +23,13 @@ EXTENSIONS: dict[str, Callable[..., Backbone]] = {
     "DiTTransformer2DModel": ExtendedDiTTransformer2DModel.from_transformer,
 }
 """From the folder of a network of diffusers, by its class, to that network with a new mixture in it."""
-DENOISERS: dict[str, type[ModelMixin]] = {
-    **EXTENDED,
-    **{cls.__name__: cls for cls in (SMDUNet2DModel, UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel)},
-}
+Denoiser: TypeAlias = (
+    SMDUNet2DModel
+    | ExtendedUNet2DModel
+    | ExtendedUNet2DConditionModel
+    | ExtendedDiTTransformer2DModel
+    | UNet2DModel
+    | UNet2DConditionModel
+    | DiTTransformer2DModel
+)
+DENOISERS: dict[str, type[ModelMixin]] = {cls.__name__: cls for cls in get_args(Denoiser)}

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    DiTTransformer2DModel,
-    ImagePipelineOutput,
-    SchedulerMixin,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
@@ -22,26 +15,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..autoencoder import Autoencoder, spatial_factor
 from ..errors import UserError
 from ..models.denoiser import is_mixture
-from ..models.extended import ExtendedUNet2DModel
-from ..models.extended_condition import ExtendedUNet2DConditionModel
-from ..models.extended_dit import ExtendedDiTTransformer2DModel
 from ..models.gaussian import LatentGaussians
+from ..models.known import Denoiser
 from ..models.moments import MomentHeads
-from ..models.unet import SMDUNet2DModel
 from ..schedulers.support import check_scheduler
 from ..schedulers.timesteps import Generators, begin_run, predicted_x0, step_options
 from .decoding import decode_latents, encode_images
 from .guidance import Conditions, guided_prediction, guided_steps, read_conditions
 
-Denoiser: TypeAlias = (
-    SMDUNet2DModel
-    | ExtendedUNet2DModel
-    | ExtendedUNet2DConditionModel
-    | ExtendedDiTTransformer2DModel
-    | UNet2DModel
-    | UNet2DConditionModel
-    | DiTTransformer2DModel
-)
 TOOLS = {"moments": "train_moments", "gaussian": "fit_gaussian"}
 """The tools that make the components which a scheduler may need."""
 
