@@ -55,8 +55,8 @@ class ObjectiveConfig(Settings):
 
     name: str = choice("energy", OBJECTIVES)
     """energy: a strictly proper score, learns the mixture. mixture_nll: likelihood of the draws' mixture. mse: the paper's
-    loss, which collapses; the one for Gaussian models. regression and distillation learn from a trained Gaussian model: the first
-    covers all of its modes, the second gives sharper samples (ldm_smd/training/regression.py and distillation.py)."""
+    loss, which collapses; the one for Gaussian models. regression and distillation learn from a trained Gaussian model: one
+    covers all of its modes, the other gives sharper samples (ldm_smd/training/regression.py and distillation.py)."""
     draws: int = number(4, 1, 1024)
     """M, predictions per picture (energy: at least 2)."""
     beta: float = number(1.0, above=0, below=2)
