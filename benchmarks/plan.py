@@ -112,7 +112,7 @@ class Distilled:
 
     def __init__(self, config: TrainConfig, settings: DistillationConfig, checkpointing: bool = False) -> None:
         path = DiffusionProcess(build_scheduler(config.diffusion).alphas_cumprod)
-        judges = Judges(path, config.diffusion.prediction_type, settings)
+        judges = Judges(path, config.diffusion.predicts, settings)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             judges.path = DiffusionProcess(fake.from_tensor(path.alphas_cumprod))
             model, teacher = (unet_of(config, mixture, checkpointing) for mixture in (True, False))

@@ -23,7 +23,6 @@ from ..data.images import load_pixels
 from ..data.settings import EncodeConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
-from ..diffusion.process import DiffusionProcess
 from ..errors import UserError, one_line
 from ..evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS, spread_over_eta
 from ..evaluation.distances import frechet_distance
@@ -35,6 +34,7 @@ from ..models.unet import SMDUNet2DModel
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers import make_scheduler
+from ..schedulers.conversion import process_of
 from ..schedulers.schedule import build_scheduler
 from ..training.loop import train
 from ..training.metrics_log import read_metrics
@@ -265,10 +265,11 @@ def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest
     batch = LatentStream(manifest, SPREAD_PICTURES, SPREAD_PICTURES, seed=config.seed).batch_at(0)
     generator = torch.Generator().manual_seed(config.seed)
     latents = FrozenAutoencoder(pipeline.vae).normalise(sample_latents(batch.moments, generator))
-    process = DiffusionProcess(pipeline.scheduler.alphas_cumprod)
-    prediction = pipeline.scheduler.config.prediction_type
+    process = process_of(pipeline.scheduler)
     labels = known_labels(batch.labels, pipeline.unet.config.num_classes)
-    spread = spread_over_eta(pipeline.unet, process, prediction, latents, labels, DIAGNOSTIC_TIMESTEPS, seed=config.seed)
+    spread = spread_over_eta(
+        pipeline.unet, process.path, process.prediction_type, latents, labels, DIAGNOSTIC_TIMESTEPS, seed=config.seed
+    )
     return {t: at.over_eta for t, at in spread.items()}
 
 

@@ -11,8 +11,9 @@ OBJECTIVES = (*LOSSES, "regression", "distillation")
 """The last two learn from a trained Gaussian model."""
 VIEWS = ("conditional", "joined", "marginal")
 WEIGHTINGS = ("prediction", "v", "epsilon", "x0", "min_snr")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-"""diffusers' names: eps, v = a_t eps - s_t x_0, x_0."""
+PATHS = ("variance_preserving", "flow")
+PREDICTION_TYPES = ("v_prediction", "epsilon", "sample", "flow_prediction")
+"""diffusers' names: v = a_t eps - s_t x_0, eps, x_0, and the velocity eps - x_0."""
 BETA_SCHEDULES = ("cosine", "squaredcos_cap_v2", "linear", "scaled_linear")
 
 
@@ -20,12 +21,21 @@ BETA_SCHEDULES = ("cosine", "squaredcos_cap_v2", "linear", "scaled_linear")
 class DiffusionConfig(Settings):
     """The forward process, in diffusers' words."""
 
+    path: str = choice("variance_preserving", PATHS)
+    """variance_preserving: a noise schedule, as in DDPM. flow: flow matching along straight lines (rectified flow, arXiv
+    2209.03003), x_t = (1 - t / T) x_0 + (t / T) eps, with t uniform. The schedulers of either sample a model of the other."""
     num_train_timesteps: int = number(1000, 2, 10**5)
     beta_schedule: str = choice("cosine", BETA_SCHEDULES)
     """cosine: squaredcos_cap_v2 but for its last step, which ends at sigma = 1,300 and not 20,000, where float32 schedulers
-    that work in sigma (EulerAncestralDiscreteScheduler) give NaN. Or squaredcos_cap_v2, linear, scaled_linear."""
-    prediction_type: str = choice("v_prediction", PREDICTION_TYPES)
-    """v_prediction, epsilon or sample (x_0)."""
+    that work in sigma (EulerAncestralDiscreteScheduler) give NaN. Or squaredcos_cap_v2, linear, scaled_linear. Not read where
+    path=flow."""
+    prediction_type: str = choice("v_prediction", ("v_prediction", "epsilon", "sample"))
+    """v_prediction, epsilon or sample (x_0). Not read where path=flow: it predicts the velocity eps - x_0."""
+
+    @property
+    def predicts(self) -> str:
+        """What the network predicts, by diffusers' name."""
+        return "flow_prediction" if self.path == "flow" else self.prediction_type
 
 
 @dataclass

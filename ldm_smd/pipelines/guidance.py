@@ -11,7 +11,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from ..models.denoiser import embedding_dimensions, null_labels, num_classes, predict
 from ..models.moments import MomentHeads
-from ..schedulers.timesteps import path_of
+from ..schedulers.conversion import path_of
 
 
 class Conditions(NamedTuple):

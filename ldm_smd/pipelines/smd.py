@@ -1,4 +1,4 @@
-"""SMDPipeline: noise -> latents -> images, with any diffusers scheduler of a noise schedule."""
+"""SMDPipeline: noise -> latents -> images, with any diffusers scheduler of a noise schedule or of flow matching."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from ..models.denoiser import is_mixture
 from ..models.gaussian import LatentGaussians
 from ..models.known import Denoiser
 from ..models.moments import MomentHeads
+from ..schedulers.conversion import Question, predicted_x0, process_of, questions
 from ..schedulers.support import check_scheduler
-from ..schedulers.timesteps import Generators, begin_run, predicted_x0, step_options
+from ..schedulers.timesteps import Generators, begin_run, first_sample, network_input, noised, step_options
 from .decoding import decode_latents, encode_images
 from .guidance import Conditions, guided_prediction, guided_steps, read_conditions
 
@@ -42,6 +43,9 @@ class SMDPipeline(DiffusionPipeline):
         id2label: class names by number (as a string, as JSON has it).
         moments: what GMSScheduler needs of a Gaussian unet beside its prediction (tools/train_moments.py).
         gaussian: the distribution of the latents that TeleportScheduler starts from (tools/fit_gaussian.py).
+        training_scheduler: any scheduler of the process that the unet was trained on, where ``scheduler`` has another: the unet
+            is then asked where the ratio of signal to noise is the same. None: it was trained on that of ``scheduler``, and
+            ``pipeline.scheduler`` may be set to another afterwards.
         embedding: the OpenCLIP network that made the unet's image embeddings, as the manifest of its shards describes it.
         guide: a weaker denoiser of the same latents, smaller or less trained, to be guided away from (autoguidance, arXiv
             2406.02507), instead of from the same one without the class.
@@ -49,7 +53,7 @@ class SMDPipeline(DiffusionPipeline):
 
     # The others come between two evaluations of the unet: they stay on the device to the end of a sampling.
     model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["moments", "gaussian", "guide"]
+    _optional_components = ["moments", "gaussian", "guide", "training_scheduler"]
     _callback_tensor_inputs = ["latents", "sample", "pred_original_sample"]
 
     def __init__(
@@ -62,10 +66,14 @@ class SMDPipeline(DiffusionPipeline):
         gaussian: LatentGaussians | None = None,
         guide: Denoiser | None = None,
         embedding: dict | None = None,
+        training_scheduler: SchedulerMixin | None = None,
     ) -> None:
         super().__init__()
         check_scheduler(scheduler)
-        self.register_modules(unet=unet, vae=vae, scheduler=scheduler, moments=moments, gaussian=gaussian, guide=guide)
+        training_scheduler = training_scheduler or scheduler
+        check_scheduler(training_scheduler)
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler, training_scheduler=training_scheduler)
+        self.register_modules(moments=moments, gaussian=gaussian, guide=guide)
         self.register_to_config(id2label=id2label, embedding=embedding)
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
 
@@ -126,25 +134,26 @@ class SMDPipeline(DiffusionPipeline):
         shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
         timesteps = begin_run(self.scheduler, num_inference_steps, None if image is None else strength)
         guided = guided_steps(self.scheduler, timesteps, guidance_interval)
+        questions = self._questions(timesteps)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         latents = latents.to(device, dtype)
         if image is not None:
             clean = encode_images(self.vae, image, shape).to(dtype)
-            latents = self.scheduler.add_noise(clean, latents, timesteps[:1].repeat(batch_size))
+            latents = noised(self.scheduler, clean, latents, timesteps[0])
         elif (part := self._scheduler_part("start_part")) is not None:
             latents = self.scheduler.start(latents, part, conditions.labels, generator)
         else:
-            latents = latents * self.scheduler.init_noise_sigma
+            latents = first_sample(self.scheduler, latents)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
         with self.progress_bar(total=len(timesteps)) as bar:
-            for index, (timestep, t) in enumerate(zip(timesteps, timesteps.to(device))):
+            for index, (timestep, question) in enumerate(zip(timesteps, questions)):
                 if self.interrupt:
                     continue
-                x_t = self.scheduler.scale_model_input(latents, timestep).to(dtype)
+                x_t = network_input(self.scheduler, latents, timestep).to(dtype)
                 scale = self.guidance_scale if guided[index] else 1.0
-                prediction = self._predict(x_t, t, conditions, scale, generator)
+                prediction = self._predict(x_t, question, conditions, scale, generator)
                 options = step_options(self.scheduler, generator, index)
                 latents = self.scheduler.step(prediction, timestep, latents, **options).prev_sample
                 if callback_on_step_end is not None:
@@ -177,7 +186,8 @@ class SMDPipeline(DiffusionPipeline):
         for all; a mixture draws one x_0 for each x_t. The other arguments are those of a sampling."""
         conditions = read_conditions(self.unet, class_labels, image_embeds, self._execution_device)
         [guided] = guided_steps(self.scheduler, timestep[None], guidance_interval)
-        prediction = self._predict(sample, timestep.to(sample.device), conditions, guidance_scale if guided else 1.0, generator)
+        [question] = self._questions(timestep[None])
+        prediction = self._predict(sample, question, conditions, guidance_scale if guided else 1.0, generator)
         return predicted_x0(self.scheduler, prediction, sample, timestep)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -222,13 +232,20 @@ class SMDPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {known}, found {unknown}")
         return names
 
+    def _questions(self, timesteps: torch.Tensor) -> list[Question]:
+        """Return how the unet is asked at each of the scheduler's timesteps."""
+        own, other = process_of(self.training_scheduler), process_of(self.scheduler)
+        return questions(own, other, timesteps, self._execution_device)
+
     def _predict(
-        self, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions, scale: float, generator: Generators
+        self, x_t: torch.Tensor, question: Question, conditions: Conditions, scale: float, generator: Generators
     ) -> torch.Tensor:
         """Return what ``step`` takes, with one draw of eta for each row of a mixture's x_t."""
         eta = randn_tensor(x_t.shape, generator, x_t.device, x_t.dtype) if is_mixture(self.unet) else None
         moments = self._scheduler_part("step_part")
-        return guided_prediction(self.unet, x_t, t, conditions, eta, scale, self.guide, moments)
+        own_x_t, t = question.asked(x_t)
+        prediction = guided_prediction(self.unet, own_x_t, t, conditions, eta, scale, self.guide, moments)
+        return question.answer(prediction, x_t)
 
     def _scheduler_part(self, purpose: str) -> Any:
         """Return the component that the scheduler names in ``purpose`` (schedulers/timesteps.py); None if it names none."""

@@ -22,9 +22,10 @@ class SampleConfig(Settings):
     steps: int = number(8, 1, 10**5)
     scheduler: Optional[str] = None
     """Class of diffusers or ldm_smd: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
-    DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, GMS, HeunDiscrete, KDPM2AncestralDiscrete, KDPM2Discrete,
-    LMSDiscrete, PNDM, SASolver, Teleport or UniPCMultistep, each followed by "Scheduler"; with settings of its own where
-    wanted, as DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
+    DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete, GMS,
+    HeunDiscrete, KDPM2AncestralDiscrete, KDPM2Discrete, LMSDiscrete, PNDM, SASolver, Teleport or UniPCMultistep, each
+    followed by "Scheduler"; with settings of its own where wanted, as
+    DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
     guidance_scale: float = number(1.0, 0, 1000)
     """Guidance scale, away from the prediction without a class, or from that of ``guide``; 1 is no guidance."""
     guidance_interval: Optional[list[float]] = number(None, 0, math.inf)

@@ -11,7 +11,9 @@ from diffusers import ConfigMixin, SchedulerMixin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..diffusion.settings import DiffusionConfig
 from ..errors import UserError, one_line
+from .schedule import build_scheduler
 from .support import EVERYWHERE, REFUSED, SPACINGS, SUPPORTED, check_scheduler, defaults, refused
 
 
@@ -32,6 +34,8 @@ def scheduler_from(name: str, config: dict, custom: dict[str, type[SchedulerMixi
             raise UserError(f"scheduler: expected a setting of {name} ({', '.join(known)}), found {option!r}")
     # How another scheduler spaces its steps is no part of the noise schedule; of what a class does not know diffusers warns.
     config = EVERYWHERE | {key: value for key, value in config.items() if key not in SPACINGS}
+    if "trained_betas" in known and not {"beta_schedule", "trained_betas"} & config.keys():  # of flow matching, without any
+        config |= build_scheduler(DiffusionConfig()).config
     given = {key: value for key, value in config.items() if key in known}
     try:
         scheduler = cast(Any, cls).from_config(given | defaults(name, chosen), **chosen)

@@ -1,8 +1,8 @@
-"""The noise schedule of a training, as the diffusers scheduler that its pipeline starts with."""
+"""The process of a training, as the diffusers scheduler that its pipeline starts with."""
 
 from __future__ import annotations
 
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 
 from ..diffusion.settings import DiffusionConfig
@@ -10,11 +10,14 @@ from ..diffusion.settings import DiffusionConfig
 COSINE_MAX_BETA = 0.75
 
 
-def build_scheduler(config: DiffusionConfig) -> DDPMScheduler:
-    """Ancestral sampling with the exact posterior variance, which for a mixture is exact sampling of the mixture.
+def build_scheduler(config: DiffusionConfig) -> SchedulerMixin:
+    """For a noise schedule ancestral sampling with the exact posterior variance, which for a mixture is exact sampling of the
+    mixture; for flow matching Euler's steps.
 
     "trailing" spacing starts few-step sampling at the noisiest timestep (arXiv 2305.08891).
     """
+    if config.path == "flow":
+        return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps)
     if config.beta_schedule == "cosine":
         betas = betas_for_alpha_bar(config.num_train_timesteps, max_beta=COSINE_MAX_BETA)
         noise = {"trained_betas": betas.tolist()}

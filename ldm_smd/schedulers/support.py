@@ -8,6 +8,8 @@ import functools
 from diffusers import SchedulerMixin
 from diffusers.utils import logging
 
+from .conversion import is_flow
+
 logger = logging.get_logger(__name__)
 
 EVERYWHERE = {
@@ -42,18 +44,19 @@ SUPPORTED: dict[str, dict] = {
     "UniPCMultistepScheduler": {},
     # No shift of the noise schedule, which is CogVideoX's own.
     "CogVideoXDDIMScheduler": {"snr_shift_scale": 1.0},
+    "FlowMatchEulerDiscreteScheduler": {},
+    "FlowMatchHeunDiscreteScheduler": {},
 }
 """Class -> settings that it needs for the noise schedule of our models beside those of EVERYWHERE."""
 
-FLOW = "flow matching is not supported yet"
+OTHER_FLOW = "FlowMatchEulerDiscreteScheduler samples flow matching along straight lines here"
 REASONS = {
-    FLOW: (
-        "FlowMapEulerDiscrete FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM HeliosDMD Helios LTXEulerAncestralRF "
-        "MiniMaxH3 Piflow RFD4Proteina"
+    f"it is made for one model, or for other flows; {OTHER_FLOW}": (
+        "FlowMapEulerDiscrete HeliosDMD Helios LTXEulerAncestralRF MiniMaxH3 Piflow RFD4Proteina"
     ),
     "it is for tokens, not for latents": "Amused BlockRefinement DiscreteDDIM EntropyBound VQDiffusion",
     "it goes from a picture to noise": "DDIMInverse DPMSolverMultistepInverse",
-    "it is for networks distilled to few steps": "CMStochasticIterative LCM SCM TCD",
+    "it is for networks distilled to few steps": "CMStochasticIterative FlowMatchLCM LCM SCM TCD",
     "it has its own noise schedule, without alphas_cumprod": "DDPMWuerstchen IPNDM ScoreSdeVe",
     "it has its own noise schedule, without alphas_cumprod; EulerDiscreteScheduler:use_karras_sigmas=true is of its kind": (
         "CosineDPMSolverMultistep EDMDPMSolverMultistep EDMEuler KarrasVe"
@@ -70,8 +73,8 @@ REFUSED = {f"{name}Scheduler": reason for reason, names in REASONS.items() for n
 def refused(name: str, reason: str) -> str:
     """Return the message for a scheduler that cannot be used."""
     return (
-        "scheduler: expected one of the noise schedule that models are trained on (alphas_cumprod), as DDIMScheduler or "
-        f"UniPCMultistepScheduler, found {name}: {reason}"
+        "scheduler: expected one of a noise schedule (alphas_cumprod), as DDIMScheduler or UniPCMultistepScheduler, or of flow "
+        f"matching, as FlowMatchEulerDiscreteScheduler, found {name}: {reason}"
     )
 
 
@@ -85,13 +88,16 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     """Raise ValueError for a scheduler that cannot sample our models; warn of one without the settings that it needs."""
     name, bases = type(scheduler).__name__, (cls.__name__ for cls in type(scheduler).__mro__)
     reason = next((REFUSED[base] for base in bases if base in REFUSED), None)
-    if reason is None and not hasattr(scheduler, "alphas_cumprod"):
+    if reason is None and not (is_flow(scheduler) or hasattr(scheduler, "alphas_cumprod")):
         reason = "it has none"
     if reason is not None:
         raise ValueError(refused(name, reason))
     config = scheduler.config
-    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
-        raise ValueError(refused(f"{name} with use_flow_sigmas or flow_prediction", FLOW))
+    for setting in ("use_flow_sigmas", "use_dynamic_shifting", "invert_sigmas"):
+        if config.get(setting):
+            raise ValueError(refused(f"{name} with {setting}", OTHER_FLOW))
+    if not is_flow(scheduler) and config.prediction_type == "flow_prediction":
+        raise ValueError(refused(f"{name} with flow_prediction", OTHER_FLOW))
     spaced = any(config.get(spacing) for spacing in SPACINGS)
     for key, value in SUPPORTED.get(name, {}).items():
         if config[key] != value and not (key in SPACINGS and spaced):

@@ -12,6 +12,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.gaussian import LatentGaussians
+from .conversion import is_flow
 from .factory import scheduler_from
 from .gms import GMSScheduler
 from .timesteps import Generators
@@ -59,6 +60,8 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         betas = self.betas[:kept].tolist()
         rest = {"num_train_timesteps": kept, "trained_betas": betas, "prediction_type": prediction_type}
         self.rest = scheduler_from(scheduler, rest, {"GMSScheduler": GMSScheduler})
+        if is_flow(self.rest):
+            raise ValueError(f"scheduler: expected one of a noise schedule to go on with, found {scheduler}")
 
     def __getattr__(self, name: str) -> Any:
         """Look everything else up in the scheduler that continues: timesteps, order, add_noise, step and its parameters, ..."""

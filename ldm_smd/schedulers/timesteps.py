@@ -1,4 +1,4 @@
-"""A run of any scheduler: its timesteps and their noise, what its step takes, and x_0 at a step.
+"""A run of any scheduler: its timesteps, where its sample begins, and what its step takes.
 
 SMDPipeline asks a scheduler for these attributes beside those that diffusers' schedulers have:
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 import inspect
 
 import torch
-from diffusers import PNDMScheduler, SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler, SchedulerMixin
 
-from ..diffusion.process import LEAST_ALPHABAR, DiffusionProcess
+from .conversion import is_flow
 from .support import SPACINGS, warn_once
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -31,14 +31,18 @@ def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = No
     """Set a scheduler to a run of so many steps and return its timesteps, on the CPU; with ``strength`` only the last, that
     fraction of them, for a run from a noised image. Raises ValueError for a number of steps that the scheduler cannot take."""
     solver = getattr(scheduler, "rest", scheduler)
-    known = len(solver.alphas_cumprod)
+    known = solver.config.num_train_timesteps
     if not 1 <= steps <= known:
         raise ValueError(f"num_inference_steps: expected 1 to {known}, found {steps}")
     # On the CPU: schedulers look their timesteps up, and the host would wait for the device in every step.
-    solver.set_timesteps(steps, device="cpu")
+    if isinstance(solver, FlowMatchEulerDiscreteScheduler):
+        # Its own spacing ends with a step from the least noise of all, which is of no use.
+        solver.set_timesteps(sigmas=[1.0 - done / steps for done in range(steps)], device="cpu")
+    else:
+        solver.set_timesteps(steps, device="cpu")
     if int(solver.timesteps.min()) < 0:
         raise ValueError(f"num_inference_steps: expected a number at which no timestep is rounded to -1, found {steps}")
-    name, known = type(solver).__name__, solver.config.num_train_timesteps
+    name = type(solver).__name__
     if name in WHOLE_STRIDES and known % steps / known > LOST:
         warn_once(
             f"scheduler: {name} steps by {known // steps} timesteps, which {steps} times is {known // steps * steps} and not "
@@ -75,17 +79,20 @@ def run_from(scheduler: SchedulerMixin, begin: int) -> torch.Tensor:
     return torch.cat((once[:1], once[1:2], once[1:]))
 
 
-def path_of(scheduler: SchedulerMixin) -> DiffusionProcess:
-    """Return the process that a scheduler reverses, on the CPU; one that ends without signal ends with next to none."""
-    return DiffusionProcess(scheduler.alphas_cumprod.cpu().clamp_min(LEAST_ALPHABAR))
+def first_sample(scheduler: SchedulerMixin, noise: torch.Tensor) -> torch.Tensor:
+    """Return the sample that a run begins with, of unit noise."""
+    return noise * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
-def predicted_x0(
-    scheduler: SchedulerMixin, prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
-) -> torch.Tensor:
-    """Compute x_0 (B, C, h, w) from a prediction at one timestep, whose channels after the first C are not read."""
-    path, mean = path_of(scheduler).to(x_t.device), prediction[:, : x_t.shape[1]]
-    return path.to_x0(mean, x_t, timestep[None].to(x_t.device), scheduler.config.prediction_type).to(x_t.dtype)
+def noised(scheduler: SchedulerMixin, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Return the sample at one timestep, the first of the run, that is made of these latents (B, C, h, w)."""
+    every = timestep.repeat(len(clean))
+    return scheduler.scale_noise(clean, every, noise) if is_flow(scheduler) else scheduler.add_noise(clean, noise, every)
+
+
+def network_input(scheduler: SchedulerMixin, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Return x_t = a_t x_0 + s_t eps of a scheduler's sample, which those that work in sigma keep in another scale."""
+    return sample if is_flow(scheduler) else scheduler.scale_model_input(sample, timestep)
 
 
 def step_options(scheduler: SchedulerMixin, generator: Generators, index: int) -> dict[str, object]:

@@ -12,6 +12,8 @@ from ..models.fit import fit_posterior_noise
 from ..models.known import EXTENDED, EXTENSIONS
 from ..models.mixture import Mixture
 from ..models.unet import SMDUNet2DModel
+from ..schedulers.conversion import path_of
+from ..schedulers.schedule import build_scheduler
 from ..schema import check
 from .checkpoint import checkpoints, load_weights
 from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
@@ -39,7 +41,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Backbone:
         sample_size=max(height, width),
         in_channels=channels,
         out_channels=channels,
-        noise_timesteps=config.diffusion.num_train_timesteps,
+        noise_timesteps=noise_timesteps(config),
         **conditions(config, manifest),
         **shape,
     )
@@ -68,7 +70,7 @@ def extended_model(config: TrainConfig, manifest: Manifest) -> Backbone:
         names = ["z_channels", "identifier_channels", "hypernetwork_width", "noise_rank"]
         names += ["tail_blocks"] if kind == "DiTTransformer2DModel" else []
         sizes = {name: getattr(shape, name) for name in names} | (conditions(config, manifest) if attends else {})
-        modes, timesteps = noise_modes(config, manifest), config.diffusion.num_train_timesteps
+        modes, timesteps = noise_modes(config, manifest), noise_timesteps(config)
         try:
             model = EXTENSIONS[kind](folder, **sizes, noise_modes=modes, noise_timesteps=timesteps)
         except ValueError as error:
@@ -93,7 +95,12 @@ def noise_modes(config: TrainConfig, manifest: Manifest) -> int:
     return max(1, min(config.model.noise_modes, manifest.count // LATENTS_PER_COMPONENT))
 
 
+def noise_timesteps(config: TrainConfig) -> int:
+    """Return the timesteps at which the mixture's noise is known: 0 to the last of the path."""
+    return path_of(build_scheduler(config.diffusion)).last + 1
+
+
 def fit_noise(mixture: Mixture, run: Run) -> None:
     """Fit the mixture's noise to the first latents of the stream, the same on every process."""
     latents, labels = fitting_latents(run.manifest, run.autoencoder, run.config.seed, run.config.mirror)
-    fit_posterior_noise(mixture.noise, latents, labels, run.process(), run.config.diffusion.prediction_type)
+    fit_posterior_noise(mixture.noise, latents, labels, run.process(), run.config.diffusion.predicts)

@@ -50,7 +50,7 @@ class Distillation:
         self.run, self.process, self.model = run, run.process(), trained_model(run, MOMENTUM)
         self.teacher = teacher_of(run, self.model.network)
         over_processes = partial(run.accelerator.reduce, reduction="mean")
-        self.judges = Judges(self.process, config.diffusion.prediction_type, settings, over_processes)
+        self.judges = Judges(self.process, config.diffusion.predicts, settings, over_processes)
         if config.compile and settings.adversarial_weight > 0:
             # The critic's graph is gone back through twice; compiled ones may give its memory away the first time.
             torch._functorch.config.donated_buffer = False
@@ -92,7 +92,7 @@ class Distillation:
     def losses(self, batch: LatentBatch, noise: TwoViews, model_learns: bool = True) -> dict[str, torch.Tensor]:
         """Return what ``Judges.losses`` does; without the model's graph unless it learns."""
         run, path = self.run, self.process
-        prediction_type, t = run.config.diffusion.prediction_type, noise.t
+        prediction_type, t = run.config.diffusion.predicts, noise.t
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         x_t = path.noise(x0, noise.eps, t)
         conditions = known_conditions(batch, noise, self.model.network.config.num_classes)

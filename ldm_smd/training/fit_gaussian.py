@@ -23,7 +23,7 @@ from ..models.fit import fit_shared, leading, weights_by_class
 from ..models.gaussian import LatentGaussians
 from ..pipelines import load_pipeline
 from ..progress import progress
-from ..schedulers import TeleportScheduler
+from ..schedulers import make_scheduler
 from .model_folder import model_card, write_model_folder
 from .settings import FitGaussianConfig
 
@@ -125,7 +125,7 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
         gaussians = class_gaussians(sums, manifest.latent_shape, config.rank, classes)
     else:
         gaussians = shared_gaussians(config, sums, manifest, autoencoder, classes)
-    scheduler = TeleportScheduler.from_config(pipeline.scheduler.config, sigma_skip=config.sigma_skip)
+    scheduler = make_scheduler(f"TeleportScheduler:sigma_skip={config.sigma_skip}", pipeline.scheduler)
     pipeline.register_modules(gaussian=gaussians, scheduler=scheduler)
     found = f"{len(gaussians.means)} Gaussians of {int(sums.counts.sum()):,} latents"
     covariance = "a mixture with one covariance" if gaussians.config.shared else "one for each class and one for all"

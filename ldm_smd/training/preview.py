@@ -45,11 +45,11 @@ def log_spread(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> N
     latents = run.autoencoder.normalise(batch.moments[:, 0].float())
     known = known_labels(batch.labels, unet.config.num_classes)
     steps = [t for t in DIAGNOSTIC_TIMESTEPS if t <= process.last]
-    spread = spread_over_eta(unet, process, run.config.diffusion.prediction_type, latents, known, steps)
+    spread = spread_over_eta(unet, process, run.config.diffusion.predicts, latents, known, steps)
     values = {f"spread/{t}": at.over_eta for t, at in spread.items()}
     values |= {f"spread_share/{t}": at.ratio for t, at in spread.items()}
     if len(latents) > 1:
-        values["nearest_share"] = nearest_share(unet, process, run.config.diffusion.prediction_type, latents, known)
+        values["nearest_share"] = nearest_share(unet, process, run.config.diffusion.predicts, latents, known)
     log.log(images_seen, values)
     if has_collapsed(spread):
         logger.warning(

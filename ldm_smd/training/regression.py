@@ -42,7 +42,7 @@ class PosteriorRegression(Denoising):
     def losses(self, batch: LatentBatch, noise: StepNoise) -> torch.Tensor:
         """Return the loss of each image, (b,)."""
         run, path, t = self.run, self.process, noise.t.clamp_min(1)
-        prediction_type, many = run.config.diffusion.prediction_type, partial(repeat, draws=self.draws)
+        prediction_type, many = run.config.diffusion.predicts, partial(repeat, draws=self.draws)
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         x_t, eta = path.noise(x0, noise.eps, t), rearrange(noise.eta, "b m ... -> (b m) ...")
         conditions = known_conditions(batch, noise, self.model.network.config.num_classes)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
-from diffusers import DDPMScheduler
+from diffusers import SchedulerMixin
 
 from ..autoencoder import FrozenAutoencoder
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
-from ..diffusion.process import DiffusionProcess
+from ..diffusion.process import GaussianPath
+from ..schedulers.conversion import path_of
 from ..schedulers.schedule import build_scheduler
 from .record import MAY_CHANGE, NOT_COMPARED, RunRecord, open_record
 from .settings import TrainConfig
@@ -24,14 +25,14 @@ class Run:
     Attributes:
         manifest: of the latent shards.
         autoencoder: that made them, on the accelerator's device.
-        scheduler: the noise schedule.
+        scheduler: of the path from data to noise.
     """
 
     config: TrainConfig
     accelerator: Accelerator
     manifest: Manifest
     autoencoder: FrozenAutoencoder
-    scheduler: DDPMScheduler
+    scheduler: SchedulerMixin
     record: RunRecord
 
     @classmethod
@@ -51,9 +52,9 @@ class Run:
     def checkpoints(self) -> Path:
         return self.output / "checkpoints"
 
-    def process(self) -> DiffusionProcess:
-        """Return the noise schedule's forward process, on the device."""
-        return DiffusionProcess(self.scheduler.alphas_cumprod).to(self.accelerator.device)
+    def process(self) -> GaussianPath:
+        """Return the path from data to noise, on the device."""
+        return path_of(self.scheduler).to(self.accelerator.device)
 
     def batches(self, images_seen: int = 0) -> LatentStream:
         """Stream this process's slice of every batch after ``images_seen``."""

@@ -66,7 +66,7 @@ class Denoising:
 
     def losses(self, batch: LatentBatch, noise: StepNoise) -> torch.Tensor:
         """Return the loss of each image, (b,)."""
-        config, t, prediction_type = self.run.config, noise.t, self.run.config.diffusion.prediction_type
+        config, t, prediction_type = self.run.config, noise.t, self.run.config.diffusion.predicts
         x0 = self.run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         eta = rearrange(noise.eta, "b m ... -> (b m) ...") if noise.eta.shape[1] else None
         x_t, target = self.process.noise(x0, noise.eps, t), self.process.target(x0, noise.eps, t, prediction_type)

@@ -11,7 +11,6 @@ from ..autoencoder import FrozenAutoencoder, sample_latents
 from ..data.shards import Manifest
 from ..data.stream import LatentBatch, LatentStream, latent_loader
 from ..device import pick_device
-from ..diffusion.process import DiffusionProcess
 from ..errors import UserError
 from ..evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS
 from ..files import makes_folder
@@ -19,7 +18,8 @@ from ..models.denoiser import is_mixture, known_labels, num_classes
 from ..models.moments import MomentHeads
 from ..pipelines import SMDPipeline, load_pipeline
 from ..progress import progress
-from ..schedulers.gms import GMSScheduler
+from ..schedulers import make_scheduler
+from ..schedulers.conversion import process_of
 from .ema import EMA
 from .model_folder import model_card, write_model_folder
 from .rates import warmup_then_cosine
@@ -73,7 +73,7 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     few = LatentStream(manifest, CALIBRATION_PICTURES, CALIBRATION_PICTURES, seed=config.seed).batch_at(0).to(device)
     ratios = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few)
     measured = ", ".join(f"{ratio:.2f} at t = {t}" for t, ratio in ratios.items())
-    pipeline.register_modules(moments=ema.model, scheduler=GMSScheduler.from_config(pipeline.scheduler.config))
+    pipeline.register_modules(moments=ema.model, scheduler=make_scheduler("GMSScheduler", pipeline.scheduler))
     text = f"""\
 {heads.num_parameters() / 1e6:.2f} million parameters beside the UNet of `{config.model}`, which is unchanged; EMA weights \
 after {images_seen:,} images. Predicted variance over the squared error: {measured}.
@@ -98,22 +98,23 @@ class PredictionErrors:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(variance, third, error), each (B, C, H, W), at timesteps (B,), random where there are none.
 
-        v = (a_t x_t - x_0) / s_t, so the error of v is that of x_0 over -s_t, whatever the network predicts.
+        v = (a_t x_t - x_0) / s_t, so the error of v is that of x_0 over -s_t, whatever the network predicts. Where
+        n^2 = a_t^2 + s_t^2 is not 1, v is that of x_t / n, with s_t / n in place of s_t.
         """
-        unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
+        unet, process = self.pipeline.unet, process_of(self.pipeline.training_scheduler)
         x0 = self.autoencoder.normalise(sample_latents(batch.moments))
-        process = DiffusionProcess(scheduler.alphas_cumprod.to(x0.device))
+        path = process.path.to(x0.device)
         if t is None:
-            t = process.random_t(len(x0), device=x0.device)
+            t = path.random_t(len(x0), device=x0.device)
         classes = num_classes(unet)
         labels = known_labels(batch.labels, classes)
         if labels is not None and classes is not None:
             dropped = torch.rand(labels.shape, device=x0.device) < self.label_dropout
             labels = torch.where(dropped, classes, labels)
-        x_t = process.noise(x0, torch.randn_like(x0), t)
+        x_t = path.noise(x0, torch.randn_like(x0), t)
         prediction, variance, third = heads.predict(unet, x_t, t, labels).chunk(3, dim=1)
-        _, s = process.signal_and_noise(t, x0)
-        error = (process.to_x0(prediction, x_t, t, scheduler.config.prediction_type) - x0) / s
+        a, s = path.signal_and_noise(t, x0)
+        error = (path.to_x0(prediction, x_t, t, process.prediction_type) - x0) / (s / torch.hypot(a, s))
         return variance, third, error
 
 
@@ -122,7 +123,7 @@ def calibration(errors: PredictionErrors, heads: MomentHeads, batch: LatentBatch
     """Divide, at some timesteps, the mean of the predicted variance by that of the squared error: 1 where it is right."""
     ratios = {}
     for t in DIAGNOSTIC_TIMESTEPS:
-        if t < errors.pipeline.scheduler.config.num_train_timesteps:
+        if t < errors.pipeline.training_scheduler.config.num_train_timesteps:
             variance, _, error = errors(heads, batch, torch.full((len(batch.labels),), t, device=batch.moments.device))
             ratios[t] = float(variance.mean() / error.square().mean())
     return ratios

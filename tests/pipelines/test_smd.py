@@ -64,10 +64,12 @@ def test_noise_levels_so_near_that_two_timesteps_are_the_same(pipeline):
 
 
 def test_schedulers_that_do_not_fit_are_refused(pipeline):
-    said = "scheduler: expected one of the noise schedule .* found FlowMatchEulerDiscreteScheduler: flow matching is not"
+    said = "scheduler: expected one of a noise schedule .* found FlowMatchLCMScheduler: it is for networks distilled"
     with pytest.raises(ValueError, match=said):
-        SMDPipeline(pipeline.unet, pipeline.vae, diffusers.FlowMatchEulerDiscreteScheduler())
-    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        SMDPipeline(pipeline.unet, pipeline.vae, diffusers.FlowMatchLCMScheduler())
+    with pytest.raises(ValueError, match=said):
+        SMDPipeline(pipeline.unet, pipeline.vae, pipeline.scheduler, training_scheduler=diffusers.FlowMatchLCMScheduler())
+    pipeline.scheduler = diffusers.FlowMatchLCMScheduler()
     with pytest.raises(ValueError, match=said):
         pipeline([0])
 

@@ -13,9 +13,10 @@ from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.errors import UserError
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schedulers.conversion import process_of, questions
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.schedulers.support import REFUSED, SUPPORTED, check_scheduler, warn_once
-from ldm_smd.schedulers.timesteps import run_from
+from ldm_smd.schedulers.timesteps import begin_run, first_sample, network_input, noised, run_from
 
 OURS = build_scheduler(DiffusionConfig())
 MEAN, DEVIATION = torch.tensor([0.0, 1.0, -1.0]), torch.tensor([1.0, 0.5, 0.7])
@@ -47,13 +48,16 @@ def perfect_network(x_t, t):
 
 
 def walk(scheduler, x, timesteps):
-    """As SMDPipeline does."""
+    """As SMDPipeline does, with a network that was trained on the process of OURS."""
+    asked = questions(process_of(OURS), process_of(scheduler), timesteps, x.device)
     accepted = inspect.signature(scheduler.step).parameters
     options = {"generator": torch.Generator().manual_seed(1)} if "generator" in accepted else {}
-    for index, t in enumerate(timesteps):
+    for index, (t, question) in enumerate(zip(timesteps, asked)):
         if "order" in accepted:
             options["order"] = min(index + 1, 4)
-        x = scheduler.step(perfect_network(scheduler.scale_model_input(x, t), t), t, x, **options).prev_sample
+        x_t = network_input(scheduler, x, t)
+        prediction = question.answer(perfect_network(*question.asked(x_t)), x_t)
+        x = scheduler.step(prediction, t, x, **options).prev_sample
     return x
 
 
@@ -65,9 +69,8 @@ def assert_is_the_data(x, tolerance):
 @pytest.mark.parametrize("name", [*SUPPORTED, *CHOSEN])
 def test_noise_becomes_the_data(name):
     scheduler = make_scheduler(name, OURS)
-    scheduler.set_timesteps(50)
-    noise = standard(4000, 0) * scheduler.init_noise_sigma
-    assert_is_the_data(walk(scheduler, noise, run_from(scheduler, 0)), 0.06)
+    timesteps = begin_run(scheduler, 50)
+    assert_is_the_data(walk(scheduler, first_sample(scheduler, standard(4000, 0)), timesteps), 0.06)
 
 
 @pytest.mark.parametrize("name", [*SUPPORTED, *CHOSEN])
@@ -75,7 +78,7 @@ def test_a_noised_picture_becomes_the_data(name):
     scheduler = make_scheduler(name, OURS)
     scheduler.set_timesteps(50)
     timesteps = run_from(scheduler, 30)
-    start = scheduler.add_noise(MEAN + DEVIATION * standard(4000, 2), standard(4000, 3), timesteps[:1].repeat(4000))
+    start = noised(scheduler, MEAN + DEVIATION * standard(4000, 2), standard(4000, 3), timesteps[0])
     assert_is_the_data(walk(scheduler, start, timesteps), 0.06)
 
 
@@ -108,7 +111,7 @@ def test_every_scheduler_of_diffusers_is_supported_or_refused():
 
 def test_the_help_names_the_supported_ones():
     [text] = [setting.text for setting in settings(SampleConfig) if setting.name == "scheduler"]
-    named = text.split(":")[1].split(", each followed")[0].replace(" or ", ", ").split(",")
+    named = " ".join(text.split()).split(":")[1].split(", each followed")[0].replace(" or ", ", ").split(",")
     names = {f"{' '.join(name.split())}Scheduler" for name in named}
     assert names == SUPPORTED.keys() | {"GMSScheduler", "TeleportScheduler"}
 
@@ -118,24 +121,29 @@ def test_the_others_are_refused_with_a_reason(name):
     with pytest.raises(UserError) as error:
         make_scheduler(name, OURS)
     said = str(error.value)
-    assert said.startswith("scheduler: expected one of the noise schedule") and said.endswith(f"found {name}: {REFUSED[name]}")
+    assert said.startswith("scheduler: expected one of a noise schedule") and said.endswith(f"found {name}: {REFUSED[name]}")
     assert "\n" not in said
 
 
 @pytest.mark.parametrize(
     "scheduler, said",
     [
-        (diffusers.FlowMatchEulerDiscreteScheduler(), "FlowMatchEulerDiscreteScheduler: flow matching is not supported yet"),
+        (diffusers.FlowMatchLCMScheduler(), "FlowMatchLCMScheduler: it is for networks distilled"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "with use_dynamic_shifting: FlowMatchEuler"),
+        (diffusers.DDIMScheduler(prediction_type="flow_prediction"), "with flow_prediction: FlowMatchEuler"),
         (diffusers.EDMEulerScheduler(), "EDMEulerScheduler: it has its own noise schedule"),
         (diffusers.LCMScheduler.from_config(OURS.config), "LCMScheduler: it is for networks distilled"),
-        (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "with use_flow_sigmas or flow_prediction: flow matching"),
+        (
+            diffusers.UniPCMultistepScheduler(use_flow_sigmas=True),
+            "with use_flow_sigmas: FlowMatchEulerDiscreteScheduler samples",
+        ),
         (type("Mine", (diffusers.DDIMInverseScheduler,), {})(), "Mine: it goes from a picture to noise"),
         (object(), "object: it has none"),
     ],
 )
 def test_one_made_in_python_is_refused(scheduler, said):
     with pytest.raises(
-        ValueError, match="scheduler: expected one of the noise schedule .*, as DDIMScheduler .*, found .*" + said
+        ValueError, match="scheduler: expected one of a noise schedule .*, as DDIMScheduler .*, found .*" + said
     ):
         check_scheduler(scheduler)
 
@@ -174,7 +182,8 @@ def test_settings_do_not_follow_from_one_scheduler_to_another():
             "scheduler: DPMSolverMultistepScheduler: nonsense is not",
         ),
         ("HeunDiscreteScheduler:use_karras_sigmas=true,use_beta_sigmas=true", "scheduler: HeunDiscreteScheduler: Only one of"),
-        ("UniPCMultistepScheduler:use_flow_sigmas=true", "flow matching is not supported yet"),
+        ("UniPCMultistepScheduler:use_flow_sigmas=true", "with use_flow_sigmas: FlowMatchEulerDiscreteScheduler samples"),
+        ("TeleportScheduler:scheduler=FlowMatchEulerDiscreteScheduler", "expected one of a noise schedule to go on with"),
         ("DDIMScheduler:prediction_type=[", "scheduler: expected DDIMScheduler:setting=value,setting=value, found"),
         ("DDIMScheduler:thresholding", "scheduler: expected DDIMScheduler:setting=value,setting=value, found 'thresholding'"),
         ("SchedulerMixin", "scheduler: expected a scheduler class"),

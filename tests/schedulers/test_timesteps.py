@@ -10,9 +10,10 @@ import torch
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schedulers.conversion import path_of, predicted_x0
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.schedulers.support import warn_once
-from ldm_smd.schedulers.timesteps import begin_run, path_of, predicted_x0, step_options
+from ldm_smd.schedulers.timesteps import begin_run, step_options
 
 OURS = build_scheduler(DiffusionConfig())
 TELEPORT = "TeleportScheduler:scheduler=LMSDiscreteScheduler"

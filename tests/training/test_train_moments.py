@@ -1,5 +1,6 @@
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 from ldm_smd.autoencoder import FrozenAutoencoder
@@ -64,13 +65,20 @@ def test_the_error_is_that_of_v(errors, shards):
     alphabar = errors.pipeline.scheduler.alphas_cumprod[400]
     a, s = alphabar.sqrt(), (1 - alphabar).sqrt()
     for kind, expected in (("sample", lambda noise: -x0 / s), ("v_prediction", lambda noise: a * noise - s * x0)):
-        errors.pipeline.scheduler.register_to_config(prediction_type=kind)
+        errors.pipeline.training_scheduler.register_to_config(prediction_type=kind)
         torch.manual_seed(0)
         variance, third, found = errors(heads, few, t)
         torch.manual_seed(0)
         torch.randn_like(x0), torch.rand(8)  # of the posterior, and of the labels to leave out
         assert alike(found, expected(torch.randn_like(x0)), 1e-3)
         assert torch.allclose(variance, torch.ones_like(x0)) and not third.any()
+    errors.pipeline.training_scheduler = FlowMatchEulerDiscreteScheduler()
+    torch.manual_seed(0)
+    found = errors(heads, few, t)[2]
+    torch.manual_seed(0)
+    torch.randn_like(x0), torch.rand(8)
+    velocity = torch.randn_like(x0) - x0  # all of it an error; that of v is as much times the norm of x_t
+    assert alike(found, (0.6**2 + 0.4**2) ** 0.5 * velocity, 1e-3)
 
 
 def test_calibration_is_the_predicted_variance_over_that_found(errors, shards):

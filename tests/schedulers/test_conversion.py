@@ -1,0 +1,102 @@
+"""A network of one process under the schedulers of another."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+from ldm_smd.diffusion.process import RectifiedFlow
+from ldm_smd.diffusion.settings import PREDICTION_TYPES, DiffusionConfig
+from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schedulers.conversion import Process, path_of, process_of, questions
+from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.schedulers.timesteps import begin_run, first_sample, network_input, noised
+
+TABLE, FLOW = (build_scheduler(DiffusionConfig(path=path)) for path in ("variance_preserving", "flow"))
+PATHS = [path_of(TABLE), path_of(DDIMScheduler()), RectifiedFlow(1000)]
+FLOW_NAMES = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+DEVICE = torch.device("cpu")
+MEAN, DEVIATION = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([0.6, 0.9, 1.2])
+
+
+def exact(process, x_t, t):
+    """The prediction for x_0 ~ N(MEAN, DEVIATION^2), number by number, at one t."""
+    t = torch.as_tensor(t).reshape(1)
+    a, s = process.path.signal_and_noise(t, x_t)
+    x0 = MEAN + a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2) * (x_t - a * MEAN)
+    eps = (x_t - a * x0) / s
+    return process.path.target(x0, eps, t, process.prediction_type)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("own_kind", PREDICTION_TYPES)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("own_path", PATHS)
+def test_what_a_network_of_another_process_says_is_the_same(own_path, path, own_kind, kind):
+    own, other = Process(own_path, own_kind), Process(path, kind)
+    x_t = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([950, 700, 300, 50])
+    for t, question in zip(timesteps, questions(own, other, timesteps, DEVICE)):
+        found = question.answer(exact(own, *question.asked(x_t)), x_t)
+        assert torch.allclose(found, exact(other, x_t, t), rtol=2e-3, atol=2e-3)
+
+
+def test_a_network_of_the_same_process_is_asked_as_it_is():
+    x_t = torch.randn(2, 3)
+    for scheduler in (TABLE, FLOW):
+        ddim = make_scheduler("DDIMScheduler", scheduler) if scheduler is TABLE else FLOW
+        [question] = questions(process_of(scheduler), process_of(ddim), torch.tensor([400]), DEVICE)
+        asked, t = question.asked(x_t)
+        assert asked is x_t and t == 400 and question.answer(x_t, asked) is x_t
+
+
+def test_processes_are_told_apart():
+    assert process_of(TABLE) == process_of(make_scheduler("UniPCMultistepScheduler", TABLE))
+    assert process_of(FLOW) == process_of(FlowMatchHeunDiscreteScheduler()) != process_of(TABLE)
+    assert process_of(TABLE) != process_of(DDIMScheduler())
+    assert process_of(FLOW) != process_of(FlowMatchEulerDiscreteScheduler(500))
+    assert Process(PATHS[0], "epsilon") != Process(PATHS[0], "sample") and Process(PATHS[0], "epsilon") != "epsilon"
+
+
+def test_ratios_that_the_other_path_does_not_have():
+    """Pure noise is to a noise schedule its last timestep; what is all but clean its first."""
+    first, last = questions(process_of(TABLE), process_of(FLOW), torch.tensor([1000.0, 1e-3]), DEVICE)
+    assert first.timestep == 999 and last.timestep == 0
+    x_t = torch.randn(4, 3)
+    assert torch.allclose(first.answer(exact(process_of(TABLE), *first.asked(x_t)), x_t), x_t - MEAN, atol=5e-3)
+
+
+def test_moments_beside_a_prediction_stay():
+    [question] = questions(process_of(FLOW), process_of(TABLE), torch.tensor([500]), DEVICE)
+    x_t = torch.randn(2, 3)
+    said = torch.randn(2, 9)
+    found = question.answer(said, x_t)
+    assert torch.equal(found[:, 3:], said[:, 3:]) and not torch.allclose(found[:, :3], said[:, :3])
+
+
+@pytest.mark.parametrize("start", ["noise", "data"])
+@pytest.mark.parametrize("own", [TABLE, FLOW])
+@pytest.mark.parametrize(
+    "name",
+    ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"],
+)
+def test_models_of_either_path_make_the_data_under_either(name, own, start):
+    scheduler = make_scheduler(name, own)
+    timesteps = begin_run(scheduler, 40, None if start == "noise" else 0.5)
+    generator = torch.Generator().manual_seed(0)
+    x = first_sample(scheduler, torch.randn(4000, 3, generator=generator))
+    if start == "data":
+        clean = MEAN + DEVIATION * torch.randn(4000, 3, generator=generator)
+        x = noised(scheduler, clean, torch.randn(4000, 3, generator=generator), timesteps[0])
+    for t, question in zip(timesteps, questions(process_of(own), process_of(scheduler), timesteps, DEVICE)):
+        x_t = network_input(scheduler, x, t)
+        x = scheduler.step(question.answer(exact(process_of(own), *question.asked(x_t)), x_t), t, x).prev_sample
+    assert (x.mean(dim=0) - MEAN).abs().max() < 0.06 and (x.std(dim=0) / DEVIATION - 1).abs().max() < 0.06
+
+
+def test_a_noise_schedule_for_a_flow_matching_model_is_that_of_our_trainings():
+    """A flow has none; 'linear', which diffusers takes where it is told nothing, is not for latents."""
+    for name in ("DDIMScheduler", "TeleportScheduler", "GMSScheduler", "EulerDiscreteScheduler"):
+        made = make_scheduler(name, FLOW)
+        assert torch.equal(made.alphas_cumprod, TABLE.alphas_cumprod) and made.config.prediction_type == "v_prediction"
+    shifted = make_scheduler("FlowMatchEulerDiscreteScheduler:shift=3.0", EulerDiscreteScheduler.from_config(TABLE.config))
+    assert shifted.config.shift == 3.0 and begin_run(shifted, 2).tolist() == [1000, 750]
