@@ -28,7 +28,8 @@ from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DistillationConfig
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schedulers.schedule import build_scheduler
-from ldm_smd.training.judges import Judges, critic_objective, critic_of
+from ldm_smd.training.critics import critic_of
+from ldm_smd.training.judges import Judges, critic_objective
 from ldm_smd.training.settings import TrainConfig
 
 RESULT = Path(__file__).parent / "results" / "plan.md"

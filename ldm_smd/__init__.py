@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .models.extended import ExtendedUNet2DModel
     from .models.extended_condition import ExtendedUNet2DConditionModel
     from .models.extended_dit import ExtendedDiTTransformer2DModel
+    from .models.extended_sd3 import ExtendedSD3Transformer2DModel
     from .models.unet import SMDUNet2DModel
     from .pipelines import SMDPipeline
     from .schedulers import GMSScheduler, TeleportScheduler
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ExtendedDiTTransformer2DModel",
+    "ExtendedSD3Transformer2DModel",
     "ExtendedUNet2DConditionModel",
     "ExtendedUNet2DModel",
     "GMSScheduler",
@@ -28,6 +30,7 @@ __all__ = [
 
 _HOMES = {
     "ExtendedDiTTransformer2DModel": ".models.extended_dit",
+    "ExtendedSD3Transformer2DModel": ".models.extended_sd3",
     "ExtendedUNet2DConditionModel": ".models.extended_condition",
     "ExtendedUNet2DModel": ".models.extended",
     "GMSScheduler": ".schedulers",

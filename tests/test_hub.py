@@ -13,6 +13,7 @@ import torch
 
 from ldm_smd.files import sha256
 from ldm_smd.pipelines import load_pipeline, seeded_generators
+from tests.tiny import diffusers_dit, training
 
 REPOSITORY, COMMIT = "someone/emoji", "0123456789abcdef0123456789abcdef01234567"
 
@@ -103,3 +104,31 @@ torch.save(images, {str(tmp_path / "out.pt")!r})
     options = {"num_inference_steps": 2, "generator": seeded_generators([1, 2]), "output_type": "pt"}
     expected = load_pipeline(model_folder)([0, 1], **options).images
     assert torch.allclose(torch.load(tmp_path / "out.pt", weights_only=True), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_network_of_the_hub_becomes_a_mixture(hub, shards, vae_folder, tmp_path):
+    """By the name of its pipeline's repository; one whose weights are a pickle is refused."""
+    diffusers_dit(num_embeds_ada_norm=2).save_pretrained(hub.folder / "transformer")
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    settings = training(
+        shards, vae_folder, tmp_path / "run", f"init_from={REPOSITORY}", "model.tail_blocks=1", "images_total=8"
+    )
+    command = [sys.executable, "tools/train.py", *settings]
+    subprocess.run(command, check=True, timeout=120, env=environment)
+    assert load_pipeline(tmp_path / "run/model").unet.config.num_classes == 2
+    weights = hub.folder / "transformer/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
+    environment["HF_HOME"] = str(tmp_path / "other")
+    refused = subprocess.run(
+        [*command, f"output={tmp_path / 'refused'}"], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert refused.returncode == 2 and not (tmp_path / "refused").exists()
+    assert refused.stderr.strip().endswith(
+        f"init_from: expected a network with safetensors weights in {REPOSITORY}, found none"
+    )

@@ -1,6 +1,6 @@
 """The sizes of the tiny models that tests build."""
 
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
 MIXTURE = {"z_channels": 8, "identifier_channels": 8, "hypernetwork_width": 8}
 SIZES = {
@@ -86,3 +86,20 @@ def diffusers_condition(**changes):
         "cross_attention_dim": 12,
     }
     return UNet2DConditionModel(**{**sizes, **changes})
+
+
+def diffusers_sd3(**changes):
+    """An untrained SD3Transformer2DModel of diffusers for 4x8x8 latents."""
+    sizes = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "joint_attention_dim": 12,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 10,
+        "pos_embed_max_size": 8,
+    }
+    return SD3Transformer2DModel(**{**sizes, **changes})

@@ -16,9 +16,10 @@ from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DistillationConfig
 from ldm_smd.models.fit import fit_posterior_noise
 from ldm_smd.models.unet import SMDUNet2DModel
+from ldm_smd.training.critics import critic_of
 from ldm_smd.training.distillation import FARTHEST, MOMENTUM, NEAREST
 from ldm_smd.training.fit_gaussian import LATENTS_PER_COMPONENT
-from ldm_smd.training.judges import Judges, critic_objective, critic_of
+from ldm_smd.training.judges import Judges, critic_objective
 from ldm_smd.training.trained import adamw
 
 from .gaussian import run_scheduler

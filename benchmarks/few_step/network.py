@@ -16,7 +16,7 @@ from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.models.mixture import Draws
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schedulers.schedule import build_scheduler
-from ldm_smd.training.judges import extended
+from ldm_smd.training.critics import extended
 
 SECOND_DIMENSIONS = 64
 FASTEST = 50.0

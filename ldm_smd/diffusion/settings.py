@@ -44,7 +44,7 @@ class DistillationConfig(Settings):
     objective.name=regression: the teacher and ``pure_noise``."""
 
     teacher: Optional[str] = None
-    """Folder of the Gaussian denoiser that is learnt from, RUN/model/unet; null: init_from."""
+    """Folder or hub id of the Gaussian denoiser that is learnt from, as RUN/model/unet; null: init_from."""
     views: str = choice("conditional", VIEWS)
     """conditional: a draw is judged together with the x_t it was made from, which the critic sees. joined: the critic sees both
     only as the one view that they are worth to the teacher; cheaper, but wrong where the truth is known. marginal: a draw is

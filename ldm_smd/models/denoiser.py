@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+PLAIN = (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, SD3Transformer2DModel)
+"""Denoisers of diffusers."""
 
 
 def is_mixture(unet: ModelMixin) -> bool:
@@ -13,7 +17,12 @@ def is_mixture(unet: ModelMixin) -> bool:
 
 def is_plain(unet: ModelMixin) -> bool:
     """Tell whether a denoiser is one of diffusers, perhaps wrapped by torch.compile."""
-    return isinstance(getattr(unet, "_orig_mod", unet), (UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel))
+    return isinstance(uncompiled(unet), PLAIN)
+
+
+def uncompiled(unet: ModelMixin) -> ModelMixin:
+    """Return what torch.compile has wrapped, if it has."""
+    return getattr(unet, "_orig_mod", unet)
 
 
 def num_classes(unet: ModelMixin) -> int | None:
@@ -22,7 +31,7 @@ def num_classes(unet: ModelMixin) -> int | None:
         return unet.config.num_classes
     if "num_embeds_ada_norm" in unet.config:  # a DiT, whose null class comes after these
         return unet.config.num_embeds_ada_norm
-    embeds = unet.config.num_class_embeds
+    embeds = unet.config.get("num_class_embeds")
     return None if embeds is None else embeds - 1
 
 
@@ -52,13 +61,33 @@ def predict(
 ) -> torch.Tensor:
     """Return the prediction of any denoiser, as SMDUNet2DModel.forward does; one of diffusers does not read eta. What a DiT
     predicts beside it, a variance, is left out."""
+    return predict_all(unet, sample, timestep, class_labels, eta, image_embeds)[:, : sample.shape[1]]
+
+
+def predict_all(
+    unet: ModelMixin,
+    sample: torch.Tensor,
+    timestep: torch.Tensor | float | int,
+    class_labels: torch.Tensor | None = None,
+    eta: torch.Tensor | None = None,
+    image_embeds: torch.Tensor | None = None,
+    forward: nn.Module | None = None,
+) -> torch.Tensor:
+    """Return all output channels of any denoiser; ``forward`` is what DDP, FSDP and torch.compile make of it, if they do."""
     if image_embeds is not None and embedding_dimensions(unet) is None:
         raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
-    if is_plain(unet):
-        labels = null_labels(unet, sample) if class_labels is None else class_labels
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-        if "cross_attention_dim" in unet.config:  # nothing to attend to
-            labels = sample.new_zeros(len(sample), 1, unet.config.cross_attention_dim)
-        return unet(sample, timestep, labels, return_dict=False)[0][:, : sample.shape[1]]
-    embeds = {} if image_embeds is None else {"image_embeds": image_embeds}
-    return unet(sample, timestep, class_labels, eta, return_dict=False, **embeds)[0]
+    forward = unet if forward is None else forward
+    if not is_plain(unet):
+        embeds = {} if image_embeds is None else {"image_embeds": image_embeds}
+        return forward(sample, timestep, class_labels, eta, return_dict=False, **embeds)[0]
+    timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
+    plain = uncompiled(unet)
+    given: dict[str, torch.Tensor | None] = {"timestep": timestep}
+    if isinstance(plain, UNet2DConditionModel):  # with nothing to attend to, as an SD3
+        given["encoder_hidden_states"] = sample.new_zeros(len(sample), 1, unet.config.cross_attention_dim)
+    elif isinstance(plain, SD3Transformer2DModel):
+        given["encoder_hidden_states"] = sample.new_zeros(len(sample), 1, unet.config.joint_attention_dim)
+        given["pooled_projections"] = sample.new_zeros(len(sample), unet.config.pooled_projection_dim)
+    else:
+        given["class_labels"] = null_labels(unet, sample) if class_labels is None else class_labels
+    return forward(sample, return_dict=False, **given)[0]

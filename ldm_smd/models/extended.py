@@ -151,7 +151,7 @@ def plain_config(unet: ModelMixin) -> dict:
     return {name: value for name, value in unet.config.items() if not name.startswith("_")}
 
 
-def class_of(folder: str) -> str | None:
+def class_of(folder: str | Path) -> str | None:
     """Return the name of the class that a diffusers model folder says it holds."""
     path = Path(folder) / "config.json"
     return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import cast
 
@@ -11,14 +10,13 @@ import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import LabelEmbedding
-from einops import rearrange
 
 from .backbone import Backbone, Trunk
-from .denoiser import null_labels
+from .denoiser import null_labels, num_classes
 from .extended import plain_config
-from .mixture import Cut, Draws, Mixture
-
-MOST_GROUPS = 32
+from .extended_transformer import as_map, as_tokens, check_sides, cut_before_blocks, run_block, unpatched
+from .mixture import Draws, Mixture
+from .widened import widened
 
 
 class ExtendedDiTTransformer2DModel(Backbone):
@@ -54,25 +52,9 @@ class ExtendedDiTTransformer2DModel(Backbone):
     ) -> None:
         super().__init__()
         self.transformer = DiTTransformer2DModel.from_config(transformer_config)
-        blocks, width = self.transformer.transformer_blocks, self.transformer.inner_dim
-        if not 1 <= tail_blocks < len(blocks):
-            raise ValueError(f"tail_blocks: expected 1 to {len(blocks) - 1}, fewer than the DiT's blocks, found {tail_blocks}")
-        if self.transformer.out_channels != in_channels:
-            raise ValueError(f"out_channels: expected {in_channels}, as in_channels, found {self.transformer.out_channels}")
         without_label_dropout(self)
-        self.first_of_tail = len(blocks) - tail_blocks
-        cut = Cut(
-            feature_channels=width,
-            feature_stride=1,
-            embedding_dim=width,
-            places={f"block{index}": width for index in range(self.first_of_tail, len(blocks))},
-            modulation_size=0,
-            last_channels=width,
-            out_channels=in_channels,
-            norm_num_groups=math.gcd(MOST_GROUPS, width),
-            patch_size=self.transformer.patch_size,
-        )
-        self.mixture = Mixture(cut, self.config)
+        self.first_of_tail = len(self.transformer.transformer_blocks) - tail_blocks
+        self.mixture = Mixture(cut_before_blocks(self.transformer, tail_blocks, in_channels, 0), self.config)
 
     @classmethod
     def from_transformer(cls, folder: str | Path, **mixture: int) -> ExtendedDiTTransformer2DModel:
@@ -80,32 +62,26 @@ class ExtendedDiTTransformer2DModel(Backbone):
 
         Output channels beyond the latents', in which ImageNet's DiTs predict a variance, are dropped: a mixture needs none.
         """
-        dit = DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True)
-        channels, weights = dit.config.in_channels, dit.state_dict()
-        for name in ("proj_out_2.weight", "proj_out_2.bias"):
-            rows = weights[name].unflatten(0, (-1, dit.out_channels))  # of each position in a patch
-            weights[name] = rows[:, :channels].flatten(0, 1)
-        config = plain_config(dit) | {"out_channels": channels}
-        sizes = {"sample_size": dit.config.sample_size, "in_channels": channels, "num_classes": dit.config.num_embeds_ada_norm}
-        model = cls(transformer_config=config, **sizes, **mixture)
-        model.transformer.load_state_dict(weights)
+        dit = widened(DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True))
+        sizes = {"sample_size": dit.config.sample_size, "in_channels": dit.config.in_channels}
+        model = cls(transformer_config=plain_config(dit), num_classes=num_classes(dit), **sizes, **mixture)
+        model.transformer.load_state_dict(dit.state_dict())
         return model
 
     def trunk(
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> Trunk:
-        dit, patch = self.transformer, self.transformer.patch_size
+        dit = self.transformer
         if image_embeds is not None:
             raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
-        if sample.shape[2] % patch or sample.shape[3] % patch:
-            raise ValueError(f"sample: expected sides that are multiples of {patch}, found {tuple(sample.shape[2:])}")
+        check_sides(sample, dit.patch_size)
         labels = cast(torch.Tensor, null_labels(self, sample) if class_labels is None else class_labels)
         timestep = timestep.expand(len(sample))
         tokens = dit.pos_embed(sample)
-        for block in dit.transformer_blocks[: self.first_of_tail]:
-            tokens = self._run(block, tokens, timestep, labels)
+        for index in range(self.first_of_tail):
+            tokens = self._run(index, tokens, timestep, labels)
         embedding = F.silu(dit.transformer_blocks[0].norm1.emb(timestep, labels, hidden_dtype=tokens.dtype))
-        return Trunk(rearrange(tokens, "b (h w) c -> b c h w", h=sample.shape[2] // patch), embedding, (timestep, labels))
+        return Trunk(as_map(tokens, sample.shape[2] // dit.patch_size), embedding, (timestep, labels))
 
     def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
         dit, h = self.transformer, trunk.features
@@ -115,18 +91,15 @@ class ExtendedDiTTransformer2DModel(Backbone):
             h = draws.at(f"block{index}", h)
             if index == len(dit.transformer_blocks) - 1:
                 h = draws.with_noise(h)
-            tokens = self._run(dit.transformer_blocks[index], rearrange(h, "b c h w -> b (h w) c"), timestep, labels)
-            h = rearrange(tokens, "b (h w) c -> b c h w", h=rows)
+            tokens = self._run(index, as_tokens(h), timestep, labels)
+            h = as_map(tokens, rows)
         shift, scale = dit.proj_out_1(draws.repeat(trunk.embedding)).chunk(2, dim=1)
         tokens = dit.proj_out_2(torch.addcmul(shift[:, None], dit.norm_out(tokens), 1 + scale[:, None]))
-        return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=dit.patch_size, q=dit.patch_size).contiguous()
+        return unpatched(tokens, rows, dit.patch_size)
 
-    def _run(self, block: torch.nn.Module, tokens: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """With gradient checkpointing again in the backward pass, instead of keeping all that the block computes."""
-        again = self.transformer.gradient_checkpointing and torch.is_grad_enabled()
-        run = self.transformer._gradient_checkpointing_func if again else lambda block, *given: block(*given)
+    def _run(self, index: int, tokens: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         # (attention mask, states and mask to attend to, timestep, attention options, labels)
-        return run(block, tokens, None, None, None, timestep, None, labels)
+        return run_block(self.transformer, index, tokens, None, None, None, timestep, None, labels)
 
 
 def without_label_dropout(model: ModelMixin) -> ModelMixin:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 
 from ..errors import UserError, one_line
 from ..models.gaussian import LatentGaussians
+from ..models.hub import HUB_ID
 from ..models.known import EXTENDED
 from ..models.moments import MomentHeads
 from ..models.unet import SMDUNet2DModel
@@ -23,7 +23,6 @@ for cls in (SMDUNet2DModel, *EXTENDED.values(), MomentHeads, LatentGaussians, GM
 
 NETWORKS = ("unet", "moments", "gaussian", "guide")
 """Components of a pipeline that are networks, apart from the autoencoder."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_folder(source: str | Path) -> Path:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 from ..data.shards import Manifest
 from ..errors import UserError, one_line
 from ..models.backbone import Backbone
+from ..models.denoiser import embedding_dimensions
 from ..models.extended import class_of
 from ..models.fit import fit_posterior_noise
+from ..models.hub import network_folder
 from ..models.known import EXTENDED, EXTENSIONS
 from ..models.mixture import Mixture
 from ..models.unet import SMDUNet2DModel
@@ -32,8 +35,10 @@ def initial_model(run: Run) -> Backbone:
 def build_model(config: TrainConfig, manifest: Manifest) -> Backbone:
     """Make the configured UNet for the latents and classes of the shards, untrained or with the weights of ``init_from``; a
     network of diffusers in ``init_from`` is extended to a mixture."""
-    if config.init_from and class_of(config.init_from) in (*EXTENDED, *EXTENSIONS):
-        return extended_model(config, manifest)
+    start = None if config.init_from is None else network_folder(config.init_from, "init_from")
+    kind = None if start is None else class_of(start)
+    if start is not None and kind in (*EXTENDED, *EXTENSIONS):
+        return extended_model(config, manifest, start, kind)
     channels, height, width = manifest.latent_shape
     shape = config.model.of_unet()
     shape["noise_modes"] = noise_modes(config, manifest)
@@ -45,31 +50,34 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Backbone:
         **conditions(config, manifest),
         **shape,
     )
-    if config.init_from:
+    if start is not None:
         kept = None if model.mixture is None else model.mixture.noise
-        load_weights(model, Path(config.init_from), "init_from", new=(model.mixture, model.image_embedding), kept=kept)
+        load_weights(model, start, "init_from", new=(model.mixture, model.image_embedding), kept=kept)
     return model
 
 
-def extended_model(config: TrainConfig, manifest: Manifest) -> Backbone:
-    """Extend ``init_from``, which keeps its blocks, by a mixture of the sizes in ``config.model``."""
-    shape, folder = config.model, config.init_from
-    assert folder is not None
-    kind = class_of(folder) or ""
-    attends = "UNet2DConditionModel" in kind  # to tokens, of any conditions
-    check(attends or not config.image_conditional, "image_conditional", f"false for the {kind} of init_from", True)
+def extended_model(config: TrainConfig, manifest: Manifest, folder: Path, kind: str) -> Backbone:
+    """Extend the network in a folder, of this class, which keeps its blocks, by a mixture of the sizes in ``config.model``."""
+    shape = config.model
+    known = inspect.signature(EXTENDED[kind] if kind in EXTENDED else EXTENDED[f"Extended{kind}"]).parameters
+    embeds, path = "embedding_dimensions" in known, config.diffusion.path
+    check(embeds or not config.image_conditional, "image_conditional", f"false for the {kind} of init_from", True)
+    check("SD3" not in kind or path == "flow", "diffusion.path", f"flow, as the {kind} of init_from", path)
     if kind in EXTENDED:
         check(shape.z_channels > 0, "model.z_channels", f"more than 0 for the mixture {folder}", 0)
         model = EXTENDED[kind].from_pretrained(folder, use_safetensors=True)
+        if config.image_conditional:
+            found, given = embedding_dimensions(model), manifest.embedding_dimensions
+            check(found == given, "init_from", f"a mixture for embeddings of {given} dimensions, as the shards'", found)
     elif shape.z_channels == 0 or shape.placement != "up":
         raise UserError(
             f"init_from: expected a mixture, model.z_channels > 0 and model.placement=up, to extend a diffusers {kind} to, "
             f"found {shape.z_channels} and {shape.placement}"
         )
     else:
-        names = ["z_channels", "identifier_channels", "hypernetwork_width", "noise_rank"]
-        names += ["tail_blocks"] if kind == "DiTTransformer2DModel" else []
-        sizes = {name: getattr(shape, name) for name in names} | (conditions(config, manifest) if attends else {})
+        names = ("z_channels", "identifier_channels", "hypernetwork_width", "noise_rank", "tail_blocks")
+        sizes = {name: getattr(shape, name) for name in names if name in known}
+        sizes |= conditions(config, manifest) if embeds else {}
         modes, timesteps = noise_modes(config, manifest), noise_timesteps(config)
         try:
             model = EXTENSIONS[kind](folder, **sizes, noise_modes=modes, noise_timesteps=timesteps)

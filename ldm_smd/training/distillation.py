@@ -13,7 +13,8 @@ from einops import rearrange
 
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
-from .judges import Judges, critic_objective, critic_of
+from .critics import critic_of
+from .judges import Judges, critic_objective
 from .run import Run
 from .step import known_conditions, parts, trained_model, whole_batch
 from .step_noise import StepNoise
@@ -102,7 +103,8 @@ class Distillation:
         x = path.to_x0(prediction, x_t, t, prediction_type)
 
         with run.accelerator.autocast():
-            return self.judges.losses(self.teacher, self.critic.forward, x, x0, x_t, t, noise.r, noise.second_eps, conditions)
+            networks, second = (self.teacher, self.critic.network), (noise.r, noise.second_eps)
+            return self.judges.losses(*networks, x, x0, x_t, t, *second, conditions, self.critic.forward)
 
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:
         """Draw this process's part of the random numbers; others for each ``number``."""

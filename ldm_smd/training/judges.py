@@ -1,30 +1,25 @@
-"""The networks that judge a mixture's draws in a distillation: the teacher, and a critic that starts as it."""
+"""What the two networks that judge a mixture's draws in a distillation, the teacher and the critic, say of them."""
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin, UNet2DConditionModel
-from diffusers.models.embeddings import get_timestep_embedding
+from diffusers import ModelMixin
+from torch import nn
 
 from ..diffusion.process import GaussianPath, x0_per_prediction
 from ..diffusion.settings import DistillationConfig
 from ..diffusion.two_views import joined_view
-from ..models.extended_dit import without_label_dropout
-from ..models.unet import SMDUNet2DModel
-from ..schema import check
+from ..models.denoiser import predict_all
+from .critics import Conditions, beside
 
-TIME_FEATURES = 128
 SMALLEST = 1e-4
 LOGIT_WEIGHT = 0.1
 """Of the logit's loss beside the denoiser's, in the critic's objective."""
-Conditions = dict[str, torch.Tensor | None]
-Forward = Callable[..., tuple[torch.Tensor]]
 
 
 @dataclass
@@ -52,8 +47,8 @@ class Judges:
 
     def losses(
         self,
-        teacher: Forward,
-        critic: Forward,
+        teacher: ModelMixin,
+        critic: ModelMixin,
         x: torch.Tensor,
         x0: torch.Tensor,
         x_t: torch.Tensor,
@@ -61,29 +56,32 @@ class Judges:
         r: torch.Tensor,
         second_eps: torch.Tensor,
         conditions: Conditions,
+        forward: nn.Module | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return the mixture's loss, the critic's as a denoiser, the teacher's where the critic's is taken, and with an
         adversarial weight the logit's, each (B,). The critic learns by ``critic_objective`` of them.
 
         Args:
-            teacher, critic: forward passes, the critic's of ``critic_of``.
+            teacher, critic: any denoisers, the critic that of ``critic_of``.
             x: draws of the mixture for x_t, (B, C, h, w), with its graph.
             x0: what x_t is made of.
             r, second_eps: timesteps (B,) and noise of the second view.
+            forward: what DDP, FSDP and torch.compile make of the critic, if they do.
         """
         path, weight, channels = self.path, self.settings.adversarial_weight, x.shape[1]
         drawn = x.detach().requires_grad_(weight > 0)
         view, u = self.view(drawn, x_t, t, r, second_eps)
-        seen, known = self.seen(view, x_t, t, conditions)
+        see = partial(self.seen, critic, x_t=x_t, t=t, conditions=conditions)
+        seen, known = see(view)
         if weight > 0:
             true_view = self.view(x0, x_t, t, r, second_eps)[0]
-            seen = torch.cat((seen, self.seen(true_view, x_t, t, conditions)[0]))
+            seen = torch.cat((seen, see(true_view)[0]))
             known = {
                 name: value if value is None else value.repeat(2, *[1] * (value.ndim - 1)) for name, value in known.items()
             }
-        said = critic(seen, u.repeat(len(seen) // len(u)), return_dict=False, **known)[0].float()
+        said = self.asked(critic, seen, u.repeat(len(seen) // len(u)), known, forward)
         with torch.no_grad():
-            prediction = teacher(view, u, return_dict=False, **conditions)[0][:, :channels].float()
+            prediction = self.asked(teacher, view, u, conditions)[:, :channels]
             true = path.to_x0(prediction, view.detach(), u, self.prediction_type)
         own = path.to_x0(said[: len(x), :channels], view, u, self.prediction_type)
 
@@ -109,62 +107,20 @@ class Judges:
         x_r = self.path.noise(x, second_eps, r)
         return (x_r, r) if self.settings.views == "marginal" else joined_view(self.path, x_t, t, x_r, r)
 
+    def asked(
+        self, judge: ModelMixin, view: torch.Tensor, u: torch.Tensor, known: Conditions, forward: nn.Module | None = None
+    ) -> torch.Tensor:
+        """All that a judge says, float32."""
+        labels, embeds = known.get("class_labels"), known.get("image_embeds")
+        return predict_all(judge, view, u, labels, image_embeds=embeds, forward=forward).float()
+
     def seen(
-        self, view: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions
+        self, critic: ModelMixin, view: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor, Conditions]:
-        return beside(view, x_t, t, conditions) if self.settings.views == "conditional" else (view, conditions)
+        return beside(critic, view, x_t, t, conditions) if self.settings.views == "conditional" else (view, conditions)
 
 
 def critic_objective(losses: dict[str, torch.Tensor]) -> torch.Tensor:
     """What a critic is trained by, of the losses that ``Judges`` returns."""
     logit = losses.get("logit_loss")
     return losses["critic_loss"] if logit is None else losses["critic_loss"] + LOGIT_WEIGHT * logit
-
-
-def critic_of(teacher: ModelMixin, settings: DistillationConfig) -> ModelMixin:
-    """A copy of the teacher that sees and says what ``Judges`` asks for; what is new starts at zero. Only an SMDUNet2DModel can
-    be given more to see and to say."""
-    sees_x_t, tells = settings.views == "conditional", settings.adversarial_weight > 0
-    if not isinstance(teacher, SMDUNet2DModel):
-        kind = type(teacher).__name__
-        key = "objective.distillation"
-        check(not isinstance(teacher, UNet2DConditionModel), f"{key}.teacher", "a denoiser without cross-attention", kind)
-        check(not sees_x_t, f"{key}.views", f"joined or marginal for a {kind} as teacher", settings.views)
-        check(not tells, f"{key}.adversarial_weight", f"0 for a {kind} as teacher", settings.adversarial_weight)
-        return without_label_dropout(copy.deepcopy(teacher)).requires_grad_(True)
-    critic = extended(teacher, teacher.config.in_channels if sees_x_t else 0, TIME_FEATURES if sees_x_t else 0, int(tells))
-    return critic.requires_grad_(True)
-
-
-def extended(teacher: SMDUNet2DModel, inputs: int, features: int, outputs: int) -> SMDUNet2DModel:
-    """A copy of a Gaussian denoiser with so many more input channels, dimensions of its embedding, and output channels; all
-    their weights are zero."""
-    before = teacher.config.embedding_dimensions or 0
-    dimensions = before + features
-    channels = {name: teacher.config[name] + more for name, more in (("in_channels", inputs), ("out_channels", outputs))}
-    copied = SMDUNet2DModel.from_config(teacher.config, **channels, embedding_dimensions=dimensions or None)
-    weights = teacher.state_dict()
-    weights["conv_in.weight"] = padded(weights["conv_in.weight"], inputs, dim=1)
-    for name in ("conv_out.weight", "conv_out.bias"):
-        weights[name] = padded(weights[name], outputs, dim=0)
-    if copied.image_embedding is not None:
-        embedding = weights.get("image_embedding.weight", copied.image_embedding.weight[:, :0])
-        # Embeddings are scaled by the root of all their dimensions.
-        weights["image_embedding.weight"] = padded(embedding * math.sqrt(before / dimensions), features, dim=1)
-    copied.load_state_dict(weights)
-    return copied.to(teacher.device)
-
-
-def padded(weight: torch.Tensor, more: int, dim: int) -> torch.Tensor:
-    """Append zeros along a dimension."""
-    shape = list(weight.shape)
-    shape[dim] = more
-    return torch.cat((weight, weight.new_zeros(shape)), dim=dim)
-
-
-def beside(sample: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> tuple[torch.Tensor, Conditions]:
-    """Put x_t (B, C, h, w) beside a sample as more channels, and t (B,) beside the image embeddings."""
-    features = get_timestep_embedding(t, TIME_FEATURES) / math.sqrt(TIME_FEATURES / 2)  # of length 1
-    embeds = conditions.get("image_embeds")
-    joined = features if embeds is None else torch.cat((embeds, features), dim=1)
-    return torch.cat((sample, x_t), dim=1), {**conditions, "image_embeds": joined}

@@ -22,10 +22,11 @@ class TrainConfig(Settings):
     output: str = MISSING
     """Folder of the run: checkpoints, metrics, sample grids, and model/ (the pipeline, EMA weights) at the end."""
     init_from: Optional[str] = None
-    """Start from the weights of this model folder instead of random ones. A Gaussian SMDUNet2DModel's will do for a mixture
-    with the same blocks, which then equals it in the mean of its draws; and one without embeddings for one with. A UNet2DModel
-    of diffusers is extended to a mixture, with its own blocks; of ``model``, z_channels, identifier_channels,
-    hypernetwork_width and noise_* count."""
+    """Start from the weights in this folder of a network, or of this hub id, instead of random ones. A Gaussian
+    SMDUNet2DModel's will do for a mixture with the same blocks, which then equals it in the mean of its draws; and one without
+    embeddings for one with. A UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel or SD3Transformer2DModel of diffusers is
+    extended to a mixture, with its own blocks; of ``model``, z_channels, identifier_channels, hypernetwork_width, noise_* and
+    for transformers tail_blocks count."""
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

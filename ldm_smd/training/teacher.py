@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from diffusers import ModelMixin
 
@@ -13,6 +11,7 @@ from ..errors import UserError
 from ..models.backbone import Backbone
 from ..models.denoiser import is_mixture, num_classes
 from ..models.extended import class_of
+from ..models.hub import network_folder
 from ..models.known import DENOISERS
 from ..schema import check
 from .run import Run
@@ -25,12 +24,13 @@ KEY = "objective.distillation.teacher"
 def teacher_of(run: Run, mixture: Backbone) -> ModelMixin:
     """Load the Gaussian denoiser that a mixture of the same latents and classes learns from, frozen, on the device: the
     configured one, or ``init_from``."""
-    folder = run.config.objective.distillation.teacher or run.config.init_from
-    if folder is None:
+    source = run.config.objective.distillation.teacher or run.config.init_from
+    if source is None:
         raise UserError(f"{KEY}: expected the folder of a Gaussian model, or init_from, found None")
+    folder = network_folder(source, KEY)
     kind = class_of(folder) or "none"
     check(kind in DENOISERS, KEY, f"the folder of one of {', '.join(DENOISERS)} (RUN/model/unet)", f"{kind} in {folder}")
-    teacher = DENOISERS[kind].from_pretrained(Path(folder), use_safetensors=True)
+    teacher = DENOISERS[kind].from_pretrained(folder, use_safetensors=True)
     check(not is_mixture(teacher), KEY, "a Gaussian model", f"a mixture in {folder}")
     for name, found, wanted in (
         ("in_channels", teacher.config.in_channels, mixture.config.in_channels),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
 from ldm_smd.models.extended import ExtendedUNet2DModel, plain_config
 from ldm_smd.models.extended_condition import ExtendedUNet2DConditionModel
 from ldm_smd.models.extended_dit import ExtendedDiTTransformer2DModel
+from ldm_smd.models.extended_sd3 import ExtendedSD3Transformer2DModel
 from ldm_smd.models.settings import PLACEMENTS
 from ldm_smd.models.unet import SMDUNet2DModel
-from tests.tiny import MIXTURE, SIZES, diffusers_condition, diffusers_dit, diffusers_unet
+from tests.tiny import MIXTURE, SIZES, diffusers_condition, diffusers_dit, diffusers_sd3, diffusers_unet
 
 NOISE = {"noise_rank": 5, "noise_modes": 2}
-BACKBONES = (*(f"smd-{placement}" for placement in PLACEMENTS), "unet2d", "dit", "condition")
+BACKBONES = (*(f"smd-{placement}" for placement in PLACEMENTS), "unet2d", "dit", "condition", "sd3")
 
 
 def gaussian(name, **changes):
@@ -25,6 +26,8 @@ def gaussian(name, **changes):
         return diffusers_dit(**changes).eval()
     if name == "condition":
         return diffusers_condition(**changes).eval()
+    if name == "sd3":
+        return diffusers_sd3(**changes).eval()
     model = SMDUNet2DModel(8, 4, 4, num_classes=3, **{**SIZES, "z_channels": 0, **changes}).eval()
     torch.nn.init.normal_(model.conv_out.weight)
     return model
@@ -48,6 +51,11 @@ def mixture(name, **changes):
         sizes = {"sample_size": 8, "in_channels": 4, "num_classes": 3, **MIXTURE, **NOISE, **changes}
         model = ExtendedUNet2DConditionModel(plain_config(plain), **sizes).eval()
         model.unet.load_state_dict(plain.state_dict())
+        return model
+    if isinstance(plain, SD3Transformer2DModel):
+        sizes = {"sample_size": 8, "in_channels": 4, "num_classes": 3, "tail_blocks": 2, **MIXTURE, **NOISE, **changes}
+        model = ExtendedSD3Transformer2DModel(plain_config(plain), **sizes).eval()
+        model.transformer.load_state_dict(plain.state_dict())
         return model
     placement = name.removeprefix("smd-")
     model = SMDUNet2DModel(8, 4, 4, num_classes=3, **{**SIZES, **NOISE, "placement": placement, **changes}).eval()

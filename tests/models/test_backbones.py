@@ -74,7 +74,9 @@ def test_every_parameter_learns(name):
     model = moved(mixture(name)).train()
     x, t, labels, eta = inputs(draws=2)
     model(x, t, labels, eta).sample.square().mean().backward()
-    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    still = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # What text asks of the image in an SD3's last block is not read, in the plain network either.
+    assert all("transformer_blocks.2.attn.add_q_proj" in key for key in still) and (name == "sd3" or not still)
 
 
 @every_backbone

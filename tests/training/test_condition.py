@@ -68,15 +68,14 @@ def test_it_starts_a_mixture(train_config, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_regression_on_an_unconditional_one(train_config, folder):
-    flow = ("objective.name=regression", "model.noise_rank=0", "objective.flow_steps=2", "class_conditional=false")
-    assert train(train_config(f"init_from={folder}", *flow)).is_dir()
+@pytest.mark.parametrize("objective", ["regression", "distillation"])
+def test_an_unconditional_one_is_a_teacher(train_config, folder, objective):
+    settings = ("model.noise_rank=0", "objective.flow_steps=2", "class_conditional=false", "objective.draws=1")
+    adversarial = "objective.distillation.adversarial_weight=0.3"
+    assert train(train_config(f"init_from={folder}", f"objective.name={objective}", adversarial, *settings)).is_dir()
 
 
 def test_what_cannot_work_is_said(train_config, folder, tmp_path):
-    distil = ("objective.name=distillation", "objective.draws=1", "class_conditional=false")
-    with pytest.raises(UserError, match=r"distillation\.teacher: expected a denoiser without cross-attention, found"):
-        train(train_config(f"init_from={folder}", *distil))
     diffusers_condition(class_embed_type="timestep").save_pretrained(tmp_path / "more")
     with pytest.raises(UserError, match=r"init_from: unet: expected a UNet whose one condition is cross-attention.*'timestep'"):
         train(train_config(f"init_from={tmp_path / 'more'}"))

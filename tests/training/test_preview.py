@@ -29,10 +29,10 @@ def test_a_collapsed_distillation_is_reported(caplog):
     shape, picture = (256, 4, 4, 4), torch.randn(1, 4, 4, 4)
     t, r = torch.full(shape[:1], 700), torch.randint(20, 980, shape[:1])
 
-    def teacher(seen, u, **_):
+    def teacher(seen, u, *_, **__):
         return (torch.zeros_like(seen[:, :4]),)  # v = 0 is x_0 = a x_u, the mean of N(0, 1) given x_u
 
-    def knows_picture(seen, u, **_):
+    def knows_picture(seen, u, *_, **__):
         a, s = path.signal_and_noise(u, seen)
         return ((a * seen[:, :4] - picture) / s,)
 

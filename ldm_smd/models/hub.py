@@ -1,0 +1,33 @@
+"""Networks by the folder they are in, or by the name of a repository on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from ..errors import UserError, one_line
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PARTS = ("", "transformer/", "unet/")
+"""Where a network is in a repository, its own or a pipeline's; the first that there is."""
+FILES = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+SHARDS = "diffusion_pytorch_model-*-of-*.safetensors"
+
+
+def network_folder(source: str | Path, key: str) -> Path:
+    """Return the folder of a network: ``source`` itself, or the cached copy of a hub id's, downloaded if it is missing. ``key``
+    is the setting that a mistake is blamed on. Weights in other files than safetensors are not downloaded."""
+    folder = Path(source)
+    if folder.exists() or not HUB_ID.fullmatch(str(source)):
+        return folder
+    wanted = [part + name for part in PARTS for name in (*FILES, SHARDS)]
+    try:
+        folder = Path(snapshot_download(str(source), allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: expected a folder of a network or a hub id, found {source}: {one_line(error)}") from error
+    found = [folder / part for part in PARTS if (folder / part / FILES[0]).is_file()]
+    if not any(folder.rglob("*.safetensors")) or not found:
+        raise UserError(f"{key}: expected a network with safetensors weights in {source}, found none")
+    return found[0]
