@@ -15,17 +15,20 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from autoencoders import stable_diffusion
+from denoisers import dit_xl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm_smd.config import load_config
 from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.diffusion.settings import DistillationConfig
+from ldm_smd.diffusion.settings import DiffusionConfig, DistillationConfig
+from ldm_smd.models.denoiser import predict
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training.critics import critic_of
@@ -49,6 +52,9 @@ TF32 = 0.5
 PICTURES_PER_CORE = 250
 """A second, decoded and resized to 256 pixels."""
 ACTIVATION_BATCH = 8
+DIT_BATCH = 32
+FLOW_STEPS = 8
+"""As objective.flow_steps."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,12 @@ def encoder_flops(resolution: int) -> int:
     return counter.get_total_flops()
 
 
+Build = Callable[[bool, bool], torch.nn.Module]
+"""(mixture or Gaussian model, gradient checkpointing) -> a network for 32x32x4 latents of CLASSES."""
+
+
 class Model:
-    """The configured UNet on 32x32x4 latents, as a mixture and as a Gaussian model.
+    """A network as a mixture or as a Gaussian model.
 
     Attributes:
         parameters: its number.
@@ -85,17 +95,17 @@ class Model:
         activations: bytes a picture that autograd keeps for the way back, in bf16.
     """
 
-    def __init__(self, config: TrainConfig, mixture: bool, checkpointing: bool = False) -> None:
-        draws = config.objective.draws if mixture else 1
+    def __init__(self, build: Build, draws: int, checkpointing: bool = False) -> None:
+        """``draws``: 0 for the Gaussian model."""
         with FakeTensorMode(allow_non_fake_inputs=True):
-            unet = unet_of(config, mixture, checkpointing)
+            network = build(draws > 0, checkpointing)
             inputs = (*pictures_and_t(), torch.zeros(ACTIVATION_BATCH, dtype=torch.long))
-            eta = torch.empty(ACTIVATION_BATCH * draws, *LATENT) if mixture else None
+            eta = torch.empty(ACTIVATION_BATCH * draws, *LATENT) if draws else None
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                unet(*inputs, eta)
-            with kept_by(unet) as kept:
-                unet.train()(*inputs, eta)
-        self.parameters = unet.num_parameters()
+                predict(network, *inputs, eta)
+            with kept_by(network) as kept:
+                predict(network.train(), *inputs, eta)
+        self.parameters = network.num_parameters()
         self.flops = (1 + BACKWARD) * counter.get_total_flops() / ACTIVATION_BATCH
         self.activations = kept() / ACTIVATION_BATCH
 
@@ -111,13 +121,13 @@ class Distilled:
         divided: the part of them that FSDP divides, which is all but the teacher's.
     """
 
-    def __init__(self, config: TrainConfig, settings: DistillationConfig, checkpointing: bool = False) -> None:
-        path = DiffusionProcess(build_scheduler(config.diffusion).alphas_cumprod)
-        judges = Judges(path, config.diffusion.predicts, settings)
+    def __init__(self, build: Build, settings: DistillationConfig, checkpointing: bool = False) -> None:
+        path = DiffusionProcess(build_scheduler(DiffusionConfig()).alphas_cumprod)
+        judges = Judges(path, "v_prediction", settings)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             judges.path = DiffusionProcess(fake.from_tensor(path.alphas_cumprod))
-            model, teacher = (unet_of(config, mixture, checkpointing) for mixture in (True, False))
-            with patch.object(SMDUNet2DModel, "to", lambda critic, _: critic):  # which fake weights do not like; they are there
+            model, teacher = (build(mixture, checkpointing) for mixture in (True, False))
+            with patch.object(type(teacher), "to", lambda critic, *_: critic):  # which fake weights do not like; they are there
                 critic = critic_of(teacher.requires_grad_(False), settings).train()
             if checkpointing:
                 critic.enable_gradient_checkpointing()
@@ -152,6 +162,14 @@ def unet_of(config: TrainConfig, mixture: bool, checkpointing: bool) -> SMDUNet2
     if checkpointing:
         unet.enable_gradient_checkpointing()
     return unet
+
+
+def dit_of(mixture: bool, checkpointing: bool) -> torch.nn.Module:
+    extended = dit_xl()
+    network = extended if mixture else extended.transformer
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    return network
 
 
 def pictures_and_t() -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,10 +207,10 @@ def hours(flops: float, arguments: argparse.Namespace) -> float:
 def plan(arguments: argparse.Namespace) -> str:
     config = load_config(TrainConfig, TRAINING_CONFIG)
     encoder = 2 * encoder_flops(256)  # the picture and its mirror image
-    mixture, gaussian = Model(config, mixture=True), Model(config, mixture=False)
-    checkpointed = Model(config, mixture=True, checkpointing=True)
+    build, draws = partial(unet_of, config), config.objective.draws
+    mixture, gaussian, checkpointed = Model(build, draws), Model(build, 0), Model(build, draws, checkpointing=True)
     settings = load_config(TrainConfig, DISTILLATION_CONFIG).objective.distillation
-    distilled, distilled_checkpointed = (Distilled(config, settings, checkpointing) for checkpointing in (False, True))
+    distilled, distilled_checkpointed = (Distilled(build, settings, checkpointing) for checkpointing in (False, True))
     per_gpu = config.batch_size // arguments.gpus
     steps_per_second = arguments.gpus * arguments.teraflops * 1e12 * arguments.utilisation / mixture.flops / config.batch_size
     lines = [
@@ -246,7 +264,48 @@ def plan(arguments: argparse.Namespace) -> str:
         f"that autograd keeps, {distilled_checkpointed.activations * per_gpu / 2**30:.1f} GiB with "
         "gradient_checkpointing=true.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *plan_of_dit(arguments, settings, draws)]) + "\n"
+
+
+def plan_of_dit(arguments: argparse.Namespace, settings: DistillationConfig, draws: int) -> list[str]:
+    """What it takes to make a mixture of ImageNet's DiT-XL/2, trained elsewhere."""
+    cost = arguments.gpus * arguments.price
+    trainings = {
+        f"energy score, {draws} draws": (Model(dit_of, draws), Model(dit_of, draws, checkpointing=True)),
+        f"regression, 1 draw, {FLOW_STEPS} evaluations of the teacher": (
+            Model(dit_of, 1),
+            Model(dit_of, 1, checkpointing=True),
+        ),
+        "distillation": tuple(Distilled(dit_of, settings, checkpointing) for checkpointing in (False, True)),
+    }
+    parameters, teacher = trainings[next(iter(trainings))][0].parameters, Model(dit_of, 0)
+    lines = [
+        "",
+        f"**A DiT-XL/2 from the hub** ({teacher.parameters / 1e6:.0f} million parameters, {parameters / 1e6:.0f} as a mixture) on "
+        f"the same GPUs, {DIT_BATCH} pictures each. Weights: with gradients, AdamW, the average, critic and teacher, by FSDP. "
+        "Kept: by autograd, then with gradient_checkpointing=true.",
+        "",
+        "| | GFLOP a picture | each million images | weights, a GPU | kept, a GPU |",
+        "|---|---|---|---|---|",
+    ]
+    for name, (each, checkpointed) in trainings.items():
+        flops = each.flops + ("regression" in name) * FLOW_STEPS * teacher.flops / (1 + BACKWARD)
+        if isinstance(each, Distilled):
+            weights = each.held - each.divided + each.divided / arguments.gpus
+        else:
+            frozen = teacher.parameters if "regression" in name else 0
+            weights = FLOAT32 * (WEIGHTS_HELD * each.parameters / arguments.gpus + frozen)
+        kept = [f"{DIT_BATCH * one.activations / 2**30:.1f} GiB" for one in (each, checkpointed)]
+        spent = hours(1e6 * flops, arguments)
+        cells = [
+            name,
+            f"{flops / 1e9:,.0f}",
+            f"{spent:.2f} h, {spent * cost:.2f} $",
+            f"{weights / 2**30:.1f} GiB",
+            ", ".join(kept),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
