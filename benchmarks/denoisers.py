@@ -22,6 +22,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -59,16 +60,18 @@ def dit_xl() -> Backbone:
     return ExtendedDiTTransformer2DModel(config | {"sample_size": SIDE}, **sizes)
 
 
-def stable_diffusion() -> Backbone:
+def stable_diffusion(tail_blocks: int | None = None) -> Backbone:
     """In the layout of Stable Diffusion 1.x, with tokens for 1,000 classes."""
     with torch.device("meta"):
         config = plain_config(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
-    return ExtendedUNet2DConditionModel(config, sample_size=64, in_channels=CHANNELS, num_classes=1000)
+    return ExtendedUNet2DConditionModel(config, sample_size=64, in_channels=CHANNELS, num_classes=1000, tail_blocks=tail_blocks)
 
 
 NETWORKS = {
     "DiT-XL/2": Network(dit_xl, lambda model: model.transformer),
     "Stable Diffusion 1.x": Network(stable_diffusion, lambda model: model.unet),
+    "Stable Diffusion 1.x, tail_blocks=2": Network(partial(stable_diffusion, 2), lambda model: model.unet),
+    "Stable Diffusion 1.x, tail_blocks=1": Network(partial(stable_diffusion, 1), lambda model: model.unet),
 }
 
 
@@ -177,13 +180,15 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(NETWORKS), help="one network; the others keep what the result file says of them")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(NETWORKS), help="these networks; the others keep what the result file says of them"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
     device, path = torch.device("cuda" if torch.cuda.is_available() else "cpu"), RESULTS / "denoisers.json"
     networks = json.loads(path.read_text(encoding="utf-8"))["networks"] if path.is_file() else {}
-    for name in [arguments.only] if arguments.only else NETWORKS:
+    for name in arguments.only or NETWORKS:
         networks[name] = measure(name, arguments.rounds, arguments.batch, device)
         print(name, {key: value for key, value in networks[name].items() if not key.endswith("seconds")}, flush=True)
     result = {

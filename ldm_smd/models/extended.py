@@ -26,6 +26,7 @@ class ExtendedUNet2DModel(Backbone):
         sample_size, in_channels: of the UNet.
         num_classes: number of classes, one less than the UNet's ``num_class_embeds``, whose last is "no label"; None for an
             unconditional UNet.
+        tail_blocks: up blocks, the last ones, that every draw runs through; None for all.
         z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in SMDUNet2DModel.
     """
 
@@ -39,6 +40,7 @@ class ExtendedUNet2DModel(Backbone):
         sample_size: int,
         in_channels: int,
         num_classes: int | None = None,
+        tail_blocks: int | None = None,
         z_channels: int = 32,
         identifier_channels: int = 32,
         hypernetwork_width: int = 64,
@@ -52,7 +54,8 @@ class ExtendedUNet2DModel(Backbone):
         skips = any(hasattr(block, "skip_conv") for block in (*self.unet.down_blocks, *self.unet.up_blocks))
         if config.time_embedding_type != "positional" or config.class_embed_type is not None or skips:
             raise ValueError("unet: expected positional time embedding, class_embed_type None and no skip blocks")
-        self.mixture = Mixture(cut_after_middle(self.unet), self.config)
+        self.first_of_tail = first_up_block(self.unet, tail_blocks)
+        self.mixture = Mixture(cut_before_up_block(self.unet, self.first_of_tail), self.config)
 
     @classmethod
     def from_unet(cls, folder: str | Path, **mixture: int) -> ExtendedUNet2DModel:
@@ -72,25 +75,35 @@ class ExtendedUNet2DModel(Backbone):
         embedding = unet.time_embedding(unet.time_proj(timestep.expand(len(sample))).to(sample.dtype))
         if unet.class_embedding is not None:
             embedding = embedding + unet.class_embedding(null_labels(self, sample) if class_labels is None else class_labels)
-        h, skips = encoder_path(unet, sample, embedding)
+        h, skips = encoder_path(unet, sample, embedding, self.first_of_tail)
         return Trunk(h, F.silu(embedding), (embedding, skips))
 
     def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
         embedding, skips = cast(tuple[torch.Tensor, list[torch.Tensor]], trunk.kept)
-        return decoder_path(self.unet, trunk.features, embedding, skips, draws)
+        return decoder_path(self.unet, trunk.features, embedding, skips, draws, self.first_of_tail)
 
 
-def cut_after_middle(unet: UNet2DModel | UNet2DConditionModel) -> Cut:
-    """z may act before every up block but the last, before which the noise enters."""
+def first_up_block(unet: UNet2DModel | UNet2DConditionModel, tail_blocks: int | None) -> int:
+    """Return the first of the last ``tail_blocks`` up blocks; of all where that is None, or more than there are."""
+    count = len(unet.up_blocks)
+    if tail_blocks is not None and tail_blocks < 1:
+        raise ValueError(f"tail_blocks: expected at least 1, found {tail_blocks}")
+    return 0 if tail_blocks is None else max(0, count - tail_blocks)
+
+
+def cut_before_up_block(unet: UNet2DModel | UNet2DConditionModel, first: int) -> Cut:
+    """z may act before every up block from this one on but the last, before which the noise enters."""
     config, last = unet.config, unet.config.block_out_channels[-1]
     embedding_dim = unet.time_embedding.linear_2.out_features
     # What an up block takes in is what the one before it put out.
     widths = (last, *reversed(config.block_out_channels))[: len(unet.up_blocks)]
+    places = {f"up{index}": width for index, width in enumerate(widths)}
+    inner = [name for name in places][first:-1] or [f"up{len(widths) - 1}"]
     return Cut(
-        feature_channels=last,
-        feature_stride=1,
+        feature_channels=widths[first],
+        feature_stride=2 if first else 1,
         embedding_dim=embedding_dim,
-        places={f"up{index}": width for index, width in enumerate(widths[:-1] or widths)},
+        places={name: places[name] for name in inner},
         modulation_size=embedding_dim,
         last_channels=widths[-1],
         out_channels=config.out_channels,
@@ -102,10 +115,11 @@ def encoder_path(
     unet: UNet2DModel | UNet2DConditionModel,
     sample: torch.Tensor,
     embedding: torch.Tensor,
+    first: int,
     states: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Run the down blocks and the middle: x_t (B, C, H, W), embedding (B, E), and the states that blocks with cross-attention
-    attend to -> the middle's output and the skip connections."""
+    """Run the down blocks, the middle, and the up blocks before the ``first`` of the tail: x_t (B, C, H, W), embedding (B, E),
+    and the states that blocks with cross-attention attend to -> what the tail continues from, and its skip connections."""
     h = unet.conv_in(2 * sample - 1 if unet.config.center_input_sample else sample)
     skips = [h]
     for block in unet.down_blocks:
@@ -113,6 +127,8 @@ def encoder_path(
         skips.extend(outputs)
     if unet.mid_block is not None:
         h = unet.mid_block(h, embedding, **attended(unet.mid_block, states))
+    for block in unet.up_blocks[:first]:
+        h = up(block, h, embedding, skips, Draws(), states)
     return h, skips
 
 
@@ -122,23 +138,36 @@ def decoder_path(
     embedding: torch.Tensor,
     skips: list[torch.Tensor],
     draws: Draws,
+    first: int,
     states: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run the up blocks for every draw: h (B, C, h, w), embedding (B, E), skip connections, and the states that blocks with
-    cross-attention attend to -> (B * M, C, H, W)."""
-    embedding, left = draws.modulated(embedding), len(skips)
+    """Run the up blocks from the ``first`` on for every draw: what ``encoder_path`` gives, h (B, C, h, w) and skip connections,
+    embedding (B, E), and the states that blocks with cross-attention attend to -> (B * M, C, H, W)."""
+    embedding, left = draws.modulated(embedding), list(skips)  # gone through once for every tail
     states = None if states is None else draws.repeat(states)
-    for index, block in enumerate(unet.up_blocks):
-        first = left - len(block.resnets)
+    for index in range(first, len(unet.up_blocks)):
         h = draws.at(f"up{index}", h)
         if index == len(unet.up_blocks) - 1:
             h = draws.with_noise(h)
-        given = tuple(draws.repeat(skip) for skip in skips[first:left])
-        # To the sides of the next skip connections, so that any input size works.
-        size = skips[first - 1].shape[2:] if first else None
-        h = block(h, given, embedding, upsample_size=size, **attended(block, states))
-        left = first
+        h = up(unet.up_blocks[index], h, embedding, left, draws, states)
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(h))).contiguous()
+
+
+def up(
+    block: nn.Module,
+    h: torch.Tensor,
+    embedding: torch.Tensor,
+    skips: list[torch.Tensor],
+    draws: Draws,
+    states: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run an up block, which takes its skip connections, the last ones, off the list."""
+    first = len(skips) - len(cast(nn.ModuleList, block.resnets))
+    given = tuple(draws.repeat(skip) for skip in skips[first:])
+    del skips[first:]
+    # To the sides of the next skip connections, so that any input size works.
+    size = skips[-1].shape[2:] if skips else None
+    return block(h, given, embedding, upsample_size=size, **attended(block, states))
 
 
 def attended(block: nn.Module, states: torch.Tensor | None) -> dict[str, torch.Tensor | None]:

@@ -15,7 +15,7 @@ from torch import nn
 from .backbone import Backbone, Trunk
 from .blocks import zero_init
 from .denoiser import null_labels
-from .extended import cut_after_middle, decoder_path, encoder_path, plain_config
+from .extended import cut_before_up_block, decoder_path, encoder_path, first_up_block, plain_config
 from .mixture import Draws, Mixture
 
 ABSENT = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
@@ -34,6 +34,7 @@ class ExtendedUNet2DConditionModel(Backbone):
         num_classes: number of classes, or None; a label equal to it is "no label".
         embedding_dimensions: D of the image embeddings that it can be conditioned on; None where it cannot.
         empty_tokens: length of ``empty_states``; that of a text encoder's output where it starts as an empty text.
+        tail_blocks: up blocks, the last ones, that every draw runs through; None for all.
         z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in SMDUNet2DModel.
     """
 
@@ -49,6 +50,7 @@ class ExtendedUNet2DConditionModel(Backbone):
         num_classes: int | None = None,
         embedding_dimensions: int | None = None,
         empty_tokens: int = 1,
+        tail_blocks: int | None = None,
         z_channels: int = 32,
         identifier_channels: int = 32,
         hypernetwork_width: int = 64,
@@ -69,7 +71,8 @@ class ExtendedUNet2DConditionModel(Backbone):
         self.image_states = None
         if embedding_dimensions is not None:
             self.image_states = zero_init(nn.Linear(embedding_dimensions, width, bias=False))
-        self.mixture = Mixture(cut_after_middle(self.unet), self.config)
+        self.first_of_tail = first_up_block(self.unet, tail_blocks)
+        self.mixture = Mixture(cut_before_up_block(self.unet, self.first_of_tail), self.config)
 
     @classmethod
     def from_unet(
@@ -105,9 +108,9 @@ class ExtendedUNet2DConditionModel(Backbone):
     ) -> Trunk:
         unet, states = self.unet, self.states(sample, class_labels, image_embeds)
         embedding = unet.time_embedding(unet.time_proj(timestep.expand(len(sample))).to(sample.dtype))
-        h, skips = encoder_path(unet, sample, embedding, states)
+        h, skips = encoder_path(unet, sample, embedding, self.first_of_tail, states)
         return Trunk(h, F.silu(embedding), (embedding, skips, states))
 
     def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
         embedding, skips, states = cast(tuple[torch.Tensor, list[torch.Tensor], torch.Tensor], trunk.kept)
-        return decoder_path(self.unet, trunk.features, embedding, skips, draws, states)
+        return decoder_path(self.unet, trunk.features, embedding, skips, draws, self.first_of_tail, states)

@@ -26,7 +26,8 @@ class ModelConfig(Settings):
     identifier_channels: int = number(32, 1, 4096)
     hypernetwork_width: int = number(64, 1, 4096)
     tail_blocks: int = number(4, 1, 1024)
-    """Of a DiT that is extended: the last blocks, which each draw runs through."""
+    """Of a network of diffusers that is extended: the last transformer blocks, or the last up blocks of a UNet, which each draw
+    runs through; all up blocks where there are fewer. Fewer cost less in training."""
     placement: str = choice("up", PLACEMENTS)
     """Where the hypernetwork acts: in_out (the paper), up (the trunk runs once for all draws), all."""
     noise_rank: int = number(128, 0, 2**16)

@@ -14,12 +14,22 @@ from ldm_smd.models.unet import SMDUNet2DModel
 from tests.tiny import MIXTURE, SIZES, diffusers_condition, diffusers_dit, diffusers_sd3, diffusers_unet
 
 NOISE = {"noise_rank": 5, "noise_modes": 2}
-BACKBONES = (*(f"smd-{placement}" for placement in PLACEMENTS), "unet2d", "dit", "condition", "sd3")
+BACKBONES = (
+    *(f"smd-{placement}" for placement in PLACEMENTS),
+    "unet2d",
+    "unet2d-late",
+    "dit",
+    "condition",
+    "condition-late",
+    "sd3",
+)
+"""The late ones are cut before the last up block."""
 
 
 def gaussian(name, **changes):
     """The Gaussian model, its last layer moved from zero."""
     torch.manual_seed(0)
+    name = name.removesuffix("-late")
     if name == "unet2d":
         return diffusers_unet(**{"num_class_embeds": 4, **changes}).eval()
     if name == "dit":
@@ -36,9 +46,10 @@ def gaussian(name, **changes):
 def mixture(name, **changes):
     """The mixture that ``gaussian(name)`` becomes, its own parts as they start."""
     plain = gaussian(name)
+    late = {"tail_blocks": 1} if name.endswith("-late") else {}
     torch.manual_seed(1)
     if isinstance(plain, UNet2DModel):
-        sizes = {"sample_size": 8, "in_channels": 4, "num_classes": 3, **MIXTURE, **NOISE, **changes}
+        sizes = {"sample_size": 8, "in_channels": 4, "num_classes": 3, **MIXTURE, **NOISE, **late, **changes}
         model = ExtendedUNet2DModel(plain_config(plain), **sizes).eval()
         model.unet.load_state_dict(plain.state_dict())
         return model
@@ -48,7 +59,7 @@ def mixture(name, **changes):
         model.transformer.load_state_dict(plain.state_dict())
         return model
     if isinstance(plain, UNet2DConditionModel):
-        sizes = {"sample_size": 8, "in_channels": 4, "num_classes": 3, **MIXTURE, **NOISE, **changes}
+        sizes = {"sample_size": 8, "in_channels": 4, "num_classes": 3, **MIXTURE, **NOISE, **late, **changes}
         model = ExtendedUNet2DConditionModel(plain_config(plain), **sizes).eval()
         model.unet.load_state_dict(plain.state_dict())
         return model
