@@ -37,7 +37,7 @@ from ldm_smd.training.settings import TrainConfig
 
 RESULT = Path(__file__).parent / "results" / "plan.md"
 TRAINING_CONFIG = "configs/train/imagenet-256.yaml"
-DISTILLATION_CONFIG = "configs/train/emoji-smd.yaml"
+DISTILLATION_CONFIG = "configs/train/emoji-distilled.yaml"
 """Whose settings of the distillation are taken for that model."""
 CLASSES = 1000
 LATENT = (4, 32, 32)

@@ -67,10 +67,10 @@ examples:
     "train": """Train an SMD UNet, or the Gaussian baseline, on latents.
 
 examples:
-  python tools/train.py --config configs/train/emoji-smd.yaml
+  python tools/train.py --config configs/train/emoji-distilled.yaml
   python tools/train.py --config configs/train/emoji-vanilla.yaml output=outputs/vanilla
-  python tools/train.py --config configs/train/emoji-smd.yaml --dry-run
-  accelerate launch --num_processes 8 tools/train.py --config configs/train/emoji-smd.yaml
+  python tools/train.py --config configs/train/emoji-distilled.yaml --dry-run
+  accelerate launch --num_processes 8 tools/train.py --config configs/train/emoji-distilled.yaml
 """,
     "sample": """Sample pictures from a trained model.
 

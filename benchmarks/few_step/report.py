@@ -208,7 +208,7 @@ def draw(content: dict, path: Path) -> None:
         colours = cycle(f"C{index}" for index in range(10))
         for row in rows:
             colour = "0.6" if row.name.startswith(START) else next(colours)
-            width = 2.5 if row.name in (OURS, SHIPPED) else 1.0
+            width = 2.5 if row.name in (OURS, AFTER, SHIPPED) else 1.0
             for start, style in ((NOISE, "-"), (DRAFTS, "--")):
                 counts = row.counts(start)
                 if counts:
