@@ -282,8 +282,8 @@ def plan_of_dit(arguments: argparse.Namespace, settings: DistillationConfig, dra
     lines = [
         "",
         f"**A DiT-XL/2 from the hub** ({teacher.parameters / 1e6:.0f} million parameters, {parameters / 1e6:.0f} as a mixture) "
-        f"on the same GPUs, {DIT_BATCH} pictures each. Weights: with gradients, AdamW, the average, critic and teacher, by FSDP. "
-        "Kept: by autograd, then with gradient_checkpointing=true.",
+        f"on the same GPUs, {DIT_BATCH} pictures each. Weights: with gradients, AdamW, the average, critic and teacher, by "
+        "FSDP. Kept: by autograd, then with gradient_checkpointing=true.",
         "",
         "| | GFLOP a picture | each million images | weights, a GPU | kept, a GPU |",
         "|---|---|---|---|---|",

@@ -20,7 +20,9 @@ import json
 import shutil
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import webdataset as wds
 from PIL import Image
@@ -54,7 +56,7 @@ def split(groups: list[list[dict]]) -> tuple[list[dict], list[dict]]:
         by_category[group[0]["category"]].append(group)
     training, held_out = [], []
     for category_groups in by_category.values():
-        category_groups.sort(key=lambda group: hashlib.sha256(group[0]["code"].encode()).hexdigest())
+        category_groups = by_hash(category_groups, lambda group: group[0]["code"])
         wanted = HELD_OUT_SHARE * sum(len(group) for group in category_groups)
         taken = 0
         for group in category_groups:
@@ -66,20 +68,29 @@ def split(groups: list[list[dict]]) -> tuple[list[dict], list[dict]]:
     return training, held_out
 
 
-def png_on_white(path: Path) -> bytes:
-    """The picture with its alpha composited on white, as an RGB PNG."""
-    with Image.open(path) as image:
-        rgba = image.convert("RGBA")
+def by_hash(items: list, text: Callable[[Any], str]) -> list:
+    """In an order that looks random and is always the same."""
+    return sorted(items, key=lambda item: hashlib.sha256(text(item).encode()).hexdigest())
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB, its alpha composited on white."""
+    rgba = image.convert("RGBA")
     canvas = Image.new("RGBA", rgba.size, "white")
     canvas.alpha_composite(rgba)
+    return canvas.convert("RGB")
+
+
+def png_on_white(path: Path) -> bytes:
     buffer = io.BytesIO()
-    canvas.convert("RGB").save(buffer, format="PNG", optimize=True)
+    with Image.open(path) as image:
+        on_white(image).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
 def write_tars(pictures: list[dict], classes: list[str], prefix: Path) -> None:
     """Write the pictures, in hash order so that the categories are mixed, to ``prefix-000.tar`` and on."""
-    pictures = sorted(pictures, key=lambda picture: hashlib.sha256(picture["code"].encode()).hexdigest())
+    pictures = by_hash(pictures, lambda picture: picture["code"])
     for shard, start in enumerate(range(0, len(pictures), SHARD_SIZE)):
         with wds.TarWriter(f"{prefix}-{shard:03d}.tar", mtime=0) as tar:
             for picture in pictures[start : start + SHARD_SIZE]:

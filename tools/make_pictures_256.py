@@ -1,0 +1,131 @@
+"""Build a picture set of 256x256 emoji in three designs, as webdataset tars.
+
+The pictures come from npm packages. Fetch and unpack each into a folder of its own, then run this:
+
+    npm pack @lobehub/fluent-emoji-3d@1.1.0     # Fluent Emoji 3D, MIT, WebP
+    npm pack @svgmoji/noto@3.2.0                # Noto Emoji, Apache-2.0, SVG
+    npm pack @twemoji/svg@15.0.0                # Twemoji, CC-BY 4.0, SVG
+    npm pack emoji-datasource-google@16.0.0     # names and groups, MIT
+    for file in *.tgz; do mkdir "${file%.tgz}" && tar xzf "$file" -C "${file%.tgz}"; done
+    pip install resvg_py
+    python tools/make_pictures_256.py --fluent lobehub-fluent-emoji-3d-1.1.0 --noto svgmoji-noto-3.2.0 \\
+        --twemoji twemoji-svg-15.0.0 --names emoji-datasource-google-16.0.0 data/emoji-256
+
+Each picture is drawn on white; its key is its design and code, its ``cls`` the number of its class in classes.json, a design and
+a group of Unicode. names.json has the Unicode names by code. A tenth of the base emoji of each group is held out in all designs,
+with their skin tones, so that no design gives a held-out one away; they are the same base emoji as in data/emoji. The same
+packages and renderer give the same pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import resvg_py
+import webdataset as wds
+from make_demo_data import by_hash, on_white, split
+from PIL import Image
+
+SIDE, QUALITY, SHARD_SIZE = 256, 80, 1000
+SPRITE = re.compile(r'<svg [^>]*?id="([0-9A-F-]+)".*?</svg>', re.DOTALL)
+
+
+def plain(code: str) -> str:
+    """A code as all packages agree on it: without variation selectors and leading zeros."""
+    parts = (part.lstrip("0") for part in code.lower().replace("_", "-").split("-"))
+    return "-".join(part for part in parts if part != "fe0f")
+
+
+def read_names(package: Path) -> list[list[dict]]:
+    """Groups of pictures, one group per base emoji: each has ``code``, ``category`` and ``name``."""
+    groups = []
+    for emoji in json.loads((package / "package/emoji.json").read_text(encoding="utf-8")):
+        variants = [emoji, *emoji.get("skin_variations", {}).values()]
+        shared = {"category": emoji["category"], "name": emoji["name"].lower()}
+        groups.append([{"code": variant["unified"].lower(), **shared} for variant in variants])
+    return groups
+
+
+def fluent(package: Path) -> dict[str, Path]:
+    return {plain(path.stem): path for path in sorted((package / "package/assets").glob("*.webp"))}
+
+
+def twemoji(package: Path) -> dict[str, str]:
+    return {plain(path.stem): path.read_text(encoding="utf-8") for path in sorted((package / "package").glob("*.svg"))}
+
+
+def noto(package: Path) -> dict[str, str]:
+    """The drawings of one sprite, each an SVG of its own."""
+    sprite = (package / "package/sprites/all.svg").read_text(encoding="utf-8")
+    links = '<svg xmlns:xlink="http://www.w3.org/1999/xlink" '
+    return {plain(found[1]): found[0].replace("<svg ", links, 1) for found in SPRITE.finditer(sprite)}
+
+
+def picture(drawn: Path | str) -> Image.Image:
+    """A WebP file, or the text of an SVG, as an RGB picture of SIDE x SIDE on white."""
+    source: Path | io.BytesIO
+    source = drawn if isinstance(drawn, Path) else io.BytesIO(bytes(resvg_py.svg_to_bytes(drawn, width=SIDE, height=SIDE)))
+    with Image.open(source) as image:
+        return on_white(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) if image.size != (SIDE, SIDE) else image)
+
+
+def samples(emoji: list[dict], designs: dict[str, dict], classes: list[str]) -> Iterator[dict]:
+    """In hash order, so that designs and groups are mixed."""
+    found = [
+        {**each, "design": name, "drawn": drawn[plain(each["code"])], "key": f"{name}-{each['code']}"}
+        for name, drawn in designs.items()
+        for each in emoji
+        if plain(each["code"]) in drawn
+    ]
+    for each in by_hash(found, lambda each: each["key"]):
+        buffer = io.BytesIO()
+        picture(each["drawn"]).save(buffer, format="WEBP", quality=QUALITY, method=6)
+        number = classes.index(f"{each['design']}, {each['category']}")
+        yield {"__key__": each["key"], "cls": str(number), "webp": buffer.getvalue()}
+
+
+def write_tars(found: Iterator[dict], prefix: Path) -> int:
+    """Write ``prefix-000.tar`` and on; returns the number of pictures."""
+    count = 0
+    with wds.ShardWriter(f"{prefix}-%03d.tar", maxcount=SHARD_SIZE, mtime=0, verbose=0) as tar:
+        for sample in found:
+            tar.write(sample)
+            count += 1
+    return count
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    readers = {"fluent": fluent, "noto": noto, "twemoji": twemoji}
+    for name in (*readers, "names"):
+        parser.add_argument(f"--{name}", type=Path, required=True, help="folder of the unpacked npm package")
+    parser.add_argument("output", type=Path, help="folder for the tars, classes.json and names.json")
+    arguments = parser.parse_args()
+    for name in (*readers, "names"):
+        if not (getattr(arguments, name) / "package").is_dir():
+            print(f"make_pictures_256: expected {getattr(arguments, name)}/package, found no such folder", file=sys.stderr)
+            return 2
+    designs = {name: read(getattr(arguments, name)) for name, read in readers.items()}
+    groups = read_names(arguments.names)
+    classes = [f"{design}, {category}" for design in designs for category in sorted({group[0]["category"] for group in groups})]
+    training, held_out = split(groups)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    counts = [
+        write_tars(samples(part, designs, classes), arguments.output / name)
+        for name, part in (("train", training), ("heldout", held_out))
+    ]
+    names = {each["code"]: each["name"] for group in groups for each in group}
+    (arguments.output / "names.json").write_text(json.dumps(names, indent=0) + "\n", encoding="utf-8")
+    (arguments.output / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
+    print(f"{counts[0]} training and {counts[1]} held-out pictures of {len(classes)} classes in {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
