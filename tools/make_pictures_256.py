@@ -11,10 +11,10 @@ The pictures come from npm packages. Fetch and unpack each into a folder of its 
     python tools/make_pictures_256.py --fluent lobehub-fluent-emoji-3d-1.1.0 --noto svgmoji-noto-3.2.0 \\
         --twemoji twemoji-svg-15.0.0 --names emoji-datasource-google-16.0.0 data/emoji-256
 
-Each picture is drawn on white; its key is its design and code, its ``cls`` the number of its class in classes.json, a design and
-a group of Unicode. names.json has the Unicode names by code. A tenth of the base emoji of each group is held out in all designs,
-with their skin tones, so that no design gives a held-out one away; they are the same base emoji as in data/emoji. The same
-packages and renderer give the same pictures.
+Each picture is drawn on white. Its key is its design and code, its ``cls`` the number of its class in classes.json: a design
+and a group of Unicode. names.json has the Unicode names by code. A tenth of the base emoji of each group is held out in all
+designs, with their skin tones, so that no design gives a held-out one away; they are the same base emoji as in data/emoji. The
+same packages and renderer give the same pictures.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import resvg_py
 import webdataset as wds
@@ -33,7 +33,8 @@ from make_demo_data import by_hash, on_white, split
 from PIL import Image
 
 SIDE, QUALITY, SHARD_SIZE = 256, 80, 1000
-SPRITE = re.compile(r'<svg [^>]*?id="([0-9A-F-]+)".*?</svg>', re.DOTALL)
+for prefix, name in (("", "http://www.w3.org/2000/svg"), ("xlink", "http://www.w3.org/1999/xlink")):
+    ElementTree.register_namespace(prefix, name)
 
 
 def plain(code: str) -> str:
@@ -62,9 +63,8 @@ def twemoji(package: Path) -> dict[str, str]:
 
 def noto(package: Path) -> dict[str, str]:
     """The drawings of one sprite, each an SVG of its own."""
-    sprite = (package / "package/sprites/all.svg").read_text(encoding="utf-8")
-    links = '<svg xmlns:xlink="http://www.w3.org/1999/xlink" '
-    return {plain(found[1]): found[0].replace("<svg ", links, 1) for found in SPRITE.finditer(sprite)}
+    sprite = ElementTree.parse(package / "package/sprites/all.svg").getroot()
+    return {plain(each.get("id", "")): ElementTree.tostring(each, encoding="unicode") for each in sprite if each.get("id")}
 
 
 def picture(drawn: Path | str) -> Image.Image:
