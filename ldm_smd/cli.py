@@ -173,6 +173,7 @@ def all_help(tools: Path) -> str:
         # argparse folds lines by the terminal's width.
         with (
             mock.patch.object(sys, "argv", [path.name, "--help"]),
+            mock.patch.object(sys, "path", [str(tools), *sys.path]),  # as for a script that is run
             mock.patch.dict(os.environ, {"COLUMNS": "120"}),
             contextlib.redirect_stdout(out),
             contextlib.suppress(SystemExit),

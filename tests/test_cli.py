@@ -14,7 +14,7 @@ from ldm_smd.cli import main
 from ldm_smd.commands import BY_NAME, COMMANDS, for_console
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path for path in (ROOT / "tools").glob("*.py") if path.name != "make_demo_data.py")
+SCRIPTS = sorted(path for path in (ROOT / "tools").glob("*.py") if not path.name.startswith("make_"))
 REQUIRED = {
     "encode": ["images.source=x", "autoencoder=x", "output=x"],
     "verify": ["shards=x"],

@@ -27,7 +27,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-import resvg_py
 import webdataset as wds
 from make_demo_data import by_hash, on_white, split
 from PIL import Image
@@ -70,7 +69,12 @@ def noto(package: Path) -> dict[str, str]:
 def picture(drawn: Path | str) -> Image.Image:
     """A WebP file, or the text of an SVG, as an RGB picture of SIDE x SIDE on white."""
     source: Path | io.BytesIO
-    source = drawn if isinstance(drawn, Path) else io.BytesIO(bytes(resvg_py.svg_to_bytes(drawn, width=SIDE, height=SIDE)))
+    if isinstance(drawn, Path):
+        source = drawn
+    else:
+        import resvg_py  # of no other use to the project, so that --help does without
+
+        source = io.BytesIO(bytes(resvg_py.svg_to_bytes(drawn, width=SIDE, height=SIDE)))
     with Image.open(source) as image:
         return on_white(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) if image.size != (SIDE, SIDE) else image)
 
