@@ -26,7 +26,10 @@ def tiny_unet():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     plain = {name: network.plain for name, network in denoisers.NETWORKS.items()}
-    networks = {name: denoisers.Network(make, plain[name]) for name, make in zip(plain, (tiny_dit, tiny_unet), strict=True)}
+    networks = {
+        name: denoisers.Network(make, plain[name])
+        for name, make in zip(plain, (tiny_dit, tiny_unet, tiny_unet, tiny_unet), strict=True)
+    }
     monkeypatch.setattr(denoisers, "NETWORKS", networks)
     monkeypatch.setattr(denoisers, "peak_in_a_process", lambda name, batch: 1.5)
     monkeypatch.setattr(denoisers, "RESULTS", tmp_path)

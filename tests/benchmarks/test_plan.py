@@ -1,3 +1,5 @@
+from functools import partial
+
 import plan
 import pytest
 from accelerate import Accelerator
@@ -27,20 +29,20 @@ def test_the_memory_of_a_distillation_is_what_it_has(config, monkeypatch):
         weights = list(trained.network.parameters())
         states = [value for state in trained.optimizer.state.values() for name, value in state.items() if name != "step"]
         held += size(weights) + size(weight.grad for weight in weights) + size(states)
-    assert plan.Distilled(config, config.objective.distillation).held == held
+    assert plan.Distilled(partial(plan.unet_of, config), config.objective.distillation).held == held
 
 
 def test_the_operations_of_a_distillation(config):
     """Of a critic that learns from twice the pictures and is gone back through once more, and of one that learns twice."""
     base, adversarial, twice = (
-        plan.Distilled(config, DistillationConfig(**changed))
+        plan.Distilled(partial(plan.unet_of, config), DistillationConfig(**changed))
         for changed in ({}, {"adversarial_weight": 0.3}, {"critic_updates": 2})
     )
-    mixture, gaussian = (plan.Model(config, mixture=mixture) for mixture in (True, False))
+    mixture, gaussian = (plan.Model(partial(plan.unet_of, config), draws) for draws in (config.objective.draws, 0))
     assert base.flops == pytest.approx(mixture.flops + 4 / 3 * gaussian.flops, rel=0.05)
     assert adversarial.flops == pytest.approx(mixture.flops + (4 / 3 + 1 + 2 / 3) * gaussian.flops, rel=0.05)
     assert twice.flops == pytest.approx(base.flops + (mixture.flops + 4 * gaussian.flops) / 3, rel=0.05)
     assert base.activations == pytest.approx(mixture.activations + gaussian.activations, rel=0.05)
     assert adversarial.activations == pytest.approx(mixture.activations + 2 * gaussian.activations, rel=0.05)
-    checkpointed = plan.Distilled(config, DistillationConfig(adversarial_weight=0.3), checkpointing=True)
+    checkpointed = plan.Distilled(partial(plan.unet_of, config), DistillationConfig(adversarial_weight=0.3), checkpointing=True)
     assert checkpointed.activations < 0.6 * adversarial.activations

@@ -30,6 +30,7 @@ OTHERS = {
     "class_conditional": False,
     "cooldown_images": 64,
     "diffusion.beta_schedule": "linear",
+    "diffusion.path": "flow",
     "diffusion.num_train_timesteps": 500,
     "diffusion.prediction_type": "epsilon",
     "gradient_clip": 1e-3,
