@@ -40,7 +40,7 @@ def test_both_are_timed_and_written(tiny, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["denoisers.py", "--rounds", "2"])
     denoisers.main()
     result = json.loads((tiny / "denoisers.json").read_text())
-    assert list(result["networks"]) == list(denoisers.NETWORKS) and len(result["targets"]) == 4
+    assert list(result["networks"]) == list(denoisers.NETWORKS) and len(result["targets"]) == 8
     for each in result["networks"].values():
         assert len(each["training_seconds"]) == 2 and len(each["sampling_seconds"]) == 4
         assert each["training_ratio"] > 1 and each["sampling_ratio"] > 0.5 and each["mixture_parameters"] > 0
