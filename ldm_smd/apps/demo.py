@@ -265,7 +265,7 @@ def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest
     batch = LatentStream(manifest, SPREAD_PICTURES, SPREAD_PICTURES, seed=config.seed).batch_at(0)
     generator = torch.Generator().manual_seed(config.seed)
     latents = FrozenAutoencoder(pipeline.vae).normalise(sample_latents(batch.moments, generator))
-    process = process_of(pipeline.scheduler)
+    process = process_of(pipeline.training_scheduler)
     labels = known_labels(batch.labels, pipeline.unet.config.num_classes)
     spread = spread_over_eta(
         pipeline.unet, process.path, process.prediction_type, latents, labels, DIAGNOSTIC_TIMESTEPS, seed=config.seed

@@ -5,19 +5,16 @@ from __future__ import annotations
 import torch
 from diffusers import ModelMixin
 
-FIRST = {"UNet2DModel": "conv_in", "UNet2DConditionModel": "conv_in"}
-LAST = {"UNet2DModel": "conv_out", "UNet2DConditionModel": "conv_out", "DiTTransformer2DModel": "proj_out_2"}
-FIRST_OF_TRANSFORMERS, LAST_OF_TRANSFORMERS = "pos_embed.proj", "proj_out"
-
 
 def widened(network: ModelMixin, inputs: int = 0, outputs: int = 0) -> ModelMixin:
     """Copy a denoiser of C latent channels, with so many more input channels, and C + ``outputs`` output channels: those beyond
     the C that it has, a variance, are dropped. New weights are zero, so that the first C outputs are what they were."""
-    kind, channels = type(network).__name__, network.config.in_channels
+    channels = network.config.in_channels
     said = network.config.out_channels or channels
     copied = type(network).from_config(network.config, in_channels=channels + inputs, out_channels=channels + outputs)
     weights = network.state_dict()
-    first, last = FIRST.get(kind, FIRST_OF_TRANSFORMERS), LAST.get(kind, LAST_OF_TRANSFORMERS)
+    first = "conv_in" if hasattr(network, "conv_in") else "pos_embed.proj"
+    last = next(name for name in ("conv_out", "proj_out_2", "proj_out") if hasattr(network, name))
     weights[f"{first}.weight"] = padded(weights[f"{first}.weight"], inputs, dim=1)
     for name in (f"{last}.weight", f"{last}.bias"):
         rows = weights[name].unflatten(0, (-1, said))  # of each position in a patch
