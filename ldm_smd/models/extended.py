@@ -98,7 +98,7 @@ def cut_before_up_block(unet: UNet2DModel | UNet2DConditionModel, first: int) ->
     # What an up block takes in is what the one before it put out.
     widths = (last, *reversed(config.block_out_channels))[: len(unet.up_blocks)]
     places = {f"up{index}": width for index, width in enumerate(widths)}
-    inner = [name for name in places][first:-1] or [f"up{len(widths) - 1}"]
+    inner = list(places)[first:-1] or [f"up{len(widths) - 1}"]
     return Cut(
         feature_channels=widths[first],
         feature_stride=2 if first else 1,
