@@ -1,10 +1,12 @@
 """Settings of the networks that are trained: the SMD UNet and the autoencoder."""
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 from ..schema import Settings, check, choice, number
 
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
 PLACEMENTS = ("in_out", "up", "all")
 ATTENTION_BACKENDS = ("auto", "sdpa", "xformers")
 
@@ -53,18 +55,34 @@ class ModelConfig(Settings):
 
 @dataclass
 class AutoencoderModelConfig(Settings):
-    """The AutoencoderKL that is trained; each entry of ``block_out_channels`` after the first halves the resolution."""
+    """The autoencoder that is trained; each entry of ``block_out_channels`` after the first halves the resolution."""
 
+    kind: str = choice("AutoencoderKL", AUTOENCODERS)
+    """Class of diffusers. AutoencoderDC, the deep-compression one, has no blocks at full resolution: the first entry of
+    ``block_out_channels`` is not used, and large pictures cost less."""
     block_out_channels: list[int] = number([32, 64, 128, 128], 1, 8192, fewest=1)
     layers_per_block: int = number(1, 1, 32)
+    """Residual blocks of a level of the encoder. The decoder of an AutoencoderKL has one more."""
+    decoder_layers_per_block: int = number(2, 1, 32)
+    """Of an AutoencoderDC: residual blocks of a level of the decoder."""
     latent_channels: int = number(16, 1, 4096)
     norm_num_groups: int = number(8, 1, 4096)
+    """Of an AutoencoderKL."""
     mid_block_add_attention: bool = True
+    """Of an AutoencoderKL."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for channels in self.block_out_channels:
-            check_multiple(channels, "norm_num_groups", self.norm_num_groups)
+        if self.kind == "AutoencoderKL":
+            for channels in self.block_out_channels:
+                check_multiple(channels, "norm_num_groups", self.norm_num_groups)
+            return
+        # Its shortcuts average or repeat channels.
+        for above, below in pairwise(self.block_out_channels[1:]):
+            check(4 * above % below == 0, "model.block_out_channels", f"a divisor of {4 * above} after {above}", below)
+        last, latent = self.block_out_channels[-1], self.latent_channels
+        check(len(self.block_out_channels) > 1, "model.block_out_channels", "two levels or more", self.block_out_channels)
+        check(last % latent == 0, "model.block_out_channels", f"a multiple of latent_channels={latent} at the end", last)
 
 
 def check_multiple(channels: int, name: str, divisor: int, where: str = "") -> None:

@@ -97,7 +97,7 @@ class TrainAutoencoderConfig(Settings):
     """Folder for checkpoints, metrics and reconstructions; an interrupted run resumes from here. null: OUTPUT.run."""
     model: AutoencoderModelConfig = field(default_factory=AutoencoderModelConfig)
     init_from: Optional[str] = None
-    """Start from the weights of this AutoencoderKL folder instead of random ones."""
+    """Start from the weights in this folder of such an autoencoder instead of random ones."""
     train_encoder: bool = True
     """false: train the decoder only, so that latents encoded before stay valid (as sd-vae-ft-mse did)."""
     images_total: int = number(100_000, 1, MOST_IMAGES)
@@ -106,12 +106,19 @@ class TrainAutoencoderConfig(Settings):
     warmup_images: int = number(2_000, 0, MOST_IMAGES)
     kl_weight: float = number(1e-6, 0, 1e6)
     """Weight of the KL term, per latent element, against the reconstruction error per pixel value."""
+    latent_noise: float = number(0.1, above=0, most=10)
+    """Of an AutoencoderDC: deviation of the noise on its latents in training, whose size the KL term limits. It then decodes
+    well what a denoiser gets slightly wrong."""
     squared_weight: float = number(0.0, 0, 1e6)
     """Weight of the squared error, which PSNR counts, beside the absolute one."""
     gradient_weight: float = number(0.1, 0, 1e6)
     """Weight of the error between image gradients (finite differences): keeps edges from blurring."""
     ema_halflife_images: int = number(10_000, 0, MOST_IMAGES)
     flip: bool = True
+    precision: str = choice("no", PRECISIONS)
+    """no: float32. bf16. auto: bf16 on GPUs that have it."""
+    num_workers: int = number(0, 0, 256)
+    """Processes that read the pictures, which are all kept in memory."""
     seed: int = number(0, 0, MOST_SEED)
     checkpoint_every_images: int = number(10_000, 1, MOST_IMAGES)
     resume_changed: bool = False

@@ -1,4 +1,4 @@
-"""Train a small AutoencoderKL on one's own pictures: L1 + gradient L1 + KL, EMA weights, measured on held-out pictures."""
+"""Train a small autoencoder on one's own pictures: L1 + gradient L1 + KL, EMA weights, measured on held-out pictures."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch import nn
 from torchvision.utils import make_grid, save_image
 
 from ..autoencoder import INPUT_RANGE, FrozenAutoencoder
 from ..config import config_as_dict
 from ..data.images import load_pixels
 from ..data.shards import ChannelStatistics
-from ..device import pick_device
+from ..device import pick_device, pick_precision
 from ..errors import UserError
 from ..evaluation.reconstruction import reconstruction_psnr
 from ..files import claimed, require_folder
+from ..models.settings import AutoencoderModelConfig
 from ..progress import progress
 from .checkpoint import load_weights, resume, resume_optimizers, save_checkpoint
 from .ema import EMA
@@ -34,8 +36,12 @@ NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache
 MAY_CHANGE = ("images_total", "learning_rate", "warmup_images", "ema_halflife_images", "checkpoint_every_images")
 
 
-def build(config: TrainAutoencoderConfig) -> AutoencoderKL:
-    """An untrained AutoencoderKL of the configured shape."""
+def build(config: TrainAutoencoderConfig) -> AutoencoderKL | AutoencoderDC:
+    """An untrained autoencoder of the configured shape."""
+    shape = config_as_dict(config.model)
+    if shape.pop("kind") == "AutoencoderDC":
+        return build_deep_compression(config.model)
+    shape.pop("decoder_layers_per_block")
     levels = len(config.model.block_out_channels)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -45,8 +51,35 @@ def build(config: TrainAutoencoderConfig) -> AutoencoderKL:
         sample_size=config.images.resolution,
         scaling_factor=1.0,
         force_upcast=False,
-        **config_as_dict(config.model),
+        **shape,
     )
+
+
+def build_deep_compression(shape: AutoencoderModelConfig) -> AutoencoderDC:
+    """Of convolutions alone; without shortcuts at the latents, so that its weights can normalise them. It enlarges by
+    interpolation, which leaves no checkerboard."""
+    levels = len(shape.block_out_channels)
+    return AutoencoderDC(
+        latent_channels=shape.latent_channels,
+        encoder_block_out_channels=tuple(shape.block_out_channels),
+        decoder_block_out_channels=tuple(shape.block_out_channels),
+        encoder_layers_per_block=(0, *[shape.layers_per_block] * (levels - 1)),
+        decoder_layers_per_block=(0, *[shape.decoder_layers_per_block] * (levels - 1)),
+        encoder_qkv_multiscales=((),) * levels,
+        decoder_qkv_multiscales=((),) * levels,
+        upsample_block_type="interpolate",
+        encoder_out_shortcut=False,
+        decoder_in_shortcut=False,
+    )
+
+
+def posterior(model: AutoencoderKL | AutoencoderDC, x: torch.Tensor, latent_noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance of the latents; those of a deterministic autoencoder have the deviation ``latent_noise``."""
+    if isinstance(model, AutoencoderKL):
+        distribution = model.encode(x).latent_dist
+        return distribution.mean, distribution.logvar
+    mean = model.encode(x).latent
+    return mean, torch.full_like(mean, 2 * math.log(latent_noise))
 
 
 def autoencoder_loss(
@@ -75,17 +108,21 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
         require_folder(output)
         device = pick_device("auto")
         torch.manual_seed(config.seed)
-        pixels, _, _ = load_pixels(config.images)
-        held_out, _, _ = load_pixels(config.held_out)
+        pixels, _, _ = load_pixels(config.images, config.num_workers)
+        held_out, _, _ = load_pixels(config.held_out, config.num_workers)
         hashes = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}
         record = open_record(work, hashes, config, NOT_COMPARED, MAY_CHANGE)
         model = build(config)
         if config.init_from:
             load_weights(model, Path(config.init_from), "init_from")
             initial = model.load_config(config.init_from)
-            model.register_to_config(latents_mean=initial.get("latents_mean"), latents_std=initial.get("latents_std"))
+            model.register_to_config(**{name: initial[name] for name in ("latents_mean", "latents_std") if name in initial})
         model.encoder.requires_grad_(config.train_encoder)
         model.to(device)
+        if device.type == "cuda":  # whose convolutions want channels last; copying batches to it would take longer than a step
+            model.to(memory_format=torch.channels_last)
+            pixels = pixels.to(device)
+        half = pick_precision(config.precision) == "bf16"
         ema = EMA(model, config.ema_halflife_images, ramp=config.init_from is None)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -101,10 +138,11 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
             # The batch is a function of (seed, images_seen) alone, so a resumed run sees what an undisturbed one would.
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
             x = random_batch(pixels, config, generator).to(device)
-            posterior = model.encode(x).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-            reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
-            terms = autoencoder_loss(reconstruction, x, posterior.mean, posterior.logvar, config)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                mean, logvar = (value.float() for value in posterior(model, x, config.latent_noise))
+                noise = torch.randn(mean.shape, generator=generator).to(device)
+                reconstruction = model.decode(mean + (0.5 * logvar).exp() * noise).sample.float()
+            terms = autoencoder_loss(reconstruction, x, mean, logvar, config)
             model.zero_grad()
             terms["loss"].backward()
             trained["model"].descend(warmup_times_cosine(config, images_seen), gradient_clip=1.0)
@@ -129,7 +167,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
         log.close()
 
         if config.train_encoder:
-            set_latent_statistics(ema.model, pixels)
+            normalise_latents(ema.model, pixels)
         frozen = FrozenAutoencoder(ema.model)
         measured = reconstruction_psnr(frozen, held_out)
         save_comparison(frozen, held_out[:24], work / "reconstructions.png")
@@ -142,20 +180,35 @@ def random_batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator
     """A random batch in [-1, 1], half of it mirrored where ``flip``."""
     index = torch.randint(len(pixels), (config.batch_size,), generator=generator)
     low, high = INPUT_RANGE
-    x = pixels[index].float() / 255.0 * (high - low) + low
+    x = pixels[index.to(pixels.device)].float() / 255.0 * (high - low) + low
     if config.flip:
-        mirrored = torch.rand(config.batch_size, generator=generator) < 0.5
+        mirrored = (torch.rand(config.batch_size, generator=generator) < 0.5).to(pixels.device)
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     return x
 
 
-def set_latent_statistics(model: AutoencoderKL, pixels: torch.Tensor, batch_size: int = 64) -> None:
-    """Store the per-channel mean and deviation of the latents of ``pixels`` in the model's config, so that normalised
-    latents have mean 0 and variance 1."""
+def normalise_latents(model: AutoencoderKL | AutoencoderDC, pixels: torch.Tensor, batch_size: int = 64) -> None:
+    """Give the normalised latents of ``pixels`` mean 0 and variance 1 in every channel: by the config of an AutoencoderKL, and
+    by the weights of an AutoencoderDC, whose config has but one factor for all channels."""
     frozen, statistics = FrozenAutoencoder(model), ChannelStatistics()
     for batch in pixels.split(batch_size):
         statistics.add(frozen.encode_moments(batch).cpu().numpy())
-    model.register_to_config(latents_mean=statistics.mean.tolist(), latents_std=statistics.std.tolist())
+    if isinstance(model, AutoencoderKL):
+        model.register_to_config(latents_mean=statistics.mean.tolist(), latents_std=statistics.std.tolist())
+    else:
+        mean, std = (torch.as_tensor(value).to(model.device, model.dtype) for value in (statistics.mean, statistics.std))
+        fold_normalisation(model.encoder.conv_out, model.decoder.conv_in, mean, std)
+
+
+@torch.no_grad()
+def fold_normalisation(last: nn.Conv2d, first: nn.Conv2d, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Let ``last`` return z' = (z - mean) / std in place of z, and ``first`` take it: w * z + b = (w std) * z' + (b + w mean),
+    but for the border, where ``first`` then sees the mean and not zeros."""
+    assert last.bias is not None and first.bias is not None
+    last.weight /= std[:, None, None, None]
+    last.bias.sub_(mean).div_(std)
+    first.bias += (first.weight * mean[:, None, None]).sum(dim=(1, 2, 3))
+    first.weight *= std[:, None, None]
 
 
 def save_comparison(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, path: Path) -> None:
@@ -170,6 +223,7 @@ def autoencoder_card(
     config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, pictures: int, record: RunRecord
 ) -> str:
     """README.md of the model folder."""
+    how = "by `latents_mean` and `latents_std` in `config.json`" if config.model.kind == "AutoencoderKL" else "by the weights"
     part = "" if config.train_encoder else " by the decoder alone"
     start = f"{part} after those of `{config.init_from}`" if config.init_from else ""
     text = f"""\
@@ -182,5 +236,5 @@ Trained by `tools/train_autoencoder.py` on {pictures:,} pictures of `{config.ima
 | PSNR, mean over pictures | {measured["psnr"]:.2f} |
 | PSNR of the mean squared error | {measured["psnr_of_mean"]:.2f} |
 
-Latents are normalised by `latents_mean` and `latents_std` in `config.json`, measured on the training pictures."""
-    return model_card("A small AutoencoderKL", text, config)
+Latents are normalised {how}, measured on the training pictures."""
+    return model_card(f"A small {config.model.kind}", text, config)
