@@ -55,6 +55,8 @@ class DistillationConfig(Settings):
     """Weight of an adversarial term: the critic also tells draws from true images of the same x_t. 0: none."""
     critic_updates: int = number(1, 1, 100)
     """Updates of the critic for each of the model's: it has to follow the model."""
+    guidance_scale: float = number(1.0, 0, 100)
+    """Classifier-free guidance of the teacher: the mixture learns to draw as it does with guidance, and needs none itself."""
     pure_noise: float = number(0.3, 0, 1)
     """Share of the images whose t is the last, where sampling begins."""
 

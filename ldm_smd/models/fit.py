@@ -21,7 +21,7 @@ def fit_posterior_noise(
 
     Args:
         latents: (N, C, H, W), normalised as in training, N at least the number of modes.
-        labels: (N,), -1 for unlabelled.
+        labels: (N,), or (N, L) where each belongs to several classes; -1 for none.
         path: its t = 0, 1, .. to the last are the timesteps of ``noise``.
         prediction_type: of the network.
     """
@@ -95,7 +95,7 @@ def weights_by_class(weights: torch.Tensor, responsibilities: torch.Tensor, labe
 
     The mean responsibilities (N, K) of a class's points, with one point's worth of the weights of all.
     """
-    rows = weights.repeat(classes + 1, 1)
+    rows, labels = weights.repeat(classes + 1, 1), labels.view(len(labels), -1)
     for label in range(classes):
-        rows[label] += responsibilities[labels == label].sum(dim=0)
+        rows[label] += responsibilities[(labels == label).any(dim=1)].sum(dim=0)
     return rows / rows.sum(dim=1, keepdim=True)

@@ -69,18 +69,19 @@ def guided_prediction(
     ``moments``, theirs follow as further channels; guidance moves the mean only.
     """
 
-    def evaluate(x_t: torch.Tensor, given: Conditions, eta: torch.Tensor | None) -> torch.Tensor:
+    def evaluate(x_t: torch.Tensor, timestep: torch.Tensor, given: Conditions, eta: torch.Tensor | None) -> torch.Tensor:
         if moments is not None:
             return moments.predict(unet, x_t, timestep, given.labels, given.image_embeds)
         return predict(unet, x_t, timestep, given.labels, eta, given.image_embeds)
 
     if scale == 1.0 or (guide is None and all(given is None for given in conditions)):
-        return evaluate(x_t, conditions, eta)
+        return evaluate(x_t, timestep, conditions, eta)
     if guide is not None:
-        own = evaluate(x_t, conditions, eta)
+        own = evaluate(x_t, timestep, conditions, eta)
         other = predict(guide, x_t, timestep, conditions.labels, eta, conditions.image_embeds)
     else:
-        own, other = evaluate(torch.cat((x_t, x_t)), conditions.with_null(unet), joined(eta, eta)).chunk(2)
+        twice = timestep if timestep.numel() == 1 else torch.cat((timestep, timestep))
+        own, other = evaluate(torch.cat((x_t, x_t)), twice, conditions.with_null(unet), joined(eta, eta)).chunk(2)
     channels = x_t.shape[1]
     return torch.cat((other[:, :channels].lerp(own[:, :channels], scale), own[:, channels:]), dim=1)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+import torch
+
 from ..data.shards import Manifest
 from ..errors import UserError, one_line
 from ..models.backbone import Backbone
@@ -22,6 +24,7 @@ from .checkpoint import checkpoints, load_weights
 from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
 from .run import Run
 from .settings import TrainConfig
+from .wider import class_names
 
 
 def initial_model(run: Run) -> Backbone:
@@ -83,7 +86,7 @@ def extended_model(config: TrainConfig, manifest: Manifest, folder: Path, kind: 
             model = EXTENSIONS[kind](folder, **sizes, noise_modes=modes, noise_timesteps=timesteps)
         except ValueError as error:
             raise UserError(f"init_from: {one_line(error)}") from error
-    channels, classes = manifest.latent_shape[0], len(manifest.classes)
+    channels, classes = manifest.latent_shape[0], len(class_names(config, manifest))
     check(model.config.in_channels == channels, "init_from", f"{channels} channels, as the latents", model.config.in_channels)
     if model.config.num_classes is not None:
         what = f"{classes + 1} class embeddings, {classes} classes and no label"
@@ -93,7 +96,7 @@ def extended_model(config: TrainConfig, manifest: Manifest, folder: Path, kind: 
 
 def conditions(config: TrainConfig, manifest: Manifest) -> dict[str, int | None]:
     """Return what the model is conditioned on: the number of classes and the length of image embeddings, None for none."""
-    classes = len(manifest.classes) if config.class_conditional else 0
+    classes = len(class_names(config, manifest))
     dimensions = manifest.embedding_dimensions if config.image_conditional else None
     return {"num_classes": classes or None, "embedding_dimensions": dimensions}
 
@@ -111,4 +114,6 @@ def noise_timesteps(config: TrainConfig) -> int:
 def fit_noise(mixture: Mixture, run: Run) -> None:
     """Fit the mixture's noise to the first latents of the stream, the same on every process."""
     latents, labels = fitting_latents(run.manifest, run.autoencoder, run.config.seed, run.config.mirror)
+    if run.wider is not None:
+        labels = torch.cat((labels[:, None], run.wider.to(labels.device)[labels]), dim=1)
     fit_posterior_noise(mixture.noise, latents, labels, run.process(), run.config.diffusion.predicts)

@@ -96,7 +96,7 @@ class Distillation:
         prediction_type, t = run.config.diffusion.predicts, noise.t
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         x_t = path.noise(x0, noise.eps, t)
-        conditions = known_conditions(batch, noise, self.model.network.config.num_classes)
+        conditions = known_conditions(run, batch, noise, self.model.network.config.num_classes)
         eta = rearrange(noise.eta, "b m ... -> (b m) ...")
         with run.accelerator.autocast(), torch.set_grad_enabled(model_learns):
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()

@@ -15,6 +15,8 @@ from ..diffusion.process import GaussianPath, x0_per_prediction
 from ..diffusion.settings import DistillationConfig
 from ..diffusion.two_views import joined_view
 from ..models.denoiser import predict_all
+from ..pipelines.guidance import Conditions as Given
+from ..pipelines.guidance import guided_prediction
 from .critics import Conditions, beside
 
 SMALLEST = 1e-4
@@ -29,7 +31,7 @@ class Judges:
         goal = x - (D_critic(x_u, u) - D_teacher(x_u, u)) / mean |x - D_teacher(x_u, u)|,    loss = |x - goal|^2 / (2 s_t)
 
     What the critic cannot see it cannot miss, so it sees x_t beside x_u; else draws could be good images that x_t does not
-    allow (docs/mixtures.md).
+    allow (docs/mixtures.md). With a ``guidance_scale`` the teacher is the guided one, and the mixture learns its samples.
 
     With an adversarial weight w the critic also tells draws from true x_0 of the same x_t, by the mean of one more output
     channel, its logit c(x); the goal then has one term more, of about the same size in every training:
@@ -79,9 +81,12 @@ class Judges:
             known = {
                 name: value if value is None else value.repeat(2, *[1] * (value.ndim - 1)) for name, value in known.items()
             }
-        said = self.asked(critic, seen, u.repeat(len(seen) // len(u)), known, forward)
+        labels, embeds = known.get("class_labels"), known.get("image_embeds")
+        levels = u.repeat(len(seen) // len(u))
+        said = predict_all(critic, seen, levels, labels, image_embeds=embeds, forward=forward).float()
         with torch.no_grad():
-            prediction = self.asked(teacher, view, u, conditions)[:, :channels]
+            given = Given(conditions.get("class_labels"), conditions.get("image_embeds"))
+            prediction = guided_prediction(teacher, view, u, given, None, self.settings.guidance_scale).float()
             true = path.to_x0(prediction, view.detach(), u, self.prediction_type)
         own = path.to_x0(said[: len(x), :channels], view, u, self.prediction_type)
 
@@ -106,13 +111,6 @@ class Judges:
         """x noised anew and joined with x_t, (x_u, u); or alone, (x_r, r), where the views are marginal."""
         x_r = self.path.noise(x, second_eps, r)
         return (x_r, r) if self.settings.views == "marginal" else joined_view(self.path, x_t, t, x_r, r)
-
-    def asked(
-        self, judge: ModelMixin, view: torch.Tensor, u: torch.Tensor, known: Conditions, forward: nn.Module | None = None
-    ) -> torch.Tensor:
-        """All that a judge says, float32."""
-        labels, embeds = known.get("class_labels"), known.get("image_embeds")
-        return predict_all(judge, view, u, labels, image_embeds=embeds, forward=forward).float()
 
     def seen(
         self, critic: ModelMixin, view: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions

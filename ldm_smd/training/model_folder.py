@@ -13,6 +13,7 @@ from ..models.backbone import Backbone
 from ..models.denoiser import embedding_dimensions
 from ..pipelines import SMDPipeline
 from .run import Run
+from .wider import class_names
 
 CARD_CLASSES = 20
 
@@ -45,18 +46,19 @@ tags: [ldm_smd, latent-diffusion]
 def build_pipeline(run: Run, unet: Backbone) -> SMDPipeline:
     """Make the pipeline of a run's denoiser."""
     manifest = run.manifest
-    labels = {str(number): name for number, name in enumerate(manifest.classes)} if unet.config.num_classes else None
+    names = class_names(run.config, manifest)
+    labels = {str(number): name for number, name in enumerate(names)} if unet.config.num_classes else None
     embedding = manifest.embedding if embedding_dimensions(unet) else None
     return SMDPipeline(unet, run.autoencoder.model, run.scheduler, labels, embedding=embedding)
 
 
 def save_model_folder(run: Run, unet: Backbone, images_seen: int) -> None:
     """Write OUTPUT/model: the pipeline with the EMA weights, and its card."""
-    config, manifest = run.config, run.manifest
+    config, manifest, known = run.config, run.manifest, class_names(run.config, run.manifest)
     method = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
     start = f", starting from `{config.init_from}`" if config.init_from else ""
-    names = ", ".join(f"{number} {name}" for number, name in enumerate(manifest.classes[:CARD_CLASSES]))
-    more = ", ..." if len(manifest.classes) > CARD_CLASSES else ""
+    names = ", ".join(f"{number} {name}" for number, name in enumerate(known[:CARD_CLASSES]))
+    more = ", ..." if len(known) > CARD_CLASSES else ""
     conditions = [f"Classes: {names}{more}."] if unet.config.num_classes else []
     if embedding_dimensions(unet) and manifest.embedding is not None:
         conditions.append(f"`image_embeds`: of {manifest.embedding['network']}, SHA-256 `{manifest.embedding['sha256']}`.")

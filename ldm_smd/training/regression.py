@@ -45,7 +45,7 @@ class PosteriorRegression(Denoising):
         prediction_type, many = run.config.diffusion.predicts, partial(repeat, draws=self.draws)
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         x_t, eta = path.noise(x0, noise.eps, t), rearrange(noise.eta, "b m ... -> (b m) ...")
-        conditions = known_conditions(batch, noise, self.model.network.config.num_classes)
+        conditions = known_conditions(run, batch, noise, self.model.network.config.num_classes)
         each = {name: value if value is None else many(value) for name, value in conditions.items()}
 
         def denoise(x_u: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers import SchedulerMixin
 
@@ -16,6 +17,7 @@ from ..schedulers.conversion import path_of
 from ..schedulers.schedule import build_scheduler
 from .record import MAY_CHANGE, NOT_COMPARED, RunRecord, open_record
 from .settings import TrainConfig
+from .wider import wider_labels
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Run:
         manifest: of the latent shards.
         autoencoder: that made them, on the accelerator's device.
         scheduler: of the path from data to noise.
+        wider: labels of the wider classes of every class, on the device; None for none.
     """
 
     config: TrainConfig
@@ -34,6 +37,7 @@ class Run:
     autoencoder: FrozenAutoencoder
     scheduler: SchedulerMixin
     record: RunRecord
+    wider: torch.Tensor | None = None
 
     @classmethod
     def open(cls, config: TrainConfig, accelerator: Accelerator) -> Run:
@@ -42,7 +46,9 @@ class Run:
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(accelerator.device)
         manifest.check_autoencoder(autoencoder)
         record = open_record(Path(config.output), {"shards": manifest.sha256}, config, NOT_COMPARED, MAY_CHANGE)
-        return cls(config, accelerator, manifest, autoencoder, build_scheduler(config.diffusion), record)
+        wider = wider_labels(config, manifest)
+        on_device = None if wider is None else wider.to(accelerator.device)
+        return cls(config, accelerator, manifest, autoencoder, build_scheduler(config.diffusion), record, on_device)
 
     @property
     def output(self) -> Path:

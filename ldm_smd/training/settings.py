@@ -50,6 +50,9 @@ class TrainConfig(Settings):
     tools/average.py makes one of any width."""
     label_dropout: float = number(0.1, 0, 1)
     """Fraction of labels replaced by the null class, for classifier-free guidance."""
+    wider_labels: float = number(0.0, 0, 1)
+    """Fraction of the other labels replaced by a wider one, where the names of the classes have several parts: of "noto, flags"
+    by "noto" or "flags", which are then classes of the model too."""
     mirror: bool = False
     """Take the mirrored encoding for half of the pictures (shards made with mirror: true)."""
     class_conditional: bool = True

@@ -70,7 +70,7 @@ class Denoising:
         x0 = self.run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         eta = rearrange(noise.eta, "b m ... -> (b m) ...") if noise.eta.shape[1] else None
         x_t, target = self.process.noise(x0, noise.eps, t), self.process.target(x0, noise.eps, t, prediction_type)
-        conditions = known_conditions(batch, noise, self.model.network.config.num_classes)
+        conditions = known_conditions(self.run, batch, noise, self.model.network.config.num_classes)
         with self.run.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
         score = config.objective
@@ -112,9 +112,13 @@ def parts(size: int, count: int) -> Iterator[tuple[tuple[int, int], bool]]:
         yield (start, min(start + part, size)), start + part >= size
 
 
-def known_conditions(batch: LatentBatch, noise: StepNoise, null_class: int | None) -> dict[str, torch.Tensor | None]:
-    """Labels and embeddings as a model takes them, left out where the noise says so."""
+def known_conditions(run: Run, batch: LatentBatch, noise: StepNoise, null_class: int | None) -> dict[str, torch.Tensor | None]:
+    """Labels and embeddings as a model takes them, made wider or left out where the noise says so."""
     labels = known_labels(batch.labels, null_class)
+    if labels is not None and run.wider is not None:
+        share, parts = run.config.wider_labels, run.wider.shape[1]
+        chosen = (noise.wider / share * parts).long().clamp_max(parts - 1)
+        labels = torch.where(noise.wider < share, run.wider[labels, chosen], labels)
     if labels is not None and null_class is not None:
         labels = torch.where(noise.drop_label, null_class, labels)
     embeds = batch.embeddings

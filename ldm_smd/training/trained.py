@@ -64,7 +64,7 @@ class TrainedNetwork:
         the CPU, as one GPU may not have the memory for what they have together."""
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
         return {
-            f"{names[parameter]}/{entry}": full_tensor(value).cpu()
+            f"{names[parameter]}/{entry}": full_tensor(value).cpu().contiguous()  # channels last are not saved
             for parameter, state in self.optimizer.state.items()
             for entry, value in state.items()
         }

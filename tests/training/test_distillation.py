@@ -91,6 +91,25 @@ def test_a_critic_of_more_updates(learner):
     assert found[8]["teacher_loss"] == found[1]["teacher_loss"] and found[8]["critic_loss"] < found[1]["critic_loss"]
 
 
+def test_a_guided_teacher(learner):
+    """The goal moves by what guidance adds to the teacher's prediction, and not where the label is left out."""
+    losses, scale = {}, 3.0
+    for guidance in (1.0, scale):
+        torch.manual_seed(0)
+        chosen = learner(f"objective.distillation.guidance_scale={guidance}", "objective.distillation.views=joined")
+        for parameter in chosen.teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        chosen.critic.network.load_state_dict(chosen.teacher.state_dict())
+        batch = chosen.run.batches().batch_at(0)
+        noise = chosen.draw(batch, 0)
+        noise.drop_label = torch.arange(8) < 4
+        losses[guidance] = chosen.losses(batch, noise)
+    plain, guided = losses[1.0], losses[scale]
+    assert torch.allclose(plain["critic_loss"], guided["critic_loss"])
+    assert torch.allclose(plain["teacher_loss"][:4], guided["teacher_loss"][:4]) and guided["loss"][:4].max() < 1e-10
+    assert guided["loss"][4:].min() > 0
+
+
 def test_an_adversarial_term_starts_from_nothing(learner):
     """With a logit that still says the same of all it pulls nowhere; the critic learns to tell."""
     learner = learner(ADVERSARIAL)

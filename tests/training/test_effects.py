@@ -83,6 +83,7 @@ ELSEWHERE = {
     "objective.distillation.critic_learning_rate",  # test_distillation.py, as those below
     "objective.distillation.adversarial_weight",
     "objective.distillation.critic_updates",
+    "objective.distillation.guidance_scale",
     "objective.distillation.pure_noise",
     "objective.distillation.teacher",
     "objective.distillation.views",
@@ -92,6 +93,7 @@ ELSEWHERE = {
     "sample_every_images",
     "sample_steps",
     "shards",
+    "wider_labels",  # test_wider.py
 }
 """Settings that change no weights, or have a test of their own, here where no other file is named."""
 

@@ -5,17 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
+from ldm_smd.errors import UserError
 from ldm_smd.evaluation.reconstruction import to_uint8
 from ldm_smd.training import train_autoencoder as autoencoder
 from ldm_smd.training.metrics_log import read_metrics
-from ldm_smd.training.train_autoencoder import autoencoder_loss, save_comparison, set_latent_statistics, train_autoencoder
+from ldm_smd.training.train_autoencoder import autoencoder_loss, normalise_latents, save_comparison, train_autoencoder
 from tests.training.results import WEIGHTS
 
 
@@ -91,7 +92,7 @@ def test_reports_are_means_over_their_steps(vae_config, monkeypatch):
 
 def test_normalised_latents_have_mean_zero_and_variance_one(vae_folder, pixels):
     model = AutoencoderKL.from_pretrained(vae_folder, scaling_factor=1.0, shift_factor=None)
-    set_latent_statistics(model, pixels, batch_size=5)
+    normalise_latents(model, pixels, batch_size=5)
     frozen = FrozenAutoencoder(model)
     mean, logvar = frozen.encode_moments(pixels).unbind(dim=1)
     normalised = frozen.normalise(mean)
@@ -108,10 +109,12 @@ OTHERS = [
     "images_total=24",
     "kl_weight=0.1",
     "learning_rate=1e-2",
+    "model.kind=AutoencoderDC",
     "model.latent_channels=3",
     "model.layers_per_block=2",
     "model.mid_block_add_attention=false",
     "model.norm_num_groups=2",
+    "precision=bf16",
     "seed=1",
     "squared_weight=2",
     "warmup_images=64",
@@ -133,6 +136,78 @@ def test_a_setting_changes_what_the_autoencoder_learns(vae_config, usual, tmp_pa
         )
     found = load_file(train_autoencoder(vae_config(setting)) / WEIGHTS)
     assert found.keys() != usual.keys() or not all(torch.equal(found[name], usual[name]) for name in found)
+
+
+DEEP = ["model.kind=AutoencoderDC", "model.block_out_channels=[8,8,16]"]
+"""16 pixels to 4 latents."""
+
+
+@pytest.mark.parametrize("setting", ["latent_noise=1", "model.decoder_layers_per_block=1"])
+def test_a_setting_of_a_deep_compression_autoencoder(vae_config, tmp_path, setting):
+    usual = load_file(
+        train_autoencoder(vae_config(*DEEP, f"output={tmp_path / 'usual'}", f"work={tmp_path / 'first'}")) / WEIGHTS
+    )
+    found = load_file(train_autoencoder(vae_config(*DEEP, setting)) / WEIGHTS)
+    assert found.keys() != usual.keys() or not all(torch.equal(found[name], usual[name]) for name in found)
+
+
+def test_a_deep_compression_autoencoder_has_normalised_latents(vae_config, pixels):
+    """By its weights, so that other programs need to know no constants; and decodes the same, away from the border."""
+    torch.manual_seed(0)
+    model = autoencoder.build(vae_config(*DEEP)).eval()
+    before = FrozenAutoencoder(model)
+    latents = before.encode_moments(pixels)[:, 0]
+    with torch.no_grad():
+        features = model.decoder.conv_in(latents)
+    normalise_latents(model, pixels, batch_size=5)
+    frozen = FrozenAutoencoder(model)
+    found = frozen.encode_moments(pixels)[:, 0]
+    assert torch.equal(frozen.normalise(found), found), "no other constants"
+    assert torch.allclose(found.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4)
+    assert torch.allclose(found.var(dim=(0, 2, 3), correction=0), torch.ones(4), atol=1e-3)
+    with torch.no_grad():
+        assert torch.allclose(model.decoder.conv_in(found)[..., 1:-1, 1:-1], features[..., 1:-1, 1:-1], atol=1e-4)
+
+
+def test_a_deep_compression_autoencoder_is_trained_in_two_parts(vae_config, pixels, tmp_path):
+    first = train_autoencoder(vae_config(*DEEP, f"output={tmp_path / 'first'}", f"work={tmp_path / 'first-run'}"))
+    alone = [*DEEP, f"init_from={first}", "train_encoder=false", "learning_rate=1e-2"]
+    second = train_autoencoder(vae_config(*alone))
+    models = [AutoencoderDC.from_pretrained(folder).state_dict() for folder in (first, second)]
+    changed = {name.split(".")[0] for name in models[0] if not torch.equal(models[0][name], models[1][name])}
+    assert changed == {"decoder"}
+    a, b = (FrozenAutoencoder.from_pretrained(folder) for folder in (first, second))
+    assert a.identity() == b.identity() and a.factor == 4
+    assert "# A small AutoencoderDC" in (first / "README.md").read_text()
+
+
+def test_an_interrupted_training_in_channels_last_goes_on(vae_config, tmp_path, monkeypatch):
+    """As on a GPU: the optimizer's state is in channels last too, which safetensors does not take."""
+    real = autoencoder.build
+    monkeypatch.setattr(autoencoder, "build", lambda config: real(config).to(memory_format=torch.channels_last))
+    straight = load_file(
+        train_autoencoder(vae_config(*DEEP, f"output={tmp_path / 'a'}", f"work={tmp_path / 'a-run'}")) / WEIGHTS
+    )
+    part = [*DEEP, "checkpoint_every_images=16", f"work={tmp_path / 'b-run'}"]
+    monkeypatch.setattr(autoencoder, "write_model_folder", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_autoencoder(vae_config(*part, "images_total=16", f"output={tmp_path / 'b'}"))
+    monkeypatch.undo()
+    again = load_file(train_autoencoder(vae_config(*part, f"output={tmp_path / 'c'}", "resume_changed=true")) / WEIGHTS)
+    assert straight.keys() == again.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.block_out_channels=[8]"], "two levels or more"),
+        (["model.block_out_channels=[8,8,24]"], "a divisor of 32 after 8"),
+        (["model.block_out_channels=[8,8,16]", "model.latent_channels=3"], "a multiple of latent_channels=3 at the end"),
+    ],
+)
+def test_sizes_that_a_deep_compression_autoencoder_cannot_have(vae_config, settings, message):
+    with pytest.raises(UserError, match=message):
+        vae_config("model.kind=AutoencoderDC", *settings)
 
 
 def test_the_decoder_alone_is_trained_from_given_weights(vae_config, tmp_path):

@@ -1,0 +1,88 @@
+"""Wider classes: parts of the names of classes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ldm_smd.errors import UserError
+from ldm_smd.pipelines import load_pipeline
+from ldm_smd.training.build import build_model, fit_noise
+from ldm_smd.training.loop import train
+from ldm_smd.training.step import Denoising, known_conditions
+
+WIDER = "wider_labels=0.4"
+
+
+@pytest.fixture
+def named(shards, tmp_path):
+    """A function from names of the two classes to shards that have them."""
+
+    def build(*names):
+        folder = tmp_path / "named"
+        shutil.copytree(shards, folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["metadata"]["classes"] = list(names)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return f"shards={folder}"
+
+    return build
+
+
+def test_a_label_is_replaced_as_often_as_said(named, open_run):
+    run = open_run(named("noto, disc", "noto, square"), WIDER, "label_dropout=0.2")
+    assert run.wider.tolist() == [[2, 3], [2, 4]], "noto, then disc and square"
+    learner = Denoising(run)
+    null = learner.model.network.config.num_classes
+    assert null == 5
+    batch = run.batches().batch_at(0)
+    counts = torch.zeros(2, 6)
+    for number in range(500):
+        found = known_conditions(run, batch, learner.draw(batch, number), null)["class_labels"]
+        counts.index_put_((batch.labels, found), torch.ones(()), accumulate=True)
+    shares = counts / counts.sum(dim=1, keepdim=True)
+    expected = torch.tensor([[0.48, 0, 0.16, 0.16, 0, 0.2], [0, 0.48, 0.16, 0, 0.16, 0.2]])
+    assert torch.allclose(shares, expected, atol=0.04)
+
+
+def test_without_it_the_same_numbers_are_drawn(named, open_run):
+    shards = named("noto, disc", "noto, square")
+    plain, wider = (Denoising(open_run(shards, *more)) for more in ([], [WIDER]))
+    batch = plain.run.batches().batch_at(0)
+    first, second = plain.draw(batch, 0), wider.draw(batch, 0)
+    assert torch.equal(first.eps, second.eps) and torch.equal(first.drop_label, second.drop_label)
+    assert plain.run.wider is None and plain.model.network.config.num_classes == 2
+
+
+def test_the_noise_knows_wider_classes(named, open_run):
+    """A wider class's weights are between those of the classes in it."""
+    run = open_run(named("noto, disc", "noto, square"), WIDER)
+    noise = build_model(run.config, run.manifest).mixture
+    fit_noise(noise, run)
+    weights = noise.noise.log_weights.exp()
+    disc, square, noto, only_disc, only_square = weights[:5]
+    assert torch.equal(disc, only_disc) and torch.equal(square, only_square)
+    low, high = torch.minimum(disc, square), torch.maximum(disc, square)
+    assert ((noto >= low - 1e-5) & (noto <= high + 1e-5)).all()
+
+
+def test_a_model_has_them_by_name(named, train_config, tmp_path):
+    train(train_config(named("noto, disc", "twemoji, square"), WIDER, "images_total=8", f"output={tmp_path / 'run'}"))
+    pipeline = load_pipeline(tmp_path / "run/model")
+    names = ["noto, disc", "twemoji, square", "noto", "twemoji", "disc", "square"]
+    assert [pipeline.config.id2label[str(number)] for number in range(6)] == names
+    assert pipeline([5], num_inference_steps=1, output_type="pt").images.shape[0] == 1
+
+
+@pytest.mark.parametrize("names", [("disc", "square"), ("noto, disc", "square")])
+def test_names_have_as_many_parts(named, open_run, names):
+    with pytest.raises(
+        UserError, match='wider_labels: expected classes with names of as many parts, as "noto, flags", or 0, found'
+    ):
+        open_run(named(*names), WIDER)
+
+
+def test_a_model_without_classes_has_none(open_run):
+    with pytest.raises(UserError, match=r"wider_labels: expected .* found 'no classes'"):
+        open_run(WIDER, "class_conditional=false")
