@@ -23,25 +23,24 @@ from ..data.images import load_pixels
 from ..data.settings import EncodeConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
-from ..errors import UserError, one_line
+from ..errors import UserError
 from ..evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS, spread_over_eta
 from ..evaluation.distances import frechet_distance
 from ..evaluation.features import load_extractor
 from ..evaluation.reconstruction import reconstruction_psnr
 from ..files import claimed
 from ..models.denoiser import known_labels
-from ..models.unet import SMDUNet2DModel
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers import make_scheduler
 from ..schedulers.conversion import process_of
-from ..schedulers.schedule import build_scheduler
 from ..training.loop import train
 from ..training.metrics_log import read_metrics
-from ..training.model_folder import model_card, write_model_folder
 from ..training.settings import TrainConfig
+from ..training.wider import class_names
 from .report import write_report
 from .settings import DemoConfig, DemoRunConfig
+from .showcase import Showcase, load_unet, write_shipped
 
 GRID_COLUMNS, GRID_ROWS = 6, 6
 FEW_STEPS = 4
@@ -68,11 +67,15 @@ def demo(config: DemoConfig) -> Path:
             autoencoder = FrozenAutoencoder.from_pretrained(encode_config.autoencoder)
             extractor = load_extractor(config.features)
             configs = {run.name: run_config(config, run, encode_config.autoencoder) for run in config.runs}
-            shipped = {run.name: shipped_unet(run) for run in config.runs if run.learning_rate_share == 0}
+            shipped = {
+                run.name: load_unet("runs[].checkpoint", run.checkpoint) for run in config.runs if run.learning_rate_share == 0
+            }
+            showcase = Showcase(config.showcase)
             for run in config.runs:
                 for scheduler in run.schedulers:
                     make_scheduler(scheduler, DDPMScheduler())
-        for name in (LATENTS, *(run.name for run in config.runs)):
+        names = [*(run.name for run in config.runs), *(model.name for model in config.showcase.models)]
+        for name in (LATENTS, *names):
             shutil.rmtree(output / name, ignore_errors=True)
         output.mkdir(parents=True, exist_ok=True)
 
@@ -86,7 +89,9 @@ def demo(config: DemoConfig) -> Path:
         pipelines: dict[str, SMDPipeline] = {}
         for run in config.runs:
             if run.name in shipped:
-                folder = shipped_model(configs[run.name], run, shipped[run.name], autoencoder, manifest)
+                trained, folder = configs[run.name], output / run.name / "model"
+                classes_known = class_names(trained, manifest.classes)
+                write_shipped(folder, run.checkpoint, shipped[run.name], autoencoder, classes_known, trained)
             else:
                 with timed(seconds, f"train {run.name}"):
                     folder = train(configs[run.name])
@@ -115,6 +120,8 @@ def demo(config: DemoConfig) -> Path:
                         shown = pixels[: GRID_COLUMNS * GRID_ROWS]
                         grids[title][steps] = make_grid(shown, nrow=GRID_COLUMNS, padding=2, pad_value=0.8)
 
+        with timed(seconds, "sample large pictures"):
+            rows = showcase.rows(output, config.seed)
         with timed(seconds, "spread over eta"):
             spread = {name: measure_spread(config, pipeline, manifest) for name, pipeline in pipelines.items()}
 
@@ -145,7 +152,7 @@ def demo(config: DemoConfig) -> Path:
             "threads": torch.get_num_threads(),
         }
         curves = {run.name: training_curve(output, run) for run in config.runs}
-        path = write_report(output, report, grids, curves)
+        path = write_report(output, report, grids, curves, rows)
         print(json.dumps(report["targets"], indent=1))
         print(f"{total:.0f} seconds in all; open {path}")
         return path
@@ -203,28 +210,6 @@ def run_config(config: DemoConfig, run: DemoRunConfig, autoencoder: str) -> Trai
         sample_every_images=config.images,
         checkpoint_every_images=config.images,
     )
-
-
-def shipped_unet(run: DemoRunConfig) -> SMDUNet2DModel:
-    """Load the network of a run that is shown as shipped."""
-    try:
-        return SMDUNet2DModel.from_pretrained(run.checkpoint, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        found = f"{run.checkpoint}: {one_line(error)}"
-        raise UserError(f"runs[].checkpoint: expected the folder of an SMDUNet2DModel, found {found}") from error
-
-
-def shipped_model(
-    config: TrainConfig, run: DemoRunConfig, unet: SMDUNet2DModel, autoencoder: FrozenAutoencoder, manifest: Manifest
-) -> Path:
-    """Write the model folder of a run that is shown as shipped, where a training would write its own; returns it."""
-    folder = Path(config.output) / "model"
-    labels = {str(number): name for number, name in enumerate(manifest.classes)} if unet.config.num_classes else None
-    pipeline = SMDPipeline(unet, autoencoder.model, build_scheduler(config.diffusion), labels)
-    write_model_folder(
-        folder, pipeline, model_card(run.name, f"The weights of `{run.checkpoint}`, as shipped.", config), "unet"
-    )
-    return folder
 
 
 def few_steps(

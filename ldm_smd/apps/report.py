@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -13,15 +14,21 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from ..files import atomic_file
+from .showcase import Row
 
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
 
 def write_report(
-    folder: Path, report: dict, grids: dict[str, dict[int, torch.Tensor]], curves: dict[str, list[tuple[int, float]]]
+    folder: Path,
+    report: dict,
+    grids: dict[str, dict[int, torch.Tensor]],
+    curves: dict[str, list[tuple[int, float]]],
+    rows: Sequence[Row] = (),
 ) -> Path:
-    """Write ``folder``/report.json, report.html and comparison.png (all grids); returns the path of the page.
+    """Write ``folder``/report.json, report.html, comparison.png (all grids) and, of the ``rows`` of large pictures, large.jpg;
+    returns the path of the page.
 
     Args:
         report: the content of report.json: targets, seconds, distance, spread, parameters.
@@ -35,11 +42,15 @@ def write_report(
         report=report,
         steps=sorted({n for by_steps in grids.values() for n in by_steps}),
         grids={name: {n: grid_uri(grid) for n, grid in by_steps.items()} for name, by_steps in grids.items()},
+        rows=[(row.caption, grid_uri(row.pictures, "jpeg")) for row in rows],
         curve=data_uri(figure_png(curve_figure(curves))),
         spread=data_uri(figure_png(spread_figure(report["spread"]))),
     )
     with atomic_file(folder / "comparison.png") as path:
         path.write_bytes(figure_png(comparison_figure(grids)))
+    if rows:
+        with atomic_file(folder / "large.jpg") as path:
+            to_pil_image(torch.cat([row.pictures for row in rows], dim=1).clamp(0, 1)).save(path, format="jpeg", quality=90)
     with atomic_file(folder / "report.html") as path:
         path.write_text(page, encoding="utf-8")
     return folder / "report.html"
@@ -85,11 +96,11 @@ def figure_png(figure: plt.Figure) -> bytes:
     return buffer.getvalue()
 
 
-def grid_uri(grid: torch.Tensor) -> str:
+def grid_uri(grid: torch.Tensor, kind: str = "png") -> str:
     buffer = io.BytesIO()
-    to_pil_image(grid.clamp(0, 1)).save(buffer, format="png")
-    return data_uri(buffer.getvalue())
+    to_pil_image(grid.clamp(0, 1)).save(buffer, format=kind, quality=90)
+    return data_uri(buffer.getvalue(), kind)
 
 
-def data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def data_uri(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64," + base64.b64encode(data).decode("ascii")

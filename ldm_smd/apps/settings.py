@@ -49,6 +49,34 @@ class DemoRunConfig(Settings):
 
 
 @dataclass
+class ShownModelConfig(Settings):
+    """A shipped model of the showcase."""
+
+    name: str = MISSING
+    caption: str = MISSING
+    """What the report calls it."""
+    checkpoint: str = MISSING
+    """UNet folder."""
+    steps: list[int] = number([1, 2, 4, 8], 1, 10**5, fewest=1)
+    """A row of pictures for each."""
+    guidance_scale: float = number(1.0, 0, 1000)
+
+
+@dataclass
+class ShowcaseConfig(Settings):
+    """Large pictures by shipped models, which the report begins with."""
+
+    models: list[ShownModelConfig] = field(default_factory=list)
+    """None: no such pictures."""
+    config: str = "configs/train/emoji-256-smd.yaml"
+    """Training config of the models: its autoencoder, schedule and classes."""
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    """The pictures they were trained on; only the names of their classes are read."""
+    classes: list[str] = field(default_factory=list)
+    """A column of pictures for each name; of as many seeds where one is there several times."""
+
+
+@dataclass
 class DemoConfig(Settings):
     """tools/demo.py"""
 
@@ -64,5 +92,6 @@ class DemoConfig(Settings):
     steps: list[int] = number([2, 4, 8, 32], 1, 10**5, fewest=1)
     guidance_scale: float = number(1.0, 0, 1000)
     seed: int = number(0, 0, MOST_SEED)
+    showcase: ShowcaseConfig = field(default_factory=ShowcaseConfig)
     seconds_target: float = number(600.0, above=0, most=1e9)
     memory_target_gb: float = number(4.0, above=0, most=1e6)

@@ -86,7 +86,7 @@ def extended_model(config: TrainConfig, manifest: Manifest, folder: Path, kind: 
             model = EXTENSIONS[kind](folder, **sizes, noise_modes=modes, noise_timesteps=timesteps)
         except ValueError as error:
             raise UserError(f"init_from: {one_line(error)}") from error
-    channels, classes = manifest.latent_shape[0], len(class_names(config, manifest))
+    channels, classes = manifest.latent_shape[0], len(class_names(config, manifest.classes))
     check(model.config.in_channels == channels, "init_from", f"{channels} channels, as the latents", model.config.in_channels)
     if model.config.num_classes is not None:
         what = f"{classes + 1} class embeddings, {classes} classes and no label"
@@ -96,7 +96,7 @@ def extended_model(config: TrainConfig, manifest: Manifest, folder: Path, kind: 
 
 def conditions(config: TrainConfig, manifest: Manifest) -> dict[str, int | None]:
     """Return what the model is conditioned on: the number of classes and the length of image embeddings, None for none."""
-    classes = len(class_names(config, manifest))
+    classes = len(class_names(config, manifest.classes))
     dimensions = manifest.embedding_dimensions if config.image_conditional else None
     return {"num_classes": classes or None, "embedding_dimensions": dimensions}
 

@@ -46,7 +46,7 @@ tags: [ldm_smd, latent-diffusion]
 def build_pipeline(run: Run, unet: Backbone) -> SMDPipeline:
     """Make the pipeline of a run's denoiser."""
     manifest = run.manifest
-    names = class_names(run.config, manifest)
+    names = class_names(run.config, manifest.classes)
     labels = {str(number): name for number, name in enumerate(names)} if unet.config.num_classes else None
     embedding = manifest.embedding if embedding_dimensions(unet) else None
     return SMDPipeline(unet, run.autoencoder.model, run.scheduler, labels, embedding=embedding)
@@ -54,7 +54,7 @@ def build_pipeline(run: Run, unet: Backbone) -> SMDPipeline:
 
 def save_model_folder(run: Run, unet: Backbone, images_seen: int) -> None:
     """Write OUTPUT/model: the pipeline with the EMA weights, and its card."""
-    config, manifest, known = run.config, run.manifest, class_names(run.config, run.manifest)
+    config, manifest, known = run.config, run.manifest, class_names(run.config, run.manifest.classes)
     method = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
     start = f", starting from `{config.init_from}`" if config.init_from else ""
     names = ", ".join(f"{number} {name}" for number, name in enumerate(known[:CARD_CLASSES]))

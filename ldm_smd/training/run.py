@@ -46,7 +46,7 @@ class Run:
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(accelerator.device)
         manifest.check_autoencoder(autoencoder)
         record = open_record(Path(config.output), {"shards": manifest.sha256}, config, NOT_COMPARED, MAY_CHANGE)
-        wider = wider_labels(config, manifest)
+        wider = wider_labels(config, manifest.classes)
         on_device = None if wider is None else wider.to(accelerator.device)
         return cls(config, accelerator, manifest, autoencoder, build_scheduler(config.diffusion), record, on_device)
 

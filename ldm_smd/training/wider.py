@@ -5,37 +5,31 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..data.shards import Manifest
 from ..schema import check
 from .settings import TrainConfig
 
 SEPARATOR = ", "
 
 
-def class_names(config: TrainConfig, manifest: Manifest) -> list[str]:
+def class_names(config: TrainConfig, classes: list[str]) -> list[str]:
     """Return the names of the classes that the model knows: those of the shards, then the wider ones; [] for none."""
-    names = labelled(config, manifest)
-    return names + [name for position in wider_names(config, names) for name in position]
+    names = classes if config.class_conditional else []
+    return [*names, *(name for position in wider_names(config, names) for name in position)]
 
 
-def wider_labels(config: TrainConfig, manifest: Manifest) -> torch.Tensor | None:
-    """Return the labels of the wider classes of every class, (classes, parts); None where the model does not know them."""
-    names = labelled(config, manifest)
+def wider_labels(config: TrainConfig, classes: list[str]) -> torch.Tensor | None:
+    """Return the labels of the wider classes of every class of the shards, (classes, parts); None where the model does not know
+    them."""
+    names = classes if config.class_conditional else []
     positions = wider_names(config, names)
     if not positions:
         return None
     starts = np.cumsum([len(names), *map(len, positions)])
-    return torch.tensor(
-        [
-            [int(start) + position.index(part) for start, position, part in zip(starts, positions, name.split(SEPARATOR))]
-            for name in names
-        ]
-    )
-
-
-def labelled(config: TrainConfig, manifest: Manifest) -> list[str]:
-    """Return the names of the classes of the shards, [] where the model is not to know them."""
-    return list(manifest.classes) if config.class_conditional else []
+    rows = [
+        [int(start) + position.index(part) for start, position, part in zip(starts, positions, name.split(SEPARATOR))]
+        for name in names
+    ]
+    return torch.tensor(rows)
 
 
 def wider_names(config: TrainConfig, names: list[str]) -> list[list[str]]:
@@ -44,10 +38,6 @@ def wider_names(config: TrainConfig, names: list[str]) -> list[list[str]]:
         return []
     parts = [name.split(SEPARATOR) for name in names]
     same = len(parts) > 0 and len({len(part) for part in parts}) == 1 and len(parts[0]) > 1
-    check(
-        same,
-        "wider_labels",
-        'classes with names of as many parts, as "noto, flags", or 0',
-        ", ".join(names[:3]) or "no classes",
-    )
+    found = ", ".join(names[:3]) or "no classes"
+    check(same, "wider_labels", 'classes with names of as many parts, as "noto, flags", or 0', found)
     return [list(dict.fromkeys(position)) for position in zip(*parts)]

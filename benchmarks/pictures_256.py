@@ -1,0 +1,172 @@
+"""The 256-pixel models: how near samples are to the training and to held-out pictures, whether training pictures come out again,
+and a sheet of samples of every class.
+
+Pictures are compared at ``images.resolution``, to which samples are reduced as the real ones are. Every cell of the table, a
+model at a number of steps with a guidance scale, is kept as soon as it is measured, and not measured again.
+
+examples:
+  python benchmarks/pictures_256.py --config configs/benchmarks/pictures-256.yaml
+  python benchmarks/pictures_256.py --config configs/benchmarks/pictures-256.yaml samples=500 sheet_pictures=0
+
+Writes benchmarks/results/pictures-256.json, .md, and a sheet for the mixture and one for the Gaussian model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from pictures import PictureConfig, PictureMeasure
+from PIL import Image
+from targets import target, target_table
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+from yardstick import RESULTS
+
+from ldm_smd.cli import run_tool
+from ldm_smd.files import atomic_file, sha256
+from ldm_smd.pipelines import SMDPipeline, load_pipeline
+from ldm_smd.pipelines.loading import NETWORKS, weight_files
+from ldm_smd.sampling.batches import SamplingOptions, sample_batches
+from ldm_smd.schedulers import make_scheduler
+
+SHEET_SIDE = 64
+
+
+@dataclass
+class Cells:
+    """What is measured of a model: every number of steps with every guidance scale."""
+
+    model: str = "???"
+    """Model folder (RUN/model)."""
+    steps: list[int] = field(default_factory=list)
+    guidance: list[float] = field(default_factory=lambda: [1.0])
+    scheduler: str = "DDPMScheduler"
+
+
+@dataclass
+class Pictures256Config(PictureConfig):
+    """benchmarks/pictures_256.py"""
+
+    name: str = "256"
+    models: dict[str, Cells] = field(default_factory=dict)
+    """"mixture" and "gaussian" are compared in the targets."""
+    samples: int = 2000
+    sheet_pictures: int = 48
+    """Of each class; 0: no sheets."""
+    sheets: dict[str, Cells] = field(default_factory=dict)
+    """By name of the sheet; the first number of steps and guidance scale."""
+
+
+def pictures_256(config: Pictures256Config) -> Path:
+    """Measure what is missing; returns the JSON file."""
+    path = RESULTS / f"pictures-{config.name}.json"
+    measure = PictureMeasure(config)
+    content = json.loads(path.read_text()) if path.is_file() else {"cells": {}}
+    content |= {"floor": measure.floor, "training": measure.training, "command": " ".join(["python", *sys.argv])}
+    labels = [label for label in measure.labels(config.samples) if label is not None]
+    for name, cells in config.models.items():
+        pipeline = load_pipeline(cells.model)
+        pipeline.scheduler = make_scheduler(cells.scheduler, pipeline.scheduler)
+        digest = [sha256(file) for file in weight_files(Path(cells.model), (*NETWORKS, "vae"))]
+        for steps in cells.steps:
+            for guidance in cells.guidance:
+                key = f"{name}, {cells.scheduler}, {steps} steps, guidance {guidance:g}"
+                of = {"samples": config.samples, "weights": digest}
+                if {name: content["cells"].get(key, {}).get(name) for name in of} == of:
+                    continue
+                pixels = reduced(pipeline, labels, SamplingOptions(steps, guidance, seed=0, batch_size=16), config, key)
+                found = {"model": name, "steps": steps, "guidance": guidance} | of | measure.measure(pixels)
+                content["cells"][key] = found
+                write(path, content, config)
+    for name, cells in config.sheets.items() if config.sheet_pictures else ():
+        sheet(name, cells, config)
+    write(path, content, config)
+    return path
+
+
+def reduced(
+    pipeline: SMDPipeline, labels: list[int], options: SamplingOptions, config: Pictures256Config, what: str
+) -> torch.Tensor:
+    """Sample, and bring to the size at which pictures are compared; uint8 (N, 3, R, R)."""
+    side, batches = config.images.resolution, sample_batches(pipeline, labels, range(len(labels)), options, what)
+    return torch.cat([smaller(pixels, side) for pixels in batches])
+
+
+def smaller(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """As real pictures are made smaller (ldm_smd/data/images.py); float (N, 3, H, W) in [0, 1] -> uint8 (N, 3, side, side)."""
+    small = [to_pil_image(picture).resize((side, side), Image.Resampling.LANCZOS) for picture in pixels]
+    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in small])
+
+
+def sheet(name: str, cells: Cells, config: Pictures256Config) -> None:
+    """A row for every class, of seeds 0, 1, .. none chosen."""
+    pipeline = load_pipeline(cells.model)
+    pipeline.scheduler = make_scheduler(cells.scheduler, pipeline.scheduler)
+    classes = range(len(pipeline.config.id2label))
+    labels = [label for label in classes for _ in range(config.sheet_pictures)]
+    options = SamplingOptions(cells.steps[0], cells.guidance[0], seed=0, batch_size=16)
+    batches = sample_batches(pipeline, labels, range(len(labels)), options, f"sheet {name}")
+    grid = make_grid(torch.cat([smaller(pixels, SHEET_SIDE) for pixels in batches]), nrow=config.sheet_pictures, padding=1)
+    to_pil_image(grid).save(RESULTS / f"pictures-{config.name}-{name}.jpg", quality=85)
+
+
+def write(path: Path, content: dict, config: Pictures256Config) -> None:
+    content["targets"] = targets(content["cells"])
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text("\n".join(table(content, config)) + "\n", encoding="utf-8")
+
+
+def targets(cells: dict) -> list[dict]:
+    """Four steps of the mixture against the Gaussian model's best at any number of steps, in each network; the difference over
+    its 95 % interval."""
+    mixture = [cell for cell in cells.values() if cell["model"] == "mixture" and cell["steps"] == 4]
+    gaussian = [cell for cell in cells.values() if cell["model"] == "gaussian"]
+    found = []
+    for network in mixture[0]["features"] if mixture and gaussian else ():
+        ours, theirs = (
+            min((cell["features"][network] for cell in some), key=lambda each: each["frechet"]) for some in (mixture, gaussian)
+        )
+        margin = 1.96 * float(np.hypot(ours["frechet_sd"], theirs["frechet_sd"]))
+        found.append(
+            target(
+                f"{network}: 4 steps - best Gaussian, over the 95 % interval",
+                "<= 1",
+                (ours["frechet"] - theirs["frechet"]) / margin,
+            )
+        )
+        found.append(target(f"{network}: 4 steps / best Gaussian", "<= 1", ours["frechet"] / theirs["frechet"]))
+    return found
+
+
+def table(content: dict, config: Pictures256Config) -> list[str]:
+    """A row for every cell, with a column for each network."""
+    networks = list(content["floor"]["features"])
+    columns = ("frechet", "frechet_held_out", "precision", "recall", "coverage", "nearest")
+    lines = [
+        f"{config.samples} samples, compared at {config.images.resolution} pixels, in the features of {' \\| '.join(networks)} "
+        f"(`{content['command']}`).",
+        "",
+        "| | to training | to held-out | precision | recall | coverage | nearest | copies |",
+        "|---" * 8 + "|",
+    ]
+    for name, cell in {
+        **content["cells"],
+        "held-out pictures": content["floor"],
+        "training pictures": content["training"],
+    }.items():
+        values = [[cell["features"][network].get(column, float("nan")) for network in networks] for column in columns]
+        margins = [1.96 * cell["features"][network]["frechet_sd"] for network in networks]
+        texts = [" \\| ".join(f"{value:.2f}" for value in of_column) for of_column in values]
+        texts[0] += " ± " + " \\| ".join(f"{margin:.2f}" for margin in margins)
+        lines.append(f"| {name} | {' | '.join(texts)} | {cell['copies']:.2f} |")
+    return lines + target_table(content["targets"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(Pictures256Config, pictures_256, __doc__))
