@@ -1,5 +1,5 @@
-"""The 256-pixel models: how near samples are to the training and to held-out pictures, whether training pictures come out again,
-and a sheet of samples of every class.
+"""The 256-pixel models: how near samples are to the training and to held-out pictures, whether training pictures come out
+again, and a sheet of samples of every class.
 
 Pictures are compared at ``images.resolution``, to which samples are reduced as the real ones are. Every cell of the table, a
 model at a number of steps with a guidance scale, is kept as soon as it is measured, and not measured again.
@@ -34,7 +34,8 @@ from ldm_smd.pipelines.loading import NETWORKS, weight_files
 from ldm_smd.sampling.batches import SamplingOptions, sample_batches
 from ldm_smd.schedulers import make_scheduler
 
-SHEET_SIDE = 64
+SHEET_SIDE, SEPARATOR = 64, " \\| "
+COLUMNS = ("frechet", "frechet_held_out", "precision", "recall", "coverage", "nearest")
 
 
 @dataclass
@@ -79,7 +80,8 @@ def pictures_256(config: Pictures256Config) -> Path:
                 of = {"samples": config.samples, "weights": digest}
                 if {name: content["cells"].get(key, {}).get(name) for name in of} == of:
                     continue
-                pixels = reduced(pipeline, labels, SamplingOptions(steps, guidance, seed=0, batch_size=16), config, key)
+                options = SamplingOptions(steps, guidance, seed=0, batch_size=16)
+                pixels = reduced(pipeline, labels, options, config.images.resolution, key)
                 found = {"model": name, "steps": steps, "guidance": guidance} | of | measure.measure(pixels)
                 content["cells"][key] = found
                 write(path, content, config)
@@ -89,11 +91,9 @@ def pictures_256(config: Pictures256Config) -> Path:
     return path
 
 
-def reduced(
-    pipeline: SMDPipeline, labels: list[int], options: SamplingOptions, config: Pictures256Config, what: str
-) -> torch.Tensor:
-    """Sample, and bring to the size at which pictures are compared; uint8 (N, 3, R, R)."""
-    side, batches = config.images.resolution, sample_batches(pipeline, labels, range(len(labels)), options, what)
+def reduced(pipeline: SMDPipeline, labels: list[int], options: SamplingOptions, side: int, what: str) -> torch.Tensor:
+    """Sample, and bring to the size at which pictures are compared; uint8 (N, 3, side, side)."""
+    batches = sample_batches(pipeline, labels, range(len(labels)), options, what)
     return torch.cat([smaller(pixels, side) for pixels in batches])
 
 
@@ -110,8 +110,8 @@ def sheet(name: str, cells: Cells, config: Pictures256Config) -> None:
     classes = range(len(pipeline.config.id2label))
     labels = [label for label in classes for _ in range(config.sheet_pictures)]
     options = SamplingOptions(cells.steps[0], cells.guidance[0], seed=0, batch_size=16)
-    batches = sample_batches(pipeline, labels, range(len(labels)), options, f"sheet {name}")
-    grid = make_grid(torch.cat([smaller(pixels, SHEET_SIDE) for pixels in batches]), nrow=config.sheet_pictures, padding=1)
+    pixels = reduced(pipeline, labels, options, SHEET_SIDE, f"sheet {name}")
+    grid = make_grid(pixels, nrow=config.sheet_pictures, padding=1)
     to_pil_image(grid).save(RESULTS / f"pictures-{config.name}-{name}.jpg", quality=85)
 
 
@@ -129,41 +129,33 @@ def targets(cells: dict) -> list[dict]:
     gaussian = [cell for cell in cells.values() if cell["model"] == "gaussian"]
     found = []
     for network in mixture[0]["features"] if mixture and gaussian else ():
-        ours, theirs = (
-            min((cell["features"][network] for cell in some), key=lambda each: each["frechet"]) for some in (mixture, gaussian)
-        )
+        ours, theirs = (nearest(some, network) for some in (mixture, gaussian))
         margin = 1.96 * float(np.hypot(ours["frechet_sd"], theirs["frechet_sd"]))
-        found.append(
-            target(
-                f"{network}: 4 steps - best Gaussian, over the 95 % interval",
-                "<= 1",
-                (ours["frechet"] - theirs["frechet"]) / margin,
-            )
-        )
+        further = (ours["frechet"] - theirs["frechet"]) / margin
+        found.append(target(f"{network}: 4 steps - best Gaussian, over the 95 % interval", "<= 1", further))
         found.append(target(f"{network}: 4 steps / best Gaussian", "<= 1", ours["frechet"] / theirs["frechet"]))
     return found
 
 
+def nearest(cells: list[dict], network: str) -> dict:
+    return min((cell["features"][network] for cell in cells), key=lambda found: found["frechet"])
+
+
 def table(content: dict, config: Pictures256Config) -> list[str]:
-    """A row for every cell, with a column for each network."""
+    """A row for every cell, with a number for each network."""
     networks = list(content["floor"]["features"])
-    columns = ("frechet", "frechet_held_out", "precision", "recall", "coverage", "nearest")
+    compared, both = f"{config.samples} samples, compared at {config.images.resolution} pixels", SEPARATOR.join(networks)
     lines = [
-        f"{config.samples} samples, compared at {config.images.resolution} pixels, in the features of {' \\| '.join(networks)} "
-        f"(`{content['command']}`).",
+        f"{compared}, in the features of {both} (`{content['command']}`).",
         "",
         "| | to training | to held-out | precision | recall | coverage | nearest | copies |",
         "|---" * 8 + "|",
     ]
-    for name, cell in {
-        **content["cells"],
-        "held-out pictures": content["floor"],
-        "training pictures": content["training"],
-    }.items():
-        values = [[cell["features"][network].get(column, float("nan")) for network in networks] for column in columns]
-        margins = [1.96 * cell["features"][network]["frechet_sd"] for network in networks]
-        texts = [" \\| ".join(f"{value:.2f}" for value in of_column) for of_column in values]
-        texts[0] += " ± " + " \\| ".join(f"{margin:.2f}" for margin in margins)
+    real = {"held-out pictures": content["floor"], "training pictures": content["training"]}
+    for name, cell in (content["cells"] | real).items():
+        measured = [cell["features"][network] for network in networks]
+        texts = [SEPARATOR.join(f"{each.get(column, float('nan')):.2f}" for each in measured) for column in COLUMNS]
+        texts[0] += " ± " + SEPARATOR.join(f"{1.96 * each['frechet_sd']:.2f}" for each in measured)
         lines.append(f"| {name} | {' | '.join(texts)} | {cell['copies']:.2f} |")
     return lines + target_table(content["targets"])
 
