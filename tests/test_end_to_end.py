@@ -1,5 +1,6 @@
 """The tools one after another on pictures, as the README has them; and the demo, tiny."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,10 +13,13 @@ from safetensors.torch import load_file
 
 from ldm_smd.apps.demo import demo, run_config
 from ldm_smd.apps.settings import DemoConfig
+from ldm_smd.apps.showcase import Showcase
 from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode
 from ldm_smd.data.settings import EncodeConfig
+from ldm_smd.errors import UserError
 from ldm_smd.models.feature_network import FeatureNetwork
+from ldm_smd.pipelines import SMDPipeline
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
 from ldm_smd.training.ema import EMA
@@ -121,6 +125,8 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
     smd, vanilla = runs
     distilling = yaml.safe_load(Path(smd["config"]).read_text()) | {"objective": {"name": "distillation"}}
     (tmp_path / "distilled.yaml").write_text(yaml.safe_dump(distilling))
+    showing = yaml.safe_load(Path(smd["config"]).read_text()) | {"autoencoder": str(vae_folder)}
+    (tmp_path / "showcase.yaml").write_text(yaml.safe_dump(showing))
     distilled = vanilla | {"name": "distilled", "config": str(tmp_path / "distilled.yaml"), "learning_rate_share": 1}
     runs = [vanilla | {"learning_rate_share": 0}, distilled, smd]
     encoding = {"images": {"source": str(pictures), "resolution": 16}, "autoencoder": str(vae_folder), "num_workers": 0}
@@ -134,6 +140,15 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
         "runs": runs,
         "images": 32,
         "steps": [2, 3],
+        "showcase": {
+            "config": str(tmp_path / "showcase.yaml"),
+            "images": encoding["images"],
+            "classes": ["square", "disc", "disc"],
+            "models": [
+                {"name": "a", "caption": "Gaussian", "checkpoint": vanilla["checkpoint"], "steps": [2], "guidance_scale": 2},
+                {"name": "b", "caption": "mixture", "checkpoint": smd["checkpoint"], "steps": [1, 2]},
+            ],
+        },
     }
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(content))
     config = load_config(DemoConfig, tmp_path / "demo.yaml")
@@ -154,6 +169,13 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
     before, after = (model["distance"] for model in row["models"][:2])
     assert f"{before:.2f} before, {after:.2f} now" in row["seen"] and ("no nearer" in row["seen"]) == (after >= before)
     assert row["seen"] in page and page.count("data:image/png;base64,") == 3 + 6 + 2
+    assert page.count("data:image/jpeg;base64,") == 3
+    places = [page.index(f"<figcaption>{text}</figcaption>") for text in ("Gaussian, 2 steps, guidance 2", "mixture, 1 step")]
+    assert places == sorted(places) and places[-1] < page.index("Distance to the training pictures")
+    assert Image.open(tmp_path / "demo/large.jpg").size == (3 * 18 + 2, 3 * 20)
+    assert SMDPipeline.from_pretrained(tmp_path / "demo/b/model")([1], num_inference_steps=1).images
+    with pytest.raises(UserError, match=r"showcase\.classes: expected some of disc, square, found ring"):
+        Showcase(dataclasses.replace(config.showcase, classes=["disc", "ring"]))
 
     # What is not trained is the shipped network, in a model folder; what is trained has its rate.
     weights = [
