@@ -10,6 +10,7 @@ from conversion import ConversionConfig
 from few_steps import FewStepsConfig
 from gms import GMSConfig
 from like import LikeConfig
+from pictures_256 import Pictures256Config
 from rivals import RivalsConfig
 from schedulers import SchedulersConfig
 from teleport import TeleportBenchmarkConfig
@@ -35,6 +36,7 @@ FILES = [(path, *FOLDERS[folder]) for folder in FOLDERS for path in sorted((ROOT
 FILES += [
     (ROOT / "demo.yaml", DemoConfig, []),
     (ROOT / "classifier.yaml", TrainClassifierConfig, []),
+    (ROOT / "classifier-256.yaml", TrainClassifierConfig, []),
     (ROOT / "explore.yaml", ExploreConfig, []),
     (ROOT / "benchmarks/conversion-emoji.yaml", ConversionConfig, []),
     (ROOT / "benchmarks/features-selfsupervised.yaml", TrainFeaturesConfig, []),
@@ -43,6 +45,7 @@ FILES += [
     (ROOT / "benchmarks/gms-cifar10.yaml", GMSConfig, []),
     (ROOT / "benchmarks/gms-emoji.yaml", GMSConfig, []),
     (ROOT / "benchmarks/like-emoji.yaml", LikeConfig, []),
+    (ROOT / "benchmarks/pictures-256.yaml", Pictures256Config, []),
     (ROOT / "benchmarks/rivals-cifar10.yaml", RivalsConfig, []),
     (ROOT / "benchmarks/rivals-emoji.yaml", RivalsConfig, []),
     (ROOT / "benchmarks/schedulers-emoji.yaml", SchedulersConfig, []),
