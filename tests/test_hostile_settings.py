@@ -41,6 +41,7 @@ def bases(pictures, vae_folder, shards, train_config, gaussian_folder, tmp_path)
     (tmp_path / "encode.yaml").write_text(yaml.safe_dump(encoding | {"output": "unused"}))
     unused = {"shards": "unused", "autoencoder": "unused", "output": "unused"}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(training | unused))
+    (tmp_path / "showcase.yaml").write_text(yaml.safe_dump(training | unused | {"autoencoder": str(vae_folder)}))
     run = {"name": "smd", "config": str(tmp_path / "train.yaml"), "checkpoint": str(model / "unet")}
     short = {"images_total": 8, "batch_size": 8}
     return {
@@ -82,6 +83,12 @@ def bases(pictures, vae_folder, shards, train_config, gaussian_folder, tmp_path)
             "runs": [run],
             "images": 8,
             "steps": [1],
+            "showcase": {
+                "config": str(tmp_path / "showcase.yaml"),
+                "images": images,
+                "classes": ["disc"],
+                "models": [{"name": "large", "caption": "large", "checkpoint": str(model / "unet"), "steps": [1]}],
+            },
         },
     }
 

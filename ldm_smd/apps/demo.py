@@ -164,13 +164,22 @@ def check_inputs(config: DemoConfig) -> None:
         raise UserError("runs: expected at least one model, found none")
     parts = {"encode": config.encode} | ({} if ":" in config.features else {"features": config.features})
     for index, run in enumerate(config.runs):
-        if run.name in (LATENTS, "..") or Path(run.name).name != run.name or len(run.name) > LONGEST_NAME:
-            raise UserError(f"runs: expected a name for a folder below output, other than {LATENTS}, found {run.name!r}")
+        check_name("runs", run.name)
         parts |= {f"runs[{index}].config": run.config}
         parts |= {f"runs[{index}].checkpoint": str(Path(run.checkpoint) / SAFETENSORS_WEIGHTS_NAME)}
+    for index, model in enumerate(config.showcase.models):
+        check_name("showcase.models", model.name)
+        parts |= {"showcase.config": config.showcase.config}
+        parts |= {f"showcase.models[{index}].checkpoint": str(Path(model.checkpoint) / SAFETENSORS_WEIGHTS_NAME)}
     for key, part in parts.items():
         if not Path(part).exists():
             raise UserError(f"{key}: expected a path from the folder of the repository, where demo is to run, found no {part}")
+
+
+def check_name(key: str, name: str) -> None:
+    """Raise UserError unless a model may have this name, which its folder has too."""
+    if name in (LATENTS, "..") or Path(name).name != name or len(name) > LONGEST_NAME:
+        raise UserError(f"{key}: expected a name for a folder below output, other than {LATENTS}, found {name!r}")
 
 
 def target(name: str, wanted: str, measured: float, holds: bool) -> dict:
