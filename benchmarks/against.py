@@ -26,7 +26,7 @@ from ldm_smd.models.unet import SMDUNet2DModel
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/against.json"
-SHIPPED = ("unet-emoji-256-smd", "unet-emoji-256-gaussian", "unet-emoji-vanilla")
+SHIPPED = ("unet-emoji-smd", "unet-emoji-256-gaussian", "unet-emoji-vanilla")
 SIDES, BATCH, DRAWS, ROUNDS = (8, 16), 8, 4, 40
 
 

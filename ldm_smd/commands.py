@@ -75,13 +75,13 @@ examples:
     "sample": """Sample pictures from a trained model.
 
 examples:
-  python tools/sample.py model=outputs/demo/large-mixture/model output=outputs/samples
-  python tools/sample.py model=outputs/demo/large-mixture/model output=outputs/flags classes=[flags,symbols] per_class=16 steps=4
-  python tools/sample.py model=outputs/demo/large-mixture/model output=outputs/free classes=[] per_class=64
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/samples
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/flags classes=[Flags,Symbols] per_class=16 steps=4
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/free classes=[] per_class=64
   python tools/sample.py model=outputs/demo/vanilla/model output=outputs/ddim scheduler=DDIMScheduler guidance_scale=2
-  python tools/sample.py model=outputs/demo/large-mixture/model output=outputs/sde steps=16 \\
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/sde steps=16 \\
       scheduler=DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++
-  python tools/sample.py model=outputs/demo/large-mixture/model output=outputs/from-sketch image=sketch.png strength=0.6 steps=16
+  python tools/sample.py model=outputs/demo/smd/model output=outputs/from-sketch image=sketch.png strength=0.6 steps=16
   python tools/sample.py model=my/run/model output=outputs/guided guide=my/run/checkpoints/images-000000200000/ema \\
       guidance_scale=2 guidance_interval=[0.3,5]
   python tools/sample.py model=my/like/model output=outputs/text text="a red balloon" clip=open_clip:ViT-B-32:laion2b_s34b_b79k
@@ -92,7 +92,7 @@ Frechet distance, KID, CMMD, precision, recall, density and coverage, in the fea
 after its network; only that of Inception is an FID.
 
 examples:
-  python tools/evaluate.py --config configs/evaluate/emoji.yaml model=outputs/demo/distilled/model output=outputs/distilled.json
+  python tools/evaluate.py --config configs/evaluate/emoji.yaml model=outputs/demo/smd/model output=outputs/smd.json
   python tools/evaluate.py reference.source=my/pictures reference.resolution=256 pictures=my/samples output=my/result.json \\
       features=[open_clip:ViT-L-14-336:openai,dinov2:vit_large_patch14_dinov2:lvd142m]
   accelerate launch tools/evaluate.py --config configs/evaluate/emoji.yaml model=my/run/model count=50000 labels=balanced \\

@@ -15,7 +15,7 @@ from yardstick import plain_log_ticks
 
 NOISE, DRAFTS = "steps", "steps_from_drafts"
 OURS, WHITE, AFTER, START = "distillation", "distillation-iid", "energy-distillation", "Gaussian start"
-SHIPPED = "outputs/emoji-smd/model/unet"
+SHIPPED = "checkpoints/unet-emoji-smd"
 Cell = Callable[[dict], float]
 
 

@@ -68,7 +68,7 @@ class ShowcaseConfig(Settings):
 
     models: list[ShownModelConfig] = field(default_factory=list)
     """None: no such pictures."""
-    config: str = "configs/train/emoji-256-smd.yaml"
+    config: str = "configs/train/emoji-256-gaussian.yaml"
     """Training config of the models: its autoencoder, schedule and classes."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
     """The pictures they were trained on; only the names of their classes are read."""
