@@ -117,7 +117,7 @@ examples:
   python tools/average.py run=my/run sigma_rel=0.07 images=150000 output=my/earlier
   python tools/sample.py model=my/average output=my/samples
 """,
-    "train-autoencoder": """Train a small autoencoder on your own pictures: AutoencoderKL, or AutoencoderDC for large ones.
+    "train-autoencoder": """Train a small autoencoder on your own pictures.
 
 examples:
   python tools/train_autoencoder.py --config configs/autoencoder/emoji.yaml
