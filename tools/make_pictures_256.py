@@ -117,7 +117,7 @@ def main() -> int:
         if not (getattr(arguments, name) / "package").is_dir():
             print(f"make_pictures_256: expected {getattr(arguments, name)}/package, found no such folder", file=sys.stderr)
             return 2
-    designs = {name: read(getattr(arguments, name)) for name, read in readers.items()}
+    designs: dict[str, dict] = {name: read(getattr(arguments, name)) for name, read in readers.items()}
     groups = read_names(arguments.names)
     training, held_out = split(groups)
     arguments.output.mkdir(parents=True, exist_ok=True)
