@@ -26,7 +26,7 @@ import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -108,7 +108,7 @@ def write_zip(found: Iterator[tuple[str, bytes]], path: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    readers = {"fluent": fluent, "noto": noto, "twemoji": twemoji}
+    readers: dict[str, Callable[[Path], dict]] = {"fluent": fluent, "noto": noto, "twemoji": twemoji}
     for name in (*readers, "names"):
         parser.add_argument(f"--{name}", type=Path, required=True, help="folder of the unpacked npm package")
     parser.add_argument("output", type=Path, help="folder for the zips and names.json")
