@@ -6,9 +6,9 @@ model at a number of steps with a guidance scale, is kept as soon as it is measu
 
 examples:
   python benchmarks/pictures_256.py --config configs/benchmarks/pictures-256.yaml
-  python benchmarks/pictures_256.py --config configs/benchmarks/pictures-256.yaml samples=500 sheet_pictures=0
+  python benchmarks/pictures_256.py --config configs/benchmarks/pictures-256.yaml samples=2000 sheet_pictures=0
 
-Writes benchmarks/results/pictures-256.json, .md, and a sheet for the mixture and one for the Gaussian model.
+Writes benchmarks/results/pictures-256.json and .md, and pictures-256-NAME.jpg for each of the ``sheets``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from omegaconf import MISSING
 from pictures import PictureConfig, PictureMeasure
 from PIL import Image
 from targets import target, target_table
@@ -42,7 +43,7 @@ COLUMNS = ("frechet", "frechet_held_out", "precision", "recall", "coverage", "ne
 class Cells:
     """What is measured of a model: every number of steps with every guidance scale."""
 
-    model: str = "???"
+    model: str = MISSING
     """Model folder (RUN/model)."""
     steps: list[int] = field(default_factory=list)
     guidance: list[float] = field(default_factory=lambda: [1.0])
@@ -71,8 +72,7 @@ def pictures_256(config: Pictures256Config) -> Path:
     content |= {"floor": measure.floor, "training": measure.training, "command": " ".join(["python", *sys.argv])}
     labels = [label for label in measure.labels(config.samples) if label is not None]
     for name, cells in config.models.items():
-        pipeline = load_pipeline(cells.model)
-        pipeline.scheduler = make_scheduler(cells.scheduler, pipeline.scheduler)
+        pipeline = pipeline_of(cells)
         digest = [sha256(file) for file in weight_files(Path(cells.model), (*NETWORKS, "vae"))]
         for steps in cells.steps:
             for guidance in cells.guidance:
@@ -91,6 +91,13 @@ def pictures_256(config: Pictures256Config) -> Path:
     return path
 
 
+def pipeline_of(cells: Cells) -> SMDPipeline:
+    """Load the model, with the scheduler it is measured with."""
+    pipeline = load_pipeline(cells.model)
+    pipeline.scheduler = make_scheduler(cells.scheduler, pipeline.scheduler)
+    return pipeline
+
+
 def reduced(pipeline: SMDPipeline, labels: list[int], options: SamplingOptions, side: int, what: str) -> torch.Tensor:
     """Sample, and bring to the size at which pictures are compared; uint8 (N, 3, side, side)."""
     batches = sample_batches(pipeline, labels, range(len(labels)), options, what)
@@ -105,8 +112,7 @@ def smaller(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 def sheet(name: str, cells: Cells, config: Pictures256Config) -> None:
     """A row for every class, of seeds 0, 1, .. none chosen."""
-    pipeline = load_pipeline(cells.model)
-    pipeline.scheduler = make_scheduler(cells.scheduler, pipeline.scheduler)
+    pipeline = pipeline_of(cells)
     classes = range(len(pipeline.config.id2label))
     labels = [label for label in classes for _ in range(config.sheet_pictures)]
     options = SamplingOptions(cells.steps[0], cells.guidance[0], seed=0, batch_size=16)
