@@ -1,9 +1,9 @@
 """tools/encode.py: images -> latent shards, by any number of processes, which may be stopped and restarted at any time.
 
-The work follows from the input alone: shard k holds the k-th slice of the images, sorted and then shuffled with a fixed seed,
-and worker i of n takes the shards i, i + n, ... Workers never talk to each other. Each shard is written under a temporary name,
-synced and renamed, and then confirmed by a record beside it. A restart skips shards that match their record. The worker that
-finds every record writes the manifest, which is the same whoever encoded what.
+The work follows from the input alone: shard k holds the k-th slice of the images, sorted and then mixed with a fixed seed
+(mixing.py), and worker i of n takes the i-th of n runs of shards. Workers never talk to each other. Each shard is written under
+a temporary name, synced and renamed, and then confirmed by a record beside it. A restart skips shards that match their record.
+The worker that finds every record writes the manifest, which is the same whoever encoded what.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,13 +35,18 @@ from ..errors import UserError
 from ..files import atomic_file, claimed, sha256
 from ..models.clip import ClipEncoder
 from ..progress import progress
+from .entries import Entry
 from .images import Pictures, read_pictures
+from .index import PictureIndex
+from .mixing import Mixing
 from .settings import EncodeConfig
 from .shards import DTYPE, EMBEDDING, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json
-from .sources import Entry, fingerprint, list_entries
+from .sources import list_pictures
 from .stream import index_tar
 
 PLAN = "plan.json"
+INDEX = ".index"
+"""Folder with the list of the pictures."""
 OF_PICTURES = ("pictures", "pictures_sha256", "files_sha256")
 NOT_IN_MANIFEST = ("format", "pictures", "files_sha256")
 """Settings of the plan that stay out of the manifest: a copy of the images, with other modification times, has the same one."""
@@ -58,46 +63,67 @@ class EncodedBatch(NamedTuple):
     embeddings: np.ndarray | None
 
 
+class MixedPictures(Sequence[Entry]):
+    """The pictures of an index in the order in which they go into the shards."""
+
+    def __init__(self, index: PictureIndex, mixing: Mixing) -> None:
+        self.index, self.mixing = index, mixing
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position):  # type: ignore[override,no-untyped-def]
+        return self.index[self.mixing.pictures(position, position + 1)[0]]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is to be encoded. ``settings``, all that the shards depend on, go to plan.json: no run continues with others."""
 
-    entries: list[Entry]
+    entries: Sequence[Entry]
     settings: dict
     shard_size: int
     batch_size: int
 
     @classmethod
-    def of(cls, config: EncodeConfig, autoencoder: FrozenAutoencoder, clip: ClipEncoder | None = None) -> Plan:
-        entries, classes = list_entries(config.images)
-        if config.shuffle:
-            entries = [entries[index] for index in np.random.default_rng(0).permutation(len(entries))]
-        digest = hashlib.sha256()
-        for entry in entries:
-            digest.update(repr((entry.key, entry.label, entry.size)).encode())
+    def of(
+        cls,
+        config: EncodeConfig,
+        autoencoder: FrozenAutoencoder,
+        clip: ClipEncoder | None = None,
+        turn: tuple[int, int] = (0, 1),
+    ) -> Plan:
+        index = list_pictures(config.images, Path(config.output) / INDEX, turn)
+        mixing = Mixing(index.mixed_counts(), config.shuffle_tars, config.shuffle)
         settings = {
             "format": FORMAT,
-            "pictures": len(entries),
-            "pictures_sha256": digest.hexdigest(),
-            "files_sha256": fingerprint(entries, config.compare_contents),
+            "pictures": len(index),
+            "pictures_sha256": index.pictures_sha256,
+            "files_sha256": index.files_sha256(config.compare_contents),
             "autoencoder": {"source": autoencoder.name, **autoencoder.identity()},
             "resolution": config.images.resolution,
             "crop": config.images.crop,
             "background": config.images.background,
             "mirror": config.mirror,
+            "shuffle_tars": config.shuffle_tars if config.shuffle else 0,
             "shard_size": config.shard_size,
             "batch_size": config.batch_size,
             "device": autoencoder.device.type,
-            "classes": classes,
+            "classes": index.classes,
             "versions": {name: version(name) for name in ("torch", "diffusers", "pillow", "webdataset")},
         }
         if clip is not None:
             settings["embedding"] = clip.identity()
-        return cls(entries, settings, config.shard_size, config.batch_size)
+        return cls(MixedPictures(index, mixing), settings, config.shard_size, config.batch_size)
 
     @property
     def shards(self) -> range:
         return range(-(-len(self.entries) // self.shard_size))
+
+    def shards_of(self, worker: int, workers: int) -> range:
+        """A worker's shards follow each other, so that it reads few parts of the source, and each of them once."""
+        count = len(self.shards)
+        return self.shards[worker * count // workers : (worker + 1) * count // workers]
 
     @cached_property
     def sha256(self) -> str:
@@ -124,6 +150,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
     worker, workers = which_worker(config.worker)
     output, writer = Path(config.output), f"worker-{worker}-of-{workers}-"
     with claimed(output, worker=writer, inside=True):
+        check_unused(output)
         device = pick_device(config.device)
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
         if config.images.resolution % autoencoder.factor:
@@ -132,9 +159,9 @@ def encode(config: EncodeConfig) -> Manifest | None:
                 f"{config.images.resolution}"
             )
         clip = None if config.embedding is None else ClipEncoder.of(config.embedding, device, "embedding")
-        plan = Plan.of(config, autoencoder, clip)
+        plan = Plan.of(config, autoencoder, clip, (worker, workers))
         claim(output, plan, writer)
-        shards = plan.shards[worker::workers]
+        shards = plan.shards_of(worker, workers)
         missing = [shard for shard in shards if not finished(output, plan, shard)]
         if len(missing) < len(shards):
             print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already", file=sys.stderr)
@@ -162,11 +189,16 @@ def which_worker(worker: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def check_unused(output: Path) -> None:
+    """Raise UserError where ``output`` holds files, but of no run."""
+    # Another worker may just have written the plan.
+    if not (output / PLAN).is_file() and any(path.name != PLAN for path in output.glob("[!.]*")):
+        raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
+
+
 def claim(output: Path, plan: Plan, writer: str) -> None:
     """Write plan.json into a new folder; in one that has it, check that it is this plan."""
     if not (output / PLAN).is_file():
-        if any(path.name != PLAN for path in output.glob("[!.]*")):  # another worker may just have written the plan
-            raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
         with atomic_file(output / PLAN, writer) as temporary:
             temporary.write_text(json.dumps(plan.settings, indent=1), encoding="utf-8")
     there = read_json(output / PLAN)

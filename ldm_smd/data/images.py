@@ -17,8 +17,9 @@ from PIL import Image, ImageColor, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
+from .entries import Entry
 from .settings import MOST_PIXELS, ImagesConfig
-from .sources import Entry, list_entries
+from .sources import list_pictures
 
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Memory addresses in Pillow's messages, which differ in every run, where manifests are to be the same."""
@@ -70,7 +71,7 @@ def decode(
 class PictureBatches(Dataset):
     """Map-style dataset with Pictures for each batch of indices, which the DataLoader workers run."""
 
-    def __init__(self, entries: list[Entry], config: ImagesConfig, batches: Sequence[Sequence[int]]) -> None:
+    def __init__(self, entries: Sequence[Entry], config: ImagesConfig, batches: Sequence[Sequence[int]]) -> None:
         self.entries, self.config, self.batches = entries, config, batches
 
     def __len__(self) -> int:
@@ -94,7 +95,7 @@ class PictureBatches(Dataset):
 
 
 def read_pictures(
-    entries: list[Entry], config: ImagesConfig, batches: Sequence[Sequence[int]], num_workers: int = 0
+    entries: Sequence[Entry], config: ImagesConfig, batches: Sequence[Sequence[int]], num_workers: int = 0
 ) -> Iterator[Pictures]:
     """Read the images of each batch of indices into ``entries``, in order.
 
@@ -110,10 +111,10 @@ def read_pictures(
 
 def load_pixels(config: ImagesConfig, num_workers: int = 0) -> tuple[torch.Tensor, list[int | None], list[str]]:
     """Read all readable images of a source: uint8 (N, 3, R, R), labels, class names. For sets that fit in memory."""
-    entries, classes = list_entries(config)
+    entries = list_pictures(config)
     batches = [range(len(entries))[start : start + 256] for start in range(0, len(entries), 256)]
     parts = list(read_pictures(entries, config, batches, num_workers))
     pixels = torch.cat([part.pixels for part in parts])
     if not len(pixels):
         raise UserError(f"images.source: expected readable pictures, found none of {len(entries)} in {config.source}")
-    return pixels, [label for part in parts for label in part.labels], classes
+    return pixels, [label for part in parts for label in part.labels], entries.classes

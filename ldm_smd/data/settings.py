@@ -53,8 +53,11 @@ class EncodeConfig(Settings):
     """open_clip:ARCHITECTURE:FILE.safetensors, a name of pretrained weights for the file, or open_clip:FOLDER with the files of
     an OpenCLIP model on the hub: also store each picture's embedding, for models that make pictures like another one."""
     shuffle: bool = True
-    """Shuffle the pictures over the shards, with a fixed seed: training reads a whole shard before the next, so all should be
-    alike. false: keep the order of the source, if reading it in another is slow."""
+    """Mix the pictures over the shards, with a fixed seed: training reads a whole shard before the next, so all should be
+    alike. false: keep the order of the source."""
+    shuffle_tars: int = number(64, 1, 10**6)
+    """Pictures of this many tars at a time, chosen at random, are mixed with each other (of other sources: of so many runs of
+    100,000 pictures). A worker reads from at most twice as many tars at once."""
     shard_size: int = number(1000, 1, 10**7)
     """Pictures in a shard."""
     batch_size: int = number(32, 1, 2**16)
