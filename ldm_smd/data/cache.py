@@ -56,16 +56,16 @@ class FileCache:
     def fetch(self, url: str | Path, sha256: str | None = None, size: int | None = None, stamp: str = "") -> Path:
         """Return a local copy of ``url``; a local path is returned as it is.
 
-        The copy may go, when others need its room, before it is opened: ``use`` looks after that. Once open, or mapped, it stays
-        readable.
+        The copy may go, when others need its room, before it is opened: ``use`` looks after that. Once open, or mapped, it
+        stays readable.
 
         Args:
             sha256, size: what the file must have; a file without them is taken as it comes.
             stamp: of the file (``store.Stat``): a copy with another one is another file.
 
         Raises:
-            UserError: the file is not there, cannot be read, or is not as expected, also when fetched again; or the cache's disk
-                is full.
+            UserError: the file is not there, cannot be read, or is not as expected, also when fetched again; or the disk
+                of the cache is full.
         """
         if not store.is_remote(url):
             return Path(url)
@@ -103,7 +103,7 @@ class FileCache:
                     raise
                 time.sleep(0.01 * attempt)
         raise UserError(
-            f"{self.key}: expected a cache for more than what is read at once, found {self.limit_bytes} bytes in {self.folder}: "
+            f"{self.key}: expected a cache for all that is read at once, found {self.limit_bytes} bytes in {self.folder}: "
             f"{store.shown(str(url))} was gone {OPEN_ATTEMPTS} times before it was opened"
         )
 
@@ -119,7 +119,7 @@ class FileCache:
         return sorted(cached for cached in self._all() if not cached.path.name.startswith("."))
 
     def make_room(self, size: int) -> None:
-        """Remove the copies least recently used until ``size`` more bytes fit under the limit, and what killed processes left."""
+        """Remove what killed processes left, and the copies least recently used until ``size`` more bytes fit."""
         with self._locked("room"):
             now = time.time()
             for cached in self._all():
@@ -162,7 +162,7 @@ class FileCache:
             size = None if status is None else status.size
         if size is not None and size > self.limit_bytes:
             raise UserError(
-                f"{self.key}: expected a cache for {size} bytes or more, of {store.shown(url)}, found a limit of {self.limit_bytes}"
+                f"{self.key}: expected a cache for {store.shown(url)}, {size} bytes, found a limit of {self.limit_bytes}"
             )
         temporary = path.with_name(f".{path.name}.{this_process()}{os.urandom(4).hex()}.tmp")
         found = ""

@@ -1,7 +1,7 @@
 """Files in object stores and at URLs, through fsspec: s3://, gs://, https://, hf:// and whatever else it knows.
 
-Credentials come from the environment and files that the store's own library reads, never from a setting: what is printed of a URL
-has neither user, password nor signature. Connections that fail are tried again, after longer and longer pauses.
+Credentials come from the environment and files that the store's own library reads, never from a setting: what is printed of a
+URL has neither user, password nor signature. Connections that fail are tried again, after longer and longer pauses.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ SECONDS_TO_CONNECT, SECONDS_WITHOUT_A_BYTE = 10, 60
 
 @dataclass(frozen=True)
 class Retries:
-    """How often a request is made, and the pauses between: ``first`` seconds, twice that, and so on up to ``longest``, each less
-    a random part of up to a half, so that many processes do not come back at once."""
+    """How often a request is made, and the pauses between: ``first`` seconds, twice that, and so on up to ``longest``, each
+    less a random part of up to a half, so that many processes do not come back at once."""
 
     attempts: int = 9
     first: float = 0.5
@@ -153,14 +153,14 @@ def options_of(scheme: str) -> dict[str, Any]:
 
 
 def passing(error: BaseException) -> bool:
-    """Tell whether the same request may succeed later: after lost connections, cut bodies, timeouts and errors of the server."""
-    status = status_of(error) or status_of(error.__cause__)
-    if status is not None:
-        return status >= 500 or status in TOO_BUSY
+    """Tell whether the same request may succeed later: after lost connections, cut bodies, timeouts, errors of the server."""
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)):
         return False
     if any(kind.__name__ in PASSING_ERRORS for kind in type(error).__mro__):
         return True
+    status = status_of(error) or status_of(error.__cause__)
+    if status is not None:
+        return status >= 500 or status in TOO_BUSY
     return isinstance(error, OSError) and error.errno in PASSING_ERRNOS
 
 
@@ -240,8 +240,8 @@ def stat_of(url: str, info: dict) -> Stat:
 
 
 def listed(folder: str, key: str, pattern: str = "*", retries: Retries | None = None) -> list[Stat]:
-    """List the files directly in a folder whose names match ``pattern``, sorted; none where there is no such folder. One request
-    for a thousand files, however many match. Over https:// a server must have an index page."""
+    """List the files directly in a folder whose names match ``pattern``, sorted; none where there is no such folder. One
+    request for a thousand files, however many match. Over https:// a server must have an index page."""
 
     def entries() -> list[dict]:
         store, path = store_of(folder, key)
@@ -275,8 +275,8 @@ def download(url: str, path: Path, key: str, size: int | None = None, retries: R
 
 
 def upload(path: Path, url: str, key: str, retries: Retries | None = None) -> None:
-    """Copy a file to ``url``, where it is whole or, after an error, absent or as it was before: a store gives an object its name
-    when all of it is there."""
+    """Copy a file to ``url``, where it is whole or, after an error, absent or as it was before: a store gives an object its
+    name when all of it is there."""
     size = path.stat().st_size
 
     def put() -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import sys
 import threading
 
 import pytest
@@ -126,7 +127,7 @@ def test_no_bucket_no_credentials_and_no_package_are_told(bucket, tmp_path, monk
     store.store_of(bucket, "shards")[0].clear_instance_cache()
     with pytest.raises(UserError, match=r"^shards: expected to read s3://.*, found: Unable to locate credentials"):
         store.read_bytes(f"{bucket}/x", "shards")
-    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(
         UserError, match=r"expected the package that reads gs:// \(pip install 'ldm_smd\[gcs\]'\), found it missing"
     ):
