@@ -8,17 +8,13 @@ The worker that finds every record writes the manifest, which is the same whoeve
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -35,18 +31,13 @@ from ..errors import UserError
 from ..files import atomic_file, claimed, sha256
 from ..models.clip import ClipEncoder
 from ..progress import progress
-from .entries import Entry
 from .images import Pictures, read_pictures
-from .index import PictureIndex
-from .mixing import Mixing
+from .plan import Plan
 from .settings import EncodeConfig
 from .shards import DTYPE, EMBEDDING, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json
-from .sources import list_pictures
 from .stream import index_tar
 
 PLAN = "plan.json"
-INDEX = ".index"
-"""Folder with the list of the pictures."""
 OF_PICTURES = ("pictures", "pictures_sha256", "files_sha256")
 NOT_IN_MANIFEST = ("format", "pictures", "files_sha256")
 """Settings of the plan that stay out of the manifest: a copy of the images, with other modification times, has the same one."""
@@ -61,85 +52,6 @@ class EncodedBatch(NamedTuple):
     pictures: Pictures
     moments: list[np.ndarray]
     embeddings: np.ndarray | None
-
-
-class MixedPictures(Sequence[Entry]):
-    """The pictures of an index in the order in which they go into the shards."""
-
-    def __init__(self, index: PictureIndex, mixing: Mixing) -> None:
-        self.index, self.mixing = index, mixing
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, position):  # type: ignore[override,no-untyped-def]
-        return self.index[self.mixing.pictures(position, position + 1)[0]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be encoded. ``settings``, all that the shards depend on, go to plan.json: no run continues with others."""
-
-    entries: Sequence[Entry]
-    settings: dict
-    shard_size: int
-    batch_size: int
-
-    @classmethod
-    def of(
-        cls,
-        config: EncodeConfig,
-        autoencoder: FrozenAutoencoder,
-        clip: ClipEncoder | None = None,
-        turn: tuple[int, int] = (0, 1),
-    ) -> Plan:
-        index = list_pictures(config.images, Path(config.output) / INDEX, turn)
-        mixing = Mixing(index.mixed_counts(), config.shuffle_tars, config.shuffle)
-        settings = {
-            "format": FORMAT,
-            "pictures": len(index),
-            "pictures_sha256": index.pictures_sha256,
-            "files_sha256": index.files_sha256(config.compare_contents),
-            "autoencoder": {"source": autoencoder.name, **autoencoder.identity()},
-            "resolution": config.images.resolution,
-            "crop": config.images.crop,
-            "background": config.images.background,
-            "mirror": config.mirror,
-            "shuffle_tars": config.shuffle_tars if config.shuffle else 0,
-            "shard_size": config.shard_size,
-            "batch_size": config.batch_size,
-            "device": autoencoder.device.type,
-            "classes": index.classes,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "pillow", "webdataset")},
-        }
-        if clip is not None:
-            settings["embedding"] = clip.identity()
-        return cls(MixedPictures(index, mixing), settings, config.shard_size, config.batch_size)
-
-    @property
-    def shards(self) -> range:
-        return range(-(-len(self.entries) // self.shard_size))
-
-    def shards_of(self, worker: int, workers: int) -> range:
-        """A worker's shards follow each other, so that it reads few parts of the source, and each of them once."""
-        count = len(self.shards)
-        return self.shards[worker * count // workers : (worker + 1) * count // workers]
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-
-    def path(self, output: Path, shard: int) -> Path:
-        width = max(5, len(str(len(self.shards) - 1)))
-        return output / f"latents-{shard:0{width}d}.tar"
-
-    def batches(self, shard: int) -> list[range]:
-        """Entries of a shard, a batch at a time. No batch crosses the end: another worker may take the next shard."""
-        indices = range(len(self.entries))[shard * self.shard_size : (shard + 1) * self.shard_size]
-        return [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
-
-    def count(self, shard: int) -> int:
-        return sum(map(len, self.batches(shard)))
 
 
 def encode(config: EncodeConfig) -> Manifest | None:

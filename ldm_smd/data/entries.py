@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from ..errors import UserError, one_line
+from .cache import FileCache
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Result = TypeVar("Result")
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 HUGGING_FACE = "datasets:"
 OPEN_FILES = 160
@@ -46,26 +50,57 @@ class Entry:
             return open_zip(self.path, os.getpid()).read(cast(str, self.member))
         if self.size is None:
             return Path(self.path).read_bytes()
-        data = os.pread(_descriptor(self.path).number, self.size, self.offset)
+        data = os.pread(self._open().fileno(), self.size, self.offset)
         if len(data) < self.size:
             raise OSError(f"{len(data)} bytes and not {self.size}: the tar was cut short")
         return data
 
+    def _open(self) -> io.FileIO:
+        return open_file(Path(self.path))
 
-class _Descriptor:
-    """An open file, closed when nothing refers to it."""
 
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+@dataclass(frozen=True)
+class RemoteTar:
+    """A tar in a store, that comes to a cache on this machine before it is read.
 
-    def __del__(self) -> None:
-        os.close(self.number)
+    Attributes:
+        size, stamp: of the file, as the store has them.
+        cache: folder of the local copies, of at most ``limit_bytes`` together.
+    """
+
+    url: str
+    size: int | None
+    stamp: str
+    cache: str
+    limit_bytes: int
+
+    def use(self, function: Callable[[Path], Result]) -> Result:
+        """Return ``function(path of a local copy)``."""
+        cache = FileCache(self.cache, self.limit_bytes, key="images.source")
+        return cache.use(self.url, function, size=self.size, stamp=self.stamp)
+
+
+@dataclass(frozen=True)
+class RemoteEntry(Entry):
+    """An image in a tar in a store."""
+
+    tar: RemoteTar | None = None
+
+    def _open(self) -> io.FileIO:
+        assert self.tar is not None
+        return open_copy(self.tar)
 
 
 @lru_cache(maxsize=OPEN_FILES)
-def _descriptor(path: str) -> _Descriptor:
-    """Forked processes may share it: reads name their position."""
-    return _Descriptor(path)
+def open_file(path: Path) -> io.FileIO:
+    """Open a file for ``os.pread``. Forked processes may share it: reads name their position."""
+    return open(path, "rb", buffering=0)
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def open_copy(tar: RemoteTar) -> io.FileIO:
+    """Open the local copy of a tar; the cache may remove it afterwards."""
+    return tar.use(lambda path: open(path, "rb", buffering=0))
 
 
 @lru_cache(maxsize=8)

@@ -27,12 +27,14 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 @dataclass
 class Pictures:
-    """A batch of images: ``pixels`` uint8 (b, 3, R, R), keys and labels; and the name and reason of each that is unreadable."""
+    """A batch of images: ``pixels`` uint8 (b, 3, R, R), keys and labels; the name and reason of each that is unreadable; and
+    the error, where the source itself could not be read."""
 
     pixels: torch.Tensor
     keys: list[str]
     labels: list[int | None]
     unreadable: list[dict]
+    error: str | None = None
 
     def pin_memory(self) -> Pictures:
         return replace(self, pixels=self.pixels.pin_memory())
@@ -83,6 +85,9 @@ class PictureBatches(Dataset):
         for entry in (self.entries[number] for number in self.batches[index]):
             try:
                 pixels.append(decode(entry.read(), config.resolution, config.crop, config.background, config.max_pixels))
+            except UserError as error:  # of the source, and not of a picture: a store that is away
+                found.error = str(error)
+                break
             except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
                 reason = ADDRESS.sub("", f"{type(error).__name__}: {error}")
                 found.unreadable.append({"name": entry.name, "reason": reason})
@@ -99,10 +104,12 @@ def read_pictures(
 ) -> Iterator[Pictures]:
     """Read the images of each batch of indices into ``entries``, in order.
 
-    Raises UserError at the first unreadable image where ``config.strict``.
+    Raises UserError where the source cannot be read, or at the first unreadable image where ``config.strict``.
     """
     dataset = PictureBatches(entries, config, batches)
     for pictures in DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available()):
+        if pictures.error:  # raised here: a DataLoader makes several lines of what its workers raise
+            raise UserError(pictures.error)
         if pictures.unreadable and config.strict:
             first = pictures.unreadable[0]
             raise UserError(f"images.strict: expected every picture to be readable, found {first['name']}: {first['reason']}")

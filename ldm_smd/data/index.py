@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class PictureIndex(Sequence[Entry]):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, number):  # type: ignore[override,no-untyped-def]
+    def __getitem__(self, number):
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
         if not -len(self) <= number < len(self):
@@ -241,7 +241,7 @@ def contents_of(entry: Entry) -> str:
         return type(error).__name__
 
 
-def joined_sha256(texts) -> str:  # type: ignore[no-untyped-def]
+def joined_sha256(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
         digest.update(f"{text}\n".encode("utf-8", "surrogateescape"))

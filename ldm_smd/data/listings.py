@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..errors import UserError
-from .entries import EXTENSIONS, Entry, open_dataset, open_zip
+from .entries import EXTENSIONS, Entry, RemoteEntry, RemoteTar, open_dataset, open_zip
 from .tar_headers import tar_members
 
 LABEL_BYTES, LARGEST_LABEL = 64, 999_999_999
@@ -93,11 +93,14 @@ class TarPart(Part):
         return webdataset_key(name)[0].replace(".", "_")
 
     def listing(self) -> Listing:
+        return self._list(Path(self.path))
+
+    def _list(self, path: Path) -> Listing:
         pictures: dict[str, list[tuple[str, int, int]]] = {}
         labels: dict[str, list[int]] = {}
         try:
-            with open(self.path, "rb") as file:
-                for member in tar_members(self.path):
+            with open(path, "rb") as file:
+                for member in tar_members(path):
                     key, extension = webdataset_key(member.name)
                     if extension == "cls":
                         data = os.pread(file.fileno(), min(member.size, LABEL_BYTES), member.offset)
@@ -126,6 +129,22 @@ class TarPart(Part):
 
     def entry(self, key: str, name: str, label: int | None, offset: int, size: int) -> Entry:
         return Entry(key, label, self.path, name, offset, size)
+
+
+@dataclass(frozen=True)
+class RemoteTarPart(TarPart):
+    """A webdataset tar in a store; ``path`` is its URL, without credentials."""
+
+    tar: RemoteTar
+
+    def stamp(self) -> str | None:
+        return f"{self.tar.size}-{self.tar.stamp}"
+
+    def listing(self) -> Listing:
+        return self.tar.use(self._list)
+
+    def entry(self, key: str, name: str, label: int | None, offset: int, size: int) -> Entry:
+        return RemoteEntry(key, label, self.path, name, offset, size, self.tar)
 
 
 @dataclass(frozen=True)

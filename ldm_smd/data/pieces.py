@@ -75,7 +75,7 @@ class Piece:
         text = np.frombuffer(bytearray().join(names), np.uint8)
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         hashes = np.fromiter((hash_of(key(name)) for name in listing.names), np.uint64, len(names))
-        columns = {"text": text, "ends": ends, "hashes": hashes, **listing.arrays()}
+        columns: dict[str, np.ndarray] = {"text": text, "ends": ends, "hashes": hashes, **listing.arrays()}
         pictures = hashlib.sha256(json.dumps(listing.classes).encode())
         for column in ("text", "ends", "labels", "sizes"):
             pictures.update(columns[column].data)

@@ -13,8 +13,8 @@ class ImagesConfig(Settings):
     """Where pictures come from and how they are resized."""
 
     source: str = MISSING
-    """A folder (class = first sub-folder), a .zip of one, webdataset tars ("data/train-*.tar", "{000..009}", also at https://
-    or s3:// URLs), or datasets:NAME, a Hugging Face dataset of the hub or of a folder."""
+    """A folder (class = first sub-folder), a .zip of one, webdataset tars ("data/train-*.tar", "{000..009}", also at s3://,
+    gs://, https:// or hf:// URLs), or datasets:NAME, a Hugging Face dataset of the hub or of a folder."""
     resolution: int = number(64, 8, 8192)
     """Side of the square pictures, in pixels."""
     crop: str = choice("center", ("center", "pad"))
@@ -24,7 +24,10 @@ class ImagesConfig(Settings):
     split: str = "train"
     """Split of a Hugging Face dataset."""
     cache: str = "~/.cache/ldm_smd"
-    """Where tars from URLs are kept."""
+    """Folder for local copies of tars from URLs; processes and machines may share it."""
+    cache_gigabytes: float = number(200.0, above=0, most=1e9)
+    """Beyond this, the copies that were used least recently are removed. It must have room for the tars that are read at a
+    time (``shuffle_tars`` of tools/encode.py)."""
     allow_pipe: bool = False
     """Run "pipe:COMMAND" sources, as webdataset does: any command, in a shell."""
     background: str = "white"

@@ -1,38 +1,39 @@
-"""Image sources: a folder, a zip of one, webdataset tars here or at a URL, or a Hugging Face dataset, listed alike.
+"""Image sources: a folder, a zip of one, webdataset tars here or in a store, or a Hugging Face dataset, listed alike.
 
 A source is listed in sorted order, without decoding anything: image ``i`` is the same for any number of processes.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import json
 import math
 import re
 import sys
-from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import braceexpand
-from webdataset.gopen import Pipe, gopen, gopen_schemes
+from webdataset.gopen import gopen
 
 from ..errors import UserError, one_line
 from ..files import atomic_file, this_process
-from .entries import EXTENSIONS, HUGGING_FACE
+from . import store
+from .entries import EXTENSIONS, HUGGING_FACE, RemoteTar
 from .index import PictureIndex, Pieces, PiecesOnDisk
-from .listings import UNLABELLED, DatasetPart, Part, TarPart, folder_parts, zip_part
+from .listings import UNLABELLED, DatasetPart, Part, RemoteTarPart, TarPart, folder_parts, zip_part
 from .settings import ImagesConfig
 
 CHUNK_BYTES = 2**20
+PATTERN = re.compile(r"[*?\[]")
+REQUESTS_AT_ONCE = 16
 UNNAMED_CLASSES = 1_000
 """Labels without a list of names may leave out classes if there are at most so many; otherwise a tenth must occur."""
 NUMBER_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 MOST_TARS = 1_000_000
 """Most tars that braces may stand for."""
-
-# As webdataset reads gs:// with gsutil; 1.0 has nothing for s3://.
-gopen_schemes.setdefault("s3", lambda url, mode, bufsize: Pipe(["aws", "s3", "cp", url, "-"], mode=mode, bufsize=bufsize))
 
 
 def list_pictures(config: ImagesConfig, folder: Path | None = None, turn: tuple[int, int] = (0, 1)) -> PictureIndex:
@@ -52,12 +53,12 @@ def list_pictures(config: ImagesConfig, folder: Path | None = None, turn: tuple[
     return index
 
 
-def source_parts(config: ImagesConfig) -> tuple[list[Part], list[str]]:
-    """Return the parts of a source, and its tars, if that is what it is."""
+def source_parts(config: ImagesConfig) -> tuple[list[Part], list[Part]]:
+    """Return the parts of a source, and again those that are tars."""
     source = config.source
     if not (source.startswith(HUGGING_FACE) or source.endswith(".zip") or Path(source).is_dir()):
-        tars = tar_paths(source, config)
-        return [TarPart(path) for path in tars], tars
+        tars = tar_parts(source, config)
+        return tars, tars
     if config.classes is not None:
         raise UserError(f"images.classes: expected null, {source} names its classes itself, found {config.classes}")
     if source.startswith(HUGGING_FACE):
@@ -65,12 +66,16 @@ def source_parts(config: ImagesConfig) -> tuple[list[Part], list[str]]:
     return (folder_parts(Path(source)) if Path(source).is_dir() else [zip_part(source)]), []
 
 
-def numbered_classes(index: PictureIndex, config: ImagesConfig, first_tar: str) -> list[str]:
+def numbered_classes(index: PictureIndex, config: ImagesConfig, first_tar: Part) -> list[str]:
     """Names of the classes whose numbers tars have; [] where no picture has one."""
     labels = index.labels() - {UNLABELLED}
-    classes_file = Path(config.classes) if config.classes else Path(first_tar).parent / "classes.json"
-    if classes_file.is_file():
-        classes = json.loads(classes_file.read_text(encoding="utf-8"))
+    classes_file = config.classes or f"{first_tar.path.rpartition('/')[0] or '.'}/classes.json"
+    content = read_file(classes_file)
+    if content is not None:
+        try:
+            classes = json.loads(content)
+        except ValueError:
+            classes = None
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise UserError(f"images.classes: expected a JSON list of class names, found something else in {classes_file}")
     elif config.classes:
@@ -80,16 +85,57 @@ def numbered_classes(index: PictureIndex, config: ImagesConfig, first_tar: str) 
     return classes if labels else []
 
 
-def tar_paths(pattern: str, config: ImagesConfig) -> list[str]:
-    """List the tars that a pattern stands for; those at URLs are fetched."""
-    paths: list[str] = []
-    # A shell command may have braces of its own.
-    for expanded in [pattern] if pattern.startswith("pipe:") else _expand_braces(pattern):
-        remote = expanded.startswith("pipe:") or urlsplit(expanded).scheme in gopen_schemes
-        paths += [str(_fetch(expanded, config))] if remote else sorted(glob.glob(expanded))
-    if not paths:
+def read_file(path: str) -> bytes | None:
+    """Return the contents of a small file, here or in a store; None where there is none."""
+    try:
+        return store.read_bytes(path, "images.classes") if store.is_remote(path) else Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+
+
+def tar_parts(pattern: str, config: ImagesConfig) -> list[Part]:
+    """List the tars that a pattern stands for, here or in a store."""
+    if pattern.startswith("pipe:"):  # a shell command may have braces of its own
+        return [TarPart(str(_run_pipe(pattern, config)))]
+    parts: list[Part] = []
+    expanded = _expand_braces(pattern)
+    if store.is_remote(pattern):
+        store.require_no_credentials(pattern, "images.source")
+        cache, limit = f"{config.cache}/tars", int(config.cache_gigabytes * 1e9)
+        for found in remote_tars(expanded):
+            parts.append(RemoteTarPart(found.url, RemoteTar(found.url, found.size, found.stamp, cache, limit)))
+    else:
+        parts += [TarPart(path) for each in expanded for path in sorted(glob.glob(each))]
+    if not parts:
         raise UserError(f"images.source: expected a folder, a .zip or webdataset tars, found nothing at {pattern}")
-    return paths
+    return parts
+
+
+def remote_tars(urls: list[str]) -> list[store.Stat]:
+    """Find the tars of URLs, whose names may have * and ?. A folder with several is listed, which is one request for many."""
+    folders: dict[str, list[str]] = {}
+    for url in urls:
+        folder, _, name = url.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    found: list[store.Stat] = []
+    for folder, names in folders.items():
+        patterns = [name for name in names if PATTERN.search(name)]
+        if patterns or (len(names) > 1 and not folder.startswith("http")):  # few web servers list a folder
+            there = store.listed(folder, "images.source")
+            matching = {name: [each for each in there if fnmatch.fnmatchcase(each.name, name)] for name in patterns}
+            known = {each.name: each for each in there}
+            for name in names:
+                found += matching[name] if name in matching else [known[name]] if name in known else _missing(folder, name)
+        else:
+            with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+                wanted = [store.joined(folder, name) for name in names]
+                for name, each in zip(names, pool.map(lambda url: store.stat(url, "images.source"), wanted)):
+                    found += [each] if each is not None else _missing(folder, name)
+    return found
+
+
+def _missing(folder: str, name: str) -> list[store.Stat]:
+    raise UserError(f"images.source: expected a tar at {store.shown(store.joined(folder, name))}, found none")
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -104,7 +150,7 @@ def _expand_braces(pattern: str) -> list[str]:
         raise UserError(f"images.source: expected balanced braces, found {pattern!r}: {one_line(error)}") from error
 
 
-def _unnamed_classes(labels: set[int], classes_file: Path) -> list[str]:
+def _unnamed_classes(labels: set[int], classes_file: str) -> list[str]:
     """Name classes by number, 0 to the highest label: the same for parts of a set that leave out some. A stray label must not
     make a list of a billion."""
     count = max(labels, default=-1) + 1
@@ -116,22 +162,21 @@ def _unnamed_classes(labels: set[int], classes_file: Path) -> list[str]:
     return [str(label) for label in range(count)]
 
 
-def _fetch(url: str, config: ImagesConfig) -> Path:
-    """Fetch the tar at a URL to ``config.cache``, once, and return its path."""
-    if url.startswith("pipe:") and not config.allow_pipe:
-        found = f"a shell command, {url!r}; images.allow_pipe=true has it run"
+def _run_pipe(command: str, config: ImagesConfig) -> Path:
+    """Keep the tar that a shell command prints in ``config.cache``, once, and return its path."""
+    if not config.allow_pipe:
+        found = f"a shell command, {command!r}; images.allow_pipe=true has it run"
         raise UserError(f"images.source: expected files or URLs, found {found}")
-    name = PurePosixPath(urlsplit(url).path).name if "://" in url else "pipe.tar"
-    path = Path(config.cache).expanduser() / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    path = Path(config.cache).expanduser() / f"{hashlib.sha256(command.encode()).hexdigest()[:16]}-pipe.tar"
     if path.is_file():
-        print(f"{url}: the copy of an earlier run, {path}", file=sys.stderr)
+        print(f"{command}: the copy of an earlier run, {path}", file=sys.stderr)
         return path
-    print(f"fetching {url}", file=sys.stderr)
+    print(f"fetching {command}", file=sys.stderr)
     try:
-        with atomic_file(path, this_process()) as temporary, gopen(url) as stream, open(temporary, "wb") as file:
+        with atomic_file(path, this_process()) as temporary, gopen(command) as stream, open(temporary, "wb") as file:
             while chunk := stream.read(CHUNK_BYTES):
                 file.write(chunk)
-            stream.close()  # raises where the reader did not end well
+            stream.close()  # raises where the command did not end well
     except OSError as error:
-        raise UserError(f"images.source: expected a tar at {url}, found {one_line(error)}") from error
+        raise UserError(f"images.source: expected a tar from {command}, found {one_line(error)}") from error
     return path

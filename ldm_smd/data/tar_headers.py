@@ -105,9 +105,11 @@ def _number(field: bytes) -> int:
     """Octal digits, or base 256 after a byte of 0x80."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    digits = field.split(b"\0", 1)[0].strip()
+    digits = field.rstrip(b" \0")
+    if b"\0" in digits:
+        digits = digits.split(b"\0", 1)[0]
     try:
-        return int(digits, 8) if digits else 0
+        return int(digits, 8) if digits.strip() else 0
     except ValueError:
         raise tarfile.ReadError(f"invalid header: a number, not {field!r}") from None
 

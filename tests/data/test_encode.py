@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import webdataset as wds
@@ -17,8 +18,9 @@ from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import load_config
-from ldm_smd.data.encode import INDEX, Plan, encode
+from ldm_smd.data.encode import encode
 from ldm_smd.data.entries import Entry
+from ldm_smd.data.plan import INDEX, Plan
 from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.errors import UserError
 from ldm_smd.files import claimed
@@ -182,6 +184,28 @@ def test_a_killed_run_goes_on_where_it_was(shards, settings, encode_to, tmp_path
     assert not (tmp_path / "out/manifest.json").exists()
     encode_to("out")
     assert_same(tmp_path / "out", shards)
+
+
+def test_pictures_in_a_store_give_the_same_shards(shards, pictures, encode_to, tmp_path):
+    """And a cache that is too small for the tars that are mixed is refused before anything is fetched twice."""
+    files = sorted(pictures.rglob("*.png"))
+    store = fsspec.filesystem("memory")
+    for number in range(3):
+        with wds.TarWriter(str(tmp_path / "part.tar")) as tar:
+            for file in files[number::3]:
+                label = ("disc", "square").index(file.parent.name)
+                tar.write({"__key__": f"{file.parent.name}/{file.stem}", "png": file.read_bytes(), "cls": str(label)})
+        store.pipe_file(f"/of-encode/part-{number}.tar", (tmp_path / "part.tar").read_bytes())
+        (tmp_path / f"part-{number}.tar").write_bytes((tmp_path / "part.tar").read_bytes())
+    store.pipe_file("/of-encode/classes.json", b'["disc", "square"]')
+    (tmp_path / "classes.json").write_text('["disc", "square"]')
+    remote = ("images.source=memory://of-encode/part-*.tar", f"images.cache={tmp_path / 'cache'}", "shuffle_tars=2")
+    encode_to("local", f"images.source={tmp_path}/part-?.tar", "shuffle_tars=2")
+    assert encode_to("remote", *remote).classes == ["disc", "square"]
+    for name in ("manifest.json", *(path.name for path in shards.glob("*.tar"))):
+        assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    with pytest.raises(UserError, match=r"images\.cache_gigabytes: expected .* for the 2 tars that are mixed at a time"):
+        encode_to("again", *remote, "images.cache_gigabytes=2e-5")
 
 
 def test_other_settings_do_not_mix(encode_to, tmp_path):
