@@ -7,10 +7,11 @@ are in memory. Image ``i`` is the same for any number of processes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -113,21 +114,25 @@ class PictureIndex(Sequence[Entry]):
 
     def _check_labels(self, own_names: bool) -> None:
         for part, summary in enumerate(self.summaries):
-            wrong = [UNLABELLED] if UNLABELLED in summary.labels else []
-            if not own_names and summary.highest >= len(self.classes):
-                wrong.append(summary.highest)
-            if wrong:
-                first = self[int(self.starts[part]) + self.pieces.open(self.parts[part]).first_with_label(wrong[0])]
+            most = summary.highest if own_names else len(self.classes) - 1
+            if summary.count and (summary.lowest == UNLABELLED or summary.highest > most):
+                labels = self.pieces.open(self.parts[part]).labels
+                wrong = int(np.flatnonzero((labels == UNLABELLED) | (labels > most))[0])
+                first = self[int(self.starts[part]) + wrong]
                 raise UserError(
                     f"images.source: expected a label from 0 to {len(self.classes) - 1} ({len(self.classes)} classes), "
                     f"found {first.label} for {first.name} (key {first.key})"
                 )
 
-    def labels(self) -> set[int]:
-        """Return the different labels, UNLABELLED too."""
-        return {
-            label for summary in self.summaries for label in (*summary.labels, *([summary.highest] if summary.count else []))
-        }
+    @property
+    def highest_label(self) -> int:
+        """UNLABELLED where no picture has a label."""
+        return max((each.highest for each in self.summaries), default=UNLABELLED)
+
+    def count_labels(self) -> int:
+        """Return the number of different labels; reads the index of every part."""
+        labels = [np.unique(self.pieces.open(part).labels) for part in self.parts]
+        return int((np.unique(np.concatenate(labels)) != UNLABELLED).sum())
 
 
 class Pieces:
@@ -183,11 +188,15 @@ class PiecesOnDisk(Pieces):
             raise UserError(f"images.source: expected a whole index in {self.folder}, found {found}") from error
 
     def repeated(self, index: PictureIndex) -> Repeated:
+        """Find them, or load what another process has found."""
         path = self.folder / f"repeated-{self.whole}.safetensors"
         with suppress(OSError, ValueError, KeyError):
             return Repeated.load(path)
-        found = find_repeated(index)
-        found.save(path)
+        with locked(path):
+            with suppress(OSError, ValueError, KeyError):
+                return Repeated.load(path)
+            found = find_repeated(index)
+            found.save(path)
         return found
 
     def _name(self, part: Part, stamp: str | None) -> str:
@@ -212,18 +221,30 @@ class PiecesOnDisk(Pieces):
         path = self.folder / self.names[part]
         if path.is_file():
             return False
-        lock = FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0)
-        try:
-            lock.acquire()
-        except Timeout:
-            return False
-        try:
-            if not path.is_file():
+        with locked(path, wait) as held:
+            if held and not path.is_file():
                 make_piece(part).save(path)
-            return True
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+            return held
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock beside a file that several processes would make, and tell whether it is held. The kernel, or over NFS the
+    server, releases it when its process ends. Where a file system has no locks, all make the file, and it is the same."""
+    lock = FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    try:
+        yield True
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # before the release: others find no file, or a new one
+        lock.release()
 
 
 def make_piece(part: Part) -> Piece:

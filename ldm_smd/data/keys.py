@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from ..files import atomic_file, this_process
 from .pieces import hash_of, map_safetensors
 
-AT_ONCE = 2**22
+AT_ONCE = 2**19
 """Hashes in memory at once, about."""
 
 

@@ -20,8 +20,6 @@ from ..files import atomic_file, this_process
 from .listings import UNLABELLED, Listing
 
 OPEN_PIECES = 160
-MOST_LABELS = 100_000
-"""Different labels of a part that are counted; more are none that anyone would have names for."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +29,14 @@ class Summary:
     Attributes:
         pictures, files: hashes of names, labels and sizes; and of what shows that a file was changed.
         classes: which the part names itself, for its labels; None where labels are numbers.
-        labels: the different ones, UNLABELLED too, at most MOST_LABELS of them.
-        highest: the highest of all.
+        lowest, highest: labels; UNLABELLED is the lowest of all.
     """
 
     count: int
     pictures: str
     files: str
     classes: list[str] | None
-    labels: list[int]
+    lowest: int
     highest: int
 
 
@@ -56,6 +53,10 @@ class Piece:
     def hashes(self) -> np.ndarray:
         return self.columns["hashes"]
 
+    @property
+    def labels(self) -> np.ndarray:
+        return self.columns["labels"]
+
     def name(self, number: int) -> str:
         ends = self.columns["ends"]
         start = int(ends[number - 1]) if number else 0
@@ -63,11 +64,8 @@ class Piece:
 
     def row(self, number: int) -> tuple[str, int, int, int]:
         """Return name, label, offset and size."""
-        labels, offsets, sizes = (self.columns[name] for name in ("labels", "offsets", "sizes"))
-        return self.name(number), int(labels[number]), int(offsets[number]), int(sizes[number])
-
-    def first_with_label(self, label: int) -> int:
-        return int(np.flatnonzero(self.columns["labels"] == label)[0])
+        offsets, sizes = self.columns["offsets"], self.columns["sizes"]
+        return self.name(number), int(self.labels[number]), int(offsets[number]), int(sizes[number])
 
     @classmethod
     def of(cls, listing: Listing, stamp: str | None, key: Callable[[str], str]) -> Piece:
@@ -79,10 +77,9 @@ class Piece:
         pictures = hashlib.sha256(json.dumps(listing.classes).encode())
         for column in ("text", "ends", "labels", "sizes"):
             pictures.update(columns[column].data)
-        labels = np.unique(columns["labels"]).tolist()
-        highest = labels[-1] if labels else UNLABELLED
-        files = stamp or listing.stamp
-        return cls(columns, Summary(len(names), pictures.hexdigest(), files, listing.classes, labels[:MOST_LABELS], highest))
+        labels = columns["labels"] if names else np.array([UNLABELLED])
+        extremes = int(labels.min()), int(labels.max())
+        return cls(columns, Summary(len(names), pictures.hexdigest(), stamp or listing.stamp, listing.classes, *extremes))
 
     def save(self, path: Path) -> None:
         with atomic_file(path, this_process()) as temporary:

@@ -68,7 +68,6 @@ def source_parts(config: ImagesConfig) -> tuple[list[Part], list[Part]]:
 
 def numbered_classes(index: PictureIndex, config: ImagesConfig, first_tar: Part) -> list[str]:
     """Names of the classes whose numbers tars have; [] where no picture has one."""
-    labels = index.labels() - {UNLABELLED}
     classes_file = config.classes or f"{first_tar.path.rpartition('/')[0] or '.'}/classes.json"
     content = read_file(classes_file)
     if content is not None:
@@ -81,8 +80,8 @@ def numbered_classes(index: PictureIndex, config: ImagesConfig, first_tar: Part)
     elif config.classes:
         raise UserError(f"images.classes: expected a JSON list of class names, found no file {classes_file}")
     else:
-        classes = _unnamed_classes(labels, classes_file)
-    return classes if labels else []
+        classes = _unnamed_classes(index, classes_file)
+    return classes if index.highest_label != UNLABELLED else []
 
 
 def read_file(path: str) -> bytes | None:
@@ -150,13 +149,13 @@ def _expand_braces(pattern: str) -> list[str]:
         raise UserError(f"images.source: expected balanced braces, found {pattern!r}: {one_line(error)}") from error
 
 
-def _unnamed_classes(labels: set[int], classes_file: str) -> list[str]:
+def _unnamed_classes(index: PictureIndex, classes_file: str) -> list[str]:
     """Name classes by number, 0 to the highest label: the same for parts of a set that leave out some. A stray label must not
     make a list of a billion."""
-    count = max(labels, default=-1) + 1
-    if count > UNNAMED_CLASSES and count > 10 * len(labels):
+    count = index.highest_label + 1
+    if count > UNNAMED_CLASSES and count > 10 * (different := index.count_labels()):
         raise UserError(
-            f"images.classes: expected a JSON list of class names for {len(labels)} different labels up to {count - 1}, "
+            f"images.classes: expected a JSON list of class names for {different} different labels up to {count - 1}, "
             f"found no file {classes_file}"
         )
     return [str(label) for label in range(count)]
