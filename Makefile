@@ -1,10 +1,11 @@
 # make demo: pictures in some minutes.  make test: the tests.  make test-cpus: as other CPUs run them.
+# make gpu: what a GPU does with it, in eight minutes.
 # make test-settings: all settings at hostile values.  make test-wheel: the package as others install it.
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-cpus test-settings test-wheel lint clean
+.PHONY: demo gpu test test-cpus test-settings test-wheel lint clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,6 +14,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py --config configs/demo.yaml
+
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -52,12 +52,17 @@ class Network:
     plain: Callable[[Backbone], torch.nn.Module]
 
 
-def dit_xl() -> Backbone:
-    """In the layout of the ImageNet DiT-XL/2 (arXiv 2212.09748), without its learned variance."""
+def dit(layers: int, heads: int, head_dim: int) -> Backbone:
+    """In the layout of an ImageNet DiT (arXiv 2212.09748) with patches of 2x2, without its learned variance."""
+    shape = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
     with torch.device("meta"):
-        config = plain_config(DiTTransformer2DModel(num_layers=28, in_channels=CHANNELS, out_channels=CHANNELS))
+        config = plain_config(DiTTransformer2DModel(**shape, in_channels=CHANNELS, out_channels=CHANNELS))
     sizes = {"sample_size": SIDE, "in_channels": CHANNELS, "num_classes": 1000}
     return ExtendedDiTTransformer2DModel(config | {"sample_size": SIDE}, **sizes)
+
+
+dit_xl = partial(dit, 28, 16, 72)
+dit_b = partial(dit, 12, 12, 64)
 
 
 def stable_diffusion(tail_blocks: int | None = None) -> Backbone:

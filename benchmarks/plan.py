@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ldm_smd.config import load_config
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DiffusionConfig, DistillationConfig
+from ldm_smd.models.backbone import Backbone
 from ldm_smd.models.denoiser import predict
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schedulers.schedule import build_scheduler
@@ -164,8 +165,9 @@ def unet_of(config: TrainConfig, mixture: bool, checkpointing: bool) -> SMDUNet2
     return unet
 
 
-def dit_of(mixture: bool, checkpointing: bool) -> torch.nn.Module:
-    extended = dit_xl()
+def dit_of(mixture: bool, checkpointing: bool, make: Callable[[], Backbone] = dit_xl) -> torch.nn.Module:
+    """A DiT as a mixture, or as the Gaussian model within."""
+    extended = make()
     network = extended if mixture else extended.transformer
     if checkpointing:
         network.enable_gradient_checkpointing()

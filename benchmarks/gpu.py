@@ -1,0 +1,259 @@
+"""What a GPU does with this project, in one command of under eight minutes that needs torch and wheels only: make gpu
+
+Training images a second of the ImageNet UNet and of DiT-B/2 on 32x32x4 latents, as Gaussian model and as mixture, in float32
+(TF32), bf16, and bf16 compiled, with the share of the GPU's peak; peak memory against what plan.py computes; pictures a second
+of Stable Diffusion's encoder at 256 and 512 pixels; xformers' attention against torch's. Weights and inputs are random.
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --teraflops 312 --seconds 3    # an A100
+
+Without a GPU it ends with exit code 2. Writes benchmarks/results/gpu.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from autoencoders import stable_diffusion
+from denoisers import dit_b
+from few_step.jobs import synchronised
+from plan import FLOAT32, LATENT, TRAINING_CONFIG, Model, dit_of, unet_of
+from targets import target, target_table
+
+from ldm_smd.autoencoder import FrozenAutoencoder
+from ldm_smd.config import load_config
+from ldm_smd.diffusion.objectives import energy, mse
+from ldm_smd.models.attention import xformers_runs
+from ldm_smd.models.denoiser import predict
+from ldm_smd.training.settings import TrainConfig
+
+RESULT = Path(__file__).parent / "results" / "gpu.json"
+DRAWS = 4
+GAUSSIAN, MIXTURE = "Gaussian model", "mixture"
+MODES = ("float32 (TF32)", "bf16", "bf16, compiled")
+WEIGHTS_AND_ADAM = 4 * FLOAT32
+"""Bytes of a parameter: itself, its gradient, AdamW's two moments."""
+WANTED_RATIO, WANTED_MEMORY = 2.0, 1.15
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: ``batch`` pictures in training, ``pictures`` in encoding."""
+
+    networks: dict[str, Callable[[bool, bool], torch.nn.Module]]
+    batch: int
+    pictures: int
+    resolutions: tuple[int, ...]
+    tokens: int
+
+
+@dataclass
+class Run:
+    """Where, how long, and against what is measured."""
+
+    device: torch.device
+    seconds: float
+    teraflops: float
+
+    def planned(self, build: Callable[[bool, bool], torch.nn.Module], mixture: bool) -> Model:
+        return Model(build, DRAWS if mixture else 0)
+
+
+def full_sizes() -> Sizes:
+    config = load_config(TrainConfig, TRAINING_CONFIG)
+    networks = {"UNet of configs/train/imagenet-256.yaml": partial(unet_of, config), "DiT-B/2": partial(dit_of, make=dit_b)}
+    return Sizes(networks, batch=64, pictures=16, resolutions=(256, 512), tokens=1024)
+
+
+class TrainingStep:
+    """Forward, backward and AdamW of a network on one batch."""
+
+    def __init__(self, network: torch.nn.Module, mode: str, batch: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def noise(rows: int) -> torch.Tensor:
+            return torch.randn(rows, *LATENT, generator=generator).to(device)
+
+        self.network, self.device, self.batch = network.to(device).train(), device, batch
+        self.forward = torch.compile(network) if "compiled" in mode else network
+        self.mixture, self.bf16 = bool(getattr(network, "is_mixture", False)), "bf16" in mode
+        self.x, self.target, self.eta = noise(batch), noise(batch), noise(batch * DRAWS) if self.mixture else None
+        self.t = torch.randint(0, 1000, (batch,), generator=generator).to(device)
+        self.labels = torch.randint(0, 10, (batch,), generator=generator).to(device)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            found = predict(self.forward, self.x, self.t, self.labels, self.eta)
+        if self.mixture:
+            loss = energy(found.float().unflatten(0, (-1, DRAWS)), self.target).mean()
+        else:
+            loss = mse(found.float()[:, None], self.target).mean()
+        loss.backward()
+        self.optimizer.step()
+
+
+def rate(step: Callable[[], object], images: int, seconds: float, device: torch.device) -> float:
+    """Images a second: the median of rounds, after one that is not counted."""
+    step()
+    began = synchronised(device)
+    step()
+    rounds = max(3, int(seconds / (synchronised(device) - began)))
+    found = []
+    for _ in range(rounds):
+        began = synchronised(device)
+        step()
+        found.append(images / (synchronised(device) - began))
+    return statistics.median(found)
+
+
+def training(build: Callable[[bool, bool], torch.nn.Module], mode: str, kind: str, sizes: Sizes, run: Run) -> dict:
+    """Rate, share of the peak and memory of a network's training step."""
+    mixture = kind == MIXTURE
+    torch.manual_seed(0)
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step = TrainingStep(build(mixture, False), mode, sizes.batch, run.device)
+    found = rate(step, sizes.batch, run.seconds, run.device)
+    result = {"images_per_second": found}
+    if "bf16" in mode:
+        planned = run.planned(build, mixture)
+        result["share_of_peak"] = found * planned.flops / (run.teraflops * 1e12)
+        if run.device.type == "cuda":
+            result["peak_bytes"] = torch.cuda.max_memory_allocated()
+            result["planned_bytes"] = planned.parameters * WEIGHTS_AND_ADAM + planned.activations * sizes.batch
+    return result
+
+
+def encoding(sizes: Sizes, run: Run) -> dict[str, float]:
+    """Pictures a second of the encoder, by resolution, as tools/encode.py runs it."""
+    autoencoder = FrozenAutoencoder(stable_diffusion()).to(run.device)
+    found = {}
+    for resolution in sizes.resolutions:
+        pixels = torch.zeros(sizes.pictures, 3, resolution, resolution, dtype=torch.uint8, device=run.device)
+        found[str(resolution)] = rate(partial(autoencoder.encode_moments, pixels), sizes.pictures, run.seconds, run.device)
+    return found
+
+
+def attention(sizes: Sizes, run: Run) -> dict | None:
+    """Forward and backward by xformers and by torch: seconds over torch's, and the largest difference; None where xformers has
+    no kernel."""
+    dtype, heads, width = torch.bfloat16, 12, 64
+    if not xformers_runs(run.device.type, dtype, width):
+        return None
+    from xformers.ops import memory_efficient_attention
+
+    shape = (8, sizes.tokens, heads, width)
+    query, key, value = (torch.randn(shape, device=run.device, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def by_torch() -> torch.Tensor:
+        return F.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (query, key, value))).transpose(1, 2)
+
+    def by_xformers() -> torch.Tensor:
+        return memory_efficient_attention(query, key, value)
+
+    ways = {"torch": by_torch, "xformers": by_xformers}
+    rates = {
+        name: rate(lambda way=way: way().square().sum().backward(), 1, run.seconds, run.device) for name, way in ways.items()
+    }
+    difference = float((by_torch() - by_xformers()).abs().max())
+    return {"seconds_over_torch": rates["torch"] / rates["xformers"], "largest_difference": difference, "shape": list(shape)}
+
+
+def measure(sizes: Sizes, run: Run) -> dict:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    cells: dict[str, dict] = {}
+    for name, build in sizes.networks.items():
+        for mode in MODES:
+            for kind in (GAUSSIAN, MIXTURE):
+                began = time.perf_counter()
+                cell = f"{name}, {kind}, {mode}"
+                cells[cell] = training(build, mode, kind, sizes, run)
+                print(f"{cell}: {cells[cell]} ({time.perf_counter() - began:.0f} s)", flush=True)
+                torch.compiler.reset()
+    return {"training": cells, "encoding": encoding(sizes, run), "attention": attention(sizes, run)}
+
+
+def targets(result: dict, sizes: Sizes) -> list[dict]:
+    found = []
+    for name in sizes.networks:
+        gaussian, mixture = (result["training"][f"{name}, {kind}, bf16"] for kind in (GAUSSIAN, MIXTURE))
+        ratio = gaussian["images_per_second"] / mixture["images_per_second"]
+        found.append(target(f"{name}: training step, {DRAWS} draws, over the Gaussian model's", f"<= {WANTED_RATIO}", ratio))
+        if "peak_bytes" in mixture:
+            over = mixture["peak_bytes"] / mixture["planned_bytes"]
+            found.append(target(f"{name}: peak memory over the plan's", f"<= {WANTED_MEMORY}", over))
+    return found
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "diffusers", "xformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def table(result: dict) -> str:
+    lines = [
+        f"`{result['command']}`, {result['device']}, torch {result['versions']['torch']}; peak {result['teraflops']:g} "
+        f"TFLOP/s. Training: batch {result['batch']}, 32x32x4 latents, {DRAWS} draws of the mixture.",
+        "",
+        "| training | images/s | of the peak | memory | planned |",
+        "|---|---|---|---|---|",
+    ]
+    for name, each in result["training"].items():
+        share = f"{each['share_of_peak']:.1%}" if "share_of_peak" in each else ""
+        memory = [f"{each[part] / 2**30:.1f} GiB" if part in each else "" for part in ("peak_bytes", "planned_bytes")]
+        lines.append(f"| {name} | {each['images_per_second']:,.0f} | {share} | {' | '.join(memory)} |")
+    rates = ", ".join(f"{each:,.0f} pictures/s at {resolution} pixels" for resolution, each in result["encoding"].items())
+    lines += ["", f"Encoder of Stable Diffusion's autoencoder: {rates}."]
+    if result["attention"]:
+        ratio, most = result["attention"]["seconds_over_torch"], result["attention"]["largest_difference"]
+        lines += ["", f"xformers' attention takes {ratio:.2f} of the time of torch's; largest difference {most:.2g} (bf16)."]
+    return "\n".join([*lines, *target_table(result["targets"])]) + "\n"
+
+
+def write_result(sizes: Sizes, run: Run) -> None:
+    result = {
+        "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
+        "teraflops": run.teraflops,
+        "versions": versions(),
+        "batch": sizes.batch,
+        **measure(sizes, run),
+    }
+    result["targets"] = targets(result, sizes)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    RESULT.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    print(table(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teraflops", type=float, default=989.0, help="peak of the GPU, bf16 without sparsity (H100 SXM: 989)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("expected a GPU that torch can use, found none")
+    write_result(full_sizes(), Run(torch.device("cuda"), arguments.seconds, arguments.teraflops))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The dress rehearsal of make gpu: all of it on a CPU, with tiny networks."""
+
+import json
+import sys
+
+import gpu
+import pytest
+import torch
+
+from ldm_smd.models.unet import SMDUNet2DModel
+from tests.tiny import MIXTURE, SIZES
+
+
+def tiny_unet(mixture, checkpointing):
+    shape = SIZES | (MIXTURE if mixture else {"z_channels": 0})
+    return SMDUNet2DModel(sample_size=32, in_channels=4, out_channels=4, num_classes=10, **shape)
+
+
+def test_everything_is_measured_and_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "RESULT", tmp_path / "gpu.json")
+    monkeypatch.setattr(gpu, "MODES", gpu.MODES[:2])  # to compile takes half a minute
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    sizes = gpu.Sizes({"tiny": tiny_unet}, batch=2, pictures=1, resolutions=(32,), tokens=16)
+    gpu.write_result(sizes, gpu.Run(torch.device("cpu"), seconds=0.01, teraflops=1.0))
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(result["training"]) == [f"tiny, {kind}, {mode}" for mode in gpu.MODES for kind in (gpu.GAUSSIAN, gpu.MIXTURE)]
+    for cell in result["training"].values():
+        assert cell["images_per_second"] > 0
+    assert 0 < result["training"]["tiny, mixture, bf16"]["share_of_peak"] < 1
+    assert result["encoding"]["32"] > 0 and result["attention"] is None
+    assert [each["name"] for each in result["targets"]] == ["tiny: training step, 4 draws, over the Gaussian model's"]
+    assert "| tiny, mixture, bf16 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_full_sizes_are_what_the_title_says():
+    with torch.device("meta"):
+        unet, dit = (build(False, False) for build in gpu.full_sizes().networks.values())
+    assert 100e6 < unet.num_parameters() < 120e6 and 125e6 < dit.num_parameters() < 140e6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2 and "expected a GPU that torch can use, found none" in capsys.readouterr().err
