@@ -1,10 +1,11 @@
 # make demo: pictures in some minutes.  make test: the tests.  make test-cpus: as other CPUs run them.
 # make test-settings: all settings at hostile values.  make test-wheel: the package as others install it.
+# make site: the documentation as a site, in site/.  make figures: its figures.
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-cpus test-settings test-wheel lint clean
+.PHONY: demo test test-cpus test-settings test-wheel lint site figures clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -43,5 +44,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A warning, as of a link that leads nowhere, is an error. The theme's own, of its successor, is none of ours.
+site: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+figures: $(INSTALLED)
+	$(BIN)/python benchmarks/figures.py
+
 clean:
-	rm -rf .venv .mypy_cache build outputs
+	rm -rf .venv .mypy_cache build outputs site
