@@ -1,11 +1,11 @@
 # make demo: pictures in some minutes.  make test: the tests.  make test-cpus: as other CPUs run them.
 # make test-settings: all settings at hostile values.  make test-wheel: the package as others install it.
-# make site: the documentation as a site, in site/.  make figures: its figures.
+# make site: the documentation as a site, in site/.  make figures, make notebook: its figures, its notebook.
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-cpus test-settings test-wheel lint site figures clean
+.PHONY: demo test test-cpus test-settings test-wheel lint site figures notebook clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -50,6 +50,9 @@ site: $(INSTALLED)
 
 figures: $(INSTALLED)
 	$(BIN)/python benchmarks/figures.py
+
+notebook: $(INSTALLED)
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace docs/notebook/first-steps.ipynb
 
 clean:
 	rm -rf .venv .mypy_cache build outputs site
