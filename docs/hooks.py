@@ -90,8 +90,8 @@ def without_front_matter(text: str) -> str:
 
 
 def head_of_readme(root: Path) -> str:
-    """Return the README from its title to the first section."""
-    return (root / "README.md").read_text(encoding="utf-8").split("\n## ")[0]
+    """Return the README from its title to the first section; its links to the sections after that lead to the whole README."""
+    return (root / "README.md").read_text(encoding="utf-8").split("\n## ")[0].replace("](#", "](README.md#")
 
 
 def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:

@@ -63,11 +63,12 @@ def test_the_first_page_has_the_head_of_the_readme(site):
     built = site(
         {
             "docs/index.md": "<!-- README -->\n\n## Here",
-            "README.md": "# Project\n\n[page](docs/page.md)\n\n## Not here",
+            "README.md": "# Project\n\n[page](docs/page.md) [later](#not-here)\n\n## Not here",
             "docs/page.md": "# Page",
         }
     )
     page = (built / "index.html").read_text()
+    assert 'href="repository/README.html#not-here"' in page or 'href="repository/index.html#not-here"' in page
     assert 'href="page.html"' in page and "Project" in page and "Here" in page and "Not here" not in page
 
 
