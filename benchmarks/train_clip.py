@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from ldm_smd.cli import run_tool
 from ldm_smd.data.images import Pictures, read_pictures
 from ldm_smd.data.settings import ImagesConfig
-from ldm_smd.data.sources import list_entries
+from ldm_smd.data.sources import list_pictures
 from ldm_smd.device import pick_device
 from ldm_smd.files import atomic_folder
 from ldm_smd.progress import progress
@@ -83,7 +83,7 @@ def name_of(key: str) -> str:
 
 def named_pictures(images: ImagesConfig) -> Pictures:
     """Those that have a name."""
-    entries = [entry for entry in list_entries(images)[0] if name_of(entry.key)]
+    entries = [entry for entry in list_pictures(images) if name_of(entry.key)]
     [pictures] = read_pictures(entries, images, [range(len(entries))])
     return pictures
 

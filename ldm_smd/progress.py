@@ -5,6 +5,6 @@ from __future__ import annotations
 from tqdm import tqdm
 
 
-def progress(total_images: int, images_seen: int, description: str, disable: bool = False) -> tqdm:
-    """Make a bar that counts images, with the rate in images/s and the time left."""
-    return tqdm(total=total_images, initial=images_seen, desc=description, unit="img", disable=disable, dynamic_ncols=True)
+def progress(total: int, done: int, description: str, disable: bool = False, unit: str = "img") -> tqdm:
+    """Make a bar that counts images, or another unit, with the rate and the time left."""
+    return tqdm(total=total, initial=done, desc=description, unit=unit, disable=disable, dynamic_ncols=True)

@@ -1,6 +1,7 @@
 """Tiny real parts, made once: pictures, an autoencoder, latent shards and a trained run."""
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import s3fs
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
@@ -16,11 +18,13 @@ from safetensors.torch import save_file
 
 from ldm_smd.cli import run_tool
 from ldm_smd.config import load_config
+from ldm_smd.data import store
 from ldm_smd.data.encode import encode
 from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.loop import train
 from ldm_smd.training.settings import TrainConfig
+from tests.object_store import LOOPBACK, FaultyProxy
 from tests.tiny import TINY_MODEL, training
 
 if "OMP_NUM_THREADS" not in os.environ:
@@ -213,3 +217,40 @@ def run(monkeypatch, capsys):
         return code, out, lines[-1] if lines else ""
 
     return call
+
+
+@pytest.fixture(scope="session")
+def s3_port():
+    """The port of an S3 server."""
+    from moto.server import ThreadedMotoServer  # a second, for those tests alone
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address=LOOPBACK, port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def proxy(s3_port, monkeypatch):
+    """A proxy before the server, which s3:// URLs go to; attempts come quickly after each other."""
+    proxy = FaultyProxy(s3_port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-very-secret-key")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    s3fs.S3FileSystem.clear_instance_cache()  # those of another port
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)
+    monkeypatch.setattr(store, "RETRIES", store.Retries(attempts=9, first=0.01, longest=0.5))
+    yield proxy
+    proxy.stop()
+
+
+@pytest.fixture
+def bucket(proxy, request):
+    """The URL of a new bucket, s3://NAME."""
+    name = f"bucket-{abs(hash(request.node.nodeid))}"
+    store.store_of(f"s3://{name}", "test")[0].mkdir(name)
+    return f"s3://{name}"

@@ -1,14 +1,13 @@
 """tools/encode.py: images -> latent shards, by any number of processes, which may be stopped and restarted at any time.
 
-The work follows from the input alone: shard k holds the k-th slice of the images, sorted and then shuffled with a fixed seed,
-and worker i of n takes the shards i, i + n, ... Workers never talk to each other. Each shard is written under a temporary name,
-synced and renamed, and then confirmed by a record beside it. A restart skips shards that match their record. The worker that
-finds every record writes the manifest, which is the same whoever encoded what.
+The work follows from the input alone: shard k holds the k-th slice of the images, sorted and then mixed with a fixed seed
+(mixing.py), and worker i of n takes the i-th of n runs of shards. Workers never talk to each other. Each shard is written under
+a temporary name, synced and renamed, and then confirmed by a record beside it. A restart skips shards that match their record.
+The worker that finds every record writes the manifest, which is the same whoever encoded what.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -16,9 +15,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -36,9 +32,9 @@ from ..files import atomic_file, claimed, sha256
 from ..models.clip import ClipEncoder
 from ..progress import progress
 from .images import Pictures, read_pictures
+from .plan import Plan
 from .settings import EncodeConfig
 from .shards import DTYPE, EMBEDDING, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json
-from .sources import Entry, fingerprint, list_entries
 from .stream import index_tar
 
 PLAN = "plan.json"
@@ -58,64 +54,6 @@ class EncodedBatch(NamedTuple):
     embeddings: np.ndarray | None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be encoded. ``settings``, all that the shards depend on, go to plan.json: no run continues with others."""
-
-    entries: list[Entry]
-    settings: dict
-    shard_size: int
-    batch_size: int
-
-    @classmethod
-    def of(cls, config: EncodeConfig, autoencoder: FrozenAutoencoder, clip: ClipEncoder | None = None) -> Plan:
-        entries, classes = list_entries(config.images)
-        if config.shuffle:
-            entries = [entries[index] for index in np.random.default_rng(0).permutation(len(entries))]
-        digest = hashlib.sha256()
-        for entry in entries:
-            digest.update(repr((entry.key, entry.label, entry.size)).encode())
-        settings = {
-            "format": FORMAT,
-            "pictures": len(entries),
-            "pictures_sha256": digest.hexdigest(),
-            "files_sha256": fingerprint(entries, config.compare_contents),
-            "autoencoder": {"source": autoencoder.name, **autoencoder.identity()},
-            "resolution": config.images.resolution,
-            "crop": config.images.crop,
-            "background": config.images.background,
-            "mirror": config.mirror,
-            "shard_size": config.shard_size,
-            "batch_size": config.batch_size,
-            "device": autoencoder.device.type,
-            "classes": classes,
-            "versions": {name: version(name) for name in ("torch", "diffusers", "pillow", "webdataset")},
-        }
-        if clip is not None:
-            settings["embedding"] = clip.identity()
-        return cls(entries, settings, config.shard_size, config.batch_size)
-
-    @property
-    def shards(self) -> range:
-        return range(-(-len(self.entries) // self.shard_size))
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-
-    def path(self, output: Path, shard: int) -> Path:
-        width = max(5, len(str(len(self.shards) - 1)))
-        return output / f"latents-{shard:0{width}d}.tar"
-
-    def batches(self, shard: int) -> list[range]:
-        """Entries of a shard, a batch at a time. No batch crosses the end: another worker may take the next shard."""
-        indices = range(len(self.entries))[shard * self.shard_size : (shard + 1) * self.shard_size]
-        return [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
-
-    def count(self, shard: int) -> int:
-        return sum(map(len, self.batches(shard)))
-
-
 def encode(config: EncodeConfig) -> Manifest | None:
     """Encode this worker's shards to ``config.output``; if all shards are there then, write the manifest and return it.
 
@@ -124,6 +62,7 @@ def encode(config: EncodeConfig) -> Manifest | None:
     worker, workers = which_worker(config.worker)
     output, writer = Path(config.output), f"worker-{worker}-of-{workers}-"
     with claimed(output, worker=writer, inside=True):
+        check_unused(output)
         device = pick_device(config.device)
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
         if config.images.resolution % autoencoder.factor:
@@ -132,9 +71,9 @@ def encode(config: EncodeConfig) -> Manifest | None:
                 f"{config.images.resolution}"
             )
         clip = None if config.embedding is None else ClipEncoder.of(config.embedding, device, "embedding")
-        plan = Plan.of(config, autoencoder, clip)
+        plan = Plan.of(config, autoencoder, clip, (worker, workers))
         claim(output, plan, writer)
-        shards = plan.shards[worker::workers]
+        shards = plan.shards_of(worker, workers)
         missing = [shard for shard in shards if not finished(output, plan, shard)]
         if len(missing) < len(shards):
             print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already", file=sys.stderr)
@@ -162,11 +101,16 @@ def which_worker(worker: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def check_unused(output: Path) -> None:
+    """Raise UserError where ``output`` holds files, but of no run."""
+    # Another worker may just have written the plan.
+    if not (output / PLAN).is_file() and any(path.name != PLAN for path in output.glob("[!.]*")):
+        raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
+
+
 def claim(output: Path, plan: Plan, writer: str) -> None:
     """Write plan.json into a new folder; in one that has it, check that it is this plan."""
     if not (output / PLAN).is_file():
-        if any(path.name != PLAN for path in output.glob("[!.]*")):  # another worker may just have written the plan
-            raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
         with atomic_file(output / PLAN, writer) as temporary:
             temporary.write_text(json.dumps(plan.settings, indent=1), encoding="utf-8")
     there = read_json(output / PLAN)

@@ -17,8 +17,9 @@ from PIL import Image, ImageColor, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
+from .entries import Entry
 from .settings import MOST_PIXELS, ImagesConfig
-from .sources import Entry, list_entries
+from .sources import list_pictures
 
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Memory addresses in Pillow's messages, which differ in every run, where manifests are to be the same."""
@@ -26,12 +27,14 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 @dataclass
 class Pictures:
-    """A batch of images: ``pixels`` uint8 (b, 3, R, R), keys and labels; and the name and reason of each that is unreadable."""
+    """A batch of images: ``pixels`` uint8 (b, 3, R, R), keys and labels; the name and reason of each that is unreadable; and
+    the error, where the source itself could not be read."""
 
     pixels: torch.Tensor
     keys: list[str]
     labels: list[int | None]
     unreadable: list[dict]
+    error: str | None = None
 
     def pin_memory(self) -> Pictures:
         return replace(self, pixels=self.pixels.pin_memory())
@@ -70,7 +73,7 @@ def decode(
 class PictureBatches(Dataset):
     """Map-style dataset with Pictures for each batch of indices, which the DataLoader workers run."""
 
-    def __init__(self, entries: list[Entry], config: ImagesConfig, batches: Sequence[Sequence[int]]) -> None:
+    def __init__(self, entries: Sequence[Entry], config: ImagesConfig, batches: Sequence[Sequence[int]]) -> None:
         self.entries, self.config, self.batches = entries, config, batches
 
     def __len__(self) -> int:
@@ -82,6 +85,9 @@ class PictureBatches(Dataset):
         for entry in (self.entries[number] for number in self.batches[index]):
             try:
                 pixels.append(decode(entry.read(), config.resolution, config.crop, config.background, config.max_pixels))
+            except UserError as error:  # of the source, and not of a picture: a store that is away
+                found.error = str(error)
+                break
             except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error and more
                 reason = ADDRESS.sub("", f"{type(error).__name__}: {error}")
                 found.unreadable.append({"name": entry.name, "reason": reason})
@@ -94,14 +100,16 @@ class PictureBatches(Dataset):
 
 
 def read_pictures(
-    entries: list[Entry], config: ImagesConfig, batches: Sequence[Sequence[int]], num_workers: int = 0
+    entries: Sequence[Entry], config: ImagesConfig, batches: Sequence[Sequence[int]], num_workers: int = 0
 ) -> Iterator[Pictures]:
     """Read the images of each batch of indices into ``entries``, in order.
 
-    Raises UserError at the first unreadable image where ``config.strict``.
+    Raises UserError where the source cannot be read, or at the first unreadable image where ``config.strict``.
     """
     dataset = PictureBatches(entries, config, batches)
     for pictures in DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available()):
+        if pictures.error:  # raised here: a DataLoader makes several lines of what its workers raise
+            raise UserError(pictures.error)
         if pictures.unreadable and config.strict:
             first = pictures.unreadable[0]
             raise UserError(f"images.strict: expected every picture to be readable, found {first['name']}: {first['reason']}")
@@ -110,10 +118,10 @@ def read_pictures(
 
 def load_pixels(config: ImagesConfig, num_workers: int = 0) -> tuple[torch.Tensor, list[int | None], list[str]]:
     """Read all readable images of a source: uint8 (N, 3, R, R), labels, class names. For sets that fit in memory."""
-    entries, classes = list_entries(config)
+    entries = list_pictures(config)
     batches = [range(len(entries))[start : start + 256] for start in range(0, len(entries), 256)]
     parts = list(read_pictures(entries, config, batches, num_workers))
     pixels = torch.cat([part.pixels for part in parts])
     if not len(pixels):
         raise UserError(f"images.source: expected readable pictures, found none of {len(entries)} in {config.source}")
-    return pixels, [label for part in parts for label in part.labels], classes
+    return pixels, [label for part in parts for label in part.labels], entries.classes

@@ -13,8 +13,8 @@ class ImagesConfig(Settings):
     """Where pictures come from and how they are resized."""
 
     source: str = MISSING
-    """A folder (class = first sub-folder), a .zip of one, webdataset tars ("data/train-*.tar", "{000..009}", also at https://
-    or s3:// URLs), or datasets:NAME, a Hugging Face dataset of the hub or of a folder."""
+    """A folder (class = first sub-folder), a .zip of one, webdataset tars ("data/train-*.tar", "{000..009}", also at s3://,
+    gs://, https:// or hf:// URLs), or datasets:NAME, a Hugging Face dataset of the hub or of a folder."""
     resolution: int = number(64, 8, 8192)
     """Side of the square pictures, in pixels."""
     crop: str = choice("center", ("center", "pad"))
@@ -24,7 +24,10 @@ class ImagesConfig(Settings):
     split: str = "train"
     """Split of a Hugging Face dataset."""
     cache: str = "~/.cache/ldm_smd"
-    """Where tars from URLs are kept."""
+    """Folder for local copies of tars from URLs; processes and machines may share it."""
+    cache_gigabytes: float = number(200.0, above=0, most=1e9)
+    """Beyond this, the copies that were used least recently are removed. It must have room for the tars that are read at a
+    time (``shuffle_tars`` of tools/encode.py)."""
     allow_pipe: bool = False
     """Run "pipe:COMMAND" sources, as webdataset does: any command, in a shell."""
     background: str = "white"
@@ -53,8 +56,11 @@ class EncodeConfig(Settings):
     """open_clip:ARCHITECTURE:FILE.safetensors, a name of pretrained weights for the file, or open_clip:FOLDER with the files of
     an OpenCLIP model on the hub: also store each picture's embedding, for models that make pictures like another one."""
     shuffle: bool = True
-    """Shuffle the pictures over the shards, with a fixed seed: training reads a whole shard before the next, so all should be
-    alike. false: keep the order of the source, if reading it in another is slow."""
+    """Mix the pictures over the shards, with a fixed seed: training reads a whole shard before the next, so all should be
+    alike. false: keep the order of the source."""
+    shuffle_tars: int = number(64, 1, 10**6)
+    """Pictures of this many tars at a time, chosen at random, are mixed with each other (of other sources: of so many runs of
+    100,000 pictures). A worker reads from at most twice as many tars at once."""
     shard_size: int = number(1000, 1, 10**7)
     """Pictures in a shard."""
     batch_size: int = number(32, 1, 2**16)

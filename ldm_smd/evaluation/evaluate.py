@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..data.images import read_pictures
+from ..data.index import PictureIndex
 from ..data.settings import ImagesConfig
-from ..data.sources import Entry, fingerprint, list_entries
+from ..data.sources import list_pictures
 from ..device import pick_device, process_group
 from ..errors import UserError
 from ..files import atomic_file, claimed, claimed_by_first, sha256, this_process
@@ -134,7 +135,7 @@ def real_features(
     name: str, images: ImagesConfig, config: EvaluateConfig, extractors: list[Extractor], state: PartialState
 ) -> ImageFeatures:
     """Compute the features of a source, or load them from the cache."""
-    entries, _ = list_entries(images)
+    entries = list_pictures(images)
     cached = None
     if config.cache is not None:
         cached = Path(config.cache) / f"{digest_of(entries, images, extractors)[:32]}.safetensors"
@@ -160,11 +161,11 @@ def real_features(
     return found
 
 
-def digest_of(entries: list[Entry], images: ImagesConfig, extractors: list[Extractor]) -> str:
+def digest_of(entries: PictureIndex, images: ImagesConfig, extractors: list[Extractor]) -> str:
     """Hash everything that the features of a source depend on."""
     digest = hashlib.sha256(repr([getattr(images, key) for key in IMAGES]).encode())
     digest.update("".join(extractor.sha256 + extractor.resize for extractor in extractors).encode())
-    digest.update(fingerprint(entries).encode())
+    digest.update(entries.files_sha256().encode())
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import webdataset as wds
@@ -17,9 +18,10 @@ from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import load_config
-from ldm_smd.data.encode import Plan, encode
+from ldm_smd.data.encode import encode
+from ldm_smd.data.entries import Entry
+from ldm_smd.data.plan import INDEX, Plan
 from ldm_smd.data.settings import EncodeConfig
-from ldm_smd.data.sources import Entry
 from ldm_smd.errors import UserError
 from ldm_smd.files import claimed
 
@@ -50,6 +52,7 @@ def assert_same(folder, shards):
     """Shards and manifest to the byte, and no temporary file."""
     names = sorted(path.name for path in shards.iterdir())
     assert sorted(path.name for path in folder.iterdir()) == names
+    names.remove(INDEX)
     for name in names:
         assert (folder / name).read_bytes() == (shards / name).read_bytes(), name
 
@@ -84,7 +87,7 @@ def test_no_manifest_without_a_readable_picture(encode_to, tmp_path):
     (folder / "b.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"images\.strict: expected every picture to be readable"):
         encode_to("strict", f"images.source={folder}", "images.strict=true")
-    assert [path.name for path in (tmp_path / "strict").iterdir()] == ["plan.json"]
+    assert [path.name for path in (tmp_path / "strict").glob("[!.]*")] == ["plan.json"]
     with pytest.raises(UserError, match="expected readable pictures"):
         encode_to("out", f"images.source={folder}")
     assert not (tmp_path / "out/manifest.json").exists()
@@ -127,7 +130,7 @@ def test_the_same_worker_twice_at_once_is_told(encode_to, tmp_path):
         with pytest.raises(UserError, match=r"output: expected no other run at .*out, found process \d+ of"):
             encode_to("out", "worker=0/2")
         encode_to("out", "worker=1/2")
-    assert not list(tmp_path.glob("out/.*"))
+    assert [path.name for path in tmp_path.glob("out/.*")] == [INDEX]
 
 
 def test_an_output_in_use_is_refused(encode_to, tmp_path):
@@ -140,7 +143,7 @@ def test_an_output_in_use_is_refused(encode_to, tmp_path):
 
 def test_workers_share_the_shards_and_the_last_writes_the_manifest(shards, encode_to, tmp_path, evaluations):
     assert encode_to("out", "worker=1/2") is None
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["latents-00001.tar"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["latents-00001.tar", "latents-00002.tar"]
     assert not (tmp_path / "out/manifest.json").exists()
     assert encode_to("out", "worker=0/2").count == 22
     assert sum(evaluations) == 2 * 22  # each picture and its mirror image once
@@ -152,7 +155,7 @@ def test_processes_of_a_launcher_are_workers(shards, encode_to, tmp_path, monkey
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "4")
         found = encode_to("out")
-        assert (found is not None) == (rank in (1, 3))
+        assert (found is not None) == (rank == 3)  # the last that has any
     assert_same(tmp_path / "out", shards)
 
 
@@ -181,6 +184,28 @@ def test_a_killed_run_goes_on_where_it_was(shards, settings, encode_to, tmp_path
     assert not (tmp_path / "out/manifest.json").exists()
     encode_to("out")
     assert_same(tmp_path / "out", shards)
+
+
+def test_pictures_in_a_store_give_the_same_shards(shards, pictures, encode_to, tmp_path):
+    """And a cache that is too small for the tars that are mixed is refused before anything is fetched twice."""
+    files = sorted(pictures.rglob("*.png"))
+    store = fsspec.filesystem("memory")
+    for number in range(3):
+        with wds.TarWriter(str(tmp_path / "part.tar")) as tar:
+            for file in files[number::3]:
+                label = ("disc", "square").index(file.parent.name)
+                tar.write({"__key__": f"{file.parent.name}/{file.stem}", "png": file.read_bytes(), "cls": str(label)})
+        store.pipe_file(f"/of-encode/part-{number}.tar", (tmp_path / "part.tar").read_bytes())
+        (tmp_path / f"part-{number}.tar").write_bytes((tmp_path / "part.tar").read_bytes())
+    store.pipe_file("/of-encode/classes.json", b'["disc", "square"]')
+    (tmp_path / "classes.json").write_text('["disc", "square"]')
+    remote = ("images.source=memory://of-encode/part-*.tar", f"images.cache={tmp_path / 'cache'}", "shuffle_tars=2")
+    encode_to("local", f"images.source={tmp_path}/part-?.tar", "shuffle_tars=2")
+    assert encode_to("remote", *remote).classes == ["disc", "square"]
+    for name in ("manifest.json", *(path.name for path in shards.glob("*.tar"))):
+        assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    with pytest.raises(UserError, match=r"images\.cache_gigabytes: expected .* for the 2 tars that are mixed at a time"):
+        encode_to("again", *remote, "images.cache_gigabytes=2e-5")
 
 
 def test_other_settings_do_not_mix(encode_to, tmp_path):
@@ -216,7 +241,7 @@ def test_a_full_disk_is_one_line_and_costs_one_shard(shards, encode_to, tmp_path
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 50), st.integers(1, 9))
 def test_every_picture_has_one_place_for_any_number_of_workers(pictures, shard_size, batch_size, workers):
     plan = Plan([Entry(str(number), None, "") for number in range(pictures)], {}, shard_size, batch_size)
-    shared = [plan.shards[worker::workers] for worker in range(workers)]
+    shared = [plan.shards_of(worker, workers) for worker in range(workers)]
     assert sorted(shard for part in shared for shard in part) == list(plan.shards)
     places = [place for shard in plan.shards for batch in plan.batches(shard) for place in batch]
     assert places == list(range(pictures))

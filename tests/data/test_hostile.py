@@ -11,7 +11,7 @@ import pytest
 
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.shards import Manifest
-from ldm_smd.data.sources import list_entries
+from ldm_smd.data.sources import list_pictures
 from ldm_smd.data.stream import LatentStream
 from ldm_smd.errors import UserError
 
@@ -78,17 +78,17 @@ def test_names_lead_nowhere(folder, name, tmp_path):
     except UserError as error:
         assert str(error).startswith(("shards: expected", "mirror: expected"))
     assert set(tmp_path.rglob("*")) - before == {folder / "latents-00000.tar"}
-    entries, _ = list_pictures(tmp_path, name)
+    entries = pictures_of_tar(tmp_path, name)
     assert not any("." in entry.key for entry in entries)
 
 
-def list_pictures(folder, name):
+def pictures_of_tar(folder, name):
     with tarfile.open(folder / "pictures.tar", "w") as tar:
         add(tar, name.replace("moments.npy", "png"), b"no picture")
     try:
-        return list_entries(ImagesConfig(source=str(folder / "pictures.tar")))
+        return list_pictures(ImagesConfig(source=str(folder / "pictures.tar")))
     except UserError:
-        return [], []
+        return []
 
 
 @pytest.mark.parametrize(

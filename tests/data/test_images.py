@@ -7,7 +7,7 @@ from PIL import Image
 
 from ldm_smd.data.images import decode, read_pictures
 from ldm_smd.data.settings import ImagesConfig
-from ldm_smd.data.sources import list_entries
+from ldm_smd.data.sources import list_pictures
 from ldm_smd.errors import UserError
 
 
@@ -74,7 +74,7 @@ def test_unreadable_pictures_are_listed_or_stop(tmp_path):
     (tmp_path / "c.png").write_bytes(b"no picture")
     (tmp_path / "d.png").write_bytes(b"")
     config = ImagesConfig(source=str(tmp_path), resolution=16)
-    entries, _ = list_entries(config)
+    entries = list_pictures(config)
     [found] = read_pictures(entries, config, [range(4)])
     assert found.keys == ["a"] and found.pixels.shape == (1, 3, 16, 16)
     assert [Path(item["name"]).name for item in found.unreadable] == ["b.png", "c.png", "d.png"]

@@ -12,7 +12,7 @@ from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.shards import ChannelStatistics, Manifest
-from ldm_smd.data.sources import list_entries
+from ldm_smd.data.sources import list_pictures
 from ldm_smd.errors import UserError
 
 
@@ -21,7 +21,7 @@ def test_shards_hold_what_the_encoder_said(shards, pictures, vae_folder):
     vae = FrozenAutoencoder.from_pretrained(vae_folder)
     config = ImagesConfig(source=str(pictures), resolution=16)
     pixels, labels, classes = load_pixels(config)
-    in_order = [entry.key for entry in list_entries(config)[0]]
+    in_order = [entry.key for entry in list_pictures(config)]
     paths = sorted(str(path) for path in shards.glob("*.tar"))
     samples = list(wds.WebDataset(paths, shardshuffle=False).decode())
     keys = [sample["__key__"] for sample in samples]

@@ -8,15 +8,17 @@ import zipfile
 from functools import partial
 
 import datasets
+import fsspec
 import pytest
 import torch
 import webdataset as wds
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from ldm_smd.data.images import load_pixels
+from ldm_smd.data.entries import open_copy
+from ldm_smd.data.images import load_pixels, read_pictures
 from ldm_smd.data.settings import ImagesConfig
-from ldm_smd.data.sources import Entry, list_entries, with_unique_keys
+from ldm_smd.data.sources import list_pictures
 from ldm_smd.errors import UserError
 
 
@@ -46,7 +48,7 @@ def test_every_kind_of_source_gives_the_same_pictures(pictures, tmp_path):
 def test_keys_are_unique_and_without_dots(tmp_path):
     for name in ("a.b.png", "a_b.png", "c.png", "c.jpg"):
         Image.new("RGB", (16, 16)).save(tmp_path / name)
-    keys = [entry.key for entry in list_entries(ImagesConfig(source=str(tmp_path)))[0]]
+    keys = [entry.key for entry in list_pictures(ImagesConfig(source=str(tmp_path)))]
     assert len(set(keys)) == 4 and not any("." in key for key in keys)
 
 
@@ -57,7 +59,7 @@ def test_missing_and_empty_sources(tmp_path):
         (tmp_path, "found none in"),
     ):
         with pytest.raises(UserError, match=message):
-            list_entries(ImagesConfig(source=str(source)))
+            list_pictures(ImagesConfig(source=str(source)))
 
 
 def test_labels_outside_the_classes(tmp_path):
@@ -65,7 +67,7 @@ def test_labels_outside_the_classes(tmp_path):
         tar.write({"__key__": "one", "png": encoded(Image.new("RGB", (8, 8))), "cls": "7"})
     (tmp_path / "classes.json").write_text('["a", "b"]')
     with pytest.raises(UserError, match="expected a label from 0 to 1"):
-        list_entries(ImagesConfig(source=str(tmp_path / "a.tar")))
+        list_pictures(ImagesConfig(source=str(tmp_path / "a.tar")))
 
 
 def labelled_tar(path, labels):
@@ -82,34 +84,27 @@ def labelled_tar(path, labels):
 @pytest.mark.parametrize("label", [b"999999999999999999999", b"-1", b"1e3", b"1_0", b"", b"\xff", b"9" * 70])
 def test_labels_that_are_no_class_numbers(tmp_path, label):
     with pytest.raises(UserError, match=r"expected a label from 0 to 999999999 in .*a\.tar:one\.cls, found b'"):
-        list_entries(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [label]))))
+        list_pictures(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [label]))))
 
 
 def test_a_stray_label_makes_no_list_of_a_billion_classes(tmp_path):
     stray = labelled_tar(tmp_path / "stray.tar", [b"0", b"999999999"])
     with pytest.raises(UserError, match=r"images\.classes: expected .* for 2 different labels up to 999999999, found no file"):
-        list_entries(ImagesConfig(source=str(stray)))
+        list_pictures(ImagesConfig(source=str(stray)))
     few = labelled_tar(tmp_path / "few.tar", [b"2", b"999"])
-    assert list_entries(ImagesConfig(source=str(few)))[1] == [str(number) for number in range(1000)]
+    assert list_pictures(ImagesConfig(source=str(few))).classes == [str(number) for number in range(1000)]
 
 
 def test_pictures_of_one_key_are_all_there_with_their_labels(tmp_path):
-    entries, _ = list_entries(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [b"2", b"0", b"1"]))))
+    entries = list_pictures(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [b"2", b"0", b"1"]))))
     assert [(entry.key, entry.label) for entry in entries] == [("one", 2), ("one-2", 0), ("one-3", 1)]
-
-
-def test_many_pictures_of_one_key(tmp_path):
-    """Each tries only the next number: with all of them again these would be 5 billion tries."""
-    entries = [Entry("one", None, "a.tar")] * 100_000 + [Entry("one-7", None, "a.tar")]
-    keys = [entry.key for entry in with_unique_keys(entries)]
-    assert keys[:3] == ["one", "one-2", "one-3"] and len(set(keys)) == len(keys)
 
 
 def test_braces_for_too_many_tars(tmp_path):
     with pytest.raises(UserError, match="expected braces for at most 1,000,000 tars, found more"):
-        list_entries(ImagesConfig(source=f"{tmp_path}/{{000000000..999999999}}.tar"))
+        list_pictures(ImagesConfig(source=f"{tmp_path}/{{000000000..999999999}}.tar"))
     with pytest.raises(UserError, match="expected balanced braces"):
-        list_entries(ImagesConfig(source=f"{tmp_path}/{{0..9.tar"))
+        list_pictures(ImagesConfig(source=f"{tmp_path}/{{0..9.tar"))
 
 
 @pytest.fixture
@@ -125,31 +120,85 @@ def tar(tmp_path):
 
 def keys(tmp_path, source, **options):
     config = ImagesConfig(source=source, cache=str(tmp_path / "cache"), **options)
-    return [entry.key for entry in list_entries(config)[0]]
+    return [entry.key for entry in list_pictures(config)]
+
+
+def cached(tmp_path):
+    return sorted(path.name.partition("-")[2] for path in (tmp_path / "cache/tars").glob("*.tar"))
 
 
 def test_tars_at_a_url_are_fetched_once(tar, tmp_path):
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tar.parent)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_request(self, *arguments):
+            requests.append(f"{self.command} {self.path}")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tar.parent)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/train-{{0..0}}.tar"
-        assert keys(tmp_path, url) == ["a", "b", "c"]
-        with pytest.raises(UserError, match=r"images\.source: expected a tar at http.*train-1\.tar, found"):
+        for _ in range(2):
+            assert keys(tmp_path, url) == ["a", "b", "c"]
+        with pytest.raises(UserError, match=r"images\.source: expected a tar at http.*train-1\.tar, found none"):
             keys(tmp_path, url.replace("0..0", "0..1"))
         server.shutdown()
-    assert keys(tmp_path, url) == ["a", "b", "c"]
-    assert [path.read_bytes() for path in (tmp_path / "cache").iterdir()] == [tar.read_bytes()]
+    assert requests.count("GET /train-0.tar") <= 2 and cached(tmp_path) == ["train-0.tar"]  # one by the first look at its size
 
 
-def test_s3_is_read_by_the_aws_tool(tar, tmp_path, monkeypatch):
-    tool = tmp_path / "aws"
-    tool.write_text(f'#!/bin/sh\n[ "$*" = "s3 cp s3://bucket/some/train.tar -" ] && cat {tar}\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert keys(tmp_path, "s3://bucket/some/train.tar") == ["a", "b", "c"]
-    with pytest.raises(UserError, match=r"images\.source: expected a tar at s3://bucket/other\.tar, found"):
-        keys(tmp_path, "s3://bucket/other.tar")
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+@pytest.fixture
+def bucket(tar):
+    """A store in memory with the tar twice, and names of its classes."""
+    store = fsspec.filesystem("memory")
+    for name in ("train-0.tar", "train-1.tar"):
+        store.pipe_file(f"/bucket/some/{name}", tar.read_bytes())
+    store.pipe_file("/bucket/some/other.txt", b"")
+    yield store
+    store.rm("/bucket", recursive=True)
+
+
+def test_tars_in_a_store_are_found_by_patterns_and_read_from_copies(bucket, tmp_path):
+    for pattern in ("train-*.tar", "train-{0..1}.tar", "train-[01].tar"):
+        assert keys(tmp_path, f"memory://bucket/some/{pattern}") == ["a", "b", "c", "a-2", "b-2", "c-2"]
+    assert cached(tmp_path) == ["train-0.tar", "train-1.tar"]
+    for name, message in (
+        ("train-{0..2}.tar", r"a tar at memory://bucket/some/train-2\.tar, found none"),
+        ("no*.tar", "found nothing"),
+    ):
+        with pytest.raises(UserError, match=rf"images\.source: expected .*{message}"):
+            keys(tmp_path, f"memory://bucket/some/{name}")
+    with pytest.raises(UserError, match=r"images\.source: expected a URL without user, password or query string"):
+        keys(tmp_path, "s3://key:secret@bucket/some/train.tar")
+
+
+def test_a_tar_replaced_in_its_store_is_another(bucket, tar, tmp_path):
+    config = ImagesConfig(source="memory://bucket/some/train-*.tar", cache=str(tmp_path / "cache"))
+    before = list_pictures(config, tmp_path / "index")
+    with wds.TarWriter(str(tar)) as writer:
+        writer.write({"__key__": "new", "png": encoded(Image.new("RGB", (8, 8)))})
+    bucket.pipe_file("/bucket/some/train-1.tar", tar.read_bytes())
+    after = list_pictures(config, tmp_path / "index")
+    assert [entry.key for entry in after] == ["a", "b", "c", "new"]
+    assert after.files_sha256() != before.files_sha256()
+
+
+def test_pictures_come_from_copies_that_may_have_been_removed(bucket, tmp_path):
+    config = ImagesConfig(source="memory://bucket/some/train-*.tar", cache=str(tmp_path / "cache"), resolution=8)
+    pictures = list_pictures(config)
+    for path in (tmp_path / "cache/tars").glob("*.tar"):
+        path.unlink()
+    assert len({entry.read() for entry in pictures}) == 1
+    assert load_pixels(config)[0].shape == (6, 3, 8, 8)
+
+
+def test_a_store_that_is_gone_makes_no_picture_unreadable(bucket, tmp_path):
+    config = ImagesConfig(source="memory://bucket/some/train-*.tar", cache=str(tmp_path / "cache"), resolution=8)
+    pictures = list_pictures(config)
+    open_copy.cache_clear()
+    for path in (tmp_path / "cache/tars").glob("*.tar"):
+        path.unlink()
+    bucket.rm("/bucket/some/train-1.tar")
+    with pytest.raises(UserError, match=r"images\.source: expected a file at memory://.*train-1\.tar, found none"):
+        list(read_pictures(pictures, config, [range(6)]))
 
 
 def test_a_shell_command_runs_only_where_it_is_allowed(tar, tmp_path):

@@ -1,0 +1,210 @@
+"""FileCache: local copies of files in object stores, up to a size, for any number of processes and nodes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from filelock import FileLock
+
+from ..errors import UserError
+from ..files import sha256 as sha256_of
+from ..files import this_process
+from . import store
+
+Result = TypeVar("Result")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+LOCKS = 256
+OPEN_ATTEMPTS, WRONG_ATTEMPTS = 20, 3
+ABANDONED_SECONDS = 3600
+"""A temporary file that nobody has written to for so long is of a process that was killed."""
+
+
+class Cached(NamedTuple):
+    """A file of the cache."""
+
+    used: float
+    size: int
+    path: Path
+
+
+class FileCache:
+    """Local copies of remote files, verified when they come. Beyond the limit those go that were used least recently.
+
+    Files get their names when they are whole and right. Locks, which work over NFS too, keep two processes from fetching the
+    same file; where a file system has none, both fetch it, and the second replaces the first by the same.
+
+    Args:
+        folder: made when the first file comes.
+        limit_bytes: of all files together, also those on the way.
+        retries: of requests.
+        key: the setting that names the files, for messages.
+    """
+
+    def __init__(self, folder: str | Path, limit_bytes: int, retries: store.Retries | None = None, key: str = "shards") -> None:
+        self.folder, self.limit_bytes, self.key = Path(folder).expanduser(), limit_bytes, key
+        self.retries = retries or store.RETRIES
+
+    def fetch(self, url: str | Path, sha256: str | None = None, size: int | None = None, stamp: str = "") -> Path:
+        """Return a local copy of ``url``; a local path is returned as it is.
+
+        The copy may go, when others need its room, before it is opened: ``use`` looks after that. Once open, or mapped, it
+        stays readable.
+
+        Args:
+            sha256, size: what the file must have; a file without them is taken as it comes.
+            stamp: of the file (``store.Stat``): a copy with another one is another file.
+
+        Raises:
+            UserError: the file is not there, cannot be read, or is not as expected, also when fetched again; or the disk
+                of the cache is full.
+        """
+        if not store.is_remote(url):
+            return Path(url)
+        url = str(url)
+        path = self.folder / self.name(url, sha256, size, stamp)
+        try:
+            if self._is_there(path, size):
+                return path
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked(path.name[:2]):
+                if not self._is_there(path, size):
+                    self._fetch(url, path, sha256, size)
+        except OSError as error:
+            found = "a full disk" if error.errno in DISK_FULL else error.strerror or str(error)
+            raise UserError(
+                f"{self.key}: expected room for {store.shown(url)} in the cache {self.folder}, found {found}"
+            ) from error
+        return path
+
+    def use(
+        self,
+        url: str | Path,
+        function: Callable[[Path], Result],
+        sha256: str | None = None,
+        size: int | None = None,
+        stamp: str = "",
+    ) -> Result:
+        """Return ``function(path of a local copy)``, which opens it: fetched again where it went before it was opened."""
+        for attempt in range(OPEN_ATTEMPTS):
+            path = self.fetch(url, sha256, size, stamp)
+            try:
+                return function(path)
+            except FileNotFoundError:
+                if not store.is_remote(url):
+                    raise
+                time.sleep(0.01 * attempt)
+        raise UserError(
+            f"{self.key}: expected a cache for all that is read at once, found {self.limit_bytes} bytes in {self.folder}: "
+            f"{store.shown(str(url))} was gone {OPEN_ATTEMPTS} times before it was opened"
+        )
+
+    @staticmethod
+    def name(url: str, sha256: str | None, size: int | None, stamp: str) -> str:
+        """Return the name of a file's copy, by its contents where they are known."""
+        identity = sha256 or hashlib.sha256(repr((url, size, stamp)).encode()).hexdigest()
+        readable = re.sub(r"[^\w.-]+", "_", store.shown(url).rpartition("/")[2])[-64:]
+        return f"{identity[:40]}-{readable}"
+
+    def files(self) -> list[Cached]:
+        """List the copies, the least recently used first."""
+        return sorted(cached for cached in self._all() if not cached.path.name.startswith("."))
+
+    def make_room(self, size: int) -> None:
+        """Remove what killed processes left, and the copies least recently used until ``size`` more bytes fit."""
+        with self._locked("room"):
+            now = time.time()
+            for cached in self._all():
+                if cached.path.name.startswith(".") and now - cached.used > ABANDONED_SECONDS:
+                    cached.path.unlink(missing_ok=True)
+            self._remove(sum(cached.size for cached in self._all()) + size - self.limit_bytes)
+
+    def _remove(self, size: int) -> int:
+        """Remove the copies least recently used, of so many bytes together or more; returns of how many."""
+        removed = 0
+        for cached in self.files():
+            if removed >= size:
+                break
+            cached.path.unlink(missing_ok=True)
+            removed += cached.size
+        return removed
+
+    def _all(self) -> Iterator[Cached]:
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):
+                    if entry.is_file(follow_symlinks=False):
+                        status = entry.stat()
+                        yield Cached(status.st_mtime, status.st_size, Path(entry.path))
+
+    def _is_there(self, path: Path, size: int | None) -> bool:
+        """Tell whether the copy is there; it then counts as used."""
+        try:
+            found = path.stat().st_size
+            with suppress(PermissionError):  # of another user, who shares the folder
+                os.utime(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return size is None or found == size
+
+    def _fetch(self, url: str, path: Path, sha256: str | None, size: int | None) -> None:
+        """Download, check, and give the name."""
+        if size is None:
+            status = store.stat(url, self.key, self.retries)
+            size = None if status is None else status.size
+        if size is not None and size > self.limit_bytes:
+            raise UserError(
+                f"{self.key}: expected a cache for {store.shown(url)}, {size} bytes, found a limit of {self.limit_bytes}"
+            )
+        temporary = path.with_name(f".{path.name}.{this_process()}{os.urandom(4).hex()}.tmp")
+        found = ""
+        for failures in range(1, WRONG_ATTEMPTS + 1):
+            self.make_room(size or 0)
+            try:
+                self._download(url, temporary, size)
+                found = sha256_of(temporary) if sha256 else ""
+                if found == (sha256 or ""):
+                    with open(temporary, "rb") as file:
+                        os.fsync(file.fileno())
+                    temporary.rename(path)
+                    return
+            except FileNotFoundError as error:
+                raise UserError(f"{self.key}: expected a file at {store.shown(url)}, found none") from error
+            finally:
+                temporary.unlink(missing_ok=True)
+            if failures < WRONG_ATTEMPTS:
+                self.retries.pause(failures)
+        raise UserError(f"{self.key}: expected {store.shown(url)} with sha256 {sha256}, found {found}, {WRONG_ATTEMPTS} times")
+
+    def _download(self, url: str, temporary: Path, size: int | None) -> None:
+        """Download; where the disk is full, remove other copies for it as long as there are any."""
+        while True:
+            try:
+                return store.download(url, temporary, self.key, size, self.retries)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                if error.errno not in DISK_FULL or not self._remove(size or 1):
+                    raise
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        """Hold one of a few locks: of the files whose names begin alike."""
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / "locks" / f"{name}.lock")
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        try:
+            yield
+        finally:
+            lock.release()

@@ -1,0 +1,135 @@
+"""One encoded image of a source: where it is, and how it is read."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from ..errors import UserError, one_line
+from .cache import FileCache
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Result = TypeVar("Result")
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+HUGGING_FACE = "datasets:"
+OPEN_FILES = 160
+"""Files that stay open for the next picture, in each process: those of the tars that are mixed at a time."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Location of one encoded image: ``size`` bytes at ``offset`` of ``path``, the entire file where ``size`` is None, or
+    the zip member ``member``, or row ``offset`` of the Hugging Face dataset that ``path`` names, split ``member``."""
+
+    key: str
+    label: int | None
+    path: str
+    member: str | None = None
+    offset: int = 0
+    size: int | None = None
+
+    @property
+    def name(self) -> str:
+        if self.path.startswith(HUGGING_FACE):
+            return f"{self.path}, {self.member}, row {self.offset}"
+        return f"{self.path}:{self.member}" if self.member else self.path
+
+    def read(self) -> bytes:
+        if self.path.startswith(HUGGING_FACE):
+            picture = open_dataset(self.path, cast(str, self.member))[self.offset]["image"]
+            return picture["bytes"] or Path(picture["path"]).read_bytes()
+        if self.path.endswith(".zip"):
+            return open_zip(self.path, os.getpid()).read(cast(str, self.member))
+        if self.size is None:
+            return Path(self.path).read_bytes()
+        data = os.pread(self._open().fileno(), self.size, self.offset)
+        if len(data) < self.size:
+            raise OSError(f"{len(data)} bytes and not {self.size}: the tar was cut short")
+        return data
+
+    def _open(self) -> io.FileIO:
+        return open_file(Path(self.path))
+
+
+@dataclass(frozen=True)
+class RemoteTar:
+    """A tar in a store, that comes to a cache on this machine before it is read.
+
+    Attributes:
+        size, stamp: of the file, as the store has them.
+        cache: folder of the local copies, of at most ``limit_bytes`` together.
+    """
+
+    url: str
+    size: int | None
+    stamp: str
+    cache: str
+    limit_bytes: int
+
+    def use(self, function: Callable[[Path], Result]) -> Result:
+        """Return ``function(path of a local copy)``."""
+        cache = FileCache(self.cache, self.limit_bytes, key="images.source")
+        return cache.use(self.url, function, size=self.size, stamp=self.stamp)
+
+
+@dataclass(frozen=True)
+class RemoteEntry(Entry):
+    """An image in a tar in a store."""
+
+    tar: RemoteTar | None = None
+
+    def _open(self) -> io.FileIO:
+        assert self.tar is not None
+        return open_copy(self.tar)
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def open_file(path: Path) -> io.FileIO:
+    """Open a file for ``os.pread``. Forked processes may share it: reads name their position."""
+    return open(path, "rb", buffering=0)
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def open_copy(tar: RemoteTar) -> io.FileIO:
+    """Open the local copy of a tar; the cache may remove it afterwards."""
+    return tar.use(lambda path: open(path, "rb", buffering=0))
+
+
+@lru_cache(maxsize=8)
+def open_zip(path: str, process: int) -> zipfile.ZipFile:
+    """Open a zip, once per process: forked workers that shared a file position would read each other's bytes."""
+    return zipfile.ZipFile(path)
+
+
+@lru_cache(maxsize=2)
+def open_dataset(source: str, split: str) -> Dataset:
+    """Load a dataset, saved to a folder or of the hub, with the columns image, not decoded, and label if it has labels."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"images.source: expected the package datasets, to read {source}, found {error}") from error
+    name = source.removeprefix(HUGGING_FACE)
+    try:
+        on_disk = Path(name, "dataset_info.json").is_file()
+        dataset = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library's own, the hub's, and those of whatever reads the files
+        found = f"{source}: {one_line(error)}"
+        raise UserError(f"images.source: expected a dataset with the split {split}, found {found}") from error
+    first = {
+        wanted: name
+        for wanted, feature_class in (("image", datasets.Image), ("label", datasets.ClassLabel))
+        for name, feature in reversed(dataset.features.items())
+        if isinstance(feature, feature_class)
+    }
+    if "image" not in first:
+        raise UserError(f"images.source: expected a column of pictures, found {', '.join(dataset.column_names)} in {source}")
+    dataset = dataset.select_columns(list(first.values())).rename_columns({name: wanted for wanted, name in first.items()})
+    return dataset.cast_column("image", datasets.Image(decode=False))

@@ -1,0 +1,193 @@
+"""FileCache, before an S3 server on loopback that has bad days."""
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from ldm_smd.data import store
+from ldm_smd.data.cache import FileCache
+from ldm_smd.errors import UserError
+from tests.object_store import FAULTS, Fault
+
+SIZE = 100_000
+
+
+@pytest.fixture
+def files(bucket, tmp_path):
+    """Five files in a bucket: (url, sha256, content) of each."""
+    made = []
+    for index in range(5):
+        content = np.random.default_rng(index).bytes(SIZE)
+        (tmp_path / "source").write_bytes(content)
+        store.upload(tmp_path / "source", f"{bucket}/file-{index}.tar", "test")
+        made.append((f"{bucket}/file-{index}.tar", hashlib.sha256(content).hexdigest(), content))
+    return made
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return FileCache(tmp_path / "cache", 3 * SIZE)
+
+
+def temporary_files(cache):
+    return [path.name for path in cache.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_comes_once(files, cache, proxy):
+    url, digest, content = files[0]
+    assert cache.fetch(url, digest, SIZE).read_bytes() == content
+    requests = proxy.requests["GET"]
+    again = FileCache(cache.folder, SIZE).fetch(url, digest, SIZE)
+    assert again.read_bytes() == content and proxy.requests["GET"] == requests and temporary_files(cache) == []
+    assert cache.fetch("/a/local/path") == again.__class__("/a/local/path")
+
+
+def test_a_file_with_another_stamp_is_another(files, cache, bucket, tmp_path):
+    url, _, content = files[0]
+    before = cache.fetch(url, stamp=store.stat(url, "test").stamp)
+    (tmp_path / "source").write_bytes(b"other")
+    store.upload(tmp_path / "source", url, "test")
+    assert cache.fetch(url, stamp=store.stat(url, "test").stamp).read_bytes() == b"other" and before.read_bytes() == content
+
+
+def test_the_least_recently_used_go(files, cache):
+    for index, (url, digest, _) in enumerate(files[:3]):
+        os.utime(cache.fetch(url, digest, SIZE), (index, index))
+    cache.fetch(*files[0][:2], SIZE)  # used again
+    mapped = np.memmap(cache.fetch(*files[1][:2], SIZE), mode="r")
+    os.utime(cache.fetch(*files[1][:2], SIZE), (1, 1))
+    cache.fetch(*files[3][:2], SIZE)
+    assert {cached.path.name.partition("-")[2] for cached in cache.files()} == {"file-0.tar", "file-2.tar", "file-3.tar"}
+    assert mapped.tobytes() == files[1][2]  # still readable
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_faults_pass(files, cache, proxy, kind):
+    url, digest, content = files[0]
+    proxy.faults.extend([Fault(kind)] * 2)
+    assert cache.fetch(url, digest, SIZE).read_bytes() == content and proxy.injected[kind] == 2
+    assert temporary_files(cache) == []
+
+
+def test_wrong_contents_are_told(files, cache):
+    url, digest, _ = files[0]
+    expected = rf"^shards: expected {url} with sha256 {'0' * 64}, found {digest}, 3 times$"
+    with pytest.raises(UserError, match=expected):
+        cache.fetch(url, "0" * 64, SIZE)
+    with pytest.raises(UserError, match=rf"^shards: expected to read {url}, found after 2 attempts: {SIZE} bytes of 7$"):
+        FileCache(cache.folder, SIZE, store.Retries(attempts=2, first=0.01)).fetch(url, digest, 7)
+    assert cache.files() == [] == temporary_files(cache)
+
+
+def test_no_such_file_and_too_small_a_limit_are_told(files, cache, bucket):
+    with pytest.raises(UserError, match=rf"^shards: expected a file at {bucket}/none.tar, found none$"):
+        cache.fetch(f"{bucket}/none.tar")
+    with pytest.raises(UserError, match=r"^images.cache: expected a cache for s3://.*, 100000 bytes, found a limit of 99999$"):
+        FileCache(cache.folder, SIZE - 1, key="images.cache").fetch(files[0][0])
+
+
+@pytest.mark.parametrize("place", ["a-file", "a-file/below"])
+def test_a_folder_that_cannot_be_written_is_told(files, tmp_path, place):
+    (tmp_path / "a-file").write_text("x")
+    with pytest.raises(UserError, match=r"^shards: expected room for s3://.* in the cache .*a-file.*, found .+"):
+        FileCache(tmp_path / place, SIZE).fetch(files[0][0])
+
+
+def full_after(monkeypatch, cache, most):
+    """Let the disk of the cache hold ``most`` bytes."""
+    real = store.download
+
+    def download(url, path, *others):
+        if sum(cached.size for cached in cache.files()) + SIZE > most:
+            path.write_bytes(b"a part")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(url, path, *others)
+
+    monkeypatch.setattr(store, "download", download)
+
+
+def test_a_full_disk_makes_others_go(files, cache, monkeypatch):
+    full_after(monkeypatch, cache, 2 * SIZE)
+    for url, digest, content in files:
+        assert cache.fetch(url, digest, SIZE).read_bytes() == content
+    assert [cached.path.name.partition("-")[2] for cached in cache.files()] == ["file-3.tar", "file-4.tar"]
+
+
+def test_a_full_disk_is_told(files, cache, monkeypatch):
+    full_after(monkeypatch, cache, 0)
+    with pytest.raises(
+        UserError, match=r"^shards: expected room for s3://.*file-0.tar in the cache .*cache, found a full disk$"
+    ):
+        cache.fetch(*files[0][:2], SIZE)
+    assert cache.files() == [] == temporary_files(cache)
+
+
+def test_what_a_killed_process_left_goes(files, cache):
+    cache.fetch(*files[0][:2], SIZE)
+    for name, age in ((".old.tmp", 7200), (".new.tmp", 0)):
+        (cache.folder / name).write_bytes(b"x")
+        os.utime(cache.folder / name, (time.time() - age,) * 2)
+    cache.fetch(*files[1][:2], SIZE)
+    assert temporary_files(cache) == [".new.tmp"]
+
+
+def test_a_file_that_went_before_it_was_opened_comes_again(files, cache):
+    url, digest, content = files[0]
+    calls = []
+
+    def read(path):
+        calls.append(path)
+        if len(calls) < 3:
+            path.unlink()
+        return path.read_bytes()
+
+    assert cache.use(url, read, digest, SIZE) == content and len(calls) == 3
+    with pytest.raises(UserError, match=r"^shards: expected a cache for all that is read at once, found "):
+        cache.use(url, lambda path: path.unlink() or path.read_bytes(), digest, SIZE)
+
+
+def read_all(folder, files, rounds, seed, told):
+    cache = FileCache(folder, 2 * SIZE + SIZE // 2)
+    right = 0
+    for index in np.random.default_rng(seed).integers(len(files), size=rounds):
+        url, digest, content = files[index]
+        right += cache.use(url, lambda path: path.read_bytes(), digest, SIZE) == content
+    told.put(right)
+
+
+def test_two_processes_share_a_cache_that_is_too_small(files, cache, proxy):
+    """Each removes what the other is about to open, while the server has faults."""
+    context = multiprocessing.get_context("fork")
+    told = context.Queue()
+    proxy.faults.extend(Fault(kind) for kind in FAULTS for _ in range(2))
+    processes = [context.Process(target=read_all, args=(cache.folder, files, 40, seed, told)) for seed in (1, 2)]
+    for process in processes:
+        process.start()
+    assert [told.get(timeout=60) for _ in processes] == [40, 40]
+    for process in processes:
+        process.join(timeout=10)
+    assert not proxy.faults and temporary_files(cache) == []
+    assert sum(cached.size for cached in cache.files()) <= 2 * SIZE + SIZE // 2
+
+
+def test_two_who_want_the_same_file_fetch_it_once(files, cache, proxy):
+    url, digest, _ = files[0]
+    before = proxy.requests["GET"]
+    threads = [threading.Thread(target=FileCache(cache.folder, SIZE).fetch, args=(url, digest, SIZE)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert proxy.requests["GET"] == before + 1
+
+
+def test_names_of_copies_hold_no_secrets(cache):
+    names = [cache.name(url, None, 1, "") for url in ("https://me:pw@host/x.tar?sig=1", "https://me:pw@host/x.tar?sig=2")]
+    assert len(set(names)) == 2 and all(name.endswith("-x.tar") for name in names) and "sig" not in json.dumps(names)

@@ -1,0 +1,96 @@
+"""The fast reader of tar headers lists what the standard library lists."""
+
+import io
+import tarfile
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from ldm_smd.data.tar_headers import tar_members
+
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+
+
+def write(path, members, kind=tarfile.USTAR_FORMAT, **options):
+    with tarfile.open(path, "w", format=kind, **options) as tar:
+        for name, data, header_type in members:
+            member = tarfile.TarInfo(name)
+            member.size, member.type = len(data), header_type
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def by_the_library(path):
+    with tarfile.open(path, "r:") as tar:
+        return [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
+
+
+names = st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=60).filter(
+    lambda name: name not in (".", "..")
+)
+paths = st.lists(names, min_size=1, max_size=6).map("/".join)
+types = st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE])
+members = st.lists(st.tuples(paths, st.binary(max_size=1500), types), max_size=8)
+
+
+@hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(members, st.sampled_from(FORMATS[1:]))
+def test_any_tar_is_listed_as_the_library_lists_it(tmp_path, members, tar_format):
+    members = [
+        (name, data if header_type in tarfile.REGULAR_TYPES else b"", header_type) for name, data, header_type in members
+    ]
+    path = write(tmp_path / "any.tar", members, tar_format)
+    assert [tuple(each) for each in tar_members(path)] == by_the_library(path)
+
+
+def test_ustar_prefixes_and_large_numbers(tmp_path):
+    name = f"{'folder/' * 20}{'n' * 90}.png"
+    path = write(tmp_path / "a.tar", [(name, b"data", tarfile.REGTYPE)])
+    assert [tuple(each) for each in tar_members(path)] == [(name, 512, 4)]
+    header = bytearray(path.read_bytes())
+    header[124:136] = b"\x80" + (4).to_bytes(11, "big")  # the size in base 256
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    path.write_bytes(header)
+    assert [tuple(each) for each in tar_members(path)] == by_the_library(path) == [(name, 512, 4)]
+
+
+def test_global_headers_go_to_the_library(tmp_path):
+    path = write(tmp_path / "a.tar", [("a.png", b"data", tarfile.REGTYPE)], tarfile.PAX_FORMAT, pax_headers={"path": "b.png"})
+    assert [tuple(each) for each in tar_members(path)] == by_the_library(path)
+
+
+@pytest.mark.parametrize("place", [0, 100, 130, 150, 300])
+def test_a_damaged_header_is_no_end(tmp_path, place):
+    """The library ends there without a word, and the pictures after it would be lost."""
+    path = write(tmp_path / "a.tar", [(f"{each}.png", b"data", tarfile.REGTYPE) for each in "abc"])
+    data = bytearray(path.read_bytes())
+    data[2 * 512 + place] ^= 0x41
+    path.write_bytes(data)
+    with pytest.raises(tarfile.ReadError):
+        tar_members(path)
+
+
+def test_a_tar_cut_short_is_refused_and_zeros_may_be_missing(tmp_path):
+    path = write(tmp_path / "a.tar", [(f"{each}.png", b"d" * 700, tarfile.REGTYPE) for each in "abc"])
+    data, whole = path.read_bytes(), tar_members(path)
+    for size in range(0, 3 * 3 * 512, 128):
+        path.write_bytes(data[:size])
+        if size in (3 * 512, 6 * 512):  # between two members nothing shows that more should come
+            assert tar_members(path) == whole[: size // 3 // 512]
+        else:
+            with pytest.raises(tarfile.ReadError):
+                tar_members(path)
+    path.write_bytes(data[: 9 * 512])
+    assert tar_members(path) == whole
+
+
+def test_something_else(tmp_path):
+    for content in (b"", b"no tar", b"no tar" * 1000, b"\x1f\x8b" + b"0" * 2000):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(tarfile.ReadError):
+            tar_members(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(bytes(10240))
+    assert tar_members(tmp_path / "a.tar") == []
