@@ -1,11 +1,12 @@
 # make demo: pictures in some minutes.  make test: the tests.  make test-cpus: as other CPUs run them.
 # make gpu: what a GPU does with it, in eight minutes.
 # make test-settings: all settings at hostile values.  make test-wheel: the package as others install it.
+# make site: the documentation as a site, in site/.  make figures, make notebook: its figures, its notebook.
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo gpu test test-cpus test-settings test-wheel lint clean
+.PHONY: demo gpu test test-cpus test-settings test-wheel lint site figures notebook clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -47,5 +48,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A warning, as of a link that leads nowhere, is an error; not with --quiet, which hides warnings from --strict too.
+# The theme's own warning, of its successor, is switched off.
+site: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+figures: $(INSTALLED)
+	$(BIN)/python benchmarks/figures.py
+
+notebook: $(INSTALLED)
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace docs/notebook/first-steps.ipynb
+
 clean:
-	rm -rf .venv .mypy_cache build outputs
+	rm -rf .venv .mypy_cache build outputs site

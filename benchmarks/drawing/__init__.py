@@ -1,0 +1,1 @@
+"""The figures of README and docs, in one style (benchmarks/figures.py)."""

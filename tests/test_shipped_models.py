@@ -1,0 +1,53 @@
+"""The pipelines in checkpoints/ are the shipped networks, the autoencoders and the schedules they were trained with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_smd import SMDPipeline
+from ldm_smd.config import load_config
+from ldm_smd.data.settings import ImagesConfig
+from ldm_smd.data.sources import list_entries
+from ldm_smd.models.denoiser import is_mixture
+from ldm_smd.pipelines import load_pipeline
+from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.training.settings import TrainConfig
+from ldm_smd.training.wider import class_names
+
+ROOT = Path(__file__).parents[1]
+SMALL, LARGE = "data/emoji/train-*.tar", "data/emoji-256/train.zip"
+
+
+def settings(scheduler):
+    """All but the numbers of the schedule, which were computed."""
+    return {name: value for name, value in scheduler.config.items() if name[0] != "_" and name != "trained_betas"}
+
+
+@pytest.mark.parametrize(
+    "name, unet, training, source, pixels",
+    [
+        ("emoji-smd", "unet-emoji-smd", "emoji-smd", SMALL, 64),
+        ("emoji-gaussian", "unet-emoji-vanilla", "emoji-vanilla", SMALL, 64),
+        ("emoji-256-gaussian", "unet-emoji-256-gaussian", "emoji-256-gaussian", LARGE, 256),
+    ],
+)
+def test_a_shipped_pipeline_is_what_its_training_would_write(name, unet, training, source, pixels):
+    folder = ROOT / "checkpoints" / name
+    config = load_config(TrainConfig, ROOT / f"configs/train/{training}.yaml")
+    assert (folder / "unet").resolve() == ROOT / "checkpoints" / unet
+    assert (folder / "vae").resolve() == ROOT / config.autoencoder
+    pipeline = load_pipeline(folder)
+    classes = class_names(config, list_entries(ImagesConfig(source=str(ROOT / source), resolution=pixels))[1])
+    assert pipeline.id2label == dict(enumerate(classes)) and pipeline.unet.config.num_classes == len(classes)
+    trained = build_scheduler(config.diffusion)
+    assert type(pipeline.scheduler) is type(trained) and settings(pipeline.scheduler) == settings(trained)
+    torch.testing.assert_close(pipeline.scheduler.betas, trained.betas)
+    assert pipeline.training_scheduler is pipeline.scheduler
+    assert is_mixture(pipeline.unet) == (config.model.z_channels > 0)
+
+
+def test_it_samples():
+    pipeline = SMDPipeline.from_pretrained(ROOT / "checkpoints/emoji-smd")
+    pixels = pipeline([7, 3], num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert pixels.shape == (2, 3, 64, 64) and (pixels[0] - pixels[1]).abs().mean() > 0.05
