@@ -53,12 +53,9 @@ class Bounds:
         return low if self.most == math.inf else f"{low} to {self.most:,}"
 
 
-def number(
-    default: typing.Any, least: float | None = None, most: float | None = None, former: str | None = None, **others: typing.Any
-) -> typing.Any:
-    """Make a field that takes a number, or a list of them, within ``Bounds``, whose other arguments are ``others``; ``former``
-    is a name that it had."""
-    metadata = {"bounds": Bounds(least, most, **others), "former": former}
+def number(default: typing.Any, least: float | None = None, most: float | None = None, **others: typing.Any) -> typing.Any:
+    """Make a field for a number, or a list of numbers, within ``Bounds(least, most, **others)``."""
+    metadata = {"bounds": Bounds(least, most, **others)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -91,7 +88,10 @@ def check_field(item: Field, key: str, value: typing.Any) -> None:
 
 @dataclass
 class Settings:
-    """Base of all schemas: every field holds what it allows."""
+    """Base class of all schemas. Every field is checked when an instance is made."""
+
+    RENAMED: typing.ClassVar[dict[str, str]] = {}
+    """Former name -> current name. Files and command lines may use both; a former name gives a warning."""
 
     def __post_init__(self) -> None:
         for item in fields(self):

@@ -15,6 +15,8 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "xformers")
 class ModelConfig(Settings):
     """SMDUNet2DModel, less what the shards say (latent size and channels, number of classes)."""
 
+    RENAMED = {"latent_channels": "z_channels"}
+
     block_out_channels: list[int] = number([128, 256], 1, 8192, fewest=1)
     layers_per_block: int = number(2, 1, 32)
     up_layers_per_block: int = number(1, 1, 32)
@@ -23,7 +25,7 @@ class ModelConfig(Settings):
     attention_head_dim: int = number(32, 1, 1024)
     norm_num_groups: int = number(16, 1, 4096)
     dropout: float = number(0.0, 0, 0.95)
-    z_channels: int = number(32, 0, 4096, former="latent_channels")
+    z_channels: int = number(32, 0, 4096)
     """Channels of the mixture's latent map z. 0: the Gaussian baseline, without g_xi and f_phi."""
     identifier_channels: int = number(32, 1, 4096)
     hypernetwork_width: int = number(64, 1, 4096)
