@@ -176,7 +176,7 @@ def samples_by_teleport_and_gms_from_a_picture():
 
 @check
 def trains_resumes_and_averages():
-    parts = ["ema_widths=[0.05,0.1]", "gradient_checkpointing=true", "accumulate=2", "cooldown_images=8"]
+    parts = ["ema_widths=[0.05,0.1]", "gradient_checkpointing=true", "micro_batches=2", "cooldown_images=8"]
     for images in (16, 32):
         run("trained", *parts, f"images_total={images}")
     tool(AverageConfig, average, f"run={OUTPUT / 'trained'}", "sigma_rel=0.07", f"output={OUTPUT / 'average'}")

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Config = TrainConfig | TrainAutoencoderConfig
 RECORD = "run.json"
 NOT_COMPARED = (
-    "shards", "autoencoder", "output", "accumulate", "gradient_checkpointing", "compile", "attention", "num_workers",
+    "shards", "autoencoder", "output", "micro_batches", "gradient_checkpointing", "compile", "attention", "num_workers",
     "resume_changed",
 )  # fmt: skip
 """Settings of tools/train.py that are paths, whose contents are compared, or change how and not what is computed."""

@@ -15,6 +15,8 @@ PRECISIONS = ("auto", "no", "bf16")
 class TrainConfig(Settings):
     """tools/train.py. All counts are in images."""
 
+    RENAMED = {"accumulate": "micro_batches"}
+
     shards: str = MISSING
     """Folder with latent shards and manifest.json (tools/encode.py)."""
     autoencoder: str = MISSING
@@ -33,7 +35,7 @@ class TrainConfig(Settings):
     images_total: int = number(1_000_000, 1, MOST_IMAGES)
     batch_size: int = number(256, 1, 2**20)
     """Over all processes together; the number of processes must divide it."""
-    accumulate: int = number(1, 1, 2**20)
+    micro_batches: int = number(1, 1, 2**20)
     """Parts in which a process takes its slice of a batch, one after the other, where memory is short; same results, but for
     the scale of an adversarial term, which is taken from a part."""
     learning_rate: float = number(3e-4, above=0, most=1)

@@ -53,10 +53,10 @@ class Denoising:
         return draw_step(self.run, self.process, batch, images_seen, self.draws)
 
     def backward(self, batch: LatentBatch, noise: StepNoise) -> torch.Tensor:
-        """Add the gradients of a batch, in ``accumulate`` parts; returns its mean loss."""
+        """Add the gradients of a batch, in ``micro_batches``; returns its mean loss."""
         size, accelerator = len(batch.labels), self.run.accelerator
         total = torch.zeros((), device=batch.labels.device)
-        for rows, last in parts(size, self.run.config.accumulate):
+        for rows, last in parts(size, self.run.config.micro_batches):
             # Processes exchange gradients once, with the last part.
             with nullcontext() if last else accelerator.no_sync(self.model.forward):
                 loss = self.losses(batch.rows(*rows), noise.rows(*rows)).sum() / size

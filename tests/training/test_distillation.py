@@ -40,8 +40,8 @@ def test_it_resumes_where_it_was(distil, tmp_path, views):
 
 @pytest.mark.slow
 def test_parts_of_a_batch_add_up(distil, tmp_path):
-    for name, accumulate in (("whole", 1), ("parts", 3)):
-        train(distil(f"output={tmp_path / name}", f"accumulate={accumulate}"))
+    for name, micro_batches in (("whole", 1), ("parts", 3)):
+        train(distil(f"output={tmp_path / name}", f"micro_batches={micro_batches}"))
     assert_same_losses(tmp_path / "whole", tmp_path / "parts")
 
 

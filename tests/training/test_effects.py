@@ -66,7 +66,7 @@ OTHERS = {
 NEEDS = {"model.up_layers_per_block": ["model.layers_per_block=2"], "objective.bandwidth": ["objective.name=mixture_nll"]}
 OTHERS["objective.bandwidth"] = 0.5
 ELSEWHERE = {
-    "accumulate",  # test_step.py: parts of a batch
+    "micro_batches",  # test_step.py: parts of a batch
     "attention",
     "autoencoder",  # test_loop.py: another one is refused
     "checkpoint_every_images",

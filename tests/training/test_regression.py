@@ -60,7 +60,7 @@ def test_it_resumes_and_parts_add_up(train_config, regression, tmp_path):
     train(train_config(*regression, f"output={tmp_path / 'straight'}"))
     train(train_config(*regression, f"output={tmp_path / 'stopped'}", "images_total=32"))
     train(train_config(*regression, f"output={tmp_path / 'stopped'}"))
-    train(train_config(*regression, f"output={tmp_path / 'parts'}", "accumulate=3"))
+    train(train_config(*regression, f"output={tmp_path / 'parts'}", "micro_batches=3"))
     found = [weights(checkpoints(tmp_path / name / "checkpoints")[-1] / "model") for name in ("straight", "stopped")]
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert logged_losses(tmp_path / "straight") == logged_losses(tmp_path / "stopped")
