@@ -93,6 +93,8 @@ class TrainConfig(Settings):
 class TrainAutoencoderConfig(Settings):
     """tools/train_autoencoder.py"""
 
+    RENAMED = {"flip": "mirror"}
+
     images: ImagesConfig = field(default_factory=ImagesConfig)
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
     """Pictures that are only measured (PSNR), never trained on."""
@@ -119,7 +121,7 @@ class TrainAutoencoderConfig(Settings):
     gradient_weight: float = number(0.1, 0, 1e6)
     """Weight of the error between image gradients (finite differences): keeps edges from blurring."""
     ema_halflife_images: int = number(10_000, 0, MOST_IMAGES)
-    flip: bool = True
+    mirror: bool = True
     precision: str = choice("no", PRECISIONS)
     """no: float32. bf16. auto: bf16 on GPUs that have it."""
     num_workers: int = number(0, 0, 256)
