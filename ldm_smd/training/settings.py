@@ -93,7 +93,7 @@ class TrainConfig(Settings):
 class TrainAutoencoderConfig(Settings):
     """tools/train_autoencoder.py"""
 
-    RENAMED = {"flip": "mirror"}
+    RENAMED = {"flip": "mirror", "squared_weight": "l2_weight"}
 
     images: ImagesConfig = field(default_factory=ImagesConfig)
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
@@ -116,7 +116,7 @@ class TrainAutoencoderConfig(Settings):
     latent_noise: float = number(0.1, above=0, most=10)
     """Of an AutoencoderDC: deviation of the noise on its latents in training, whose size the KL term limits. It then decodes
     well what a denoiser gets slightly wrong."""
-    squared_weight: float = number(0.0, 0, 1e6)
+    l2_weight: float = number(0.0, 0, 1e6)
     """Weight of the squared error, which PSNR counts, beside the absolute one."""
     gradient_weight: float = number(0.1, 0, 1e6)
     """Weight of the error between image gradients (finite differences): keeps edges from blurring."""

@@ -96,7 +96,7 @@ def autoencoder_loss(
     l1, l2 = error.abs().mean(), error.square().mean()
     gradient = 0.5 * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-    total = l1 + config.squared_weight * l2 + config.gradient_weight * gradient + config.kl_weight * kl
+    total = l1 + config.l2_weight * l2 + config.gradient_weight * gradient + config.kl_weight * kl
     return {"loss": total, "l1": l1, "l2": l2, "gradient": gradient, "kl": kl}
 
 

@@ -29,7 +29,7 @@ def test_the_loss_is_its_formula(vae_config):
     generator = torch.Generator().manual_seed(0)
     x, found = torch.randn(2, 2, 3, 4, 5, generator=generator).double()
     mean, logvar = torch.randn(2, 2, 4, 2, 2, generator=generator).double()
-    terms = autoencoder_loss(found, x, mean, logvar, vae_config("kl_weight=0.3", "squared_weight=0.7", "gradient_weight=0.2"))
+    terms = autoencoder_loss(found, x, mean, logvar, vae_config("kl_weight=0.3", "l2_weight=0.7", "gradient_weight=0.2"))
     error = found - x
     down, right = error[:, :, 1:] - error[:, :, :-1], error[..., 1:] - error[..., :-1]
     expected = {
@@ -116,7 +116,7 @@ OTHERS = [
     "model.norm_num_groups=2",
     "precision=bf16",
     "seed=1",
-    "squared_weight=2",
+    "l2_weight=2",
     "warmup_images=64",
 ]
 
