@@ -192,6 +192,8 @@ class AverageConfig(Settings):
 class TrainMomentsConfig(Settings):
     """tools/train_moments.py. All counts are in images."""
 
+    RENAMED = {"third_weight": "third_moment_weight"}
+
     model: str = MISSING
     """Model folder with a Gaussian UNet: RUN/model of tools/train.py."""
     shards: str = MISSING
@@ -202,7 +204,7 @@ class TrainMomentsConfig(Settings):
     batch_size: int = number(64, 1, 2**16)
     learning_rate: float = number(1e-3, above=0, most=1)
     """Peak learning rate of AdamW: linear warm-up over the first 5 %, then a half cosine to zero."""
-    third_weight: float = number(0.1, above=0, most=1e6)
+    third_moment_weight: float = number(0.1, above=0, most=1e6)
     """Weight of the third-moment loss (r^3 has a larger variance than r^2)."""
     ema_halflife_images: int = number(5_000, 0, MOST_IMAGES)
     label_dropout: float = number(0.1, 0, 1)
