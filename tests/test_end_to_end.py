@@ -127,8 +127,8 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
     (tmp_path / "distilled.yaml").write_text(yaml.safe_dump(distilling))
     showing = yaml.safe_load(Path(smd["config"]).read_text()) | {"autoencoder": str(vae_folder)}
     (tmp_path / "showcase.yaml").write_text(yaml.safe_dump(showing))
-    distilled = vanilla | {"name": "distilled", "config": str(tmp_path / "distilled.yaml"), "learning_rate_share": 1}
-    runs = [vanilla | {"learning_rate_share": 0}, distilled, smd]
+    distilled = vanilla | {"name": "distilled", "config": str(tmp_path / "distilled.yaml"), "learning_rate_factor": 1}
+    runs = [vanilla | {"learning_rate_factor": 0}, distilled, smd]
     encoding = {"images": {"source": str(pictures), "resolution": 16}, "autoencoder": str(vae_folder), "num_workers": 0}
     (tmp_path / "encode.yaml").write_text(yaml.safe_dump({**encoding, "output": "unused"}))
     FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")

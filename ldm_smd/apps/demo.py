@@ -68,7 +68,7 @@ def demo(config: DemoConfig) -> Path:
             extractor = load_extractor(config.features)
             configs = {run.name: run_config(config, run, encode_config.autoencoder) for run in config.runs}
             shipped = {
-                run.name: load_unet("runs[].checkpoint", run.checkpoint) for run in config.runs if run.learning_rate_share == 0
+                run.name: load_unet("runs[].checkpoint", run.checkpoint) for run in config.runs if run.learning_rate_factor == 0
             }
             showcase = Showcase(config.showcase)
             for run in config.runs:
@@ -205,12 +205,12 @@ def run_config(config: DemoConfig, run: DemoRunConfig, autoencoder: str) -> Trai
         output=str(output / run.name),
         init_from=run.checkpoint,
     )
-    if run.learning_rate_share == 0:
+    if run.learning_rate_factor == 0:
         return base
     return dataclasses.replace(
         base,
         images_total=config.images,
-        learning_rate=base.learning_rate * run.learning_rate_share,
+        learning_rate=base.learning_rate * run.learning_rate_factor,
         warmup_images=config.images // 10,
         cooldown_images=config.images // 2,
         # Eight half-lives: the average has forgotten the start, which may be another kind of model.
@@ -236,13 +236,13 @@ def few_steps(
         title = sample_title(run, run.schedulers[0])
         kind = "mixture" if pipelines[run.name].unet.is_mixture else "Gaussian model"
         lesson = "distillation" if configs[run.name].objective.name == "distillation" else "training"
-        state = f"after {config.images:,} images of {lesson}" if run.learning_rate_share else "as shipped"
+        state = f"after {config.images:,} images of {lesson}" if run.learning_rate_factor else "as shipped"
         at[run.name] = distance[title][steps]
         models.append({"title": title, "caption": f"{kind}, {state}", "distance": at[run.name]})
     seen = []
     for run in config.runs:
-        starts = [other for other in config.runs if other.checkpoint == run.checkpoint and other.learning_rate_share == 0]
-        if run.learning_rate_share == 1 and starts:
+        starts = [other for other in config.runs if other.checkpoint == run.checkpoint and other.learning_rate_factor == 0]
+        if run.learning_rate_factor == 1 and starts:
             before, after = at[starts[0].name], at[run.name]
             change = "nearer to the training pictures" if after < before else "no nearer to the training pictures"
             spent = f"{config.images:,} images and {seconds[f'train {run.name}']:.0f} seconds"
@@ -274,7 +274,7 @@ def training_curve(output: Path, run: DemoRunConfig) -> list[tuple[int, float]]:
         [(line["images_seen"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
         for folder in (Path(run.checkpoint), output / run.name)
     )
-    if run.learning_rate_share == 1:
+    if run.learning_rate_factor == 1:
         return continued
     start = shipped[-1][0] if shipped else 0
     return shipped + [(start + images, loss) for images, loss in continued]

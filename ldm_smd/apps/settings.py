@@ -31,12 +31,14 @@ class ExploreConfig(Settings):
 class DemoRunConfig(Settings):
     """One model of the demo: the shipped weights that it starts from, and its training config."""
 
+    RENAMED = {"learning_rate_share": "learning_rate_factor"}
+
     name: str = MISSING
     config: str = MISSING
     """Training config; its settings but for output, init_from, the learning rate and the lengths below are kept."""
     checkpoint: str = MISSING
     """Shipped UNet folder, with the metrics of its training in metrics.jsonl."""
-    learning_rate_share: float = number(0.1, 0, 1)
+    learning_rate_factor: float = number(0.1, 0, 1)
     """Part of the config's learning rate that it is trained with. 0: not at all, it is shown as shipped. Below 1: the shipped
     training goes on, gently, as its weights are averages that a full rate would first undo. 1: a training of its own that
     starts from these weights, such as a distillation from a Gaussian model."""
