@@ -21,7 +21,7 @@ def test_file_and_overrides_are_merged_in_order(tmp_path):
 
 
 def test_dump_loads_back_to_the_same(tmp_path):
-    config = load_config(TrainConfig, None, [*GIVEN, "objective.patches=[0,3]"])
+    config = load_config(TrainConfig, None, [*GIVEN, "objective.patch_sizes=[0,3]"])
     (tmp_path / "dump.yaml").write_text(dump_config(config))
     assert load_config(TrainConfig, tmp_path / "dump.yaml") == config
 
@@ -39,8 +39,8 @@ def test_dump_loads_back_to_the_same(tmp_path):
         (["model.block_out_channels=[30,60]"], "model.block_out_channels: expected multiples of norm_num_groups"),
         (["batch_size=1e30"], "batch_size: expected a value of its type, found: Value '1e+30'"),
         (["learning_rate=nan"], "learning_rate: expected a number more than 0 to 1, found nan"),
-        (["objective.patches=[]"], "objective.patches: expected at least 1 numbers, found []"),
-        (["objective.patches=[0,-1]"], "objective.patches: expected a number from 0 to 1,024, found -1"),
+        (["objective.patch_sizes=[]"], "objective.patch_sizes: expected at least 1 numbers, found []"),
+        (["objective.patch_sizes=[0,-1]"], "objective.patch_sizes: expected a number from 0 to 1,024, found -1"),
         (["output=''"], "output: expected a name, a path or words of at most 4096 characters, found ''"),
         (["output=${nothing}"], "settings: expected values that can be resolved, found: Interpolation key 'nothing' not found"),
         (["batch_size"], "override: expected key=value, found 'batch_size'"),

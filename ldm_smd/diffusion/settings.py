@@ -41,7 +41,9 @@ class DiffusionConfig(Settings):
 @dataclass
 class DistillationConfig(Settings):
     """What objective.name=distillation needs beside the model (ldm_smd/training/distillation.py), and of it
-    objective.name=regression: the teacher and ``pure_noise``."""
+    objective.name=regression: the teacher and ``pure_noise_fraction``."""
+
+    RENAMED = {"pure_noise": "pure_noise_fraction"}
 
     teacher: Optional[str] = None
     """Folder or hub id of the Gaussian denoiser that is learnt from, as RUN/model/unet; null: init_from."""
@@ -57,13 +59,15 @@ class DistillationConfig(Settings):
     """Updates of the critic for each of the model's: it has to follow the model."""
     guidance_scale: float = number(1.0, 0, 100)
     """Classifier-free guidance of the teacher: the mixture learns to draw as it does with guidance, and needs none itself."""
-    pure_noise: float = number(0.3, 0, 1)
+    pure_noise_fraction: float = number(0.3, 0, 1)
     """Share of the images whose t is the last, where sampling begins."""
 
 
 @dataclass
 class ObjectiveConfig(Settings):
     """How the draws of the prediction are compared with the target (ldm_smd/diffusion/objectives.py)."""
+
+    RENAMED = {"patches": "patch_sizes"}
 
     name: str = choice("energy", OBJECTIVES)
     """energy: a strictly proper score, learns the mixture. mixture_nll: likelihood of the draws' mixture. mse: the paper's
@@ -75,7 +79,7 @@ class ObjectiveConfig(Settings):
     """Exponent of the energy score's distance: smaller is sharper and noisier."""
     diversity: float = number(1.0, 0, 1)
     """Weight of the distance between draws; below 1 the mixture is narrower than the data."""
-    patches: list[int] = number([0, 4, 2, 1], 0, 1024, fewest=1)
+    patch_sizes: list[int] = number([0, 4, 2, 1], 0, 1024, fewest=1)
     """Sides of the patches, in latent positions, that energy and mixture_nll measure distances over; 0: the whole image."""
     bandwidth: float = number(0.2, above=0, most=1e6)
     """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""

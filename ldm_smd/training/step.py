@@ -74,7 +74,7 @@ class Denoising:
         with self.run.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
         score = config.objective
-        compare = objective(score.name, score.beta, score.diversity, score.patches, score.bandwidth)
+        compare = objective(score.name, score.beta, score.diversity, score.patch_sizes, score.bandwidth)
         exponent = score.beta if score.name == "energy" else 2.0
         losses = compare(rearrange(prediction, "(b m) ... -> b m ...", b=len(x0)), target)
         return losses * timestep_weight(score.weighting, exponent, self.process, t, prediction_type)

@@ -63,7 +63,7 @@ def test_a_critic_that_agrees_with_the_teacher_moves_nothing(learner, views):
 def test_pure_noise_is_as_frequent_as_said(learner):
     found = {}
     for share in (0.0, 1.0):
-        chosen = learner(f"objective.distillation.pure_noise={share}")
+        chosen = learner(f"objective.distillation.pure_noise_fraction={share}")
         draws = chosen.draw(chosen.run.batches().batch_at(0), 0)
         found[share] = draws.t
         assert draws.r.min() >= 20 and draws.r.max() <= 979 and draws.second_eps.shape == draws.eps.shape

@@ -55,7 +55,7 @@ OTHERS = {
     "objective.diversity": 0.5,
     "objective.draws": 3,
     "objective.name": "mixture_nll",
-    "objective.patches": [0],
+    "objective.patch_sizes": [0],
     "objective.weighting": "epsilon",
     "precision": "bf16",
     "seed": 1,
@@ -84,7 +84,7 @@ ELSEWHERE = {
     "objective.distillation.adversarial_weight",
     "objective.distillation.critic_updates",
     "objective.distillation.guidance_scale",
-    "objective.distillation.pure_noise",
+    "objective.distillation.pure_noise_fraction",
     "objective.distillation.teacher",
     "objective.distillation.views",
     "objective.flow_steps",  # test_regression.py

@@ -51,7 +51,7 @@ def test_the_loss_of_draws_is_their_mean(open_run, regression):
 
 
 def test_pure_noise(open_run, regression):
-    learner = PosteriorRegression(open_run(*regression, "objective.distillation.pure_noise=1.0"))
+    learner = PosteriorRegression(open_run(*regression, "objective.distillation.pure_noise_fraction=1.0"))
     assert (learner.draw(learner.run.batches().batch_at(0), 0).t == learner.process.last).all()
 
 

@@ -20,7 +20,7 @@ from tests.training.results import assert_same_losses, logged_losses
     [
         ["model.z_channels=0", "objective.name=mse"],
         ["objective.name=mse"],
-        ["objective.name=energy", "objective.patches=[0,2]"],
+        ["objective.name=energy", "objective.patch_sizes=[0,2]"],
     ],
 )
 def test_one_batch_can_be_overfitted(open_run, overrides):
