@@ -54,7 +54,7 @@ PICTURES_PER_CORE = 250
 ACTIVATION_BATCH = 8
 DIT_BATCH = 32
 FLOW_STEPS = 8
-"""As objective.flow_steps."""
+"""As objective.teacher_steps."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ examples:
   python tools/sample.py model=outputs/demo/smd/model output=outputs/from-sketch image=sketch.png strength=0.6 steps=16
   python tools/sample.py model=my/run/model output=outputs/guided guide=my/run/checkpoints/images-000000200000/ema \\
       guidance_scale=2 guidance_interval=[0.3,5]
-  python tools/sample.py model=my/like/model output=outputs/text text="a red balloon" clip=open_clip:ViT-B-32:laion2b_s34b_b79k
+  python tools/sample.py model=my/run/model output=outputs/prompt prompt="a red balloon" \\
+      clip=open_clip:ViT-B-32:laion2b_s34b_b79k
 """,
     "evaluate": """Measure pictures against real ones.
 
@@ -95,8 +96,8 @@ examples:
   python tools/evaluate.py --config configs/evaluate/emoji.yaml model=outputs/demo/smd/model output=outputs/smd.json
   python tools/evaluate.py reference.source=my/pictures reference.resolution=256 pictures=my/samples output=my/result.json \\
       features=[open_clip:ViT-L-14-336:openai,dinov2:vit_large_patch14_dinov2:lvd142m]
-  accelerate launch tools/evaluate.py --config configs/evaluate/emoji.yaml model=my/run/model count=50000 labels=balanced \\
-      output=my/result.json
+  accelerate launch tools/evaluate.py --config configs/evaluate/emoji.yaml model=my/run/model num_samples=50000 \\
+      labels=balanced output=my/result.json
 """,
     "explore": """Serve a local page for trained models, side by side.
 
@@ -105,7 +106,7 @@ Class, steps, scheduler, seed, guidance; a picture's steps; draws of eta. Needs 
 examples:
   python tools/explore.py --config configs/explore.yaml
   python tools/explore.py models.mine=my/run/model port=8000
-  python tools/explore.py models.like=my/like/model clip=open_clip:ViT-B-32:my/clip.safetensors
+  python tools/explore.py models.mine=my/run/model clip=open_clip:ViT-B-32:my/clip.safetensors
 """,
     "average": """Average a run's weights after it has ended (post-hoc EMA).
 

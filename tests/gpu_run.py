@@ -204,7 +204,7 @@ def encodes():
 
 @check
 def samples_by_words():
-    request = ["text=a disc", f"clip={CLIP}", "per_class=2", "steps=2", f"output={OUTPUT / 'pictures'}"]
+    request = ["prompt=a disc", f"clip={CLIP}", "per_class=2", "steps=2", f"output={OUTPUT / 'pictures'}"]
     tool(SampleConfig, sample, f"model={CONDITIONAL}", *request)
 
 
@@ -220,7 +220,7 @@ def explores():
 @check
 def evaluates():
     real = [f"reference.source={PICTURES}", "reference.resolution=16", f"held_out={PICTURES}"]
-    tool(EvaluateConfig, evaluate, *real, f"model={MODEL}", "count=12", "steps=2", f"output={OUTPUT / 'evaluation.json'}")
+    tool(EvaluateConfig, evaluate, *real, f"model={MODEL}", "num_samples=12", "steps=2", f"output={OUTPUT / 'evaluation.json'}")
 
 
 @check

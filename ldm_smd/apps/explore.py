@@ -21,7 +21,7 @@ from ..errors import UserError, one_line
 from ..models.denoiser import is_mixture, num_classes
 from ..pipelines import SMDPipeline, load_pipeline, seeded_generators
 from ..sampling.grid import class_name, labelled_grid
-from ..sampling.inputs import embedding_of, load_clip, training_side
+from ..sampling.inputs import load_clip, prompt_embedding, training_side
 from ..schedulers import make_scheduler
 from .settings import ExploreConfig
 
@@ -133,9 +133,11 @@ class Explorer:
     def first(self) -> SMDPipeline:
         return next(iter(self.pipelines.values()))
 
-    def embedding(self, like: str | None, text: str) -> torch.Tensor | None:
-        """Return the embedding of the words, or else of the image at ``like``, (1, D); None for neither."""
-        return embedding_of(self.clip, self.first, like, text) if self.clip is not None and (like or text) else None
+    def embedding(self, image_prompt: str | None, prompt: str) -> torch.Tensor | None:
+        """Embed the text ``prompt``, or else the image file ``image_prompt``, as (1, D); None for neither."""
+        if self.clip is None or not (image_prompt or prompt):
+            return None
+        return prompt_embedding(self.clip, self.first, image_prompt, prompt)
 
     def sample(self, request: Request, report: Callable[[float], None]) -> dict[str, ModelSamples]:
         """Sample from every model; ``report`` is called with the fraction that is done."""
@@ -224,10 +226,9 @@ def page(explorer: Explorer) -> gradio.Blocks:
             with gr.Column(scale=1, min_width=280):
                 choices = [*((name, number) for number, name in enumerate(classes)), (NO_CLASS, len(classes))]
                 label = gr.Dropdown(choices, value=0, label="Class", visible=bool(classes))
-                like = gr.Image(
-                    type="filepath", label="Like this picture", sources=["upload"], visible=explorer.clip is not None
-                )
-                text = gr.Textbox(label="Like these words, and not the picture", visible=explorer.clip is not None)
+                prompted = explorer.clip is not None
+                image_prompt = gr.Image(type="filepath", label="Image prompt", sources=["upload"], visible=prompted)
+                prompt = gr.Textbox(label="Prompt (overrides the image prompt)", visible=prompted)
                 count = gr.Slider(1, MOST_PICTURES, value=8, step=1, label="Pictures")
                 steps = gr.Slider(1, MOST_STEPS, value=4, step=1, label="Steps")
                 scheduler = gr.Dropdown(SCHEDULERS, value=OWN, label="Scheduler", allow_custom_value=True)
@@ -252,12 +253,25 @@ def page(explorer: Explorer) -> gradio.Blocks:
                 step = gr.Radio([], label="Draws of eta for the first model's x_t of step")
                 draws = gr.Image(**picture)
 
-        def sample(label, count, steps, scheduler, seed, scale, low, high, like, text, progress=gr.Progress()):  # noqa: B008
+        def sample(
+            label,
+            count,
+            steps,
+            scheduler,
+            seed,
+            scale,
+            low,
+            high,
+            image_prompt,
+            prompt,
+            progress=gr.Progress(),  # noqa: B008
+        ):
             if None in (seed, low, high):
                 raise gr.Error("seed, from sigma, to sigma: expected numbers, found an empty field")
             try:
                 number = label if label < len(classes) else None
-                request = Request(number, count, steps, scheduler, seed, scale, (low, high), explorer.embedding(like, text))
+                embedding = explorer.embedding(image_prompt, prompt)
+                request = Request(number, count, steps, scheduler, seed, scale, (low, high), embedding)
                 by_model = explorer.sample(request, progress)
             except (UserError, ValueError) as error:
                 raise gr.Error(str(error)) from error
@@ -276,7 +290,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
             frames, request = shown
             return explorer.draws(frames[index], request)
 
-        inputs = [label, count, steps, scheduler, seed, scale, low, high, like, text]
+        inputs = [label, count, steps, scheduler, seed, scale, low, high, image_prompt, prompt]
         # Only one of the two runs at a time: they share the models.
         start.click(sample, inputs, [*galleries, *filmstrips, step, draws, message, shown], concurrency_id="models")
         step.input(draw, [step, shown], draws, concurrency_id="models")

@@ -67,7 +67,7 @@ class DistillationConfig(Settings):
 class ObjectiveConfig(Settings):
     """How the draws of the prediction are compared with the target (ldm_smd/diffusion/objectives.py)."""
 
-    RENAMED = {"patches": "patch_sizes"}
+    RENAMED = {"patches": "patch_sizes", "flow_steps": "teacher_steps"}
 
     name: str = choice("energy", OBJECTIVES)
     """energy: a strictly proper score, learns the mixture. mixture_nll: likelihood of the draws' mixture. mse: the paper's
@@ -85,7 +85,7 @@ class ObjectiveConfig(Settings):
     """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""
     weighting: str = choice("prediction", WEIGHTINGS)
     """Weighting of the timesteps: the space in which errors weigh the same at each (prediction, v, epsilon, x0), or min_snr."""
-    flow_steps: int = number(8, 1, 1000)
+    teacher_steps: int = number(8, 1, 1000)
     """Evaluations of the teacher for each draw that regression learns."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
 

@@ -13,6 +13,8 @@ SAMPLED_LABELS = ("reference", "balanced", "random")
 class EvaluateConfig(Settings):
     """tools/evaluate.py"""
 
+    RENAMED = {"count": "num_samples"}
+
     output: str = MISSING
     """JSON file to write; the same as a table beside it, .md."""
     reference: ImagesConfig = field(default_factory=ImagesConfig)
@@ -23,7 +25,7 @@ class EvaluateConfig(Settings):
     """Source of pictures to measure, as tools/sample.py or another program made them. null: sample them from ``model``."""
     model: Optional[str] = None
     """Model folder, or hub id, to sample pictures from, with the settings below."""
-    count: int = number(5000, 2, 10**9)
+    num_samples: int = number(5000, 2, 10**9)
     """Pictures to sample."""
     labels: str = choice("reference", SAMPLED_LABELS)
     """Classes of the samples. "reference": in the proportions of the reference; "balanced": equally many; "random"."""

@@ -112,8 +112,7 @@ class SMDPipeline(DiffusionPipeline):
             image: start from these images, noised, and not from pure noise (SDEdit, arXiv 2108.01073): one for each sample,
                 or one for all; PIL, or arrays or tensors of floats in [0, 1], as diffusers' image processor takes them.
             strength: fraction of the timesteps that are run from ``image``, more than 0, to 1; not read without it.
-            image_embeds: OpenCLIP embeddings (B, D) of images or texts that the samples are to be like, by the network in
-                ``embedding``.
+            image_embeds: OpenCLIP embeddings (B, D) of image or text prompts, from the network that ``embedding`` names.
             output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
             callback_on_step_end: as in diffusers, called with the pipeline, the step, its timestep and the tensors asked for;
                 may return {"latents": ...}, set ``pipeline._guidance_scale``, or set ``pipeline._interrupt = True``, after

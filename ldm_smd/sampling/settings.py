@@ -11,6 +11,8 @@ from ..schema import MISSING, MOST_SEED, Settings, check, number
 class SampleConfig(Settings):
     """tools/sample.py"""
 
+    RENAMED = {"like": "image_prompt", "text": "prompt"}
+
     model: str = MISSING
     """A model folder as tools/train.py writes it (RUN/model), or the id of one on the hub."""
     output: str = MISSING
@@ -35,13 +37,14 @@ class SampleConfig(Settings):
     height: Optional[int] = number(None, 1, 2**16)
     """Height of the images in pixels; null: as in training."""
     width: Optional[int] = number(None, 1, 2**16)
-    like: Optional[str] = None
-    """Make pictures like this one, with a model trained with image_conditional=true."""
-    text: Optional[str] = None
-    """The same from words: OpenCLIP's two towers share a space, though the model was trained without texts."""
+    image_prompt: Optional[str] = None
+    """Image file: sample variations of this image. Needs a model trained with image_conditional=true."""
+    prompt: Optional[str] = None
+    """Text prompt. Needs image_conditional=true too: OpenCLIP embeds images and texts in one space, so no captions are needed
+    in training."""
     clip: Optional[str] = None
-    """open_clip:ARCHITECTURE:FILE.safetensors, or a name of pretrained weights for the file: the network that made the
-    embeddings of the training, for ``like`` and ``text``."""
+    """OpenCLIP network that embeds ``image_prompt`` or ``prompt``, the same as in training:
+    open_clip:ARCHITECTURE:FILE.safetensors, open_clip:ARCHITECTURE:NAME_OF_PRETRAINED_WEIGHTS or open_clip:FOLDER."""
     image: Optional[str] = None
     """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
     strength: float = number(0.6, above=0, most=1)
@@ -56,7 +59,7 @@ class SampleConfig(Settings):
         interval = self.guidance_interval
         ordered = interval is None or (len(interval) == 2 and interval[0] <= interval[1])
         check(ordered, "guidance_interval", "[low, high], low not above high", interval)
-        check(self.like is None or self.text is None, "text", "null where there is a picture to be like", self.text)
-        given = self.like is not None or self.text is not None
-        check(given == (self.clip is not None), "clip", "an OpenCLIP network with like or text, and only then", self.clip)
+        check(self.image_prompt is None or self.prompt is None, "prompt", "null together with an image_prompt", self.prompt)
+        given = self.image_prompt is not None or self.prompt is not None
+        check(given == (self.clip is not None), "clip", "an OpenCLIP network if there is a prompt, null otherwise", self.clip)
         check(self.image is None or self.height is self.width is None, "height", "null where there is an image", self.height)

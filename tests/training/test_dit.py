@@ -71,7 +71,7 @@ def test_a_dit_starts_a_mixture(train_config, dit, tmp_path):
     "objective",
     [
         ["mixture_nll"],
-        ["regression", "model.noise_rank=0", "objective.flow_steps=2"],
+        ["regression", "model.noise_rank=0", "objective.teacher_steps=2"],
         ["distillation", "objective.draws=1", "objective.distillation.views=joined"],
         ["distillation", "objective.draws=1", "objective.distillation.adversarial_weight=0.3"],
     ],

@@ -87,7 +87,7 @@ ELSEWHERE = {
     "objective.distillation.pure_noise_fraction",
     "objective.distillation.teacher",
     "objective.distillation.views",
-    "objective.flow_steps",  # test_regression.py
+    "objective.teacher_steps",  # test_regression.py
     "output",
     "resume_changed",  # test_record.py
     "sample_every_images",

@@ -13,7 +13,8 @@ from tests.training.results import assert_same_losses, logged_losses, weights
 @pytest.fixture
 def regression(gaussian_folder):
     """Settings of a regression that starts from the Gaussian model."""
-    return f"init_from={gaussian_folder / 'unet'}", "objective.name=regression", "model.noise_rank=0", "objective.flow_steps=3"
+    teacher = f"init_from={gaussian_folder / 'unet'}"
+    return teacher, "objective.name=regression", "model.noise_rank=0", "objective.teacher_steps=3"
 
 
 def test_draws_come_to_depend_on_eta(open_run, regression):

@@ -79,7 +79,7 @@ def test_it_starts_a_mixture(train_config, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["regression", "distillation"])
 def test_it_is_a_teacher(train_config, folder, objective):
-    settings = ("model.noise_rank=0", "objective.flow_steps=2", "class_conditional=false", "objective.draws=1")
+    settings = ("model.noise_rank=0", "objective.teacher_steps=2", "class_conditional=false", "objective.draws=1")
     assert train(train_config(f"init_from={folder}", FLOW, TAIL, f"objective.name={objective}", *settings)).is_dir()
 
 
