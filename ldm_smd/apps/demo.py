@@ -34,10 +34,10 @@ from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers import make_scheduler
 from ..schedulers.conversion import process_of
+from ..training.coarse_labels import class_names
 from ..training.loop import train
 from ..training.metrics_log import read_metrics
 from ..training.settings import TrainConfig
-from ..training.wider import class_names
 from .report import write_report
 from .settings import DemoConfig, DemoRunConfig
 from .showcase import Showcase, load_unet, write_shipped

@@ -16,9 +16,9 @@ from ..models.unet import SMDUNet2DModel
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers.schedule import build_scheduler
+from ..training.coarse_labels import class_names
 from ..training.model_folder import model_card, write_model_folder
 from ..training.settings import TrainConfig
-from ..training.wider import class_names
 from .settings import ShowcaseConfig
 
 

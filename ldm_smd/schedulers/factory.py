@@ -11,6 +11,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..deprecation import current_arguments
 from ..diffusion.settings import DiffusionConfig
 from ..errors import UserError, one_line
 from .schedule import build_scheduler
@@ -28,7 +29,7 @@ def scheduler_from(name: str, config: dict, custom: dict[str, type[SchedulerMixi
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin) and issubclass(cls, ConfigMixin)):
         raise UserError(f"scheduler: expected a scheduler class ({', '.join([*SUPPORTED, *custom])}), found {name!r}")
     known = inspect.signature(cls).parameters
-    chosen = read_settings(name, settings)
+    chosen = current_arguments(read_settings(name, settings), getattr(cls, "RENAMED", {}))
     for option in chosen:
         if option not in known:
             raise UserError(f"scheduler: expected a setting of {name} ({', '.join(known)}), found {option!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -11,6 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..deprecation import accept_former_names, current_arguments
 from ..diffusion.central_moments import WEIGHT, CentralMoments, reverse_moments, two_gaussians, x0_moments
 from ..diffusion.process import DiffusionProcess
 from .kernel_fit import fit_two_gaussians
@@ -30,15 +32,18 @@ class GMSScheduler(DDPMScheduler):
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, timestep_spacing,
         steps_offset, clip_sample, clip_sample_range, rescale_betas_zero_snr: as in DDPMScheduler.
         num_moments: 3; or 2 for one Gaussian with the variance of q(x_s | x_t), as in Extended Analytic-DPM (arXiv 2206.07309).
-        picture_draws: choose one of the two components for a whole image, and not for each of its elements.
-        inside_share: the variance of the two components is v, that of q(x_s | x_t, x_0), and at least this fraction of what
-            x_0 adds to it; the rest may be between them. The paper's floor is v / 10, although x_s given x_t is a sum with a
-            normal term of variance v; with it the kernel is worse than one Gaussian (tests/schedulers/test_gms.py).
-        fit_iterations: 0 to solve the kernel; else iterations of the paper's fit, to compare with.
+        choose_per_image: choose one component per image; by default, one per element.
+        within_component_fraction: fraction of the variance due to x_0 that stays within the components at least; the rest may
+            lie between them. So each component has at least the variance v + fraction * (Var(x_s | x_t) - v), where v is the
+            variance of q(x_s | x_t, x_0). The paper's floor is v / 10, below the normal term of variance v that x_s given x_t
+            contains; with it the kernel is worse than one Gaussian (tests/schedulers/test_gms.py).
+        fit_iterations: 0 to solve for the kernel; otherwise the number of iterations of the paper's fit, for comparison.
     """
 
     step_part = "moments"
+    RENAMED = {"picture_draws": "choose_per_image", "inside_share": "within_component_fraction"}
 
+    @accept_former_names(RENAMED)
     @register_to_config
     def __init__(
         self,
@@ -54,18 +59,24 @@ class GMSScheduler(DDPMScheduler):
         clip_sample_range: float = 1.0,
         rescale_betas_zero_snr: bool = False,
         num_moments: int = 3,
-        picture_draws: bool = False,
-        inside_share: float = 0.2,
+        choose_per_image: bool = False,
+        within_component_fraction: float = 0.2,
         fit_iterations: int = 0,
     ) -> None:
         if num_moments not in (2, 3):
             raise ValueError(f"num_moments: expected 2 or 3, found {num_moments}")
-        if not 0.0 <= inside_share <= 1.0:
-            raise ValueError(f"inside_share: expected 0 to 1, found {inside_share}")
+        if not 0.0 <= within_component_fraction <= 1.0:
+            raise ValueError(f"within_component_fraction: expected 0 to 1, found {within_component_fraction}")
         if fit_iterations < 0:
             raise ValueError(f"fit_iterations: expected 0 or more, found {fit_iterations}")
         known = inspect.signature(DDPMScheduler).parameters
         super().__init__(**{name: value for name, value in self.config.items() if name in known})
+
+    @classmethod
+    def from_config(cls, config: dict | None = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Make a scheduler as diffusers does, also from configs with former names."""
+        config, kwargs = current_arguments(config or {}, cls.RENAMED), current_arguments(kwargs, cls.RENAMED)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def step(
         self,
@@ -95,7 +106,7 @@ class GMSScheduler(DDPMScheduler):
             drawn = x0.mean
         else:
             moments, v = reverse_moments(process, x0, x_t, t, s)
-            drawn = self._draw(moments, v + self.config.inside_share * (moments.variance - v), generator)
+            drawn = self._draw(moments, v + self.config.within_component_fraction * (moments.variance - v), generator)
         drawn = drawn.to(sample.dtype)
         if not return_dict:
             return drawn, x0.mean
@@ -113,6 +124,6 @@ class GMSScheduler(DDPMScheduler):
             first, second, variance = two_gaussians(moments, floor)
         # A standard normal is below this as often as the first component is to be chosen.
         below = torch.special.ndtri(torch.tensor(WEIGHT, device=device, dtype=dtype))
-        choice_shape = (shape[0], *[1] * (len(shape) - 1)) if self.config.picture_draws else shape
+        choice_shape = (shape[0], *[1] * (len(shape) - 1)) if self.config.choose_per_image else shape
         choice = randn_tensor(choice_shape, generator, device, dtype)
         return torch.where(choice < below, first, second) + variance.sqrt() * noise

@@ -15,7 +15,7 @@ PRECISIONS = ("auto", "no", "bf16")
 class TrainConfig(Settings):
     """tools/train.py. All counts are in images."""
 
-    RENAMED = {"accumulate": "micro_batches"}
+    RENAMED = {"accumulate": "micro_batches", "wider_labels": "coarse_label_fraction"}
 
     shards: str = MISSING
     """Folder with latent shards and manifest.json (tools/encode.py)."""
@@ -52,9 +52,9 @@ class TrainConfig(Settings):
     tools/average.py makes one of any width."""
     label_dropout: float = number(0.1, 0, 1)
     """Fraction of labels replaced by the null class, for classifier-free guidance."""
-    wider_labels: float = number(0.0, 0, 1)
-    """Fraction of the other labels replaced by a wider one, where the names of the classes have several parts: of "noto, flags"
-    by "noto" or "flags", which are then classes of the model too."""
+    coarse_label_fraction: float = number(0.0, 0, 1)
+    """Fraction of the remaining labels replaced by a coarser one: "noto, flags" by "noto" or "flags", which become classes of
+    the model too. Every class name must have the same number of parts."""
     mirror: bool = False
     """Take the mirrored encoding for half of the pictures (shards made with mirror: true)."""
     class_conditional: bool = True

@@ -115,10 +115,10 @@ def parts(size: int, count: int) -> Iterator[tuple[tuple[int, int], bool]]:
 def known_conditions(run: Run, batch: LatentBatch, noise: StepNoise, null_class: int | None) -> dict[str, torch.Tensor | None]:
     """Labels and embeddings as a model takes them, made wider or left out where the noise says so."""
     labels = known_labels(batch.labels, null_class)
-    if labels is not None and run.wider is not None:
-        share, parts = run.config.wider_labels, run.wider.shape[1]
-        chosen = (noise.wider / share * parts).long().clamp_max(parts - 1)
-        labels = torch.where(noise.wider < share, run.wider[labels, chosen], labels)
+    if labels is not None and run.coarse is not None:
+        share, parts = run.config.coarse_label_fraction, run.coarse.shape[1]
+        chosen = (noise.coarse / share * parts).long().clamp_max(parts - 1)
+        labels = torch.where(noise.coarse < share, run.coarse[labels, chosen], labels)
     if labels is not None and null_class is not None:
         labels = torch.where(noise.drop_label, null_class, labels)
     embeds = batch.embeddings

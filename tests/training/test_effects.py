@@ -93,7 +93,7 @@ ELSEWHERE = {
     "sample_every_images",
     "sample_steps",
     "shards",
-    "wider_labels",  # test_wider.py
+    "coarse_label_fraction",  # test_coarse_labels.py
 }
 """Settings that change no weights, or have a test of their own, here where no other file is named."""
 
