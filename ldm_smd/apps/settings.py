@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from ..data.settings import ImagesConfig
-from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, number
+from ..schema import MAX_IMAGES, MAX_SEED, MISSING, Settings, check, number
 
 
 @dataclass
@@ -59,7 +59,7 @@ class ShownModelConfig(Settings):
     """What the report calls it."""
     checkpoint: str = MISSING
     """UNet folder."""
-    steps: list[int] = number([1, 2, 4, 8], 1, 10**5, fewest=1)
+    steps: list[int] = number([1, 2, 4, 8], 1, 10**5, min_length=1)
     """A row of pictures for each."""
     guidance_scale: float = number(1.0, 0, 1000)
 
@@ -89,11 +89,11 @@ class DemoConfig(Settings):
     features: str = "checkpoints/classifier"
     """Feature network of the distance: a FeatureNetwork folder, open_clip:ARCHITECTURE:FILE.safetensors or inception:FILE."""
     runs: list[DemoRunConfig] = field(default_factory=list)
-    images: int = number(3_000, 1, MOST_IMAGES)
+    images: int = number(3_000, 1, MAX_IMAGES)
     """Images that a model is trained on, from its checkpoint on."""
-    steps: list[int] = number([2, 4, 8, 32], 1, 10**5, fewest=1)
+    steps: list[int] = number([2, 4, 8, 32], 1, 10**5, min_length=1)
     guidance_scale: float = number(1.0, 0, 1000)
-    seed: int = number(0, 0, MOST_SEED)
+    seed: int = number(0, 0, MAX_SEED)
     showcase: ShowcaseConfig = field(default_factory=ShowcaseConfig)
-    seconds_target: float = number(600.0, above=0, most=1e9)
-    memory_target_gb: float = number(4.0, above=0, most=1e6)
+    seconds_target: float = number(600.0, above=0, maximum=1e9)
+    memory_target_gb: float = number(4.0, above=0, maximum=1e6)

@@ -51,7 +51,7 @@ class DistillationConfig(Settings):
     """conditional: a draw is judged together with the x_t it was made from, which the critic sees. joined: the critic sees both
     only as the one view that they are worth to the teacher; cheaper, but wrong where the truth is known. marginal: a draw is
     judged by itself, as in DMD."""
-    critic_learning_rate: float = number(5e-4, above=0, most=1)
+    critic_learning_rate: float = number(5e-4, above=0, maximum=1)
     """Learning rate of the critic at the peak of the model's; it rises and falls with that."""
     adversarial_weight: float = number(0.0, 0, 100)
     """Weight of an adversarial term: the critic also tells draws from true images of the same x_t. 0: none."""
@@ -79,9 +79,9 @@ class ObjectiveConfig(Settings):
     """Exponent of the energy score's distance: smaller is sharper and noisier."""
     diversity: float = number(1.0, 0, 1)
     """Weight of the distance between draws; below 1 the mixture is narrower than the data."""
-    patch_sizes: list[int] = number([0, 4, 2, 1], 0, 1024, fewest=1)
+    patch_sizes: list[int] = number([0, 4, 2, 1], 0, 1024, min_length=1)
     """Sides of the patches, in latent positions, that energy and mixture_nll measure distances over; 0: the whole image."""
-    bandwidth: float = number(0.2, above=0, most=1e6)
+    bandwidth: float = number(0.2, above=0, maximum=1e6)
     """Standard deviation of mixture_nll's Gaussians, in units of the prediction."""
     weighting: str = choice("prediction", WEIGHTINGS)
     """Weighting of the timesteps: the space in which errors weigh the same at each (prediction, v, epsilon, x0), or min_snr."""

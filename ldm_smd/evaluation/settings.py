@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from ..data.settings import ImagesConfig
-from ..schema import MISSING, MOST_SEED, Settings, check, choice, number
+from ..schema import MAX_SEED, MISSING, Settings, check, choice, number
 
 SAMPLED_LABELS = ("reference", "balanced", "random")
 
@@ -33,7 +33,7 @@ class EvaluateConfig(Settings):
     scheduler: Optional[str] = None
     """As in tools/sample.py."""
     guidance_scale: float = number(1.0, 0, 1000)
-    seed: int = number(0, 0, MOST_SEED)
+    seed: int = number(0, 0, MAX_SEED)
     """Picture i has seed ``seed + i``."""
     batch_size: int = number(64, 1, 2**16)
     features: list[str] = field(default_factory=lambda: ["checkpoints/classifier"])

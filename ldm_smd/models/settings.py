@@ -17,7 +17,7 @@ class ModelConfig(Settings):
 
     RENAMED = {"latent_channels": "z_channels"}
 
-    block_out_channels: list[int] = number([128, 256], 1, 8192, fewest=1)
+    block_out_channels: list[int] = number([128, 256], 1, 8192, min_length=1)
     layers_per_block: int = number(2, 1, 32)
     up_layers_per_block: int = number(1, 1, 32)
     """Residual blocks of a level of the decoder path, which M draws repeat; not more than layers_per_block."""
@@ -62,7 +62,7 @@ class AutoencoderModelConfig(Settings):
     kind: str = choice("AutoencoderKL", AUTOENCODERS)
     """Class of diffusers. AutoencoderDC, the deep-compression one, has no blocks at full resolution: the first entry of
     ``block_out_channels`` is not used, and large pictures cost less."""
-    block_out_channels: list[int] = number([32, 64, 128, 128], 1, 8192, fewest=1)
+    block_out_channels: list[int] = number([32, 64, 128, 128], 1, 8192, min_length=1)
     layers_per_block: int = number(1, 1, 32)
     """Residual blocks of a level of the encoder. The decoder of an AutoencoderKL has one more."""
     decoder_layers_per_block: int = number(2, 1, 32)

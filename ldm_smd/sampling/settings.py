@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Optional
 
-from ..schema import MISSING, MOST_SEED, Settings, check, number
+from ..schema import MAX_SEED, MISSING, Settings, check, number
 
 
 @dataclass
@@ -47,9 +47,9 @@ class SampleConfig(Settings):
     open_clip:ARCHITECTURE:FILE.safetensors, open_clip:ARCHITECTURE:NAME_OF_PRETRAINED_WEIGHTS or open_clip:FOLDER."""
     image: Optional[str] = None
     """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
-    strength: float = number(0.6, above=0, most=1)
+    strength: float = number(0.6, above=0, maximum=1)
     """With ``image``, the fraction of the noise schedule that is run: 1 leaves nothing of the image."""
-    seed: int = number(0, 0, MOST_SEED)
+    seed: int = number(0, 0, MAX_SEED)
     """Picture i has seed ``seed + i``: it is the same at any batch size."""
     batch_size: int = number(64, 1, 2**16)
     device: str = "auto"

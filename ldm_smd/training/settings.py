@@ -6,7 +6,7 @@ from typing import Optional
 from ..data.settings import ImagesConfig
 from ..diffusion.settings import DiffusionConfig, ObjectiveConfig
 from ..models.settings import ATTENTION_BACKENDS, AutoencoderModelConfig, ModelConfig
-from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, choice, number
+from ..schema import MAX_IMAGES, MAX_SEED, MISSING, Settings, check, choice, number
 
 PRECISIONS = ("auto", "no", "bf16")
 
@@ -32,21 +32,21 @@ class TrainConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    images_total: int = number(1_000_000, 1, MOST_IMAGES)
+    images_total: int = number(1_000_000, 1, MAX_IMAGES)
     batch_size: int = number(256, 1, 2**20)
     """Over all processes together; the number of processes must divide it."""
     micro_batches: int = number(1, 1, 2**20)
     """Parts in which a process takes its slice of a batch, one after the other, where memory is short; same results, but for
     the scale of an adversarial term, which is taken from a part."""
-    learning_rate: float = number(3e-4, above=0, most=1)
+    learning_rate: float = number(3e-4, above=0, maximum=1)
     """Learning rate of AdamW. The energy score can diverge above 1e-3."""
-    warmup_images: int = number(10_000, 0, MOST_IMAGES)
+    warmup_images: int = number(10_000, 0, MAX_IMAGES)
     """Linear warm-up of the learning rate."""
-    cooldown_images: int = number(0, 0, MOST_IMAGES)
+    cooldown_images: int = number(0, 0, MAX_IMAGES)
     """Linear cool-down to zero over the last images."""
     weight_decay: float = number(0.01, 0, 100)
-    gradient_clip: float = number(1.0, above=0, most=1e9)
-    ema_halflife_images: int = number(50_000, 0, MOST_IMAGES)
+    gradient_clip: float = number(1.0, above=0, maximum=1e9)
+    ema_halflife_images: int = number(50_000, 0, MAX_IMAGES)
     ema_widths: list[float] = number([], 0.001, 0.28)
     """Also keep averages of these relative widths, as [0.05, 0.1], and a snapshot of each at every checkpoint, from which
     tools/average.py makes one of any width."""
@@ -71,12 +71,12 @@ class TrainConfig(Settings):
     attention: str = choice("auto", ATTENTION_BACKENDS)
     """auto: xformers where it runs, else torch. sdpa: torch. xformers: warn where it does not run."""
     num_workers: int = number(0, 0, 256)
-    seed: int = number(0, 0, MOST_SEED)
-    log_every_images: int = number(1_000, 1, MOST_IMAGES)
-    sample_every_images: int = number(50_000, 1, MOST_IMAGES)
+    seed: int = number(0, 0, MAX_SEED)
+    log_every_images: int = number(1_000, 1, MAX_IMAGES)
+    sample_every_images: int = number(50_000, 1, MAX_IMAGES)
     """Sample grids and the spread over eta."""
     sample_steps: int = number(8, 1, 10**5)
-    checkpoint_every_images: int = number(50_000, 1, MOST_IMAGES)
+    checkpoint_every_images: int = number(50_000, 1, MAX_IMAGES)
     keep_checkpoints: int = number(2, 1, 10**6)
     resume_changed: bool = False
     """Resume a run though its data or settings have changed; the model card tells what changed and when. false: refuse such a
@@ -107,27 +107,27 @@ class TrainAutoencoderConfig(Settings):
     """Start from the weights in this folder of such an autoencoder instead of random ones."""
     train_encoder: bool = True
     """false: train the decoder only, so that latents encoded before stay valid (as sd-vae-ft-mse did)."""
-    images_total: int = number(100_000, 1, MOST_IMAGES)
+    images_total: int = number(100_000, 1, MAX_IMAGES)
     batch_size: int = number(16, 1, 2**16)
-    learning_rate: float = number(1e-3, above=0, most=1)
-    warmup_images: int = number(2_000, 0, MOST_IMAGES)
+    learning_rate: float = number(1e-3, above=0, maximum=1)
+    warmup_images: int = number(2_000, 0, MAX_IMAGES)
     kl_weight: float = number(1e-6, 0, 1e6)
     """Weight of the KL term, per latent element, against the reconstruction error per pixel value."""
-    latent_noise: float = number(0.1, above=0, most=10)
+    latent_noise: float = number(0.1, above=0, maximum=10)
     """Of an AutoencoderDC: deviation of the noise on its latents in training, whose size the KL term limits. It then decodes
     well what a denoiser gets slightly wrong."""
     l2_weight: float = number(0.0, 0, 1e6)
     """Weight of the squared error, which PSNR counts, beside the absolute one."""
     gradient_weight: float = number(0.1, 0, 1e6)
     """Weight of the error between image gradients (finite differences): keeps edges from blurring."""
-    ema_halflife_images: int = number(10_000, 0, MOST_IMAGES)
+    ema_halflife_images: int = number(10_000, 0, MAX_IMAGES)
     mirror: bool = True
     precision: str = choice("no", PRECISIONS)
     """no: float32. bf16. auto: bf16 on GPUs that have it."""
     num_workers: int = number(0, 0, 256)
     """Processes that read the pictures, which are all kept in memory."""
-    seed: int = number(0, 0, MOST_SEED)
-    checkpoint_every_images: int = number(10_000, 1, MOST_IMAGES)
+    seed: int = number(0, 0, MAX_SEED)
+    checkpoint_every_images: int = number(10_000, 1, MAX_IMAGES)
     resume_changed: bool = False
     """Resume a run though its images or settings have changed; the model card tells what changed and when."""
 
@@ -158,14 +158,14 @@ class TrainClassifierConfig(Settings):
     """Every step takes a batch of each."""
     output: str = MISSING
     """Model folder to write (diffusers layout and a model card)."""
-    block_out_channels: list[int] = number([16, 32, 64, 128], 1, 8192, fewest=2)
+    block_out_channels: list[int] = number([16, 32, 64, 128], 1, 8192, min_length=2)
     """Channels of the stem, then of each level; the last are the features."""
-    images_total: int = number(400_000, 1, MOST_IMAGES)
+    images_total: int = number(400_000, 1, MAX_IMAGES)
     """Images seen, all sets together."""
-    learning_rate: float = number(0.2, above=0, most=10)
+    learning_rate: float = number(0.2, above=0, maximum=10)
     """Peak learning rate of SGD with momentum."""
     weight_decay: float = number(5e-4, 0, 1)
-    seed: int = number(0, 0, MOST_SEED)
+    seed: int = number(0, 0, MAX_SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -184,7 +184,7 @@ class AverageConfig(Settings):
     """Width of the average, as a fraction of the training: the deviation of its profile, in images, over all images."""
     output: str = MISSING
     """New model folder."""
-    images: Optional[int] = number(None, 1, MOST_IMAGES)
+    images: Optional[int] = number(None, 1, MAX_IMAGES)
     """Average over the first this many images of the training; null: over all."""
 
 
@@ -200,16 +200,16 @@ class TrainMomentsConfig(Settings):
     """The latent shards it was trained on."""
     output: str = MISSING
     """New model folder: the same with a moments part, and GMSScheduler as its scheduler."""
-    images_total: int = number(50_000, 1, MOST_IMAGES)
+    images_total: int = number(50_000, 1, MAX_IMAGES)
     batch_size: int = number(64, 1, 2**16)
-    learning_rate: float = number(1e-3, above=0, most=1)
+    learning_rate: float = number(1e-3, above=0, maximum=1)
     """Peak learning rate of AdamW: linear warm-up over the first 5 %, then a half cosine to zero."""
-    third_moment_weight: float = number(0.1, above=0, most=1e6)
+    third_moment_weight: float = number(0.1, above=0, maximum=1e6)
     """Weight of the third-moment loss (r^3 has a larger variance than r^2)."""
-    ema_halflife_images: int = number(5_000, 0, MOST_IMAGES)
+    ema_halflife_images: int = number(5_000, 0, MAX_IMAGES)
     label_dropout: float = number(0.1, 0, 1)
     """Fraction of labels replaced by the null class."""
-    seed: int = number(0, 0, MOST_SEED)
+    seed: int = number(0, 0, MAX_SEED)
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -232,12 +232,12 @@ class FitGaussianConfig(Settings):
     covariance, with weights by class."""
     rank: int = number(128, 1, 2**16)
     """Eigenvectors of a covariance that are kept; the other directions share their mean variance."""
-    sigma_skip: float = number(5.0, above=0, most=1e6)
+    sigma_skip: float = number(5.0, above=0, maximum=1e6)
     """Noise over signal that TeleportScheduler starts at."""
     batch_size: int = number(512, 1, 2**20)
     mirror: bool = False
     """Take the mirrored encoding for half of the pictures (shards made with mirror: true)."""
-    seed: int = number(0, 0, MOST_SEED)
+    seed: int = number(0, 0, MAX_SEED)
 
 
 def check_images_total(images_total: int, batch_size: int, batch: str = "batch") -> None:
