@@ -14,28 +14,28 @@ class SampleConfig(Settings):
     RENAMED = {"like": "image_prompt", "text": "prompt"}
 
     model: str = MISSING
-    """A model folder as tools/train.py writes it (RUN/model), or the id of one on the hub."""
+    """Model folder (RUN/model of tools/train.py) or hub id."""
     output: str = MISSING
-    """Folder for the pictures: one PNG each, named by class and seed, and grid.png."""
+    """New folder for the images, one PNG each named by class and seed, and for grid.png."""
     classes: Optional[list[str]] = None
-    """Names or numbers of the classes, ``per_class`` pictures each. null: all classes. []: unconditional."""
+    """Names or numbers of classes, ``per_class`` images each. null: all classes. []: unconditional."""
     per_class: int = number(8, 1, 10**6)
-    """Pictures per class; of an unconditional run, pictures in all."""
+    """Images per class; total number of images for unconditional sampling."""
     steps: int = number(8, 1, 10**5)
     scheduler: Optional[str] = None
     """Class of diffusers or ldm_smd: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
     DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete, GMS,
     HeunDiscrete, KDPM2AncestralDiscrete, KDPM2Discrete, LMSDiscrete, PNDM, SASolver, Teleport or UniPCMultistep, each
-    followed by "Scheduler"; with settings of its own where wanted, as
-    DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
+    followed by "Scheduler". Settings may follow: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the default
+    of the model."""
     guidance_scale: float = number(1.0, 0, 1000)
-    """Guidance scale, away from the prediction without a class, or from that of ``guide``; 1 is no guidance."""
+    """Scale of classifier-free guidance, or of guidance away from ``guide``. 1: no guidance."""
     guidance_interval: Optional[list[float]] = number(None, 0, math.inf)
-    """[low, high]: guidance only at noise levels sigma between these, as [0.3, 5]. null: at all."""
+    """[low, high]: apply guidance only at noise levels sigma in this range, such as [0.3, 5]. null: at all levels."""
     guide: Optional[str] = None
-    """UNet folder of a weaker model (less trained, smaller) to be guided away from, as RUN/checkpoints/images-N/ema."""
+    """Autoguidance: UNet folder of a weaker model (less trained or smaller), such as RUN/checkpoints/images-N/ema."""
     height: Optional[int] = number(None, 1, 2**16)
-    """Height of the images in pixels; null: as in training."""
+    """Height of the images in pixels; null: training resolution."""
     width: Optional[int] = number(None, 1, 2**16)
     image_prompt: Optional[str] = None
     """Image file: sample variations of this image. Needs a model trained with image_conditional=true."""
@@ -46,11 +46,11 @@ class SampleConfig(Settings):
     """OpenCLIP network that embeds ``image_prompt`` or ``prompt``, the same as in training:
     open_clip:ARCHITECTURE:FILE.safetensors, open_clip:ARCHITECTURE:NAME_OF_PRETRAINED_WEIGHTS or open_clip:FOLDER."""
     image: Optional[str] = None
-    """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
+    """Image to start from, noised (image-to-image, such as from a colour sketch). null: pure noise."""
     strength: float = number(0.6, above=0, maximum=1)
-    """With ``image``, the fraction of the noise schedule that is run: 1 leaves nothing of the image."""
+    """With ``image``, fraction of the noise schedule to run. 1: nothing of the image is left."""
     seed: int = number(0, 0, MAX_SEED)
-    """Picture i has seed ``seed + i``: it is the same at any batch size."""
+    """Image i has seed ``seed + i``, so it does not depend on the batch size."""
     batch_size: int = number(64, 1, 2**16)
     device: str = "auto"
 
@@ -62,4 +62,4 @@ class SampleConfig(Settings):
         check(self.image_prompt is None or self.prompt is None, "prompt", "null together with an image_prompt", self.prompt)
         given = self.image_prompt is not None or self.prompt is not None
         check(given == (self.clip is not None), "clip", "an OpenCLIP network if there is a prompt, null otherwise", self.clip)
-        check(self.image is None or self.height is self.width is None, "height", "null where there is an image", self.height)
+        check(self.image is None or self.height is self.width is None, "height", "null if there is an image", self.height)

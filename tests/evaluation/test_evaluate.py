@@ -130,7 +130,7 @@ def test_labels(settings):
 
 def test_mistakes_are_named(settings, network, tmp_path):
     for overrides, message in (
-        (["pictures=somewhere"], "pictures: expected either these or a model, found 'somewhere'"),
+        (["pictures=somewhere"], "pictures: expected either images or a model, found 'somewhere'"),
         (["labels=all"], "labels: expected"),
         ([f"features=[{network},{network}]"], "features: expected different networks"),
         ([f"features=[{network}#abc]"], "features: expected weights with the SHA-256 abc, found"),
