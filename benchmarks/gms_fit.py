@@ -52,7 +52,7 @@ def main() -> None:
     ways = {
         "solved": lambda: two_gaussians(moments, torch.zeros(())),
         "fitted, the paper's start": lambda: fit_two_gaussians(moments, FIT_FLOOR),
-        "fitted, means apart": lambda: fit_two_gaussians(moments, FIT_FLOOR, apart=1.0),
+        "fitted, means apart": lambda: fit_two_gaussians(moments, FIT_FLOOR, separation=1.0),
     }
     rows = {name: {"residual": residual(moments, way()), "seconds": []} for name, way in ways.items()}
     for _ in range(ROUNDS):  # in turn, so that a slow spell hits all alike

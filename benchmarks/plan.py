@@ -55,7 +55,7 @@ PICTURES_PER_CORE = 250
 ACTIVATION_BATCH = 8
 DIT_BATCH = 32
 FLOW_STEPS = 8
-"""As objective.flow_steps."""
+"""As objective.teacher_steps."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def plan(arguments: argparse.Namespace) -> str:
         f"Memory of a GPU: {WEIGHTS_HELD * mixture.parameters * FLOAT32 / 2**30:.1f} GiB for weights, gradients, AdamW and the "
         f"average (1/{arguments.gpus} of it with FSDP), and {mixture.activations * per_gpu / 2**30:.1f} GiB that autograd "
         f"keeps of {per_gpu} pictures, {checkpointed.activations * per_gpu / 2**30:.1f} GiB with gradient_checkpointing=true "
-        "(for a third more operations); accumulate=N divides either.",
+        "(for a third more operations); micro_batches=N divides either.",
         "",
         f"Of a distillation: {distilled.held / 2**30:.1f} GiB for mixture, critic and teacher (with FSDP 1/{arguments.gpus} of "
         f"{distilled.divided / 2**30:.1f}, and the teacher's weights), and {distilled.activations * per_gpu / 2**30:.1f} GiB "

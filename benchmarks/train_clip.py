@@ -1,5 +1,5 @@
-"""A small OpenCLIP model of emoji and their Unicode names, for benchmarks/like.py: the same code path as a pretrained one,
-where none can be fetched.
+"""A small OpenCLIP model of emoji and their Unicode names, for benchmarks/image_prompts.py. It runs the same code as a
+pretrained one, which may not be available offline.
 
 Trains OpenCLIP's own model with its own loss on pictures whose keys are code points (data/emoji), and writes a folder as
 OpenCLIP saves one for the hub: open_clip_config.json and open_clip_model.safetensors.

@@ -36,7 +36,7 @@ SCHEDULERS = {
     "Heun": "HeunDiscreteScheduler",
     "GMS": "GMSScheduler",
     "GMS, two moments": "GMSScheduler:num_moments=2",
-    "GMS, a component for the picture": "GMSScheduler:picture_draws=true",
+    "GMS, a component for the picture": "GMSScheduler:choose_per_image=true",
 }
 """The names in the tables; of the multistep solvers, second order."""
 

@@ -1,7 +1,7 @@
 """The commands: names, settings, functions and help texts.
 
-``ldm-smd NAME`` (or ``python -m ldm_smd NAME``) and ``python tools/NAME.py`` run the same. Help texts name the script;
-``for_console`` makes that the console command.
+``ldm-smd NAME``, ``python -m ldm_smd NAME`` and ``python tools/NAME.py`` run the same code. Help texts name the script;
+``for_console`` replaces it by the console command.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .training import settings as training
 
 @dataclass(frozen=True)
 class Command:
-    """A command in words joined by dashes, the dataclass of its settings, and "module:function", imported when it is run."""
+    """A command: its name, the dataclass of its settings, and its function as "module:function", imported when it runs."""
 
     name: str
     schema: type
@@ -36,7 +36,7 @@ class Command:
 
     @property
     def script(self) -> str:
-        """Return its file in the repository."""
+        """Return the path of its script in the repository."""
         return f"tools/{self.name.replace('-', '_')}.py"
 
     def run(self, settings: object) -> None:
@@ -47,7 +47,7 @@ class Command:
 
 
 DESCRIPTIONS = {
-    "encode": """Turn pictures into latent shards for training.
+    "encode": """Encode images to latent shards for training.
 
 examples:
   python tools/encode.py --config configs/encode/emoji.yaml
@@ -55,16 +55,16 @@ examples:
       autoencoder=stabilityai/sd-vae-ft-mse output=my/latents
   python tools/encode.py --config configs/encode/emoji.yaml --dry-run
 """,
-    "verify": """Check latent shards, and look at some of them, decoded.
+    "verify": """Check latent shards against their manifest, and decode some of them.
 
-Hashes, counts, statistics and labels are compared with the manifest; duplicate keys and non-finite values are reported.
+Compares hashes, counts, statistics and labels with the manifest. Reports duplicate keys and non-finite values.
 
 examples:
   python tools/verify.py shards=my/latents
   python tools/verify.py shards=my/latents sheet=my/sheet.png
   python tools/verify.py shards=my/latents sheet=my/sheet.png autoencoder=my/vae pictures=100
 """,
-    "train": """Train an SMD UNet, or the Gaussian baseline, on latents.
+    "train": """Train an SMD mixture model, or a Gaussian baseline, on latent shards.
 
 examples:
   python tools/train.py --config configs/train/emoji-distilled.yaml
@@ -72,7 +72,7 @@ examples:
   python tools/train.py --config configs/train/emoji-distilled.yaml --dry-run
   accelerate launch --num_processes 8 tools/train.py --config configs/train/emoji-distilled.yaml
 """,
-    "sample": """Sample pictures from a trained model.
+    "sample": """Sample images from a trained model.
 
 examples:
   python tools/sample.py model=outputs/demo/smd/model output=outputs/samples
@@ -84,32 +84,34 @@ examples:
   python tools/sample.py model=outputs/demo/smd/model output=outputs/from-sketch image=sketch.png strength=0.6 steps=16
   python tools/sample.py model=my/run/model output=outputs/guided guide=my/run/checkpoints/images-000000200000/ema \\
       guidance_scale=2 guidance_interval=[0.3,5]
-  python tools/sample.py model=my/like/model output=outputs/text text="a red balloon" clip=open_clip:ViT-B-32:laion2b_s34b_b79k
+  python tools/sample.py model=my/run/model output=outputs/prompt prompt="a red balloon" \\
+      clip=open_clip:ViT-B-32:laion2b_s34b_b79k
 """,
-    "evaluate": """Measure pictures against real ones.
+    "evaluate": """Compare samples with real images.
 
-Frechet distance, KID, CMMD, precision, recall, density and coverage, in the features of any networks. A distance is named
-after its network; only that of Inception is an FID.
+Frechet distance, KID, CMMD, precision, recall, density and coverage, in the features of any networks. Distances are named
+after the network. Only the Frechet distance in Inception features is an FID.
 
 examples:
   python tools/evaluate.py --config configs/evaluate/emoji.yaml model=outputs/demo/smd/model output=outputs/smd.json
   python tools/evaluate.py reference.source=my/pictures reference.resolution=256 pictures=my/samples output=my/result.json \\
       features=[open_clip:ViT-L-14-336:openai,dinov2:vit_large_patch14_dinov2:lvd142m]
-  accelerate launch tools/evaluate.py --config configs/evaluate/emoji.yaml model=my/run/model count=50000 labels=balanced \\
-      output=my/result.json
+  accelerate launch tools/evaluate.py --config configs/evaluate/emoji.yaml model=my/run/model num_samples=50000 \\
+      labels=balanced output=my/result.json
 """,
-    "explore": """Serve a local page for trained models, side by side.
+    "explore": """Serve a local web page to compare trained models side by side.
 
-Class, steps, scheduler, seed, guidance; a picture's steps; draws of eta. Needs the package gradio: pip install 'gradio>=6'.
+Choose class, steps, scheduler, seed and guidance; look at every step of a sample and at several draws of a mixture. Needs
+the package gradio: pip install 'gradio>=6'.
 
 examples:
   python tools/explore.py --config configs/explore.yaml
   python tools/explore.py models.mine=my/run/model port=8000
-  python tools/explore.py models.like=my/like/model clip=open_clip:ViT-B-32:my/clip.safetensors
+  python tools/explore.py models.mine=my/run/model clip=open_clip:ViT-B-32:my/clip.safetensors
 """,
-    "average": """Average a run's weights after it has ended (post-hoc EMA).
+    "average": """Average the weights of a finished run (post-hoc EMA).
 
-Over any fraction of its training, from the snapshots that ema_widths keeps.
+Makes an average of any width from the snapshots of a run with ema_widths.
 
 examples:
   python tools/train.py --config my/train.yaml ema_widths=[0.05,0.1]
@@ -117,45 +119,45 @@ examples:
   python tools/average.py run=my/run sigma_rel=0.07 images=150000 output=my/earlier
   python tools/sample.py model=my/average output=my/samples
 """,
-    "train-autoencoder": """Train a small autoencoder on your own pictures.
+    "train-autoencoder": """Train a small autoencoder on your own images.
 
 examples:
   python tools/train_autoencoder.py --config configs/autoencoder/emoji.yaml
   python tools/train_autoencoder.py --config configs/autoencoder/emoji.yaml images.source=my/pictures output=my/vae
   python tools/train_autoencoder.py --config configs/autoencoder/emoji.yaml --dry-run
 """,
-    "train-moments": """Train what GMSScheduler needs beside a Gaussian model.
+    "train-moments": """Train moment heads on a Gaussian model, for GMSScheduler.
 
-That is the variance and the skew of the step, beside the model's prediction of its mean. The UNet stays as it is; a small head
-on its last features learns. The output is a model folder as the input, with a moments part and GMSScheduler as its scheduler.
+The heads predict the variance and the skew of each step; the model predicts its mean. The UNet is frozen, and a small head on
+its last features is trained. The output is the same model folder with a moments component and GMSScheduler as its scheduler.
 
 examples:
   python tools/train_moments.py model=outputs/demo/vanilla/model shards=outputs/demo/latents output=outputs/gms
   python tools/train_moments.py model=my/run/model shards=my/latents output=my/gms images_total=200000 batch_size=256
   python tools/sample.py model=outputs/gms output=outputs/gms-samples steps=10
 """,
-    "train-classifier": """Train the small classifier that pictures are measured by.
+    "train-classifier": """Train the small classifier whose features tools/evaluate.py uses.
 
-Distances are taken in its last features.
+The Frechet distances of this project are measured in its last features.
 
 examples:
   python tools/train_classifier.py --config configs/classifier.yaml
   python tools/train_classifier.py --config configs/classifier.yaml output=outputs/classifier images_total=20000
   python tools/train_classifier.py --config configs/classifier.yaml --dry-run
 """,
-    "fit-gaussian": """Fit the Gaussians that TeleportScheduler starts from.
+    "fit-gaussian": """Fit Gaussians to the latents, for TeleportScheduler.
 
-Mean and covariance of the latents, for each class and for all, in one pass over the shards. The output is a model folder as
-the input, with a gaussian part and TeleportScheduler as its scheduler.
+One pass over the shards gives the mean and covariance of the latents, per class and overall. The output is the same model
+folder with a gaussian component and TeleportScheduler as its scheduler.
 
 examples:
   python tools/fit_gaussian.py model=outputs/demo/vanilla/model shards=outputs/demo/latents output=outputs/teleport
   python tools/fit_gaussian.py model=outputs/demo/vanilla/model shards=outputs/demo/latents output=outputs/gm components=256
   python tools/sample.py model=outputs/teleport output=outputs/teleport-samples steps=8
 """,
-    "demo": """Encode, train, sample and report: the demo.
+    "demo": """Run the demo: encode, train, sample, write a report.
 
-Training uses the shipped pictures and starts from the shipped weights; the report is an HTML page.
+Uses the shipped images and starts from the shipped weights. The report is an HTML page.
 
 examples:
   python tools/demo.py --config configs/demo.yaml
@@ -163,7 +165,7 @@ examples:
   python tools/demo.py --config configs/demo.yaml --dry-run
 """,
 }
-"""A line for the list of commands, what else there is to say, and examples."""
+"""Help texts. The first line is shown in the list of commands."""
 COMMANDS = (
     Command("encode", EncodeConfig, "ldm_smd.data.encode:encode"),
     Command("verify", VerifyConfig, "ldm_smd.data.verify:verify"),
@@ -186,7 +188,7 @@ CALL = re.compile(
 
 
 def for_console(text: str) -> str:
-    """Replace scripts by the console command: "python tools/train.py" by "ldm-smd train"."""
+    """Replace calls of scripts by the console command, "python tools/train.py" by "ldm-smd train"."""
 
     def replacement(call: re.Match) -> str:
         command = BY_SCRIPT.get(call["script"])

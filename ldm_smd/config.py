@@ -10,6 +10,7 @@ import ast
 import difflib
 import inspect
 import itertools
+import logging
 import textwrap
 import typing
 from dataclasses import MISSING as NO_DEFAULT
@@ -25,6 +26,8 @@ from .errors import UserError, one_line
 from .schema import MISSING, check_field
 
 Config = TypeVar("Config")
+
+logger = logging.getLogger(__name__)
 
 
 def load_config(schema: type[Config], path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
@@ -44,6 +47,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
             raise UserError(f"override: expected key=value with a YAML value, found {override!r}") from error
 
     for origin, layer in layers:
+        layer = OmegaConf.create(_with_current_names(schema, OmegaConf.to_container(layer), origin))
         _refuse_unknown_keys(schema, layer, origin)
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -135,13 +139,45 @@ def _read_yaml(path: str | Path) -> DictConfig:
     return loaded
 
 
+def current_name(schema: type, name: str) -> str:
+    """Return the current full name of a setting that may have a former one, as ``model.latent_channels``."""
+    first, dot, rest = name.partition(".")
+    first = _renamed(schema).get(first, first)
+    inner = next((inner for item, inner, _ in _fields(schema) if item.name == first), None)
+    return first + dot + (current_name(inner, rest) if inner is not None else rest)
+
+
+def _renamed(schema: type) -> dict[str, str]:
+    """Return former name -> current name; schemas of benchmarks may be plain dataclasses, which rename nothing."""
+    return getattr(schema, "RENAMED", {})
+
+
+def _with_current_names(schema: type, layer: dict, origin: str, prefix: str = "") -> dict:
+    """Give the settings in a layer their current names. Warns once for each former name."""
+    renamed, found = _renamed(schema), {}
+    schemas = {item.name: (inner, entries) for item, inner, entries in _fields(schema)}
+    for key, value in layer.items():
+        name = renamed.get(key, key)
+        if name != key:
+            if name in layer:
+                raise UserError(f"{origin}: expected {prefix}{name}, found its former name {prefix}{key} too")
+            logger.warning("%s: %s%s is deprecated, use %s%s", origin, prefix, key, prefix, name)
+        inner, entries = schemas.get(name, (None, None))
+        if inner is not None and isinstance(value, dict):
+            value = _with_current_names(inner, value, origin, f"{prefix}{name}.")
+        elif entries is not None and isinstance(value, list):
+            value = [
+                _with_current_names(entries, entry, origin, f"{prefix}{name}[{index}].") if isinstance(entry, dict) else entry
+                for index, entry in enumerate(value)
+            ]
+        found[name] = value
+    return found
+
+
 def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: str = "") -> None:
     known = {item.name: inner for item, inner, _ in _fields(schema)}
-    renamed = {item.metadata.get("former"): item.name for item in fields(schema)}
     for key in layer:
         full = f"{prefix}{key!s}"
-        if key in renamed:
-            raise UserError(f"{origin}: {full} is called {prefix + renamed[key]} now")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise UserError(f"{origin}: unknown key {full!r}; the nearest known key is {prefix + near!r}")

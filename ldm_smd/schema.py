@@ -1,6 +1,6 @@
-"""Fields of the settings: what each allows, and its checks.
+"""Field types of settings, with the checks of their values.
 
-OmegaConf is not imported: networks import the names of choices from the settings of their package.
+Does not import OmegaConf, because the networks import names of choices from the settings of their package.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import Field, dataclass, field, fields
 from .errors import UserError, shortened
 
 MISSING: typing.Any = "???"
-"""OmegaConf's mark for a required value."""
+"""OmegaConf's marker of a required value."""
 LONGEST_NAME = 4096
-MOST_IMAGES = 10**12
-MOST_SEED = 2**32 - 1
-"""Both NumPy's and torch's generators take it."""
+MAX_IMAGES = 10**12
+MAX_SEED = 2**32 - 1
+"""Largest seed that both NumPy's and torch's generators accept."""
 
 
 def check(condition: bool, key: str, expected: str, found: object) -> None:
@@ -27,45 +27,44 @@ def check(condition: bool, key: str, expected: str, found: object) -> None:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Range of a number, or of each in a list: from ``least`` to ``most``, more than ``above``, less than ``below``, if given.
-    A list has at least ``fewest`` entries."""
+    """Range of a number, or of every number in a list: ``minimum`` and ``maximum`` are allowed values, ``above`` and ``below``
+    are not. A list has at least ``min_length`` entries."""
 
-    least: float | None = None
-    most: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
     above: float | None = None
     below: float | None = None
-    fewest: int = 0
+    min_length: int = 0
 
     def __contains__(self, value: float) -> bool:
         """Tell whether a value is in the range; NaN never is."""
         return (
             not math.isnan(value)
-            and (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
+            and (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
         )
 
     def __str__(self) -> str:
-        low = f"more than {self.above:,}" if self.least is None else f"from {self.least:,}"
+        if self.above is None and self.below is None and self.maximum != math.inf:
+            return f"from {self.minimum:,} to {self.maximum:,}"
+        low = f"at least {self.minimum:,}" if self.above is None else f"above {self.above:,}"
         if self.below is not None:
-            return f"{low}, less than {self.below:,}"
-        return low if self.most == math.inf else f"{low} to {self.most:,}"
+            return f"{low}, below {self.below:,}"
+        return low if self.maximum == math.inf else f"{low}, at most {self.maximum:,}"
 
 
-def number(
-    default: typing.Any, least: float | None = None, most: float | None = None, former: str | None = None, **others: typing.Any
-) -> typing.Any:
-    """Make a field that takes a number, or a list of them, within ``Bounds``, whose other arguments are ``others``; ``former``
-    is a name that it had."""
-    metadata = {"bounds": Bounds(least, most, **others), "former": former}
+def number(default: typing.Any, minimum: float | None = None, maximum: float | None = None, **others: typing.Any) -> typing.Any:
+    """Make a field for a number, or a list of numbers, within ``Bounds(minimum, maximum, **others)``."""
+    metadata = {"bounds": Bounds(minimum, maximum, **others)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def choice(default: str, allowed: tuple[str, ...]) -> typing.Any:
-    """Make a field that takes one of these names, which shells complete."""
+    """Make a field that takes one of these names. Shells complete them."""
     return field(default=default, metadata={"choices": allowed})
 
 
@@ -79,19 +78,22 @@ def check_field(item: Field, key: str, value: typing.Any) -> None:
     if any(isinstance(entry, str) for entry in entries):
         for entry in entries:
             fits = 0 < len(entry) <= LONGEST_NAME and "\0" not in entry
-            check(fits, key, f"a name, a path or words of at most {LONGEST_NAME} characters", entry)
+            check(fits, key, f"text of 1 to {LONGEST_NAME:,} characters", entry)
         if "choices" in item.metadata:
             check(value in item.metadata["choices"], key, "one of " + ", ".join(item.metadata["choices"]), value)
     bounds = item.metadata.get("bounds")
     if bounds is not None:
-        check(len(entries) >= bounds.fewest, key, f"at least {bounds.fewest} numbers", value)
+        check(len(entries) >= bounds.min_length, key, f"a list of {bounds.min_length} or more numbers", value)
         for entry in entries:
             check(isinstance(entry, (int, float)) and entry in bounds, key, f"a number {bounds}", entry)
 
 
 @dataclass
 class Settings:
-    """Base of all schemas: every field holds what it allows."""
+    """Base class of all schemas. Every field is checked when an instance is made."""
+
+    RENAMED: typing.ClassVar[dict[str, str]] = {}
+    """Former name -> current name. Files and command lines may use both; a former name gives a warning."""
 
     def __post_init__(self) -> None:
         for item in fields(self):

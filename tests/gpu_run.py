@@ -176,7 +176,7 @@ def samples_by_teleport_and_gms_from_a_picture():
 
 @check
 def trains_resumes_and_averages():
-    parts = ["ema_widths=[0.05,0.1]", "gradient_checkpointing=true", "accumulate=2", "cooldown_images=8"]
+    parts = ["ema_widths=[0.05,0.1]", "gradient_checkpointing=true", "micro_batches=2", "cooldown_images=8"]
     for images in (16, 32):
         run("trained", *parts, f"images_total={images}")
     tool(AverageConfig, average, f"run={OUTPUT / 'trained'}", "sigma_rel=0.07", f"output={OUTPUT / 'average'}")
@@ -204,7 +204,7 @@ def encodes():
 
 @check
 def samples_by_words():
-    request = ["text=a disc", f"clip={CLIP}", "per_class=2", "steps=2", f"output={OUTPUT / 'pictures'}"]
+    request = ["prompt=a disc", f"clip={CLIP}", "per_class=2", "steps=2", f"output={OUTPUT / 'pictures'}"]
     tool(SampleConfig, sample, f"model={CONDITIONAL}", *request)
 
 
@@ -220,7 +220,7 @@ def explores():
 @check
 def evaluates():
     real = [f"reference.source={PICTURES}", "reference.resolution=16", f"held_out={PICTURES}"]
-    tool(EvaluateConfig, evaluate, *real, f"model={MODEL}", "count=12", "steps=2", f"output={OUTPUT / 'evaluation.json'}")
+    tool(EvaluateConfig, evaluate, *real, f"model={MODEL}", "num_samples=12", "steps=2", f"output={OUTPUT / 'evaluation.json'}")
 
 
 @check

@@ -63,5 +63,5 @@ def test_precisions(precision):
 
 @pytest.mark.parametrize("labels", SAMPLED_LABELS)
 def test_sampled_labels(labels):
-    config = EvaluateConfig(output="x", reference=ImagesConfig(source="x"), model="x", count=6, labels=labels)
+    config = EvaluateConfig(output="x", reference=ImagesConfig(source="x"), model="x", num_samples=6, labels=labels)
     assert set(choose_labels(config, [0, 1, 2], 3)) <= {0, 1, 2}

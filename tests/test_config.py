@@ -1,9 +1,13 @@
+from dataclasses import dataclass, field, fields, is_dataclass
+
 import pytest
 
-from ldm_smd.config import dump_config, load_config
+from ldm_smd.commands import COMMANDS
+from ldm_smd.config import current_name, dump_config, load_config
 from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.errors import UserError
 from ldm_smd.sampling.settings import SampleConfig
+from ldm_smd.schema import Settings, number
 from ldm_smd.training.settings import TrainAutoencoderConfig, TrainConfig
 
 GIVEN = ["shards=a", "autoencoder=b", "output=c"]
@@ -17,7 +21,7 @@ def test_file_and_overrides_are_merged_in_order(tmp_path):
 
 
 def test_dump_loads_back_to_the_same(tmp_path):
-    config = load_config(TrainConfig, None, [*GIVEN, "objective.patches=[0,3]"])
+    config = load_config(TrainConfig, None, [*GIVEN, "objective.patch_sizes=[0,3]"])
     (tmp_path / "dump.yaml").write_text(dump_config(config))
     assert load_config(TrainConfig, tmp_path / "dump.yaml") == config
 
@@ -26,7 +30,6 @@ def test_dump_loads_back_to_the_same(tmp_path):
     ("overrides", "message"),
     [
         (["bath_size=8"], "'bath_size'; the nearest known key is 'batch_size'"),
-        (["model.latent_channels=8"], "model.latent_channels is called model.z_channels now"),
         (["model.z_chanels=8"], "the nearest known key is 'model.z_channels'"),
         (["batch_size=many"], "batch_size"),
         (["batch_size=0"], "batch_size: expected a number from 1 to 1,048,576, found 0"),
@@ -35,10 +38,10 @@ def test_dump_loads_back_to_the_same(tmp_path):
         (["model.z_channels=0"], "objective.name: expected mse for a Gaussian model"),
         (["model.block_out_channels=[30,60]"], "model.block_out_channels: expected multiples of norm_num_groups"),
         (["batch_size=1e30"], "batch_size: expected a value of its type, found: Value '1e+30'"),
-        (["learning_rate=nan"], "learning_rate: expected a number more than 0 to 1, found nan"),
-        (["objective.patches=[]"], "objective.patches: expected at least 1 numbers, found []"),
-        (["objective.patches=[0,-1]"], "objective.patches: expected a number from 0 to 1,024, found -1"),
-        (["output=''"], "output: expected a name, a path or words of at most 4096 characters, found ''"),
+        (["learning_rate=nan"], "learning_rate: expected a number above 0, at most 1, found nan"),
+        (["objective.patch_sizes=[]"], "objective.patch_sizes: expected a list of 1 or more numbers, found []"),
+        (["objective.patch_sizes=[0,-1]"], "objective.patch_sizes: expected a number from 0 to 1,024, found -1"),
+        (["output=''"], "output: expected text of 1 to 4,096 characters, found ''"),
         (["output=${nothing}"], "settings: expected values that can be resolved, found: Interpolation key 'nothing' not found"),
         (["batch_size"], "override: expected key=value, found 'batch_size'"),
     ],
@@ -48,6 +51,65 @@ def test_mistakes_are_named(overrides, message):
         load_config(TrainConfig, None, GIVEN + overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@dataclass
+class Entry(Settings):
+    RENAMED = {"size": "length"}
+    length: int = number(1, 1, 9)
+
+
+@dataclass
+class Renamed(Settings):
+    RENAMED = {"part": "inner"}
+    inner: Entry = field(default_factory=Entry)
+    entries: list[Entry] = field(default_factory=list)
+
+
+@pytest.mark.parametrize("given", ["inner.length=2", "inner.size=2", "part.length=2", "part.size=2"])
+def test_former_names_still_work(given, caplog):
+    assert load_config(Renamed, None, [given]).inner.length == 2
+    warnings = {"part": "part is deprecated, use inner", "size": "inner.size is deprecated, use inner.length"}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{given}: {warning}" for former, warning in warnings.items() if former in given
+    ]
+
+
+def test_former_names_still_work_in_the_entries_of_a_list(tmp_path, caplog):
+    (tmp_path / "list.yaml").write_text("entries: [{length: 2}, {size: 3}]\n")
+    assert [entry.length for entry in load_config(Renamed, tmp_path / "list.yaml").entries] == [2, 3]
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "entries[1].size is deprecated, use entries[1].length"
+    ]
+
+
+def test_a_setting_given_by_both_of_its_names_is_refused(tmp_path):
+    (tmp_path / "both.yaml").write_text("inner: {length: 2, size: 3}\n")
+    with pytest.raises(UserError, match=r"both\.yaml: expected inner\.length, found its former name inner\.size too$"):
+        load_config(Renamed, tmp_path / "both.yaml")
+
+
+def test_an_override_by_a_former_name_wins_over_the_file(tmp_path):
+    (tmp_path / "file.yaml").write_text("inner: {length: 2}\n")
+    assert load_config(Renamed, tmp_path / "file.yaml", ["part.size=3"]).inner.length == 3
+
+
+def test_current_names():
+    assert current_name(TrainConfig, "model.latent_channels") == "model.z_channels"
+    assert current_name(TrainAutoencoderConfig, "model.latent_channels") == "model.latent_channels"
+    assert current_name(Renamed, "part.size") == "inner.length"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_former_names_are_not_settings_of_today(command):
+    def check(schema):
+        assert set(schema.RENAMED.values()) <= {item.name for item in fields(schema)}
+        assert not set(schema.RENAMED) & {item.name for item in fields(schema)}
+        for item in fields(schema):
+            if is_dataclass(item.default_factory):
+                check(item.default_factory)
+
+    check(command.schema)
 
 
 def test_the_mistake_is_named_by_its_full_name():

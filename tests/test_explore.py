@@ -111,7 +111,7 @@ def test_mistakes_are_named(run, model_folder, tmp_path):
             (["models.a=nowhere"], "model: expected a model folder"),
             ([f"models.a={model_folder}", f"models.b={tmp_path / 'other'}"], "models.b: expected autoencoder"),
             ([f"models.a={model_folder}", "clip=open_clip:ViT-B-32:openai"], "is not conditioned on embeddings"),
-            ([f"models.a={model_folder}", f"port={port}"], f"port: expected a free one, found {port}"),
+            ([f"models.a={model_folder}", f"port={port}"], f"port: expected a free port, found {port}"),
         ):
             code, _, error = run(ExploreConfig, explore, *settings)
             assert code == 2 and message in error
@@ -144,7 +144,7 @@ def walk(page, model_folder):
     """As a user: choose, sample, look at the draws of another step, mistake a scheduler's name."""
     page.get_by_label("Class").click()
     page.get_by_role("option", name="square").click()
-    for name, value in (("number input for Pictures", "2"), ("number input for Steps", "3"), ("Seed of the first", "5")):
+    for name, value in (("number input for Images", "2"), ("number input for Steps", "3"), ("Seed of the first", "5")):
         page.get_by_label(name).fill(value)
         page.get_by_label(name).press("Tab")
     page.get_by_role("button", name="Sample").click()

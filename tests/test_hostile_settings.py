@@ -69,7 +69,7 @@ def bases(pictures, vae_folder, shards, train_config, gaussian_folder, tmp_path)
             "model": str(model),
             "reference": images,
             "features": [str(tmp_path / "features")],
-            "count": 6,
+            "num_samples": 6,
             "steps": 1,
             "num_workers": 0,
             "output": str(out / "result.json"),

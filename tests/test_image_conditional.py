@@ -122,11 +122,11 @@ def test_half_precision_and_a_batch_of_one(conditional_folder):
 
 
 @pytest.mark.slow
-def test_sample_tool_likes_a_picture_or_words(run, conditional_folder, model_folder, pictures, clip, make_clip, tmp_path):
+def test_sample_tool_takes_either_prompt(run, conditional_folder, model_folder, pictures, clip, make_clip, tmp_path):
     options = [f"model={conditional_folder}", "per_class=2", "steps=2", "classes=[]"]
     picture = next((pictures / "disc").iterdir())
-    for name, wish in (("picture", f"like={picture}"), ("words", "text=a red disc")):
-        code, _, err = run(SampleConfig, sample, *options, f"clip={clip}", wish, f"output={tmp_path / name}")
+    for name, given in (("picture", f"image_prompt={picture}"), ("words", "prompt=a red disc")):
+        code, _, err = run(SampleConfig, sample, *options, f"clip={clip}", given, f"output={tmp_path / name}")
         assert code == 0 and len(list((tmp_path / name).glob("picture-*.png"))) == 2, err
     (tmp_path / "empty").mkdir()
     shutil.copy(make_clip(2) / "open_clip_config.json", tmp_path / "empty")
@@ -136,7 +136,7 @@ def test_sample_tool_likes_a_picture_or_words(run, conditional_folder, model_fol
         ([f"clip={clip}", f"model={model_folder}"], "is not conditioned on embeddings"),
         (["clip=open_clip:ViT-None:x"], "clip: expected an architecture of OpenCLIP"),
         (["clip=ViT-B-32"], "clip: expected open_clip:ARCHITECTURE"),
-        ([], "clip: expected an OpenCLIP network with like or text"),
+        ([], "clip: expected an OpenCLIP network if there is a prompt"),
     ):
-        code, _, err = run(SampleConfig, sample, *options, "text=x", *changed, f"output={tmp_path / 'wrong'}")
+        code, _, err = run(SampleConfig, sample, *options, "prompt=x", *changed, f"output={tmp_path / 'wrong'}")
         assert code == 2 and message in err

@@ -26,7 +26,7 @@ def test_sample_tool(run, model_folder, tmp_path):
         ("guide=nowhere", "guide: expected the folder of a denoiser"),
         ("steps=1001", "num_inference_steps: expected 1 to 1000, found 1001"),
         ("steps=61", "num_inference_steps: expected a number at which no timestep is rounded to -1, found 61"),
-        ("scheduler=FlowMatchLCMScheduler", "scheduler: expected one of a noise schedule"),
+        ("scheduler=FlowMatchLCMScheduler", "scheduler: expected a scheduler with a noise schedule"),
         ("scheduler=DPMSolverMultistepScheduler:algorithm_type=none", "scheduler: DPMSolverMultistepScheduler: none is not"),
         ("height=23", "height: expected a multiple of 2, found 23"),
         ("guidance_interval=[1]", "guidance_interval: expected [low, high]"),

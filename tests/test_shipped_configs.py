@@ -9,7 +9,7 @@ from autoencoders import deep_compression, stable_diffusion
 from conversion import ConversionConfig
 from few_steps import FewStepsConfig
 from gms import GMSConfig
-from like import LikeConfig
+from image_prompts import ImagePromptsConfig
 from pictures_256 import Pictures256Config
 from rivals import RivalsConfig
 from schedulers import SchedulersConfig
@@ -44,7 +44,7 @@ FILES += [
     (ROOT / "benchmarks/few-steps-emoji.yaml", FewStepsConfig, []),
     (ROOT / "benchmarks/gms-cifar10.yaml", GMSConfig, []),
     (ROOT / "benchmarks/gms-emoji.yaml", GMSConfig, []),
-    (ROOT / "benchmarks/like-emoji.yaml", LikeConfig, []),
+    (ROOT / "benchmarks/image-prompts-emoji.yaml", ImagePromptsConfig, []),
     (ROOT / "benchmarks/pictures-256.yaml", Pictures256Config, []),
     (ROOT / "benchmarks/rivals-cifar10.yaml", RivalsConfig, []),
     (ROOT / "benchmarks/rivals-emoji.yaml", RivalsConfig, []),

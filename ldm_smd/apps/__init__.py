@@ -1,1 +1,1 @@
-"""What shows: the page of tools/explore.py, and the demo with its report. Nothing else imports it."""
+"""User interfaces: the page of tools/explore.py, and the demo with its report. No other package imports this one."""

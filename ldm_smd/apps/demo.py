@@ -1,4 +1,4 @@
-"""tools/demo.py: encode, make a mixture of the shipped Gaussian model, compare it with the shipped models, report."""
+"""tools/demo.py: encode images, distil a mixture from a shipped Gaussian model, compare it with shipped models, report."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers import make_scheduler
 from ..schedulers.conversion import process_of
+from ..training.coarse_labels import class_names
 from ..training.loop import train
 from ..training.metrics_log import read_metrics
 from ..training.settings import TrainConfig
-from ..training.wider import class_names
 from .report import write_report
 from .settings import DemoConfig, DemoRunConfig
 from .showcase import Showcase, load_unet, write_shipped
 
 GRID_COLUMNS, GRID_ROWS = 6, 6
 FEW_STEPS = 4
-"""The models are shown side by side at this number of steps, or the nearest of ``steps``."""
+"""The report compares the models side by side at the number in ``steps`` closest to this."""
 SPREAD_PICTURES = 64
 LATENTS = "latents"
 LONGEST_NAME = 100
 
 
 def demo(config: DemoConfig) -> Path:
-    """Run every stage anew under ``config.output``; returns the path of report.html."""
+    """Run all stages from the start and write them under ``config.output``; returns the path of report.html."""
     check_inputs(config)
     output = Path(config.output)
     with claimed(output, inside=True):
         seconds: dict[str, float] = {}
-        # Everything is read first, so that missing parts are reported before an earlier demo's results are removed.
+        # All inputs are read first, so that a missing one is reported before earlier results are removed.
         with timed(seconds, "read"):
             encode_config = load_config(EncodeConfig, config.encode, [f"output={output / LATENTS}"])
             held_out, labels, _ = load_pixels(config.held_out)
@@ -68,7 +68,7 @@ def demo(config: DemoConfig) -> Path:
             extractor = load_extractor(config.features)
             configs = {run.name: run_config(config, run, encode_config.autoencoder) for run in config.runs}
             shipped = {
-                run.name: load_unet("runs[].checkpoint", run.checkpoint) for run in config.runs if run.learning_rate_share == 0
+                run.name: load_unet("runs[].checkpoint", run.checkpoint) for run in config.runs if run.learning_rate_factor == 0
             }
             showcase = Showcase(config.showcase)
             for run in config.runs:
@@ -82,7 +82,7 @@ def demo(config: DemoConfig) -> Path:
         with timed(seconds, "encode"):
             manifest = encode(encode_config)
         if manifest is None:
-            raise UserError(f"worker: expected null in {config.encode}, as the demo encodes all, found {encode_config.worker}")
+            raise UserError(f"worker: expected null in {config.encode} for the demo, found {encode_config.worker}")
         with timed(seconds, "measure the autoencoder"):
             psnr = reconstruction_psnr(autoencoder, held_out)["psnr"]
 
@@ -100,7 +100,7 @@ def demo(config: DemoConfig) -> Path:
         reference = extractor(training_pixels, description="reference")
         distance: dict = {"floor": frechet_distance(extractor(held_out, description="floor"), reference)}
         grids: dict[str, dict[int, torch.Tensor]] = {}
-        # The labels of the held-out pictures, shuffled so that the grid shows all classes, and the same for every model.
+        # Labels of the held-out images, shuffled so that the grid shows all classes. The same for every model.
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))
         sampled_labels = [labels[index] for index in order]
         with timed(seconds, "sample"):
@@ -120,7 +120,7 @@ def demo(config: DemoConfig) -> Path:
                         shown = pixels[: GRID_COLUMNS * GRID_ROWS]
                         grids[title][steps] = make_grid(shown, nrow=GRID_COLUMNS, padding=2, pad_value=0.8)
 
-        with timed(seconds, "sample large pictures"):
+        with timed(seconds, "sample large images"):
             rows = showcase.rows(output, config.seed)
         with timed(seconds, "spread over eta"):
             spread = {name: measure_spread(config, pipeline, manifest) for name, pipeline in pipelines.items()}
@@ -130,19 +130,19 @@ def demo(config: DemoConfig) -> Path:
         memory = peak_memory_gb()
         weights = sum(path.stat().st_size for path in Path(encode_config.autoencoder).glob("*.safetensors")) / 2**20
         latent_elements = int(torch.tensor(manifest.latent_shape).prod())
-        apart = max(parameters.values()) / min(parameters.values()) - 1
+        difference = max(parameters.values()) / min(parameters.values()) - 1
         limit, allowed = config.seconds_target, config.memory_target_gb
         report = {
             "targets": [
                 target("autoencoder, held-out PSNR", ">= 30 dB", psnr, psnr >= 30),
                 target("autoencoder, weights", "<= 16 MB", weights, weights <= 16),
-                target("latent numbers per picture", "512 to 1024", latent_elements, 512 <= latent_elements <= 1024),
-                target("parameters of the models, apart by", "<= 2 %", 100 * apart, apart <= 0.02),
-                target("demo, after the installation", f"<= {limit:g} s", total, total <= limit),
+                target("latent elements per image", "512 to 1024", latent_elements, 512 <= latent_elements <= 1024),
+                target("difference in parameter count", "<= 2 %", 100 * difference, difference <= 0.02),
+                target("demo, run time without installation", f"<= {limit:g} s", total, total <= limit),
                 target("demo, peak memory", f"<= {allowed:g} GB", memory, memory <= allowed),
             ],
             "seconds": {**seconds, "total": total},
-            "distance_name": f"Frechet distance in the features of {extractor.name}",
+            "distance_name": f"Frechet distance in features of {extractor.name}",
             "distance": distance,
             "spread": spread,
             "parameters": parameters,
@@ -154,12 +154,12 @@ def demo(config: DemoConfig) -> Path:
         curves = {run.name: training_curve(output, run) for run in config.runs}
         path = write_report(output, report, grids, curves, rows)
         print(json.dumps(report["targets"], indent=1))
-        print(f"{total:.0f} seconds in all; open {path}")
+        print(f"finished in {total:.0f} seconds; open {path}")
         return path
 
 
 def check_inputs(config: DemoConfig) -> None:
-    """Raise UserError where a run has no name for its folder, or a part that the repository ships is missing."""
+    """Raise UserError if a run has no valid name, or a file of the repository is missing."""
     if len(config.runs) == 0:
         raise UserError("runs: expected at least one model, found none")
     parts = {"encode": config.encode} | ({} if ":" in config.features else {"features": config.features})
@@ -173,13 +173,13 @@ def check_inputs(config: DemoConfig) -> None:
         parts |= {f"showcase.models[{index}].checkpoint": str(Path(model.checkpoint) / SAFETENSORS_WEIGHTS_NAME)}
     for key, part in parts.items():
         if not Path(part).exists():
-            raise UserError(f"{key}: expected a path from the folder of the repository, where demo is to run, found no {part}")
+            raise UserError(f"{key}: expected an existing path (run the demo from the root of the repository), found no {part}")
 
 
 def check_name(key: str, name: str) -> None:
-    """Raise UserError unless a model may have this name, which its folder has too."""
+    """Raise UserError unless ``name`` is a valid name of a model and its folder."""
     if name in (LATENTS, "..") or Path(name).name != name or len(name) > LONGEST_NAME:
-        raise UserError(f"{key}: expected a name for a folder below output, other than {LATENTS}, found {name!r}")
+        raise UserError(f"{key}: expected a folder name, other than {LATENTS}, found {name!r}")
 
 
 def target(name: str, wanted: str, measured: float, holds: bool) -> dict:
@@ -195,7 +195,7 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def run_config(config: DemoConfig, run: DemoRunConfig, autoencoder: str) -> TrainConfig:
-    """Return the run's training config with the demo's lengths, starting from the shipped weights."""
+    """Return the training config of a run, with the number of images of the demo, starting from the shipped weights."""
     output = Path(config.output)
     base = load_config(TrainConfig, run.config)
     base = dataclasses.replace(
@@ -205,15 +205,15 @@ def run_config(config: DemoConfig, run: DemoRunConfig, autoencoder: str) -> Trai
         output=str(output / run.name),
         init_from=run.checkpoint,
     )
-    if run.learning_rate_share == 0:
+    if run.learning_rate_factor == 0:
         return base
     return dataclasses.replace(
         base,
         images_total=config.images,
-        learning_rate=base.learning_rate * run.learning_rate_share,
+        learning_rate=base.learning_rate * run.learning_rate_factor,
         warmup_images=config.images // 10,
         cooldown_images=config.images // 2,
-        # Eight half-lives: the average has forgotten the start, which may be another kind of model.
+        # Eight half-lives, so that the average forgets its start, which may be another kind of model.
         ema_halflife_images=min(base.ema_halflife_images, config.images // 8),
         log_every_images=max(config.images // 20, base.batch_size),
         sample_every_images=config.images,
@@ -228,26 +228,29 @@ def few_steps(
     seconds: dict[str, float],
     distance: dict,
 ) -> dict:
-    """Return what the report's first row of pictures says: ``steps``; ``models``, each with the title of its grid, a caption
-    and its distance; ``seen``, what a run trained at the full rate has gained over the weights it started from."""
+    """Return the content of the report's first comparison.
+
+    ``steps``; ``models``, each with the title of its grid, a caption and its distance; ``gains``, a sentence for every new
+    training on how its distance compares with that of the weights it started from.
+    """
     steps = min(config.steps, key=lambda n: abs(n - FEW_STEPS))
     models, at = [], {}
     for run in config.runs:
         title = sample_title(run, run.schedulers[0])
         kind = "mixture" if pipelines[run.name].unet.is_mixture else "Gaussian model"
-        lesson = "distillation" if configs[run.name].objective.name == "distillation" else "training"
-        state = f"after {config.images:,} images of {lesson}" if run.learning_rate_share else "as shipped"
+        method = "distillation" if configs[run.name].objective.name == "distillation" else "training"
+        state = f"after {config.images:,} images of {method}" if run.learning_rate_factor else "as shipped"
         at[run.name] = distance[title][steps]
         models.append({"title": title, "caption": f"{kind}, {state}", "distance": at[run.name]})
-    seen = []
+    gains = []
     for run in config.runs:
-        starts = [other for other in config.runs if other.checkpoint == run.checkpoint and other.learning_rate_share == 0]
-        if run.learning_rate_share == 1 and starts:
+        starts = [other for other in config.runs if other.checkpoint == run.checkpoint and other.learning_rate_factor == 0]
+        if run.learning_rate_factor == 1 and starts:
             before, after = at[starts[0].name], at[run.name]
-            change = "nearer to the training pictures" if after < before else "no nearer to the training pictures"
-            spent = f"{config.images:,} images and {seconds[f'train {run.name}']:.0f} seconds"
-            seen.append(f"After {spent} of training, {run.name} is {change}: {before:.2f} before, {after:.2f} now.")
-    return {"steps": steps, "models": models, "seen": " ".join(seen)}
+            change = "lowered" if after < before else "did not lower"
+            spent = f"{config.images:,} images in {seconds[f'train {run.name}']:.0f} seconds"
+            gains.append(f"Training {run.name} on {spent} {change} its distance: {before:.2f} before, {after:.2f} after.")
+    return {"steps": steps, "models": models, "gains": " ".join(gains)}
 
 
 def sample_title(run: DemoRunConfig, scheduler: str) -> str:
@@ -268,19 +271,19 @@ def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest
 
 
 def training_curve(output: Path, run: DemoRunConfig) -> list[tuple[int, float]]:
-    """Return (images seen, loss) of the shipped training, and of the demo's after it; of the demo's alone where that is a
-    training of its own, whose loss may be another."""
+    """Return (images seen, loss) of the shipped training followed by the demo's. For a new training, which may have another
+    objective, return the demo's alone."""
     shipped, continued = (
         [(line["images_seen"], line["loss"]) for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
         for folder in (Path(run.checkpoint), output / run.name)
     )
-    if run.learning_rate_share == 1:
+    if run.learning_rate_factor == 1:
         return continued
     start = shipped[-1][0] if shipped else 0
     return shipped + [(start + images, loss) for images, loss in continued]
 
 
 def peak_memory_gb() -> float:
-    """Return the largest resident size so far of this process plus that of its largest finished child."""
+    """Return the peak resident memory of this process plus that of its largest finished child."""
     kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return kilobytes / 2**20

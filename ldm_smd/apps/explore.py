@@ -1,4 +1,4 @@
-"""tools/explore.py: a local page with samples of several models side by side, their steps, and draws of eta."""
+"""tools/explore.py: a local web page with samples of several models, their sampling steps, and draws of eta."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..errors import UserError, one_line
 from ..models.denoiser import is_mixture, num_classes
 from ..pipelines import SMDPipeline, load_pipeline, seeded_generators
 from ..sampling.grid import class_name, labelled_grid
-from ..sampling.inputs import embedding_of, load_clip, training_side
+from ..sampling.inputs import load_clip, prompt_embedding, training_side
 from ..schedulers import make_scheduler
 from .settings import ExploreConfig
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 MOST_PICTURES, MOST_STEPS = 16, 100
 MOST_SIGMA = 1000.0
-"""Beyond that of any schedule."""
+"""Above the largest sigma of any schedule."""
 FILMSTRIP_FRAMES = 10
-"""Most frames of a filmstrip, evenly spaced."""
+"""Maximum number of frames of a filmstrip."""
 DRAWS = 8
-"""Draws of eta that are shown."""
+"""Number of draws of eta to show."""
 THUMBNAIL = 96
-"""Longer side of the images in a strip, in pixels."""
+"""Longer side of the images in a filmstrip, in pixels."""
 DECODED = 256
-"""Longer side at which they are decoded at most."""
-OWN = "the model's own"
+"""Maximum longer side at which they are decoded, in pixels."""
+OWN = "model default"
 SCHEDULERS = (
     OWN,
     "DDPMScheduler",
@@ -52,23 +52,23 @@ SCHEDULERS = (
 )
 NO_CLASS = "no class"
 CSS = ".grid-wrap.fixed-height { min-height: 0 !important }"
-"""No empty rows under the pictures."""
+"""Avoids empty rows under the images."""
 ABOUT = """# Models side by side
-Every model starts from the same noise. Below the pictures, the way of the first one: `x_t` before a step, `x_0` as the network
-sees it there. Last, what each model makes of one `x_t` of the first model's way: a mixture's draws differ, a Gaussian model has
-one answer."""
+All models start from the same noise. The filmstrip shows the sampling of the first image: `x_t` before each step, and the
+predicted `x_0`. The last row shows several predictions of each model for one `x_t` of the first model. The draws of a mixture
+differ; a Gaussian model has a single prediction."""
 
 
 @dataclass
 class Request:
-    """What the page asks for; the images of a model are a function of it.
+    """Settings of one request. They determine the images of a model.
 
     Attributes:
-        label: class number; None for no class.
+        label: class number, or None for no class.
         seed: seed of the first image; image i has ``seed + i``.
         scheduler: as in tools/sample.py, or OWN.
-        interval: noise levels sigma between which there is guidance.
-        embedding: OpenCLIP embedding of an image or of words, (1, D), or None.
+        interval: range of noise levels sigma with guidance.
+        embedding: OpenCLIP embedding of an image or text prompt, (1, D), or None.
     """
 
     label: int | None = None
@@ -81,7 +81,7 @@ class Request:
     embedding: torch.Tensor | None = None
 
     def options(self, count: int) -> dict:
-        """Return the arguments of ``SMDPipeline`` for ``count`` images, for a whole sampling or one step."""
+        """Return the arguments of ``SMDPipeline`` for ``count`` images, shared by full sampling and single predictions."""
         return {
             "class_labels": None if self.label is None else [self.label] * count,
             "guidance_scale": self.guidance_scale,
@@ -93,7 +93,7 @@ class Request:
 
 @dataclass
 class Frame:
-    """Step ``number`` of the first image: the network's input x_t and its prediction of x_0, each (1, C, h, w)."""
+    """Step ``number`` of the first image: input x_t of the network and predicted x_0, each (1, C, h, w)."""
 
     number: int
     timestep: torch.Tensor
@@ -103,7 +103,7 @@ class Frame:
 
 @dataclass
 class ModelSamples:
-    """Samples of one model: images, at most FILMSTRIP_FRAMES frames of the first, and the seconds they took."""
+    """Samples of one model: images, up to FILMSTRIP_FRAMES frames of the first one, and the time taken."""
 
     pictures: list[Image.Image]
     frames: list[Frame]
@@ -111,7 +111,7 @@ class ModelSamples:
 
 
 class Explorer:
-    """The models of a page. Raises UserError where their classes or latents differ."""
+    """The models of a page. Raises UserError if their classes or latents differ."""
 
     def __init__(self, config: ExploreConfig) -> None:
         device = pick_device(config.device)
@@ -123,7 +123,7 @@ class Explorer:
             wanted = value_of(self.first)
             for name, pipeline in self.pipelines.items():
                 if (found := value_of(pipeline)) != wanted:
-                    raise UserError(f"models.{name}: expected {what} {wanted}, as the first model's, found {found}")
+                    raise UserError(f"models.{name}: expected {what} {wanted}, as for the first model, found {found}")
         self.own = {name: pipeline.scheduler for name, pipeline in self.pipelines.items()}
         self.stopping = False
         by_folder = dict(zip(config.models.values(), self.pipelines.values()))
@@ -133,12 +133,14 @@ class Explorer:
     def first(self) -> SMDPipeline:
         return next(iter(self.pipelines.values()))
 
-    def embedding(self, like: str | None, text: str) -> torch.Tensor | None:
-        """Return the embedding of the words, or else of the image at ``like``, (1, D); None for neither."""
-        return embedding_of(self.clip, self.first, like, text) if self.clip is not None and (like or text) else None
+    def embedding(self, image_prompt: str | None, prompt: str) -> torch.Tensor | None:
+        """Embed the text ``prompt``, or else the image file ``image_prompt``, as (1, D); None for neither."""
+        if self.clip is None or not (image_prompt or prompt):
+            return None
+        return prompt_embedding(self.clip, self.first, image_prompt, prompt)
 
     def sample(self, request: Request, report: Callable[[float], None]) -> dict[str, ModelSamples]:
-        """Sample from every model; ``report`` is called with the fraction that is done."""
+        """Sample from every model. ``report`` is called with the fraction done."""
 
         def of_all(done: int, fraction: float) -> None:
             report((done + fraction) / len(self.pipelines))
@@ -151,7 +153,7 @@ class Explorer:
         pipeline.scheduler = own if request.scheduler == OWN else make_scheduler(request.scheduler, own)
 
         def keep(pipe: SMDPipeline, index: int, timestep: torch.Tensor, tensors: dict) -> dict:
-            # Copied: a view of the first image would keep those of all.
+            # Copied, because a view of the first image would keep the whole batch in memory.
             x_t, x_0 = (tensors[what][:1].clone() for what in ("sample", "pred_original_sample"))
             frames.append(Frame(index + 1, timestep, x_t, x_0))
             report((index + 1) / pipe.num_timesteps)
@@ -168,16 +170,16 @@ class Explorer:
         return ModelSamples(pictures, spaced(frames, FILMSTRIP_FRAMES), time.perf_counter() - started)
 
     def stop(self) -> None:
-        """End sampling after the current step; models that have not begun do one step."""
+        """Stop sampling after the current step. Models that have not started take one step."""
         self.stopping = True
 
     def filmstrip(self, name: str, frames: list[Frame]) -> Image.Image:
-        """Draw a model's frames in two rows: x_t, and x_0 as the network predicts it."""
+        """Draw the frames of a model in two rows: x_t and predicted x_0."""
         rows = ([frame.sample for frame in frames], [frame.prediction for frame in frames])
         return labelled_grid([thumbnails(self.pipelines[name], torch.cat(row)) for row in rows], ["x_t", "x_0"])
 
     def draws(self, frame: Frame, request: Request) -> Image.Image:
-        """Draw a row for each model: DRAWS predictions of x_0 for one x_t, or the single one of a Gaussian model."""
+        """Draw a row for each model: DRAWS predictions of x_0 for one x_t, or the single prediction of a Gaussian model."""
         rows = []
         for pipeline in self.pipelines.values():
             count = DRAWS if is_mixture(pipeline.unet) else 1
@@ -188,8 +190,8 @@ class Explorer:
 
 
 def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Decode normalised latents (B, C, h, w) small. Large ones are subsampled first: rough, but a filmstrip of 1024
-    pixels would take a CPU a quarter of an hour."""
+    """Decode normalised latents (B, C, h, w) to small images. Large latents are subsampled first, which is rough but fast: a
+    filmstrip at 1024 pixels would take 15 minutes on a CPU."""
     scale = DECODED / (spatial_factor(pipeline.vae) * max(latents.shape[2:]))
     if scale < 1:
         latents = F.interpolate(latents, scale_factor=scale, mode="nearest-exact")
@@ -205,14 +207,14 @@ def class_names(pipeline: SMDPipeline) -> list[str]:
 
 
 def spaced(frames: list[Frame], most: int) -> list[Frame]:
-    """Choose ``most`` frames, evenly spaced from the first to the last."""
+    """Choose up to ``most`` frames, evenly spaced from the first to the last."""
     if len(frames) <= most:
         return frames
     return [frames[round(index * (len(frames) - 1) / (most - 1))] for index in range(most)]
 
 
 def page(explorer: Explorer) -> gradio.Blocks:
-    """Build the page, not yet served."""
+    """Build the page."""
     gr = import_gradio()
     names, classes = list(explorer.pipelines), class_names(explorer.first)
     picture = {"format": "png", "type": "pil", "show_label": False, "buttons": ["download", "fullscreen"]}
@@ -224,18 +226,17 @@ def page(explorer: Explorer) -> gradio.Blocks:
             with gr.Column(scale=1, min_width=280):
                 choices = [*((name, number) for number, name in enumerate(classes)), (NO_CLASS, len(classes))]
                 label = gr.Dropdown(choices, value=0, label="Class", visible=bool(classes))
-                like = gr.Image(
-                    type="filepath", label="Like this picture", sources=["upload"], visible=explorer.clip is not None
-                )
-                text = gr.Textbox(label="Like these words, and not the picture", visible=explorer.clip is not None)
-                count = gr.Slider(1, MOST_PICTURES, value=8, step=1, label="Pictures")
+                prompted = explorer.clip is not None
+                image_prompt = gr.Image(type="filepath", label="Image prompt", sources=["upload"], visible=prompted)
+                prompt = gr.Textbox(label="Prompt (overrides the image prompt)", visible=prompted)
+                count = gr.Slider(1, MOST_PICTURES, value=8, step=1, label="Images")
                 steps = gr.Slider(1, MOST_STEPS, value=4, step=1, label="Steps")
                 scheduler = gr.Dropdown(SCHEDULERS, value=OWN, label="Scheduler", allow_custom_value=True)
-                seed = gr.Number(0, label="Seed of the first picture", precision=0, minimum=0)
-                scale = gr.Slider(0, 8, value=1, step=0.1, label="Guidance (1 is none)")
+                seed = gr.Number(0, label="Seed of the first image", precision=0, minimum=0)
+                scale = gr.Slider(0, 8, value=1, step=0.1, label="Guidance scale (1: none)")
                 with gr.Row():
-                    low = gr.Number(0, label="from sigma", minimum=0, min_width=100)
-                    high = gr.Number(MOST_SIGMA, label="to sigma", minimum=0, min_width=100)
+                    low = gr.Number(0, label="sigma from", minimum=0, min_width=100)
+                    high = gr.Number(MOST_SIGMA, label="sigma to", minimum=0, min_width=100)
                 with gr.Row():
                     start = gr.Button("Sample", variant="primary", min_width=100)
                     stop = gr.Button("Stop", min_width=100)
@@ -247,17 +248,30 @@ def page(explorer: Explorer) -> gradio.Blocks:
                         with gr.Column(min_width=300):
                             gr.Markdown(f"### {name}\n{pipeline.unet.num_parameters() / 1e6:.1f} M parameters")
                             galleries.append(gr.Gallery(show_label=False, columns=4, height="auto", format="png"))
-                            gr.Markdown("The first picture, step by step")
+                            gr.Markdown("First image, step by step")
                             filmstrips.append(gr.Image(**picture))
-                step = gr.Radio([], label="Draws of eta for the first model's x_t of step")
+                step = gr.Radio([], label="Predictions for x_t of the first model at step")
                 draws = gr.Image(**picture)
 
-        def sample(label, count, steps, scheduler, seed, scale, low, high, like, text, progress=gr.Progress()):  # noqa: B008
+        def sample(
+            label,
+            count,
+            steps,
+            scheduler,
+            seed,
+            scale,
+            low,
+            high,
+            image_prompt,
+            prompt,
+            progress=gr.Progress(),  # noqa: B008
+        ):
             if None in (seed, low, high):
-                raise gr.Error("seed, from sigma, to sigma: expected numbers, found an empty field")
+                raise gr.Error("seed, sigma from, sigma to: expected numbers, found an empty field")
             try:
                 number = label if label < len(classes) else None
-                request = Request(number, count, steps, scheduler, seed, scale, (low, high), explorer.embedding(like, text))
+                embedding = explorer.embedding(image_prompt, prompt)
+                request = Request(number, count, steps, scheduler, seed, scale, (low, high), embedding)
                 by_model = explorer.sample(request, progress)
             except (UserError, ValueError) as error:
                 raise gr.Error(str(error)) from error
@@ -276,8 +290,8 @@ def page(explorer: Explorer) -> gradio.Blocks:
             frames, request = shown
             return explorer.draws(frames[index], request)
 
-        inputs = [label, count, steps, scheduler, seed, scale, low, high, like, text]
-        # Only one of the two runs at a time: they share the models.
+        inputs = [label, count, steps, scheduler, seed, scale, low, high, image_prompt, prompt]
+        # The two share the models, so only one runs at a time.
         start.click(sample, inputs, [*galleries, *filmstrips, step, draws, message, shown], concurrency_id="models")
         step.input(draw, [step, shown], draws, concurrency_id="models")
         stop.click(explorer.stop, queue=False)
@@ -293,7 +307,7 @@ def import_gradio() -> ModuleType:
 
 
 def require_own_address(host: str) -> None:
-    """Raise UserError unless this machine can listen at ``host``; gradio would wait forever."""
+    """Raise UserError unless this machine can listen on ``host``. Otherwise gradio would wait forever."""
     try:
         socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, UnicodeError) as error:
@@ -301,17 +315,17 @@ def require_own_address(host: str) -> None:
 
 
 def explore(config: ExploreConfig) -> None:
-    """Serve the page until it is interrupted."""
+    """Serve the page until interrupted."""
     gr = import_gradio()
     require_own_address(config.host)
     blocks = page(Explorer(config))
-    # Fonts of this machine: the page fetches nothing from elsewhere.
+    # System fonts, so that the page loads nothing from the internet.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     looks: dict[str, Any] = {"theme": theme, "css": CSS, "footer_links": []}
     where: dict[str, Any] = {"server_name": config.host, "server_port": config.port}
     try:
         _, url, _ = blocks.launch(**where, **looks, quiet=True, prevent_thread_lock=True)
     except OSError as error:
-        raise UserError(f"port: expected a free one, found {config.port}: {error}") from error
-    print(f"open {url} (Ctrl-C ends it)", flush=True)
+        raise UserError(f"port: expected a free port, found {config.port}: {error}") from error
+    print(f"open {url} (Ctrl-C to stop)", flush=True)
     blocks.block_thread()

@@ -1,4 +1,4 @@
-"""report.html and report.json: a comparison of models in values and images; the page needs no other file."""
+"""report.html and report.json: a comparison of models in numbers and images. The page is self-contained."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def write_report(
     curves: dict[str, list[tuple[int, float]]],
     rows: Sequence[Row] = (),
 ) -> Path:
-    """Write ``folder``/report.json, report.html, comparison.png (all grids) and, of the ``rows`` of large pictures, large.jpg;
-    returns the path of the page.
+    """Write report.json, report.html, comparison.png (all grids) and large.jpg (``rows``, if any) to ``folder``.
+
+    Returns the path of report.html.
 
     Args:
         report: the content of report.json: targets, seconds, distance, spread, parameters.
-        grids: {model: {steps: picture grid, float (3, H, W) in [0, 1]}}.
+        grids: {model: {steps: image grid, float (3, H, W) in [0, 1]}}.
         curves: {model: [(images seen, training loss)]}.
     """
     with atomic_file(folder / "report.json") as path:
@@ -60,7 +61,7 @@ def curve_figure(curves: dict[str, list[tuple[int, float]]]) -> plt.Figure:
     figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3), squeeze=False)
     for axis, (name, points) in zip(axes[0], curves.items()):
         axis.plot([images for images, _ in points], [loss for _, loss in points], linewidth=1)
-        # Energy scores and squared errors are not comparable: each loss has its own axis.
+        # Energy scores and squared errors are not comparable, so each loss has its own axis.
         axis.set(title=name, xlabel="images seen", ylabel="training loss")
         axis.locator_params(axis="x", nbins=5)
     return figure
@@ -70,13 +71,13 @@ def spread_figure(spread: dict[str, dict[int, float]]) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(5, 3))
     for name, by_timestep in spread.items():
         axis.plot(list(by_timestep), list(by_timestep.values()), marker="o", label=name)
-    axis.set(xlabel="timestep", ylabel="spread of x0 over eta", ylim=(0, None))
+    axis.set(xlabel="timestep", ylabel="spread of $x_0$ over eta", ylim=(0, None))
     axis.legend()
     return figure
 
 
 def comparison_figure(grids: dict[str, dict[int, torch.Tensor]]) -> plt.Figure:
-    """Draw a row per number of steps, a column per model."""
+    """Draw a row for each number of steps and a column for each model."""
     steps = sorted({n for by_steps in grids.values() for n in by_steps})
     figure, axes = plt.subplots(len(steps), len(grids), figsize=(4 * len(grids), 4.2 * len(steps)), squeeze=False)
     for column, (name, by_steps) in zip(axes.T, grids.items()):

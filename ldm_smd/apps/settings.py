@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from ..data.settings import ImagesConfig
-from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, number
+from ..schema import MAX_IMAGES, MAX_SEED, MISSING, Settings, check, number
 
 
 @dataclass
@@ -12,14 +12,14 @@ class ExploreConfig(Settings):
     """tools/explore.py"""
 
     models: dict[str, str] = field(default_factory=dict)
-    """Name -> model folder (RUN/model) or hub id: side by side on the page, with the same noise and classes."""
+    """Name -> model folder (RUN/model) or hub id, to compare side by side."""
     clip: Optional[str] = None
-    """open_clip:ARCHITECTURE:FILE.safetensors or open_clip:FOLDER, for models trained with image_conditional=true: ask for
-    pictures like another one, or by words."""
+    """open_clip:ARCHITECTURE:FILE.safetensors or open_clip:FOLDER, to sample from image and text prompts with models trained
+    with image_conditional=true."""
     host: str = "127.0.0.1"
-    """Where the page listens: this machine alone. 0.0.0.0: whoever reaches it may use it."""
+    """Address to listen on. The default accepts connections from this machine only; 0.0.0.0 accepts them from anywhere."""
     port: Optional[int] = number(None, 1, 2**16 - 1)
-    """null: the first free one from 7860 on."""
+    """null: the first free port from 7860 on."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -29,19 +29,21 @@ class ExploreConfig(Settings):
 
 @dataclass
 class DemoRunConfig(Settings):
-    """One model of the demo: the shipped weights that it starts from, and its training config."""
+    """One model of the demo."""
+
+    RENAMED = {"learning_rate_share": "learning_rate_factor"}
 
     name: str = MISSING
     config: str = MISSING
-    """Training config; its settings but for output, init_from, the learning rate and the lengths below are kept."""
+    """Training config. The demo overrides its output, init_from, learning rate and number of images."""
     checkpoint: str = MISSING
-    """Shipped UNet folder, with the metrics of its training in metrics.jsonl."""
-    learning_rate_share: float = number(0.1, 0, 1)
-    """Part of the config's learning rate that it is trained with. 0: not at all, it is shown as shipped. Below 1: the shipped
-    training goes on, gently, as its weights are averages that a full rate would first undo. 1: a training of its own that
-    starts from these weights, such as a distillation from a Gaussian model."""
+    """Shipped UNet folder, with metrics.jsonl of its training."""
+    learning_rate_factor: float = number(0.1, 0, 1)
+    """Factor on the config's learning rate. 0: do not train, show the shipped weights. Between 0 and 1: continue the shipped
+    training; a full rate would undo the averaging of the EMA weights. 1: a new training that starts from these weights, such
+    as a distillation."""
     schedulers: list[str] = field(default_factory=lambda: ["DDPMScheduler"])
-    """The report shows samples of each."""
+    """Schedulers to sample with for the report."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,30 +52,30 @@ class DemoRunConfig(Settings):
 
 @dataclass
 class ShownModelConfig(Settings):
-    """A shipped model of the showcase."""
+    """One shipped model of the showcase."""
 
     name: str = MISSING
     caption: str = MISSING
-    """What the report calls it."""
+    """Caption in the report."""
     checkpoint: str = MISSING
     """UNet folder."""
-    steps: list[int] = number([1, 2, 4, 8], 1, 10**5, fewest=1)
-    """A row of pictures for each."""
+    steps: list[int] = number([1, 2, 4, 8], 1, 10**5, min_length=1)
+    """Numbers of steps, a row of images for each."""
     guidance_scale: float = number(1.0, 0, 1000)
 
 
 @dataclass
 class ShowcaseConfig(Settings):
-    """Large pictures by shipped models, which the report begins with."""
+    """Large images at the top of the report, from shipped models."""
 
     models: list[ShownModelConfig] = field(default_factory=list)
-    """None: no such pictures."""
+    """Empty: no such images."""
     config: str = "configs/train/emoji-256-gaussian.yaml"
-    """Training config of the models: its autoencoder, schedule and classes."""
+    """Training config of the models, for their autoencoder, schedule and classes."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
-    """The pictures they were trained on; only the names of their classes are read."""
+    """The training images. Only the names of their classes are used."""
     classes: list[str] = field(default_factory=list)
-    """A column of pictures for each name; of as many seeds where one is there several times."""
+    """Class names, a column of images for each. A repeated name gets another seed."""
 
 
 @dataclass
@@ -83,15 +85,15 @@ class DemoConfig(Settings):
     output: str = "outputs/demo"
     encode: str = "configs/encode/emoji.yaml"
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
-    """Pictures never trained on: they give the lowest distance to expect, and the labels to sample."""
+    """Images not trained on. They give the lowest distance to expect, and the labels to sample."""
     features: str = "checkpoints/classifier"
     """Feature network of the distance: a FeatureNetwork folder, open_clip:ARCHITECTURE:FILE.safetensors or inception:FILE."""
     runs: list[DemoRunConfig] = field(default_factory=list)
-    images: int = number(3_000, 1, MOST_IMAGES)
-    """Images that a model is trained on, from its checkpoint on."""
-    steps: list[int] = number([2, 4, 8, 32], 1, 10**5, fewest=1)
+    images: int = number(3_000, 1, MAX_IMAGES)
+    """Number of images for each training in the demo."""
+    steps: list[int] = number([2, 4, 8, 32], 1, 10**5, min_length=1)
     guidance_scale: float = number(1.0, 0, 1000)
-    seed: int = number(0, 0, MOST_SEED)
+    seed: int = number(0, 0, MAX_SEED)
     showcase: ShowcaseConfig = field(default_factory=ShowcaseConfig)
-    seconds_target: float = number(600.0, above=0, most=1e9)
-    memory_target_gb: float = number(4.0, above=0, most=1e6)
+    seconds_target: float = number(600.0, above=0, maximum=1e9)
+    memory_target_gb: float = number(4.0, above=0, maximum=1e6)

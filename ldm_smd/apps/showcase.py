@@ -1,4 +1,4 @@
-"""Large pictures by shipped models, side by side: the same classes and seeds for every model and number of steps."""
+"""Large samples from shipped models, with the same classes and seeds for every model and number of steps."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from ..models.unet import SMDUNet2DModel
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers.schedule import build_scheduler
+from ..training.coarse_labels import class_names
 from ..training.model_folder import model_card, write_model_folder
 from ..training.settings import TrainConfig
-from ..training.wider import class_names
 from .settings import ShowcaseConfig
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of pictures, (3, H, W) in [0, 1], and what the report says of it."""
+    """A row of images, (3, H, W) in [0, 1], and its caption in the report."""
 
     caption: str
     pictures: torch.Tensor
 
 
 class Showcase:
-    """Reads all parts at once, so that a missing one is reported before anything is written."""
+    """Samples of shipped models. All inputs are read at once, so that a missing one is reported before anything is written."""
 
     def __init__(self, config: ShowcaseConfig) -> None:
         self.config = config
@@ -47,7 +47,7 @@ class Showcase:
         self.unets = {model.name: load_unet("showcase.models[].checkpoint", model.checkpoint) for model in config.models}
 
     def rows(self, output: Path, seed: int) -> list[Row]:
-        """Write the model folders OUTPUT/NAME/model, for the other tools, and sample them."""
+        """Write the model folders OUTPUT/NAME/model, for use by other tools, and sample from them."""
         found = []
         for model in self.config.models:
             folder = output / model.name / "model"
@@ -79,8 +79,8 @@ def write_shipped(
     classes: list[str],
     config: TrainConfig,
 ) -> None:
-    """Write the model folder of a shipped network, where a training would write its own."""
+    """Write the model folder of a shipped network, where a training run would write it."""
     labels = {str(number): name for number, name in enumerate(classes)} if unet.config.num_classes else None
     pipeline = SMDPipeline(unet, autoencoder.model, build_scheduler(config.diffusion), labels)
-    card = model_card(folder.parent.name, f"The weights of `{checkpoint}`, as shipped.", config)
+    card = model_card(folder.parent.name, f"The shipped weights of `{checkpoint}`.", config)
     write_model_folder(folder, pipeline, card, "unet")

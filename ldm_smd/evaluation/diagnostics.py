@@ -66,7 +66,7 @@ def spread_over_eta(
 
 
 @torch.no_grad()
-def nearest_share(
+def nearest_neighbour_ratio(
     model: SMDUNet2DModel,
     path: GaussianPath,
     prediction_type: str,

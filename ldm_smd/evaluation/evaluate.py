@@ -179,7 +179,7 @@ def sample_features(
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     labels = choose_labels(config, reference.labels, num_classes(pipeline.unet))
     options = SamplingOptions(config.steps, config.guidance_scale, seed=config.seed, batch_size=config.batch_size)
-    batches = sample_batches(pipeline, labels, rank_slice(config.count, state), options, "samples")
+    batches = sample_batches(pipeline, labels, rank_slice(config.num_samples, state), options, "samples")
     found = extract_features("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
     files = weight_files(folder, (*NETWORKS, "vae"))
     return found, {
@@ -189,7 +189,7 @@ def sample_features(
         "steps": config.steps,
         "guidance_scale": config.guidance_scale,
         "labels": "none" if labels is None else config.labels,
-        "seeds": [config.seed, config.seed + config.count - 1],
+        "seeds": [config.seed, config.seed + config.num_samples - 1],
     }
 
 
@@ -203,10 +203,10 @@ def choose_labels(config: EvaluateConfig, real: list[int], classes: int | None) 
         if max(real) >= classes:
             raise UserError(f"labels: expected labels below the model's {classes} classes, found {max(real)} in the reference")
         order = np.random.default_rng(config.seed).permutation(len(real))
-        return [real[order[index % len(real)]] for index in range(config.count)]
+        return [real[order[index % len(real)]] for index in range(config.num_samples)]
     if config.labels == "balanced":
-        return [index % classes for index in range(config.count)]
-    return np.random.default_rng(config.seed).integers(classes, size=config.count).tolist()
+        return [index % classes for index in range(config.num_samples)]
+    return np.random.default_rng(config.seed).integers(classes, size=config.num_samples).tolist()
 
 
 def rank_slice(count: int, state: PartialState) -> range:

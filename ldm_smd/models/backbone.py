@@ -67,7 +67,7 @@ class Backbone(ModelMixin, ConfigMixin):
             class_labels: (B,) integers, ``num_classes`` for the null class; None is the null class for all.
             eta: (B * M, C, H, W) with the M draws of an image in consecutive rows; None draws one for each image.
                 Not read by a Gaussian model.
-            image_embeds: of the image to be like, (B, D), of length 1; rows of zeros, or None for all, are no embedding.
+            image_embeds: OpenCLIP embeddings (B, D) of unit length. A row of zeros means none; so does None, for all rows.
 
         Returns:
             The prediction (B * M, C, H, W), rows as in ``eta``; (B, C, H, W) for a Gaussian model.

@@ -1,4 +1,4 @@
-"""SMDPipeline: the sampling loop (smd), conditions and guidance, decoding, and loading of model folders."""
+"""SMDPipeline: sampling loop, conditions and guidance, decoding, loading of model folders."""
 
 from .loading import load_pipeline
 from .smd import SMDPipeline, seeded_generators

@@ -1,4 +1,4 @@
-"""What samples are conditioned on, and guidance towards it."""
+"""Conditions of samples, and guidance."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..schedulers.conversion import path_of
 
 
 class Conditions(NamedTuple):
-    """Class labels (B,) and image embeddings (B, D), each None where it is not given."""
+    """Class labels (B,) and image embeddings (B, D), None if not given."""
 
     labels: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
 
     def with_null(self, unet: ModelMixin) -> Conditions:
-        """Return these B rows followed by B of the null class and the zero embedding."""
+        """Return these B rows, followed by B rows with the null class and the zero embedding."""
         labels, embeds = self
         null = None if labels is None else null_labels(unet, labels)
         return Conditions(joined(labels, null), joined(embeds, None if embeds is None else torch.zeros_like(embeds)))
@@ -30,7 +30,7 @@ class Conditions(NamedTuple):
 def read_conditions(
     unet: ModelMixin, class_labels: Sequence[int] | torch.Tensor | None, image_embeds: torch.Tensor | None, device: torch.device
 ) -> Conditions:
-    """Return the conditions on the device; ValueError where they do not fit the denoiser or each other."""
+    """Return the conditions on the device. Raises ValueError if they do not fit the denoiser or each other."""
     labels = None
     if class_labels is not None:
         classes = num_classes(unet)
@@ -38,7 +38,7 @@ def read_conditions(
             raise ValueError("class_labels: expected None, this model is unconditional")
         labels = torch.as_tensor(class_labels, dtype=torch.long)
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
-            raise ValueError(f"class_labels: expected 0 to {classes} ({classes} is no class), found {labels.tolist()}")
+            raise ValueError(f"class_labels: expected 0 to {classes} ({classes} is the null class), found {labels.tolist()}")
         labels = labels.to(device)
     if image_embeds is not None:
         dimensions = embedding_dimensions(unet)
@@ -61,12 +61,12 @@ def guided_prediction(
     guide: ModelMixin | None = None,
     moments: MomentHeads | None = None,
 ) -> torch.Tensor:
-    """Predict with guidance of scale w, both predictions with the same eta:
+    """Predict with guidance of scale w, with the same eta for both predictions:
 
-        other + w (own - other),
+        other + w (own - other)
 
-    ``other`` being the prediction of ``guide``, or without one that of ``unet`` for the null class and no embedding. With
-    ``moments``, theirs follow as further channels; guidance moves the mean only.
+    ``other`` is the prediction of ``guide`` or, without a guide, of ``unet`` for the null class and no embedding. With
+    ``moments``, the moments follow as extra channels; guidance changes the mean only.
     """
 
     def evaluate(x_t: torch.Tensor, timestep: torch.Tensor, given: Conditions, eta: torch.Tensor | None) -> torch.Tensor:
@@ -87,7 +87,7 @@ def guided_prediction(
 
 
 def guided_steps(scheduler: SchedulerMixin, timesteps: torch.Tensor, interval: tuple[float, float]) -> list[bool]:
-    """Tell for each timestep whether its noise level sigma = s_t / a_t is in the interval."""
+    """Return for each timestep whether its noise level sigma = s_t / a_t is in the interval."""
     if interval == (0.0, math.inf):
         return [True] * len(timesteps)
     a, s = path_of(scheduler).signal_and_noise(timesteps, timesteps)

@@ -1,4 +1,4 @@
-"""SMDPipeline: noise -> latents -> images, with any diffusers scheduler of a noise schedule or of flow matching."""
+"""SMDPipeline: noise -> latents -> images, with diffusers schedulers for noise schedules and flow matching."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ from ..models.denoiser import is_mixture
 from ..models.gaussian import LatentGaussians
 from ..models.known import Denoiser
 from ..models.moments import MomentHeads
-from ..schedulers.conversion import Question, predicted_x0, process_of, questions
+from ..schedulers.conversion import PredictionConversion, predicted_x0, prediction_conversions, process_of
 from ..schedulers.support import check_scheduler
 from ..schedulers.timesteps import Generators, begin_run, first_sample, network_input, noised, step_options
 from .decoding import decode_latents, encode_images
 from .guidance import Conditions, guided_prediction, guided_steps, read_conditions
 
 TOOLS = {"moments": "train_moments", "gaussian": "fit_gaussian"}
-"""The tools that make the components which a scheduler may need."""
+"""Component that a scheduler may need -> the tool that makes it."""
 
 
 class SMDPipeline(DiffusionPipeline):
     """Class-conditional and unconditional sampling in the latent space of a frozen autoencoder.
 
-    Every evaluation of a mixture draws its own eta for each image. With x_0 = D(x_t, eta) the scheduler's ordinary step is then
-    a draw from the mixture: exact ancestral sampling with the posterior variance of DDPMScheduler. It is exact with
-    DDIMScheduler too, at any variance: (x_t, x_0) being a true pair, (x_t - a_t x_0) / s_t is as good as fresh noise.
+    Every evaluation of a mixture draws a new eta for each image. With x_0 = D(x_t, eta), the ordinary step of the scheduler
+    samples from the mixture: with DDPMScheduler and the posterior variance, this is exact ancestral sampling. It is also exact
+    with DDIMScheduler at any variance: for a true pair (x_t, x_0), (x_t - a_t x_0) / s_t is distributed as fresh noise.
 
     Args:
-        unet: the denoiser; a plain UNet2DModel is a Gaussian one, whose last class embedding is that of no class; so is a
-            plain DiTTransformer2DModel, and a plain UNet2DConditionModel, which attends to zeros.
+        unet: the denoiser, UNet or transformer. A plain model of diffusers is a Gaussian denoiser: UNet2DModel and
+            DiTTransformer2DModel, whose last class embedding stands for the null class, or UNet2DConditionModel and
+            SD3Transformer2DModel, which get zeros in place of text.
         vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
-        scheduler: a scheduler of diffusers that schedulers/support.py lists, with the settings there, or one of this package.
-        id2label: class names by number (as a string, as JSON has it).
-        moments: what GMSScheduler needs of a Gaussian unet beside its prediction (tools/train_moments.py).
-        gaussian: the distribution of the latents that TeleportScheduler starts from (tools/fit_gaussian.py).
-        training_scheduler: any scheduler of the process that the unet was trained on, where ``scheduler`` has another: the unet
-            is then asked where the ratio of signal to noise is the same. None: it was trained on that of ``scheduler``, and
-            ``pipeline.scheduler`` may be set to another afterwards.
-        embedding: the OpenCLIP network that made the unet's image embeddings, as the manifest of its shards describes it.
-        guide: a weaker denoiser of the same latents, smaller or less trained, to be guided away from (autoguidance, arXiv
-            2406.02507), instead of from the same one without the class.
+        scheduler: a scheduler of this package, or of diffusers as listed in schedulers/support.py.
+        id2label: class number (as a string, as in JSON) -> class name.
+        moments: moment heads of a Gaussian unet, for GMSScheduler (tools/train_moments.py).
+        gaussian: distribution of the latents that TeleportScheduler starts from (tools/fit_gaussian.py).
+        training_scheduler: a scheduler of the process that the unet was trained on, if ``scheduler`` has another process. The
+            unet is then evaluated at equal signal-to-noise ratio. None: the process of ``scheduler``; ``pipeline.scheduler``
+            may be replaced later.
+        embedding: description of the OpenCLIP network of the unet's image embeddings, from the manifest of its shards.
+        guide: a weaker denoiser of the same latents, smaller or less trained, to guide away from (autoguidance, arXiv
+            2406.02507). Without it, guidance is classifier-free.
     """
 
-    # The others come between two evaluations of the unet: they stay on the device to the end of a sampling.
+    # The other networks run between evaluations of the unet and stay on the device until sampling ends.
     model_cpu_offload_seq = "unet->vae"
     _optional_components = ["moments", "gaussian", "guide", "training_scheduler"]
     _callback_tensor_inputs = ["latents", "sample", "pred_original_sample"]
@@ -101,25 +102,27 @@ class SMDPipeline(DiffusionPipeline):
 
         Args:
             class_labels: one class number per image; None for unconditional images.
-            batch_size: number of images where neither labels nor embeddings are given.
+            batch_size: number of images, if there are neither labels nor embeddings.
             num_inference_steps: steps of the scheduler.
-            guidance_scale: w of guidance, other + w (own - other), both with the same eta; 1 is none. ``other`` is the
-                prediction without the class (classifier-free guidance), or where the pipeline has one, that of ``guide``.
-            guidance_interval: the noise levels sigma = s_t / a_t at which there is guidance (arXiv 2404.07724).
-            height, width: in pixels; None as in training.
-            generator: one for all, or a list with one per image: then an image does not depend on its batch.
-            latents: starting noise (B, C, h, w) of unit variance, instead of a draw.
-            image: start from these images, noised, and not from pure noise (SDEdit, arXiv 2108.01073): one for each sample,
-                or one for all; PIL, or arrays or tensors of floats in [0, 1], as diffusers' image processor takes them.
-            strength: fraction of the timesteps that are run from ``image``, more than 0, to 1; not read without it.
-            image_embeds: OpenCLIP embeddings (B, D) of images or texts that the samples are to be like, by the network in
-                ``embedding``.
+            guidance_scale: w in other + w (own - other), with the same eta for both; 1 is no guidance. ``other`` is the
+                prediction of ``guide`` or, without a guide, the prediction without a class (classifier-free guidance).
+            guidance_interval: range of noise levels sigma = s_t / a_t with guidance (arXiv 2404.07724).
+            height, width: size of the images in pixels; None for the training resolution.
+            generator: one for the batch, or a list with one per image. With a list, an image does not depend on its batch.
+            latents: starting noise (B, C, h, w) of unit variance; None to draw it.
+            image: start from these images, noised, instead of pure noise (SDEdit, arXiv 2108.01073). One per sample, or one
+                for all: PIL images, or arrays or tensors of floats in [0, 1], as in diffusers' image processor.
+            strength: fraction of the timesteps to run from ``image``, above 0, at most 1. Ignored without ``image``.
+            image_embeds: OpenCLIP embeddings (B, D) of image or text prompts, from the network that ``embedding`` names.
             output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
-            callback_on_step_end: as in diffusers, called with the pipeline, the step, its timestep and the tensors asked for;
-                may return {"latents": ...}, set ``pipeline._guidance_scale``, or set ``pipeline._interrupt = True``, after
-                which no further step is done.
-            callback_on_step_end_tensor_inputs: of "latents" (after the step), "sample" (before it, as the network saw them) and
-                "pred_original_sample" (x_0 by the network).
+            callback_on_step_end: as in diffusers, called with the pipeline, the step index, the timestep and the requested
+                tensors. It may return {"latents": ...}, change ``pipeline._guidance_scale``, or stop after the current step
+                with ``pipeline._interrupt = True``.
+            callback_on_step_end_tensor_inputs: some of "latents" (after the step), "sample" (x_t before the step) and
+                "pred_original_sample" (the predicted x_0).
+
+        Returns:
+            ImagePipelineOutput with ``images``, or a tuple with the images if ``return_dict`` is False.
         """
         tensor_names = self._callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_scheduler(self.scheduler)
@@ -127,14 +130,14 @@ class SMDPipeline(DiffusionPipeline):
         conditions = read_conditions(self.unet, class_labels, image_embeds, device)
         batch_size = next((len(given) for given in conditions if given is not None), batch_size)
         if not 0.0 < strength <= 1.0:
-            raise ValueError(f"strength: expected more than 0, to 1, found {strength}")
+            raise ValueError(f"strength: expected a number above 0, at most 1, found {strength}")
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator: expected one per picture, {batch_size}, found {len(generator)}")
+            raise ValueError(f"generator: expected one per image, {batch_size}, found {len(generator)}")
 
         shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
         timesteps = begin_run(self.scheduler, num_inference_steps, None if image is None else strength)
         guided = guided_steps(self.scheduler, timesteps, guidance_interval)
-        questions = self._questions(timesteps)
+        conversions = self._conversions(timesteps)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         latents = latents.to(device, dtype)
@@ -148,12 +151,12 @@ class SMDPipeline(DiffusionPipeline):
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(timesteps), False
 
         with self.progress_bar(total=len(timesteps)) as bar:
-            for index, (timestep, question) in enumerate(zip(timesteps, questions)):
+            for index, (timestep, conversion) in enumerate(zip(timesteps, conversions)):
                 if self.interrupt:
                     continue
                 x_t = network_input(self.scheduler, latents, timestep).to(dtype)
                 scale = self.guidance_scale if guided[index] else 1.0
-                prediction = self._predict(x_t, question, conditions, scale, generator)
+                prediction = self._predict(x_t, conversion, conditions, scale, generator)
                 options = step_options(self.scheduler, generator, index)
                 latents = self.scheduler.step(prediction, timestep, latents, **options).prev_sample
                 if callback_on_step_end is not None:
@@ -182,12 +185,14 @@ class SMDPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         image_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Predict x_0, (B, C, h, w), of ``sample`` x_t = a_t x_0 + s_t eps (what callbacks are given under that name) at one t
-        for all; a mixture draws one x_0 for each x_t. The other arguments are those of a sampling."""
+        """Predict x_0, (B, C, h, w), from ``sample``, x_t = a_t x_0 + s_t eps as callbacks receive it, at one timestep.
+
+        A mixture draws one x_0 for each x_t. The other arguments are those of ``__call__``.
+        """
         conditions = read_conditions(self.unet, class_labels, image_embeds, self._execution_device)
         [guided] = guided_steps(self.scheduler, timestep[None], guidance_interval)
-        [question] = self._questions(timestep[None])
-        prediction = self._predict(sample, question, conditions, guidance_scale if guided else 1.0, generator)
+        [conversion] = self._conversions(timestep[None])
+        prediction = self._predict(sample, conversion, conditions, guidance_scale if guided else 1.0, generator)
         return predicted_x0(self.scheduler, prediction, sample, timestep)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -195,7 +200,7 @@ class SMDPipeline(DiffusionPipeline):
         return decode_latents(self.vae, latents)
 
     @property
-    def guidance_scale(self) -> float:  # this and the next two as in diffusers' pipelines, of the current call
+    def guidance_scale(self) -> float:  # this and the next two: of the current call, as in diffusers
         return self._guidance_scale
 
     @property
@@ -207,7 +212,7 @@ class SMDPipeline(DiffusionPipeline):
         return self._interrupt
 
     def label_of(self, name: str) -> int:
-        """Return the number of a class given by name or number."""
+        """Return the number of a class that is given by name or number. Raises UserError for an unknown one."""
         for number, label in self.id2label.items():
             if name == label or name == str(number):
                 return number
@@ -215,9 +220,10 @@ class SMDPipeline(DiffusionPipeline):
         raise UserError(f"classes: expected one of {known}, found {name!r}")
 
     def latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Return (height, width) of the latents of images of that size in pixels, None as in training.
+        """Return height and width of the latents of images of this size in pixels; None for the training resolution.
 
-        Raises ValueError unless the autoencoder's factor divides both."""
+        Raises ValueError unless both are multiples of the autoencoder's downsampling factor.
+        """
         factor, side = spatial_factor(self.vae), self.unet.config.sample_size
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < factor or pixels % factor):
@@ -225,37 +231,37 @@ class SMDPipeline(DiffusionPipeline):
         return height // factor if height else side, width // factor if width else side
 
     def _callback_tensors(self, callback: object, names: Sequence[str]) -> Sequence[str]:
-        """Return the names of the tensors that the callback is given; ValueError for unknown ones."""
+        """Return the names of the tensors that the callback requests. Raises ValueError for unknown ones."""
         names = callback.tensor_inputs if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)) else names
         if unknown := ", ".join(sorted({*names} - {*self._callback_tensor_inputs})):
             known = ", ".join(self._callback_tensor_inputs)
             raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {known}, found {unknown}")
         return names
 
-    def _questions(self, timesteps: torch.Tensor) -> list[Question]:
-        """Return how the unet is asked at each of the scheduler's timesteps."""
+    def _conversions(self, timesteps: torch.Tensor) -> list[PredictionConversion]:
+        """Return how the unet is evaluated at each of the scheduler's timesteps."""
         own, other = process_of(self.training_scheduler), process_of(self.scheduler)
-        return questions(own, other, timesteps, self._execution_device)
+        return prediction_conversions(own, other, timesteps, self._execution_device)
 
     def _predict(
-        self, x_t: torch.Tensor, question: Question, conditions: Conditions, scale: float, generator: Generators
+        self, x_t: torch.Tensor, conversion: PredictionConversion, conditions: Conditions, scale: float, generator: Generators
     ) -> torch.Tensor:
-        """Return what ``step`` takes, with one draw of eta for each row of a mixture's x_t."""
+        """Return the model output for ``scheduler.step``. A mixture draws one eta per row of x_t."""
         eta = randn_tensor(x_t.shape, generator, x_t.device, x_t.dtype) if is_mixture(self.unet) else None
         moments = self._scheduler_part("step_part")
-        own_x_t, t = question.asked(x_t)
+        own_x_t, t = conversion.network_inputs(x_t)
         prediction = guided_prediction(self.unet, own_x_t, t, conditions, eta, scale, self.guide, moments)
-        return question.answer(prediction, x_t)
+        return conversion.to_scheduler(prediction, x_t)
 
     def _scheduler_part(self, purpose: str) -> Any:
-        """Return the component that the scheduler names in ``purpose`` (schedulers/timesteps.py); None if it names none."""
+        """Return the component that the scheduler's attribute ``purpose`` names (schedulers/timesteps.py), or None."""
         name = getattr(self.scheduler, purpose, None)
         if name is not None and getattr(self, name) is None:
             cls, tool = type(self.scheduler).__name__, TOOLS[name]
-            raise UserError(f"scheduler: expected a {name} part of the model for {cls}, found none; tools/{tool}.py makes it")
+            raise UserError(f"scheduler: expected a model with a {name} component for {cls}, found none; see tools/{tool}.py")
         return None if name is None else getattr(self, name)
 
 
 def seeded_generators(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
-    """Return one generator per image, on the CPU by default: its numbers are the same on every machine."""
+    """Return one generator per seed. On the CPU, the default, they give the same numbers on every machine."""
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]

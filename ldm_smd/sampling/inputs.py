@@ -29,14 +29,14 @@ def load_clip(spec: str, pipelines: dict[str, SMDPipeline]) -> ClipEncoder:
     return clip
 
 
-def embedding_of(clip: ClipEncoder, pipeline: SMDPipeline, like: str | None, text: str | None) -> torch.Tensor:
-    """Return the embedding of the words, or else of the image at ``like``, (1, D)."""
-    if text:
-        return clip.texts([text])
-    if like is None:
-        raise ValueError("like: expected a picture where there are no words, found none")
-    # Resized to the size of the training images first, as those were.
-    return clip.images(read_picture("like", like, training_side(pipeline))[None])
+def prompt_embedding(clip: ClipEncoder, pipeline: SMDPipeline, image_prompt: str | None, prompt: str | None) -> torch.Tensor:
+    """Embed the text ``prompt``, or else the image file ``image_prompt``, as (1, D)."""
+    if prompt:
+        return clip.texts([prompt])
+    if image_prompt is None:
+        raise ValueError("image_prompt: expected an image file where there is no prompt, found none")
+    # Resized to the training resolution first, like the training images.
+    return clip.images(read_picture("image_prompt", image_prompt, training_side(pipeline))[None])
 
 
 def read_picture(key: str, path: str, side: int) -> torch.Tensor:

@@ -4,50 +4,53 @@ import math
 from dataclasses import dataclass
 from typing import Optional
 
-from ..schema import MISSING, MOST_SEED, Settings, check, number
+from ..schema import MAX_SEED, MISSING, Settings, check, number
 
 
 @dataclass
 class SampleConfig(Settings):
     """tools/sample.py"""
 
+    RENAMED = {"like": "image_prompt", "text": "prompt"}
+
     model: str = MISSING
-    """A model folder as tools/train.py writes it (RUN/model), or the id of one on the hub."""
+    """Model folder (RUN/model of tools/train.py) or hub id."""
     output: str = MISSING
-    """Folder for the pictures: one PNG each, named by class and seed, and grid.png."""
+    """New folder for the images, one PNG each named by class and seed, and for grid.png."""
     classes: Optional[list[str]] = None
-    """Names or numbers of the classes, ``per_class`` pictures each. null: all classes. []: unconditional."""
+    """Names or numbers of classes, ``per_class`` images each. null: all classes. []: unconditional."""
     per_class: int = number(8, 1, 10**6)
-    """Pictures per class; of an unconditional run, pictures in all."""
+    """Images per class; total number of images for unconditional sampling."""
     steps: int = number(8, 1, 10**5)
     scheduler: Optional[str] = None
     """Class of diffusers or ldm_smd: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
     DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete, GMS,
     HeunDiscrete, KDPM2AncestralDiscrete, KDPM2Discrete, LMSDiscrete, PNDM, SASolver, Teleport or UniPCMultistep, each
-    followed by "Scheduler"; with settings of its own where wanted, as
-    DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the model folder's own."""
+    followed by "Scheduler". Settings may follow: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the default
+    of the model."""
     guidance_scale: float = number(1.0, 0, 1000)
-    """Guidance scale, away from the prediction without a class, or from that of ``guide``; 1 is no guidance."""
+    """Scale of classifier-free guidance, or of guidance away from ``guide``. 1: no guidance."""
     guidance_interval: Optional[list[float]] = number(None, 0, math.inf)
-    """[low, high]: guidance only at noise levels sigma between these, as [0.3, 5]. null: at all."""
+    """[low, high]: apply guidance only at noise levels sigma in this range, such as [0.3, 5]. null: at all levels."""
     guide: Optional[str] = None
-    """UNet folder of a weaker model (less trained, smaller) to be guided away from, as RUN/checkpoints/images-N/ema."""
+    """Autoguidance: UNet folder of a weaker model (less trained or smaller), such as RUN/checkpoints/images-N/ema."""
     height: Optional[int] = number(None, 1, 2**16)
-    """Height of the images in pixels; null: as in training."""
+    """Height of the images in pixels; null: training resolution."""
     width: Optional[int] = number(None, 1, 2**16)
-    like: Optional[str] = None
-    """Make pictures like this one, with a model trained with image_conditional=true."""
-    text: Optional[str] = None
-    """The same from words: OpenCLIP's two towers share a space, though the model was trained without texts."""
+    image_prompt: Optional[str] = None
+    """Image file: sample variations of this image. Needs a model trained with image_conditional=true."""
+    prompt: Optional[str] = None
+    """Text prompt. Needs image_conditional=true too: OpenCLIP embeds images and texts in one space, so no captions are needed
+    in training."""
     clip: Optional[str] = None
-    """open_clip:ARCHITECTURE:FILE.safetensors, or a name of pretrained weights for the file: the network that made the
-    embeddings of the training, for ``like`` and ``text``."""
+    """OpenCLIP network that embeds ``image_prompt`` or ``prompt``, the same as in training:
+    open_clip:ARCHITECTURE:FILE.safetensors, open_clip:ARCHITECTURE:NAME_OF_PRETRAINED_WEIGHTS or open_clip:FOLDER."""
     image: Optional[str] = None
-    """Start from this picture, noised: a sketch of colours becomes a picture. null: from pure noise."""
-    strength: float = number(0.6, above=0, most=1)
-    """With ``image``, the fraction of the noise schedule that is run: 1 leaves nothing of the image."""
-    seed: int = number(0, 0, MOST_SEED)
-    """Picture i has seed ``seed + i``: it is the same at any batch size."""
+    """Image to start from, noised (image-to-image, such as from a colour sketch). null: pure noise."""
+    strength: float = number(0.6, above=0, maximum=1)
+    """With ``image``, fraction of the noise schedule to run. 1: nothing of the image is left."""
+    seed: int = number(0, 0, MAX_SEED)
+    """Image i has seed ``seed + i``, so it does not depend on the batch size."""
     batch_size: int = number(64, 1, 2**16)
     device: str = "auto"
 
@@ -56,7 +59,7 @@ class SampleConfig(Settings):
         interval = self.guidance_interval
         ordered = interval is None or (len(interval) == 2 and interval[0] <= interval[1])
         check(ordered, "guidance_interval", "[low, high], low not above high", interval)
-        check(self.like is None or self.text is None, "text", "null where there is a picture to be like", self.text)
-        given = self.like is not None or self.text is not None
-        check(given == (self.clip is not None), "clip", "an OpenCLIP network with like or text, and only then", self.clip)
-        check(self.image is None or self.height is self.width is None, "height", "null where there is an image", self.height)
+        check(self.image_prompt is None or self.prompt is None, "prompt", "null together with an image_prompt", self.prompt)
+        given = self.image_prompt is not None or self.prompt is not None
+        check(given == (self.clip is not None), "clip", "an OpenCLIP network if there is a prompt, null otherwise", self.clip)
+        check(self.image is None or self.height is self.width is None, "height", "null if there is an image", self.height)

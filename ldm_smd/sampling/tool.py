@@ -19,7 +19,7 @@ from ..pipelines import SMDPipeline, load_pipeline
 from ..schedulers import make_scheduler
 from .batches import SamplingOptions, sample_pixels
 from .grid import class_name, labelled_grid
-from .inputs import embedding_of, load_clip, read_picture, training_side
+from .inputs import load_clip, prompt_embedding, read_picture, training_side
 from .settings import SampleConfig
 
 
@@ -39,7 +39,8 @@ def sample(config: SampleConfig) -> Path:
         pipeline.register_modules(guide=load_guide(config.guide, pipeline).to(pipeline.device))
     embedding = None
     if config.clip is not None:
-        embedding = embedding_of(load_clip(config.clip, {config.model: pipeline}), pipeline, config.like, config.text)
+        clip = load_clip(config.clip, {config.model: pipeline})
+        embedding = prompt_embedding(clip, pipeline, config.image_prompt, config.prompt)
     low, high = config.guidance_interval or (0.0, math.inf)
     options = SamplingOptions(
         steps=config.steps,

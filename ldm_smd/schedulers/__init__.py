@@ -1,4 +1,4 @@
-"""Samplers in the form of diffusers schedulers."""
+"""Samplers with the interface of diffusers schedulers."""
 
 from diffusers import SchedulerMixin
 
@@ -10,6 +10,9 @@ __all__ = ["GMSScheduler", "TeleportScheduler", "make_scheduler"]
 
 
 def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
-    """Make a scheduler of the class called ``name``, of diffusers or this package, with the noise schedule of ``current``.
-    Settings may follow the name: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2."""
+    """Make the scheduler ``name``, a class of diffusers or of this package, with the noise schedule of ``current``.
+
+    Settings may follow the name: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
+    Raises UserError for an unknown class or setting.
+    """
     return scheduler_from(name, current.config, {"GMSScheduler": GMSScheduler, "TeleportScheduler": TeleportScheduler})

@@ -1,4 +1,7 @@
-"""The process that a scheduler reverses, and a denoiser of one process under the scheduler of another."""
+"""The diffusion process of a scheduler, and conversion of predictions between processes.
+
+A denoiser that was trained on one process can be sampled by a scheduler of another.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteSchedul
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
-    """Tell whether a scheduler is one for flow matching."""
+    """Tell whether a scheduler is a flow matching scheduler."""
     return isinstance(scheduler, FLOW_SCHEDULERS)
 
 
 @dataclass(frozen=True)
 class Process:
-    """A path from data to noise, on the CPU, and what a network predicts on it."""
+    """A path from data to noise, on the CPU, and the prediction type of a network on it."""
 
     path: GaussianPath
     prediction_type: str
@@ -39,75 +42,78 @@ class Process:
 
 
 def path_of(scheduler: SchedulerMixin) -> GaussianPath:
-    """Return the path that a scheduler reverses, on the CPU; one that ends without signal ends with next to none."""
+    """Return the path that a scheduler reverses, on the CPU. A signal of zero at its end is raised to a tiny one."""
     if is_flow(scheduler):
         return RectifiedFlow(scheduler.config.num_train_timesteps)
     return DiffusionProcess(scheduler.alphas_cumprod.cpu().clamp_min(LEAST_ALPHABAR))
 
 
 def process_of(scheduler: SchedulerMixin) -> Process:
-    """Return the process whose predictions a scheduler takes."""
+    """Return the process whose predictions a scheduler expects."""
     return Process(path_of(scheduler), "flow_prediction" if is_flow(scheduler) else scheduler.config.prediction_type)
 
 
 @dataclass
-class Question:
-    """How a network is asked for its prediction at one timestep of a scheduler of another process, and what it then says.
+class PredictionConversion:
+    """Evaluates a network of one process at a timestep of a scheduler of another process.
 
-    All that x_t = a x_0 + s eps says of x_0 is in its direction and in the ratio of a to s. So the network is asked at the t'
-    of its own path at which that ratio is the same, about x_t scaled to the norm there, and its p' = alpha' x_0 + beta' eps
-    gives what the scheduler takes, p = alpha x_0 + beta eps. With n^2 = a^2 + s^2 and D' = a' beta' - s' alpha':
+    The information about x_0 in x_t = a x_0 + s eps depends only on the ratio a / s, not on the scale of x_t. So the network
+    is evaluated at the timestep t' of its own path that has the same ratio, on x_t rescaled to the norm there. Its prediction
+    p' = alpha' x_0 + beta' eps is converted to the one the scheduler expects, p = alpha x_0 + beta eps. With n^2 = a^2 + s^2
+    and D' = a' beta' - s' alpha':
 
         x' = (n' / n) x_t,    x_0 = (beta' x' - s' p') / D',    eps = (a' p' - alpha' x') / D'.
 
-    That is exact, but for ratios that the network's own path does not have: there it is asked at its end.
+    This is exact. Ratios outside the network's own path are clamped to its end.
 
     Attributes:
         timestep: t', on the device.
-        scale: n' / n.
-        of_sample, of_prediction: p as a sum of x_t and p', each times its factor.
+        input_scale: n' / n.
+        sample_weight, prediction_weight: p = sample_weight * x_t + prediction_weight * p'.
     """
 
     timestep: torch.Tensor
-    scale: float = 1.0
-    of_sample: float = 0.0
-    of_prediction: float = 1.0
+    input_scale: float = 1.0
+    sample_weight: float = 0.0
+    prediction_weight: float = 1.0
 
-    def asked(self, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def network_inputs(self, x_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (x', t')."""
-        return x_t if self.scale == 1.0 else self.scale * x_t, self.timestep
+        return x_t if self.input_scale == 1.0 else self.input_scale * x_t, self.timestep
 
-    def answer(self, prediction: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
-        """Return p. What a prediction has more channels than x_t, the moments of v, is the same on every path."""
-        if (self.of_sample, self.of_prediction) == (0.0, 1.0):
+    def to_scheduler(self, prediction: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+        """Return p. Channels beyond those of x_t hold the moments of v, which are the same on every path."""
+        if (self.sample_weight, self.prediction_weight) == (0.0, 1.0):
             return prediction
         channels = x_t.shape[1]
-        mean = self.of_sample * x_t + self.of_prediction * prediction[:, :channels]
+        mean = self.sample_weight * x_t + self.prediction_weight * prediction[:, :channels]
         return torch.cat((mean, prediction[:, channels:]), dim=1)
 
 
-def questions(own: Process, other: Process, timesteps: torch.Tensor, device: torch.device) -> list[Question]:
-    """Return how a network that was trained on ``own`` is asked at each of these timesteps, on the CPU, of ``other``."""
+def prediction_conversions(
+    own: Process, other: Process, timesteps: torch.Tensor, device: torch.device
+) -> list[PredictionConversion]:
+    """Return the conversion at each timestep of ``other`` for a network trained on ``own``; ``timesteps`` are on the CPU."""
     if own == other:
-        return [Question(t) for t in timesteps.to(device)]
+        return [PredictionConversion(t) for t in timesteps.to(device)]
     t = timesteps.double()
     a, s = other.path.signal_and_noise(t, t)
     own_t = own.path.timestep_of((a / s) ** 2)
     own_a, own_s = own.path.signal_and_noise(own_t, own_t)
     alpha, beta = prediction_coefficients(other.prediction_type, a, s)
     own_alpha, own_beta = prediction_coefficients(own.prediction_type, own_a, own_s)
-    scale = torch.hypot(own_a, own_s) / torch.hypot(a, s)
+    input_scale = torch.hypot(own_a, own_s) / torch.hypot(a, s)
     determinant = own_a * own_beta - own_s * own_alpha
-    of_sample = scale * (alpha * own_beta - beta * own_alpha) / determinant
-    of_prediction = (beta * own_a - alpha * own_s) / determinant
-    numbers = torch.stack((scale, of_sample, of_prediction), dim=1).tolist()
-    return [Question(each, *factors) for each, factors in zip(own_t.float().to(device), numbers)]
+    sample_weight = input_scale * (alpha * own_beta - beta * own_alpha) / determinant
+    prediction_weight = (beta * own_a - alpha * own_s) / determinant
+    rows = torch.stack((input_scale, sample_weight, prediction_weight), dim=1).tolist()
+    return [PredictionConversion(each, *row) for each, row in zip(own_t.float().to(device), rows)]
 
 
 def predicted_x0(
     scheduler: SchedulerMixin, prediction: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
 ) -> torch.Tensor:
-    """Compute x_0 (B, C, h, w) from a prediction at one timestep, whose channels after the first C are not read."""
+    """Compute x_0 (B, C, h, w) from a prediction at one timestep. Channels beyond the first C are ignored."""
     process, mean = process_of(scheduler), prediction[:, : x_t.shape[1]]
     path = process.path.to(x_t.device)
     return path.to_x0(mean, x_t, timestep[None].to(x_t.device), process.prediction_type).to(x_t.dtype)

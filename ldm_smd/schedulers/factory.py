@@ -1,4 +1,4 @@
-"""A scheduler by the name of its class, with the noise schedule of another."""
+"""Makes a scheduler by class name, with the noise schedule of another one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from diffusers import ConfigMixin, SchedulerMixin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ..deprecation import current_arguments
 from ..diffusion.settings import DiffusionConfig
 from ..errors import UserError, one_line
 from .schedule import build_scheduler
@@ -18,23 +19,28 @@ from .support import EVERYWHERE, REFUSED, SPACINGS, SUPPORTED, check_scheduler, 
 
 
 def scheduler_from(name: str, config: dict, custom: dict[str, type[SchedulerMixin]]) -> SchedulerMixin:
-    """Make a scheduler as make_scheduler does, of diffusers or of ``custom``, with the noise schedule in ``config`` and the
-    settings that it needs for our models (support.py), but for those that ``name`` chooses."""
+    """Make a scheduler as make_scheduler does, with the noise schedule in ``config``.
+
+    Args:
+        name: class name in diffusers or in ``custom``, with optional settings. They override the settings that the class needs
+            for our models (support.py).
+        custom: classes of this package by name.
+    """
     name, _, settings = name.partition(":")
     cls = custom.get(name, getattr(diffusers, name, None))
     if name in REFUSED:
         raise UserError(refused(name, REFUSED[name]))
-    # Without the package that a scheduler needs, diffusers has something else of that name.
+    # If a scheduler's dependency is missing, diffusers exports a placeholder under its name.
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin) and issubclass(cls, ConfigMixin)):
         raise UserError(f"scheduler: expected a scheduler class ({', '.join([*SUPPORTED, *custom])}), found {name!r}")
     known = inspect.signature(cls).parameters
-    chosen = read_settings(name, settings)
+    chosen = current_arguments(read_settings(name, settings), getattr(cls, "RENAMED", {}))
     for option in chosen:
         if option not in known:
             raise UserError(f"scheduler: expected a setting of {name} ({', '.join(known)}), found {option!r}")
-    # How another scheduler spaces its steps is no part of the noise schedule; of what a class does not know diffusers warns.
+    # Step spacing is not part of the noise schedule. diffusers would warn of settings that the class does not have.
     config = EVERYWHERE | {key: value for key, value in config.items() if key not in SPACINGS}
-    if "trained_betas" in known and not {"beta_schedule", "trained_betas"} & config.keys():  # of flow matching, without any
+    if "trained_betas" in known and not {"beta_schedule", "trained_betas"} & config.keys():  # of a flow matching scheduler
         config |= build_scheduler(DiffusionConfig()).config
     given = {key: value for key, value in config.items() if key in known}
     try:
@@ -47,7 +53,7 @@ def scheduler_from(name: str, config: dict, custom: dict[str, type[SchedulerMixi
 
 
 def read_settings(name: str, settings: str) -> dict:
-    """Read setting=value,setting=value."""
+    """Parse setting=value,setting=value."""
     found = settings.split(",") if settings else []
     try:
         if all("=" in setting for setting in found):

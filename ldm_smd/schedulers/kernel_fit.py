@@ -1,4 +1,4 @@
-"""The kernel of GMSScheduler as its paper fits it, to compare with."""
+"""The kernel of GMSScheduler as fitted in its paper, for comparison."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ PAPER_ITERATIONS = 70
 
 
 def fit_two_gaussians(
-    moments: CentralMoments, floor: torch.Tensor, iterations: int = PAPER_ITERATIONS, apart: float = 0.0
+    moments: CentralMoments, floor: torch.Tensor, iterations: int = PAPER_ITERATIONS, separation: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mixture of ``two_gaussians`` as the paper finds it: (m_1, m_2, var).
+    """Fit the mixture of ``two_gaussians`` as the paper does: (m_1, m_2, var).
 
-    Adan, learning rate 0.06, on the squared errors of the first three raw moments, from m_1 = M, m_2 = M - 0.001, var = C;
-    there the gradient of the skew is all but zero. With ``apart`` the means start so many standard deviations from
-    each other, to the side of the skew.
+    Adan with learning rate 0.06 minimises the squared errors of the first three raw moments, starting from m_1 = M,
+    m_2 = M - 0.001, var = C, where the gradient of the skew is almost zero. With ``separation`` the means start this many
+    standard deviations apart, in the direction of the skew.
     """
-    from timm.optim import Adan  # not above: it brings all of timm's models
+    from timm.optim import Adan  # here, because it imports all of timm's models
 
     with torch.enable_grad():
-        d = apart * moments.variance.sqrt() * moments.third.sign()
+        d = separation * moments.variance.sqrt() * moments.third.sign()
         first = (moments.mean + 2 * d / 3).requires_grad_()
-        second = (moments.mean - (d / 3 if apart else 1e-3)).requires_grad_()
+        second = (moments.mean - (d / 3 if separation else 1e-3)).requires_grad_()
         variance = (moments.variance - 2 * d**2 / 9).requires_grad_()
         optimizer = Adan([first, second, variance], lr=0.06)
         wanted = _raw(moments)

@@ -1,4 +1,4 @@
-"""The process of a training, as the diffusers scheduler that its pipeline starts with."""
+"""The diffusion process of a training run, as the default scheduler of its pipeline."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ COSINE_MAX_BETA = 0.75
 
 
 def build_scheduler(config: DiffusionConfig) -> SchedulerMixin:
-    """For a noise schedule ancestral sampling with the exact posterior variance, which for a mixture is exact sampling of the
-    mixture; for flow matching Euler's steps.
+    """Make the default scheduler of a process.
 
-    "trailing" spacing starts few-step sampling at the noisiest timestep (arXiv 2305.08891).
+    For a noise schedule: ancestral sampling with the exact posterior variance, which samples a mixture exactly. For flow
+    matching: Euler steps. "trailing" spacing starts few-step sampling at the noisiest timestep (arXiv 2305.08891).
     """
     if config.path == "flow":
         return FlowMatchEulerDiscreteScheduler(config.num_train_timesteps)

@@ -1,5 +1,7 @@
-"""Which schedulers of diffusers sample our models, with which settings, and why the others do not. Every one that diffusers
-exports is here (tests/schedulers/test_support.py); docs/samplers.md compares them."""
+"""Supported schedulers of diffusers, the settings they need for our models, and the reasons why others are refused.
+
+Covers every scheduler that diffusers exports (tests/schedulers/test_support.py). docs/samplers.md compares them.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,14 @@ logger = logging.get_logger(__name__)
 
 EVERYWHERE = {
     "clip_sample": False,  # latents are not in [-1, 1]
-    "timestep_spacing": "trailing",  # begins where there is only noise (arXiv 2305.08891)
+    "timestep_spacing": "trailing",  # starts from pure noise (arXiv 2305.08891)
 }
-"""Settings of any scheduler, where the model's own has no other."""
+"""Defaults for every scheduler, unless the model's own scheduler sets another value."""
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-"""Settings that space the noise levels; at most one is on."""
+"""Settings that space the noise levels. At most one may be on."""
 KARRAS = {"use_karras_sigmas": True}
-"""Twenty steps even in t begin with one from sigma = 1,300 to 13: too far for a correction of second order in sigma, and
-pictures come out dark. As Karras et al. space them (arXiv 2206.00364) sigma falls by a quarter there."""
+"""With twenty steps evenly spaced in t, the first goes from sigma = 1,300 to 13. That is too far for a second-order correction
+in sigma, and images come out dark. With the spacing of Karras et al. (arXiv 2206.00364) sigma falls by a quarter there."""
 
 SUPPORTED: dict[str, dict] = {
     "DDIMParallelScheduler": {},
@@ -30,7 +32,7 @@ SUPPORTED: dict[str, dict] = {
     "DDPMScheduler": {},
     "DEISMultistepScheduler": {},
     "DPMSolverMultistepScheduler": {},
-    # The last step, which leaves no noise, is of first order.
+    # The last step, to zero noise, must be of first order.
     "DPMSolverSinglestepScheduler": {"lower_order_final": True},
     "EulerAncestralDiscreteScheduler": {},
     "EulerDiscreteScheduler": {},
@@ -38,58 +40,58 @@ SUPPORTED: dict[str, dict] = {
     "KDPM2AncestralDiscreteScheduler": KARRAS,
     "KDPM2DiscreteScheduler": KARRAS,
     "LMSDiscreteScheduler": {},
-    # One evaluation a step from the first on, where Runge-Kutta takes four; and the last step leaves no noise.
+    # One evaluation per step from the start (Runge-Kutta takes four), and a last step to zero noise.
     "PNDMScheduler": {"skip_prk_steps": True, "set_alpha_to_one": True},
     "SASolverScheduler": {},
     "UniPCMultistepScheduler": {},
-    # No shift of the noise schedule, which is CogVideoX's own.
+    # Without CogVideoX's shift of the noise schedule.
     "CogVideoXDDIMScheduler": {"snr_shift_scale": 1.0},
     "FlowMatchEulerDiscreteScheduler": {},
     "FlowMatchHeunDiscreteScheduler": {},
 }
-"""Class -> settings that it needs for the noise schedule of our models beside those of EVERYWHERE."""
+"""Class -> settings it needs for the noise schedule of our models, in addition to EVERYWHERE."""
 
-OTHER_FLOW = "FlowMatchEulerDiscreteScheduler samples flow matching along straight lines here"
+OTHER_FLOW = "only flow matching along straight lines is supported, by FlowMatchEulerDiscreteScheduler"
 REASONS = {
-    f"it is made for one model, or for other flows; {OTHER_FLOW}": (
+    f"it is made for a specific model or another kind of flow; {OTHER_FLOW}": (
         "FlowMapEulerDiscrete HeliosDMD Helios LTXEulerAncestralRF MiniMaxH3 Piflow RFD4Proteina"
     ),
-    "it is for tokens, not for latents": "Amused BlockRefinement DiscreteDDIM EntropyBound VQDiffusion",
-    "it goes from a picture to noise": "DDIMInverse DPMSolverMultistepInverse",
-    "it is for networks distilled to few steps": "CMStochasticIterative FlowMatchLCM LCM SCM TCD",
+    "it samples discrete tokens, not latents": "Amused BlockRefinement DiscreteDDIM EntropyBound VQDiffusion",
+    "it inverts sampling, from an image to noise": "DDIMInverse DPMSolverMultistepInverse",
+    "it needs a network distilled for few steps": "CMStochasticIterative FlowMatchLCM LCM SCM TCD",
     "it has its own noise schedule, without alphas_cumprod": "DDPMWuerstchen IPNDM ScoreSdeVe",
-    "it has its own noise schedule, without alphas_cumprod; EulerDiscreteScheduler:use_karras_sigmas=true is of its kind": (
+    "it has its own noise schedule, without alphas_cumprod; EulerDiscreteScheduler:use_karras_sigmas=true is similar": (
         "CosineDPMSolverMultistep EDMDPMSolverMultistep EDMEuler KarrasVe"
     ),
-    "its noise is of one seed for a whole batch, not of one for each picture": "DPMSolverSDE",
-    "its step asks for two predictions, which the pipeline of CogVideoX hands it": "CogVideoXDPM",
-    "it fills a masked part of a picture": "RePaint",
-    "it knows one noise schedule only, and no v_prediction": "UnCLIP",
+    "it draws noise from one seed for the whole batch, not one per image": "DPMSolverSDE",
+    "its step needs two predictions, as the CogVideoX pipeline passes them": "CogVideoXDPM",
+    "it is for inpainting": "RePaint",
+    "it supports a single noise schedule and no v_prediction": "UnCLIP",
 }
-"""Why a scheduler does not sample our models -> the names of those classes, without "Scheduler"."""
+"""Reason why a scheduler is refused -> names of these classes, without "Scheduler"."""
 REFUSED = {f"{name}Scheduler": reason for reason, names in REASONS.items() for name in names.split()}
 
 
 def refused(name: str, reason: str) -> str:
-    """Return the message for a scheduler that cannot be used."""
+    """Return the error message for a scheduler that is not supported."""
     return (
-        "scheduler: expected one of a noise schedule (alphas_cumprod), as DDIMScheduler or UniPCMultistepScheduler, or of flow "
-        f"matching, as FlowMatchEulerDiscreteScheduler, found {name}: {reason}"
+        "scheduler: expected a scheduler with a noise schedule (alphas_cumprod), such as DDIMScheduler, or for flow matching, "
+        f"such as FlowMatchEulerDiscreteScheduler, found {name}: {reason}"
     )
 
 
 def defaults(name: str, chosen: dict) -> dict:
-    """Return the settings that class ``name`` needs, but for what is ``chosen``."""
+    """Return the settings that class ``name`` needs, except those in ``chosen``."""
     left_out = {*chosen, *(SPACINGS if any(chosen.get(spacing) for spacing in SPACINGS) else ())}
     return {key: value for key, value in SUPPORTED.get(name, {}).items() if key not in left_out}
 
 
 def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Raise ValueError for a scheduler that cannot sample our models; warn of one without the settings that it needs."""
+    """Raise ValueError for an unsupported scheduler; warn if one lacks the settings that it needs."""
     name, bases = type(scheduler).__name__, (cls.__name__ for cls in type(scheduler).__mro__)
     reason = next((REFUSED[base] for base in bases if base in REFUSED), None)
     if reason is None and not (is_flow(scheduler) or hasattr(scheduler, "alphas_cumprod")):
-        reason = "it has none"
+        reason = "it has neither"
     if reason is not None:
         raise ValueError(refused(name, reason))
     config = scheduler.config

@@ -21,10 +21,10 @@ from ..schedulers.conversion import path_of
 from ..schedulers.schedule import build_scheduler
 from ..schema import check
 from .checkpoint import checkpoints, load_weights
+from .coarse_labels import class_names
 from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
 from .run import Run
 from .settings import TrainConfig
-from .wider import class_names
 
 
 def initial_model(run: Run) -> Backbone:
@@ -114,6 +114,6 @@ def noise_timesteps(config: TrainConfig) -> int:
 def fit_noise(mixture: Mixture, run: Run) -> None:
     """Fit the mixture's noise to the first latents of the stream, the same on every process."""
     latents, labels = fitting_latents(run.manifest, run.autoencoder, run.config.seed, run.config.mirror)
-    if run.wider is not None:
-        labels = torch.cat((labels[:, None], run.wider.to(labels.device)[labels]), dim=1)
+    if run.coarse is not None:
+        labels = torch.cat((labels[:, None], run.coarse.to(labels.device)[labels]), dim=1)
     fit_posterior_noise(mixture.noise, latents, labels, run.process(), run.config.diffusion.predicts)

@@ -72,13 +72,13 @@ class Distillation:
         return losses | {"gradient_norm": norm}
 
     def backward(self, batch: LatentBatch, noise: TwoViews, names: list[str]) -> dict[str, torch.Tensor]:
-        """Set the gradients of a batch of the networks named, in ``accumulate`` parts; returns the mean losses."""
+        """Set the gradients of a batch of the networks named, in ``micro_batches``; returns the mean losses."""
         run, size = self.run, len(batch.labels)
         learning = [self.networks[name] for name in names]
         totals: dict[str, torch.Tensor] = {}
         for trained in learning:
             trained.network.zero_grad()
-        for rows, last in parts(size, run.config.accumulate):
+        for rows, last in parts(size, run.config.micro_batches):
             with ExitStack() as waiting:
                 for trained in () if last else learning:
                     waiting.enter_context(run.accelerator.no_sync(trained.forward))

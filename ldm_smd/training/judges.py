@@ -38,7 +38,7 @@ class Judges:
 
         + w sigmoid(-c) grad c / mean |grad c|
 
-    This mean is over the images too, so ``over_processes`` takes it to the mean of all processes; with ``accumulate`` it is
+    This mean is over the images too, so ``over_processes`` takes it to the mean of all processes; with ``micro_batches`` it is
     that of a part of the batch.
     """
 

@@ -12,8 +12,8 @@ from ..files import atomic_folder
 from ..models.backbone import Backbone
 from ..models.denoiser import embedding_dimensions
 from ..pipelines import SMDPipeline
+from .coarse_labels import class_names
 from .run import Run
-from .wider import class_names
 
 CARD_CLASSES = 20
 

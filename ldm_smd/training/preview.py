@@ -6,7 +6,7 @@ import logging
 
 from torchvision.utils import make_grid, save_image
 
-from ..evaluation.diagnostics import COLLAPSED, DIAGNOSTIC_TIMESTEPS, has_collapsed, nearest_share, spread_over_eta
+from ..evaluation.diagnostics import COLLAPSED, DIAGNOSTIC_TIMESTEPS, has_collapsed, nearest_neighbour_ratio, spread_over_eta
 from ..models.backbone import Backbone
 from ..models.denoiser import known_labels
 from ..pipelines import seeded_generators
@@ -47,9 +47,11 @@ def log_spread(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> N
     steps = [t for t in DIAGNOSTIC_TIMESTEPS if t <= process.last]
     spread = spread_over_eta(unet, process, run.config.diffusion.predicts, latents, known, steps)
     values = {f"spread/{t}": at.over_eta for t, at in spread.items()}
-    values |= {f"spread_share/{t}": at.ratio for t, at in spread.items()}
+    values |= {f"spread_ratio/{t}": at.ratio for t, at in spread.items()}
     if len(latents) > 1:
-        values["nearest_share"] = nearest_share(unet, process, run.config.diffusion.predicts, latents, known)
+        values["nearest_neighbour_ratio"] = nearest_neighbour_ratio(
+            unet, process, run.config.diffusion.predicts, latents, known
+        )
     log.log(images_seen, values)
     if has_collapsed(spread):
         logger.warning(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..config import config_as_dict
+from ..config import config_as_dict, current_name
 from ..errors import UserError, shortened
 from ..files import atomic_file
 from .checkpoint import newest_images
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Config = TrainConfig | TrainAutoencoderConfig
 RECORD = "run.json"
 NOT_COMPARED = (
-    "shards", "autoencoder", "output", "accumulate", "gradient_checkpointing", "compile", "attention", "num_workers",
+    "shards", "autoencoder", "output", "micro_batches", "gradient_checkpointing", "compile", "attention", "num_workers",
     "resume_changed",
 )  # fmt: skip
 """Settings of tools/train.py that are paths, whose contents are compared, or change how and not what is computed."""
@@ -83,6 +83,7 @@ def open_record(
         return RunRecord(made_from, [])
     try:
         before = RunRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        before.made_from = {current_name(type(config), name): value for name, value in before.made_from.items()}
         changed = {
             name: [before.made_from[name], made_from[name]]
             for name in sorted(before.made_from.keys() & made_from.keys())  # not what another version has besides

@@ -54,7 +54,7 @@ class PosteriorRegression(Denoising):
             return path.to_x0(prediction, x_u, u, prediction_type)
 
         with torch.no_grad():
-            goal = posterior_flow(denoise, path, many(x_t), many(t), eta, run.config.objective.flow_steps)
+            goal = posterior_flow(denoise, path, many(x_t), many(t), eta, run.config.objective.teacher_steps)
         with run.accelerator.autocast():
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
         x = path.to_x0(prediction, many(x_t), many(t), prediction_type)

@@ -15,9 +15,9 @@ from ..data.stream import LatentStream
 from ..diffusion.process import GaussianPath
 from ..schedulers.conversion import path_of
 from ..schedulers.schedule import build_scheduler
+from .coarse_labels import coarse_labels
 from .record import MAY_CHANGE, NOT_COMPARED, RunRecord, open_record
 from .settings import TrainConfig
-from .wider import wider_labels
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Run:
         manifest: of the latent shards.
         autoencoder: that made them, on the accelerator's device.
         scheduler: of the path from data to noise.
-        wider: labels of the wider classes of every class, on the device; None for none.
+        coarse: labels of the coarse classes of every class, (classes, parts), on the device; None without coarse classes.
     """
 
     config: TrainConfig
@@ -37,7 +37,7 @@ class Run:
     autoencoder: FrozenAutoencoder
     scheduler: SchedulerMixin
     record: RunRecord
-    wider: torch.Tensor | None = None
+    coarse: torch.Tensor | None = None
 
     @classmethod
     def open(cls, config: TrainConfig, accelerator: Accelerator) -> Run:
@@ -46,8 +46,8 @@ class Run:
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(accelerator.device)
         manifest.check_autoencoder(autoencoder)
         record = open_record(Path(config.output), {"shards": manifest.sha256}, config, NOT_COMPARED, MAY_CHANGE)
-        wider = wider_labels(config, manifest.classes)
-        on_device = None if wider is None else wider.to(accelerator.device)
+        coarse = coarse_labels(config, manifest.classes)
+        on_device = None if coarse is None else coarse.to(accelerator.device)
         return cls(config, accelerator, manifest, autoencoder, build_scheduler(config.diffusion), record, on_device)
 
     @property

@@ -53,10 +53,10 @@ class Denoising:
         return draw_step(self.run, self.process, batch, images_seen, self.draws)
 
     def backward(self, batch: LatentBatch, noise: StepNoise) -> torch.Tensor:
-        """Add the gradients of a batch, in ``accumulate`` parts; returns its mean loss."""
+        """Add the gradients of a batch, in ``micro_batches``; returns its mean loss."""
         size, accelerator = len(batch.labels), self.run.accelerator
         total = torch.zeros((), device=batch.labels.device)
-        for rows, last in parts(size, self.run.config.accumulate):
+        for rows, last in parts(size, self.run.config.micro_batches):
             # Processes exchange gradients once, with the last part.
             with nullcontext() if last else accelerator.no_sync(self.model.forward):
                 loss = self.losses(batch.rows(*rows), noise.rows(*rows)).sum() / size
@@ -74,7 +74,7 @@ class Denoising:
         with self.run.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
         score = config.objective
-        compare = objective(score.name, score.beta, score.diversity, score.patches, score.bandwidth)
+        compare = objective(score.name, score.beta, score.diversity, score.patch_sizes, score.bandwidth)
         exponent = score.beta if score.name == "energy" else 2.0
         losses = compare(rearrange(prediction, "(b m) ... -> b m ...", b=len(x0)), target)
         return losses * timestep_weight(score.weighting, exponent, self.process, t, prediction_type)
@@ -115,10 +115,10 @@ def parts(size: int, count: int) -> Iterator[tuple[tuple[int, int], bool]]:
 def known_conditions(run: Run, batch: LatentBatch, noise: StepNoise, null_class: int | None) -> dict[str, torch.Tensor | None]:
     """Labels and embeddings as a model takes them, made wider or left out where the noise says so."""
     labels = known_labels(batch.labels, null_class)
-    if labels is not None and run.wider is not None:
-        share, parts = run.config.wider_labels, run.wider.shape[1]
-        chosen = (noise.wider / share * parts).long().clamp_max(parts - 1)
-        labels = torch.where(noise.wider < share, run.wider[labels, chosen], labels)
+    if labels is not None and run.coarse is not None:
+        share, parts = run.config.coarse_label_fraction, run.coarse.shape[1]
+        chosen = (noise.coarse / share * parts).long().clamp_max(parts - 1)
+        labels = torch.where(noise.coarse < share, run.coarse[labels, chosen], labels)
     if labels is not None and null_class is not None:
         labels = torch.where(noise.drop_label, null_class, labels)
     embeds = batch.embeddings

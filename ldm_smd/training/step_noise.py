@@ -22,7 +22,7 @@ class StepNoise:
         eta: of the mixture's draws, (B, M, C, h, w); M is 0 for a Gaussian model.
         drop_label: whether the label is to be left out, (B,).
         drop_embedding: whether the image embedding is to be left out, (B,).
-        wider: uniform on [0, 1), (B,): whether a wider label is taken, and which.
+        coarse: uniform on [0, 1), (B,): decides whether a coarse label is taken, and which.
     """
 
     posterior: torch.Tensor
@@ -31,7 +31,7 @@ class StepNoise:
     eta: torch.Tensor
     drop_label: torch.Tensor
     drop_embedding: torch.Tensor
-    wider: torch.Tensor
+    coarse: torch.Tensor
 
     def rows(self, start: int, stop: int) -> Self:
         return type(self)(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
@@ -49,7 +49,7 @@ def draw_step_noise(
         eta=torch.randn((shape[0], draws, *shape[1:]), **options),
         drop_label=torch.rand(shape[:1], **options) < label_dropout,
         drop_embedding=torch.rand(shape[:1], **options) < label_dropout,
-        wider=torch.rand(shape[:1], **options),
+        coarse=torch.rand(shape[:1], **options),
     )
 
 

@@ -43,10 +43,11 @@ def teacher_of(run: Run, mixture: Backbone) -> ModelMixin:
 def draw_with_pure_noise(
     run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int, draws: int, number: int = 0
 ) -> StepNoise:
-    """``draw_step``, where t is the last, at which sampling begins, for ``objective.distillation.pure_noise`` of the images."""
+    """Draw as ``draw_step``, but set t to the last timestep, where sampling begins, for a fraction of the images
+    (``objective.distillation.pure_noise_fraction``)."""
     noise = draw_step(run, path, batch, images_seen, draws, number)
     generator, count, rows = whole_batch(run, batch, images_seen, number, 2)
-    share = run.config.objective.distillation.pure_noise
-    pure = torch.rand(count, generator=generator, device=generator.device) < share
+    fraction = run.config.objective.distillation.pure_noise_fraction
+    pure = torch.rand(count, generator=generator, device=generator.device) < fraction
     noise.t = torch.where(pure[rows], path.last, noise.t)
     return noise

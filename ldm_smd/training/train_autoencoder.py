@@ -96,7 +96,7 @@ def autoencoder_loss(
     l1, l2 = error.abs().mean(), error.square().mean()
     gradient = 0.5 * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
-    total = l1 + config.squared_weight * l2 + config.gradient_weight * gradient + config.kl_weight * kl
+    total = l1 + config.l2_weight * l2 + config.gradient_weight * gradient + config.kl_weight * kl
     return {"loss": total, "l1": l1, "l2": l2, "gradient": gradient, "kl": kl}
 
 
@@ -177,11 +177,11 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
 
 
 def random_batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torch.Generator) -> torch.Tensor:
-    """A random batch in [-1, 1], half of it mirrored where ``flip``."""
+    """A random batch in [-1, 1], half of it mirrored where ``mirror``."""
     index = torch.randint(len(pixels), (config.batch_size,), generator=generator)
     low, high = INPUT_RANGE
     x = pixels[index.to(pixels.device)].float() / 255.0 * (high - low) + low
-    if config.flip:
+    if config.mirror:
         mirrored = (torch.rand(config.batch_size, generator=generator) < 0.5).to(pixels.device)
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
     return x

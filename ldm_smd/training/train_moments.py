@@ -58,7 +58,7 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     bar, images_seen = progress(config.images_total, 0, output.name), 0
     for index, batch in enumerate(latent_loader(stream, num_workers=0)):
         variance, third, error = errors(heads, batch.to(device))
-        loss = (variance - error**2).square().mean() + config.third_weight * (third - error**3).square().mean()
+        loss = (variance - error**2).square().mean() + config.third_moment_weight * (third - error**3).square().mean()
         heads.zero_grad()
         loss.backward()
         learning_rate = warmup_then_cosine(config.learning_rate, images_seen / config.images_total, WARMUP)

@@ -30,7 +30,7 @@ def settings(pictures, network, model_folder, tmp_path):
 
     def build(name, *overrides):
         common = [f"reference.source={pictures}", "reference.resolution=16", f"features=[{network}]", "num_workers=0"]
-        common += [f"output={tmp_path / name}.json", "count=9", "steps=2", "bootstrap=3", "device=cpu"]
+        common += [f"output={tmp_path / name}.json", "num_samples=9", "steps=2", "bootstrap=3", "device=cpu"]
         return [*common, f"model={model_folder}", f"held_out={pictures}", *overrides]
 
     return build
@@ -116,7 +116,7 @@ def test_real_pictures_are_looked_at_once(settings, pictures, tmp_path, monkeypa
 
 def test_labels(settings):
     def config(labels):
-        return load_config(EvaluateConfig, None, settings("x", f"labels={labels}", "count=6"))
+        return load_config(EvaluateConfig, None, settings("x", f"labels={labels}", "num_samples=6"))
 
     assert choose_labels(config("reference"), [0, 1, 1], None) is None
     assert sorted(choose_labels(config("reference"), [0, 1, 1], 2)) == [0, 0, 1, 1, 1, 1]
@@ -130,7 +130,7 @@ def test_labels(settings):
 
 def test_mistakes_are_named(settings, network, tmp_path):
     for overrides, message in (
-        (["pictures=somewhere"], "pictures: expected either these or a model, found 'somewhere'"),
+        (["pictures=somewhere"], "pictures: expected either images or a model, found 'somewhere'"),
         (["labels=all"], "labels: expected"),
         ([f"features=[{network},{network}]"], "features: expected different networks"),
         ([f"features=[{network}#abc]"], "features: expected weights with the SHA-256 abc, found"),

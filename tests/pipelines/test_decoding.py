@@ -22,11 +22,11 @@ def test_the_autoencoder_stays_as_it_was(pipeline):
 
 
 def test_image_to_image_names_mistakes(pipeline):
-    with pytest.raises(ValueError, match="strength: expected more than 0"):
+    with pytest.raises(ValueError, match="strength: expected a number above 0"):
         pipeline([0], image=torch.rand(1, 3, 16, 16), strength=0.0)
-    with pytest.raises(ValueError, match="image: expected one picture, or one for each of 3 samples, found 2"):
+    with pytest.raises(ValueError, match="image: expected one image, or one for each of 3 samples, found 2"):
         pipeline([0, 1, 0], image=torch.rand(2, 3, 16, 16))
-    with pytest.raises(ValueError, match=r"image: expected pictures with latents \(4, 8, 8\), found \(4, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"image: expected images with latents of shape \(4, 8, 8\), found \(4, 16, 16\)"):
         pipeline([0], image=torch.rand(1, 3, 32, 32))
     pipeline.scheduler = make_scheduler("PNDMScheduler:skip_prk_steps=false", pipeline.scheduler)
     with pytest.raises(ValueError, match="image: expected PNDMScheduler with skip_prk_steps"):

@@ -64,7 +64,7 @@ def test_noise_levels_so_near_that_two_timesteps_are_the_same(pipeline):
 
 
 def test_schedulers_that_do_not_fit_are_refused(pipeline):
-    said = "scheduler: expected one of a noise schedule .* found FlowMatchLCMScheduler: it is for networks distilled"
+    said = "scheduler: expected a scheduler with a noise schedule .* found FlowMatchLCMScheduler: it needs a network distilled"
     with pytest.raises(ValueError, match=said):
         SMDPipeline(pipeline.unet, pipeline.vae, diffusers.FlowMatchLCMScheduler())
     with pytest.raises(ValueError, match=said):
@@ -237,7 +237,7 @@ def test_half_precision(pipeline, dtype, tmp_path):
 
 
 def test_mistakes_are_named(pipeline):
-    with pytest.raises(ValueError, match="generator: expected one per picture"):
+    with pytest.raises(ValueError, match="generator: expected one per image"):
         pipeline([0, 1], generator=seeded_generators([1]))
     with pytest.raises(UserError, match="classes: expected one of disc, square, found 'cat'"):
         pipeline.label_of("cat")
@@ -259,7 +259,7 @@ def test_a_scheduler_says_which_parts_it_needs(pipeline, gaussian_folder):
     noise = torch.randn(2, 4, 8, 8)
     plain = make_scheduler("DDIMScheduler", pipeline.scheduler)
     pipeline.scheduler = FromTheMean.from_config(plain.config)
-    with pytest.raises(UserError, match=r"scheduler: expected a gaussian part of the model for FromTheMean, .*fit_gaussian.py"):
+    with pytest.raises(UserError, match=r"a model with a gaussian component for FromTheMean, .*fit_gaussian.py"):
         pipeline([0, 1])
     pipeline.register_modules(gaussian=gaussians)
     found = latents(pipeline, [0, 1], [1, 2], latents=noise)
@@ -269,7 +269,7 @@ def test_a_scheduler_says_which_parts_it_needs(pipeline, gaussian_folder):
     gaussian = load_pipeline(gaussian_folder)
     gaussian.register_modules(gaussian=gaussians)
     gaussian.scheduler = make_scheduler("TeleportScheduler:scheduler=GMSScheduler", gaussian.scheduler)
-    with pytest.raises(UserError, match=r"scheduler: expected a moments part of the model for TeleportScheduler, .*train_mom"):
+    with pytest.raises(UserError, match=r"a model with a moments component for TeleportScheduler, .*train_mom"):
         gaussian([0, 1])
     gaussian.register_modules(moments=MomentHeads.for_unet(gaussian.unet))
     assert latents(gaussian, [0, 1], [1, 2]).isfinite().all()

@@ -8,6 +8,7 @@ from ldm_smd.diffusion.central_moments import reverse_moments, two_gaussians, x0
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import PREDICTION_TYPES, DiffusionConfig
+from ldm_smd.schedulers import make_scheduler
 from ldm_smd.schedulers.gms import GMSScheduler
 from ldm_smd.schedulers.schedule import build_scheduler
 
@@ -62,9 +63,9 @@ def cdf(grid, weights, means, variances):
     return (weights[..., None] * torch.special.ndtr((grid - means[..., None]) / variances[..., None].sqrt())).sum(dim=1)
 
 
-def one_gaussian(share):
-    """Kernels N(M, v + share (C - v)): 0 is DDPM's, 1 has the exact variance."""
-    return lambda moments, v: (torch.ones_like(moments.mean), moments.mean, v + share * (moments.variance - v))
+def one_gaussian(fraction):
+    """Kernels N(M, v + fraction (C - v)): 0 is DDPM's, 1 has the exact variance."""
+    return lambda moments, v: (torch.ones_like(moments.mean), moments.mean, v + fraction * (moments.variance - v))
 
 
 def two_gaussians_above(floor):
@@ -79,8 +80,8 @@ def two_gaussians_above(floor):
 @pytest.mark.parametrize("steps", [5, 10, 25])
 def test_two_gaussians_are_nearer_the_exact_step_than_one(steps):
     """And with the scheduler's floor nearer than with others; the paper's is worse than one Gaussian."""
-    share = scheduler().config.inside_share
-    ours = kernel_error(steps, two_gaussians_above(lambda moments, v: v + share * (moments.variance - v)))
+    fraction = scheduler().config.within_component_fraction
+    ours = kernel_error(steps, two_gaussians_above(lambda moments, v: v + fraction * (moments.variance - v)))
     least = kernel_error(steps, two_gaussians_above(lambda moments, v: v))
     papers = kernel_error(steps, two_gaussians_above(lambda moments, v: 0.1 * v))
     exact_variance, ddpm = (kernel_error(steps, one_gaussian(s)) for s in (1.0, 0.0))
@@ -116,7 +117,7 @@ def exact_step(x_t, t, s, count):
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
 def test_a_step_has_the_moments_for_every_prediction_type(kind):
     t, s, count = 900, 700, 400_000
-    chain = GMSScheduler.from_config(SCHEDULER.config, prediction_type=kind, inside_share=0.0)
+    chain = GMSScheduler.from_config(SCHEDULER.config, prediction_type=kind, within_component_fraction=0.0)
     chain.set_timesteps(timesteps=[t, s])
     x_t = torch.full((count, 1, 1, 1), 0.35)
     output = exact_output(x_t[:1], t, kind).expand(count, -1, -1, -1)
@@ -142,9 +143,9 @@ def test_a_picture_does_not_depend_on_its_batch():
     assert torch.equal(step([0, 1, 2])[1:], step([1, 2]))
 
 
-def test_picture_draws_choose_once():
+def test_choose_per_image_chooses_once():
     """With two points as components and no noise, all numbers of a picture are on the same side of their means."""
-    chain = scheduler(picture_draws=True, inside_share=0.0)
+    chain = scheduler(choose_per_image=True, within_component_fraction=0.0)
     chain.set_timesteps(timesteps=[999, 0])
     output = torch.cat((torch.zeros(64, 1, 4, 4), torch.full((64, 1, 4, 4), 0.5), torch.full((64, 1, 4, 4), 50.0)), dim=1)
     t = chain.timesteps[0]
@@ -177,5 +178,38 @@ def test_saves_and_loads_and_names_mistakes(tmp_path):
         scheduler(num_moments=4)
     with pytest.raises(ValueError, match="fit_iterations: expected 0 or more"):
         scheduler(fit_iterations=-1)
-    with pytest.raises(ValueError, match="inside_share: expected 0 to 1"):
-        scheduler(inside_share=2.0)
+    with pytest.raises(ValueError, match="within_component_fraction: expected 0 to 1"):
+        scheduler(within_component_fraction=2.0)
+
+
+def saved_before():
+    """A config as it was saved under the former names."""
+    return {name: value for name, value in scheduler().config.items() if name not in GMSScheduler.RENAMED.values()} | FORMER
+
+
+FORMER = {"picture_draws": True, "inside_share": 0.3}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GMSScheduler(**FORMER),
+        lambda: scheduler(**FORMER),
+        lambda: GMSScheduler.from_config(saved_before()),
+        lambda: make_scheduler("GMSScheduler:picture_draws=true,inside_share=0.3", SCHEDULER),
+    ],
+    ids=["constructor", "from_config", "saved config", "by name"],
+)
+def test_former_names_still_work(make):
+    with pytest.warns(FutureWarning) as warned:
+        config = make().config
+    assert (config.choose_per_image, config.within_component_fraction) == (True, 0.3)
+    assert sorted(str(warning.message) for warning in warned) == [
+        "inside_share is deprecated, use within_component_fraction",
+        "picture_draws is deprecated, use choose_per_image",
+    ]
+
+
+def test_an_argument_given_by_both_of_its_names_is_refused():
+    with pytest.raises(TypeError, match="choose_per_image: expected one value, found its former name picture_draws too"):
+        GMSScheduler(picture_draws=True, choose_per_image=True)

@@ -6,11 +6,11 @@ from ldm_smd.schedulers.kernel_fit import fit_two_gaussians
 
 
 @pytest.mark.slow
-def test_the_papers_fit_comes_near_with_its_means_apart_and_stays_one_gaussian_from_its_start():
+def test_the_papers_fit_comes_close_with_separated_means_and_stays_one_gaussian_from_its_start():
     first, second = torch.tensor([1.0, -0.8, 0.5]), torch.tensor([-0.2, 0.4, 0.1])
     wanted = moments_of(first, second, torch.tensor(0.3))
     floor = torch.tensor(0.01)
-    found = moments_of(*fit_two_gaussians(wanted, floor, iterations=2000, apart=1.0))
+    found = moments_of(*fit_two_gaussians(wanted, floor, iterations=2000, separation=1.0))
     for name in ("mean", "variance", "third"):
         assert torch.allclose(getattr(found, name), getattr(wanted, name), atol=2e-2), name
     stuck = moments_of(*fit_two_gaussians(wanted, floor))

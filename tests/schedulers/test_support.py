@@ -13,7 +13,7 @@ from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.errors import UserError
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.schedulers import make_scheduler
-from ldm_smd.schedulers.conversion import process_of, questions
+from ldm_smd.schedulers.conversion import prediction_conversions, process_of
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.schedulers.support import REFUSED, SUPPORTED, check_scheduler, warn_once
 from ldm_smd.schedulers.timesteps import begin_run, first_sample, network_input, noised, run_from
@@ -49,14 +49,14 @@ def perfect_network(x_t, t):
 
 def walk(scheduler, x, timesteps):
     """As SMDPipeline does, with a network that was trained on the process of OURS."""
-    asked = questions(process_of(OURS), process_of(scheduler), timesteps, x.device)
+    conversions = prediction_conversions(process_of(OURS), process_of(scheduler), timesteps, x.device)
     accepted = inspect.signature(scheduler.step).parameters
     options = {"generator": torch.Generator().manual_seed(1)} if "generator" in accepted else {}
-    for index, (t, question) in enumerate(zip(timesteps, asked)):
+    for index, (t, conversion) in enumerate(zip(timesteps, conversions)):
         if "order" in accepted:
             options["order"] = min(index + 1, 4)
         x_t = network_input(scheduler, x, t)
-        prediction = question.answer(perfect_network(*question.asked(x_t)), x_t)
+        prediction = conversion.to_scheduler(perfect_network(*conversion.network_inputs(x_t)), x_t)
         x = scheduler.step(prediction, t, x, **options).prev_sample
     return x
 
@@ -121,29 +121,30 @@ def test_the_others_are_refused_with_a_reason(name):
     with pytest.raises(UserError) as error:
         make_scheduler(name, OURS)
     said = str(error.value)
-    assert said.startswith("scheduler: expected one of a noise schedule") and said.endswith(f"found {name}: {REFUSED[name]}")
+    assert said.startswith("scheduler: expected a scheduler with a noise schedule")
+    assert said.endswith(f"found {name}: {REFUSED[name]}")
     assert "\n" not in said
 
 
 @pytest.mark.parametrize(
     "scheduler, said",
     [
-        (diffusers.FlowMatchLCMScheduler(), "FlowMatchLCMScheduler: it is for networks distilled"),
-        (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "with use_dynamic_shifting: FlowMatchEuler"),
-        (diffusers.DDIMScheduler(prediction_type="flow_prediction"), "with flow_prediction: FlowMatchEuler"),
+        (diffusers.FlowMatchLCMScheduler(), "FlowMatchLCMScheduler: it needs a network distilled"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "with use_dynamic_shifting: only flow"),
+        (diffusers.DDIMScheduler(prediction_type="flow_prediction"), "with flow_prediction: only flow matching along"),
         (diffusers.EDMEulerScheduler(), "EDMEulerScheduler: it has its own noise schedule"),
-        (diffusers.LCMScheduler.from_config(OURS.config), "LCMScheduler: it is for networks distilled"),
+        (diffusers.LCMScheduler.from_config(OURS.config), "LCMScheduler: it needs a network distilled"),
         (
             diffusers.UniPCMultistepScheduler(use_flow_sigmas=True),
-            "with use_flow_sigmas: FlowMatchEulerDiscreteScheduler samples",
+            "with use_flow_sigmas: only flow matching along straight lines",
         ),
-        (type("Mine", (diffusers.DDIMInverseScheduler,), {})(), "Mine: it goes from a picture to noise"),
-        (object(), "object: it has none"),
+        (type("Mine", (diffusers.DDIMInverseScheduler,), {})(), "Mine: it inverts sampling"),
+        (object(), "object: it has neither"),
     ],
 )
 def test_one_made_in_python_is_refused(scheduler, said):
     with pytest.raises(
-        ValueError, match="scheduler: expected one of a noise schedule .*, as DDIMScheduler .*, found .*" + said
+        ValueError, match="scheduler: expected a scheduler with a noise schedule .*, such as DDIMScheduler .*, found .*" + said
     ):
         check_scheduler(scheduler)
 
@@ -182,13 +183,13 @@ def test_settings_do_not_follow_from_one_scheduler_to_another():
             "scheduler: DPMSolverMultistepScheduler: nonsense is not",
         ),
         ("HeunDiscreteScheduler:use_karras_sigmas=true,use_beta_sigmas=true", "scheduler: HeunDiscreteScheduler: Only one of"),
-        ("UniPCMultistepScheduler:use_flow_sigmas=true", "with use_flow_sigmas: FlowMatchEulerDiscreteScheduler samples"),
-        ("TeleportScheduler:scheduler=FlowMatchEulerDiscreteScheduler", "expected one of a noise schedule to go on with"),
+        ("UniPCMultistepScheduler:use_flow_sigmas=true", "with use_flow_sigmas: only flow matching along straight lines"),
+        ("TeleportScheduler:scheduler=FlowMatchEulerDiscreteScheduler", "expected one with a noise schedule to continue with"),
         ("DDIMScheduler:prediction_type=[", "scheduler: expected DDIMScheduler:setting=value,setting=value, found"),
         ("DDIMScheduler:thresholding", "scheduler: expected DDIMScheduler:setting=value,setting=value, found 'thresholding'"),
         ("SchedulerMixin", "scheduler: expected a scheduler class"),
         ("GMSScheduler:num_moments=4", "scheduler: GMSScheduler: num_moments: expected 2 or 3"),
-        ("TeleportScheduler:scheduler=LCMScheduler", "found LCMScheduler: it is for networks distilled"),
+        ("TeleportScheduler:scheduler=LCMScheduler", "found LCMScheduler: it needs a network distilled"),
     ],
 )
 def test_wrong_settings_are_one_line(name, said):

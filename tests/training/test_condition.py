@@ -70,7 +70,7 @@ def test_it_starts_a_mixture(train_config, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["regression", "distillation"])
 def test_an_unconditional_one_is_a_teacher(train_config, folder, objective):
-    settings = ("model.noise_rank=0", "objective.flow_steps=2", "class_conditional=false", "objective.draws=1")
+    settings = ("model.noise_rank=0", "objective.teacher_steps=2", "class_conditional=false", "objective.draws=1")
     adversarial = "objective.distillation.adversarial_weight=0.3"
     assert train(train_config(f"init_from={folder}", f"objective.name={objective}", adversarial, *settings)).is_dir()
 

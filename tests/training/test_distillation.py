@@ -40,8 +40,8 @@ def test_it_resumes_where_it_was(distil, tmp_path, views):
 
 @pytest.mark.slow
 def test_parts_of_a_batch_add_up(distil, tmp_path):
-    for name, accumulate in (("whole", 1), ("parts", 3)):
-        train(distil(f"output={tmp_path / name}", f"accumulate={accumulate}"))
+    for name, micro_batches in (("whole", 1), ("parts", 3)):
+        train(distil(f"output={tmp_path / name}", f"micro_batches={micro_batches}"))
     assert_same_losses(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -63,7 +63,7 @@ def test_a_critic_that_agrees_with_the_teacher_moves_nothing(learner, views):
 def test_pure_noise_is_as_frequent_as_said(learner):
     found = {}
     for share in (0.0, 1.0):
-        chosen = learner(f"objective.distillation.pure_noise={share}")
+        chosen = learner(f"objective.distillation.pure_noise_fraction={share}")
         draws = chosen.draw(chosen.run.batches().batch_at(0), 0)
         found[share] = draws.t
         assert draws.r.min() >= 20 and draws.r.max() <= 979 and draws.second_eps.shape == draws.eps.shape

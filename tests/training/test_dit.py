@@ -62,7 +62,7 @@ def test_a_dit_starts_a_mixture(train_config, dit, tmp_path):
     assert all(torch.equal(straight[name], value) for name, value in weights(folder / "unet").items())
     assert load_pipeline(folder)([0, 1], num_inference_steps=2, output_type="pt").images.isfinite().all()
     train(train_config(f"init_from={folder / 'unet'}", f"output={tmp_path / 'again'}", "images_total=8"))
-    train(train_config(*start, "accumulate=2", "gradient_checkpointing=true", f"output={tmp_path / 'parts'}"))
+    train(train_config(*start, "micro_batches=2", "gradient_checkpointing=true", f"output={tmp_path / 'parts'}"))
     assert_same_losses(tmp_path / "straight", tmp_path / "parts")
 
 
@@ -71,7 +71,7 @@ def test_a_dit_starts_a_mixture(train_config, dit, tmp_path):
     "objective",
     [
         ["mixture_nll"],
-        ["regression", "model.noise_rank=0", "objective.flow_steps=2"],
+        ["regression", "model.noise_rank=0", "objective.teacher_steps=2"],
         ["distillation", "objective.draws=1", "objective.distillation.views=joined"],
         ["distillation", "objective.draws=1", "objective.distillation.adversarial_weight=0.3"],
     ],

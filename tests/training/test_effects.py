@@ -55,7 +55,7 @@ OTHERS = {
     "objective.diversity": 0.5,
     "objective.draws": 3,
     "objective.name": "mixture_nll",
-    "objective.patches": [0],
+    "objective.patch_sizes": [0],
     "objective.weighting": "epsilon",
     "precision": "bf16",
     "seed": 1,
@@ -66,7 +66,7 @@ OTHERS = {
 NEEDS = {"model.up_layers_per_block": ["model.layers_per_block=2"], "objective.bandwidth": ["objective.name=mixture_nll"]}
 OTHERS["objective.bandwidth"] = 0.5
 ELSEWHERE = {
-    "accumulate",  # test_step.py: parts of a batch
+    "micro_batches",  # test_step.py: parts of a batch
     "attention",
     "autoencoder",  # test_loop.py: another one is refused
     "checkpoint_every_images",
@@ -84,16 +84,16 @@ ELSEWHERE = {
     "objective.distillation.adversarial_weight",
     "objective.distillation.critic_updates",
     "objective.distillation.guidance_scale",
-    "objective.distillation.pure_noise",
+    "objective.distillation.pure_noise_fraction",
     "objective.distillation.teacher",
     "objective.distillation.views",
-    "objective.flow_steps",  # test_regression.py
+    "objective.teacher_steps",  # test_regression.py
     "output",
     "resume_changed",  # test_record.py
     "sample_every_images",
     "sample_steps",
     "shards",
-    "wider_labels",  # test_wider.py
+    "coarse_label_fraction",  # test_coarse_labels.py
 }
 """Settings that change no weights, or have a test of their own, here where no other file is named."""
 

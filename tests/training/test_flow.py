@@ -52,7 +52,8 @@ def test_a_mixture_on_the_flow_resumes(train_config, tmp_path):
 
 @pytest.mark.parametrize("objective", ["regression", "distillation"])
 def test_a_mixture_learns_from_a_gaussian_model_on_the_flow(train_config, flow_model, objective):
-    about = (f"objective.name={objective}", "objective.draws=1", "model.noise_rank=0", "objective.distillation.pure_noise=0.5")
+    draws = ("objective.draws=1", "model.noise_rank=0", "objective.distillation.pure_noise_fraction=0.5")
+    about = (f"objective.name={objective}", *draws)
     folder = train(train_config(FLOW, f"init_from={flow_model / 'unet'}", "images_total=32", *about))
     assert torch.isfinite(sampled(load_pipeline(folder), num_inference_steps=2)).all()
 

@@ -17,9 +17,9 @@ def last(folder, name):
 def test_a_collapsed_mixture_is_reported(train_config, tmp_path, caplog):
     train(train_config("objective.name=mse", "model.noise_rank=0", "images_total=16"))
     assert any("the mixture has collapsed" in record.message for record in caplog.records)
-    assert last(tmp_path / "run", "nearest_share") < 0.1
+    assert last(tmp_path / "run", "nearest_neighbour_ratio") < 0.1
     train(train_config("images_total=16", f"output={tmp_path / 'fitted'}"))
-    assert last(tmp_path / "fitted", "nearest_share") > 0.5
+    assert last(tmp_path / "fitted", "nearest_neighbour_ratio") > 0.5
 
 
 def test_a_collapsed_distillation_is_reported(caplog):

@@ -88,6 +88,14 @@ def test_sensible_changes_are_logged_and_told(train_config, tmp_path, caplog):
     ]
 
 
+def test_a_record_with_former_names_is_compared(train_config, tmp_path):
+    train(train_config("images_total=32"))
+    record = tmp_path / "run/run.json"
+    record.write_text(record.read_text().replace('"model.z_channels": 8', '"model.latent_channels": 7'))
+    with pytest.raises(UserError, match=r"found: model\.z_channels was 7 and is 8"):
+        train(train_config("images_total=64"))
+
+
 def test_a_run_of_before_records_goes_on_with_a_warning(train_config, tmp_path, caplog):
     train(train_config("images_total=32"))
     (tmp_path / "run/run.json").unlink()

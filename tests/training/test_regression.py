@@ -13,7 +13,8 @@ from tests.training.results import assert_same_losses, logged_losses, weights
 @pytest.fixture
 def regression(gaussian_folder):
     """Settings of a regression that starts from the Gaussian model."""
-    return f"init_from={gaussian_folder / 'unet'}", "objective.name=regression", "model.noise_rank=0", "objective.flow_steps=3"
+    teacher = f"init_from={gaussian_folder / 'unet'}"
+    return teacher, "objective.name=regression", "model.noise_rank=0", "objective.teacher_steps=3"
 
 
 def test_draws_come_to_depend_on_eta(open_run, regression):
@@ -51,7 +52,7 @@ def test_the_loss_of_draws_is_their_mean(open_run, regression):
 
 
 def test_pure_noise(open_run, regression):
-    learner = PosteriorRegression(open_run(*regression, "objective.distillation.pure_noise=1.0"))
+    learner = PosteriorRegression(open_run(*regression, "objective.distillation.pure_noise_fraction=1.0"))
     assert (learner.draw(learner.run.batches().batch_at(0), 0).t == learner.process.last).all()
 
 
@@ -60,7 +61,7 @@ def test_it_resumes_and_parts_add_up(train_config, regression, tmp_path):
     train(train_config(*regression, f"output={tmp_path / 'straight'}"))
     train(train_config(*regression, f"output={tmp_path / 'stopped'}", "images_total=32"))
     train(train_config(*regression, f"output={tmp_path / 'stopped'}"))
-    train(train_config(*regression, f"output={tmp_path / 'parts'}", "accumulate=3"))
+    train(train_config(*regression, f"output={tmp_path / 'parts'}", "micro_batches=3"))
     found = [weights(checkpoints(tmp_path / name / "checkpoints")[-1] / "model") for name in ("straight", "stopped")]
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert logged_losses(tmp_path / "straight") == logged_losses(tmp_path / "stopped")

@@ -72,14 +72,14 @@ def test_it_starts_a_mixture(train_config, folder, tmp_path):
     pipeline.save_pretrained(tmp_path / "plain")
     assert load_pipeline(tmp_path / "plain")(batch_size=2, num_inference_steps=2, output_type="pt").images.isfinite().all()
     train(train_config(f"init_from={model / 'unet'}", FLOW, f"output={tmp_path / 'again'}", "images_total=8"))
-    train(train_config(*start, "accumulate=2", "gradient_checkpointing=true", f"output={tmp_path / 'parts'}"))
+    train(train_config(*start, "micro_batches=2", "gradient_checkpointing=true", f"output={tmp_path / 'parts'}"))
     assert_same_losses(tmp_path / "straight", tmp_path / "parts")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["regression", "distillation"])
 def test_it_is_a_teacher(train_config, folder, objective):
-    settings = ("model.noise_rank=0", "objective.flow_steps=2", "class_conditional=false", "objective.draws=1")
+    settings = ("model.noise_rank=0", "objective.teacher_steps=2", "class_conditional=false", "objective.draws=1")
     assert train(train_config(f"init_from={folder}", FLOW, TAIL, f"objective.name={objective}", *settings)).is_dir()
 
 

@@ -13,7 +13,7 @@ from ldm_smd.training.loop import train
 from tests.training.results import assert_same_losses, logged
 
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
-PARTS = ["accumulate=2", "objective.distillation.critic_updates=2"]
+PARTS = ["micro_batches=2", "objective.distillation.critic_updates=2"]
 SHORT = ["images_total=16", "log_every_images=8"]
 
 

@@ -20,7 +20,7 @@ from tests.training.results import assert_same_losses, logged_losses
     [
         ["model.z_channels=0", "objective.name=mse"],
         ["objective.name=mse"],
-        ["objective.name=energy", "objective.patches=[0,2]"],
+        ["objective.name=energy", "objective.patch_sizes=[0,2]"],
     ],
 )
 def test_one_batch_can_be_overfitted(open_run, overrides):
@@ -45,9 +45,9 @@ def test_parts_of_a_batch_add_up(train_config, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Denoising, "losses", lambda self, batch, draws: rows.append(len(batch.labels)) or real(self, batch, draws)
     )
-    for name, accumulate, parts in (("whole", 1, [8]), ("parts", 3, [3, 3, 2])):
+    for name, micro_batches, parts in (("whole", 1, [8]), ("parts", 3, [3, 3, 2])):
         rows.clear()
-        train(train_config(f"output={tmp_path / name}", f"accumulate={accumulate}"))
+        train(train_config(f"output={tmp_path / name}", f"micro_batches={micro_batches}"))
         assert rows == 8 * parts
     assert_same_losses(tmp_path / "whole", tmp_path / "parts")
 

@@ -29,7 +29,7 @@ def test_the_loss_is_its_formula(vae_config):
     generator = torch.Generator().manual_seed(0)
     x, found = torch.randn(2, 2, 3, 4, 5, generator=generator).double()
     mean, logvar = torch.randn(2, 2, 4, 2, 2, generator=generator).double()
-    terms = autoencoder_loss(found, x, mean, logvar, vae_config("kl_weight=0.3", "squared_weight=0.7", "gradient_weight=0.2"))
+    terms = autoencoder_loss(found, x, mean, logvar, vae_config("kl_weight=0.3", "l2_weight=0.7", "gradient_weight=0.2"))
     error = found - x
     down, right = error[:, :, 1:] - error[:, :, :-1], error[..., 1:] - error[..., :-1]
     expected = {
@@ -47,14 +47,14 @@ def test_batches_are_of_all_pictures_half_of_them_mirrored(vae_config):
     pixels = torch.randint(0, 256, (22, 3, 16, 16), dtype=torch.uint8, generator=generator)
     whole = pixels / 127.5 - 1
     seen, mirrored = set(), 0
-    for flip in ("true", "false"):
-        settings = vae_config("images_total=200", "batch_size=200", f"flip={flip}")
+    for mirror in ("true", "false"):
+        settings = vae_config("images_total=200", "batch_size=200", f"mirror={mirror}")
         for picture in autoencoder.random_batch(pixels, settings, generator):
             same = [torch.allclose(picture, each, atol=1e-5) for each in whole]
             turned = [torch.allclose(picture, each.flip(2), atol=1e-5) for each in whole]
-            assert any(same) or (flip == "true" and any(turned))
+            assert any(same) or (mirror == "true" and any(turned))
             seen.add((same if any(same) else turned).index(True))
-            mirrored += flip == "true" and not any(same)
+            mirrored += mirror == "true" and not any(same)
     assert seen == set(range(22)) and 60 < mirrored < 140
 
 
@@ -104,7 +104,7 @@ def test_normalised_latents_have_mean_zero_and_variance_one(vae_folder, pixels):
 OTHERS = [
     "batch_size=4",
     "ema_halflife_images=1",
-    "flip=false",
+    "mirror=false",
     "gradient_weight=2",
     "images_total=24",
     "kl_weight=0.1",
@@ -116,7 +116,7 @@ OTHERS = [
     "model.norm_num_groups=2",
     "precision=bf16",
     "seed=1",
-    "squared_weight=2",
+    "l2_weight=2",
     "warmup_images=64",
 ]
 

@@ -42,7 +42,7 @@ def test_mistakes_are_named(gaussian_folder, model_folder, shards, tmp_path):
         train_moments(config)
     pipeline = load_pipeline(gaussian_folder)
     pipeline.scheduler = make_scheduler("GMSScheduler:num_moments=2", pipeline.scheduler)
-    with pytest.raises(UserError, match=r"a moments part of the model for GMSScheduler, found none; tools/train_moments\.py"):
+    with pytest.raises(UserError, match=r"a model with a moments component.*see tools/train_moments\.py"):
         pipeline([0])
 
 
@@ -104,7 +104,7 @@ def test_settings_change_what_the_heads_learn(gaussian_folder, loud_pipeline, sh
         return load_file(train_moments(config) / "moments" / WEIGHTS)
 
     usual = trained("usual")
-    for setting in ("learning_rate=1e-2", "third_weight=1", "ema_halflife_images=1", "label_dropout=0.9", "seed=1"):
+    for setting in ("learning_rate=1e-2", "third_moment_weight=1", "ema_halflife_images=1", "label_dropout=0.9", "seed=1"):
         found = trained(setting, setting)
         assert usual.keys() == found.keys() and not all(torch.equal(found[name], usual[name]) for name in found), setting
 
@@ -112,11 +112,11 @@ def test_settings_change_what_the_heads_learn(gaussian_folder, loud_pipeline, sh
 def test_a_step_of_the_heads_has_its_loss_and_the_gradients_of_its_batch_clipped(
     gaussian_folder, loud_pipeline, shards, tmp_path, adamw_steps, monkeypatch
 ):
-    """mean (variance - e^2)^2 + third_weight mean (third - e^3)^2."""
+    """mean (variance - e^2)^2 + third_moment_weight mean (third - e^3)^2."""
     loud_pipeline(gaussian_folder).save_pretrained(tmp_path / "loud")
     outputs, real = [], PredictionErrors.__call__
     monkeypatch.setattr(PredictionErrors, "__call__", lambda *given: outputs.append(real(*given)) or outputs[-1])
-    settings = [f"model={tmp_path / 'loud'}", f"shards={shards}", "images_total=24", "batch_size=8", "third_weight=0.7"]
+    settings = [f"model={tmp_path / 'loud'}", f"shards={shards}", "images_total=24", "batch_size=8", "third_moment_weight=0.7"]
     train_moments(load_config(TrainMomentsConfig, None, [*settings, f"output={tmp_path / 'heads'}"]))
     assert [before for _, before, _ in adamw_steps] == [False] * 3
     for (loss, _, norm), (variance, third, error) in zip(adamw_steps, outputs):

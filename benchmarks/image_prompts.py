@@ -1,14 +1,15 @@
-"""Pictures like another one, or by words: are they? On held-out emoji, that neither OpenCLIP nor the UNet has seen.
+"""Do samples follow an image prompt or a text prompt? Retrieval on held-out emoji, unseen by OpenCLIP and the UNet.
 
-Samples a model trained with image_conditional=true, asked with the embedding of each held-out picture, and with that of its
-Unicode name; no text was used in its training. In the features of another network, the held-out pictures are ordered by their
-distance to each sample: where is the one that was asked for? Beside it, what the class alone and what chance does.
+Samples a model trained with image_conditional=true from the embedding of each held-out image, and from the embedding of its
+Unicode name; no text was used in training. In the features of another network, the held-out images are ranked by their
+distance to each sample. The benchmark reports the rank of the image that was asked for, also for samples by class and for
+chance.
 
 examples:
-  python benchmarks/like.py --config configs/benchmarks/like-emoji.yaml
-  python benchmarks/like.py --config configs/benchmarks/like-emoji.yaml guidance_scales=[1] per_picture=1
+  python benchmarks/image_prompts.py --config configs/benchmarks/image-prompts-emoji.yaml
+  python benchmarks/image_prompts.py --config configs/benchmarks/image-prompts-emoji.yaml guidance_scales=[1] per_picture=1
 
-Writes benchmarks/results/like-NAME.json, .md and .jpg.
+Writes benchmarks/results/image-prompts-NAME.json, .md and .jpg.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ from ldm_smd.sampling.inputs import load_clip
 from ldm_smd.schema import check
 
 NEAR = 10
-"""A sample is near where the picture asked for is among so many nearest."""
+"""A sample is near if the image asked for is among this many nearest ones."""
 SHOWN, SHOWN_EACH = 12, 3
 
 
 @dataclass
-class LikeConfig:
-    """benchmarks/like.py"""
+class ImagePromptsConfig:
+    """benchmarks/image_prompts.py"""
 
     name: str = MISSING
-    """Of the picture set; names the result files."""
+    """Name of the image set, used in the names of the result files."""
     model: str = MISSING
     """Model folder."""
     clip: str = MISSING
     """Its OpenCLIP network."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
-    """The pictures it was trained on."""
+    """The images the model was trained on."""
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
     """Keys are code points, as in data/emoji."""
     features: str = "checkpoints/classifier"
@@ -66,8 +67,8 @@ class LikeConfig:
         check(self.per_picture >= 1, "per_picture", "at least 1", self.per_picture)
 
 
-def like(config: LikeConfig) -> Path:
-    """Run all; returns the JSON file."""
+def image_prompts(config: ImagePromptsConfig) -> Path:
+    """Run the benchmark and return the path of its JSON file."""
     pipeline = load_pipeline(config.model)
     clip = load_clip(config.clip, {config.model: pipeline})
     extractor = load_extractor(config.features)
@@ -80,10 +81,10 @@ def like(config: LikeConfig) -> Path:
         "words": torch.cat([clip.texts(names[start : start + BATCH_SIZE]) for start in range(0, len(names), BATCH_SIZE)]),
     }
     rows, samples = [], {}
-    ways = [(by, scale, embeds, None) for by, embeds in embeddings.items() for scale in config.guidance_scales]
+    conditions = [(by, scale, embeds, None) for by, embeds in embeddings.items() for scale in config.guidance_scales]
     if num_classes(pipeline.unet) is not None:
-        ways.append(("class", 1.0, None, asked.labels))
-    for by, scale, embeds, labels in ways:
+        conditions.append(("class", 1.0, None, asked.labels))
+    for by, scale, embeds, labels in conditions:
         pixels = sampled(config, pipeline, embeds, labels, scale, f"{by}, {scale:g}")
         samples[by, scale] = pixels
         features = extractor(pixels)
@@ -94,7 +95,7 @@ def like(config: LikeConfig) -> Path:
         )
         print(rows[-1], flush=True)
     result = {
-        "command": " ".join(["python", "benchmarks/like.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/image_prompts.py", *sys.argv[1:]]),
         "model_sha256": weights_sha256(config.model),
         "clip": clip.identity(),
         "features": extractor.name,
@@ -104,7 +105,7 @@ def like(config: LikeConfig) -> Path:
         "floor_frechet": round(frechet_distance(own, reference), 3),
         "rows": rows,
     }
-    path = RESULTS / f"like-{config.name}.json"
+    path = RESULTS / f"image-prompts-{config.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(table(result)) + "\n"
     path.with_suffix(".md").write_text(text, encoding="utf-8")
@@ -114,9 +115,14 @@ def like(config: LikeConfig) -> Path:
 
 
 def sampled(
-    config: LikeConfig, pipeline: SMDPipeline, embeds: torch.Tensor | None, labels: list[int] | None, scale: float, title: str
+    config: ImagePromptsConfig,
+    pipeline: SMDPipeline,
+    embeds: torch.Tensor | None,
+    labels: list[int] | None,
+    scale: float,
+    title: str,
 ) -> torch.Tensor:
-    """uint8 (N * per_picture, 3, H, W), the samples of a picture one after another; of labels or of embeddings (N, D)."""
+    """Sample uint8 (N * per_picture, 3, H, W) from labels or embeddings (N, D); the samples for an image are consecutive."""
     if embeds is not None:
         embeds = embeds.repeat_interleave(config.per_picture, dim=0)
     if labels is not None:
@@ -127,8 +133,8 @@ def sampled(
 
 
 def ranks(features: torch.Tensor, own: torch.Tensor) -> dict:
-    """Of samples (N * per_picture, D): how often the picture asked for, one of ``own`` (N, D), is nearest, and near; and the
-    median of its rank, from 1 to N."""
+    """Rank the images that were asked for, ``own`` (N, D), by distance to samples (N * per_picture, D): how often they are the
+    nearest, how often among the NEAR nearest, and their median rank, from 1 to N."""
     distances = torch.cdist(features, own)
     wanted = torch.arange(len(own)).repeat_interleave(len(features) // len(own))
     rank = 1 + (distances < distances.gather(1, wanted[:, None])).sum(dim=1)
@@ -158,8 +164,8 @@ def table(result: dict) -> list[str]:
     return lines
 
 
-def shown(config: LikeConfig, asked: torch.Tensor, samples: dict[tuple[str, float], torch.Tensor]) -> torch.Tensor:
-    """A column for each of SHOWN pictures: itself, then samples by the picture, then by words."""
+def shown(config: ImagePromptsConfig, asked: torch.Tensor, samples: dict[tuple[str, float], torch.Tensor]) -> torch.Tensor:
+    """Draw a column for each of SHOWN images: the image, samples from its embedding, samples from its name."""
     chosen = torch.linspace(0, len(asked) - 1, SHOWN).round().long()
     scale = config.guidance_scales[min(1, len(config.guidance_scales) - 1)]
     rows = [asked[chosen]]
@@ -171,4 +177,4 @@ def shown(config: LikeConfig, asked: torch.Tensor, samples: dict[tuple[str, floa
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(LikeConfig, like, __doc__))
+    sys.exit(run_tool(ImagePromptsConfig, image_prompts, __doc__))

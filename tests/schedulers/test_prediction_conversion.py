@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from ldm_smd.diffusion.process import RectifiedFlow
 from ldm_smd.diffusion.settings import PREDICTION_TYPES, DiffusionConfig
 from ldm_smd.schedulers import make_scheduler
-from ldm_smd.schedulers.conversion import Process, path_of, process_of, questions
+from ldm_smd.schedulers.conversion import Process, path_of, prediction_conversions, process_of
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.schedulers.timesteps import begin_run, first_sample, network_input, noised
 
@@ -35,8 +35,8 @@ def test_what_a_network_of_another_process_says_is_the_same(own_path, path, own_
     own, other = Process(own_path, own_kind), Process(path, kind)
     x_t = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([950, 700, 300, 50])
-    for t, question in zip(timesteps, questions(own, other, timesteps, DEVICE)):
-        found = question.answer(exact(own, *question.asked(x_t)), x_t)
+    for t, conversion in zip(timesteps, prediction_conversions(own, other, timesteps, DEVICE)):
+        found = conversion.to_scheduler(exact(own, *conversion.network_inputs(x_t)), x_t)
         assert torch.allclose(found, exact(other, x_t, t), rtol=2e-3, atol=2e-3)
 
 
@@ -44,9 +44,9 @@ def test_a_network_of_the_same_process_is_asked_as_it_is():
     x_t = torch.randn(2, 3)
     for scheduler in (TABLE, FLOW):
         ddim = make_scheduler("DDIMScheduler", scheduler) if scheduler is TABLE else FLOW
-        [question] = questions(process_of(scheduler), process_of(ddim), torch.tensor([400]), DEVICE)
-        asked, t = question.asked(x_t)
-        assert asked is x_t and t == 400 and question.answer(x_t, asked) is x_t
+        [conversion] = prediction_conversions(process_of(scheduler), process_of(ddim), torch.tensor([400]), DEVICE)
+        network_x_t, t = conversion.network_inputs(x_t)
+        assert network_x_t is x_t and t == 400 and conversion.to_scheduler(x_t, network_x_t) is x_t
 
 
 def test_processes_are_told_apart():
@@ -59,17 +59,17 @@ def test_processes_are_told_apart():
 
 def test_ratios_that_the_other_path_does_not_have():
     """Pure noise is to a noise schedule its last timestep; what is all but clean its first."""
-    first, last = questions(process_of(TABLE), process_of(FLOW), torch.tensor([1000.0, 1e-3]), DEVICE)
+    first, last = prediction_conversions(process_of(TABLE), process_of(FLOW), torch.tensor([1000.0, 1e-3]), DEVICE)
     assert first.timestep == 999 and last.timestep == 0
     x_t = torch.randn(4, 3)
-    assert torch.allclose(first.answer(exact(process_of(TABLE), *first.asked(x_t)), x_t), x_t - MEAN, atol=5e-3)
+    assert torch.allclose(first.to_scheduler(exact(process_of(TABLE), *first.network_inputs(x_t)), x_t), x_t - MEAN, atol=5e-3)
 
 
 def test_moments_beside_a_prediction_stay():
-    [question] = questions(process_of(FLOW), process_of(TABLE), torch.tensor([500]), DEVICE)
+    [conversion] = prediction_conversions(process_of(FLOW), process_of(TABLE), torch.tensor([500]), DEVICE)
     x_t = torch.randn(2, 3)
     said = torch.randn(2, 9)
-    found = question.answer(said, x_t)
+    found = conversion.to_scheduler(said, x_t)
     assert torch.equal(found[:, 3:], said[:, 3:]) and not torch.allclose(found[:, :3], said[:, :3])
 
 
@@ -87,9 +87,10 @@ def test_models_of_either_path_make_the_data_under_either(name, own, start):
     if start == "data":
         clean = MEAN + DEVIATION * torch.randn(4000, 3, generator=generator)
         x = noised(scheduler, clean, torch.randn(4000, 3, generator=generator), timesteps[0])
-    for t, question in zip(timesteps, questions(process_of(own), process_of(scheduler), timesteps, DEVICE)):
+    for t, conversion in zip(timesteps, prediction_conversions(process_of(own), process_of(scheduler), timesteps, DEVICE)):
         x_t = network_input(scheduler, x, t)
-        x = scheduler.step(question.answer(exact(process_of(own), *question.asked(x_t)), x_t), t, x).prev_sample
+        prediction = exact(process_of(own), *conversion.network_inputs(x_t))
+        x = scheduler.step(conversion.to_scheduler(prediction, x_t), t, x).prev_sample
     assert (x.mean(dim=0) - MEAN).abs().max() < 0.06 and (x.std(dim=0) / DEVIATION - 1).abs().max() < 0.06
 
 

@@ -1,4 +1,4 @@
-"""Wider classes: parts of the names of classes."""
+"""Coarse classes: parts of class names."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from ldm_smd.training.build import build_model, fit_noise
 from ldm_smd.training.loop import train
 from ldm_smd.training.step import Denoising, known_conditions
 
-WIDER = "wider_labels=0.4"
+COARSE = "coarse_label_fraction=0.4"
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def named(shards, tmp_path):
 
 
 def test_a_label_is_replaced_as_often_as_said(named, open_run):
-    run = open_run(named("noto, disc", "noto, square"), WIDER, "label_dropout=0.2")
-    assert run.wider.tolist() == [[2, 3], [2, 4]], "noto, then disc and square"
+    run = open_run(named("noto, disc", "noto, square"), COARSE, "label_dropout=0.2")
+    assert run.coarse.tolist() == [[2, 3], [2, 4]], "noto, then disc and square"
     learner = Denoising(run)
     null = learner.model.network.config.num_classes
     assert null == 5
@@ -48,16 +48,16 @@ def test_a_label_is_replaced_as_often_as_said(named, open_run):
 
 def test_without_it_the_same_numbers_are_drawn(named, open_run):
     shards = named("noto, disc", "noto, square")
-    plain, wider = (Denoising(open_run(shards, *more)) for more in ([], [WIDER]))
+    plain, coarse = (Denoising(open_run(shards, *more)) for more in ([], [COARSE]))
     batch = plain.run.batches().batch_at(0)
-    first, second = plain.draw(batch, 0), wider.draw(batch, 0)
+    first, second = plain.draw(batch, 0), coarse.draw(batch, 0)
     assert torch.equal(first.eps, second.eps) and torch.equal(first.drop_label, second.drop_label)
-    assert plain.run.wider is None and plain.model.network.config.num_classes == 2
+    assert plain.run.coarse is None and plain.model.network.config.num_classes == 2
 
 
 def test_the_noise_knows_wider_classes(named, open_run):
-    """A wider class's weights are between those of the classes in it."""
-    run = open_run(named("noto, disc", "noto, square"), WIDER)
+    """A coarse class's weights are between those of the classes in it."""
+    run = open_run(named("noto, disc", "noto, square"), COARSE)
     noise = build_model(run.config, run.manifest).mixture
     fit_noise(noise, run)
     weights = noise.noise.log_weights.exp()
@@ -68,7 +68,7 @@ def test_the_noise_knows_wider_classes(named, open_run):
 
 
 def test_a_model_has_them_by_name(named, train_config, tmp_path):
-    train(train_config(named("noto, disc", "twemoji, square"), WIDER, "images_total=8", f"output={tmp_path / 'run'}"))
+    train(train_config(named("noto, disc", "twemoji, square"), COARSE, "images_total=8", f"output={tmp_path / 'run'}"))
     pipeline = load_pipeline(tmp_path / "run/model")
     names = ["noto, disc", "twemoji, square", "noto", "twemoji", "disc", "square"]
     assert [pipeline.config.id2label[str(number)] for number in range(6)] == names
@@ -77,12 +77,10 @@ def test_a_model_has_them_by_name(named, train_config, tmp_path):
 
 @pytest.mark.parametrize("names", [("disc", "square"), ("noto, disc", "square")])
 def test_names_have_as_many_parts(named, open_run, names):
-    with pytest.raises(
-        UserError, match='wider_labels: expected classes with names of as many parts, as "noto, flags", or 0, found'
-    ):
-        open_run(named(*names), WIDER)
+    with pytest.raises(UserError, match=r"coarse_label_fraction: expected .* the same number of parts.*, or 0, found"):
+        open_run(named(*names), COARSE)
 
 
 def test_a_model_without_classes_has_none(open_run):
-    with pytest.raises(UserError, match=r"wider_labels: expected .* found 'no classes'"):
-        open_run(WIDER, "class_conditional=false")
+    with pytest.raises(UserError, match=r"coarse_label_fraction: expected .* found 'no classes'"):
+        open_run(COARSE, "class_conditional=false")

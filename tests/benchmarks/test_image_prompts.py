@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from like import LikeConfig, like, ranks
+from image_prompts import ImagePromptsConfig, image_prompts, ranks
 from train_clip import TrainClipConfig, name_of, train_clip
 
 from ldm_smd.config import load_config
@@ -29,12 +29,12 @@ def test_ranks():
 @pytest.mark.slow
 def test_both_run(train_config, embedded, clip, tmp_path, monkeypatch):
     """The benchmark with a model that knows nothing, and a folder that OpenCLIP reads from a training of two steps."""
-    monkeypatch.setattr("like.RESULTS", tmp_path)
+    monkeypatch.setattr("image_prompts.RESULTS", tmp_path)
     model = train(train_config(f"shards={embedded}", "image_conditional=true", "class_conditional=false", "images_total=8"))
     held_out = ["held_out.source=data/emoji/heldout-*.tar", "held_out.resolution=16"]
     pictures = ["images.source=data/emoji/heldout-*.tar", "images.resolution=16"]
     options = ["name=tiny", f"model={model}", f"clip={clip}", "per_picture=1", "steps=1", "guidance_scales=[2]"]
-    path = like(load_config(LikeConfig, None, [*options, *held_out, *pictures]))
+    path = image_prompts(load_config(ImagePromptsConfig, None, [*options, *held_out, *pictures]))
     result = json.loads(path.read_text())
     assert [row["by"] for row in result["rows"]] == ["a picture", "words"]
     assert result["held_out_pictures"] == result["samples"] > 300 and abs(result["floor_frechet"]) < 1
