@@ -9,6 +9,20 @@ MOST_PIXELS = 100_000_000
 
 
 @dataclass
+class CacheConfig(Settings):
+    """Local copies of shards at URLs: s3://, gs://, https://, hf://. Processes and nodes may share one."""
+
+    folder: str = "~/.cache/ldm_smd/shards"
+    """On a local disk, best of all."""
+    gigabytes: float = number(100.0, above=0, most=10**6)
+    """The copies least recently used go beyond this. A few more shards stay on the disk while they are read."""
+
+    @property
+    def bytes(self) -> int:
+        return int(self.gigabytes * 1e9)
+
+
+@dataclass
 class ImagesConfig(Settings):
     """Where pictures come from and how they are resized."""
 
@@ -71,7 +85,8 @@ class VerifyConfig(Settings):
     """tools/verify.py"""
 
     shards: str = MISSING
-    """Folder with latent shards and manifest.json (tools/encode.py)."""
+    """Folder with latent shards and manifest.json (tools/encode.py), or its URL."""
+    shards_cache: CacheConfig = field(default_factory=CacheConfig)
     sheet: Optional[str] = None
     """PNG to write: some of the latents, from all over the shards, decoded. null: none."""
     autoencoder: Optional[str] = None

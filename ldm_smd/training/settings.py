@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-from ..data.settings import ImagesConfig
+from ..data.settings import CacheConfig, ImagesConfig
 from ..diffusion.settings import DiffusionConfig, ObjectiveConfig
 from ..models.settings import ATTENTION_BACKENDS, AutoencoderModelConfig, ModelConfig
 from ..schema import MISSING, MOST_IMAGES, MOST_SEED, Settings, check, choice, number
@@ -16,7 +16,8 @@ class TrainConfig(Settings):
     """tools/train.py. All counts are in images."""
 
     shards: str = MISSING
-    """Folder with latent shards and manifest.json (tools/encode.py)."""
+    """Folder with latent shards and manifest.json (tools/encode.py), or its URL: s3://, gs://, https://, hf://."""
+    shards_cache: CacheConfig = field(default_factory=CacheConfig)
     autoencoder: str = MISSING
     """The autoencoder the shards were made with: decodes the sample grids and goes into the model folder."""
     output: str = MISSING
@@ -191,7 +192,8 @@ class TrainMomentsConfig(Settings):
     model: str = MISSING
     """Model folder with a Gaussian UNet: RUN/model of tools/train.py."""
     shards: str = MISSING
-    """The latent shards it was trained on."""
+    """The latent shards it was trained on: folder or URL."""
+    shards_cache: CacheConfig = field(default_factory=CacheConfig)
     output: str = MISSING
     """New model folder: the same with a moments part, and GMSScheduler as its scheduler."""
     images_total: int = number(50_000, 1, MOST_IMAGES)
@@ -218,7 +220,8 @@ class FitGaussianConfig(Settings):
     model: str = MISSING
     """Model folder: RUN/model of tools/train.py."""
     shards: str = MISSING
-    """The latent shards it was trained on."""
+    """The latent shards it was trained on: folder or URL."""
+    shards_cache: CacheConfig = field(default_factory=CacheConfig)
     output: str = MISSING
     """New model folder: the same with a gaussian part, and TeleportScheduler as its scheduler."""
     components: int = number(1, 1, 2**16)

@@ -93,6 +93,8 @@ ELSEWHERE = {
     "sample_every_images",
     "sample_steps",
     "shards",
+    "shards_cache.folder",  # test_remote_shards.py, as that below
+    "shards_cache.gigabytes",
     "wider_labels",  # test_wider.py
 }
 """Settings that change no weights, or have a test of their own, here where no other file is named."""
