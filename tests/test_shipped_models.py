@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ldm_smd.training.wider import class_names
 
 from ldm_smd import SMDPipeline
 from ldm_smd.config import load_config
@@ -13,7 +14,6 @@ from ldm_smd.models.denoiser import is_mixture
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training.settings import TrainConfig
-from ldm_smd.training.wider import class_names
 
 ROOT = Path(__file__).parents[1]
 SMALL, LARGE = "data/emoji/train-*.tar", "data/emoji-256/train.zip"

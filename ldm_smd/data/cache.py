@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ..errors import UserError
 from ..files import sha256 as sha256_of
@@ -22,7 +22,6 @@ from . import store
 Result = TypeVar("Result")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
-LOCKS = 256
 OPEN_ATTEMPTS, WRONG_ATTEMPTS = 20, 3
 ABANDONED_SECONDS = 3600
 """A temporary file that nobody has written to for so long is of a process that was killed."""
@@ -67,15 +66,28 @@ class FileCache:
             UserError: the file is not there, cannot be read, or is not as expected, also when fetched again; or the disk
                 of the cache is full.
         """
+        path = self._fetched(str(url), sha256, size, stamp, waits=True)
+        assert path is not None
+        return path
+
+    def fetch_unless_others_do(self, url: str, sha256: str | None = None, size: int | None = None, stamp: str = "") -> bool:
+        """Do as ``fetch``, but return False at once where another process or thread is fetching the file."""
+        return self._fetched(url, sha256, size, stamp, waits=False) is not None
+
+    def forget(self, url: str, sha256: str | None = None, size: int | None = None, stamp: str = "") -> None:
+        """Remove a copy that is no good."""
+        (self.folder / self.name(url, sha256, size, stamp)).unlink(missing_ok=True)
+
+    def _fetched(self, url: str, sha256: str | None, size: int | None, stamp: str, waits: bool) -> Path | None:
         if not store.is_remote(url):
             return Path(url)
-        url = str(url)
         path = self.folder / self.name(url, sha256, size, stamp)
         try:
             if self._is_there(path, size):
                 return path
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(path.name[:2]):
+            with self._locked(path.name, waits) as mine:
+                if not mine:
+                    return None
                 if not self._is_there(path, size):
                     self._fetch(url, path, sha256, size)
         except OSError as error:
@@ -195,16 +207,21 @@ class FileCache:
                     raise
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Hold one of a few locks: of the files whose names begin alike."""
-        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / "locks" / f"{name}.lock")
+    def _locked(self, name: str, waits: bool = True) -> Iterator[bool]:
+        """Hold the lock of that name; False where another holds it, unless it ``waits`` for that."""
+        path = self.folder / "locks" / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=-1 if waits else 0)
         try:
             lock.acquire()
+        except Timeout:
+            yield False
+            return
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
         try:
-            yield
+            yield True
         finally:
+            path.unlink(missing_ok=True)  # before the release: others find no file, or a new one
             lock.release()

@@ -35,7 +35,7 @@ from .images import Pictures, read_pictures
 from .plan import Plan
 from .settings import EncodeConfig
 from .shards import DTYPE, EMBEDDING, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json
-from .stream import index_tar
+from .tar_index import index_tar
 
 PLAN = "plan.json"
 OF_PICTURES = ("pictures", "pictures_sha256", "files_sha256")

@@ -9,6 +9,20 @@ MOST_PIXELS = 100_000_000
 
 
 @dataclass
+class CacheConfig(Settings):
+    """Local copies of shards at URLs: s3://, gs://, https://, hf://. Processes and nodes may share one."""
+
+    folder: str = "~/.cache/ldm_smd/shards"
+    """On a local disk, best of all."""
+    gigabytes: float = number(100.0, above=0, maximum=10**6)
+    """The copies least recently used go beyond this. A few more shards stay on the disk while they are read."""
+
+    @property
+    def bytes(self) -> int:
+        return int(self.gigabytes * 1e9)
+
+
+@dataclass
 class ImagesConfig(Settings):
     """Where pictures come from and how they are resized."""
 
@@ -25,7 +39,7 @@ class ImagesConfig(Settings):
     """Split of a Hugging Face dataset."""
     cache: str = "~/.cache/ldm_smd"
     """Folder for local copies of tars from URLs; processes and machines may share it."""
-    cache_gigabytes: float = number(200.0, above=0, most=1e9)
+    cache_gigabytes: float = number(200.0, above=0, maximum=1e9)
     """Beyond this, the copies that were used least recently are removed. It must have room for the tars that are read at a
     time (``shuffle_tars`` of tools/encode.py)."""
     allow_pipe: bool = False
@@ -77,7 +91,8 @@ class VerifyConfig(Settings):
     """tools/verify.py"""
 
     shards: str = MISSING
-    """Folder with latent shards and manifest.json (tools/encode.py)."""
+    """Folder with latent shards and manifest.json (tools/encode.py), or its URL."""
+    shards_cache: CacheConfig = field(default_factory=CacheConfig)
     sheet: Optional[str] = None
     """PNG to write: some of the latents, from all over the shards, decoded. null: none."""
     autoencoder: Optional[str] = None

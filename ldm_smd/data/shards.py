@@ -9,15 +9,22 @@ latents depend on.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from ..autoencoder import FrozenAutoencoder
 from ..errors import UserError, shortened
-from ..files import sha256
+from . import store
+from .cache import FileCache
+from .settings import CacheConfig
+
+Result = TypeVar("Result")
 
 MANIFEST = "manifest.json"
 FORMAT = "ldm_smd latent shards 1"
@@ -28,33 +35,99 @@ EMBEDDING = "clip.npy"
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json, checked. ``metadata`` is what the latents depend on; ``shards`` one dict per shard."""
+    """manifest.json, checked, and the place that it is of.
 
-    folder: Path
+    Attributes:
+        folder: with the shards; or its URL.
+        metadata: what the latents depend on.
+        shards: one dict per shard.
+        content: of manifest.json.
+        cache: for local copies, where ``folder`` is a URL.
+    """
+
+    folder: Path | str
     metadata: dict
     shards: list[dict]
+    content: bytes = b""
+    cache: FileCache | None = None
 
     @classmethod
-    def load(cls, folder: str | Path) -> Manifest:
-        path = Path(folder) / MANIFEST
-        if not path.is_file():
+    def load(cls, folder: str | Path, cache: CacheConfig | None = None) -> Manifest:
+        """Read the manifest of a folder, or of a URL of one, whose shards then come to a cache when they are read.
+
+        Raises UserError where there is none, or another file.
+        """
+        remote = store.is_remote(folder)
+        place: Path | str = str(folder).rstrip("/") if remote else Path(folder)
+        if remote:
+            store.require_no_credentials(str(place), "shards")
+        path = store.joined(str(place), MANIFEST) if remote else Path(place) / MANIFEST
+        try:
+            data = store.read_bytes(str(path), "shards") if remote else Path(path).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(
                 f"shards: expected a folder with {MANIFEST}, found none in {folder} (tools/encode.py writes it when all shards "
                 "are there; run it again to go on)"
-            )
+            ) from error
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(data.decode())
             metadata, shards, found = content["metadata"], content["shards"], content["format"]
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise UserError(f"shards: expected a manifest of latent shards in {path}, found: {error!r}") from error
         if found != FORMAT:
             raise UserError(f"shards: expected format {FORMAT!r} in {path}, found {found!r}")
-        return cls(Path(folder), metadata, shards)
+        settings = cache or CacheConfig()
+        return cls(place, metadata, shards, data, FileCache(settings.folder, settings.bytes) if remote else None)
 
     @property
     def sha256(self) -> str:
         """Hash of manifest.json, and so of the latents and all that they depend on."""
-        return sha256(self.folder / MANIFEST)
+        return hashlib.sha256(self.content).hexdigest()
+
+    def place(self, name: str) -> str | Path:
+        """Return the path or URL of a file beside the manifest."""
+        return Path(self.folder) / name if self.cache is None else store.joined(str(self.folder), name)
+
+    def with_shard(self, item: dict, function: Callable[[Path], Result]) -> Result:
+        """Return ``function(path)`` of a shard, or of its verified local copy, which stays readable once it is open."""
+        place = self.place(item["name"])
+        return function(Path(place)) if self.cache is None else self.cache.use(place, function, item["sha256"])
+
+    def fetch(self, item: dict) -> None:
+        """Bring a shard and its record to the cache, unless another process is at it."""
+        assert self.cache is not None
+        if self.cache.fetch_unless_others_do(str(self.place(item["name"])), item["sha256"]):
+            self.record(item)
+
+    def record(self, item: dict) -> dict:
+        """Return the record beside a shard; empty where there is none, or one of another shard, or a damaged one."""
+        place = self.place(str(Path(item["name"]).with_suffix(".json")))
+        if self.cache is None:
+            return read_json(Path(place))
+        try:
+            record = self.cache.use(place, read_json, stamp=item["sha256"])
+        except UserError:
+            return {}
+        if record.get("shard") == item and record.get("index_sha256") == index_sha256(record.get("index")):
+            return record
+        self.cache.forget(str(place), stamp=item["sha256"])
+        return {}
+
+    def missing(self) -> str | None:
+        """Return the first shard that is not there; None also where a server lists no files."""
+        names = [item["name"] for item in self.shards]
+        if self.cache is None:
+            return next((name for name in names if not Path(self.place(name)).is_file()), None)
+        there = set(self.tars())
+        return next((name for name in names if there and name not in there), None)
+
+    def tars(self) -> list[str]:
+        """List the names of the tars beside the manifest; none where a server lists no files."""
+        if self.cache is None:
+            return [path.name for path in Path(self.folder).glob("*.tar")]
+        if str(self.folder).startswith("http"):
+            return []
+        return [each.name for each in store.listed(str(self.folder), "shards", "*.tar")]
 
     @property
     def count(self) -> int:
@@ -153,6 +226,11 @@ class ChannelStatistics:
     @property
     def std(self) -> np.ndarray:
         return np.sqrt(np.maximum(self.squares / self.values - np.square(self.mean), 0.0))
+
+
+def index_sha256(index: dict | None) -> str:
+    """Hash an index of a shard, so that one that came damaged from a store shows."""
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict:

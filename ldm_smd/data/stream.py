@@ -10,12 +10,10 @@ Do not pass the loader through ``accelerator.prepare``: it would split the batch
 
 from __future__ import annotations
 
-import io
-import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -23,11 +21,12 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import UserError
-from .shards import EMBEDDING, FIELDS, Manifest, read_json
+from .ahead import FetchedAhead
+from .shards import FIELDS, Manifest
+from .tar_index import index_tar
 
-HEADER_BYTES, LABEL_BYTES, LARGEST_LABEL = 1024, 32, 2**31
-KEPT_SHARDS, KEPT_ORDERS = 64, 8
-"""Open at once, by each worker."""
+KEPT_SHARDS, KEPT_COPIES, KEPT_ORDERS = 64, 4, 8
+"""Open at once, by each worker: shards, local copies of shards in a store, which its cache cannot remove until then; orders."""
 
 
 @dataclass
@@ -133,53 +132,94 @@ class LatentStream(IterableDataset):
         self.seed, self.mirror, self.rank, self.world_size = seed, mirror, rank, world_size
         self.manifest, self.count = manifest, manifest.count
         self.counts = np.array([item["count"] for item in manifest.shards])
-        for name in (item["name"] for item in manifest.shards):
-            if not (manifest.folder / name).is_file():
-                raise UserError(f"shards: expected {name} in {manifest.folder}, as its manifest says, found no such file")
+        name = manifest.missing() if rank == 0 or manifest.cache is None else None
+        if name is not None:
+            raise UserError(f"shards: expected {name} in {manifest.folder}, as its manifest says, found no such file")
         self._shards: dict[int, Shard] = {}
         self._orders: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
 
     def __iter__(self) -> Iterator[LatentBatch]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for position in range(self.images_seen + first * self.batch_size, self.images_total, stride * self.batch_size):
-            yield self.batch_at(position)
+        positions = range(self.images_seen + first * self.batch_size, self.images_total, stride * self.batch_size)
+        try:
+            yield from self.batches_at(positions)
+        except UserError as error:
+            if worker is None:
+                raise
+            # LatentLoader raises it: torch would raise a traceback of the worker as its message.
+            yield error  # type: ignore[misc]
+
+    def batches_at(self, positions: Iterable[int]) -> Iterator[LatentBatch]:
+        """Read this rank's slices of the global batches that begin at these positions, in order; where the shards are in a
+        store, they are fetched ahead."""
+        if self.manifest.cache is None:
+            yield from map(self.batch_at, positions)
+            return
+        positions = list(positions) if not isinstance(positions, range) else positions
+        fetched = FetchedAhead(self._visits(positions), lambda shard: self.manifest.fetch(self.manifest.shards[shard]))
+        with fetched.running():
+            for position in positions:
+                fetched.reached(position)
+                yield self.batch_at(position)
 
     def batch_at(self, position: int) -> LatentBatch:
         """Read this rank's slice of the global batch that begins at ``position``."""
-        parts = list(self._runs(position))
-        moments = [shard.moments(indices, mirrored) for shard, indices, mirrored in parts]
-        labels = [shard.labels[indices] for shard, indices, _ in parts]
-        embeddings = [shard.embeddings(indices) for shard, indices, _ in parts] if self.embeddings else None
+        moments, labels, embeddings = [], [], []
+        for number, indices, mirrored in self._runs(position):
+            shard = self._shard(number)
+            moments.append(shard.moments(indices, mirrored))
+            labels.append(shard.labels[indices])
+            if self.embeddings:
+                embeddings.append(shard.embeddings(indices))
         return LatentBatch(joined(moments), joined(labels), joined(embeddings) if embeddings else None)
 
     def keys_at(self, position: int) -> list[str]:
         """List the keys of this rank's slice of the batch that begins at ``position``, for messages."""
-        return [shard.keys[index] for shard, indices, _ in self._runs(position) for index in indices]
+        return [self._shard(number).keys[index] for number, indices, _ in self._runs(position) for index in indices]
 
-    def _runs(self, position: int) -> Iterator[tuple[Shard, np.ndarray, np.ndarray]]:
+    def _visits(self, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Yield (position, shard) wherever the batches at these positions come to another shard. For a thread of its own."""
+        order, before = lru_cache(2)(self._epoch), -1
+        for position in positions:
+            for _, shard, _, _ in self._parts(position, order):
+                if shard != before:
+                    yield position, shard
+                before = shard
+
+    def _runs(self, position: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Split this rank's slice by shard: yield the shard, the samples' indices in it, and whether mirrored (0 or 1)."""
+        for epoch, shard, first, length in self._parts(position, self._order):
+            indices, mirrored = (values[first : first + length] for values in self._order(epoch, shard))
+            yield shard, indices, mirrored
+
+    def _parts(
+        self, position: int, order_of: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """Yield the parts of this rank's slice: epoch, shard, the first sample in its order, and how many."""
         size = self.batch_size // self.world_size
         position += self.rank * size
         stop = position + size
         while position < stop:
             epoch, within = divmod(position, self.count)
-            order, ends = self._order(epoch)
+            order, ends = order_of(epoch)
             slot = int(np.searchsorted(ends, within, side="right"))
             shard, end = int(order[slot]), int(ends[slot])
             first = within - (end - self.counts[shard])
             length = min(stop - position, end - within)
-            indices, mirrored = (values[first : first + length] for values in self._order(epoch, shard))
-            yield self._shard(shard), indices, mirrored
+            yield epoch, shard, first, length
             position += length
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
+        return order, self.counts[order].cumsum()
 
     def _order(self, epoch: int, shard: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the order of an epoch's shards, and the position in the epoch at which each ends; or the order of the samples
         in one shard, and whether each is mirrored."""
         if (epoch, shard) not in self._orders:
             if shard is None:
-                order = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
-                found = order, self.counts[order].cumsum()
+                found = self._epoch(epoch)
             else:
                 rng = np.random.default_rng((self.seed, epoch, shard))
                 order = rng.permutation(self.counts[shard])
@@ -197,89 +237,25 @@ class LatentStream(IterableDataset):
             if classes and not 0 <= shard.labels.min() <= shard.labels.max() < classes:
                 worst = shard.labels.max() if shard.labels.max() >= classes else shard.labels.min()
                 raise UserError(f"shards: expected labels from 0 to {classes - 1}, found {worst} in {item['name']}")
-            keep_newest(self._shards, number, shard, KEPT_SHARDS)
+            keep_newest(self._shards, number, shard, KEPT_SHARDS if self.manifest.cache is None else KEPT_COPIES)
         return self._shards[number]
 
 
 def open_shard(manifest: Manifest, item: dict, mirror: bool) -> Shard:
     """Open a shard of the manifest, by the index in its record if that is of this very shard. ``mirror``: it must have mirrored
     encodings."""
-    path, shape = manifest.folder / item["name"], tuple(manifest.metadata["moments_shape"])
-    dtype, dimensions = np.dtype(manifest.metadata["dtype"]), manifest.embedding_dimensions
-    record = read_json(path.with_suffix(".json"))
-    index = record.get("index", {}) if record.get("shard") == item else index_tar(path, shape, dtype, dimensions)
-    shard = Shard(path, shape, dtype, dimensions, index)
+    shape, dtype = tuple(manifest.metadata["moments_shape"]), np.dtype(manifest.metadata["dtype"])
+    dimensions, record = manifest.embedding_dimensions, manifest.record(item)
+
+    def open_path(path: Path) -> Shard:
+        index = record.get("index", {}) if record.get("shard") == item else index_tar(path, shape, dtype, dimensions)
+        return Shard(path, shape, dtype, dimensions, index)
+
+    shard = manifest.with_shard(item, open_path)
     if mirror and len(shard) and shard.offsets.shape[1] < len(FIELDS):
-        raise UserError(f"mirror: expected shards with mirrored encodings (tools/encode.py mirror=true), found none in {path}")
+        place = manifest.place(item["name"])
+        raise UserError(f"mirror: expected shards with mirrored encodings (tools/encode.py mirror=true), found none in {place}")
     return shard
-
-
-def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: int | None = None) -> dict:
-    """Return the keys of a shard in order, their labels (-1 for none), and the offsets at which the values of each of FIELDS
-    begin; with ``dimensions`` also those of the embeddings.
-
-    Reads every header, which takes 0.1 ms a sample: tools/encode.py does it once and leaves it in the shard's record.
-    Raises UserError for anything but a tar of samples of this shape and dtype, once each.
-    """
-    shapes = dict.fromkeys(FIELDS, shape) | ({EMBEDDING: (dimensions,)} if dimensions else {})
-    offsets: dict[str, dict[str, int]] = {name: {} for name in shapes}
-    headers: dict[str, dict[bytes, int]] = {name: {} for name in shapes}
-    labels: dict[str, int] = {}
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if not member.isreg():
-                    raise ValueError(f"{member.name} is no ordinary file")
-                key, _, name = member.name.partition(".")
-                if name in shapes:
-                    if key in offsets[name]:
-                        raise ValueError(f"{member.name} is in it twice")
-                    header = npy_header(read_at(file, member, HEADER_BYTES), member, shapes[name], dtype, headers[name])
-                    offsets[name][key] = member.offset_data + header
-                elif name == "cls":
-                    labels[key] = int(read_at(file, member, LABEL_BYTES))
-                    if abs(labels[key]) > LARGEST_LABEL:
-                        raise ValueError(f"{member.name} is {labels[key]}")
-        moments, mirrored = (offsets[name] for name in FIELDS)
-        for name, found in offsets.items():
-            if found.keys() != moments.keys() and (found or found is not mirrored):
-                raise ValueError(f"{len(found)} {name} of {len(moments)} samples")
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"shards: expected a tar of moments {shape} {dtype}, found {path}: {error}") from error
-    views = [moments, mirrored] if mirrored else [moments]
-    index = {
-        "keys": list(moments),
-        "labels": [labels.get(key, -1) for key in moments],
-        "offsets": [[view[key] for view in views] for key in moments],
-    }
-    return index | ({"embeddings": [offsets[EMBEDDING][key] for key in moments]} if dimensions else {})
-
-
-def read_at(file: BinaryIO, member: tarfile.TarInfo, most: int) -> bytes:
-    """Read the first bytes of a member; the file's position stays."""
-    position = file.tell()
-    file.seek(member.offset_data)
-    data = file.read(min(member.size, most))
-    file.seek(position)
-    return data
-
-
-def npy_header(data: bytes, member: tarfile.TarInfo, shape: tuple[int, ...], dtype: np.dtype, known: dict[bytes, int]) -> int:
-    """Return the length of an .npy header; raise ValueError unless it says this shape and dtype, and as many values follow.
-    Never unpickles. ``known``: headers that were good, and their lengths."""
-    length = next((length for header, length in known.items() if data.startswith(header)), None)
-    if length is None:
-        file = io.BytesIO(data)
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        found_shape, fortran, found_dtype = reader(file)
-        if found_shape != shape or found_dtype != dtype or fortran:
-            raise ValueError(f"{member.name} is {found_shape} {found_dtype}")
-        length = known[data[: file.tell()]] = file.tell()
-    wanted = length + int(np.prod(shape)) * dtype.itemsize
-    if member.size != wanted:
-        raise ValueError(f"{member.name} has {member.size} bytes and not {wanted}")
-    return length
 
 
 def joined(parts: list[np.ndarray]) -> torch.Tensor:
@@ -294,6 +270,16 @@ def keep_newest(cache: dict, key: object, value: object, count: int) -> None:
         del cache[next(iter(cache))]
 
 
+class LatentLoader(DataLoader):
+    """A DataLoader in whose workers a UserError is that one line, too."""
+
+    def __iter__(self) -> Iterator[LatentBatch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
 def latent_loader(stream: LatentStream, num_workers: int) -> DataLoader:
     """Make a loader of full batches; workers take every n-th batch, so the order does not depend on their number."""
-    return DataLoader(stream, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    return LatentLoader(stream, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from ..files import atomic_file, claimed, sha256
 from ..progress import progress
 from .settings import VerifyConfig
 from .shards import Manifest, ShardStatistics
-from .stream import Shard, index_tar, open_shard
+from .stream import Shard, open_shard
+from .tar_index import index_tar
 
 CHUNK = 256
 """Samples in memory at once."""
@@ -28,7 +30,7 @@ CHUNK = 256
 def verify(config: VerifyConfig) -> None:
     """Read every shard; print a line for every finding, and raise UserError if there are any."""
     with nullcontext() if config.sheet is None else claimed(Path(config.sheet), "sheet"):
-        manifest = Manifest.load(config.shards)
+        manifest = Manifest.load(config.shards, config.shards_cache)
         findings: list[str] = []
         keys: Counter[str] = Counter()
         with progress(manifest.count, 0, "verify") as bar:
@@ -39,10 +41,11 @@ def verify(config: VerifyConfig) -> None:
                     findings.append(str(error))
                 else:
                     keys.update(shard.keys)
-                    findings += [f"{item['name']}: {finding}" for finding in check_shard(manifest, item, shard)]
+                    found = manifest.with_shard(item, partial(differences, manifest, item, shard))
+                    findings += [f"{item['name']}: {finding}" for finding in found]
                 bar.update(item["count"])
         findings += [f"{key}: in the shards {count} times" for key, count in keys.items() if count > 1]
-        unlisted = {path.name for path in manifest.folder.glob("*.tar")} - {item["name"] for item in manifest.shards}
+        unlisted = set(manifest.tars()) - {item["name"] for item in manifest.shards}
         findings += [f"{name}: not in the manifest" for name in sorted(unlisted)]
         for finding in findings:
             print(finding)
@@ -53,9 +56,13 @@ def verify(config: VerifyConfig) -> None:
         print(f"{manifest.count} samples in {len(manifest.shards)} shards are as their manifest says")
 
 
-def check_shard(manifest: Manifest, item: dict, shard: Shard) -> Iterator[str]:
-    """Yield what differs from the shard's entry in the manifest, and from its index."""
-    path = manifest.folder / item["name"]
+def differences(manifest: Manifest, item: dict, shard: Shard, path: Path) -> list[str]:
+    """List what ``check_shard`` finds."""
+    return list(check_shard(manifest, item, shard, path))
+
+
+def check_shard(manifest: Manifest, item: dict, shard: Shard, path: Path) -> Iterator[str]:
+    """Yield what differs in the tar at ``path`` from the entry of the shard in the manifest, and from its index."""
     if sha256(path) != item["sha256"]:
         yield "another sha256"
     dimensions = manifest.embedding_dimensions

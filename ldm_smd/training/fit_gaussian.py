@@ -113,7 +113,7 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
     """Fit, then write the model folder with the Gaussians in it; returns it."""
     output = Path(config.output)
     pipeline = load_pipeline(config.model)
-    manifest = Manifest.load(config.shards)
+    manifest = Manifest.load(config.shards, config.shards_cache)
     autoencoder = FrozenAutoencoder(pipeline.vae, config.model)
     manifest.check_autoencoder(autoencoder)
     classes = num_classes(pipeline.unet) or 0
@@ -156,8 +156,7 @@ def latent_sums(
     stream = LatentStream(manifest, size, manifest.count, seed=config.seed, mirror=config.mirror)
     starts = range(0, manifest.count, size)[state.process_index :: state.num_processes]
     bar = progress(size * len(starts), 0, "fit")
-    for start in starts:
-        batch = stream.batch_at(start)
+    for start, batch in zip(starts, stream.batches_at(starts)):
         left = manifest.count - start  # the last batch continues into the next epoch
         moments, labels = batch.moments[:left].float(), batch.labels[:left]
         means = autoencoder.normalise(moments[:, 0])

@@ -6,6 +6,8 @@ import math
 import os
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from .average import resume_averages, save_snapshot
 from .checkpoint import resume, resume_optimizers, save_checkpoint
 from .ema import EMA, PowerEMA
 from .learners import learner_for
-from .metrics_log import MetricsLog, RunningMeans, crossed
+from .metrics_log import DataWaits, MetricsLog, RunningMeans, crossed
 from .model_folder import save_model_folder
 from .preview import preview
 from .rates import warmup_cooldown
@@ -84,7 +86,8 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
         (run.output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
     bar = progress(config.images_total, images_seen, run.output.name, disable=not main)
-    for batch in latent_loader(batches, config.num_workers):
+    waits = DataWaits()
+    for batch in waits.timed(latent_loader(batches, config.num_workers)):
         # Step.
         learning_rate = warmup_cooldown(config, images_seen)
         means.add(learner.step(batch.to(accelerator.device), images_seen, learning_rate))
@@ -98,10 +101,10 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
         # Report. Sums stay on the device until then: reading them is the only time the host waits for it.
         if last or crossed(before, images_seen, config.log_every_images):
             values = means.read()
-            check_finite(values, images_seen, batches.keys_at(before))
+            check_finite(values, images_seen, partial(batches.keys_at, before))
             if log is not None:
                 rates = {"learning_rate": learning_rate, "images_per_second": bar.format_dict["rate"] or 0.0}
-                log.log(images_seen, values | watch.ratio(values) | rates)
+                log.log(images_seen, values | watch.ratio(values) | rates | {"data_wait_share": waits.share()})
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
 
         # Show samples.
@@ -114,7 +117,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
         # Save a checkpoint.
         if saves:
             state = {"images_seen": images_seen, "means": means.state()}
-            check_finite(state["means"], images_seen, batches.keys_at(before))
+            check_finite(state["means"], images_seen, partial(batches.keys_at, before))
             for average in averages:
                 save_snapshot(run.output, images_seen, average, writes=main)
             save_checkpoint(run.checkpoints, learner.networks, averaged, state, config.keep_checkpoints, writes=main)
@@ -143,11 +146,12 @@ def stop_everywhere(accelerator: Accelerator, stop: threading.Event, step: int) 
     return accelerator.reduce(torch.tensor(float(stop.is_set()), device=accelerator.device), "sum").item() > 0
 
 
-def check_finite(values: dict[str, float], images_seen: int, keys: list[str]) -> None:
-    """Raise UserError where a mean of the last steps is no number."""
+def check_finite(values: dict[str, float], images_seen: int, keys: Callable[[], list[str]]) -> None:
+    """Raise UserError where a mean of the last steps is no number; ``keys`` are those of the last batch."""
     for name, value in values.items():
         if not math.isfinite(value):
+            last = ", ".join(keys()[:8])
             raise UserError(
-                f"{name}: expected a finite number, found {value} at {images_seen} images; last batch: {', '.join(keys[:8])}. "
+                f"{name}: expected a finite number, found {value} at {images_seen} images; last batch: {last}. "
                 "The last good checkpoint is kept; lower learning_rate or gradient_clip"
             )

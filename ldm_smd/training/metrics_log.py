@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 
 from ..files import atomic_file
+
+Batch = TypeVar("Batch")
 
 
 class MetricsLog:
@@ -70,6 +75,33 @@ class RunningMeans:
         totals = torch.stack(list(self._sums.values()))
         totals = totals if self.accelerator is None else self.accelerator.reduce(totals, "mean")
         return dict(zip(self._sums, (totals / steps).tolist()))
+
+
+class DataWaits:
+    """Measures for how much of the time a loop waits for its data, by the host's clock: a GPU is not waited for. Near 0 the
+    network is the limit, near 1 the loader."""
+
+    def __init__(self) -> None:
+        self._waited, self._started = 0.0, time.perf_counter()
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the same batches; time that passes before each is counted."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self._waited += time.perf_counter() - before
+            yield batch
+
+    def share(self) -> float:
+        """Return the share of the time since the last call, from 0 to 1."""
+        now = time.perf_counter()
+        share = self._waited / max(now - self._started, 1e-9)
+        self._waited, self._started = 0.0, now
+        return share
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -42,7 +42,7 @@ class Run:
     @classmethod
     def open(cls, config: TrainConfig, accelerator: Accelerator) -> Run:
         """Read what ``config`` names, writing nothing; UserError where the parts do not belong together."""
-        manifest = Manifest.load(config.shards)
+        manifest = Manifest.load(config.shards, config.shards_cache)
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(accelerator.device)
         manifest.check_autoencoder(autoencoder)
         record = open_record(Path(config.output), {"shards": manifest.sha256}, config, NOT_COMPARED, MAY_CHANGE)

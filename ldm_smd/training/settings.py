@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-from ..data.settings import ImagesConfig
+from ..data.settings import CacheConfig, ImagesConfig
 from ..diffusion.settings import DiffusionConfig, ObjectiveConfig
 from ..models.settings import ATTENTION_BACKENDS, AutoencoderModelConfig, ModelConfig
 from ..schema import MAX_IMAGES, MAX_SEED, MISSING, Settings, check, choice, number
@@ -18,7 +18,8 @@ class TrainConfig(Settings):
     RENAMED = {"accumulate": "micro_batches", "wider_labels": "coarse_label_fraction"}
 
     shards: str = MISSING
-    """Folder with latent shards and manifest.json, from tools/encode.py."""
+    """Folder with latent shards and manifest.json, from tools/encode.py, or its URL: s3://, gs://, https://, hf://."""
+    shards_cache: CacheConfig = field(default_factory=CacheConfig)
     autoencoder: str = MISSING
     """Folder or hub id of the autoencoder that the shards were encoded with. Decodes previews and becomes part of the model
     folder."""
@@ -201,7 +202,8 @@ class TrainMomentsConfig(Settings):
     model: str = MISSING
     """Model folder with a Gaussian UNet: RUN/model of tools/train.py."""
     shards: str = MISSING
-    """The latent shards that the model was trained on."""
+    """The latent shards that the model was trained on: folder or URL."""
+    shards_cache: CacheConfig = field(default_factory=CacheConfig)
     output: str = MISSING
     """New model folder: the same with a moments component, and GMSScheduler as its scheduler."""
     images_total: int = number(50_000, 1, MAX_IMAGES)
@@ -228,7 +230,8 @@ class FitGaussianConfig(Settings):
     model: str = MISSING
     """Model folder: RUN/model of tools/train.py."""
     shards: str = MISSING
-    """The latent shards that the model was trained on."""
+    """The latent shards that the model was trained on: folder or URL."""
+    shards_cache: CacheConfig = field(default_factory=CacheConfig)
     output: str = MISSING
     """New model folder: the same with a gaussian component, and TeleportScheduler as its scheduler."""
     components: int = number(1, 1, 2**16)

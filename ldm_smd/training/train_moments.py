@@ -42,7 +42,7 @@ def train_moments(config: TrainMomentsConfig) -> Path:
             f"model: expected a Gaussian UNet, whose steps have moments to learn, found a mixture in {config.model}"
         )
     pipeline.unet.eval().requires_grad_(False)
-    manifest = Manifest.load(config.shards)
+    manifest = Manifest.load(config.shards, config.shards_cache)
     autoencoder = FrozenAutoencoder(pipeline.vae, config.model)
     manifest.check_autoencoder(autoencoder)
 

@@ -94,6 +94,8 @@ ELSEWHERE = {
     "sample_steps",
     "shards",
     "coarse_label_fraction",  # test_coarse_labels.py
+    "shards_cache.folder",  # test_remote_shards.py, as that below
+    "shards_cache.gigabytes",
 }
 """Settings that change no weights, or have a test of their own, here where no other file is named."""
 
