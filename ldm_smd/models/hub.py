@@ -17,11 +17,11 @@ SHARDS = "diffusion_pytorch_model-*-of-*.safetensors"
 
 
 def network_folder(source: str | Path, key: str) -> Path:
-    """Return the folder of a network: ``source`` itself, or the cached copy of a hub id's, downloaded if it is missing. ``key``
-    is the setting that a mistake is blamed on. Weights in other files than safetensors are not downloaded."""
+    """Return the folder of a network, in ``source`` or in its cached copy from the hub, downloaded if it is missing: its own
+    folder, or a pipeline's. ``key`` is the setting that a mistake is blamed on. Only safetensors weights are downloaded."""
     folder = Path(source)
     if folder.exists() or not HUB_ID.fullmatch(str(source)):
-        return folder
+        return next((folder / part for part in PARTS if (folder / part / FILES[0]).is_file()), folder)
     wanted = [part + name for part in PARTS for name in (*FILES, SHARDS)]
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=wanted))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm_smd.errors import UserError
+from ldm_smd.models.hub import network_folder
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.loop import train
 from tests.tiny import diffusers_unet
@@ -23,7 +24,13 @@ def test_init_from_starts_at_those_weights(train_config, model_folder, tmp_path)
     with pytest.raises(UserError, match="init_from: expected the weights of the configured model"):
         train(train_config(f"init_from={model_folder / 'unet'}", "model.z_channels=6", f"output={tmp_path / 'other'}"))
     with pytest.raises(UserError, match="init_from: expected a model folder"):
-        train(train_config(f"init_from={model_folder}", f"output={tmp_path / 'other'}"))
+        train(train_config(f"init_from={model_folder / 'vae'}-not-there", f"output={tmp_path / 'other'}"))
+
+
+def test_init_from_takes_the_folder_of_a_pipeline(model_folder):
+    """As of a hub id: of one of ours or of diffusers, the network in it."""
+    assert network_folder(model_folder, "init_from") == model_folder / "unet"
+    assert network_folder(model_folder / "unet", "init_from") == model_folder / "unet"
 
 
 def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
