@@ -28,8 +28,10 @@ from .metrics_log import DataWaits, MetricsLog, RunningMeans, crossed
 from .model_folder import save_model_folder
 from .preview import preview
 from .rates import warmup_cooldown
+from .record import RECORD
 from .run import Run
 from .settings import TrainConfig
+from .share import share_checkpoint
 from .signals import EXIT_CODE, sigterm_flag
 from .watch import CriticWatch
 
@@ -61,6 +63,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
     """Train to the end, or to the images returned where ``stop`` is set on any process."""
     # Set up.
     set_attention_backend(config.attention)
+    share_checkpoint(Path(config.output), (RECORD,), accelerator)
     run, main = Run.open(config, accelerator), accelerator.is_main_process
     torch.manual_seed(config.seed)
     learner = learner_for(run)

@@ -1,0 +1,112 @@
+"""Two nodes that share nothing but a store of latent shards: each has a folder, a cache and a checkpoint of its own."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ldm_smd.config import dump_config
+from ldm_smd.data.shards import Manifest
+from ldm_smd.data.stream import LatentStream
+from ldm_smd.training.checkpoint import checkpoints
+from ldm_smd.training.loop import train
+from tests.training.results import assert_same_losses
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def served(shards):
+    """The shards at a URL."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=shards)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class Node:
+    """A launcher with two processes, in a folder of its own."""
+
+    def __init__(self, folder, config, is_host):
+        self.folder, self.is_host = folder, is_host
+        folder.mkdir()
+        (folder / "run.yaml").write_text(dump_config(config))
+
+    def start(self, port):
+        launcher = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=0", "--rdzv-backend=c10d"]
+        launcher += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run", "--local-addr=127.0.0.1"]
+        launcher += [f"--rdzv-conf=is_host={int(self.is_host)}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", *launcher, str(ROOT / "tools/train.py"), "--config", "run.yaml"]
+        self.log = open(self.folder / "log", "a")  # noqa: SIM115
+        self.process = subprocess.Popen(command, cwd=self.folder, env=environment, stderr=self.log)
+
+    def kill(self):
+        """With its workers, which the launcher gives sessions of their own."""
+        for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
+            process.kill()
+        self.process.wait()
+
+    def wait(self):
+        code = self.process.wait(240)
+        assert code == 0, (self.folder / "log").read_text()[-6000:]
+
+
+def start(nodes, port):
+    for node in nodes:
+        node.start(port)
+
+
+def test_a_node_that_is_killed_comes_back_and_nothing_is_lost(train_config, served, tmp_path, free_port):
+    """Four processes on two nodes, one node killed and started again, then one process alone: the losses of one process."""
+    one = train_config(f"output={tmp_path / 'one'}", "images_total=96", "log_every_images=16", "checkpoint_every_images=16")
+    train(one)
+    settings = ["output=run", "log_every_images=16", "checkpoint_every_images=16"]
+    remote = train_config(*settings, f"shards={served}", "shards_cache.folder=cache", "images_total=80")
+    nodes = [Node(tmp_path / name, remote, is_host=name == "first") for name in ("first", "second")]
+    start(nodes, free_port())
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoints(tmp_path / "first/run/checkpoints") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        nodes[1].kill()
+        assert nodes[0].process.wait(120) != 0  # it cannot go on alone
+        start(nodes, free_port())
+        for node in nodes:
+            node.wait()
+    finally:
+        for node in nodes:
+            if node.process.poll() is None:
+                node.kill()
+    assert list((tmp_path / "second/cache").glob("*.tar")) and list((tmp_path / "first/cache").glob("*.tar"))
+    received = checkpoints(tmp_path / "second/run/checkpoints")
+    assert len(received) == 1  # what it went on from; only the main process saves
+    alone = train_config(*settings, "images_total=96", f"output={tmp_path / 'first/run'}")
+    train(alone)
+    assert_same_losses(tmp_path / "one", tmp_path / "first/run")
+
+
+def test_the_order_goes_on_at_another_number_of_processes(shards):
+    """Whatever the world sizes before and after: the keys of each global batch, in order."""
+    manifest = Manifest.load(shards)
+
+    def keys(world, start, stop):
+        streams = [LatentStream(manifest, 8, 64, images_seen=start, rank=rank, world_size=world) for rank in range(world)]
+        return [[key for stream in streams for key in stream.keys_at(at)] for at in range(start, stop, 8)]
+
+    whole = keys(1, 0, 64)
+    for before, after in ((2, 4), (4, 1), (1, 8)):
+        assert keys(before, 0, 24) + keys(after, 24, 64) == whole
