@@ -31,8 +31,8 @@ from ldm_smd.diffusion.settings import DiffusionConfig, DistillationConfig
 from ldm_smd.models.denoiser import predict
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schedulers.schedule import build_scheduler
-from ldm_smd.training.critics import critic_of
-from ldm_smd.training.judges import Judges, critic_objective
+from ldm_smd.training.critics import make_critic
+from ldm_smd.training.distillation_losses import DistillationLosses, critic_objective
 from ldm_smd.training.settings import TrainConfig
 
 RESULT = Path(__file__).parent / "results" / "plan.md"
@@ -112,7 +112,7 @@ class Model:
 
 class Distilled:
     """The same mixture where a Gaussian model of its shape is distilled into it: one draw a picture, the passes of critic and
-    teacher with it. Counted where training goes, forth and back (ldm_smd/training/judges.py).
+    teacher with it. Counted where training goes, forth and back (ldm_smd/training/distillation_losses.py).
 
     Attributes:
         flops: of a training step, a picture.
@@ -123,12 +123,12 @@ class Distilled:
 
     def __init__(self, build: Build, settings: DistillationConfig, checkpointing: bool = False) -> None:
         path = DiffusionProcess(build_scheduler(DiffusionConfig()).alphas_cumprod)
-        judges = Judges(path, "v_prediction", settings)
+        distillation_losses = DistillationLosses(path, "v_prediction", settings)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            judges.path = DiffusionProcess(fake.from_tensor(path.alphas_cumprod))
+            distillation_losses.path = DiffusionProcess(fake.from_tensor(path.alphas_cumprod))
             model, teacher = (build(mixture, checkpointing) for mixture in (True, False))
             with patch.object(type(teacher), "to", lambda critic, *_: critic):  # which fake weights do not like; they are there
-                critic = critic_of(teacher.requires_grad_(False), settings).train()
+                critic = make_critic(teacher.requires_grad_(False), settings).train()
             if checkpointing:
                 critic.enable_gradient_checkpointing()
             labels = {"class_labels": torch.zeros(ACTIVATION_BATCH, dtype=torch.long)}
@@ -137,7 +137,7 @@ class Distilled:
             def losses(model_learns: bool = True) -> dict[str, torch.Tensor]:
                 with torch.set_grad_enabled(model_learns):
                     x = model(x_t, t, eta=noise, return_dict=False, **labels)[0].float()
-                return judges.losses(teacher, critic, x, noise, x_t, t, t, noise, labels)
+                return distillation_losses.losses(teacher, critic, x, noise, x_t, t, t, noise, labels)
 
             with FlopCounterMode(display=False) as counter:
                 for number in range(settings.critic_updates):
@@ -156,7 +156,7 @@ class Distilled:
 
 
 def unet_of(config: TrainConfig, mixture: bool, checkpointing: bool) -> SMDUNet2DModel:
-    shape = config.model.of_unet() | ({} if mixture else {"z_channels": 0})
+    shape = config.model.unet_arguments() | ({} if mixture else {"z_channels": 0})
     channels, side, _ = LATENT
     unet = SMDUNet2DModel(sample_size=side, in_channels=channels, out_channels=channels, num_classes=CLASSES, **shape)
     if checkpointing:

@@ -27,7 +27,7 @@ from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.cli import run_tool
 from ldm_smd.data.shards import Manifest
 from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.models.denoiser import known_labels, num_classes, predict
+from ldm_smd.models.denoiser import model_labels, num_classes, predict
 from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.schedulers import TeleportScheduler, make_scheduler
@@ -186,7 +186,7 @@ def score_study(config: TeleportBenchmarkConfig, pipeline: SMDPipeline, own: obj
     """
     manifest = Manifest.load(config.shards)
     latents, labels = fitting_latents(manifest, FrozenAutoencoder(pipeline.vae), seed=0, mirror=False)
-    x0, labels = latents[:SCORE_PICTURES], known_labels(labels[:SCORE_PICTURES], num_classes(pipeline.unet))
+    x0, labels = latents[:SCORE_PICTURES], model_labels(labels[:SCORE_PICTURES], num_classes(pipeline.unet))
     process = DiffusionProcess(own.alphas_cumprod)
     generator = torch.Generator().manual_seed(0)
     rows = {"sigma": [], "score": {fit: [] for fit in fits}, "x0": {fit: [] for fit in fits}}

@@ -41,7 +41,7 @@ def null_labels(unet: ModelMixin, rows: torch.Tensor) -> torch.Tensor | None:
     return None if classes is None else torch.full((len(rows),), classes, device=rows.device)
 
 
-def known_labels(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor | None:
+def model_labels(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor | None:
     """Return the labels of latent shards as a model takes them: the null class for -1; None for an unconditional model."""
     return None if num_classes is None else torch.where(labels < 0, num_classes, labels)
 
