@@ -1,4 +1,4 @@
-"""Networks by the folder they are in, or by the name of a repository on the Hugging Face hub."""
+"""Networks from a local folder or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from ..errors import UserError, one_line
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PARTS = ("", "transformer/", "unet/")
-"""Where a network is in a repository, its own or a pipeline's; the first that there is."""
+"""Sub-folders of a repository to look for a network in, in this order."""
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 SHARDS = "diffusion_pytorch_model-*-of-*.safetensors"
 
 
 def network_folder(source: str | Path, key: str) -> Path:
-    """Return the folder of a network: ``source`` itself, or the cached copy of a hub id's, downloaded if it is missing. ``key``
-    is the setting that a mistake is blamed on. Weights in other files than safetensors are not downloaded."""
+    """Return the local folder of a network: ``source`` itself, or the cached copy of a hub id, downloaded if needed.
+
+    Downloads safetensors weights only. ``key``: the setting to name in the UserError if there is no such network.
+    """
     folder = Path(source)
     if folder.exists() or not HUB_ID.fullmatch(str(source)):
         return folder

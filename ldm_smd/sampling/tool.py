@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files import atomic_folder, makes_folder
 from ..models.denoiser import num_classes
 from ..models.extended import class_of
-from ..models.known import DENOISERS
+from ..models.registry import DENOISERS
 from ..pipelines import SMDPipeline, load_pipeline
 from ..schedulers import make_scheduler
 from .batches import SamplingOptions, sample_pixels

@@ -14,8 +14,8 @@ from ..models.denoiser import embedding_dimensions
 from ..models.extended import class_of
 from ..models.fit import fit_posterior_noise
 from ..models.hub import network_folder
-from ..models.known import EXTENDED, EXTENSIONS
 from ..models.mixture import Mixture
+from ..models.registry import EXTENDED, EXTENSIONS
 from ..models.unet import SMDUNet2DModel
 from ..schedulers.conversion import path_of
 from ..schedulers.schedule import build_scheduler

@@ -12,7 +12,7 @@ from ..models.backbone import Backbone
 from ..models.denoiser import is_mixture, num_classes
 from ..models.extended import class_of
 from ..models.hub import network_folder
-from ..models.known import DENOISERS
+from ..models.registry import DENOISERS
 from ..schema import check
 from .run import Run
 from .step import draw_step, global_batch
