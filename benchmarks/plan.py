@@ -1,4 +1,4 @@
-"""What a data set and a model will take, before anything is bought: computed, not measured.
+"""Plan the cost of a data set and a model, before anything is bought: computed, not measured.
 
 Floating-point operations are counted by torch on the very networks, without running them, and divided by what the GPUs are
 assumed to do; bytes follow from the format of the shards and from what autograd keeps.
@@ -44,17 +44,17 @@ LATENT = (4, 32, 32)
 TAR_BLOCK, NPY_HEADER = 512, 128
 FLOAT16, FLOAT32 = 2, 4
 WEIGHTS_HELD = 5
-"""In float32: the weights, their gradients, AdamW's two moments, the average."""
+"""Float32 values per parameter: weight, gradient, two moments of AdamW, average."""
 BACKWARD = 2
-"""Operations of the way back, in those of the way there."""
+"""Operations of the backward pass, relative to the forward pass."""
 TF32 = 0.5
-"""Of the bf16 rate: the autoencoder works in float32, whose convolutions are TF32 on these GPUs."""
+"""Speed relative to bf16. The autoencoder runs in float32, whose convolutions use TF32 on these GPUs."""
 PICTURES_PER_CORE = 250
-"""A second, decoded and resized to 256 pixels."""
+"""Images decoded and resized to 256 pixels, per second."""
 ACTIVATION_BATCH = 8
 DIT_BATCH = 32
 FLOW_STEPS = 8
-"""As objective.teacher_steps."""
+"""The default of objective.teacher_steps."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Task:
     name: str
     pictures: int
     jpeg_bytes: int
-    """Of a picture as it comes."""
+    """Size of an original image."""
     images: int
-    """Seen in training."""
+    """Images seen in training."""
 
 
 TASKS = (
@@ -74,7 +74,7 @@ TASKS = (
 
 
 def encoder_flops(resolution: int) -> int:
-    """Of the encoder of Stable Diffusion's autoencoder, a picture."""
+    """Operations of the encoder of Stable Diffusion's autoencoder per image."""
     with FakeTensorMode(), torch.no_grad():
         autoencoder = stable_diffusion()
         with FlopCounterMode(display=False) as counter:
@@ -90,9 +90,9 @@ class Model:
     """A network as a mixture or as a Gaussian model.
 
     Attributes:
-        parameters: its number.
-        flops: of a training step, a picture.
-        activations: bytes a picture that autograd keeps for the way back, in bf16.
+        parameters: number of parameters.
+        flops: operations of a training step per image.
+        activations: bytes per image that autograd keeps for the backward pass, in bf16.
     """
 
     def __init__(self, build: Build, draws: int, checkpointing: bool = False) -> None:
@@ -115,7 +115,7 @@ class Distilled:
     teacher with it. Counted where training goes, forth and back (ldm_smd/training/distillation_losses.py).
 
     Attributes:
-        flops: of a training step, a picture.
+        flops: operations of a training step per image.
         activations: bytes a picture that autograd keeps, of mixture and critic, in bf16.
         held: bytes of weights and what is as large: of the mixture as ever, of the critic all but the average, the teacher's.
         divided: the part of them that FSDP divides, which is all but the teacher's.

@@ -40,7 +40,7 @@ from matplotlib.lines import Line2D
 
 CHOOSING = "UniPC"
 WITHIN = 1.02
-"""A distance counts as that of the full run up to this share of it."""
+"""A distance counts as equal to that of the full run within this fraction."""
 SCORE_PICTURES = 1024
 PLAIN = "pure noise"
 SMD, SMD_SOLVER = "SMD", "SDE-DPM-Solver++"
@@ -59,7 +59,7 @@ class TeleportBenchmarkConfig(ResultsConfig):
     smd: Optional[str] = None
     """Model folder of a mixture UNet with a gaussian part, for the same with SDE-DPM-Solver++."""
     solvers: list[str] = field(default_factory=lambda: ["UniPC", "DPM-Solver++", "Heun", "DDIM"])
-    """Of yardstick.SCHEDULERS."""
+    """Names in yardstick.SCHEDULERS."""
     steps: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 8, 12, 16, 25])
     full_steps: int = 50
     """A longer run, from pure noise alone."""
@@ -129,7 +129,7 @@ def title(solver: str, sigma: float) -> str:
 
 
 def jump(results: Results, fit: str, solver: str, pipeline: SMDPipeline, own: object, sigma: float, steps: int) -> None:
-    """The cell of one solver with so many steps, all after the jump."""
+    """Measure a solver with ``steps`` steps after the jump."""
     pipeline.scheduler = TeleportScheduler.from_config(own.config, scheduler=SCHEDULERS[solver], sigma_skip=sigma)
     count_evaluations(results.cell(fit, title(solver, sigma), pipeline, steps), pipeline, steps)
 

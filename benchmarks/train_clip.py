@@ -47,7 +47,7 @@ MODEL = {
     "vision_cfg": {"image_size": 64, "layers": 6, "width": 192, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 192, "heads": 6, "layers": 3},
 }
-"""As in OpenCLIP's own configs."""
+"""Model config in the format of OpenCLIP."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ def name_of(key: str) -> str:
 
 
 def named_pictures(images: ImagesConfig) -> Pictures:
-    """Those that have a name."""
+    """Load the images that have a name."""
     entries = [entry for entry in list_entries(images)[0] if name_of(entry.key)]
     [pictures] = read_pictures(entries, images, [range(len(entries))])
     return pictures

@@ -48,7 +48,8 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
             raise UserError(f"override: expected key=value with a YAML value, found {override!r}") from error
 
     for origin, layer in layers:
-        layer = OmegaConf.create(_with_current_names(schema, OmegaConf.to_container(layer), origin))
+        given = typing.cast(dict, OmegaConf.to_container(layer))
+        layer = OmegaConf.create(_with_current_names(schema, given, origin))
         _refuse_unknown_keys(schema, layer, origin)
         try:
             merged = OmegaConf.merge(merged, layer)

@@ -29,7 +29,7 @@ from .network import Start
 MODES = 256
 RANK = 128
 PARTS = {"z_channels": 32, "identifier_channels": 32, "hypernetwork_width": 40, "placement": "up"}
-"""Of the mixture, as in configs/train/emoji-smd.yaml."""
+"""Settings of the mixture, as in configs/train/emoji-smd.yaml."""
 PATCHES = [0, 4, 2, 1]
 FIRST_DRAWS, FIRST_BETA = 4, 0.5
 
@@ -58,7 +58,7 @@ class Mixture(Method):
     def energy_step(
         self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float, draws: int, beta: float
     ) -> dict[str, torch.Tensor]:
-        """One update by the energy score of so many draws."""
+        """Take an update with the energy score of ``draws`` draws."""
         t = self.process.random_t(len(x0), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         target = self.process.target(x0, eps, t, "v_prediction")
