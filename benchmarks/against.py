@@ -44,7 +44,7 @@ def other_class(checkout: Path) -> type[SMDUNet2DModel]:
 
 
 def seconds(model: SMDUNet2DModel, inputs: tuple[torch.Tensor, ...], trains: bool) -> tuple[float, torch.Tensor]:
-    """Of the processor for one step, and what it computed: a gradient or a prediction."""
+    """Processor time of one step, and its result: a gradient or a prediction."""
     x, t, labels, eta = inputs
     started = time.process_time()
     with torch.set_grad_enabled(trains):
@@ -60,7 +60,7 @@ def seconds(model: SMDUNet2DModel, inputs: tuple[torch.Tensor, ...], trains: boo
 
 
 def compare(name: str, before: type[SMDUNet2DModel], side: int, trains: bool) -> dict:
-    """The median of before's seconds over this checkout's, round by round, and how far the results are apart."""
+    """Return the median ratio of the time before to that of this checkout, over rounds, and the difference of the results."""
     models = [kind.from_pretrained(ROOT / "checkpoints" / name) for kind in (before, SMDUNet2DModel)]
     generator = torch.Generator().manual_seed(0)
     draws = DRAWS if trains else 1

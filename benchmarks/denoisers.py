@@ -40,7 +40,7 @@ from ldm_smd.models.extended_dit import ExtendedDiTTransformer2DModel
 
 DRAWS = 4
 CHANNELS, SIDE = 4, 32
-"""Of the latents of 256-pixel images in the VAE of both."""
+"""Shape of the latents of 256-pixel images in the VAE of both."""
 GAUSSIAN, MIXTURE = "Gaussian model", "mixture"
 
 
@@ -66,7 +66,7 @@ dit_b = partial(dit, 12, 12, 64)
 
 
 def stable_diffusion(tail_blocks: int | None = None) -> Backbone:
-    """In the layout of Stable Diffusion 1.x, with tokens for 1,000 classes."""
+    """Make a UNet like that of Stable Diffusion 1.x, with tokens for 1,000 classes."""
     with torch.device("meta"):
         config = plain_config(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
     return ExtendedUNet2DConditionModel(config, sample_size=64, in_channels=CHANNELS, num_classes=1000, tail_blocks=tail_blocks)

@@ -43,7 +43,7 @@ class FewStepsConfig(ResultsConfig):
     gaussian_schedulers: list[str] = field(
         default_factory=lambda: ["DDPM", "DDIM", "DPM-Solver++", "SDE-DPM-Solver++", "UniPC", "Euler ancestral"]
     )
-    """Of yardstick.SCHEDULERS."""
+    """Names in yardstick.SCHEDULERS."""
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 100])
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ def few_steps(config: FewStepsConfig) -> Path:
 
 
 def targets(models: dict) -> list[dict]:
-    """Each model with the best of its own schedulers."""
+    """Compare the models, each with its best scheduler."""
 
     def best(model: str, steps: int | None = None) -> float:
         schedulers = models[model]["distance"].values()

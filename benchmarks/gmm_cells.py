@@ -1,4 +1,4 @@
-"""What is trained on what: the models of the Gaussian mixture lab, and the cells of each of its parts."""
+"""The models of the Gaussian mixture lab, and the experiments (cells) of each of its parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALL_STEPS = (2, 5, 10, 50, 100, 500)
 
 @dataclass(frozen=True)
 class Model:
-    """One way to model the step and to train it."""
+    """A model of the reverse step and its training."""
 
     name: str
     objective: str = "energy"
@@ -20,10 +20,10 @@ class Model:
     beta: float = 0.25
     bandwidth: float = 0.15
     components: int = 1
-    """K > 1: a discrete part of z; then ``draws`` are of each component."""
+    """K > 1: z has a discrete part, and there are ``draws`` draws per component."""
     mixture: bool = True
     frozen: bool = False
-    """z is frozen: eta is 0, so that the mixture's layers are there and the mixture is not."""
+    """eta is 0: the network has the layers of a mixture but is Gaussian."""
 
 
 @dataclass(frozen=True)
@@ -35,47 +35,47 @@ class Budget:
 
 @dataclass(frozen=True)
 class Distilled:
-    """One way of posterior distillation (gmm_distill.py)."""
+    """A variant of posterior distillation (gmm_distill.py)."""
 
     name: str
     teacher: str = "exact"
-    """Or "learned": a Gaussian model trained on samples."""
+    """"exact": the true posterior mean. "learned": a Gaussian model trained on samples."""
     start: str = "random"
-    """Or "Gaussian", "energy": the student is trained first, as a Gaussian model or a mixture by the energy score."""
+    """"Gaussian", "energy": the student is first trained as a Gaussian model, or with the energy score."""
     spread: float = 0.7
-    """What x_0 is to spread by eta at the start, where it otherwise does not at all."""
+    """Initial spread of x_0 over eta, which would otherwise be zero."""
     conditional: bool = True
-    """The views are x_t and x_r as one, x_u; else x_r alone."""
+    """Use x_u, the combination of x_t and x_r; false: x_r alone."""
     joint: bool = True
-    """The critic sees x_r and x_t, not x_u alone."""
+    """The critic sees x_r and x_t; false: x_u alone."""
     residual: bool = False
-    """The critic learns what the teacher's prediction, which it also sees, lacks."""
+    """The critic predicts the residual to the teacher's prediction, which is also its input."""
     draws: int = 1
-    """M, of each x_t."""
+    """M, draws per x_t."""
     others: bool = False
-    """The critic learns what the mean of the M - 1 other draws of the same x_t, weighted by x_r, lacks."""
+    """The critic predicts the residual to the mean of the other M - 1 draws of the same x_t, weighted by x_r."""
     critic_updates: int = 1
-    """To one of the student; 0: no critic is trained, the M draws themselves say where others are (mean_of_draws)."""
+    """Critic updates per student update. 0: no critic; the M draws are used instead (mean_of_draws)."""
     critic_rate: float = 2.5
-    """Times the student's."""
+    """Learning rate of the critic, relative to the student's."""
     critic_width: int = 64
     head_blocks: int = 1
     normalise: str = "own"
-    """By the draw's distance from the teacher's prediction; or "level", by s_u."""
+    """Normalisation of the gradient. "own": by the distance of the draw from the teacher's prediction. "level": by s_u."""
     regression: float = 0.0
-    """Share of the updates, the first ones, that learn eta -> x_0 by regression on the teacher's posterior flow."""
+    """Fraction of the updates, at the start, with regression on the teacher's posterior flow."""
     identity: float = 0.0
     """alpha of score identity."""
     energy: float = 0.0
-    """Weight of an energy score beside it."""
+    """Weight of an additional energy score."""
     most_noise: float = 3.0
-    """Most s_r / a_r of the second view."""
+    """Largest s_r / a_r of the second view."""
     pure_noise: float = 0.0
-    """Share of the batch at the last timestep, beside the t drawn there."""
+    """Additional fraction of the batch at the last timestep."""
     momentum: float = 0.0
-    """Of AdamW, for student and critic: beta_1."""
+    """beta_1 of AdamW, for student and critic."""
     first_updates: int = 1000
-    """Of Gaussian models trained first."""
+    """Updates of the Gaussian models that are trained first."""
     objective: str = "distillation"
 
 

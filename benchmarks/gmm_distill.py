@@ -24,7 +24,7 @@ from ldm_smd.progress import progress
 LEVELS = 1000
 """Steps of the process that the second view is noised by; the student's T steps are among them, so T has to divide LEVELS."""
 LEAST_NOISE = 0.03
-"""Least s_r / a_r of the second view, which is uniform in its logarithm; the modes' own is about 0.06."""
+"""Smallest s_r / a_r of the second view, which is log-uniform; the modes have about 0.06."""
 FLOW_STEPS = 16
 SMALLEST = 1e-4
 ENERGY_BETA = 0.25
@@ -35,7 +35,7 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class Views:
-    """What teacher and critic see of a draw x of q(x_0 | x_t), rows (N, D) and timesteps (N,) of the fine process.
+    """Inputs of teacher and critic for a draw x of q(x_0 | x_t), rows (N, D) and timesteps (N,) of the fine process.
 
     Attributes:
         x_t, t: what the student saw.
@@ -82,7 +82,7 @@ def exact_teacher(problem: Problem, path: DiffusionProcess) -> Denoiser:
 
 
 def noised_finely(problem: Problem, path: DiffusionProcess) -> Problem:
-    """The same data, noised in many steps."""
+    """The same data with a process of many steps."""
     fine = copy.copy(problem)
     fine.process, fine.steps = path, LEVELS
     return fine

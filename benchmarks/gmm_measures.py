@@ -1,4 +1,4 @@
-"""How near a model is to the data, and its one-step kernel to the exact one, which is known for a Gaussian mixture."""
+"""Distance of samples from the data, and of one-step kernels from the exact ones, which are known for Gaussian mixtures."""
 
 from __future__ import annotations
 

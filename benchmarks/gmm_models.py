@@ -1,4 +1,4 @@
-"""The networks of gmm_lab.py: SMD for points in place of pictures, several independent models trained at once.
+"""The networks of gmm_lab.py: SMD for points instead of images, several independent models trained at once.
 
 Every parameter has a leading axis, one entry for each model (seed): small networks are bound by overhead, not by arithmetic,
 and three take little longer than one. The mixture is the one of ldm_smd/models/hypernetwork.py, a place being a point.
@@ -109,7 +109,7 @@ class PointDenoiser(nn.Module):
         return self.eta_dimensions > 0
 
     def movers(self) -> list[nn.Parameter]:
-        """What takes a component from its place."""
+        """Displacement of a component from its initial place."""
         return [*self.out.parameters(), *self.deviation.parameters(), self.place] if self.components > 1 else []
 
     def features(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ def targets(done: list[dict]) -> list[dict]:
 
 
 def distill_targets(done: list[dict]) -> list[dict]:
-    """Check what the best way of distillation from the exact teacher reaches, that of the least sliced W2."""
+    """Check the targets for the best distillation from the exact teacher, that with the lowest sliced W2."""
     checks = []
     for data, steps in (("ring of 8", 2), ("5x5 grid", 5)):
         found = [e for e in done if (e["data"], e["T"]) == (data, steps) and e["model"].startswith(EXACT)]

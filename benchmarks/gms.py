@@ -53,16 +53,16 @@ class GMSConfig(ResultsConfig):
             "SDE-DPM-Solver++",
         ]
     )
-    """Of yardstick.SCHEDULERS."""
+    """Names in yardstick.SCHEDULERS."""
     steps: list[int] = field(default_factory=lambda: [5, 10, 15, 25, 50, 100])
     stroke_schedulers: list[str] = field(default_factory=lambda: ["DDPM", "GMS, two moments", "GMS", "DDIM"])
     stroke_steps: int = 20
-    """Of a whole run; a strength takes the last of them."""
+    """Steps of a full run; a run with a strength takes the last of them."""
     strengths: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7, 0.9])
     stroke_side: int = 4
-    """Strokes are held-out pictures averaged to so many patches a side,"""
+    """Strokes are held-out images averaged to this many patches per side,"""
     stroke_colours: int = 6
-    """with so many values of each colour channel."""
+    """with this many values per colour channel."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,7 +31,7 @@ FIT_FLOOR = torch.tensor(1e-3)
 
 
 def feasible_moments() -> CentralMoments:
-    """Of random mixtures: means normal, variances from 0.05 to 1.05."""
+    """Return moments of random mixtures with normal means and variances from 0.05 to 1.05."""
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, *SHAPE, generator=generator)
     variance = 0.05 + torch.rand(SHAPE, generator=generator)

@@ -50,7 +50,7 @@ def run(arguments: list[str], seconds: float | None = None) -> bool:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of every file that a run leaves, but what holds times and places."""
+    """Hash every file of a run, except those that contain times and paths."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -23,7 +23,7 @@ LEAST = 1e-9
 
 @dataclass
 class PictureConfig:
-    """What is compared with, and how."""
+    """Reference images and measures."""
 
     images: ImagesConfig = field(default_factory=ImagesConfig)
     """The pictures the models were trained on."""
@@ -60,7 +60,7 @@ class NetworkMeasure:
         self.new_distance = self._to_nearest(self.held_out.features)
 
     def __call__(self, features: torch.Tensor, rounds: int, held_out: bool = True) -> dict[str, float]:
-        """Of features (N, D)."""
+        """Statistics of features (N, D)."""
         found = distances(features, self.training, self.extractor.unit_length, rounds)
         if held_out:
             found["frechet_held_out"] = frechet_distance(features, self.held_out)
@@ -141,11 +141,11 @@ class PictureMeasure:
         return sum(math.log(max(value, 1e-12)) for value in found) / len(found)
 
     def labels(self, count: int) -> list[int | None]:
-        """Of training pictures in one shuffled order, over again where there are fewer."""
+        """Return labels of training images in a shuffled order, repeated if there are too few."""
         return shuffled(self._labels, count, seed=2)
 
     def held_out_labels(self, count: int) -> list[int | None]:
-        """Of held-out pictures, likewise: for the samples that are reported."""
+        """Return labels of held-out images in the same way, for the samples that are reported."""
         return shuffled(self._held_out_labels, count, seed=0)
 
     def _measured(self, pixels: torch.Tensor, features: list[torch.Tensor], held_out: bool = True) -> dict:

@@ -41,7 +41,7 @@ COLUMNS = ("frechet", "frechet_held_out", "precision", "recall", "coverage", "ne
 
 @dataclass
 class Cells:
-    """What is measured of a model: every number of steps with every guidance scale."""
+    """One model and its samples, with every number of steps and every guidance scale."""
 
     model: str = MISSING
     """Model folder (RUN/model)."""
@@ -59,7 +59,7 @@ class Pictures256Config(PictureConfig):
     """"mixture" and "gaussian" are compared in the targets."""
     samples: int = 2000
     sheet_pictures: int = 48
-    """Of each class; 0: no sheets."""
+    """Samples per class on the sheets. 0: no sheets."""
     sheets: dict[str, Cells] = field(default_factory=dict)
     """By name of the sheet; the first number of steps and guidance scale."""
 

@@ -1,4 +1,4 @@
-"""What a data set and a model will take, before anything is bought: computed, not measured.
+"""Plan the cost of a data set and a model, before anything is bought: computed, not measured.
 
 Floating-point operations are counted by torch on the very networks, without running them, and divided by what the GPUs are
 assumed to do; bytes follow from the format of the shards and from what autograd keeps.
@@ -32,8 +32,8 @@ from ldm_smd.models.backbone import Backbone
 from ldm_smd.models.denoiser import predict
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schedulers.schedule import build_scheduler
-from ldm_smd.training.critics import critic_of
-from ldm_smd.training.judges import Judges, critic_objective
+from ldm_smd.training.critics import make_critic
+from ldm_smd.training.distillation_losses import DistillationLosses, critic_objective
 from ldm_smd.training.settings import TrainConfig
 
 RESULT = Path(__file__).parent / "results" / "plan.md"
@@ -45,17 +45,17 @@ LATENT = (4, 32, 32)
 TAR_BLOCK, NPY_HEADER = 512, 128
 FLOAT16, FLOAT32 = 2, 4
 WEIGHTS_HELD = 5
-"""In float32: the weights, their gradients, AdamW's two moments, the average."""
+"""Float32 values per parameter: weight, gradient, two moments of AdamW, average."""
 BACKWARD = 2
-"""Operations of the way back, in those of the way there."""
+"""Operations of the backward pass, relative to the forward pass."""
 TF32 = 0.5
-"""Of the bf16 rate: the autoencoder works in float32, whose convolutions are TF32 on these GPUs."""
+"""Speed relative to bf16. The autoencoder runs in float32, whose convolutions use TF32 on these GPUs."""
 PICTURES_PER_CORE = 250
-"""A second, decoded and resized to 256 pixels."""
+"""Images decoded and resized to 256 pixels, per second."""
 ACTIVATION_BATCH = 8
 DIT_BATCH = 32
 FLOW_STEPS = 8
-"""As objective.teacher_steps."""
+"""The default of objective.teacher_steps."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Task:
     name: str
     pictures: int
     jpeg_bytes: int
-    """Of a picture as it comes."""
+    """Size of an original image."""
     images: int
-    """Seen in training."""
+    """Images seen in training."""
 
 
 TASKS = (
@@ -75,7 +75,7 @@ TASKS = (
 
 
 def encoder_flops(resolution: int) -> int:
-    """Of the encoder of Stable Diffusion's autoencoder, a picture."""
+    """Operations of the encoder of Stable Diffusion's autoencoder per image."""
     with FakeTensorMode(), torch.no_grad():
         autoencoder = stable_diffusion()
         with FlopCounterMode(display=False) as counter:
@@ -91,9 +91,9 @@ class Model:
     """A network as a mixture or as a Gaussian model.
 
     Attributes:
-        parameters: its number.
-        flops: of a training step, a picture.
-        activations: bytes a picture that autograd keeps for the way back, in bf16.
+        parameters: number of parameters.
+        flops: operations of a training step per image.
+        activations: bytes per image that autograd keeps for the backward pass, in bf16.
     """
 
     def __init__(self, build: Build, draws: int, checkpointing: bool = False) -> None:
@@ -113,10 +113,10 @@ class Model:
 
 class Distilled:
     """The same mixture where a Gaussian model of its shape is distilled into it: one draw a picture, the passes of critic and
-    teacher with it. Counted where training goes, forth and back (ldm_smd/training/judges.py).
+    teacher with it. Counted where training goes, forth and back (ldm_smd/training/distillation_losses.py).
 
     Attributes:
-        flops: of a training step, a picture.
+        flops: operations of a training step per image.
         activations: bytes a picture that autograd keeps, of mixture and critic, in bf16.
         held: bytes of weights and what is as large: of the mixture as ever, of the critic all but the average, the teacher's.
         divided: the part of them that FSDP divides, which is all but the teacher's.
@@ -124,12 +124,12 @@ class Distilled:
 
     def __init__(self, build: Build, settings: DistillationConfig, checkpointing: bool = False) -> None:
         path = DiffusionProcess(build_scheduler(DiffusionConfig()).alphas_cumprod)
-        judges = Judges(path, "v_prediction", settings)
+        distillation_losses = DistillationLosses(path, "v_prediction", settings)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            judges.path = DiffusionProcess(fake.from_tensor(path.alphas_cumprod))
+            distillation_losses.path = DiffusionProcess(fake.from_tensor(path.alphas_cumprod))
             model, teacher = (build(mixture, checkpointing) for mixture in (True, False))
             with patch.object(type(teacher), "to", lambda critic, *_: critic):  # which fake weights do not like; they are there
-                critic = critic_of(teacher.requires_grad_(False), settings).train()
+                critic = make_critic(teacher.requires_grad_(False), settings).train()
             if checkpointing:
                 critic.enable_gradient_checkpointing()
             labels = {"class_labels": torch.zeros(ACTIVATION_BATCH, dtype=torch.long)}
@@ -138,7 +138,7 @@ class Distilled:
             def losses(model_learns: bool = True) -> dict[str, torch.Tensor]:
                 with torch.set_grad_enabled(model_learns):
                     x = model(x_t, t, eta=noise, return_dict=False, **labels)[0].float()
-                return judges.losses(teacher, critic, x, noise, x_t, t, t, noise, labels)
+                return distillation_losses.losses(teacher, critic, x, noise, x_t, t, t, noise, labels)
 
             with FlopCounterMode(display=False) as counter:
                 for number in range(settings.critic_updates):
@@ -157,7 +157,7 @@ class Distilled:
 
 
 def unet_of(config: TrainConfig, mixture: bool, checkpointing: bool) -> SMDUNet2DModel:
-    shape = config.model.of_unet() | ({} if mixture else {"z_channels": 0})
+    shape = config.model.unet_arguments() | ({} if mixture else {"z_channels": 0})
     channels, side, _ = LATENT
     unet = SMDUNet2DModel(sample_size=side, in_channels=channels, out_channels=channels, num_classes=CLASSES, **shape)
     if checkpointing:

@@ -45,7 +45,7 @@ def one_case(kind: str, pixels: int) -> dict:
     vae = AUTOENCODERS[kind]().eval()
     encoder = FrozenAutoencoder(vae)
     side = pixels // encoder.factor
-    shape = load_config(TrainConfig, "configs/train/imagenet-256.yaml").model.of_unet()
+    shape = load_config(TrainConfig, "configs/train/imagenet-256.yaml").model.unet_arguments()
     channels = encoder.latent_channels
     unet = SMDUNet2DModel(sample_size=32, in_channels=channels, out_channels=channels, num_classes=CLASSES, **shape).eval()
     pipeline = SMDPipeline(unet, vae, DDPMScheduler())

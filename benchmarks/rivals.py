@@ -1,4 +1,4 @@
-"""Few-step methods that people would pick, trained from the same Gaussian model at the same cost, and measured alike.
+"""Popular few-step methods, trained from the same Gaussian model at the same cost and measured in the same way.
 
 Parts: check (data whose distribution is known), costs (of all that is searched, in denoising steps), search (settings of each
 method), contest (the best settings, several seeds), collect (join what there is). Each training writes a file of its own into
@@ -47,7 +47,7 @@ class RivalsConfig:
     """benchmarks/rivals.py"""
 
     name: str = MISSING
-    """Of the picture set; names the result files."""
+    """Name of the image set, used in the names of the result files."""
     part: str = "contest"
     """check, costs, search, contest or collect."""
     start: str = "checkpoints/unet-emoji-vanilla"
@@ -74,12 +74,12 @@ class RivalsConfig:
     keep: list[str] = field(default_factory=list)
     """Methods whose weights are kept, of the first seed."""
     measured: list[str] = field(default_factory=list)
-    """Folders of mixtures that are measured beside what is trained."""
+    """Folders of further mixtures to measure."""
     device_name: Optional[str] = None
-    """What the trainings ran on, for the result."""
+    """Description of the device, for the result."""
     start_schedulers: list[str] = field(default_factory=lambda: ["UniPC", "SDE-DPM-Solver++", "DDPM"])
     start_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 100])
-    """Of the Gaussian model that all start from."""
+    """Numbers of steps for the Gaussian model that all methods start from."""
     gaussian: Optional[str] = None
     """Folder of Gaussians (tools/fit_gaussian.py), to sample from their drafts too."""
     draft_sigma: float = 2.5
@@ -151,7 +151,7 @@ def judged(result: dict) -> float:
 
 
 def best_settings(folder: Path) -> dict[str, dict]:
-    """Of each method, the best result of a search."""
+    """Return the best result of a search for each method."""
     best: dict[str, dict] = {}
     for result in read_results(folder):
         if result["method"] not in best or judged(result) < judged(best[result["method"]]):

@@ -47,9 +47,9 @@ class SchedulersConfig(ResultsConfig):
     autoencoder: str = MISSING
     """Folder of the AutoencoderKL of both."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    """Of the training of both."""
+    """Process that both were trained with."""
     schedulers: list[str] = field(default_factory=lambda: sorted(SUPPORTED))
-    """As make_scheduler takes them; DDIMScheduler, which all are compared with, comes first of itself."""
+    """Schedulers as in make_scheduler. DDIMScheduler, which all are compared with, is added first."""
     controls: list[str] = field(
         default_factory=lambda: [
             f"{name}:use_karras_sigmas=false" for name, needed in sorted(SUPPORTED.items()) if "use_karras_sigmas" in needed
@@ -82,7 +82,7 @@ def schedulers(config: SchedulersConfig) -> Path:
 
 
 def settings_of(name: str) -> str:
-    """Those asked for, or that make_scheduler gives a class for our models, as make_scheduler takes them."""
+    """Return the configured schedulers, or all that make_scheduler supports."""
     if ":" in name:
         return name.partition(":")[2]
     return ",".join(f"{key}={str(value).lower()}" for key, value in SUPPORTED.get(name, {}).items())

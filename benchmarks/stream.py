@@ -56,7 +56,7 @@ TRAINING_TARGET = 0.97
 
 FORK = multiprocessing.get_context("fork")
 Batches = Callable[[int], Iterator]
-"""From a number of workers to batches without end."""
+"""Function from a number of workers to an endless iterator of batches."""
 
 
 class MemoryMap(Dataset):
@@ -73,7 +73,7 @@ class MemoryMap(Dataset):
 
 
 class MemoryMapOfBatches(MemoryMap):
-    """The same with torch's shortcut for a whole batch, which few know of."""
+    """The same with torch's __getitems__ for whole batches."""
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(self.moments[indices]), torch.from_numpy(self.labels[indices])

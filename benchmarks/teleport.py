@@ -27,7 +27,7 @@ from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.cli import run_tool
 from ldm_smd.data.shards import Manifest
 from ldm_smd.diffusion.process import DiffusionProcess
-from ldm_smd.models.denoiser import known_labels, num_classes, predict
+from ldm_smd.models.denoiser import model_labels, num_classes, predict
 from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.schedulers import TeleportScheduler, make_scheduler
@@ -40,7 +40,7 @@ from matplotlib.lines import Line2D
 
 CHOOSING = "UniPC"
 WITHIN = 1.02
-"""A distance counts as that of the full run up to this share of it."""
+"""A distance counts as equal to that of the full run within this fraction."""
 SCORE_PICTURES = 1024
 PLAIN = "pure noise"
 SMD, SMD_SOLVER = "SMD", "SDE-DPM-Solver++"
@@ -59,7 +59,7 @@ class TeleportBenchmarkConfig(ResultsConfig):
     smd: Optional[str] = None
     """Model folder of a mixture UNet with a gaussian part, for the same with SDE-DPM-Solver++."""
     solvers: list[str] = field(default_factory=lambda: ["UniPC", "DPM-Solver++", "Heun", "DDIM"])
-    """Of yardstick.SCHEDULERS."""
+    """Names in yardstick.SCHEDULERS."""
     steps: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 8, 12, 16, 25])
     full_steps: int = 50
     """A longer run, from pure noise alone."""
@@ -129,7 +129,7 @@ def title(solver: str, sigma: float) -> str:
 
 
 def jump(results: Results, fit: str, solver: str, pipeline: SMDPipeline, own: object, sigma: float, steps: int) -> None:
-    """The cell of one solver with so many steps, all after the jump."""
+    """Measure a solver with ``steps`` steps after the jump."""
     pipeline.scheduler = TeleportScheduler.from_config(own.config, scheduler=SCHEDULERS[solver], sigma_skip=sigma)
     count_evaluations(results.cell(fit, title(solver, sigma), pipeline, steps), pipeline, steps)
 
@@ -186,7 +186,7 @@ def score_study(config: TeleportBenchmarkConfig, pipeline: SMDPipeline, own: obj
     """
     manifest = Manifest.load(config.shards)
     latents, labels = fitting_latents(manifest, FrozenAutoencoder(pipeline.vae), seed=0, mirror=False)
-    x0, labels = latents[:SCORE_PICTURES], known_labels(labels[:SCORE_PICTURES], num_classes(pipeline.unet))
+    x0, labels = latents[:SCORE_PICTURES], model_labels(labels[:SCORE_PICTURES], num_classes(pipeline.unet))
     process = DiffusionProcess(own.alphas_cumprod)
     generator = torch.Generator().manual_seed(0)
     rows = {"sigma": [], "score": {fit: [] for fit in fits}, "x0": {fit: [] for fit in fits}}

@@ -47,7 +47,7 @@ MODEL = {
     "vision_cfg": {"image_size": 64, "layers": 6, "width": 192, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 192, "heads": 6, "layers": 3},
 }
-"""As in OpenCLIP's own configs."""
+"""Model config in the format of OpenCLIP."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ from ldm_smd.training.rates import warmup_then_cosine
 
 WARMUP = 0.1
 FROZEN_NORMS = 0.8
-"""From this fraction of the training on the norms use their running statistics, as they will in use."""
+"""From this fraction of the training on, norms use their running statistics, as in evaluation."""
 NEIGHBOURS = 10
 REPORT_EVERY_STEPS = 10
 
@@ -66,7 +66,7 @@ class TrainFeaturesConfig:
     """Every step takes a batch of each. The other view is looked for among those of the same set: between sets it is easy."""
     block_out_channels: list[int] = field(default_factory=lambda: [16, 32, 96, 176])
     head_channels: int = 256
-    """Of the head's hidden layer; its output has half of that."""
+    """Width of the head's hidden layer; its output has half of it."""
     temperature: float = 0.2
     images_total: int = 200_000
     """Pictures, all sets together."""
@@ -165,7 +165,7 @@ def measure_features(extractor: Extractor, loaded: dict[str, tuple[Loaded, Loade
 
 
 def nearest_right(features: torch.Tensor, labels: torch.Tensor, new: torch.Tensor, true: torch.Tensor) -> float:
-    """Share of the rows ``new`` (M, D) whose class is the most frequent one among the nearest rows by their cosine."""
+    """Return the fraction of rows ``new`` (M, D) whose class is the most frequent one among the nearest rows by cosine."""
     features, classes = F.normalize(features, dim=1).float(), int(labels.max()) + 1
     right = 0
     for rows, own in zip(F.normalize(new, dim=1).float().split(1024), true.split(1024)):

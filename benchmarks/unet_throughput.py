@@ -154,7 +154,7 @@ def measure(case: dict, rounds: int, device: torch.device) -> dict:
 
 
 def median_ratio(rows: list[dict[str, float]], above: str, below: str) -> float:
-    """Of the seconds of two models in the same round."""
+    """Return the median ratio of the times of two models in the same round."""
     return statistics.median(row[above] / row[below] for row in rows)
 
 

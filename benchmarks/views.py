@@ -13,17 +13,17 @@ import torch.nn.functional as F
 ASPECT = 4 / 3
 GREY = (0.299, 0.587, 0.114)
 TAPS = 5
-"""Of the blur's kernel."""
+"""Width of the blur kernel."""
 
 
 @dataclass
 class ViewConfig:
-    """How views differ."""
+    """Augmentation of views."""
 
     side: int = 32
-    """Of the views, in pixels."""
+    """Side of the views, in pixels."""
     area: list[float] = field(default_factory=lambda: [0.3, 1.0])
-    """Least and greatest share of the picture that is cropped."""
+    """Smallest and largest fraction of the image to crop."""
     mirror: bool = False
     """Half of them. Not for letters or flags."""
     jitter: float = 0.4
@@ -31,11 +31,11 @@ class ViewConfig:
     hue: float = 0.1
     """Greatest turn of the hue, of a whole circle."""
     recoloured: float = 0.8
-    """Share of the views with other colours."""
+    """Fraction of the views with colour jitter."""
     grey: float = 0.15
-    """Share of the views without colours."""
+    """Fraction of the views in grayscale."""
     blurred: float = 0.2
-    """Share of the views that are blurred. Few and little: features that ignore a blur do not measure it."""
+    """Fraction of the views to blur. Small, because features that ignore blur cannot measure it."""
     blur: float = 0.8
     """Greatest standard deviation, in pixels of the view."""
 
@@ -95,7 +95,7 @@ def hue_turn(angle: torch.Tensor) -> torch.Tensor:
 
 
 def random_blur(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
-    """A Gaussian blur of a share of the pictures, each with a standard deviation of its own."""
+    """Blur a fraction of the images, each with its own standard deviation."""
     chosen = (uniform(pixels, 0, 1) < config.blurred).nonzero().flatten()
     if not len(chosen):
         return pixels

@@ -1,5 +1,5 @@
-"""What the picture benchmarks share: the same labels and seeds for every model and scheduler, and the distance to training
-pictures in the features of a network."""
+"""Shared by the image benchmarks: equal labels and seeds for every model and scheduler, and the distance to training images in
+the features of a network."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SCHEDULERS = {
 @dataclass
 class YardstickConfig:
     name: str = MISSING
-    """Of the picture set; names the result files."""
+    """Name of the image set, used in the names of the result files."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
     """The pictures the models were trained on."""
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
@@ -64,7 +64,7 @@ class YardstickConfig:
 
 @dataclass
 class ResultsConfig(YardstickConfig):
-    """Of a benchmark with Results."""
+    """Settings of a benchmark with Results."""
 
     resume: bool = False
     """Keep what the result file has of the same weights, pictures, features and numbers of samples."""
@@ -104,13 +104,13 @@ class Yardstick:
         }
 
     def pictures(self, pipeline: SMDPipeline, steps: int, start: int, count: int, title: str) -> torch.Tensor:
-        """Of the labels and seeds from ``start`` on, with the scheduler that the pipeline has; (count, 3, H, W) in [0, 1]."""
+        """Sample with the labels and seeds from ``start`` on and the scheduler of the pipeline; (count, 3, H, W) in [0, 1]."""
         chosen = self.labels[start : start + count]
         options = SamplingOptions(steps, seed=start, batch_size=BATCH_SIZE)
         return sample_pixels(pipeline, chosen, count, options, title)
 
     def cell(self, pipeline: SMDPipeline, steps: int, title: str) -> dict:
-        """The distance of all samples with so many steps, their mean brightness, and the evaluations that each took."""
+        """Return the distance of all samples with ``steps`` steps, their mean brightness, and evaluations per sample."""
         count = self.samples // self.seeds
         parts = [self.pictures(pipeline, steps, seed * count, count, title) for seed in range(self.seeds)]
         brightness = round(float(torch.cat(parts).mean()), 4)
@@ -192,7 +192,7 @@ class Results:
         self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def finish(self, lines: list[str]) -> Path:
-        """Also the seconds of the run, and Markdown beside the JSON; returns the JSON's path."""
+        """Write the JSON with the run time, and a Markdown file next to it; returns the path of the JSON."""
         self.content["seconds"] = round(time.perf_counter() - self.started)
         self.write(finished=True)
         text = "\n".join(lines) + "\n"
@@ -216,7 +216,7 @@ def joined(earlier: dict, now: dict) -> dict:
 
 
 def weights_sha256(folder: str) -> str:
-    """Of what a model folder has beside the autoencoder, or of the network in a folder of its own."""
+    """Hash the networks of a model folder except the autoencoder, or the network in a folder of its own."""
     digest = hashlib.sha256()
     whole = Path(folder)
     for path in weight_files(whole, NETWORKS) or weight_files(whole.parent, [whole.name]):

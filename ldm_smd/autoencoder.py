@@ -1,7 +1,7 @@
-"""FrozenAutoencoder: one interface to AutoencoderKL, AutoencoderTiny and AutoencoderDC of diffusers.
+"""FrozenAutoencoder: a common interface to AutoencoderKL, AutoencoderTiny and AutoencoderDC of diffusers.
 
-Images go in as uint8 and come out as floats in [-1, 1]; latents are normalised by the model's own constants. The encoder's
-moments are written to disk, and normalised only when they are read.
+It encodes uint8 images and decodes to floats in [-1, 1]. Latents are normalised with the constants of the model. Shards store
+the moments of the encoder, which are normalised when they are read.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from .errors import UserError, one_line
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 INPUT_RANGE = (-1.0, 1.0)
-"""All three diffusers classes take pixels in [-1, 1] (AutoencoderTiny rescales inside)."""
+"""All three classes take images in [-1, 1] (AutoencoderTiny rescales them itself)."""
 
 
 class FrozenAutoencoder(nn.Module):
-    """Encodes and decodes with a diffusers autoencoder, without gradients. The wrapped model is not changed.
+    """Encodes and decodes with a diffusers autoencoder, without gradients, and without changing it.
 
     Args:
         model: an AutoencoderKL, AutoencoderTiny or AutoencoderDC.
-        name: its folder or hub id, for manifests and messages.
+        name: folder or hub id, for manifests and messages.
     """
 
     shift: torch.Tensor
@@ -63,7 +63,7 @@ class FrozenAutoencoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Return the device it runs on, also while it is offloaded."""
+        """Return the device that the model runs on, even while it is offloaded."""
         return getattr(getattr(self.model, "_hf_hook", None), "execution_device", self.model.device)
 
     @property
@@ -76,10 +76,10 @@ class FrozenAutoencoder(nn.Module):
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Within the block, put the model into evaluation mode, and into float32 if it overflows in float16.
+        """Within the context, put the model in evaluation mode, and in float32 if it overflows in float16.
 
-        ``force_upcast`` marks weights that overflow in float16 (the SDXL autoencoder); bfloat16 has float32's range. Blocks
-        nest: several calls in one convert the weights once.
+        ``force_upcast`` marks weights that overflow in float16 (the SDXL autoencoder); bfloat16 has the range of float32. An
+        outer context converts the weights only once for several calls.
         """
         training, dtype = self.model.training, self.dtype
         upcast = dtype == torch.float16 and self.model.config.get("force_upcast", False)
@@ -100,7 +100,7 @@ class FrozenAutoencoder(nn.Module):
         """Encode uint8 images (B, 3, H, W) to float32 moments (B, 2, C, h, w), mean and log-variance; (B, 1, C, h, w) from a
         deterministic autoencoder."""
         low, high = INPUT_RANGE
-        # Autocast would run the convolutions in half precision even for weights that must stay in float32.
+        # Autocast would use half precision even if the weights must stay in float32.
         with self.working(), torch.autocast(self.device.type, enabled=False):
             encoded = self.model.encode(pixels.to(self.device, self.dtype) / 255.0 * (high - low) + low)
         if isinstance(self.model, AutoencoderKL):
@@ -120,7 +120,7 @@ class FrozenAutoencoder(nn.Module):
         return x.float().clamp(*INPUT_RANGE)
 
     def identity(self) -> dict:
-        """Return all that latents depend on, for manifests: autoencoders of equal identities give equal latents."""
+        """Describe the model for manifests. Autoencoders with equal identities give equal latents."""
         return {
             "class": type(self.model).__name__,
             "encoder_sha256": encoder_sha256(self.model),
@@ -132,7 +132,7 @@ class FrozenAutoencoder(nn.Module):
 
 
 def spatial_factor(model: ModelMixin) -> int:
-    """Return the number of pixels per latent along each side."""
+    """Return the downsampling factor, the number of pixels per latent position along each side."""
     if isinstance(model, AutoencoderKL):
         return 2 ** (len(model.config.block_out_channels) - 1)
     return model.spatial_scale_factor if isinstance(model, AutoencoderTiny) else model.spatial_compression_ratio
@@ -141,8 +141,8 @@ def spatial_factor(model: ModelMixin) -> int:
 def sample_latents(
     moments: torch.Tensor, generator: torch.Generator | None = None, noise: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Draw latents (B, C, h, w) from moments (B, 2 or 1, C, h, w): mean + exp(logvar / 2) * noise, in float32. ``noise`` is
-    drawn if it is not given."""
+    """Draw latents (B, C, h, w) from moments (B, 2 or 1, C, h, w): mean + exp(logvar / 2) * noise, in float32. ``noise``
+    is drawn by default."""
     mean = moments[:, 0].float()
     if moments.shape[1] == 1:
         return mean
@@ -152,7 +152,7 @@ def sample_latents(
 
 
 def latent_affine(config: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (shift, scale), each (1, C or 1, 1, 1), of a diffusers autoencoder's config.
+    """Return (shift, scale), each (1, C or 1, 1, 1), from the config of a diffusers autoencoder.
 
     diffusers has two conventions: (z - shift_factor) * scaling_factor, and with per-channel constants
     (z - latents_mean) * scaling_factor / latents_std.
@@ -167,9 +167,9 @@ def latent_affine(config: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def encoder_sha256(model: nn.Module) -> str:
-    """Hash the parameters and buffers that latents depend on, by name: all but the decoder's.
+    """Hash the parameters and buffers that latents depend on: all except those of the decoder.
 
-    The file they are stored in does not matter, and further training of the decoder leaves latents valid.
+    The hash is independent of the file format, and latents stay valid if only the decoder is trained further.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -27,10 +27,10 @@ from .errors import UserError, shortened
 Config = TypeVar("Config")
 CONSOLE = "ldm-smd"
 FILE_ERRORS = {EACCES, EDQUOT, EEXIST, EIO, EISDIR, ENAMETOOLONG, ENOENT, ENOSPC, ENOTDIR, EPERM, EROFS}
-"""Errors of the system about the user's files, and not of this code."""
+"""Operating system errors that are about the user's files."""
 HEAD = f"""# The tools
 
-What `--help` prints (`python -m ldm_smd.cli > docs/tools.md`). After `pip install .` each is also a command:
+The output of `--help` (made by `python -m ldm_smd.cli > docs/tools.md`). After `pip install .` each tool is also a command:
 `{CONSOLE} train-autoencoder` (or `python -m ldm_smd train-autoencoder`) is the same as `python tools/train_autoencoder.py`.
 
 Completion of sub-commands, flags, settings and their values, in bash (a line for `~/.bashrc`) or zsh:
@@ -43,7 +43,7 @@ eval "$(register-python-argcomplete {CONSOLE})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sub-command that ``arguments``, by default those of the process, name; returns the exit code."""
+    """Run the sub-command in ``arguments``, by default those of the process; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if "_ARGCOMPLETE" in os.environ:
         from .completion import complete
@@ -62,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, arguments: Sequence[str] | None = None, console: bool = False) -> int:
-    """Run a command with these arguments, by default those of the process; returns the exit code.
+    """Run a command with ``arguments``, by default those of the process; returns the exit code.
 
     Args:
-        console: whether it was called as a sub-command of ldm-smd, and not as its script in tools/.
+        console: whether it was called as a sub-command of ldm-smd instead of its script in tools/.
     """
     command = BY_NAME[name]
     prog, wording = (f"{CONSOLE} {name}", for_console) if console else (None, str)
@@ -82,12 +82,12 @@ def run_tool(
 ) -> int:
     """Parse the command line, load the configuration, run ``main(config)``; returns the exit code.
 
-    0: done; 2: a user's mistake (one line on standard error, no traceback); 130: interrupted.
+    0: success; 2: UserError (one line on standard error, no traceback); 130: interrupted.
 
     Args:
         arguments: None for those of the process.
-        prog: name of the command; None for that of the script.
-        wording: applied to all that is printed about the tools.
+        prog: name of the command; None for the name of the script.
+        wording: applied to all texts about the tools.
     """
     parser = SettingsParser(
         lambda: wording("settings:\n" + "\n".join(map(described, settings(schema)))),
@@ -111,17 +111,17 @@ def run_tool(
         if error.errno not in FILE_ERRORS:
             raise
         where = f"{shortened(str(error.filename))}: " if error.filename is not None else ""
-        code, message = 2, f"error: expected files that can be read and written, found {where}{error.strerror}"
+        code, message = 2, f"error: expected readable and writable files, found {where}{error.strerror}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    # Printed last: progress bars end their line only when the frames of the exception are gone.
+    # Printed last, because progress bars end their line only when the frames of the exception are gone.
     if message:
         print(f"{parser.prog}: {message}", file=sys.stderr)
     return code
 
 
 class SettingsParser(argparse.ArgumentParser):
-    """Lists settings at the end of its help; their docstrings are read from the sources only when it is printed."""
+    """Lists the settings at the end of its help. Their docstrings are read from the sources only when it is printed."""
 
     def __init__(self, list_settings: Callable[[], str], **options: Any) -> None:
         super().__init__(**options)
@@ -136,18 +136,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.Action:
     """Add the arguments of all commands; returns the positional one, ``key=value``."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML and exit")
-    return parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, before those of the file")
+    return parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; they override those of the file")
 
 
 def console_parser() -> argparse.ArgumentParser:
-    """Make the parser of ldm-smd without a sub-command; its help lists them."""
+    """Make the parser of ldm-smd without a sub-command, whose help lists the sub-commands."""
     widest = max(map(len, BY_NAME))
     commands = "\n".join(f"  {command.name:{widest}}  {command.summary}" for command in COMMANDS)
     parser = argparse.ArgumentParser(
         prog=CONSOLE,
         usage=f"{CONSOLE} [-h] [--version] COMMAND ...",
         description=ldm_smd.__doc__,
-        epilog=f"commands:\n{commands}\n\n{CONSOLE} COMMAND --help: what it does, with examples and all settings.",
+        epilog=f"commands:\n{commands}\n\n{CONSOLE} COMMAND --help shows its description, examples and all settings.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -165,12 +165,12 @@ def described(setting: Setting) -> str:
 
 def all_help(tools: Path) -> str:
     """Return the help of every tool, as Markdown."""
-    from unittest import mock  # not above: it brings asyncio
+    from unittest import mock  # here, because it imports asyncio
 
     parts = [HEAD]
     for path in sorted(tools.glob("*.py")):
         out = io.StringIO()
-        # argparse folds lines by the terminal's width.
+        # argparse wraps lines at the width of the terminal.
         with (
             mock.patch.object(sys, "argv", [path.name, "--help"]),
             mock.patch.object(sys, "path", [str(tools), *sys.path]),  # as for a script that is run

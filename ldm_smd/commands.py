@@ -55,7 +55,7 @@ examples:
       autoencoder=stabilityai/sd-vae-ft-mse output=my/latents
   python tools/encode.py --config configs/encode/emoji.yaml --dry-run
 """,
-    "verify": """Check latent shards against their manifest, and decode some of them.
+    "verify": """Check latent shards, and decode some of them.
 
 Compares hashes, counts, statistics and labels with the manifest. Reports duplicate keys and non-finite values.
 
@@ -64,7 +64,7 @@ examples:
   python tools/verify.py shards=my/latents sheet=my/sheet.png
   python tools/verify.py shards=my/latents sheet=my/sheet.png autoencoder=my/vae pictures=100
 """,
-    "train": """Train an SMD mixture model, or a Gaussian baseline, on latent shards.
+    "train": """Train a mixture model, or a Gaussian one, on latent shards.
 
 examples:
   python tools/train.py --config configs/train/emoji-distilled.yaml
@@ -99,7 +99,7 @@ examples:
   accelerate launch tools/evaluate.py --config configs/evaluate/emoji.yaml model=my/run/model num_samples=50000 \\
       labels=balanced output=my/result.json
 """,
-    "explore": """Serve a local web page to compare trained models side by side.
+    "explore": """Compare trained models side by side on a local web page.
 
 Choose class, steps, scheduler, seed and guidance; look at every step of a sample and at several draws of a mixture. Needs
 the package gradio: pip install 'gradio>=6'.
@@ -136,9 +136,9 @@ examples:
   python tools/train_moments.py model=my/run/model shards=my/latents output=my/gms images_total=200000 batch_size=256
   python tools/sample.py model=outputs/gms output=outputs/gms-samples steps=10
 """,
-    "train-classifier": """Train the small classifier whose features tools/evaluate.py uses.
+    "train-classifier": """Train the feature network that tools/evaluate.py uses.
 
-The Frechet distances of this project are measured in its last features.
+It is a small classifier. Distances between sets of images are measured in its last features.
 
 examples:
   python tools/train_classifier.py --config configs/classifier.yaml

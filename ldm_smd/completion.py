@@ -1,4 +1,4 @@
-"""Completion of the console command in shells, by argcomplete: sub-commands, flags, settings and their values."""
+"""Shell completion of the console command with argcomplete: sub-commands, flags, settings and their values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import settings
 
 
 class SettingCompleter:
-    """Completes ``key=`` and, where a setting takes a few values, those."""
+    """Completes ``key=`` and the values of settings with few choices."""
 
     def __init__(self, schema: type) -> None:
         self.settings = {setting.name: setting for setting in settings(schema) if "[]" not in setting.name}
@@ -26,7 +26,7 @@ class SettingCompleter:
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell and end the process."""
+    """Print completions for the shell and end the process."""
     commands = parser.add_subparsers()
     for command in COMMANDS:
         overrides = add_arguments(commands.add_parser(command.name, help=command.summary))

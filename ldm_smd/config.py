@@ -1,7 +1,8 @@
 """Typed configurations: OmegaConf structured dataclasses, loaded from YAML and ``key=value`` overrides.
 
-Every tool owns one dataclass, in the settings.py of its package. Unknown keys are errors that name the nearest known key;
-ranges are checked once everything is merged. A value of ``null`` means "not set"; ``???`` means "must be given".
+Every tool has a dataclass in the settings.py of its package. Unknown keys are errors that suggest the closest known key.
+Former names of settings are accepted with a warning. Ranges are checked after merging. ``null`` means "not set", ``???``
+"required".
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 def load_config(schema: type[Config], path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
     """Merge defaults of ``schema`` < YAML file < ``key=value`` overrides, check them, and return an instance of ``schema``.
 
-    Raises UserError for an unreadable file, an unknown key (with the nearest known one), a value of the wrong type or out
-    of range, and a mandatory value that is missing.
+    Raises UserError for an unreadable file, an unknown key, a value of the wrong type or out of range, and a missing required
+    value.
     """
     merged = OmegaConf.structured(schema)
     layers = [] if path is None else [(str(path), _read_yaml(path))]
@@ -47,15 +48,16 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
             raise UserError(f"override: expected key=value with a YAML value, found {override!r}") from error
 
     for origin, layer in layers:
-        layer = OmegaConf.create(_with_current_names(schema, OmegaConf.to_container(layer), origin))
+        given = typing.cast(dict, OmegaConf.to_container(layer))
+        layer = OmegaConf.create(_with_current_names(schema, given, origin))
         _refuse_unknown_keys(schema, layer, origin)
         try:
             merged = OmegaConf.merge(merged, layer)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in place of a mapping
             key = getattr(error, "full_key", None) or origin
-            raise UserError(f"{key}: expected a value of its type, found: {_first_line(error)}") from error
+            raise UserError(f"{key}: expected a value of the right type, found: {_first_line(error)}") from error
     try:
-        # Before to_object, whose errors do not name the setting that holds a schema.
+        # Before to_object, whose errors do not name nested settings in full.
         _check_fields(schema, merged)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -75,10 +77,10 @@ class Setting:
     """One setting of a schema.
 
     Attributes:
-        name: full name, as model.placement.
-        default: in YAML; None where a value is required.
+        name: full name, such as model.placement.
+        default: default value in YAML; None if a value is required.
         text: docstring.
-        choices: the values it takes, if they are few.
+        choices: the allowed values, if they are few.
         bounds: range of a number, in words.
     """
 
@@ -90,7 +92,7 @@ class Setting:
 
 
 def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
-    """Yield all settings of a schema, nested ones by their full names; those of the entries of a list as NAME[].KEY."""
+    """Yield all settings of a schema, nested ones with full names; those of list entries as NAME[].KEY."""
     texts = _docstrings(schema)
     for item, inner, entries in _fields(schema):
         name = prefix + item.name
@@ -101,7 +103,7 @@ def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
         if default is NO_DEFAULT or default == MISSING:
             text = None
         elif entries is not None and default is not None:
-            text = "[...]"  # the entries' own settings say what is in it
+            text = "[...]"  # the settings of the entries follow
         else:
             text = yaml.safe_dump(default, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
         choices = ("true", "false") if isinstance(default, bool) else item.metadata.get("choices", ())
@@ -111,7 +113,7 @@ def settings(schema: type, prefix: str = "") -> typing.Iterator[Setting]:
 
 
 def _docstrings(schema: type) -> dict[str, str]:
-    """Read the string after each field, of a class and those it extends."""
+    """Return the docstrings after the fields of a class and its bases."""
     found: dict[str, str] = {}
     for cls in filter(is_dataclass, reversed(schema.__mro__)):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
@@ -187,7 +189,7 @@ def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: s
 
 
 def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
-    """Call ``check_field`` for all settings that have a value, by their full names."""
+    """Call ``check_field`` for all settings that have a value, with their full names."""
     for item, inner, entries in _fields(schema):
         if OmegaConf.is_missing(node, item.name) or node[item.name] is None:
             continue
@@ -198,13 +200,13 @@ def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
             for index, entry in enumerate(value):
                 _check_fields(entries, entry, f"{prefix}{item.name}[{index}].")
         elif value == "False" and "no" in item.metadata.get("choices", ()):
-            node[item.name] = "no"  # which YAML reads as False if unquoted
+            node[item.name] = "no"  # YAML reads an unquoted no as False
         else:
             check_field(item, prefix + item.name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
 
 
 def _fields(schema: type) -> typing.Iterator[tuple[Field, type | None, type | None]]:
-    """Yield each field with its schema, and that of its entries if it is a list; None for neither."""
+    """Yield each field with its nested schema, and the schema of its list entries; None if there is none."""
     hints = typing.get_type_hints(schema)
     for item in fields(schema):
         types = (hints[item.name], next(iter(typing.get_args(hints[item.name])), None))
@@ -213,5 +215,5 @@ def _fields(schema: type) -> typing.Iterator[tuple[Field, type | None, type | No
 
 
 def _first_line(error: Exception) -> str:
-    """Return the message without OmegaConf's further lines, which name the class of the schema."""
+    """Return the first line of a message. OmegaConf's other lines name the class of the schema."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""The device and the precision that "auto" stands for on this machine, and the process group of a run."""
+"""Device and precision for "auto", and the process group of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called ``name``; for "auto" the GPU if there is one, for each process on a node its own."""
+    """Return the device ``name``; for "auto" the GPU of this process, or the CPU without GPUs."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
@@ -23,7 +23,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str) -> str:
-    """Return accelerate's name for a ``precision`` setting. On CPUs without bf16 units bf16 is 10-20 times slower."""
+    """Return accelerate's name for a ``precision`` setting. "auto" is not bf16 on CPUs, where it may be 10-20 times slower."""
     if name != "auto":
         return name
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
@@ -31,9 +31,9 @@ def pick_precision(name: str) -> str:
 
 @contextmanager
 def process_group() -> Iterator[PartialState]:
-    """Join the processes of a launcher in one group, on CPUs too, until the block ends.
+    """Join the processes of a launcher in a process group, also on CPUs, until the context ends.
 
-    A process that exits as a member of a group may abort, and the launcher then kills the others.
+    A process that exits while in a group may abort, and the launcher then kills the others.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     try:

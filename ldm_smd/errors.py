@@ -1,4 +1,4 @@
-"""The exception for mistakes that the user can correct."""
+"""UserError: the exception for mistakes that the user can correct."""
 
 
 class UserError(Exception):
@@ -9,10 +9,10 @@ class UserError(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """Return a library's message as a part of that line."""
+    """Return the message of a library's exception on one line, to include in that of a UserError."""
     return shortened(" ".join(str(error).split()))
 
 
 def shortened(text: str, most: int = 200) -> str:
-    """Return ``text``, or the beginning and the end of a longer one."""
+    """Return ``text``, with its middle replaced by dots if it is longer than ``most``."""
     return text if len(text) <= most else f"{text[: most // 2 - 2]}...{text[1 - most // 2 :]}"

@@ -1,4 +1,4 @@
-"""Files and folders that are either complete under their final name, or absent; and locks on outputs."""
+"""Atomic writing of files and folders, and locks on outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .errors import UserError
 
 
 class HasOutput(Protocol):
-    """Settings of a tool that makes a folder."""
+    """Settings with an output folder."""
 
     output: str
 
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def atomic_file(final: Path, writer: str = "") -> Iterator[Path]:
-    """Give a temporary path beside ``final`` to write to, fsynced and renamed when the block ends without an exception.
+    """Give a temporary path next to ``final`` to write to. It is fsynced and renamed if the context ends without an exception.
 
-    ``writer`` distinguishes processes that may write the same file at once.
+    ``writer`` distinguishes processes that may write the same file at the same time.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{writer}tmp")
@@ -49,7 +49,7 @@ def atomic_file(final: Path, writer: str = "") -> Iterator[Path]:
 
 
 def this_process() -> str:
-    """Return a name for ``writer`` that no other process has, on any machine."""
+    """Return a value for ``writer`` that is unique over processes and machines."""
     return f"{socket.gethostname()}-{os.getpid()}-"
 
 
@@ -60,18 +60,18 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def claimed(output: Path, key: str = "output", worker: str = "", inside: bool = False) -> Iterator[None]:
-    """Check that ``output``, a folder or file, can be written, and lock it against other runs until the block ends.
+    """Check that ``output``, a folder or file, is writable, and lock it against other runs until the context ends.
 
-    The lock is on a hidden file beside ``output``, or inside. The kernel, or over NFS the server, releases it when its
-    process ends, however it ends; the file that a killed run leaves does no harm. If nothing was written, nothing is left.
+    The lock is on a hidden file next to ``output``, or inside it. The kernel (or the NFS server) releases it when the process
+    ends, even if it is killed; a leftover lock file is harmless. If nothing was written, nothing is left.
 
     Args:
         key: the setting that names ``output``, for messages.
-        worker: workers of different names may share ``output``.
-        inside: ``output`` is a folder that is written into, and not one that is renamed to its place when it is complete.
+        worker: workers with different names may share ``output``.
+        inside: ``output`` is a folder that is written to directly, instead of renamed to its place when complete.
 
     Raises:
-        UserError: ``output`` cannot be written, or another run holds it.
+        UserError: ``output`` is not writable, or another run has locked it.
     """
     output = Path(os.path.abspath(output))
     parent = output if inside else output.parent
@@ -84,13 +84,13 @@ def claimed(output: Path, key: str = "output", worker: str = "", inside: bool = 
             missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
             parent.mkdir(parents=True, exist_ok=True)
             _lock(lock, output, key)
-        except (OSError, ValueError) as error:  # ValueError: characters that no path can have
+        except (OSError, ValueError) as error:  # ValueError: invalid characters in the path
             found = f"{str(output)!r}: {getattr(error, 'strerror', None) or error}"
-            raise UserError(f"{key}: expected a place that can be written, found {found}") from error
+            raise UserError(f"{key}: expected a writable path, found {found}") from error
         yield
     finally:
         if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)  # before the release: others find no file, or a new one
+            Path(lock.lock_file).unlink(missing_ok=True)  # before the release, so that others find no file or a new one
             lock.release()
         for folder in missing:
             with suppress(OSError, ValueError):  # not empty
@@ -104,25 +104,25 @@ def _lock(lock: FileLock, output: Path, key: str) -> None:
     try:
         lock.acquire()
     except Timeout:
-        if not path.exists():  # filelock retries where it cannot make the file, and ends here
-            raise OSError(errno.EROFS, "no files can be made there") from None
+        if not path.exists():  # filelock retries if it cannot create the file, and ends here
+            raise OSError(errno.EROFS, "cannot create files there") from None
         holder = path.read_text(encoding="utf-8", errors="replace") or "another"
         raise UserError(f"{key}: expected no other run at {output}, found {holder}") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        logger.warning("%s: no locks on this file system, other runs there go unnoticed: %s", output, error.strerror)
+        logger.warning("%s: this file system has no locks, so other runs are not detected: %s", output, error.strerror)
         return
     path.write_text(f"process {os.getpid()} of {socket.gethostname()}", encoding="utf-8")
 
 
 def claimed_by_first(output: Path, inside: bool = False) -> AbstractContextManager[None]:
-    """Apply ``claimed`` in the first process of a launcher, and nothing in the others."""
+    """Like ``claimed`` in the first process of a launcher; does nothing in the others."""
     return nullcontext() if int(os.environ.get("RANK", 0)) > 0 else claimed(output, inside=inside)
 
 
 def makes_folder(tool: Callable[[Config], Result]) -> Callable[[Config], Result]:
-    """Decorate a tool that makes the folder ``config.output``: it must be new or empty, and is claimed during the run."""
+    """Decorate a tool that makes the folder ``config.output``. It must be new or empty, and is locked during the run."""
 
     @functools.wraps(tool)
     def run(config: Config) -> Result:
@@ -135,13 +135,13 @@ def makes_folder(tool: Callable[[Config], Result]) -> Callable[[Config], Result]
 
 
 def require_folder(output: Path, key: str = "output") -> None:
-    """Raise UserError if a tool's output folder exists as a file."""
+    """Raise UserError if ``output`` is a file."""
     if output.exists() and not output.is_dir():
-        raise UserError(f"{key}: expected a folder, or nothing yet, found a file at {output}")
+        raise UserError(f"{key}: expected a folder or a new path, found a file at {output}")
 
 
 def require_unused(output: Path) -> None:
-    """Raise UserError if a tool's output folder contains files already."""
+    """Raise UserError if ``output`` exists and is not an empty folder."""
     require_folder(output)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output: expected a new or empty folder, found files in {output}")
@@ -149,9 +149,9 @@ def require_unused(output: Path) -> None:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``final``, fsynced and renamed to it when the block ends without an exception.
+    """Give a temporary folder next to ``final``. It is fsynced and renamed if the context ends without an exception.
 
-    An existing ``final`` is replaced; between the two renames the old one is ``.NAME.old``.
+    An existing ``final`` is replaced; between the two renames, the old one is called ``.NAME.old``.
     """
     temporary, old = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)

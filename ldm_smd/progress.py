@@ -6,5 +6,5 @@ from tqdm import tqdm
 
 
 def progress(total: int, done: int, description: str, disable: bool = False, unit: str = "img") -> tqdm:
-    """Make a bar that counts images, or another unit, with the rate and the time left."""
+    """Make a progress bar that counts images, or another unit, and shows the rate and the remaining time."""
     return tqdm(total=total, initial=done, desc=description, unit=unit, disable=disable, dynamic_ncols=True)

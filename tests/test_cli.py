@@ -112,7 +112,7 @@ def test_mistakes_are_named_as_by_the_script(console, tmp_path):
     ("arguments", "message"),
     [
         (["demo", "--config", "configs/demo.yaml"], "--config: expected a YAML file, found no file configs/demo.yaml"),
-        (["demo", *REQUIRED["demo"]], "encode: expected a path from the folder of the repository"),
+        (["demo", *REQUIRED["demo"]], "encode: expected an existing path (run the demo from the root of the repository)"),
         (
             ["evaluate", *REQUIRED["evaluate"]],
             "features: expected a FeatureNetwork folder (the repository has checkpoints/classifier)",

@@ -37,7 +37,7 @@ def test_dump_loads_back_to_the_same(tmp_path):
         (["objective.draws=1"], "objective.draws: expected at least 2 for the energy score, found 1"),
         (["model.z_channels=0"], "objective.name: expected mse for a Gaussian model"),
         (["model.block_out_channels=[30,60]"], "model.block_out_channels: expected multiples of norm_num_groups"),
-        (["batch_size=1e30"], "batch_size: expected a value of its type, found: Value '1e+30'"),
+        (["batch_size=1e30"], "batch_size: expected a value of the right type, found: Value '1e+30'"),
         (["learning_rate=nan"], "learning_rate: expected a number above 0, at most 1, found nan"),
         (["objective.patch_sizes=[]"], "objective.patch_sizes: expected a list of 1 or more numbers, found []"),
         (["objective.patch_sizes=[0,-1]"], "objective.patch_sizes: expected a number from 0 to 1,024, found -1"),

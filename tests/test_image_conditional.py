@@ -131,7 +131,7 @@ def test_sample_tool_takes_either_prompt(run, conditional_folder, model_folder, 
     (tmp_path / "empty").mkdir()
     shutil.copy(make_clip(2) / "open_clip_config.json", tmp_path / "empty")
     for changed, message in (
-        ([f"clip=open_clip:{make_clip(1)}"], "clip: expected the network of the training"),
+        ([f"clip=open_clip:{make_clip(1)}"], "clip: expected the network used in training"),
         ([f"clip=open_clip:{tmp_path / 'empty'}"], "clip: expected a .safetensors file of OpenCLIP empty"),
         ([f"clip={clip}", f"model={model_folder}"], "is not conditioned on embeddings"),
         (["clip=open_clip:ViT-None:x"], "clip: expected an architecture of OpenCLIP"),

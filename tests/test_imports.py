@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "ldm_smd").rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 FLOORS = (
-    "errors < schema progress files device < diffusion < models < autoencoder schedulers < pipelines < data < sampling"
-    " < evaluation < config < training < apps < commands < cli < completion __main__"
+    "errors < schema progress files device deprecation < diffusion < models < autoencoder schedulers < pipelines < data"
+    " < sampling < evaluation < config < training < apps < commands < cli < completion __main__"
 )
 """Packages and modules of ldm_smd, which itself is below all. Each imports from lower floors, and a package from itself."""
 FLOOR = {"": 0} | {name: number for number, floor in enumerate(FLOORS.split("<"), 1) for name in floor.split()}

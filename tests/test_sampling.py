@@ -34,7 +34,7 @@ def test_sample_tool(run, model_folder, tmp_path):
         code, _, err = run(SampleConfig, sample, *options, setting, f"output={tmp_path / 'b'}")
         assert code == 2 and message in err
     code, _, err = run(SampleConfig, sample, *options, f"image={tmp_path / 'none.png'}", f"output={tmp_path / 'b'}")
-    assert code == 2 and "image: expected a picture, found" in err
+    assert code == 2 and "image: expected an image file, found" in err
     code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'a'}")
     assert code == 2 and "output: expected a new or empty folder" in err
     code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'b'}", "classes=[cat]")

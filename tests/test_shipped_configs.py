@@ -80,7 +80,7 @@ def test_networks_of_full_size_fit_together(name, build, pixels, factor):
         assert autoencoder.factor == factor
         shape = (autoencoder.latent_channels, pixels // factor, pixels // factor)
         unet = SMDUNet2DModel(
-            sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], num_classes=1000, **config.model.of_unet()
+            sample_size=shape[1], in_channels=shape[0], out_channels=shape[0], num_classes=1000, **config.model.unet_arguments()
         )
         eta = torch.empty(2 * config.objective.draws, *shape)
         prediction = unet(torch.empty(2, *shape), torch.zeros(2), torch.zeros(2, dtype=torch.long), eta).sample

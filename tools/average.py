@@ -1,4 +1,4 @@
-"""Average a run's weights after it has ended (post-hoc EMA)."""
+"""Average the weights of a finished run (post-hoc EMA)."""
 
 import sys
 

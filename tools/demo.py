@@ -1,4 +1,4 @@
-"""Encode, train, sample and report: the demo."""
+"""Run the demo: encode, train, sample, write a report."""
 
 import sys
 

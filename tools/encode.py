@@ -1,4 +1,4 @@
-"""Turn pictures into latent shards for training."""
+"""Encode images to latent shards for training."""
 
 import sys
 

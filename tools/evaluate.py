@@ -1,4 +1,4 @@
-"""Measure pictures against real ones."""
+"""Compare samples with real images."""
 
 import sys
 

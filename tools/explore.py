@@ -1,4 +1,4 @@
-"""Serve a local page for trained models, side by side."""
+"""Compare trained models side by side on a local web page."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Fit the Gaussians that TeleportScheduler starts from."""
+"""Fit Gaussians to the latents, for TeleportScheduler."""
 
 import sys
 

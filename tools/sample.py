@@ -1,4 +1,4 @@
-"""Sample pictures from a trained model."""
+"""Sample images from a trained model."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train an SMD UNet, or the Gaussian baseline, on latents."""
+"""Train a mixture model, or a Gaussian one, on latent shards."""
 
 import sys
 

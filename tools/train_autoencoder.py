@@ -1,4 +1,4 @@
-"""Train a small autoencoder on your own pictures."""
+"""Train a small autoencoder on your own images."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train the small classifier that pictures are measured by."""
+"""Train the feature network that tools/evaluate.py uses."""
 
 import sys
 

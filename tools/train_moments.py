@@ -1,4 +1,4 @@
-"""Train what GMSScheduler needs beside a Gaussian model."""
+"""Train moment heads on a Gaussian model, for GMSScheduler."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Check latent shards, and look at some of them, decoded."""
+"""Check latent shards, and decode some of them."""
 
 import sys
 

@@ -15,7 +15,7 @@ from .method import Method, column, squares
 from .network import Critic, Denoiser, Start, denoiser, feature_head, levels, resample, trailing
 
 NEAREST, FARTHEST = 0.02, 0.98
-"""Part of the timesteps that generated pictures are noised to."""
+"""Range of timesteps that generated images are noised to, as fractions of the last one."""
 SMALLEST = 1e-4
 
 

@@ -22,13 +22,13 @@ class ECTSettings:
     learning_rate: float = 1e-4
     mean: float = -0.4
     deviation: float = 2.0
-    """Of log sigma."""
+    """Distribution of log sigma."""
     q: float = 256.0
-    """How near r is to t: r = 0 at first for q = 2; near at once for 256, the paper's recipe of an hour."""
+    """Distance of r from t: for q = 2, r = 0 at first; for 256, the paper's one-hour recipe, r is close to t from the start."""
     stages: int = 1
-    """Of the training; q is raised to the power of the stage."""
+    """Number of stages of the training; q is raised to the power of the stage."""
     c: float = 0.0
-    """Of the pseudo-Huber loss; 0: the norm."""
+    """Constant of the pseudo-Huber loss; 0: the norm."""
     middle: float = 1.64
     """Sigma of the second of two steps; the middle one of more."""
 

@@ -37,7 +37,7 @@ Measure = Callable[[torch.Tensor], dict]
 
 @dataclass
 class World:
-    """What all jobs of a process share, loaded once."""
+    """Data shared by all jobs of a process, loaded once."""
 
     start: Start
     latents: Latents
@@ -45,7 +45,7 @@ class World:
     labels: torch.Tensor
     measure: Measure
     seed: int
-    """Of the noise that samples start from."""
+    """Seed of the noise that samples start from."""
 
 
 def load_start_and_latents(config: Any) -> tuple[Start, Latents, FrozenAutoencoder]:

@@ -45,7 +45,7 @@ def average_velocity(model: Denoiser, z: torch.Tensor, r: torch.Tensor, t: torch
 class FlowSettings:
     learning_rate: float = 1e-4
     times: str = "whole way"
-    """Of TIMES."""
+    """A name in TIMES."""
     share_equal: float = 0.5
     """Rows with r = t."""
 
@@ -107,9 +107,9 @@ class FlowMap(Method):
 @dataclass
 class MeanFlowSettings(FlowSettings):
     power: float = 1.0
-    """Of the adaptive weight: 0 is the plain squared error."""
+    """Exponent of the adaptive weight. 0: plain squared error."""
     derivative: str = "jvp"
-    """Or "difference", the central difference of TiM (arXiv 2509.04394)."""
+    """Derivative of the flow map; "difference" is the central difference of TiM (arXiv 2509.04394)."""
 
 
 class MeanFlow(FlowMap):
@@ -160,7 +160,7 @@ class AlphaFlowSettings(FlowSettings):
     last_alpha: float = 0.02
     steepness: float = 25.0
     limit: float = 4.0
-    """Targets are clipped to this, either way."""
+    """Targets are clipped to plus or minus this."""
 
 
 class AlphaFlow(FlowMap):

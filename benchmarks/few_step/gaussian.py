@@ -1,4 +1,4 @@
-"""The same budget spent on more training of the Gaussian model, which a scheduler of diffusers samples."""
+"""Baseline: spend the same budget on more training of the Gaussian model, and sample it with a scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCHEDULERS = {
 class GaussianSettings:
     learning_rate: float = 3e-4
     scheduler: str = "UniPC"
-    """Of SCHEDULERS."""
+    """A name in SCHEDULERS."""
 
 
 class Gaussian(Method):

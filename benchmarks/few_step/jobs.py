@@ -1,4 +1,4 @@
-"""What a contest consists of: trainings of methods with settings, and what a step of each costs."""
+"""Jobs of a contest: training runs of methods with settings, and the cost of their steps."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict] = {
     "dmd2": {"learning_rate": 2e-4, "critic_rate": 1e-3},
     "ddgan": {"learning_rate": 2e-4, "critic_rate": 2e-4},
 }
-"""Where they differ from the defaults, which are for pictures and a network a hundred times larger."""
+"""Settings that differ from the defaults, which are for images and a network a hundred times larger."""
 
 
 def points(problem: Problem) -> Latents:

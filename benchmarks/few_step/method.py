@@ -1,4 +1,4 @@
-"""What all few-step methods have in common: how they are trained, and what they are asked for."""
+"""Base class of few-step methods, with their training and sampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHECK_EVERY = 200
 
 
 class Method:
-    """A way to train a few-step generator.
+    """A method to train a few-step generator.
 
     Attributes:
         networks: all that are trained. "model" is the one that the moving average is of, and that samples.
@@ -75,7 +75,7 @@ class Method:
 
 @dataclass
 class Training:
-    """How long a method is trained, and how its rate goes."""
+    """Length of a training run and its learning rate schedule."""
 
     images: int
     batch: int = 32

@@ -16,10 +16,10 @@ from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DistillationConfig
 from ldm_smd.models.fit import fit_posterior_noise
 from ldm_smd.models.unet import SMDUNet2DModel
-from ldm_smd.training.critics import critic_of
+from ldm_smd.training.critics import make_critic
 from ldm_smd.training.distillation import FARTHEST, MOMENTUM, NEAREST
+from ldm_smd.training.distillation_losses import DistillationLosses, critic_objective
 from ldm_smd.training.fit_gaussian import LATENTS_PER_COMPONENT
-from ldm_smd.training.judges import Judges, critic_objective
 from ldm_smd.training.trained import adamw
 
 from .gaussian import run_scheduler
@@ -29,7 +29,7 @@ from .network import Start
 MODES = 256
 RANK = 128
 PARTS = {"z_channels": 32, "identifier_channels": 32, "hypernetwork_width": 40, "placement": "up"}
-"""Of the mixture, as in configs/train/emoji-smd.yaml."""
+"""Settings of the mixture, as in configs/train/emoji-smd.yaml."""
 PATCHES = [0, 4, 2, 1]
 FIRST_DRAWS, FIRST_BETA = 4, 0.5
 
@@ -58,7 +58,7 @@ class Mixture(Method):
     def energy_step(
         self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float, draws: int, beta: float
     ) -> dict[str, torch.Tensor]:
-        """One update by the energy score of so many draws."""
+        """Take an update with the energy score of ``draws`` draws."""
         t = self.process.random_t(len(x0), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         target = self.process.target(x0, eps, t, "v_prediction")
@@ -150,7 +150,7 @@ class DistillationSettings:
 
 
 class PosteriorDistillation(Mixture):
-    """NCVSD (arXiv 2506.09416) for a mixture; the losses are the package's own (ldm_smd/training/judges.py)."""
+    """NCVSD (arXiv 2506.09416) for a mixture; the losses are the package's own (ldm_smd/training/distillation_losses.py)."""
 
     Settings = DistillationSettings
     SEARCH = {
@@ -168,8 +168,8 @@ class PosteriorDistillation(Mixture):
         super().__init__(start, settings)
         about = DistillationConfig(views=settings.views, adversarial_weight=settings.adversarial)
         self.teacher = copy.deepcopy(start.unet).eval().requires_grad_(False)
-        self.critic = critic_of(self.teacher, about).train()
-        self.judges = Judges(self.process, "v_prediction", about)
+        self.critic = make_critic(self.teacher, about).train()
+        self.distillation_losses = DistillationLosses(self.process, "v_prediction", about)
         self.add("model", self.model, adamw(self.model, settings.learning_rate, 0.01, MOMENTUM))
         self.add("critic", self.critic, adamw(self.critic, settings.critic_rate, momentum=MOMENTUM))
 
@@ -194,7 +194,7 @@ class PosteriorDistillation(Mixture):
             x = self.process.to_x0(self.velocity(self.model, x_t, t, labels, 1, generator), x_t, t, "v_prediction")
         r = torch.empty(len(x0), device=x0.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator).round().long()
         second = torch.randn(x0.shape, **options)
-        return self.judges.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
+        return self.distillation_losses.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
 
 
 class WhiteNoiseDistillation(PosteriorDistillation):

@@ -12,7 +12,7 @@ from .method import Method
 from .network import Denoiser, Start, denoiser, levels
 
 NEAREST, FARTHEST = 0.006, 0.994
-"""Times of the straight path, t = sigma / (1 + sigma)."""
+"""Times on the straight path, t = sigma / (1 + sigma)."""
 LARGEST = 160.0
 LEAST_DISTANCE = 1e-8
 
@@ -50,7 +50,7 @@ class IMMSettings:
 
     learning_rate: float = 1e-4
     particles: int = 4
-    """In a group, which has one label and one t, s and r."""
+    """Size of a group, which shares a label, t, s and r."""
     k: int = 12
     """Sigma of r is less than that of t by LARGEST / 2^k."""
     a: float = 1.0

@@ -16,7 +16,7 @@ from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.models.mixture import Draws
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schedulers.schedule import build_scheduler
-from ldm_smd.training.critics import extended
+from ldm_smd.training.critics import extended_copy
 
 SECOND_DIMENSIONS = 64
 FASTEST = 50.0
@@ -29,12 +29,12 @@ BLUR = 10.0
 
 @dataclass
 class Start:
-    """What a method starts from.
+    """Starting point of a method.
 
     Attributes:
         unet: a Gaussian model that predicts v, on the device; never changed.
-        alphas_cumprod: of its process, on the device.
-        latents, labels: of the data, (N, C, h, w) and (N,); None where no method fits anything to them.
+        alphas_cumprod: those of its process, on the device.
+        latents, labels: the data, (N, C, h, w) and (N,); None where no method fits anything to them.
         gaussians: a mixture fitted to the data, of tools/fit_gaussian.py; its drafts are where sampling may start.
     """
 
@@ -161,7 +161,7 @@ def denoiser(start: Start, second: bool = False, more_channels: int = 0, smooth:
         more_channels: of the input, whose weights start at zero.
         smooth: make it smooth in time, for what takes derivatives in it.
     """
-    unet = extended(start.unet, more_channels, SECOND_DIMENSIONS if second else 0, 0)
+    unet = extended_copy(start.unet, more_channels, SECOND_DIMENSIONS if second else 0, 0)
     if smooth:
         unet.time_proj = BlurredTime(unet.time_proj, unet.config.block_out_channels[0])
     return Denoiser(unet.train().requires_grad_(True), start.alphas_cumprod)
@@ -182,7 +182,7 @@ def levels(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trailing(denoiser: Denoiser, steps: int) -> torch.Tensor:
-    """The sigmas that diffusers' "trailing" spacing has for so many steps, largest first, (steps,)."""
+    """Return the sigmas of diffusers' "trailing" spacing for ``steps`` steps, largest first, (steps,)."""
     count = len(denoiser.alphas_cumprod)
     t = [round(count - i * count / steps) - 1 for i in range(steps)]
     alphabar = denoiser.alphas_cumprod[t]

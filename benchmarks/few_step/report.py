@@ -29,7 +29,7 @@ def of_network(network: str, measure: str = "frechet") -> Cell:
 
 
 class Row:
-    """What the seeds of one method with one set of settings have in common.
+    """Results of all seeds of one method with one set of settings.
 
     Attributes:
         name: the method; the folder of weights trained elsewhere; or the start's scheduler.

@@ -29,7 +29,7 @@ from ..evaluation.distances import frechet_distance
 from ..evaluation.features import load_extractor
 from ..evaluation.reconstruction import reconstruction_psnr
 from ..files import claimed
-from ..models.denoiser import known_labels
+from ..models.denoiser import model_labels
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers import make_scheduler
@@ -263,7 +263,7 @@ def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest
     generator = torch.Generator().manual_seed(config.seed)
     latents = FrozenAutoencoder(pipeline.vae).normalise(sample_latents(batch.moments, generator))
     process = process_of(pipeline.training_scheduler)
-    labels = known_labels(batch.labels, pipeline.unet.config.num_classes)
+    labels = model_labels(batch.labels, pipeline.unet.config.num_classes)
     spread = spread_over_eta(
         pipeline.unet, process.path, process.prediction_type, latents, labels, DIAGNOSTIC_TIMESTEPS, seed=config.seed
     )

@@ -1,1 +1,1 @@
-"""The mathematics: torch only, no input or output."""
+"""The mathematics of diffusion. Depends on torch only, without input or output."""

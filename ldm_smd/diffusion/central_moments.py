@@ -1,7 +1,7 @@
-"""The step q(x_s | x_t) beyond its mean: the first three moments, and a kernel of two Gaussians that has them.
+"""The first three moments of the step q(x_s | x_t), and a kernel of two Gaussians that matches them.
 
-Gaussian mixture solvers (arXiv 2311.00941): at few steps the distribution of x_s given x_t is skewed, which a Gaussian step
-cannot be. All is elementwise: each element of the latents has its own kernel.
+For Gaussian mixture solvers (arXiv 2311.00941): with few steps the distribution of x_s given x_t is skewed, which a Gaussian
+step cannot represent. Everything is elementwise: each element of the latents has its own kernel.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from .process import GaussianPath, x0_per_prediction
 
 WEIGHT = 1 / 3
-"""Weight of the first of the two components."""
+"""Weight of the first component."""
 
 
 @dataclass
 class CentralMoments:
-    """Mean, variance and third central moment of every element, as tensors of one shape."""
+    """Mean, variance and third central moment of every element, as tensors of the same shape."""
 
     mean: torch.Tensor
     variance: torch.Tensor
@@ -34,9 +34,10 @@ def x0_moments(
     t: torch.Tensor,
     prediction_type: str,
 ) -> CentralMoments:
-    """Return those of x_0 given x_t, from a prediction of the mean and the central moments of v = a_t eps - s_t x_0 given x_t.
+    """Return the moments of x_0 given x_t, from the network's prediction and the central moments of v = a_t eps - s_t x_0.
 
-    v's are of the order of 1 at every t, where those of eps go to 0 with a_t and those of x_0 with s_t. x_0 is linear in v:
+    The moments of v are of order 1 at every t, whereas those of eps vanish with a_t and those of x_0 with s_t. x_0 is linear
+    in v:
 
         Var(x_0) = (dx_0 / dv)^2 Var(v),    and for the third moment    (dx_0 / dv)^3.
     """
@@ -47,7 +48,7 @@ def x0_moments(
 def reverse_moments(
     path: GaussianPath, x0: CentralMoments, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor
 ) -> tuple[CentralMoments, torch.Tensor]:
-    """Return those of x_s given x_t for s < t, and the variance that x_s has beyond that of x_0.
+    """Return the moments of x_s given x_t for s < t, and v, the variance of q(x_s | x_t, x_0).
 
     q(x_s | x_t, x_0) is N(c_t x_t + c_0 x_0, v), so by the law of total cumulance
 
@@ -58,14 +59,14 @@ def reverse_moments(
 
 
 def two_gaussians(moments: CentralMoments, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Solve for the mixture of N(m_1, var) and N(m_2, var), weights 1/3 and 2/3, that has these moments: (m_1, m_2, var).
+    """Solve for the mixture of N(m_1, var) and N(m_2, var), weights 1/3 and 2/3, with these moments: (m_1, m_2, var).
 
-    With d = m_1 - m_2 its moments are M, var + 2 d^2 / 9 and 2 d^3 / 27, so
+    With d = m_1 - m_2, its moments are M, var + 2 d^2 / 9 and 2 d^3 / 27, so
 
         d = (27 S / 2)^(1/3),    m_1 = M + 2 d / 3,    m_2 = M - d / 3,    var = C - 2 d^2 / 9.
 
-    Where var would be below ``floor`` |d| shrinks until it is not: mean and variance stay exact, and the skew comes as near as
-    it can. A variance C below the floor is raised to it.
+    If var is below ``floor``, |d| is reduced until it is not: mean and variance stay exact, and the skew is approximated. A
+    variance C below the floor is raised to it.
     """
     variance = torch.maximum(moments.variance, floor)
     widest = (4.5 * (variance - floor)).sqrt()

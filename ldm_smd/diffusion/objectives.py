@@ -1,11 +1,10 @@
-"""Training objectives, which compare M draws of the prediction with the target.
+"""Training objectives that compare M draws of the prediction with the target.
 
-All take ``predictions`` (B, M, C, H, W), one for each draw of eta, and ``target`` (B, C, H, W), and return (B,) losses in
-float32 or better. All act in the space of the prediction; for v that is the distance of x_0 from its prediction over s_t.
+All take ``predictions`` (B, M, C, H, W), one per draw of eta, and ``target`` (B, C, H, W), and return losses (B,) in float32 or
+better. They act in the space of the prediction; for v, an error is that of x_0 divided by s_t.
 
-Where the mixture has K components with weights that the network gives, the M = K R draws are R of each component, a
-component's in consecutive columns, and ``log_weights`` (B, K) are the weights' logarithms: the sums over components are then
-exact, where independent draws would estimate them. One component of weight 1, the default, is M independent draws.
+By default the M draws are independent. If the network predicts weights of K components, the M = K R draws are R per component,
+in consecutive columns, and ``log_weights`` (B, K) are the log weights. Sums over components are then exact.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .settings import LOSSES
 
 MIN_SNR_GAMMA = 5.0
 EPSILON = 1e-8
-"""Under the square root of squared distances per element: its gradient stays finite where two draws agree."""
+"""Added to squared distances per element, so that the gradient of the root stays finite for equal draws."""
 
 
 def objective(
@@ -37,19 +36,19 @@ def objective(
 
 
 def timestep_weight(weighting: str, exponent: float, path: GaussianPath, t: torch.Tensor, prediction_type: str) -> torch.Tensor:
-    """What the loss at t is to be multiplied with, (B,), where it is the ``exponent``-th power of a prediction's error.
+    """Return the weight of the loss at t, (B,), for a loss that is the ``exponent``-th power of the prediction error.
 
-    A proper score stays proper under any positive weight of t. "prediction" is 1. The others say in which space the error
-    counts, whatever the network predicts; with x_0's error e_0 they are
+    A proper score stays proper under any positive weighting of t. "prediction" is 1. The others choose the space in which
+    errors have equal weight, for any prediction type; with the error e_0 of x_0 they are
 
         v, epsilon, x0: e_0 / |dx_0 / dp| for that p,    min_snr: e_0 min(snr, 5)^(1/2)  (arXiv 2303.09556)
 
-    the first three e_0 / s_t, e_0 a_t / s_t and e_0 where the path preserves variance.
+    For variance-preserving paths, the first three are e_0 / s_t, e_0 a_t / s_t and e_0.
     """
     a, s = path.signal_and_noise(t, t)
     if weighting == "prediction":
         return torch.ones_like(a)
-    e_0 = x0_per_prediction(prediction_type, a, s).abs()  # for one unit of the prediction's error
+    e_0 = x0_per_prediction(prediction_type, a, s).abs()  # per unit of the prediction error
     if weighting == "min_snr":
         return (e_0 * (a / s).clamp_max(MIN_SNR_GAMMA**0.5)) ** exponent
     space = {"v": "v_prediction", "epsilon": "epsilon", "x0": "sample"}[weighting]
@@ -57,10 +56,10 @@ def timestep_weight(weighting: str, exponent: float, path: GaussianPath, t: torc
 
 
 def mse(predictions: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The paper's loss (SMD, arXiv 2309.14068): mean over draws and elements of (prediction - target)^2.
+    """The loss of SMD (arXiv 2309.14068): mean over draws and elements of (prediction - target)^2.
 
-    eta is independent of the target given x_t, so the minimiser is the posterior mean for every eta: it collapses to a
-    Gaussian model. It is here for comparison, and for Gaussian models.
+    eta is independent of the target given x_t, so the minimiser is the posterior mean for every eta: a mixture collapses to a
+    Gaussian model. For Gaussian models, and for comparison.
     """
     return (exact(predictions) - exact(target).unsqueeze(1)).square().flatten(1).mean(dim=1)
 
@@ -77,22 +76,21 @@ def energy(
 
         1/M sum_j d(y, p_j) - diversity / (2 M (M - 1)) sum_{j != k} d(p_j, p_k),     d(a, b) = rms(a - b)^beta
 
-    and with R draws p_kr of each of K components of weight w_k
+    and, with R draws p_kr per component and K components of weight w_k,
 
         sum_k w_k/R sum_r d(y, p_kr) - diversity/2 sum_{(k,r) != (l,q)} w_k w_l c_kl d(p_kr, p_lq)
 
-    with c_kl = 1/R^2, and c_kk = 1/(R (R - 1)).
+    with c_kl = 1/R^2 for k != l and c_kk = 1/(R (R - 1)).
 
-    Strictly proper for 0 < beta < 2 and diversity = 1: only the true conditional distribution minimises it. The root mean
-    square is taken over the whole picture (patch size 0) or over every n x n patch, then averaged over patches; several
-    sizes are averaged. A sum of proper scores is proper, and with the whole picture among them strictly so.
+    It is strictly proper for 0 < beta < 2 and diversity = 1: only the true conditional distribution minimises it. The root mean
+    square is taken over the whole image (patch size 0) or over every n x n patch, then averaged over patches and patch sizes. A
+    sum of proper scores is proper, and strictly proper if the whole image is included.
 
     Args:
-        beta: exponent of the distance. In the Fourier transform of the error of the distribution the score weighs frequency
-            f with |f|^-(D + beta): the smaller, the sharper the modes it can tell from what lies between them
-            (benchmarks/gmm_lab.py), and the noisier its gradients.
-        diversity: lambda of the paper, in [0, 1]; with 0 it is the distance alone.
-        patches: sides of the patches the distance is taken over, 0 for the whole picture.
+        beta: exponent of the distance. The score weights frequency f of the error of the distribution by |f|^-(D + beta). A
+            smaller beta resolves sharper modes (benchmarks/gmm_lab.py), with noisier gradients.
+        diversity: lambda of the paper, in [0, 1]; 0 leaves the distance to the target only.
+        patches: sides of the patches for the distance, 0 for the whole image.
     """
     predictions, target = exact(predictions), exact(target)
     draws = predictions.shape[1]
@@ -103,7 +101,7 @@ def energy(
     repeats = draws // components  # R
     first, second = torch.triu_indices(draws, draws, offset=1, device=predictions.device)
     same = first // repeats == second // repeats
-    if repeats == 1:  # a component has no distance from itself
+    if repeats == 1:  # no pairs within a component
         first, second, same = first[~same], second[~same], same[~same]
     pairs = torch.where(same, 1.0 / max(repeats * (repeats - 1), 1), 1.0 / repeats**2)
     to_target = distance(predictions, target.unsqueeze(1).expand_as(predictions), beta, patches)
@@ -113,7 +111,7 @@ def energy(
 
 
 def component_weights(log_weights: torch.Tensor | None, predictions: torch.Tensor) -> torch.Tensor:
-    """Return the weights (B, K), checked; one component of weight 1 where there are none."""
+    """Return the weights (B, K); a single component of weight 1 for None. Raises ValueError for a wrong shape."""
     if log_weights is None:
         return predictions.new_ones(len(predictions), 1)
     if len(log_weights) != len(predictions) or predictions.shape[1] % log_weights.shape[1]:
@@ -135,9 +133,9 @@ def mixture_nll(
 
         - (2 h^2 / n) log( sum_j w_j exp( - |y - p_j|^2 / (2 h^2) ) ),    h = bandwidth, in units of the prediction,
 
-    for the n elements of the image or patch (as in ``energy``, averaged over patches): per element and up to a constant,
-    scaled so that h -> infinity gives the squared error. It is the likelihood of SMD's own equation, with the step's
-    standard deviation as h. With few draws it is a bound, and in many dimensions one draw takes all the weight.
+    for the n elements of the image or patch (averaged over patches as in ``energy``). It is per element and up to a constant,
+    and scaled so that h -> infinity gives the squared error. With the step's standard deviation as h, it is the likelihood of
+    the SMD mixture. With few draws it is a bound, and in many dimensions a single draw takes all the weight.
     """
     predictions, target = exact(predictions), exact(target)
     draws, channels = predictions.shape[1:3]
@@ -154,7 +152,7 @@ def mixture_nll(
 
 
 def exact(x: torch.Tensor) -> torch.Tensor:
-    """Convert half precision to float32; float32 and float64 stay."""
+    """Convert half precision to float32; leave float32 and float64."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -175,17 +173,17 @@ def pair_distance(
     total = predictions.new_zeros(())
     for side in patches:
         if side == 0:
-            # All pairs at once: their differences, larger than the draws by M / 2, are never stored.
+            # All pairs at once, without storing their differences, which are M / 2 times larger than the draws.
             flat = predictions.flatten(2)
-            apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")[:, first, second]
-            total = total + (apart.square() / flat.shape[2] + EPSILON).pow(0.5 * beta)
+            distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")[:, first, second]
+            total = total + (distances.square() / flat.shape[2] + EPSILON).pow(0.5 * beta)
         else:
             total = total + distance(predictions[:, first], predictions[:, second], beta, (side,))
     return total / len(patches)
 
 
 def patch_sums(x: torch.Tensor, side: int) -> tuple[torch.Tensor, int]:
-    """Sum (B, M, H, W) over every side x side window, or all of it for side 0; return also the number of positions in one."""
+    """Sum (B, M, H, W) over every side x side window, or the whole for side 0. Also returns the positions per window."""
     height, width = (side, side) if side else x.shape[2:]
     kernel = (min(height, x.shape[2]), min(width, x.shape[3]))
     return F.avg_pool2d(x, kernel, stride=1, divisor_override=1), kernel[0] * kernel[1]

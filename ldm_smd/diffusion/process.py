@@ -1,5 +1,4 @@
-"""Gaussian paths from data to noise, x_t = a_t x_0 + s_t eps, and what a network may predict on them. A step goes from t to
-s < t."""
+"""Gaussian paths from data to noise, x_t = a_t x_0 + s_t eps, and prediction types. A reverse step goes from t to s < t."""
 
 from __future__ import annotations
 
@@ -10,11 +9,11 @@ import torch
 
 Coefficients = tuple[torch.Tensor | float, torch.Tensor | float]
 LEAST_ALPHABAR = 1e-12
-"""Smaller ones are raised to it before a logarithm is taken: schedules may end without signal."""
+"""Lower bound of alphabar before taking logarithms, because schedules may end without signal."""
 
 
 def prediction_coefficients(prediction_type: str, a: torch.Tensor, s: torch.Tensor) -> Coefficients:
-    """Return (alpha, beta) of the prediction p = alpha x_0 + beta eps. With x_t it gives x_0 back:
+    """Return (alpha, beta) of the prediction p = alpha x_0 + beta eps. Together with x_t, it determines x_0:
 
     x_0 = (beta x_t - s p) / (a beta - s alpha)
     """
@@ -23,7 +22,7 @@ def prediction_coefficients(prediction_type: str, a: torch.Tensor, s: torch.Tens
 
 
 def x0_per_prediction(prediction_type: str, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """Return dx_0 / dp = -s / (a beta - s alpha) at one x_t: the factor from an error of the prediction to that of x_0."""
+    """Return dx_0 / dp = -s / (a beta - s alpha) at fixed x_t: the factor from the error of p to that of x_0."""
     if prediction_type == "sample":
         return torch.ones_like(s)
     alpha, beta = prediction_coefficients(prediction_type, a, s)
@@ -31,20 +30,20 @@ def x0_per_prediction(prediction_type: str, a: torch.Tensor, s: torch.Tensor) ->
 
 
 class GaussianPath(ABC):
-    """(a_t, s_t) for integer or real t, (B,), up to ``last``, as a subclass defines them."""
+    """Signal and noise (a_t, s_t) for integer or real t, (B,), up to ``last``. Subclasses define them."""
 
     last: int
 
     @abstractmethod
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (a_t, s_t), each (B, 1, ..., 1) to multiply ``like`` (B, ...) with. t = -1 is clean data: (1, 0)."""
+        """Return (a_t, s_t), each (B, 1, ..., 1), to broadcast with ``like`` (B, ...). t = -1 is clean data."""
 
     @abstractmethod
     def timestep_of(self, ratio: torch.Tensor) -> torch.Tensor:
-        """Return the real t at which a_t^2 / s_t^2 is ``ratio``, (B,); 0 where it never is so large."""
+        """Return the real t with signal-to-noise ratio a_t^2 / s_t^2 = ``ratio``, (B,); 0 if it is never that large."""
 
     def random_t(self, count: int, **options: Any) -> torch.Tensor:
-        """Draw timesteps to train at, (count,), real ones above 0; ``options`` are those of torch.rand."""
+        """Draw timesteps for training, (count,), real and above 0. ``options``: those of torch.rand."""
         return self.last * (1.0 - torch.rand(count, **options))
 
     def to(self, device: torch.device) -> GaussianPath:
@@ -56,7 +55,7 @@ class GaussianPath(ABC):
         return a * x0 + s * eps
 
     def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, prediction_type: str) -> torch.Tensor:
-        """What the network is to predict, alpha x_0 + beta eps."""
+        """Return the target of the network, alpha x_0 + beta eps."""
         alpha, beta = prediction_coefficients(prediction_type, *self.signal_and_noise(t, x0))
         return alpha * x0 + beta * eps
 
@@ -71,14 +70,14 @@ class GaussianPath(ABC):
     def posterior(
         self, x_t: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, s: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean c_t x_t + c_0 x_0 and variance v of q(x_s | x_t, x_0) for s < t."""
+        """Return mean c_t x_t + c_0 x_0 and variance v of q(x_s | x_t, x_0) for s < t."""
         c_t, c_0, variance = self.posterior_coefficients(t, s, x_t)
         return c_t * x_t + c_0 * x0, variance
 
     def posterior_coefficients(
         self, t: torch.Tensor, s: torch.Tensor, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(c_t, c_0, v), shaped as by ``signal_and_noise``. With a_ts = a_t / a_s and beta_ts = s_t^2 - a_ts^2 s_s^2:
+        """Return (c_t, c_0, v), shaped as in ``signal_and_noise``. With a_ts = a_t / a_s and beta_ts = s_t^2 - a_ts^2 s_s^2:
 
         c_t = a_ts s_s^2 / s_t^2,    c_0 = a_s beta_ts / s_t^2,    v = s_s^2 beta_ts / s_t^2
         """
@@ -90,10 +89,10 @@ class GaussianPath(ABC):
 
 
 class DiffusionProcess(GaussianPath):
-    """The variance-preserving process of a table: a_t = sqrt(alphabar_t), s_t = sqrt(1 - alphabar_t).
+    """The variance-preserving process of a noise schedule: a_t = sqrt(alphabar_t), s_t = sqrt(1 - alphabar_t).
 
     Args:
-        alphas_cumprod: alphabar_t for t = 0 .. T-1, as diffusers schedulers have it. Kept in its own dtype.
+        alphas_cumprod: alphabar_t for t = 0 .. T-1, as in diffusers schedulers. Its dtype is kept.
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor) -> None:
@@ -119,7 +118,7 @@ class DiffusionProcess(GaussianPath):
         return self.last - (above - 1 + between)
 
     def _between(self, t: torch.Tensor) -> torch.Tensor:
-        """alphabar at real t: between two entries of the table linear in log(alphabar / (1 - alphabar))."""
+        """Return alphabar at real t, interpolated linearly in log(alphabar / (1 - alphabar))."""
         t = t.clamp(0, self.last)
         ends = self.alphas_cumprod[torch.stack((t.floor(), t.ceil())).long()]
         below, above = log_ratio(ends)
@@ -127,20 +126,22 @@ class DiffusionProcess(GaussianPath):
 
 
 def log_ratio(alphabar: torch.Tensor) -> torch.Tensor:
-    """log(alphabar / (1 - alphabar)), finite also without signal and without noise."""
+    """Return log(alphabar / (1 - alphabar)), finite even without signal or noise."""
     limits = torch.finfo(alphabar.dtype)
     return alphabar.clamp(max(LEAST_ALPHABAR, limits.tiny), 1.0 - limits.eps).logit()
 
 
 class RectifiedFlow(GaussianPath):
-    """a_t = 1 - t / T, s_t = t / T for real t in [0, T], as diffusers counts them; its velocity eps - x_0 is
-    "flow_prediction"."""
+    """Flow matching along straight lines: a_t = 1 - t / T, s_t = t / T for real t in [0, T], as in diffusers.
+
+    Its prediction type, the velocity eps - x_0, is "flow_prediction".
+    """
 
     def __init__(self, num_timesteps: int = 1000) -> None:
         self.last = num_timesteps
 
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """In the dtype of ``like``, float32 or better."""
+        """Return (a_t, s_t) in the dtype of ``like``, float32 or better."""
         t = t.clamp_min(0).to(torch.promote_types(like.dtype, torch.float32)).view(-1, *[1] * (like.ndim - 1))
         return (self.last - t) / self.last, t / self.last
 

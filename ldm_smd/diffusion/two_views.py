@@ -1,4 +1,4 @@
-"""Two noisy views of one x_0: as one view, and the flow that draws x_0 given the first of them."""
+"""Two noisy views of one x_0: their combination to a single view, and the posterior flow given one of them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 from .process import GaussianPath
 
 LEAST_RATIO = 1e-12
-"""Least signal-to-noise ratio of a second view, so that it has a logarithm."""
+"""Lower bound of the signal-to-noise ratio of the second view, before taking its logarithm."""
 LEAST_STEP = 1e-4
-"""Least length of a step in lambda, where it is divided by."""
+"""Lower bound of the step length in lambda, as a divisor."""
 Levels = tuple[torch.Tensor, torch.Tensor]
 
 
 def joined_view(
     path: GaussianPath, x_t: torch.Tensor, t: torch.Tensor, x_r: torch.Tensor, r: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """From x_t and x_r, noised independently from one x_0 (B, C, H, W), to (x_u, u): E[x_0 | x_t, x_r] = E[x_0 | x_u].
+    """Combine two independent noisy views x_t and x_r of one x_0 (B, C, H, W) to (x_u, u), so that
+    E[x_0 | x_t, x_r] = E[x_0 | x_u].
 
     With the signal-to-noise ratios l = a^2 / s^2,
 
@@ -32,7 +33,7 @@ def joined_view(
 
 
 def joined(x_t: torch.Tensor, levels_t: Levels, x_r: torch.Tensor, levels_r: Levels) -> tuple[torch.Tensor, torch.Tensor]:
-    """From two views and their (a, s), (B, 1, 1, 1) each, to m and l_u of ``joined_view``."""
+    """Return m and l_u of ``joined_view``, from two views and their (a, s), each (B, 1, 1, 1)."""
     (a_t, s_t), (a_r, s_r) = levels_t, levels_r
     ratio = (a_t / s_t) ** 2 + (a_r / s_r) ** 2
     return (a_t / s_t**2 * x_t + a_r / s_r**2 * x_r) / ratio, ratio
@@ -46,11 +47,11 @@ def posterior_flow(
     eta: torch.Tensor,
     steps: int,
 ) -> torch.Tensor:
-    """Draw x_0 of q(x_0 | x_t) as a function of eta ~ N(0, I), with so many evaluations of a denoiser.
+    """Draw x_0 from q(x_0 | x_t) as a function of eta ~ N(0, I), with ``steps`` evaluations of a denoiser.
 
-    A second view x_r of the x_0 behind x_t goes from pure noise, eta, to x_0 along the probability flow of q(x_r | x_t), which
-    needs E[x_0 | x_t, x_r] = D(x_u, u) and nothing else. In steps of DPM-Solver++(2M) (arXiv 2211.01095), evenly spaced in u
-    from t to 0, with lambda = log(a_r / s_r) and h_i = lambda_{i+1} - lambda_i:
+    A second view x_r moves from pure noise, eta, to x_0 along the probability flow of q(x_r | x_t), which depends only on
+    E[x_0 | x_t, x_r] = D(x_u, u). The solver is DPM-Solver++(2M) (arXiv 2211.01095), with steps evenly spaced in u from t to
+    0. With lambda = log(a_r / s_r) and h_i = lambda_{i+1} - lambda_i:
 
         x_{i+1} = s_{i+1} / s_i x_i + (a_{i+1} - a_i s_{i+1} / s_i) (D_i + h_i / (2 h_{i-1}) (D_i - D_{i-1}))
 
@@ -71,7 +72,7 @@ def posterior_flow(
         ratio = ((a_u / s_u) ** 2 - ratio_t).clamp_min(LEAST_RATIO)
         a_next, s_next = (ratio / (1.0 + ratio)).sqrt(), (1.0 + ratio).rsqrt()
         step = (a_next / s_next).log() - (a / s).log()
-        # The first step is infinitely long: it has no correction, and gives the second none.
+        # The first step is infinitely long in lambda, so neither it nor the second one has a correction.
         change = step / (2.0 * step_before.clamp_min(LEAST_STEP)) * (found - before) if done > 1 else 0.0
         x_r = s_next / s * x_r + (a_next - a * s_next / s) * (found + change)
         before, step_before, a, s = found, step, a_next, s_next

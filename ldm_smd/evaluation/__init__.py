@@ -1,1 +1,1 @@
-"""Measures of samples, mixtures and autoencoders."""
+"""Evaluation of samples, mixtures and autoencoders."""

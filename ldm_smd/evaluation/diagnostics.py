@@ -1,4 +1,4 @@
-"""Whether the mixture is one: the spread of its components."""
+"""Diagnostics of mixtures: the spread of their draws, and detection of collapse."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ DIAGNOSTIC_TIMESTEPS = (99, 249, 499, 749, 999)
 
 @dataclass(frozen=True)
 class Spread:
-    """How far the components of the mixture are apart at one timestep.
+    """Spread of the draws of a mixture at one timestep.
 
     Attributes:
-        over_eta: root of the mean, over images and elements, of Var_eta[x_0(x_t, eta)], in units of the normalised latents.
-            The true value, the spread of the posterior q(x_0 | x_t), falls from about 1 at the noisiest t to 0 at t = 0.
-        ratio: of ``over_eta`` to the posterior's spread. The latter is not known for images, but the error of its
-            mean is: E|x_0 - E[x_0 | x_t]|^2 is the posterior's variance. So with the mean over M draws for E[x_0 | x_t],
+        over_eta: square root of the mean, over images and elements, of Var_eta[x_0(x_t, eta)], in units of the normalised
+            latents. The true value, the spread of the posterior q(x_0 | x_t), falls from about 1 at the noisiest t to 0 at
+            t = 0.
+        ratio: ``over_eta`` relative to the spread of the posterior. The latter is unknown for images, but its variance is
+            E|x_0 - E[x_0 | x_t]|^2, the error of the posterior mean. So, with the mean over M draws for E[x_0 | x_t],
 
                 ratio^2 = (1 + 1/M) E Var_eta / E|x_0 - mean_j x_0j|^2
 
-            1 for a calibrated model, 0 for one that has collapsed to a Gaussian.
+            It is 1 for a calibrated model and 0 for one that has collapsed to a Gaussian model.
     """
 
     over_eta: float
@@ -46,7 +47,7 @@ def spread_over_eta(
     draws: int = 8,
     seed: int = 0,
 ) -> dict[int, Spread]:
-    """Measure the spread at each of ``timesteps``, from ``draws`` draws for each of the latents (B, C, H, W)."""
+    """Measure the spread at each timestep, from ``draws`` draws for each of the latents (B, C, H, W)."""
     if not model.is_mixture:
         return dict.fromkeys(timesteps, Spread(0.0, 0.0))
     generator = torch.Generator(latents.device).manual_seed(seed)
@@ -74,9 +75,11 @@ def nearest_neighbour_ratio(
     labels: torch.Tensor | None,
     seed: int = 0,
 ) -> float:
-    """Draw one x_0 from pure noise for each of the latents (B, C, H, W), with its label: how far a draw is from the nearest
-    other one, on average, in units of that distance among the latents. About 1 where draws are as different as the data; 0
-    where they are one; more where they are noisy."""
+    """Return the mean nearest-neighbour distance among draws from pure noise, relative to that among the latents.
+
+    There is one draw of x_0 for each of the latents (B, C, H, W), with its label. The ratio is about 1 if the draws are as
+    diverse as the data, 0 if they are all equal, and above 1 if they are noisy.
+    """
     generator = torch.Generator(latents.device).manual_seed(seed)
     x_t, eta = (torch.randn(latents.shape, generator=generator, device=latents.device) for _ in range(2))
     steps = torch.full((len(latents),), path.last, device=latents.device)
@@ -90,5 +93,5 @@ def nearest_neighbour_ratio(
 
 
 def has_collapsed(spread: dict[int, Spread]) -> bool:
-    """Tell whether the draws agree at every timestep: the mixture is in effect a Gaussian model."""
+    """Return whether the draws are almost equal at every timestep, as in a Gaussian model."""
     return all(at.ratio < COLLAPSED for at in spread.values())

@@ -1,4 +1,4 @@
-"""Distances between sets of images, from their features, in float64, and block by block where N x N would not fit."""
+"""Distances between sets of images in feature space, in float64. Large N x N matrices are computed in blocks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 BLOCK = 2048
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
-"""k of the papers."""
+"""k as in the papers."""
 CMMD_BANDWIDTH, CMMD_SCALE = 10.0, 1000.0
 
 
 class FeatureSet:
-    """Features (N, D) of one set of images, and what all distances to it need, computed at first use."""
+    """Features (N, D) of one set of images, with cached statistics for distances to it."""
 
     def __init__(self, features: torch.Tensor) -> None:
         self.features = features.double()
@@ -38,21 +38,21 @@ class FeatureSet:
 
     @cached_property
     def kernel_within(self) -> torch.Tensor:
-        """Return the mean of KID's kernel over pairs of different rows."""
+        """Mean of KID's kernel over pairs of different rows."""
         x = self.features
         return (kernel_sum(x, x) - ((x * x).mean(dim=1) + 1.0).pow(3).sum()) / (len(x) * (len(x) - 1))
 
     def radii(self, neighbour: int) -> torch.Tensor:
         """Return the distance from each row to its k-th nearest neighbour, k = ``neighbour``, (N,)."""
         if neighbour not in self._radii:
-            k = min(neighbour + 1, len(self))  # the nearest of all is the row itself
+            k = min(neighbour + 1, len(self))  # the nearest one is the row itself
             parts = [torch.cdist(rows, self.features).kthvalue(k, dim=1).values for rows in self.features.split(BLOCK)]
             self._radii[neighbour] = torch.cat(parts)
         return self._radii[neighbour]
 
 
 Features = torch.Tensor | FeatureSet
-"""(N, D), or a FeatureSet where several distances to it are wanted."""
+"""Features (N, D), or a FeatureSet to reuse its statistics for several distances."""
 
 
 def feature_set(features: Features) -> FeatureSet:
@@ -64,8 +64,8 @@ def frechet_distance(a: Features, b: Features) -> float:
 
         |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
-    The trace of the root is the sum of the roots of the eigenvalues of C_b^(1/2) C_a C_b^(1/2), which is symmetric, so no
-    matrix root that may fail to converge (scipy's sqrtm) is needed.
+    The trace of the root is the sum of the square roots of the eigenvalues of the symmetric matrix C_b^(1/2) C_a C_b^(1/2).
+    This avoids a matrix square root that may not converge (scipy's sqrtm).
     """
     a, b = feature_set(a), feature_set(b)
     cross = torch.linalg.eigvalsh(b.covariance_root @ a.covariance @ b.covariance_root).clamp_min(0).sqrt().sum()
@@ -77,7 +77,7 @@ def kernel_distance(a: Features, b: Features) -> float:
 
         mean_{i != j} k(a_i, a_j) + mean_{i != j} k(b_i, b_j) - 2 mean_{i, j} k(a_i, b_j)
 
-    Over all pairs, not over random subsets. Unbiased at any sample size, so it may be below 0 where the sets agree.
+    Over all pairs instead of random subsets. Unbiased at any sample size, so it may be negative for equal distributions.
     """
     a, b = feature_set(a), feature_set(b)
     return float(a.kernel_within + b.kernel_within - 2 * kernel_sum(a.features, b.features) / (len(a) * len(b)))
@@ -89,8 +89,8 @@ def kernel_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def cmmd(a: Features, b: Features) -> float:
-    """CMMD (arXiv 2401.09603), of CLIP image embeddings of length 1: 1000 times the squared MMD with the Gaussian kernel of
-    bandwidth 10, each row also paired with itself, as in the paper's code."""
+    """CMMD (arXiv 2401.09603) of CLIP image embeddings of unit length: 1000 times the squared MMD with a Gaussian kernel of
+    bandwidth 10. Includes pairs of a row with itself, as in the paper's code."""
     a, b = feature_set(a).features, feature_set(b).features
 
     def mean(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -101,33 +101,34 @@ def cmmd(a: Features, b: Features) -> float:
 
 
 def fidelity_and_diversity(samples: Features, reference: Features) -> dict[str, float]:
-    """Measure how balls around the rows, each up to the k-th nearest neighbour in its own set, cover the other set.
+    """Return precision, recall, density and coverage.
 
-    Precision: the fraction of the samples in a ball of the reference; recall: of the reference in a ball of the samples
-    (arXiv 1904.06991, k = 3). Density: in how many balls of the reference a sample is, over k; coverage: the fraction of the
-    reference's balls that contain a sample (arXiv 2002.09797, k = 5).
+    Every row has a ball that reaches to the k-th nearest neighbour in its own set. Precision is the fraction of samples in a
+    ball of the reference, recall the fraction of the reference in a ball of the samples (arXiv 1904.06991, k = 3). Density is
+    the mean number of reference balls that contain a sample, divided by k; coverage is the fraction of reference balls that
+    contain a sample (arXiv 2002.09797, k = 5).
     """
     samples, reference = feature_set(samples), feature_set(reference)
     near, wide = reference.radii(PRECISION_NEIGHBOURS), reference.radii(DENSITY_NEIGHBOURS)
-    precise = inside = torch.zeros((), dtype=torch.float64)
+    precise = ball_count = torch.zeros((), dtype=torch.float64)
     recalled, nearest = torch.zeros(len(reference), dtype=torch.bool), torch.full((len(reference),), torch.inf).double()
     for rows, radii in zip(samples.features.split(BLOCK), samples.radii(PRECISION_NEIGHBOURS).split(BLOCK)):
         distances = torch.cdist(rows, reference.features)
         precise = precise + (distances <= near).any(dim=1).sum()
-        inside = inside + (distances < wide).sum()
+        ball_count = ball_count + (distances < wide).sum()
         recalled |= (distances <= radii[:, None]).any(dim=0)
         nearest = torch.minimum(nearest, distances.min(dim=0).values)
     return {
         "precision": float(precise / len(samples)),
         "recall": float(recalled.double().mean()),
-        "density": float(inside / (DENSITY_NEIGHBOURS * len(samples))),
+        "density": float(ball_count / (DENSITY_NEIGHBOURS * len(samples))),
         "coverage": float((nearest < wide).double().mean()),
     }
 
 
 def distances(samples: torch.Tensor, reference: Features, unit_length: bool = False, rounds: int = 20) -> dict[str, float]:
-    """Return frechet, kid, their bootstrap deviations (``_sd``), precision, recall, density, coverage; and cmmd if the features
-    are embeddings of length 1."""
+    """Return frechet, kid, their bootstrap standard deviations (``_sd``), precision, recall, density and coverage; also cmmd if
+    the features are embeddings of unit length."""
     reference = feature_set(reference)
     found = {
         "frechet": frechet_distance(samples, reference),
@@ -142,31 +143,31 @@ def distances(samples: torch.Tensor, reference: Features, unit_length: bool = Fa
 def bootstrap_deviation(
     distance: Callable[[Features, Features], float], a: torch.Tensor, b: Features, rounds: int = 50, seed: int = 0
 ) -> float:
-    """Standard deviation of ``distance(a, b)`` when the rows of ``a`` are drawn anew with replacement. 1.96 times it, on
-    either side, is the 95 % interval. (Percentiles of the resampled values would be off: a set with repeated rows is
-    farther from ``b`` than ``a`` is.)"""
+    """Return the bootstrap standard deviation of ``distance(a, b)``, resampling the rows of ``a``. The 95 % interval is 1.96
+    times that on either side. Percentiles of the resampled values would be biased, because a set with repeated rows has a
+    larger distance from ``b``."""
     b = feature_set(b)
-    values = [distance(a[chosen], b) for chosen in drawn_anew(len(a), rounds, seed)]
+    values = [distance(a[chosen], b) for chosen in bootstrap_indices(len(a), rounds, seed)]
     return float(torch.tensor(values, dtype=torch.float64).std())
 
 
-def drawn_anew(count: int, rounds: int, seed: int) -> list[torch.Tensor]:
-    """Rows drawn with replacement, as many as there are, for each round of a bootstrap."""
+def bootstrap_indices(count: int, rounds: int, seed: int) -> list[torch.Tensor]:
+    """Draw ``count`` rows with replacement, for each round of a bootstrap."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(count, (count,), generator=generator) for _ in range(rounds)]
 
 
 def kernel_deviation(a: Features, b: Features, rounds: int = 50, seed: int = 0) -> float:
-    """``bootstrap_deviation(kernel_distance, a, b, rounds, seed)``, with every kernel value computed once for all rounds: where
-    row i of ``a`` was drawn n_i times,
+    """Return ``bootstrap_deviation(kernel_distance, a, b, rounds, seed)``, with each kernel value computed once for all rounds.
+    If row i of ``a`` was drawn n_i times,
 
         sum_ij n_i n_j k(a_i, a_j) - sum_i n_i k(a_i, a_i)   and   sum_ij n_i k(a_i, b_j)
 
-    are the sums over pairs of the rows drawn.
+    are the sums over pairs of drawn rows.
     """
     a, b = feature_set(a), feature_set(b)
     x, dimensions = a.features, a.features.shape[1]
-    drawn = drawn_anew(len(a), rounds, seed)
+    drawn = bootstrap_indices(len(a), rounds, seed)
     times = torch.stack([chosen.bincount(minlength=len(a)) for chosen in drawn], dim=1).double()
     within = -(((x * x).mean(dim=1) + 1.0).pow(3) @ times)
     across = torch.zeros(rounds, dtype=torch.float64)

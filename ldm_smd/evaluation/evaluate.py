@@ -1,6 +1,7 @@
-"""tools/evaluate.py: distances of images to real ones, in the features of several networks, with all that they depend on.
+"""tools/evaluate.py: distances between samples and real images in the features of several networks.
 
-Each process samples and reads an equal slice, in order, so that neither their number nor the batches change the result.
+Each process handles a contiguous slice of the images, so the result does not depend on the number of processes or the batch
+size.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ class ImageFeatures:
     """Features of one set of images.
 
     Attributes:
-        features: by network, float32 (N, D), in the order of the images; all of them on the main process alone.
-        sha256: hash of all images in any order.
-        labels: of the images that have one, in order.
+        features: one float32 (N, D) per network, in the order of the images. Complete on the main process only.
+        sha256: hash of all images, independent of their order.
+        labels: labels of the images that have one, in order.
     """
 
     features: list[torch.Tensor]
@@ -62,7 +63,7 @@ class ImageFeatures:
 
     def save(self, path: Path) -> None:
         tensors = {f"features.{index}": features for index, features in enumerate(self.features)}
-        with atomic_file(path, this_process()) as temporary:  # others may save the same at the same time
+        with atomic_file(path, this_process()) as temporary:  # another process may save the same file
             save_file(tensors | {"labels": torch.tensor(self.labels)}, temporary, metadata={"sha256": self.sha256})
 
     @classmethod
@@ -73,13 +74,13 @@ class ImageFeatures:
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Measure, and write ``config.output`` and a table beside it; returns its path."""
+    """Evaluate and write ``config.output`` and a table next to it; returns the path."""
     output = Path(config.output)
     if output.is_dir():
         raise UserError(f"output: expected a JSON file to write, found a folder at {output}")
-    if config.cache is not None:  # which others may use at the same time
+    if config.cache is not None:  # shared with other runs
         with claimed(Path(config.cache), "cache", worker=this_process(), inside=True):
-            pass  # it can be written
+            pass  # checks that it is writable
     with claimed_by_first(output), process_group() as state:
         result = measure(config, state)
         if state.is_main_process:
@@ -92,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 
 def measure(config: EvaluateConfig, state: PartialState) -> dict:
-    """Compute the features of all sets in all processes, and return the content of the JSON file on the main one."""
+    """Compute the features of all sets, in all processes. Returns the result on the main process, {} on others."""
     started = time.perf_counter()
     extractors = [load_extractor(weights, config.device) for weights in config.features]
     names = [extractor.name for extractor in extractors]
@@ -139,7 +140,7 @@ def real_features(
     cached = None
     if config.cache is not None:
         cached = Path(config.cache) / f"{digest_of(entries, images, extractors)[:32]}.safetensors"
-        # The main process decides: another might find a file that somebody else has just written.
+        # The main process decides, because another one might see a file that has just been written.
         [there] = broadcast_object_list([cached.is_file()])
         if there:
             return ImageFeatures.load(cached, len(extractors))
@@ -172,7 +173,7 @@ def digest_of(entries: PictureIndex, images: ImagesConfig, extractors: list[Extr
 def sample_features(
     model: str, config: EvaluateConfig, reference: ImageFeatures, extractors: list[Extractor], state: PartialState
 ) -> tuple[ImageFeatures, dict]:
-    """Sample from the model; return the features, and all that the samples depend on."""
+    """Sample from the model; return the features and a description of the samples for the JSON file."""
     folder = model_folder(model)
     pipeline = load_pipeline(folder).to(pick_device(config.device))
     if config.scheduler:
@@ -194,12 +195,12 @@ def sample_features(
 
 
 def choose_labels(config: EvaluateConfig, real: list[int], classes: int | None) -> list[int] | None:
-    """Choose a class for each sample, as ``config.labels`` says; None for an unconditional model."""
+    """Choose the class of each sample by ``config.labels``; None for an unconditional model."""
     if classes is None:
         return None
     if config.labels == "reference":
         if not real:
-            raise UserError("labels: expected a reference with labels, found none; labels=balanced needs none")
+            raise UserError("labels: expected a reference with labels, found none; use labels=balanced")
         if max(real) >= classes:
             raise UserError(f"labels: expected labels below the model's {classes} classes, found {max(real)} in the reference")
         order = np.random.default_rng(config.seed).permutation(len(real))
@@ -210,7 +211,7 @@ def choose_labels(config: EvaluateConfig, real: list[int], classes: int | None) 
 
 
 def rank_slice(count: int, state: PartialState) -> range:
-    """Return the indices of this process, of ``count`` in all; those of rank r come before those of r + 1."""
+    """Return the slice of ``range(count)`` for this process, in order of rank."""
     rank, world = state.process_index, state.num_processes
     return range(count * rank // world, count * (rank + 1) // world)
 
@@ -218,7 +219,7 @@ def rank_slice(count: int, state: PartialState) -> range:
 def extract_features(
     name: str, batches: Iterable[torch.Tensor], labels: list[int], extractors: list[Extractor]
 ) -> ImageFeatures:
-    """Compute all features of this process's images, uint8 (b, 3, H, W), and gather those of all processes."""
+    """Compute the features of this process's images, uint8 (b, 3, H, W), and gather those of all processes."""
     parts: list[list[torch.Tensor]] = [[] for _ in extractors]
     hashes = 0
     for pixels in batches:
@@ -228,17 +229,17 @@ def extract_features(
     gathered = gather_object([([torch.cat(part) for part in parts if part], hashes, labels)])
     nonempty = [features for features, _, _ in gathered if features]
     if not nonempty:
-        raise UserError(f"{name}: expected pictures that can be read, found none")
+        raise UserError(f"{name}: expected readable images, found none")
     total = sum(value for _, value, _ in gathered) % 2**256
     all_labels = [label for *_, own in gathered for label in own]
     return ImageFeatures([torch.cat(of_network) for of_network in zip(*nonempty)], f"{total:064x}", all_labels)
 
 
 def table(result: dict) -> str:
-    """Format the result as Markdown, a row for each network and set; the interval is the bootstrap's, 95 %."""
+    """Format the result as Markdown, a row for each network and set, with 95 % bootstrap intervals."""
     compared = [name for name in ("pictures", "samples", "held_out") if name in result]
     lines = [
-        f"Against {result['reference']['count']:,} pictures of {result['reference']['source']}, "
+        f"Compared with {result['reference']['count']:,} images of {result['reference']['source']}, "
         f"{result['reference']['resolution']} pixels (`{result['command']}`). "
         + "; ".join(f"{name.replace('_', ' ')}: {result[name]['count']:,}" for name in compared),
         "",

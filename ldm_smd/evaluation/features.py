@@ -1,6 +1,6 @@
-"""Features of images, for distances between sets of them: a small network the project ships, OpenCLIP, DINOv2 or Inception.
+"""Feature networks for distances between sets of images: the shipped classifier, OpenCLIP, DINOv2 or Inception.
 
-A distance is named after its network and the way images are resized for it; only distances of one network can be compared.
+Only distances in the features of the same network, with the same resizing, can be compared.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Extractor:
     """A network that turns images into features.
 
     Attributes:
-        name: name of distances in these features.
+        name: name of the network in results.
         network: pixels (N, 3, H, W) in [0, 1] -> features (N, D), on ``device``.
         sha256: hash of the weights.
         resize: how images are resized for the network.
-        unit_length: whether the features are image embeddings of length 1, as CMMD takes them.
+        unit_length: whether the features are image embeddings of unit length, for CMMD.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Extractor:
 
 
 def load_extractor(weights: str, device: str = "auto") -> Extractor:
-    """Load the feature network that ``weights`` names.
+    """Load a feature network. Raises UserError if it is not available.
 
     Args:
         weights: the folder of a FeatureNetwork; ``open_clip:ARCHITECTURE:FILE.safetensors``, an image tower of OpenCLIP;
-            ``dinov2:ARCHITECTURE:FILE.safetensors`` with a name of timm's, as vit_large_patch14_dinov2; or ``inception:FILE``,
-            the FID network of torch-fidelity (package ``torch-fidelity``). The name of pretrained weights instead of a
-            safetensors file (``open_clip:ViT-L-14-336:openai``, ``dinov2:vit_large_patch14_dinov2:lvd142m``) has them fetched.
-            With ``#SHA256`` at the end the weights must have that hash.
+            ``dinov2:ARCHITECTURE:FILE.safetensors`` with an architecture of timm, such as vit_large_patch14_dinov2; or
+            ``inception:FILE``, the FID network of the package torch-fidelity. Names of pretrained weights instead of files
+            (``open_clip:ViT-L-14-336:openai``, ``dinov2:vit_large_patch14_dinov2:lvd142m``) are downloaded. ``#SHA256`` at
+            the end checks the hash of the weights.
     """
     weights, _, wanted = weights.partition("#")
     family, _, rest = weights.partition(":")
@@ -90,7 +90,7 @@ def load_extractor(weights: str, device: str = "auto") -> Extractor:
 
 
 def dinov2_extractor(architecture: str, source: str, device: torch.device) -> Extractor:
-    """Take the class token of a DINOv2 of timm's, images resized to 224 pixels as in EDM2's Frechet distance."""
+    """Load a DINOv2 of timm. Features are its class token, at 224 pixels as in EDM2's Frechet distance."""
     import timm
 
     known = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
@@ -105,7 +105,7 @@ def dinov2_extractor(architecture: str, source: str, device: torch.device) -> Ex
 
 
 def inception_extractor(file: Path, device: torch.device) -> Extractor:
-    """Load the Inception network of FID, 2,048 features, from torch-fidelity; it resizes images itself."""
+    """Load the Inception network of FID, with 2,048 features, from torch-fidelity. It resizes images itself."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:

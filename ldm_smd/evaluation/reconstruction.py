@@ -8,10 +8,10 @@ from ..autoencoder import FrozenAutoencoder
 
 
 def reconstruction_psnr(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int = 64) -> dict[str, float]:
-    """Measure the reconstruction of ``pixels`` (N, 3, H, W), uint8, by the posterior mean, rounded to 8 bits.
+    """Measure the reconstruction of ``pixels``, uint8 (N, 3, H, W), from the posterior mean, rounded to 8 bits.
 
-    psnr: mean over images of 10 log10(255^2 / MSE of the image), in dB, the usual figure; psnr_of_mean: the PSNR of
-    the MSE over all images (never above it).
+    psnr: mean over images of 10 log10(255^2 / MSE of the image), in dB, the usual definition. psnr_of_mean: PSNR of the MSE
+    over all images, never larger.
     """
     errors = []
     for batch in pixels.split(batch_size):

@@ -1,4 +1,4 @@
-"""One attention function: xformers where its kernels really run, else torch's scaled dot-product attention."""
+"""Attention with xformers if its kernels work here, otherwise with torch's scaled dot-product attention."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ _backend = "auto"
 
 
 def set_attention_backend(name: str) -> None:
-    """Choose for the whole process. "auto": xformers on GPUs where it runs, else sdpa. "xformers": the same, with a warning
-    where it does not run. "sdpa": always torch."""
+    """Choose the backend for the whole process.
+
+    "auto": xformers on GPUs if it works, otherwise torch. "xformers": the same, with a warning if it does not work. "sdpa":
+    torch.
+    """
     global _backend
     if name not in ATTENTION_BACKENDS:
         raise ValueError(f"attention: expected one of {', '.join(ATTENTION_BACKENDS)}, found {name!r}")
     _backend = name
-    xformers_runs.cache_clear()  # to warn again where xformers does not run
+    xformers_runs.cache_clear()  # to warn again if xformers does not work
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v for tensors (B, length, heads, d); returns the same shape.
 
-    The layout is xformers' (B, M, H, K); torch's function wants (B, heads, length, d), so that branch transposes.
+    This is the layout of xformers. torch's function takes (B, heads, length, d), so that branch transposes.
     """
     device = query.device.type
     wanted = _backend == "xformers" or (_backend == "auto" and device == "cuda")
@@ -42,10 +45,10 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 @cache
 def xformers_runs(device: str, dtype: torch.dtype, head_dim: int) -> bool:
-    """Tell whether xformers' operator works here, by running it once, forward and backward.
+    """Return whether xformers' operator works here, by running it once, forward and backward.
 
-    Importing is not enough: a wheel built for another torch imports with a warning and has no operator, and on CPUs there
-    is none at all (xformers 0.0.35 has kernels for torch 2.10 with CUDA 12.8).
+    A successful import is not enough: a wheel built for another torch version imports with a warning but has no operator, and
+    there is none for CPUs (xformers 0.0.35 has kernels for torch 2.10 with CUDA 12.8).
     """
     try:
         from xformers.ops import memory_efficient_attention
@@ -55,6 +58,6 @@ def xformers_runs(device: str, dtype: torch.dtype, head_dim: int) -> bool:
             memory_efficient_attention(probe, probe, probe).sum().backward()
     except (ImportError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         if _backend == "xformers":
-            logger.warning("attention: xformers does not run here (%s); using torch's own", type(error).__name__)
+            logger.warning("attention: xformers does not work here (%s); using torch", type(error).__name__)
         return False
     return True

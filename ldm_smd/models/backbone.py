@@ -1,4 +1,4 @@
-"""Backbone: a denoiser that a mixture can be put into; the forward pass that all share, and former model folders."""
+"""Backbone: base class of denoisers with a mixture, with their forward pass and the loading of former model folders."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .mixture import Draws, Mixture
 
 @dataclass
 class Trunk:
-    """What a trunk leaves to g_xi and to the tail, once an image.
+    """Output of a trunk, per image: the input of g_xi and of the tail.
 
     Attributes:
-        features: that g_xi reads and the tail continues from, (B, C, h, w).
-        embedding: of timestep and conditions, as g_xi and the gate take it, (B, embedding_dim).
-        kept: whatever else the tail of the same network needs.
+        features: feature map that g_xi reads and the tail continues from, (B, C, h, w).
+        embedding: embedding of timestep and conditions, for g_xi and the gate, (B, embedding_dim).
+        kept: anything else that the tail of the same network needs.
     """
 
     features: torch.Tensor
@@ -31,8 +31,8 @@ class Trunk:
 
 
 class Backbone(ModelMixin, ConfigMixin):
-    """A denoiser cut in two: ``trunk`` runs once an image, ``tail`` once a draw, and asks its ``Draws`` wherever one enters.
-    ``mixture`` is None for a Gaussian model."""
+    """A denoiser in two parts: ``trunk`` runs once per image, ``tail`` once per draw. The tail calls its ``Draws`` wherever a
+    draw enters. ``mixture`` is None for a Gaussian model."""
 
     mixture: Mixture | None
 
@@ -40,7 +40,7 @@ class Backbone(ModelMixin, ConfigMixin):
     def trunk(
         self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> Trunk:
-        """x_t (B, C, H, W), t (B,) or (1,), labels (B,) or None, embeddings (B, D) or None -> what the tail continues from."""
+        """Map x_t (B, C, H, W), t (B,) or (1,), labels (B,) or None and embeddings (B, D) or None to the input of the tail."""
 
     @abstractmethod
     def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
@@ -59,20 +59,20 @@ class Backbone(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         image_embeds: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
-        """Predict for every image and draw.
+        """Predict for every image and every draw.
 
         Args:
             sample: x_t, (B, C, H, W).
             timestep: a number, or (B,).
-            class_labels: (B,) integers, ``num_classes`` for the null class; None is the null class for all.
-            eta: (B * M, C, H, W) with the M draws of an image in consecutive rows; None draws one for each image.
-                Not read by a Gaussian model.
+            class_labels: (B,) integers, ``num_classes`` for the null class; None is the null class for all rows.
+            eta: unit normal (B * M, C, H, W), the M draws of an image in consecutive rows; None draws one per image.
+                Ignored by a Gaussian model.
             image_embeds: OpenCLIP embeddings (B, D) of unit length. A row of zeros means none; so does None, for all rows.
 
         Returns:
             The prediction (B * M, C, H, W), rows as in ``eta``; (B, C, H, W) for a Gaussian model.
         """
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # one number stays one: less work
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # a single number is not expanded, to save work
         trunk = self.trunk(sample, timestep, class_labels, image_embeds)
         if self.mixture is None:
             prediction = self.tail(trunk, Draws())
@@ -83,18 +83,18 @@ class Backbone(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: dict, **options: Any) -> Backbone:
-        """Make a model as diffusers does, also from configs with former names."""
+        """Make a model as diffusers does; also accepts configs with former names."""
         return super().from_config(current_config(config), **options)
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Rename weights; diffusers calls this between reading them and comparing their names."""
+        """Rename former weights. diffusers calls this between reading a state dict and checking its names."""
         for name in list(state_dict):
             state_dict[current_name(name)] = state_dict.pop(name)
-        if "mixture.noise.alphas_cumprod" in state_dict:  # before there were other paths than variance-preserving ones
+        if "mixture.noise.alphas_cumprod" in state_dict:  # from before paths other than variance-preserving ones
             state_dict.setdefault("mixture.noise.norms", torch.ones_like(state_dict["mixture.noise.alphas_cumprod"]))
 
 
-# The mixture's parts were entries of a dictionary once, "hyper", and their names are those of weights and optimizer states.
+# Former names of weights and optimizer states, from when the mixture's parts were entries of a dictionary "hyper".
 FORMER_NAMES = (
     (re.compile(r"^identifier\."), "mixture.identifier."),
     (re.compile(r"^hyper\.(noise|gate|modulation)\."), r"mixture.\1."),
@@ -105,7 +105,7 @@ FORMER_NAMES = (
 
 
 def current_name(name: str) -> str:
-    """Return today's name of a weight that may have a former one."""
+    """Return the current name of a weight that may have a former one."""
     for pattern, current in FORMER_NAMES:
         if pattern.match(name):
             return pattern.sub(current, name)
@@ -113,5 +113,5 @@ def current_name(name: str) -> str:
 
 
 def current_config(config: dict) -> dict:
-    """Return a model's config with today's names."""
+    """Return a model's config with current names."""
     return {"z_channels" if name == "latent_channels" else name: value for name, value in config.items()}

@@ -1,4 +1,4 @@
-"""The blocks that the UNet and the mixture identifier share."""
+"""Building blocks of the UNet and the mixture."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice, around a skip; the second norm is modulated by the embedding (AdaGN):
+    """GroupNorm, SiLU, convolution, twice, with a residual connection. The embedding modulates the second norm (AdaGN):
 
         h = norm(h) * (1 + scale) + shift
 
-    ``modulation`` in ``forward`` holds the scales and shifts of many blocks of the network, (B, total); this block's are
-    at ``self.modulation_slice``. So one matrix product serves every block, where one each is the usual way.
+    ``modulation`` in ``forward`` holds the scales and shifts of many blocks, (B, total); those of this block are at
+    ``self.modulation_slice``. So one matrix product computes them for all blocks.
 
-    With ``skip_channels`` the block also takes in a feature map of the encoder path. That has its own norm and convolutions,
-    whose result is added, instead of one convolution of the concatenation: M draws of an image, which differ in ``x`` alone,
-    share the work on ``skip``.
+    With ``skip_channels``, the block also reads a feature map of the encoder path. It has its own norm and convolutions, whose
+    output is added. In contrast to a convolution of the concatenation, the M draws of an image share the work on ``skip``.
     """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float = 0.0, skip_channels: int = 0) -> None:
@@ -51,12 +50,12 @@ class ResidualBlock(nn.Module):
             h = add_shared(h, self.conv_skip(F.silu(self.norm_skip(skip))))
             shortcut = add_shared(shortcut, self.shortcut_skip(skip))
         scale, shift = modulation[:, self.modulation_slice, None, None].float().chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm2(h), 1.0 + scale).to(h.dtype)  # which is not float32 for half-precision weights
+        h = torch.addcmul(shift, self.norm2(h), 1.0 + scale).to(h.dtype)  # half precision for half-precision weights
         return shortcut + self.conv2(self.dropout(F.silu(h)))
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions of a feature map, around a skip."""
+    """Self-attention over all positions of a feature map, with a residual connection."""
 
     def __init__(self, channels: int, head_dim: int, groups: int) -> None:
         super().__init__()
@@ -73,20 +72,20 @@ class AttentionBlock(nn.Module):
 
 
 class Pointwise(nn.Linear):
-    """A 1x1 convolution as one matrix product: for channels-last maps of few positions on a CPU, twice as fast."""
+    """A 1x1 convolution as a matrix product; twice as fast for small channels-last feature maps on CPUs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in, H, W) -> (B, out, H, W), channels last."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def added_to(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Return h (B, out, H, W) + the convolution of x, without a bias, in one pass over memory."""
+        """Return h (B, out, H, W) + the convolution of x without bias, in one pass over memory."""
         onto, rows = (y.permute(0, 2, 3, 1).flatten(0, 2) for y in (h, x))
         return torch.addmm(onto, rows, self.weight.T).view(*h.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 class Downsample(nn.Module):
-    """Halve the sides (rounded up) with a strided convolution."""
+    """Halve the sides, rounded up, with a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -100,7 +99,7 @@ def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:
     """(B, ...) -> (B * draws, ...), the copies of an image in consecutive rows."""
     if draws == 1:
         return x
-    if x.ndim == 4:  # in this order, so that it is channels-last in memory
+    if x.ndim == 4:  # in this order, so that the result is channels-last in memory
         return rearrange(einops.repeat(x, "b c h w -> (b m) h w c", m=draws), "b h w c -> b c h w")
     return einops.repeat(x, "b ... -> (b m) ...", m=draws)
 
@@ -124,7 +123,7 @@ def assign_modulation_slices(root: nn.Module) -> int:
 
 
 def zero_init(module: Layer) -> Layer:
-    """Set all parameters to zero, so that the branch that ends here starts as nothing."""
+    """Set all parameters to zero, so that a branch that ends with this module has no effect at first."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

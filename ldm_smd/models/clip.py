@@ -1,4 +1,4 @@
-"""OpenCLIP's two towers, which share a space: pictures and texts as vectors of length 1."""
+"""OpenCLIP: embeds images and texts as vectors of unit length in the same space."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ class ClipEncoder:
     """A frozen OpenCLIP model.
 
     Args:
-        architecture: a name of OpenCLIP's, as ViT-B-32; or a folder with open_clip_config.json and open_clip_model.safetensors,
-            as OpenCLIP saves a model for the hub, and then no ``source``.
-        source: a .safetensors file, or the name of pretrained weights to be fetched.
-        key: the setting that a mistake is blamed on.
+        architecture: a name in OpenCLIP, such as ViT-B-32; or, without ``source``, a folder with open_clip_config.json and
+            open_clip_model.safetensors, as OpenCLIP saves models for the hub.
+        source: a .safetensors file, or the name of pretrained weights to download.
+        key: the setting to name in error messages.
 
     Attributes:
-        name, sha256: of the architecture and its weights.
-        dimensions: D, of an embedding.
-        resize: how pictures are brought to the size of its training.
+        name: name of the architecture.
+        sha256: hash of the weights.
+        dimensions: D of the embeddings.
+        resize: preprocessing of images.
     """
 
     def __init__(self, architecture: str, source: str, device: torch.device, key: str) -> None:
@@ -32,7 +33,7 @@ class ClipEncoder:
         folder = Path(architecture)
         if not source and (folder / "open_clip_config.json").is_file():
             self.name, architecture = f"OpenCLIP {folder.name}", f"local-dir:{folder}"
-            # Present, it is what OpenCLIP takes, before any pickle beside it.
+            # OpenCLIP prefers this file to any pickle in the folder.
             file = weights_file(key, str(folder / "open_clip_model.safetensors"), (), self.name)
         elif architecture in open_clip.list_models():
             self.name = f"OpenCLIP {architecture}"
@@ -40,7 +41,7 @@ class ClipEncoder:
             source = str(file or source)
         else:
             raise UserError(
-                f"{key}: expected an architecture of OpenCLIP, as ViT-B-32, or a folder with open_clip_config.json, found "
+                f"{key}: expected an architecture of OpenCLIP, such as ViT-B-32, or a folder with open_clip_config.json, found "
                 f"{architecture!r}"
             )
         self.model = open_clip.create_model(architecture, pretrained=source or None, device=device)
@@ -53,7 +54,7 @@ class ClipEncoder:
 
     @classmethod
     def of(cls, spec: str, device: torch.device, key: str) -> ClipEncoder:
-        """``open_clip:ARCHITECTURE:SOURCE`` or ``open_clip:FOLDER``."""
+        """Load ``open_clip:ARCHITECTURE:SOURCE`` or ``open_clip:FOLDER``. Raises UserError for anything else."""
         library, _, rest = spec.partition(":")
         architecture, _, source = rest.partition(":")
         if library != "open_clip":
@@ -61,17 +62,17 @@ class ClipEncoder:
         return cls(architecture, source, device, key)
 
     def identity(self) -> dict:
-        """For manifests: two with equal identities give equal embeddings."""
+        """Describe the network for manifests. Networks with equal identities give equal embeddings."""
         return {"network": self.name, "sha256": self.sha256, "resize": self.resize.name, "dimensions": self.dimensions}
 
     @torch.no_grad()
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, 3, H, W) in [0, 1], or uint8 -> (B, D)."""
+        """Embed images, (B, 3, H, W) in [0, 1] or uint8, as (B, D)."""
         pixels = pixels.to(self.device)
         pixels = pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels
         return self.model.encode_image(self.resize(pixels), normalize=True)
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> torch.Tensor:
-        """(B, D)"""
+        """Embed texts as (B, D)."""
         return self.model.encode_text(self._tokenizer(texts).to(self.device), normalize=True)

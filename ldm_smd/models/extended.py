@@ -1,4 +1,4 @@
-"""ExtendedUNet2DModel: a Gaussian diffusers.UNet2DModel, trained elsewhere, extended to a mixture."""
+"""ExtendedUNet2DModel: extends a pretrained Gaussian UNet2DModel of diffusers to a mixture."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from .mixture import Cut, Draws, Mixture
 
 
 class ExtendedUNet2DModel(Backbone):
-    """A ``diffusers.UNet2DModel`` with the mixture of SMDUNet2DModel, placement "up": same ``forward``, same ``config`` names
-    where pipelines read them. ``self.unet`` stays a plain UNet2DModel, which can be saved by itself.
+    """A ``diffusers.UNet2DModel`` with the mixture of SMDUNet2DModel, placement "up". It has the same ``forward``, and the same
+    ``config`` names as far as pipelines use them. ``self.unet`` remains a plain UNet2DModel that can be saved by itself.
 
     Args:
-        unet_config: of the UNet2DModel: positional time embedding, blocks without ``skip_conv``, ``class_embed_type`` None.
-        sample_size, in_channels: of the UNet.
-        num_classes: number of classes, one less than the UNet's ``num_class_embeds``, whose last is "no label"; None for an
-            unconditional UNet.
-        tail_blocks: up blocks, the last ones, that every draw runs through; None for all.
+        unet_config: config of the UNet2DModel. It needs a positional time embedding, blocks without ``skip_conv``, and
+            ``class_embed_type`` None.
+        sample_size, in_channels: those of the UNet.
+        num_classes: number of classes, one less than the UNet's ``num_class_embeds``, the last of which is the null class;
+            None for an unconditional UNet.
+        tail_blocks: number of last up blocks that run once per draw; None for all.
         z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in SMDUNet2DModel.
     """
 
-    _supports_gradient_checkpointing = True  # of its UNet's blocks
+    _supports_gradient_checkpointing = True  # in the blocks of its UNet
     mixture: Mixture
 
     @register_to_config
@@ -59,7 +60,7 @@ class ExtendedUNet2DModel(Backbone):
 
     @classmethod
     def from_unet(cls, folder: str | Path, **mixture: int) -> ExtendedUNet2DModel:
-        """Load the UNet2DModel of a folder and give it a new mixture of these sizes."""
+        """Load the UNet2DModel in ``folder`` and add a new mixture with the arguments ``mixture``."""
         unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
         sizes = {"sample_size": unet.config.sample_size, "in_channels": unet.config.in_channels}
         model = cls(unet_config=plain_config(unet), num_classes=num_classes(unet), **sizes, **mixture)
@@ -84,7 +85,7 @@ class ExtendedUNet2DModel(Backbone):
 
 
 def first_up_block(unet: UNet2DModel | UNet2DConditionModel, tail_blocks: int | None) -> int:
-    """Return the first of the last ``tail_blocks`` up blocks; of all where that is None, or more than there are."""
+    """Return the index of the first of the last ``tail_blocks`` up blocks; 0 for None, or if there are fewer."""
     count = len(unet.up_blocks)
     if tail_blocks is not None and tail_blocks < 1:
         raise ValueError(f"tail_blocks: expected at least 1, found {tail_blocks}")
@@ -92,10 +93,11 @@ def first_up_block(unet: UNet2DModel | UNet2DConditionModel, tail_blocks: int | 
 
 
 def cut_before_up_block(unet: UNet2DModel | UNet2DConditionModel, first: int) -> Cut:
-    """z may act before every up block from this one on but the last, before which the noise enters."""
+    """Describe a cut before up block ``first``. z acts before each up block from there on except the last, and the noise
+    enters before the last."""
     config, last = unet.config, unet.config.block_out_channels[-1]
     embedding_dim = unet.time_embedding.linear_2.out_features
-    # What an up block takes in is what the one before it put out.
+    # The input channels of an up block are the output channels of the previous one.
     widths = (last, *reversed(config.block_out_channels))[: len(unet.up_blocks)]
     places = {f"up{index}": width for index, width in enumerate(widths)}
     inner = list(places)[first:-1] or [f"up{len(widths) - 1}"]
@@ -118,8 +120,16 @@ def encoder_path(
     first: int,
     states: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Run the down blocks, the middle, and the up blocks before the ``first`` of the tail: x_t (B, C, H, W), embedding (B, E),
-    and the states that blocks with cross-attention attend to -> what the tail continues from, and its skip connections."""
+    """Run the down blocks, the middle block, and the up blocks before ``first``, where the tail starts.
+
+    Args:
+        sample: x_t, (B, C, H, W).
+        embedding: (B, E).
+        states: what blocks with cross-attention attend to, (B, tokens, D).
+
+    Returns:
+        The feature map that the tail continues from, and the remaining skip connections.
+    """
     h = unet.conv_in(2 * sample - 1 if unet.config.center_input_sample else sample)
     skips = [h]
     for block in unet.down_blocks:
@@ -141,9 +151,9 @@ def decoder_path(
     first: int,
     states: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run the up blocks from the ``first`` on for every draw: what ``encoder_path`` gives, h (B, C, h, w) and skip connections,
-    embedding (B, E), and the states that blocks with cross-attention attend to -> (B * M, C, H, W)."""
-    embedding, left = draws.modulated(embedding), list(skips)  # gone through once for every tail
+    """Run the up blocks from ``first`` on, for every draw. Arguments as in ``encoder_path`` and from its result; returns
+    (B * M, C, H, W)."""
+    embedding, left = draws.modulated(embedding), list(skips)  # a copy, because ``up`` consumes it
     states = None if states is None else draws.repeat(states)
     for index in range(first, len(unet.up_blocks)):
         h = draws.at(f"up{index}", h)
@@ -161,26 +171,26 @@ def up(
     draws: Draws,
     states: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Run an up block, which takes its skip connections, the last ones, off the list."""
+    """Run an up block. Removes its skip connections from the end of the list."""
     first = len(skips) - len(cast(nn.ModuleList, block.resnets))
     given = tuple(draws.repeat(skip) for skip in skips[first:])
     del skips[first:]
-    # To the sides of the next skip connections, so that any input size works.
+    # Upsample to the size of the next skip connections, so that any input size works.
     size = skips[-1].shape[2:] if skips else None
     return block(h, given, embedding, upsample_size=size, **attended(block, states))
 
 
 def attended(block: nn.Module, states: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
-    """The argument of a block that attends to states, nothing for others."""
+    """Return the extra argument for a block with cross-attention, {} for others."""
     return {"encoder_hidden_states": states} if getattr(block, "has_cross_attention", False) else {}
 
 
 def plain_config(unet: ModelMixin) -> dict:
-    """Return a network's config without its class and version."""
+    """Return the config of a network without its class and version."""
     return {name: value for name, value in unet.config.items() if not name.startswith("_")}
 
 
 def class_of(folder: str | Path) -> str | None:
-    """Return the name of the class that a diffusers model folder says it holds."""
+    """Return the class name in the config.json of a diffusers model folder; None without one."""
     path = Path(folder) / "config.json"
     return json.loads(path.read_text(encoding="utf-8")).get("_class_name") if path.is_file() else None

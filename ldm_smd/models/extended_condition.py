@@ -1,4 +1,4 @@
-"""ExtendedUNet2DConditionModel: a Gaussian diffusers.UNet2DConditionModel, trained elsewhere, extended to a mixture."""
+"""ExtendedUNet2DConditionModel: extends a pretrained Gaussian UNet2DConditionModel of diffusers to a mixture."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from .extended import cut_before_up_block, decoder_path, encoder_path, first_up_
 from .mixture import Draws, Mixture
 
 ABSENT = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
-"""Settings of a UNet2DConditionModel that are to be None: more conditions than its cross-attention."""
+"""Settings of a UNet2DConditionModel that must be None: conditions other than cross-attention."""
 
 
 class ExtendedUNet2DConditionModel(Backbone):
     """A ``diffusers.UNet2DConditionModel``, such as Stable Diffusion's, with the mixture of SMDUNet2DModel, placement "up".
-    In place of text it attends to tokens that are learned: one for each class, one made of an OpenCLIP image embedding, and
-    ``empty_states`` always. All start at zero, as what the UNet predicts where it attends to zeros. ``self.unet`` stays a plain
-    UNet2DConditionModel, which can be saved by itself.
+
+    In place of text it attends to learned tokens: ``empty_states``, one token for the class, and one for an OpenCLIP image
+    embedding. They start at zero, so that the model starts as the UNet with zeros for its text. ``self.unet`` remains a plain
+    UNet2DConditionModel that can be saved by itself.
 
     Args:
-        unet_config: of the UNet2DConditionModel, with cross-attention as its only condition.
-        sample_size, in_channels: of the UNet.
-        num_classes: number of classes, or None; a label equal to it is "no label".
-        embedding_dimensions: D of the image embeddings that it can be conditioned on; None where it cannot.
-        empty_tokens: length of ``empty_states``; that of a text encoder's output where it starts as an empty text.
-        tail_blocks: up blocks, the last ones, that every draw runs through; None for all.
+        unet_config: config of the UNet2DConditionModel, with cross-attention as its only condition.
+        sample_size, in_channels: those of the UNet.
+        num_classes: number of classes, or None. A label equal to it is the null class.
+        embedding_dimensions: D of the image embeddings to condition on, or None.
+        empty_tokens: number of ``empty_states``; set it to the length of the text encoder's output to start from an empty text.
+        tail_blocks: number of last up blocks that run once per draw; None for all.
         z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in SMDUNet2DModel.
     """
 
-    _supports_gradient_checkpointing = True  # of its UNet's blocks
+    _supports_gradient_checkpointing = True  # in the blocks of its UNet
     mixture: Mixture
 
     @register_to_config
@@ -63,7 +64,7 @@ class ExtendedUNet2DConditionModel(Backbone):
         config = self.unet.config
         found = [f"{name} {config[name]!r}" for name in ABSENT if config[name] is not None]
         if found or not isinstance(config.cross_attention_dim, int):
-            wanted = "expected a UNet whose one condition is cross-attention, of one width"
+            wanted = "expected a UNet with cross-attention as its only condition, of a single width"
             raise ValueError(f"unet: {wanted}, found {', '.join(found) or config.cross_attention_dim}")
         width = config.cross_attention_dim
         self.empty_states = nn.Parameter(torch.zeros(empty_tokens, width))
@@ -78,7 +79,7 @@ class ExtendedUNet2DConditionModel(Backbone):
     def from_unet(
         cls, folder: str | Path, num_classes: int | None = None, embedding_dimensions: int | None = None, **mixture: int
     ) -> ExtendedUNet2DConditionModel:
-        """Load the UNet2DConditionModel of a folder; give it tokens for these conditions and a new mixture of these sizes."""
+        """Load the UNet2DConditionModel in ``folder``; add tokens for the conditions and a new mixture."""
         unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
         sizes = {"sample_size": unet.config.sample_size, "in_channels": unet.config.in_channels}
         conditions = {"num_classes": num_classes, "embedding_dimensions": embedding_dimensions}
@@ -89,7 +90,7 @@ class ExtendedUNet2DConditionModel(Backbone):
     def states(
         self, sample: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> torch.Tensor:
-        """What is attended to: the empty states and a token for each condition, (B, tokens, cross_attention_dim)."""
+        """Return the tokens to attend to, (B, tokens, cross_attention_dim): empty states and a token per condition."""
         tokens = [self.empty_states.to(sample.dtype).expand(len(sample), -1, -1)]
         if class_labels is not None and self.class_states is None:
             raise ValueError("class_labels: expected None, this model has num_classes=None")

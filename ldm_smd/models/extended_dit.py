@@ -1,4 +1,4 @@
-"""ExtendedDiTTransformer2DModel: a Gaussian diffusers.DiTTransformer2DModel, trained elsewhere, extended to a mixture."""
+"""ExtendedDiTTransformer2DModel: extends a pretrained Gaussian DiTTransformer2DModel of diffusers to a mixture."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .widened import widened
 
 
 class ExtendedDiTTransformer2DModel(Backbone):
-    """A ``diffusers.DiTTransformer2DModel`` (arXiv 2212.09748) with the mixture of SMDUNet2DModel: a draw enters before each of
-    the last ``tail_blocks`` transformer blocks, all before run once an image. ``self.transformer`` stays a plain
-    DiTTransformer2DModel, which can be saved by itself.
+    """A ``diffusers.DiTTransformer2DModel`` (arXiv 2212.09748) with the mixture of SMDUNet2DModel. A draw enters before each of
+    the last ``tail_blocks`` transformer blocks; the blocks before run once per image. ``self.transformer`` remains a plain
+    DiTTransformer2DModel that can be saved by itself.
 
     Args:
-        transformer_config: of the DiTTransformer2DModel, with as many output as input channels.
-        sample_size, in_channels: of the DiT.
-        num_classes: number of classes, ``num_embeds_ada_norm`` of the DiT; a label equal to it is "no label".
-        tail_blocks: blocks that every draw runs through.
+        transformer_config: config of the DiTTransformer2DModel, with as many output as input channels.
+        sample_size, in_channels: those of the DiT.
+        num_classes: number of classes, ``num_embeds_ada_norm`` of the DiT. A label equal to it is the null class.
+        tail_blocks: number of last blocks that run once per draw.
         z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in SMDUNet2DModel.
     """
 
-    _supports_gradient_checkpointing = True  # of its DiT's blocks
+    _supports_gradient_checkpointing = True  # in the blocks of its DiT
     mixture: Mixture
 
     @register_to_config
@@ -58,9 +58,9 @@ class ExtendedDiTTransformer2DModel(Backbone):
 
     @classmethod
     def from_transformer(cls, folder: str | Path, **mixture: int) -> ExtendedDiTTransformer2DModel:
-        """Load the DiTTransformer2DModel of a folder and give it a new mixture of these sizes.
+        """Load the DiTTransformer2DModel in ``folder`` and add a new mixture.
 
-        Output channels beyond the latents', in which ImageNet's DiTs predict a variance, are dropped: a mixture needs none.
+        Extra output channels, in which the ImageNet DiTs predict a variance, are dropped.
         """
         dit = widened(DiTTransformer2DModel.from_pretrained(folder, use_safetensors=True))
         sizes = {"sample_size": dit.config.sample_size, "in_channels": dit.config.in_channels}
@@ -103,7 +103,7 @@ class ExtendedDiTTransformer2DModel(Backbone):
 
 
 def without_label_dropout(model: ModelMixin) -> ModelMixin:
-    """Let a DiT in ``model`` leave out no labels by itself: the training does, with random numbers that it can draw again."""
+    """Disable the label dropout inside DiTs in ``model``. The training loop drops labels itself, reproducibly."""
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0

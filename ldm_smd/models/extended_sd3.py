@@ -1,4 +1,4 @@
-"""ExtendedSD3Transformer2DModel: a Gaussian diffusers.SD3Transformer2DModel, trained elsewhere, extended to a mixture."""
+"""ExtendedSD3Transformer2DModel: extends a pretrained Gaussian SD3Transformer2DModel of diffusers to a mixture."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ from .mixture import Draws, Mixture
 
 
 class ExtendedSD3Transformer2DModel(Backbone):
-    """A ``diffusers.SD3Transformer2DModel`` (arXiv 2403.03206), made for flow matching, with the mixture of SMDUNet2DModel: a
-    draw enters before each of the last ``tail_blocks`` blocks, all before run once an image. In place of text it has a pooled
-    vector that is learned, of the class and of an OpenCLIP image embedding, and attends to ``empty_states``. All start at zero,
-    as what the network predicts without text. ``self.transformer`` stays a plain SD3Transformer2DModel, which can be saved by
-    itself.
+    """A ``diffusers.SD3Transformer2DModel`` (arXiv 2403.03206), a flow matching network, with the mixture of SMDUNet2DModel.
+
+    A draw enters before each of the last ``tail_blocks`` blocks; the blocks before run once per image. In place of text it has
+    learned pooled vectors for the class and an OpenCLIP image embedding, and attends to ``empty_states``. They start at zero,
+    so that the model starts as the network with zeros for its text. ``self.transformer`` remains a plain SD3Transformer2DModel
+    that can be saved by itself.
 
     Args:
-        transformer_config: of the SD3Transformer2DModel.
-        sample_size, in_channels: of it.
+        transformer_config: config of the SD3Transformer2DModel.
+        sample_size, in_channels: those of the transformer.
         num_classes, embedding_dimensions, empty_tokens: as in ExtendedUNet2DConditionModel.
-        tail_blocks: blocks that every draw runs through.
+        tail_blocks: number of last blocks that run once per draw.
         z_channels, identifier_channels, hypernetwork_width, noise_rank, noise_modes, noise_timesteps: as in SMDUNet2DModel.
     """
 
-    _supports_gradient_checkpointing = True  # of its transformer's blocks
+    _supports_gradient_checkpointing = True  # in the blocks of its transformer
     mixture: Mixture
 
     @register_to_config
@@ -71,7 +72,7 @@ class ExtendedSD3Transformer2DModel(Backbone):
     def from_transformer(
         cls, folder: str | Path, num_classes: int | None = None, embedding_dimensions: int | None = None, **mixture: int
     ) -> ExtendedSD3Transformer2DModel:
-        """Load the SD3Transformer2DModel of a folder; let it have these conditions, and a new mixture of these sizes."""
+        """Load the SD3Transformer2DModel in ``folder``; add the conditions and a new mixture."""
         plain = SD3Transformer2DModel.from_pretrained(folder, use_safetensors=True)
         sizes = {"sample_size": plain.config.sample_size, "in_channels": plain.config.in_channels}
         conditions = {"num_classes": num_classes, "embedding_dimensions": embedding_dimensions}
@@ -82,7 +83,7 @@ class ExtendedSD3Transformer2DModel(Backbone):
     def pooled(
         self, sample: torch.Tensor, class_labels: torch.Tensor | None, image_embeds: torch.Tensor | None
     ) -> torch.Tensor:
-        """The sum of a vector for each condition, (B, pooled_projection_dim)."""
+        """Return the sum of the vectors of all conditions, (B, pooled_projection_dim)."""
         pooled = sample.new_zeros(len(sample), self.transformer.config.pooled_projection_dim)
         if class_labels is not None and self.class_pooled is None:
             raise ValueError("class_labels: expected None, this model has num_classes=None")

@@ -1,4 +1,4 @@
-"""What the extended transformers of diffusers have in common: patches, and a cut before the last blocks."""
+"""Functions shared by the extended transformers: patches, and the cut before the last blocks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ MOST_GROUPS = 32
 
 
 def cut_before_blocks(transformer: ModelMixin, tail_blocks: int, channels: int, modulation_size: int) -> Cut:
-    """z may act before each of the last ``tail_blocks`` blocks; the noise enters before the last. ``channels`` are those of the
-    latents. Raises ValueError where there are too few blocks, or more output than input channels."""
+    """Describe a cut before the last ``tail_blocks`` blocks. z acts before each of them, and the noise enters before the last.
+
+    ``channels``: of the latents. Raises ValueError for too few blocks, or if the output channels differ from the input's.
+    """
     blocks, width = transformer.transformer_blocks, transformer.inner_dim
     if not 1 <= tail_blocks < len(blocks):
-        raise ValueError(f"tail_blocks: expected 1 to {len(blocks) - 1}, fewer than the network's, found {tail_blocks}")
+        raise ValueError(f"tail_blocks: expected 1 to {len(blocks) - 1}, fewer than the network has, found {tail_blocks}")
     if transformer.out_channels != channels:
         raise ValueError(f"out_channels: expected {channels}, as in_channels, found {transformer.out_channels}")
     return Cut(
@@ -36,7 +38,7 @@ def cut_before_blocks(transformer: ModelMixin, tail_blocks: int, channels: int, 
 
 
 def check_sides(sample: torch.Tensor, patch: int) -> None:
-    """Raise ValueError for latents (B, C, H, W) that are not of whole patches."""
+    """Raise ValueError unless the sides of latents (B, C, H, W) are multiples of the patch size."""
     if sample.shape[2] % patch or sample.shape[3] % patch:
         raise ValueError(f"sample: expected sides that are multiples of {patch}, found {tuple(sample.shape[2:])}")
 
@@ -57,7 +59,7 @@ def unpatched(tokens: torch.Tensor, rows: int, patch: int) -> torch.Tensor:
 
 
 def run_block(transformer: ModelMixin, index: int, *given: Any) -> Any:
-    """Run one of its blocks; with gradient checkpointing again in the backward pass, instead of keeping what it computes."""
+    """Run a transformer block, with gradient checkpointing if it is enabled."""
     block = transformer.transformer_blocks[index]
     again = transformer.gradient_checkpointing and torch.is_grad_enabled()
     return transformer._gradient_checkpointing_func(block, *given) if again else block(*given)

@@ -1,4 +1,4 @@
-"""The small classifier whose features pictures are measured in."""
+"""FeatureNetwork: the small classifier for distances between sets of images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 
 class FeatureNetwork(ModelMixin, ConfigMixin):
-    """A small residual classifier of several picture sets with one head each; its pooled last layer is the features.
+    """A small residual classifier with a head for each of several image sets. Its features are the pooled last layer.
 
     Args:
         block_out_channels: channels of the stem, then of each level; a level halves the sides.
-        classes: {name of the picture set: its number of classes}.
+        classes: {name of an image set: its number of classes}.
     """
 
     @register_to_config
@@ -27,7 +27,7 @@ class FeatureNetwork(ModelMixin, ConfigMixin):
         self.heads = nn.ModuleDict({name: nn.Linear(block_out_channels[-1], n) for name, n in (classes or {}).items()})
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (N, 3, H, W) in [-1, 1] -> features (N, D)."""
+        """Map images (N, 3, H, W) in [-1, 1] to features (N, D)."""
         h = self.stages(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
         return F.relu(self.norm(h)).mean(dim=(2, 3))
 
@@ -46,6 +46,6 @@ class ClassifierLevel(nn.Module):
 
 
 def pre_activated(in_channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
-    """Norm, ReLU and a 3x3 convolution."""
+    """Return norm, ReLU and a 3x3 convolution."""
     convolution = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
     return [nn.BatchNorm2d(in_channels), nn.ReLU(), convolution]

@@ -1,4 +1,4 @@
-"""Fit Gaussian mixtures to points and latents; all that needs scikit-learn."""
+"""Fits Gaussian mixtures to points and latents. The only module that needs scikit-learn."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ..diffusion.process import GaussianPath, prediction_coefficients
 from .noise import SMALLEST, PosteriorNoise
 
 FLOOR = 0.05
-"""Added to the variances inside the modes, as a fraction of the mean variance of the principal components taken."""
+"""Added to the variances within the modes, as a fraction of the mean variance of the principal components used."""
 
 
 @torch.no_grad()
 def fit_posterior_noise(
     noise: PosteriorNoise, latents: torch.Tensor, labels: torch.Tensor, path: GaussianPath, prediction_type: str
 ) -> None:
-    """Take the principal components and their mixture from data, and what the draws depend on t by from a path.
+    """Fit the principal components and the mixture to data, and tabulate the noise schedule of a path.
 
     Args:
         latents: (N, C, H, W), normalised as in training, N at least the number of modes.
-        labels: (N,), or (N, L) where each belongs to several classes; -1 for none.
-        path: its t = 0, 1, .. to the last are the timesteps of ``noise``.
-        prediction_type: of the network.
+        labels: (N,), or (N, L) if latents belong to several classes; -1 for none.
+        path: its timesteps 0 to ``last`` are those of ``noise``.
+        prediction_type: that of the network.
     """
     if len(latents) < len(noise.means):
         raise ValueError(f"latents: expected at least one for each of {len(noise.means)} modes, found {len(latents)}")
@@ -36,7 +36,7 @@ def fit_posterior_noise(
     floor = FLOOR * float(variances.mean()) + SMALLEST
     weights, means, covariance, responsibilities = fit_shared(pooled @ basis.T, len(noise.means), floor)
     by_class = weights_by_class(weights, responsibilities, labels, len(noise.log_weights) - 1)
-    # The basis turned to the axes of the modes' covariance.
+    # Rotate the basis to the principal axes of the modes' covariance.
     variances, axes = torch.linalg.eigh(covariance)
     noise.log_weights.copy_(by_class.clamp_min(SMALLEST**2).log())
     noise.basis.copy_(axes.T @ basis)
@@ -62,17 +62,17 @@ def leading(covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Te
 def fit_shared(
     points: torch.Tensor, modes: int, floor: float, iterations: int = 10, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """EM for sum_k w_k N(m_k, S), the modes sharing one covariance, from k-means.
+    """Fit sum_k w_k N(m_k, S), with one shared covariance, by EM from a k-means start.
 
-    With S the same the responsibilities are log-linear in x, one matrix product an iteration:
+    The shared S makes the responsibilities log-linear in x, so an iteration takes one matrix product:
 
         log r_k(x) = log w_k + x^T S^-1 m_k - m_k^T S^-1 m_k / 2 + const
 
-    scikit-learn's "tied" mixture multiplies by S^-1/2 once for every mode, 30 times slower for 256 modes in 128 dimensions.
+    scikit-learn's "tied" mixture multiplies by S^-1/2 once per mode, which is 30 times slower for 256 modes in 128 dimensions.
 
     Args:
         points: (N, D), N >= modes.
-        floor: added to the diagonal of S.
+        floor: number added to the diagonal of S.
 
     Returns:
         weights (K,), means (K, D), covariance (D, D), responsibilities (N, K).
@@ -91,9 +91,9 @@ def fit_shared(
 
 
 def weights_by_class(weights: torch.Tensor, responsibilities: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Return the weights of the components (K,) for every class and, in the last row, for no class: (classes + 1, K).
+    """Return the weights of the components per class and, in the last row, for no class: (classes + 1, K).
 
-    The mean responsibilities (N, K) of a class's points, with one point's worth of the weights of all.
+    They are the mean responsibilities (N, K) of the points of a class, smoothed with one pseudo-count of the overall weights.
     """
     rows, labels = weights.repeat(classes + 1, 1), labels.view(len(labels), -1)
     for label in range(classes):

@@ -1,4 +1,4 @@
-"""Networks by the folder they are in, or by the name of a repository on the Hugging Face hub."""
+"""Networks from a local folder or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import UserError, one_line
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PARTS = ("", "transformer/", "unet/")
-"""Where a network is in a repository, its own or a pipeline's; the first that there is."""
+"""Sub-folders of a repository to look for a network in, in this order."""
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 SHARDS = "diffusion_pytorch_model-*-of-*.safetensors"
 

@@ -1,4 +1,4 @@
-"""Soft mixture denoising (arXiv 2309.14068): which component of the mixture (g_xi), and what it does (f_phi)."""
+"""The networks of soft mixture denoising (arXiv 2309.14068): g_xi makes the latent variable z, f_phi applies it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class MixtureIdentifier(nn.Module):
 
         z = Linear( silu( norm(conv(e) + Linear(features)) (1 + scale) + shift ) ),    scale, shift = Linear(embedding)
 
-    What g_xi must know of x_t the trunk of the UNet knows already: it reads the trunk's features, once for all draws. And e
-    agrees over all positions by itself (PosteriorNoise), so that one layer is enough: with a residual block and attention in
-    its place the samples are no better (docs/mixtures.md). Sizes as in Cut; ``noise_channels`` are those of e.
+    g_xi gets its information on x_t from the features of the trunk, which are computed once for all draws. A single layer is
+    enough, because the noise e is already consistent over positions (PosteriorNoise): a residual block and attention in its
+    place do not improve the samples (docs/mixtures.md). Sizes are as in Cut; ``noise_channels`` are those of e.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class MixtureIdentifier(nn.Module):
         self.linear_out = Pointwise(channels, z_channels)
 
     def forward(self, noise: torch.Tensor, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """e (B * M, C, H, W), features (B, feature_channels, h, w), embedding (B, embedding_dim), M rows an image ->
+        """Map e (B * M, C, H, W), features (B, feature_channels, h, w) and embedding (B, embedding_dim) to
         z (B * M, z_channels, h / stride, w / stride), sides rounded up."""
         if self.stride > 1:
             features = F.avg_pool2d(features, self.stride, ceil_mode=True)
@@ -45,12 +45,12 @@ class MixtureIdentifier(nn.Module):
 
 
 class HyperNetwork(nn.Module):
-    """f_phi: at every position, z makes the weights of a small network that the features pass through, as a residual:
+    """f_phi: at every position, z determines the weights of a small network on the features, in a residual branch:
 
         h + Linear_out( W_2 W_1 Linear_in(norm(h)) ),    W_l = v_l v_l^T / sqrt(width) + softplus(c_l) I,   v_l = Linear_l(z)
 
-    W_l is a width x width matrix per position that is never built: v v^T h = v (v . h). ``Linear_out`` starts at zero, so the
-    mixture starts as the Gaussian model it extends.
+    W_l is a width x width matrix per position. It is never materialised: v v^T h = v (v . h). ``Linear_out`` starts at zero, so
+    the mixture starts as the Gaussian model that it extends.
     """
 
     LAYERS = 2

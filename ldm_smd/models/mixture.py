@@ -1,4 +1,4 @@
-"""Mixture: all that soft mixture denoising (arXiv 2309.14068) adds to a denoiser, whatever network that is."""
+"""Mixture: everything that soft mixture denoising (arXiv 2309.14068) adds to a denoiser, independent of its network."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .noise import PosteriorNoise
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a network is cut into trunk and tail, and where draws enter the tail: all a mixture knows of it beside its config.
+    """Where a network is cut into trunk and tail, and where draws enter the tail.
 
     Attributes:
-        feature_channels: channels of the trunk's features, which g_xi reads.
-        feature_stride: 1, or 2 where those are at full resolution and z is to have half the sides.
+        feature_channels: channels of the trunk's features, the input of g_xi.
+        feature_stride: downsampling from these features to z: 1, or 2 if they are at full resolution.
         embedding_dim: length of the embedding of timestep and class.
-        places: name -> channels of the feature maps that f_phi acts on.
-        modulation_size: length of the modulation that z shifts; 0 for none.
+        places: name -> channels, of the feature maps that f_phi acts on.
+        modulation_size: length of the modulation vector that z shifts; 0 for none.
         last_channels: channels of the feature map that the noise is added to.
         out_channels: channels of the prediction.
         norm_num_groups: groups of f_phi's GroupNorm.
-        patch_size: latent positions, along a side, of one position of those feature maps.
+        patch_size: latent positions per position of these feature maps, along each side.
     """
 
     feature_channels: int
@@ -42,18 +42,18 @@ class Cut:
 
 
 class Draws:
-    """What a tail asks about its draws; these are a Gaussian model's, whose one draw changes nothing."""
+    """Interface by which a tail applies its draws. This class is for Gaussian models, whose single draw has no effect."""
 
     def repeat(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, ...) -> (B * M, ...), the M draws of an image in consecutive rows."""
+        """Repeat (B, ...) to (B * M, ...), the M draws of an image in consecutive rows."""
         return x
 
     def at(self, place: str, h: torch.Tensor) -> torch.Tensor:
-        """Apply f_phi(z) to the feature map of a place: (B, C, H, W) or (B * M, C, H, W) -> (B * M, C, H, W)."""
+        """Apply f_phi(z) to the feature map at ``place``: (B, C, H, W) or (B * M, C, H, W) -> (B * M, C, H, W)."""
         return h
 
     def modulated(self, modulation: torch.Tensor) -> torch.Tensor:
-        """Shift the tail's modulation by z: (B, size) -> (B * M, size)."""
+        """Shift the modulation vector of the tail by z: (B, size) -> (B * M, size)."""
         return modulation
 
     def with_noise(self, h: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ class Draws:
 
 
 class MixtureDraws(Draws):
-    """M draws of each image: their noise e (B * M, C, H, W), the same in patches (B * M, C p^2, H / p, W / p), and z
+    """M draws per image: noise e (B * M, C, H, W), the same as patches (B * M, C p^2, H / p, W / p), and z
     (B * M, z_channels, h, w)."""
 
     def __init__(self, mixture: Mixture, noise: torch.Tensor, patches: torch.Tensor, z: torch.Tensor, count: int) -> None:
@@ -84,23 +84,23 @@ class MixtureDraws(Draws):
 
 
 class Mixture(nn.Module):
-    """From a draw eta to a component's prediction, in four parts; all but the first start at zero, so that a new mixture is the
-    network it is put into, with the noise e added to its prediction:
+    """Maps a draw eta to the prediction of a mixture component. All parts but the noise start at zero, so a new mixture is the
+    original network with the noise e added to its prediction:
 
         e = noise(eta, x_t, t),    z = g_xi(e, trunk(x_t, t)),    p = tail(trunk(x_t, t), f_phi(z), e) + gate(t) e
 
     Attributes:
-        noise: e, a draw of what x_t leaves open of the latents' principal components.
+        noise: makes e, a draw of the principal components of the latents given x_t.
         identifier: g_xi.
-        hypernetworks: f_phi, one for each place of the tail.
-        modulation: from the mean of z to a shift of the tail's modulation, or None.
-        noise_skip: from e to the last feature map of the tail.
-        gate: from the embedding of timestep and class to the weight of e in each channel of the prediction.
+        hypernetworks: f_phi, one per place in the tail.
+        modulation: maps the mean of z to a shift of the tail's modulation, or None.
+        noise_skip: maps e to the last feature map of the tail.
+        gate: maps the embedding of timestep and class to the weight of e in each channel of the prediction.
     """
 
     def __init__(self, cut: Cut, config: FrozenDict) -> None:
-        """``config`` is that of the network, with ``z_channels``, ``identifier_channels``, ``hypernetwork_width`` and
-        ``noise_*`` (SMDUNet2DModel)."""
+        """``config``: config of the network, with ``z_channels``, ``identifier_channels``, ``hypernetwork_width`` and
+        ``noise_*`` (see SMDUNet2DModel)."""
         super().__init__()
         self.patch_size, z_channels, in_channels = cut.patch_size, config.z_channels, config.in_channels
         noise_channels = in_channels * cut.patch_size**2
@@ -124,14 +124,16 @@ class Mixture(nn.Module):
         features: torch.Tensor,
         embedding: torch.Tensor,
     ) -> MixtureDraws:
-        """Make draws of eta (B * M, C, H, W), or one for each image where that is None. x_t, t and labels are those of
-        ``Backbone.trunk``, features and embedding its Trunk's."""
+        """Make the draws for eta (B * M, C, H, W), or one random draw per image for None.
+
+        x_t, t and labels are the arguments of ``Backbone.trunk``, features and embedding its result.
+        """
         noise = self.noise(eta, sample, timestep, class_labels)
         patches = noise if self.patch_size == 1 else F.pixel_unshuffle(noise, self.patch_size)
         z = self.identifier(patches, features, embedding)
         return MixtureDraws(self, noise, patches, z, len(noise) // len(sample))
 
     def gated(self, prediction: torch.Tensor, draws: MixtureDraws, embedding: torch.Tensor) -> torch.Tensor:
-        """Add the noise to the tail's prediction (B * M, C, H, W), each channel by its gate."""
+        """Add the noise to the prediction of the tail (B * M, C, H, W), with a gate per channel."""
         gate = draws.repeat(self.noise.initial_gate + self.gate(embedding))
         return torch.addcmul(prediction, gate[..., None, None], draws.noise)

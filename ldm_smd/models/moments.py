@@ -1,4 +1,4 @@
-"""MomentHeads: variance and skew of the step, on the features of a frozen, Gaussian UNet (GMS, arXiv 2311.00941)."""
+"""MomentHeads: variance and skew of the step, from the features of a frozen Gaussian UNet (GMS, arXiv 2311.00941)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from .denoiser import predict
 from .unet import SMDUNet2DModel
 
 START = 0.5413248546129181
-"""softplus of it is 1."""
+"""softplus(START) = 1."""
 
 
 class MomentHeads(ModelMixin, ConfigMixin):
-    """The variance and the third central moment of v given x_t at every position, from what the UNet's last convolution reads.
+    """Predicts the variance and the third central moment of v given x_t, from the input of the UNet's last convolution.
 
-    The paper's heads give E[eps^2 | x_t] and E[eps^3 | x_t]. Central moments of v = a_t eps - s_t x_0 say the same,
+    The heads in the paper predict E[eps^2 | x_t] and E[eps^3 | x_t]. The central moments of v = a_t eps - s_t x_0 are
+    equivalent,
 
         E[eps^2] = E[eps]^2 + a_t^2 Var(v),    E[eps^3] = E[eps]^3 + 3 E[eps] a_t^2 Var(v) + a_t^3 third(v),
 
-    without the cancellation that leaves of E[eps^2] - E[eps]^2 only noise where eps is nearly known, and are of one size at
-    all t. They are the means of r^2 and r^3, r the error of the network's v: what a squared error on these learns.
+    but avoid the cancellation in E[eps^2] - E[eps]^2 where eps is almost known, and have the same scale at all t. They are
+    the means of r^2 and r^3 for the error r of the network's v, so they are learned by regression on these.
 
     Args:
-        feature_channels: that the last convolution of the UNet reads.
-        channels: of the latents.
+        feature_channels: input channels of the last convolution of the UNet.
+        channels: channels of the latents.
         norm_num_groups: groups of every GroupNorm.
     """
 
@@ -47,13 +48,13 @@ class MomentHeads(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_unet(cls, unet: SMDUNet2DModel | UNet2DModel) -> MomentHeads:
-        """Make untrained heads of the right size. Raises ValueError for a denoiser that does not end in a convolution."""
+        """Make untrained heads for a UNet. Raises ValueError for a denoiser that does not end in a convolution."""
         if not hasattr(unet, "conv_out"):
-            raise ValueError(f"unet: expected a UNet, whose last convolution the heads read, found {type(unet).__name__}")
+            raise ValueError(f"unet: expected a UNet with a conv_out, found {type(unet).__name__}")
         return cls(unet.conv_out.in_channels, unet.config.in_channels, unet.config.norm_num_groups)
 
     def forward(self, features: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """features (B, feature_channels, H, W), timestep (B,) -> variance and third central moment of v, each (B, C, H, W)."""
+        """Map features (B, feature_channels, H, W), timestep (B,) to variance and third central moment, each (B, C, H, W)."""
         embedding = F.silu(self.time_embedding(self.time_proj(timestep).to(features.dtype)))
         h = self.block(features, self.modulation(embedding))
         variance, third = self.conv_out(F.silu(self.norm_out(h))).float().chunk(2, dim=1)
@@ -67,12 +68,12 @@ class MomentHeads(ModelMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Predict all that GMSScheduler takes, in one pass of the UNet: (B, 3 C, H, W), its prediction and the two moments."""
+        """Return the input of GMSScheduler from one pass of the UNet: (B, 3 C, H, W), its prediction and the two moments."""
         wanted, found = (self.config.feature_channels, self.config.channels), (unet.conv_out.in_channels, sample.shape[1])
         if wanted != found:
             raise ValueError(
                 f"unet: expected the one these heads were trained on, with (features, latents) of {wanted} channels, found "
-                f"{found}; tools/train_moments.py makes those of another"
+                f"{found}; train heads for another with tools/train_moments.py"
             )
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         read: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""The random numbers a mixture reads, with the distribution of what is left to choose."""
+"""PosteriorNoise: the random input of a mixture, with the fitted posterior distribution of the coarse latents."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from ..diffusion.gaussian_mixture import choose, shared_responsibilities
 from .blocks import repeat
 
 GRID = 8
-"""Side of the grid on which the distribution of the latents is known: 64 elements a channel, whatever the latents' size."""
+"""Side of the grid on which the latents are modelled: 64 elements per channel, for latents of any size."""
 
 SMALLEST = 1e-4
 
 
 class PosteriorNoise(nn.Module):
-    """White eta -> e, a draw of what x_t leaves open about the leading principal components of the latents.
+    """Maps white noise eta to e, a posterior draw of the leading principal components of the latents given x_t.
 
-    The components c of x_0, ``rank`` of them, are taken to be from a Gaussian mixture whose modes share a covariance and have
-    weights w_ky that are known for every class y:
+    The ``rank`` principal components c of x_0 are modelled by a Gaussian mixture. Its modes share a covariance and have weights
+    w_ky for every class y:
 
         p(c | y) = sum_k w_ky N(c; m_k, diag(v)).
 
-    Then q(c | x_t, y) is a mixture in closed form. With u the components of x_t = a_t x_0 + s_t eps,
+    Then q(c | x_t, y) is a Gaussian mixture in closed form. With the components u of x_t = a_t x_0 + s_t eps,
 
         r_k ~ w_ky N(u; a_t m_k, a_t^2 v + s_t^2),    k drawn from r,    mbar = sum_k r_k m_k,
         e = s_t (m_k - mbar) / (a_t^2 v + s_t^2) + (v / (a_t^2 v + s_t^2))^(1/2) eta,
 
-    and E[c | x_t] + s_t e is a draw of q(c | x_t). Back among the latents it is a draft of the picture in whose layout and
-    colours all positions agree, whereas the paper's i.i.d. noise lets each pick a mode independently; what few components
-    cannot say, texture and edges, is the same for every draw of a step and left to the steps after it. With one mode it is the
-    Gaussian approximation of the score (arXiv 2412.09726), Cov(e) = Sigma (a_t^2 Sigma + s_t^2)^-1.
+    and E[c | x_t] + s_t e is a draw of q(c | x_t). In latent space this is a draft of the image, with consistent layout and
+    colours, whereas the paper's i.i.d. noise lets each position pick a mode independently. Details beyond these components,
+    such as texture and edges, are equal in all draws of a step and are left to later steps. With one mode this is the Gaussian
+    approximation of the score (arXiv 2412.09726), Cov(e) = Sigma (a_t^2 Sigma + s_t^2)^-1.
 
-    e is returned in the space of the network's prediction: added to the Gaussian model's, it makes a mixture of it.
+    e is returned in the space of the network's prediction. Adding it to the prediction of a Gaussian model gives a mixture.
 
-    Any Gaussian path is a variance-preserving one, a_t^2 + s_t^2 = 1, times a norm: x_t, and e, are divided by it.
+    Any Gaussian path is a variance-preserving one, a_t^2 + s_t^2 = 1, up to a norm. x_t and e are divided by it.
 
-    The components are those of latents averaged to GRID x GRID positions. Before ``fit_posterior_noise``, or loaded weights,
-    they are random directions with unit variances, at t without signal, for v-prediction.
+    The components are those of latents averaged to GRID x GRID positions. Before ``fit_posterior_noise`` or loading of weights,
+    they are random directions with unit variances, for v-prediction and timesteps without signal.
 
     Args:
-        channels, side: of the latents.
-        rank: principal components; 0 for e = eta, as in the SMD paper.
+        channels, side: shape of the latents.
+        rank: number of principal components; 0 for e = eta, as in the SMD paper.
         modes: K.
         num_classes: None for an unconditional model.
-        timesteps: t = 0, 1, .. to the last of the path.
+        timesteps: number of timesteps, 0 to the last of the path.
     """
 
     basis: torch.Tensor
@@ -62,7 +62,7 @@ class PosteriorNoise(nn.Module):
         self.side = min(GRID, side)
         elements = channels * self.side**2
         self.rank = rank = min(rank, elements - 1)
-        basis = torch.empty(rank, elements, dtype=torch.float32)  # where a model is loaded in half precision too
+        basis = torch.empty(rank, elements, dtype=torch.float32)  # also if a model is loaded in half precision
         self.register_buffer("basis", nn.init.orthogonal_(basis) if rank else basis)
         self.register_buffer("centre", torch.zeros(elements))
         self.register_buffer("log_weights", torch.zeros((num_classes or 0) + 1, modes).log_softmax(dim=1))
@@ -74,7 +74,7 @@ class PosteriorNoise(nn.Module):
 
     @property
     def initial_gate(self) -> float:
-        """How much of e a new mixture adds to the Gaussian model's prediction: all of a draft, nothing of white noise."""
+        """Initial weight of e in the prediction of a new mixture: 1 for fitted noise, 0 for white noise."""
         return 1.0 if self.rank else 0.0
 
     @property
@@ -85,8 +85,8 @@ class PosteriorNoise(nn.Module):
     def forward(
         self, eta: torch.Tensor | None, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """eta (B * M, C, H, W), or None for one draw each, x_t (B, C, H, W), timestep (B,) or (1,), class_labels (B,) -> e, as
-        eta, channels last."""
+        """Map eta (B * M, C, H, W), or None for one draw per image, x_t (B, C, H, W), timestep (B,) or (1,) and class_labels
+        (B,) to e, with the shape of eta, channels last."""
         if eta is not None and (eta.shape[1:] != sample.shape[1:] or len(eta) == 0 or len(eta) % len(sample)):
             wanted = f"(B * M, {', '.join(map(str, sample.shape[1:]))}) with B = {len(sample)}"
             raise ValueError(f"eta: expected {wanted}, found {tuple(eta.shape)}")
@@ -96,11 +96,11 @@ class PosteriorNoise(nn.Module):
         if eta is None:
             unit_noise = torch.randn(len(sample), self.rank + 1, device=sample.device)
         else:
-            # Any rank + 1 elements of eta are as good as any others; smaller maps repeat theirs.
+            # Any rank + 1 elements of eta will do. Smaller maps repeat theirs.
             unit_noise = eta.flatten(1)[:, : self.rank + 1].float()
             if unit_noise.shape[1] <= self.rank:
                 unit_noise = unit_noise.repeat(1, self.rank // unit_noise.shape[1] + 1)[:, : self.rank + 1]
-        # Exponents of sums of squares: not for half precision.
+        # Exponentials of sums of squares need float32.
         with torch.autocast(sample.device.type, enabled=False):
             drafts = self._drafts(unit_noise, sample, timestep, class_labels)
         drafts = drafts.view(-1, sample.shape[1], self.side, self.side).to(sample.dtype, memory_format=torch.channels_last)
@@ -108,37 +108,38 @@ class PosteriorNoise(nn.Module):
         return drafts if same else F.interpolate(drafts, size=sample.shape[2:], mode="bilinear")
 
     def on_grid(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, C * side * side), float32."""
+        """Average (B, C, H, W) to the grid: (B, C * side * side), float32."""
         return (x if x.shape[2:] == (self.side, self.side) else F.adaptive_avg_pool2d(x, self.side)).flatten(1).float()
 
     def _drafts(
         self, unit_noise: torch.Tensor, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
-        """unit noise (B * M, rank + 1), the last column to choose the mode, x_t (B, C, H, W) -> e (B * M, N) on the grid."""
-        # On the grid the noise of x_t is s_t / cell: each element is the mean of cell^2.
-        x_t, cell = self.on_grid(sample), (sample.shape[2] * sample.shape[3]) ** 0.5 / self.side
+        """Map unit noise (B * M, rank + 1), whose last column chooses the mode, and x_t (B, C, H, W) to e (B * M, N)."""
+        # Each grid element is the mean of pool^2 latent elements, so its noise is s_t / pool.
+        x_t, pool = self.on_grid(sample), (sample.shape[2] * sample.shape[3]) ** 0.5 / self.side
         basis, means = self.basis.float(), self.means.float()
         tables = torch.stack((self.alphas_cumprod, self.scale, self.norms))
         alphabar, scale, norm = between(tables, timestep)[..., None]
-        a, s = alphabar.sqrt(), (1.0 - alphabar).clamp_min(SMALLEST).sqrt()  # (B, 1), or (1, 1) where all have one t
-        precision = 1.0 / (alphabar * self.variances + (s / cell) ** 2)  # of u given the mode, (B or 1, rank)
+        a, s = alphabar.sqrt(), (1.0 - alphabar).clamp_min(SMALLEST).sqrt()  # (B, 1), or (1, 1) for a single t
+        precision = 1.0 / (alphabar * self.variances + (s / pool) ** 2)  # of u given the mode, (B or 1, rank)
         known = (x_t / norm - a * self.centre) @ basis.T
         prior = self.log_weights[-1:] if class_labels is None else self.log_weights[class_labels]
         responsibilities = shared_responsibilities(prior, means, a * precision * known, alphabar * precision)  # (B, K)
 
         draws = len(unit_noise) // len(x_t)
-        # Both factors of e for one unit of scale: s_t / cell^2 of the means apart, 1 / cell of the deviation inside a mode.
-        scale = scale / cell
-        apart, inside = scale * (s / cell) * precision, scale * (self.variances * precision).sqrt()
+        # The two terms of e, per unit of scale: s_t / pool^2 times the offset of the mode's mean, and 1 / pool times the
+        # deviation within the mode.
+        scale = scale / pool
+        mean_factor, noise_factor = scale * (s / pool) * precision, scale * (self.variances * precision).sqrt()
         if len(timestep) > 1:
-            apart, inside = repeat(apart, draws), repeat(inside, draws)
+            mean_factor, noise_factor = repeat(mean_factor, draws), repeat(noise_factor, draws)
         mode = choose(repeat(responsibilities, draws), torch.special.ndtr(unit_noise[:, -1:]))
-        moved = apart * (means[mode] - repeat(responsibilities @ means, draws))
-        return torch.addcmul(moved, inside, unit_noise[:, :-1]) @ basis
+        offset = mean_factor * (means[mode] - repeat(responsibilities @ means, draws))
+        return torch.addcmul(offset, noise_factor, unit_noise[:, :-1]) @ basis
 
 
 def between(values: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """values (..., T) at timesteps (B,) -> (..., B), float32; some schedulers' timesteps lie between two of training."""
+    """Interpolate values (..., T) at timesteps (B,): (..., B), float32. Some schedulers use non-integer timesteps."""
     below = timestep.floor()
     first, second = (values[..., index.long()].float() for index in (below, timestep.ceil()))
     return first.lerp(second, (timestep - below).float())

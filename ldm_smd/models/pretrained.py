@@ -1,4 +1,4 @@
-"""What networks trained elsewhere have in common: their weights, and the size of pictures they look at."""
+"""Weights and preprocessing of pretrained networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import UserError
 
 
 class Resize:
-    """Pixels in [0, 1] to a square of ``size``, antialiased bicubic, then to the mean and deviation that a network expects."""
+    """Resizes images in [0, 1] to ``size``, with antialiased bicubic filtering, then normalises by ``mean`` and ``std``."""
 
     def __init__(self, size: int | tuple[int, int], mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.size = size
@@ -27,7 +27,7 @@ class Resize:
 
 
 def weights_file(key: str, source: str, known: Sequence[str], what: str) -> Path | None:
-    """Return the file, or None for pretrained weights of that name; never a pickle. Mistakes are blamed on setting ``key``."""
+    """Return the safetensors file ``source``, or None for a name in ``known``. Raises UserError, naming ``key``, for others."""
     if source in known:
         return None
     file = Path(source)
@@ -38,7 +38,7 @@ def weights_file(key: str, source: str, known: Sequence[str], what: str) -> Path
 
 
 def state_sha256(model: nn.Module) -> str:
-    """Hash weights that are in no local file."""
+    """Hash weights that do not come from a local file."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())

@@ -43,7 +43,7 @@ class ModelConfig(Settings):
     noise_modes: int = number(256, 1, 2**16)
     """Components of the Gaussian mixture fitted to the latents in these directions. 1: a single Gaussian."""
 
-    def of_unet(self) -> dict[str, Any]:
+    def unet_arguments(self) -> dict[str, Any]:
         """Return the arguments for SMDUNet2DModel."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tail_blocks"}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

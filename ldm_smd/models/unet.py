@@ -1,4 +1,4 @@
-"""SMDUNet2DModel: a UNet whose prediction depends on a draw ``eta``, so that it stands for a mixture; diffusers' interface."""
+"""SMDUNet2DModel: a UNet with a random input ``eta`` that predicts a mixture; with the interface of diffusers."""
 
 from __future__ import annotations
 
@@ -23,34 +23,33 @@ from .settings import PLACEMENTS
 class SMDUNet2DModel(Backbone):
     """A UNet with AdaGN residual blocks, self-attention, class embedding and soft mixture denoising.
 
-    ``forward(x, t, labels, eta)`` returns one component's prediction for every ``eta``; over ``eta ~ N(0, I)`` these are a
-    mixture (arXiv 2309.14068). With ``z_channels=0`` there is no mixture and ``eta`` is not read: the Gaussian baseline, the
-    same code otherwise.
+    ``forward(x, t, labels, eta)`` returns a prediction for every ``eta``. Over ``eta ~ N(0, I)``, the predictions form a
+    mixture (arXiv 2309.14068). With ``z_channels=0`` it is a Gaussian model, and ``eta`` is ignored.
 
     Args:
-        sample_size: side of the latents in training; others work too.
-        in_channels, out_channels: channels of the latents.
+        sample_size: side of the latents in training. Other sizes work too.
+        in_channels, out_channels: channels of the latents and of the prediction.
         block_out_channels: channels of each level; every level but the last halves the sides.
-        layers_per_block: residual blocks of a level of the encoder path.
-        up_layers_per_block: residual blocks of a level of the decoder path, not more than of the encoder path. With "up" the
-            decoder path is what M draws repeat, so few blocks there make draws cheap.
-        attention_levels: the levels (0 is the finest) with attention after each residual block. The middle always has it.
+        layers_per_block: residual blocks per level of the encoder path.
+        up_layers_per_block: residual blocks per level of the decoder path, at most layers_per_block. With placement "up" the
+            decoder path runs once per draw, so few blocks make draws cheap.
+        attention_levels: levels (0 is the finest) with attention after each residual block. The middle always has attention.
         attention_head_dim: channels per attention head.
         num_classes: number of classes, or None for an unconditional model. A label equal to ``num_classes`` is the null
-            class: "no label".
+            class.
         norm_num_groups: groups of every GroupNorm.
-        dropout: inside the residual blocks.
-        z_channels: channels of the mixture's latent map z; 0 for a Gaussian model.
+        dropout: dropout in the residual blocks.
+        z_channels: channels of the mixture's latent variable z; 0 for a Gaussian model.
         identifier_channels: width of g_xi, which makes z (MixtureIdentifier).
         hypernetwork_width: width of f_phi, which applies z (HyperNetwork).
-        noise_rank: principal components of the latents that a draw chooses in (PosteriorNoise, fitted before training); 0:
-            white noise, the paper's.
-        noise_modes: modes of the Gaussian mixture that the latents are taken to be from in those directions.
-        noise_timesteps: timesteps of the noise schedule that it is fitted for.
-        embedding_dimensions: D of the OpenCLIP embeddings that it can be conditioned on; None where it cannot.
-        placement: where f_phi acts, and with it where the network is cut. "in_out" (the paper): after the first and before
-            the last convolution. "up": before each level of the decoder path but the last, so that the encoder path and the
-            middle, the trunk, run once for any number of draws. "all": "in_out", "up" and before each level of the encoder
+        noise_rank: principal components of the fitted noise (PosteriorNoise, fitted before training); 0 for white noise, as in
+            the paper.
+        noise_modes: components of the Gaussian mixture fitted to the latents in these directions.
+        noise_timesteps: timesteps of the noise schedule that the noise is fitted for.
+        embedding_dimensions: D of the OpenCLIP embeddings to condition on, or None.
+        placement: where f_phi acts, and so where the network is cut. "in_out" (the paper): after the first and before
+            the last convolution. "up": before each level of the decoder path except the last, so that the encoder path and
+            the middle (the trunk) run once for all draws. "all": "in_out", "up" and before each level of the encoder
             path. With "up" and "all" z also shifts the modulation of the decoder path.
     """
 
@@ -99,7 +98,7 @@ class SMDUNet2DModel(Backbone):
         self.time_proj = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, embedding_dim)
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, embedding_dim)
-        # No bias: no embedding adds zero. It starts at zero, as a model without embeddings.
+        # Without bias, so that a zero embedding adds nothing. Starts at zero, like a model without embeddings.
         self.image_embedding = None
         if embedding_dimensions is not None:
             self.image_embedding = zero_init(nn.Linear(embedding_dimensions, embedding_dim, bias=False))
@@ -125,7 +124,7 @@ class SMDUNet2DModel(Backbone):
         for index, out in reversed(list(enumerate(block_out_channels))):
             level = Level()
             if index < levels - 1:
-                # Before the upsampling, where it costs a quarter: the blocks after it then work on fewer channels.
+                # Before the upsampling, where it costs a quarter. The blocks after it then have fewer channels.
                 level.project = nn.Conv2d(channels, out, 1)
             for _ in range(up_layers_per_block):
                 block = ResidualBlock(out, out, groups, dropout, skip_channels=out)
@@ -142,7 +141,7 @@ class SMDUNet2DModel(Backbone):
         self.cut_after_middle = placement == "up"
         self.mixture = None
         if z_channels > 0:
-            # Before the last level the noise itself enters; but a single level is not left without z.
+            # Before the last level the noise itself enters, unless it is the only level.
             ups = {f"up{index}": out for index, out in enumerate(reversed(block_out_channels[1:] or block_out_channels))}
             downs = {f"down{level}": block_out_channels[level - 1] for level in range(1, levels)}
             ends = {"in": first, "out": first}
@@ -163,8 +162,8 @@ class SMDUNet2DModel(Backbone):
     ) -> Trunk:
         embedding = F.silu(self._embed(sample, timestep, class_labels, image_embeds))
         modulations = self.modulation(embedding).split(self.modulation_sizes, dim=1)
-        # The layout of the input is that of every feature map after it. Channels last is what GPUs' tensor cores want, and
-        # on CPUs it is 1.1 times faster in training, as attention needs no copies (benchmarks/unet_throughput.py).
+        # All feature maps keep the memory layout of the input. Channels last suits the tensor cores of GPUs, and on CPUs
+        # training is 1.1 times faster, because attention needs no copies (benchmarks/unet_throughput.py).
         h = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
         skips: list[list[torch.Tensor]] = []
         if self.cut_after_middle:
@@ -179,8 +178,8 @@ class SMDUNet2DModel(Backbone):
         modulation = draws.modulated(kept.up_modulation)
         for index, (level, level_skips) in enumerate(zip(cast(Iterable[Level], self.up), reversed(skips))):
             if level.project is not None:
-                # To the sides of the skip connections, so that any input size works. No convolution at the larger size: it
-                # would cost a sixth of the whole network's time.
+                # Upsample to the size of the skip connections, so that any input size works. A convolution at the larger
+                # size would take a sixth of the time of the whole network.
                 h = F.interpolate(level.project(h), size=level_skips[0].shape[2:], mode="nearest")
             h = draws.at(f"up{index}", h)
             if index == len(self.up) - 1:
@@ -202,14 +201,14 @@ class SMDUNet2DModel(Backbone):
             return embedding
         if self.image_embedding is None:
             raise ValueError("image_embeds: expected None, this model has embedding_dimensions=None")
-        # To unit variance, as the other inputs of the first layers.
+        # Unit variance, like the other inputs of the first layers.
         unit = image_embeds.to(embedding.dtype) * math.sqrt(self.config.embedding_dimensions)
         return embedding + self.image_embedding(unit)
 
     def _encoder_path(
         self, h: torch.Tensor, modulation: torch.Tensor, draws: Draws
     ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-        """Return the output of the middle, and the skip connections of each level."""
+        """Return the output of the middle and the skip connections of each level."""
         skips: list[list[torch.Tensor]] = []
         for index, level in enumerate(cast(Iterable[Level], self.down)):
             h = draws.at(f"down{index}", h)
@@ -223,7 +222,7 @@ class SMDUNet2DModel(Backbone):
         return self._run(second, nn.Identity(), self._run(first, attend, h, modulation), modulation), skips
 
     def _run(self, block: nn.Module, attend: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """Run both; with gradient checkpointing again in the backward pass, instead of keeping all they compute."""
+        """Run a block and its attention, with gradient checkpointing if it is enabled."""
 
         def both(*values: torch.Tensor) -> torch.Tensor:
             return attend(block(*values))
@@ -234,7 +233,7 @@ class SMDUNet2DModel(Backbone):
 
 @dataclass
 class SMDSkips:
-    """What the tail needs beside the features: skip connections by level, and the modulations of both paths, (B, size)."""
+    """Further inputs of the tail: skip connections by level, and the modulations of both paths, (B, size)."""
 
     skips: list[list[torch.Tensor]]
     modulation: torch.Tensor
@@ -242,8 +241,10 @@ class SMDSkips:
 
 
 class Level(nn.Module):
-    """A level of one path: residual blocks, each followed by attention or nothing; in the encoder path, what halves the sides
-    at the end, or None; in the decoder path, what brings the channels to the level's at the start, or None."""
+    """A level of the encoder or decoder path: residual blocks, each followed by attention or identity.
+
+    In the encoder path, ``downsample`` follows them; in the decoder path, ``project`` changes the channels before them.
+    """
 
     def __init__(self) -> None:
         super().__init__()

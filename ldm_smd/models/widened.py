@@ -1,4 +1,4 @@
-"""A Gaussian denoiser of diffusers with other numbers of input and output channels."""
+"""Copies of diffusers denoisers with additional input and output channels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from diffusers import ModelMixin
 
 
 def widened(network: ModelMixin, inputs: int = 0, outputs: int = 0) -> ModelMixin:
-    """Copy a denoiser of C latent channels, with so many more input channels, and C + ``outputs`` output channels: those beyond
-    the C that it has, a variance, are dropped. New weights are zero, so that the first C outputs are what they were."""
+    """Copy a denoiser of C latent channels, with C + ``inputs`` input and C + ``outputs`` output channels.
+
+    Existing output channels beyond the first C (a variance) are dropped. New weights are zero, so the first C outputs do not
+    change.
+    """
     channels = network.config.in_channels
     said = network.config.out_channels or channels
     copied = type(network).from_config(network.config, in_channels=channels + inputs, out_channels=channels + outputs)
@@ -17,7 +20,7 @@ def widened(network: ModelMixin, inputs: int = 0, outputs: int = 0) -> ModelMixi
     last = next(name for name in ("conv_out", "proj_out_2", "proj_out") if hasattr(network, name))
     weights[f"{first}.weight"] = padded(weights[f"{first}.weight"], inputs, dim=1)
     for name in (f"{last}.weight", f"{last}.bias"):
-        rows = weights[name].unflatten(0, (-1, said))  # of each position in a patch
+        rows = weights[name].unflatten(0, (-1, said))  # one row per position in a patch
         weights[name] = padded(rows[:, :channels], outputs, dim=1).flatten(0, 1)
     copied.load_state_dict(weights)
     return copied.to(network.device, network.dtype)

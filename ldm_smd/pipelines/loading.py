@@ -10,8 +10,8 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, L
 from ..errors import UserError, one_line
 from ..models.gaussian import LatentGaussians
 from ..models.hub import HUB_ID
-from ..models.known import EXTENDED
 from ..models.moments import MomentHeads
+from ..models.registry import EXTENDED
 from ..models.unet import SMDUNet2DModel
 from ..schedulers import GMSScheduler, TeleportScheduler
 from .smd import SMDPipeline

@@ -16,8 +16,8 @@ from ..autoencoder import Autoencoder, spatial_factor
 from ..errors import UserError
 from ..models.denoiser import is_mixture
 from ..models.gaussian import LatentGaussians
-from ..models.known import Denoiser
 from ..models.moments import MomentHeads
+from ..models.registry import Denoiser
 from ..schedulers.conversion import PredictionConversion, predicted_x0, prediction_conversions, process_of
 from ..schedulers.support import check_scheduler
 from ..schedulers.timesteps import Generators, begin_run, first_sample, network_input, noised, step_options

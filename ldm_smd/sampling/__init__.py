@@ -1,1 +1,1 @@
-"""Sampling from trained models: the tool, and functions for other tools."""
+"""Sampling from trained models: tools/sample.py, and functions that other tools use."""

@@ -1,4 +1,4 @@
-"""Sample any number of images, a batch at a time."""
+"""Sampling of any number of images, in batches."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class SamplingOptions:
     """Arguments of ``SMDPipeline`` for any number of images.
 
     Attributes:
-        seed: seed of the first image; image i has seed ``seed + i`` at any batch size.
-        image: where sampling starts, one for all, or a tensor (N, 3, H, W) with one for each.
-        image_embeds: embedding of the image that all are to resemble, (1, D), or one for each, (N, D).
+        seed: seed of the first image. Image i has seed ``seed + i``, whatever the batch size.
+        image: image to start from, one for all, or a tensor (N, 3, H, W) with one per sample.
+        image_embeds: embedding of a prompt for all samples, (1, D), or one per sample, (N, D).
         steps, guidance_scale, guidance_interval, height, width, strength: see the pipeline.
     """
 
@@ -47,7 +47,7 @@ def sample_pixels(
 def sample_batches(
     pipeline: SMDPipeline, labels: list[int] | None, indices: range, options: SamplingOptions, description: str
 ) -> Iterator[torch.Tensor]:
-    """Yield the images ``indices`` of ``sample_pixels``, a batch at a time."""
+    """Yield images number ``indices`` of ``sample_pixels``, in batches."""
     pipeline.set_progress_bar_config(disable=True)
     with progress(len(indices), 0, description) as bar:
         for start in range(indices.start, indices.stop, options.batch_size):

@@ -1,4 +1,4 @@
-"""Grids of images with a name at each row."""
+"""Grids of images with labelled rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def class_name(pipeline: SMDPipeline, number: int) -> str:
 
 
 def labelled_grid(rows: list[list[Image.Image]], names: list[str]) -> Image.Image:
-    """Draw rows of images with a name at the left of each."""
+    """Draw rows of images, each with a name on its left."""
     font = ImageFont.load_default(size=13)
     width, height = rows[0][0].size
     margin, gap = max((int(font.getlength(name)) + 12 for name in names if name), default=0), 2

@@ -1,4 +1,4 @@
-"""Images and words that samples are to resemble, and images to start from."""
+"""Image and text prompts, and images to start from."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from ..pipelines import SMDPipeline
 
 
 def load_clip(spec: str, pipelines: dict[str, SMDPipeline]) -> ClipEncoder:
-    """Load the OpenCLIP network that made the training embeddings of all these models, by folder."""
+    """Load the OpenCLIP network that all models were trained with; ``pipelines`` are by folder.
+
+    Raises UserError if it is not the network of their training embeddings.
+    """
     for folder, pipeline in pipelines.items():
         if pipeline.config.embedding is None:
-            raise UserError(f"clip: expected null, {folder} is not conditioned on embeddings, found {spec}")
+            raise UserError(f"clip: expected null, since {folder} is not conditioned on embeddings, found {spec}")
     clip = ClipEncoder.of(spec, next(iter(pipelines.values())).device, "clip")
     for pipeline in pipelines.values():
         known = pipeline.config.embedding
         if clip.sha256 != known["sha256"]:
             raise UserError(
-                f"clip: expected the network of the training, {known['network']} with SHA-256 {known['sha256'][:16]}..., found "
-                f"{clip.name} with {clip.sha256[:16]}..."
+                f"clip: expected the network used in training, {known['network']} with SHA-256 {known['sha256'][:16]}..., "
+                f"found {clip.name} with {clip.sha256[:16]}..."
             )
     return clip
 
@@ -44,7 +47,7 @@ def read_picture(key: str, path: str, side: int) -> torch.Tensor:
     try:
         return decode(Path(path).read_bytes(), side)
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: expected a picture, found {path}: {error}") from error
+        raise UserError(f"{key}: expected an image file, found {path}: {error}") from error
 
 
 def training_side(pipeline: SMDPipeline) -> int:

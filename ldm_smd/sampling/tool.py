@@ -1,4 +1,4 @@
-"""tools/sample.py: images and a labelled grid from a model folder."""
+"""tools/sample.py: sample images and a labelled grid from a model folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..files import atomic_folder, makes_folder
 from ..models.denoiser import num_classes
 from ..models.extended import class_of
-from ..models.known import DENOISERS
+from ..models.registry import DENOISERS
 from ..pipelines import SMDPipeline, load_pipeline
 from ..schedulers import make_scheduler
 from .batches import SamplingOptions, sample_pixels
@@ -25,7 +25,7 @@ from .settings import SampleConfig
 
 @makes_folder
 def sample(config: SampleConfig) -> Path:
-    """Sample, and write ``output`` with one PNG per image (named by class and seed) and grid.png."""
+    """Sample images and write them to ``config.output``: a PNG per image, named by class and seed, and grid.png."""
     output = Path(config.output)
     pipeline = load_pipeline(config.model).to(pick_device(config.device))
     if config.scheduler:
@@ -63,7 +63,7 @@ def sample(config: SampleConfig) -> Path:
         rows = [pictures[start : start + config.per_class] for start in range(0, count, config.per_class)]
         names = [""] if labels is None else [class_name(pipeline, number) for number in labels[:: config.per_class]]
         labelled_grid(rows, names).save(folder / "grid.png")
-    print(f"{count} pictures; wrote {output}")
+    print(f"wrote {count} images to {output}")
     return output
 
 
@@ -72,7 +72,7 @@ def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | No
     classes = num_classes(pipeline.unet)
     if classes is None:
         if config.classes:
-            raise UserError(f"classes: expected none, {config.model} is unconditional, found {config.classes}")
+            raise UserError(f"classes: expected none, since {config.model} is unconditional, found {config.classes}")
         return None
     if config.classes == []:
         return None
@@ -81,15 +81,15 @@ def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | No
 
 
 def load_guide(folder: str, pipeline: SMDPipeline) -> ModelMixin:
-    """Load the denoiser of a folder, which must be for the same latents and classes."""
+    """Load a denoiser to guide away from. Raises UserError unless it has the latents and classes of ``pipeline``."""
     name = class_of(folder)
     if name not in DENOISERS:
-        raise UserError(f"guide: expected the folder of a denoiser (RUN/checkpoints/images-N/ema), found none at {folder}")
+        raise UserError(f"guide: expected the folder of a denoiser (RUN/checkpoints/images-N/ema), found {folder}")
     guide = DENOISERS[name].from_pretrained(folder, use_safetensors=True)
     for what, found, wanted in (
         ("channels", guide.config.in_channels, pipeline.unet.config.in_channels),
         ("classes", num_classes(guide), num_classes(pipeline.unet)),
     ):
         if found != wanted:
-            raise UserError(f"guide: expected {wanted} {what}, as the model has, found {found} in {folder}")
+            raise UserError(f"guide: expected {wanted} {what}, like the model, found {found} in {folder}")
     return guide

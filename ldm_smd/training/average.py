@@ -1,10 +1,11 @@
-"""Averages of a run's weights of any width, made afterwards (post-hoc EMA, EDM2, arXiv 2312.02696, section 3 and appendix C).
+"""Post-hoc EMA: averages of a run's weights of any width (EDM2, arXiv 2312.02696, section 3 and appendix C).
 
-While it trains, a run keeps a few PowerEMAs, and at every checkpoint a snapshot of each. A profile of another width,
+During training, a run tracks a few PowerEMAs and saves a snapshot of each at every checkpoint. A profile of another width,
 
     p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1),    0 < tau < t,
 
-is then nearly a sum of theirs: its coefficients x of least squared error solve A x = b, A_ij = <p_i, p_j>, b_i = <p_i, p>.
+is then approximated by a linear combination of theirs. The least-squares coefficients x solve A x = b with
+A_ij = <p_i, p_j>, b_i = <p_i, p>.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FOLDER = re.compile(r"images-(\d{12})-width-([0-9.]+)")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A PowerEMA as it was after ``images``."""
+    """A PowerEMA as saved after ``images`` images."""
 
     path: Path
     images: int
@@ -44,7 +45,7 @@ def snapshot_path(run: Path, images: int, sigma_rel: float) -> Path:
 
 
 def save_snapshot(run: Path, images: int, average: PowerEMA, writes: bool = True) -> None:
-    """Save the average as it is after ``images``. For all processes to call, the one that ``writes`` among them."""
+    """Save a snapshot of the average. All processes must call this; one of them ``writes``."""
     model = average.gather()
     if writes:
         with atomic_save(snapshot_path(run, images, average.sigma_rel)) as folder:
@@ -52,13 +53,13 @@ def save_snapshot(run: Path, images: int, average: PowerEMA, writes: bool = True
 
 
 def resume_averages(run: Path, images: int, averages: list[PowerEMA]) -> None:
-    """Load them as they were after ``images``, in place."""
+    """Load the averages as saved after ``images`` images, in place."""
     for average in averages:
         load_weights(average.model, snapshot_path(run, images, average.sigma_rel), "ema_widths")
 
 
 def snapshots(run: Path, until: int | None) -> list[Snapshot]:
-    """List a run's snapshots, up to so many images."""
+    """List the snapshots of a run, up to ``until`` images."""
     paths = {path: FOLDER.fullmatch(path.name) for path in sorted((run / "averages").glob("images-*"))}
     found = [Snapshot(path, int(matched[1]), float(matched[2])) for path, matched in paths.items() if matched]
     return [snapshot for snapshot in found if until is None or snapshot.images <= until]
@@ -67,7 +68,9 @@ def snapshots(run: Path, until: int | None) -> list[Snapshot]:
 def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
     """Return <p_a, p_b>, the integral of the product of two profiles that end at t_a and t_b:
 
-    (gamma_a + 1) (gamma_b + 1) / ((gamma_a + gamma_b + 1) t_max) * (t_min / t_max)^(gamma of the one that ends later).
+        (gamma_a + 1) (gamma_b + 1) / ((gamma_a + gamma_b + 1) t_max) * (t_min / t_max)^gamma
+
+    with the last gamma that of the profile that ends later.
     """
     first, last = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
     exponent = np.where(t_a < t_b, gamma_b, gamma_a)
@@ -75,8 +78,8 @@ def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b
 
 
 def coefficients(kept: list[Snapshot], images: int, sigma_rel: float) -> np.ndarray:
-    """Solve for the snapshots' coefficients in the average of that width after ``images``; they add up to nearly 1."""
-    # In units of the whole training, where values are of one size.
+    """Solve for the coefficients of the snapshots in an average of width ``sigma_rel``; their sum is close to 1."""
+    # In units of the whole training, for better conditioning.
     ends = np.array([snapshot.images for snapshot in kept], dtype=np.float64) / images
     gammas = np.array([gamma_of(snapshot.sigma_rel) for snapshot in kept])
     products = inner_product(ends[:, None], gammas[:, None], ends[None], gammas[None])
@@ -86,22 +89,22 @@ def coefficients(kept: list[Snapshot], images: int, sigma_rel: float) -> np.ndar
 
 @makes_folder
 def average(config: AverageConfig) -> Path:
-    """Write a model folder with the average of ``config.run`` of that width; returns it."""
+    """Write a model folder with an average of the weights of ``config.run``; returns its path."""
     run, output = Path(config.run), Path(config.output)
     kept = snapshots(run, config.images)
     if not kept:
-        raise UserError(f"run: expected snapshots of averages (tools/train.py ema_widths=[0.05,0.1]), found none in {run}")
+        raise UserError(f"run: expected a run with EMA snapshots (tools/train.py ema_widths=[0.05,0.1]), found none in {run}")
     images = max(snapshot.images for snapshot in kept)
     pipeline = load_pipeline(run / "model")
     factors = coefficients(kept, images, config.sigma_rel).tolist()
-    # A tensor at a time: the snapshots need not fit in memory together.
+    # One tensor at a time, because the snapshots may not fit in memory together.
     files = [safe_open(snapshot.path / SAFETENSORS_WEIGHTS_NAME, framework="pt") for snapshot in kept]
     names = [{current_name(name): name for name in file.keys()} for file in files]  # noqa: SIM118
     with torch.no_grad():
         for name, value in pipeline.unet.named_parameters():
             tensors = (file.get_tensor(known[name]).double() for file, known in zip(files, names))
             value.copy_(sum(factor * tensor for factor, tensor in zip(factors, tensors)))
-    text = f"The average of {len(kept)} snapshots, of relative width {config.sigma_rel:g} after {images:,} images of {run}."
+    text = f"Post-hoc EMA of relative width {config.sigma_rel:g} of `{run}` after {images:,} images, {len(kept)} snapshots."
     write_model_folder(output, pipeline, model_card(type(pipeline.unet).__name__, text, config), "unet")
     print(f"{len(kept)} snapshots, {images:,} images; wrote {output}")
     return output

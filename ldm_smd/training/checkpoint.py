@@ -1,9 +1,9 @@
-"""Checkpoints: complete or not there, safetensors and JSON only; runs resume from the newest.
+"""Checkpoints, in safetensors and JSON only. Runs resume from the newest one.
 
 A checkpoint is a folder ``images-N`` with ``model/`` and ``ema/`` (diffusers layout), ``optimizer.safetensors`` and
-``state.json``; of every other network that is trained, it has ``NAME/`` and ``NAME-optimizer.safetensors``. It is written
-under another name and renamed at the end, so one that has its name is complete. Random numbers need no state: they are drawn
-from (seed, images_seen) in every step.
+``state.json``. Every other trained network adds ``NAME/`` and ``NAME-optimizer.safetensors``. The folder is written under a
+temporary name and renamed at the end, so it is always complete. There is no state of random generators: random numbers are a
+function of (seed, images_seen).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Networks = dict[str, TrainedNetwork]
 
 
 def save_checkpoint(folder: Path, networks: Networks, ema: ModelMixin, state: dict, keep: int, writes: bool = True) -> None:
-    """Write ``folder/images-N``, N the state's images_seen, and remove all but the newest ``keep``. For all processes to call,
-    the one that ``writes`` among them."""
+    """Write ``folder/images-N``, where N is images_seen in ``state``, and remove all but the newest ``keep`` checkpoints. All
+    processes must call this; one of them ``writes``."""
     models = {name: trained.full_network() for name, trained in networks.items()} | {"ema": ema}
     optimizers = {optimizer_file(name): trained.optimizer_tensors() for name, trained in networks.items()}
     if not writes:
@@ -51,16 +51,16 @@ def optimizer_file(name: str) -> str:
 
 @contextmanager
 def atomic_save(path: Path) -> Iterator[Path]:
-    """Write a folder as ``atomic_folder`` does; UserError where the disk is full."""
+    """Write a folder as ``atomic_folder`` does. Raises UserError if writing fails, such as on a full disk."""
     try:
         with atomic_folder(path) as temporary:
             yield temporary
     except (OSError, SafetensorError) as error:
-        raise UserError(f"output: expected to write {path}, found {error}; the checkpoints before it are kept") from error
+        raise UserError(f"output: expected to write {path}, found {error}; earlier checkpoints are kept") from error
 
 
 def resume(folder: Path, networks: Networks, ema: EMA) -> dict:
-    """Load the newest checkpoint in place, but for the optimizers; returns its state, images_seen 0 without one."""
+    """Load the networks of the newest checkpoint in place; returns its state, or {"images_seen": 0} without a checkpoint."""
     for path in checkpoints(folder)[-1:]:
         for name, trained in networks.items():
             load_weights(trained.network, path / name, "output")
@@ -82,17 +82,20 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_images(folder: Path) -> int:
-    """Return the images seen by the newest checkpoint; 0 where there is none."""
+    """Return the images seen by the newest checkpoint, or 0 without one."""
     return max((int(path.name.removeprefix("images-")) for path in checkpoints(folder)), default=0)
 
 
 def load_weights(
     model: ModelMixin, folder: Path, key: str, new: Sequence[Module | None] = (), kept: Module | None = None
 ) -> None:
-    """Copy the weights of a diffusers model folder into ``model``; ``key`` is the setting a mismatch is blamed on.
+    """Load the weights of a diffusers model folder into ``model``.
 
-    Modules in ``new`` stay as they are where the folder has no weight of theirs: so a mixture starts from a Gaussian model;
-    ``kept`` stays as it is in any case.
+    Args:
+        key: the setting to name in the UserError for missing or mismatched weights.
+        new: modules that keep their values if the folder has no weights for them, as when a mixture starts from a Gaussian
+            model.
+        kept: module that always keeps its values.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -111,6 +114,6 @@ def load_weights(
 
 
 def names_in(model: Module, part: Module | None) -> set[str]:
-    """List the names, in the model's state dict, of the weights of one of its modules; none for None."""
+    """Return the names in the model's state dict that belong to ``part``, one of its modules; none for None."""
     prefix = next((name for name, module in model.named_modules() if module is part), None)
     return set() if prefix is None else {name for name in model.state_dict() if name.startswith(f"{prefix}.")}

@@ -1,4 +1,4 @@
-"""The critic of a distillation: a copy of the teacher that sees and says more, and how it is asked."""
+"""The critic of a distillation: a copy of the teacher with more inputs and outputs."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ..models.unet import SMDUNet2DModel
 from ..models.widened import padded, widened
 
 TIME_FEATURES = 128
-"""Of the first view's t, where they go beside the image embeddings."""
+"""Features of the first view's t that are appended to the image embeddings."""
 TIME_CHANNELS = 8
-"""Of it, where they are channels."""
+"""Features of it that are appended as channels."""
 Conditions = dict[str, torch.Tensor | None]
 
 
-def critic_of(teacher: ModelMixin, settings: DistillationConfig) -> ModelMixin:
-    """Copy the teacher, to see and say what ``Judges`` asks for; what is new starts at zero."""
-    sees_x_t, tells = settings.views == "conditional", settings.adversarial_weight > 0
+def make_critic(teacher: ModelMixin, settings: DistillationConfig) -> ModelMixin:
+    """Copy the teacher with the inputs and outputs that ``DistillationLosses`` needs. New weights start at zero."""
+    sees_x_t, has_logit = settings.views == "conditional", settings.adversarial_weight > 0
     channels = teacher.config.in_channels if sees_x_t else 0
     if isinstance(teacher, SMDUNet2DModel):
-        critic: ModelMixin = extended(teacher, channels, TIME_FEATURES if sees_x_t else 0, int(tells))
+        critic: ModelMixin = extended_copy(teacher, channels, TIME_FEATURES if sees_x_t else 0, int(has_logit))
     else:
-        critic = without_label_dropout(widened(teacher, channels + TIME_CHANNELS if sees_x_t else 0, int(tells)))
+        critic = without_label_dropout(widened(teacher, channels + TIME_CHANNELS if sees_x_t else 0, int(has_logit)))
     return critic.requires_grad_(True)
 
 
-def extended(teacher: SMDUNet2DModel, inputs: int, features: int, outputs: int) -> SMDUNet2DModel:
-    """A copy of a Gaussian denoiser with so many more input channels, dimensions of its embedding, and output channels; all
-    their weights are zero."""
+def extended_copy(teacher: SMDUNet2DModel, inputs: int, features: int, outputs: int) -> SMDUNet2DModel:
+    """Copy a Gaussian denoiser with additional input channels, embedding dimensions (``features``) and output channels. Their
+    weights are zero."""
     before = teacher.config.embedding_dimensions or 0
     dimensions = before + features
     channels = {name: teacher.config[name] + more for name, more in (("in_channels", inputs), ("out_channels", outputs))}
@@ -44,17 +44,17 @@ def extended(teacher: SMDUNet2DModel, inputs: int, features: int, outputs: int) 
         weights[name] = padded(weights[name], outputs, dim=0)
     if copied.image_embedding is not None:
         embedding = weights.get("image_embedding.weight", copied.image_embedding.weight[:, :0])
-        # Embeddings are scaled by the root of all their dimensions.
+        # The UNet scales embeddings by the square root of their total dimension.
         weights["image_embedding.weight"] = padded(embedding * math.sqrt(before / dimensions), features, dim=1)
     copied.load_state_dict(weights)
     return copied.to(teacher.device)
 
 
-def beside(
+def with_first_view(
     critic: ModelMixin, sample: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions
 ) -> tuple[torch.Tensor, Conditions]:
-    """Put x_t (B, C, h, w) beside a sample as more channels, and t (B,) beside the image embeddings, or where the critic of
-    ``critic_of`` has none, as channels too."""
+    """Append x_t (B, C, h, w) to a sample as channels, and features of t (B,) to the image embeddings, or as channels for a
+    critic without image embeddings."""
     if not isinstance(critic, SMDUNet2DModel):
         features = get_timestep_embedding(t, TIME_CHANNELS)[..., None, None]
         return torch.cat((sample, x_t, features.expand(-1, -1, *sample.shape[2:])), dim=1), conditions

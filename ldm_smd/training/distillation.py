@@ -1,5 +1,7 @@
-"""Posterior distillation: a mixture learns q(x_0 | x_t) from a Gaussian model, noise-conditional variational score distillation
-(NCVSD, Cheng et al., ICML 2025, arXiv 2506.09416) for SMD's networks."""
+"""Posterior distillation: a mixture learns q(x_0 | x_t) from a Gaussian model.
+
+This is noise-conditional variational score distillation (NCVSD, Cheng et al., ICML 2025, arXiv 2506.09416) for SMD networks.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,18 @@ from einops import rearrange
 
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
-from .critics import critic_of
-from .judges import Judges, critic_objective
+from .critics import make_critic
+from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
-from .step import known_conditions, parts, trained_model, whole_batch
+from .step import global_batch, micro_batches, model_conditions, trained_model
 from .step_noise import StepNoise
-from .teacher import draw_with_pure_noise, teacher_of
+from .teacher import draw_with_pure_noise, load_teacher
 from .trained import TrainedNetwork, adamw
 
 NEAREST, FARTHEST = 0.02, 0.98
-"""Part of the timesteps that the second view is taken at."""
+"""Range of the second view's timestep, as fractions of the last one."""
 MOMENTUM = 0.0
-"""Where each network follows the other, old gradients mislead (docs/mixtures.md)."""
+"""First beta of AdamW. Mixture and critic follow each other, so old gradients mislead (docs/mixtures.md)."""
 
 
 @dataclass
@@ -39,23 +41,25 @@ class TwoViews(StepNoise):
 
 
 class Distillation:
-    """A draw of the mixture, x = D(x_t, eta), is noised again: x_r = a_r x + s_r eps'. If x were a true draw of q(x_0 | x_t),
-    x_t and x_r would be two independent views of one x_0, and as good as one, x_u (diffusion/two_views.py). So the frozen
-    teacher gives the score of the true q(x_r | x_t), and a critic, trained by the denoising loss on the mixture's draws, that
-    of the mixture. The mixture's loss follows the gradient of their KL divergence (Judges). The critic starts as the teacher,
-    which is the critic of true draws.
+    """Trains a mixture and its critic.
+
+    A draw of the mixture, x = D(x_t, eta), is noised again: x_r = a_r x + s_r eps'. If x were a true draw of q(x_0 | x_t), then
+    x_t and x_r would be two independent noisy views of one x_0, equivalent to a single one, x_u (diffusion/two_views.py). So
+    the frozen teacher gives the score of the true q(x_r | x_t). The critic gives that of the mixture; it is trained with the
+    denoising loss on the mixture's draws. The loss of the mixture follows the gradient of their KL divergence
+    (DistillationLosses). The critic starts as a copy of the teacher, the optimal critic of true draws.
     """
 
     def __init__(self, run: Run) -> None:
         config, settings = run.config, run.config.objective.distillation
         self.run, self.process, self.model = run, run.process(), trained_model(run, MOMENTUM)
-        self.teacher = teacher_of(run, self.model.network)
-        over_processes = partial(run.accelerator.reduce, reduction="mean")
-        self.judges = Judges(self.process, config.diffusion.predicts, settings, over_processes)
+        self.teacher = load_teacher(run, self.model.network)
+        mean_over_processes = partial(run.accelerator.reduce, reduction="mean")
+        self.distillation_losses = DistillationLosses(self.process, config.diffusion.predicts, settings, mean_over_processes)
         if config.compile and settings.adversarial_weight > 0:
-            # The critic's graph is gone back through twice; compiled ones may give its memory away the first time.
+            # Two backward passes use the critic's graph. A compiled graph may free its memory after the first.
             torch._functorch.config.donated_buffer = False
-        critic = critic_of(self.teacher, settings)
+        critic = make_critic(self.teacher, settings)
         rate = settings.critic_learning_rate
         self.critic = TrainedNetwork(critic, adamw(critic, rate, momentum=MOMENTUM))
         self.critic_rate = rate / config.learning_rate
@@ -72,13 +76,13 @@ class Distillation:
         return losses | {"gradient_norm": norm}
 
     def backward(self, batch: LatentBatch, noise: TwoViews, names: list[str]) -> dict[str, torch.Tensor]:
-        """Set the gradients of a batch of the networks named, in ``micro_batches``; returns the mean losses."""
+        """Set the gradients of the named networks for a batch, in ``micro_batches``; returns the mean losses."""
         run, size = self.run, len(batch.labels)
         learning = [self.networks[name] for name in names]
         totals: dict[str, torch.Tensor] = {}
         for trained in learning:
             trained.network.zero_grad()
-        for rows, last in parts(size, run.config.micro_batches):
+        for rows, last in micro_batches(size, run.config.micro_batches):
             with ExitStack() as waiting:
                 for trained in () if last else learning:
                     waiting.enter_context(run.accelerator.no_sync(trained.forward))
@@ -91,12 +95,12 @@ class Distillation:
         return totals
 
     def losses(self, batch: LatentBatch, noise: TwoViews, model_learns: bool = True) -> dict[str, torch.Tensor]:
-        """Return what ``Judges.losses`` does; without the model's graph unless it learns."""
+        """Compute ``DistillationLosses.losses``. The mixture has no gradients unless ``model_learns``."""
         run, path = self.run, self.process
         prediction_type, t = run.config.diffusion.predicts, noise.t
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         x_t = path.noise(x0, noise.eps, t)
-        conditions = known_conditions(run, batch, noise, self.model.network.config.num_classes)
+        conditions = model_conditions(run, batch, noise, self.model.network.config.num_classes)
         eta = rearrange(noise.eta, "b m ... -> (b m) ...")
         with run.accelerator.autocast(), torch.set_grad_enabled(model_learns):
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
@@ -104,13 +108,13 @@ class Distillation:
 
         with run.accelerator.autocast():
             networks, second = (self.teacher, self.critic.network), (noise.r, noise.second_eps)
-            return self.judges.losses(*networks, x, x0, x_t, t, *second, conditions, self.critic.forward)
+            return self.distillation_losses.losses(*networks, x, x0, x_t, t, *second, conditions, self.critic.forward)
 
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:
-        """Draw this process's part of the random numbers; others for each ``number``."""
+        """Draw the random numbers for this process. ``number`` gives an independent set for every critic update."""
         run, last = self.run, self.process.last
         noise = draw_with_pure_noise(run, self.process, batch, images_seen, 1, number)
-        generator, count, rows = whole_batch(run, batch, images_seen, number, 1)
+        generator, count, rows = global_batch(run, batch, images_seen, number, 1)
         r = torch.empty(count, device=generator.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator)
         eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=generator.device)
         return TwoViews(**vars(noise), r=r.round().long()[rows], second_eps=eps[rows])

@@ -1,4 +1,4 @@
-"""Moving averages of parameters, keyed by name and measured in images."""
+"""Exponential moving averages of parameters, with time measured in images."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import nn
 from .sharding import distribute_like, gather_into, is_sharded, local
 
 RAMP = 0.05
-"""With ``ramp`` the half-life is at most this fraction of the images seen."""
+"""With ``ramp``, the half-life is at most this fraction of the images seen."""
 Model = TypeVar("Model", bound=nn.Module)
 
 
 class EMA(Generic[Model]):
     """``ema <- ema + (1 - 0.5^(batch / halflife)) * (weights - ema)`` with halflife in images.
 
-    Parameters are averaged; buffers are copied. ``model`` is a frozen copy that can be evaluated and saved as any other.
+    Parameters are averaged and buffers copied. ``model`` is a frozen copy that can be evaluated and saved like any model.
 
     Args:
-        ramp: for random initial weights, shorten the half-life at first so that the average forgets them.
+        ramp: shorten the half-life at the start, so that the average forgets random initial weights.
     """
 
     def __init__(self, model: Model, halflife_images: int, ramp: bool = True) -> None:
@@ -32,21 +32,21 @@ class EMA(Generic[Model]):
         self._averages: dict[str, torch.Tensor] = dict(self.model.named_parameters())
 
     def shard_like(self, model: nn.Module) -> None:
-        """Shard the averages as ``model``, if that is sharded (FSDP). ``self.model`` goes to the CPU then, where ``gather``
-        brings it up to date; its buffers stay as they are."""
+        """Shard the averages like ``model``, if it is sharded (FSDP). ``self.model`` then moves to the CPU, and only ``gather``
+        updates it; its buffers are not updated."""
         if is_sharded(model):
             weights = dict(model.named_parameters())
             self._averages = {name: distribute_like(average, weights[name]) for name, average in self._averages.items()}
             self.model.to("cpu")
 
     def rate(self, batch_images: int, images_seen: int) -> float:
-        """Return how far a step moves the average towards the weights."""
+        """Return the weight of the current parameters in an update."""
         halflife = min(self.halflife_images, RAMP * images_seen) if self.ramp else self.halflife_images
         return 1.0 - 0.5 ** (batch_images / max(halflife, 1e-8))
 
     @torch.no_grad()
     def update(self, model: nn.Module, batch_images: int, images_seen: int) -> None:
-        """Move towards ``model`` after a step on ``batch_images`` images, the last of ``images_seen`` in all."""
+        """Update the averages after a step. ``images_seen`` includes the ``batch_images`` of the step."""
         weights = dict(model.named_parameters())
         averages, targets = zip(*((local(average), local(weights[name])) for name, average in self._averages.items()))
         torch._foreach_lerp_(averages, targets, self.rate(batch_images, images_seen))
@@ -55,21 +55,21 @@ class EMA(Generic[Model]):
                 average.copy_(buffer)
 
     def gather(self) -> Model:
-        """Return ``self.model``, up to date where the averages are sharded; for all processes to call."""
+        """Return ``self.model`` with current averages. All processes must call this."""
         gather_into(self.model, self._averages)
         return self.model
 
 
 class PowerEMA(EMA[Model]):
-    """The average of EDM2 (arXiv 2312.02696): weights after tau images of t count as tau^gamma,
+    """Power-function EMA of EDM2 (arXiv 2312.02696): after t images, the weights after tau images have weight tau^gamma.
 
         ema <- ema + (1 - (1 - batch / t)^(gamma + 1)) * (weights - ema).
 
-    Its width is the same fraction of the training at any t, so that averages of other widths can be made from some of them
-    afterwards (tools/average.py).
+    Its width is a constant fraction of t. Averages of other widths can be made from a few of them afterwards
+    (tools/average.py).
 
     Args:
-        sigma_rel: the deviation of tau under that profile, over t; more than 0, below 0.29.
+        sigma_rel: relative width, the standard deviation of tau under this profile divided by t; above 0, below 0.29.
     """
 
     def __init__(self, model: Model, sigma_rel: float) -> None:
@@ -81,6 +81,6 @@ class PowerEMA(EMA[Model]):
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """Return the gamma of the profile of that width: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
+    """Return gamma for a relative width: sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
     t = sigma_rel**-2
     return float(np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]).real.max())

@@ -1,4 +1,4 @@
-"""Fit LatentGaussians to latent shards in one pass, for TeleportScheduler."""
+"""tools/fit_gaussian.py: fit LatentGaussians to latent shards in one pass, for TeleportScheduler."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from .model_folder import model_card, write_model_folder
 from .settings import FitGaussianConfig
 
 FITTING_LATENTS = 16_384
-"""Latents that a mixture is fitted to, at most."""
+"""Maximum number of latents that a mixture is fitted to."""
 LATENTS_PER_COMPONENT = 8
 MEMORY_LIMIT = 4 * 2**30
-"""Bytes for the sums of products. Covariances that take more are sketched; sketches that take more are refused."""
+"""Memory for the sums of products, in bytes. Larger covariances are sketched; larger sketches are refused."""
 OVERSAMPLING = 4
 FLOOR = 1e-4
 
 
 @dataclass
 class LatentSums:
-    """Sums over the normalised latents of every class, and last over those without one, for means and covariances, in float64.
+    """Sums over the normalised latents per class, for means and covariances, in float64. The last row is for no class.
 
     Attributes:
-        probes: (D, L) of white noise, or None.
+        probes: white noise (D, L), or None.
         counts: (rows,).
-        sums: (rows, D), of the encoder's means.
-        squares: (rows,), of all elements of these, squared.
-        spreads: (rows, D), of the encoder's variances.
-        products: (rows, D, D), of the means, sum x x^T; or (rows, D, L), that times ``probes``, where latents are too large.
+        sums: sum of the encoder's means, (rows, D).
+        squares: sum of all squared elements of the means, (rows,).
+        spreads: sum of the encoder's variances, (rows, D).
+        products: sum of x x^T over the means x, (rows, D, D); for large latents its product with ``probes``, (rows, D, L).
     """
 
     probes: torch.Tensor | None
@@ -58,7 +58,7 @@ class LatentSums:
 
     @classmethod
     def empty(cls, rows: int, elements: int, sketch: int | None = None, seed: int = 0) -> LatentSums:
-        """Start with zeros; ``sketch`` is L, or None for the full products."""
+        """Make sums of zero. ``sketch`` is L, or None for the full products."""
         probes = None
         if sketch is not None:
             generator = torch.Generator().manual_seed(seed)
@@ -67,7 +67,7 @@ class LatentSums:
         return cls(probes, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
 
     def add(self, means: torch.Tensor, variances: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add the exact moments of latents drawn from N(means, diag(variances)), both (N, D); labels (N,), -1 for none."""
+        """Add the exact moments of latents N(means, diag(variances)), both (N, D); labels (N,), -1 for none."""
         for label in labels.unique().tolist():
             chosen = labels == label
             x = means[chosen].double()
@@ -85,11 +85,12 @@ class LatentSums:
         return self.apply(lambda total: total.sum(dim=0, keepdim=True))
 
     def principal(self, row: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return mean (D,), leading eigenvectors (rank, D) and eigenvalues (rank,) of the covariance, and the mean of the rest.
+        """Return the mean (D,), the leading eigenvectors (rank, D) and eigenvalues (rank,) of the covariance, and the mean of
+        the other eigenvalues.
 
-        For latents too large, the covariance C of the encoder's means is found from C Omega, Omega the probes, as
-        C Omega (Omega^T C Omega)^-1 (C Omega)^T (Nystroem), with the small shift that makes it stable in algorithm 3 of arXiv
-        1706.05736; exact where C has no more than L directions, and for the encoder's variances their mean is taken.
+        For large latents, the covariance C of the encoder's means is approximated from C Omega, with Omega the probes, by
+        C Omega (Omega^T C Omega)^-1 (C Omega)^T (Nystroem), with the small shift of algorithm 3 of arXiv 1706.05736 for
+        stability. This is exact if C has rank L or less. The encoder's variances are replaced by their mean.
         """
         mean, spread = self.sums[row] / self.counts[row], self.spreads[row] / self.counts[row]
         second = self.products[row] / self.counts[row]
@@ -110,7 +111,7 @@ class LatentSums:
 
 @makes_folder
 def fit_gaussian(config: FitGaussianConfig) -> Path:
-    """Fit, then write the model folder with the Gaussians in it; returns it."""
+    """Fit the Gaussians and write the model folder; returns its path."""
     output = Path(config.output)
     pipeline = load_pipeline(config.model)
     manifest = Manifest.load(config.shards, config.shards_cache)
@@ -127,10 +128,10 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
         gaussians = shared_gaussians(config, sums, manifest, autoencoder, classes)
     scheduler = make_scheduler(f"TeleportScheduler:sigma_skip={config.sigma_skip}", pipeline.scheduler)
     pipeline.register_modules(gaussian=gaussians, scheduler=scheduler)
-    found = f"{len(gaussians.means)} Gaussians of {int(sums.counts.sum()):,} latents"
-    covariance = "a mixture with one covariance" if gaussians.config.shared else "one for each class and one for all"
+    found = f"{len(gaussians.means)} Gaussians fitted to {int(sums.counts.sum()):,} latents"
+    covariance = "a mixture with a shared covariance" if gaussians.config.shared else "one per class and one for all classes"
     text = f"""\
-{found}, {covariance}; {gaussians.config.rank} directions each. The rest is that of `{config.model}`, unchanged.
+{found}, {covariance}, with {gaussians.config.rank} directions each. All other components are those of `{config.model}`.
 
 Made by `tools/fit_gaussian.py` with these settings:"""
     card = model_card("Gaussians of the latents, for TeleportScheduler", text, config)
@@ -142,14 +143,14 @@ Made by `tools/fit_gaussian.py` with these settings:"""
 def latent_sums(
     config: FitGaussianConfig, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int, state: PartialState
 ) -> LatentSums:
-    """Sum over all latents of the shards by class, on all processes; half of them mirrored with ``config.mirror``."""
+    """Sum over all latents of the shards per class, on all processes; half of them mirrored with ``config.mirror``."""
     elements, sketch = math.prod(manifest.latent_shape), None
     if 8 * (classes + 1) * elements**2 > MEMORY_LIMIT:
         sketch = min(OVERSAMPLING * config.rank, elements)
         if 8 * (classes + 1) * elements * sketch > MEMORY_LIMIT:
             raise UserError(
-                f"shards: expected latents of which {sketch} directions fit in {MEMORY_LIMIT / 2**30:.0f} GB, found {elements} "
-                f"numbers and {classes} classes; a smaller rank, or components=256 with one covariance for all"
+                f"shards: expected latents for which {sketch} directions fit in {MEMORY_LIMIT / 2**30:.0f} GB, found "
+                f"{elements} elements and {classes} classes; lower rank, or set components=256 for one shared covariance"
             )
     sums = LatentSums.empty(classes + 1, elements, sketch, config.seed)
     size = min(config.batch_size, manifest.count)
@@ -168,7 +169,7 @@ def latent_sums(
 
 
 def class_gaussians(sums: LatentSums, shape: tuple[int, int, int], rank: int, classes: int) -> LatentGaussians:
-    """Make one for each class, and one for all. A class without latents gets that of all."""
+    """Make a Gaussian per class and one for all classes. A class without latents gets the latter."""
     rank = min(rank, sums.sums.shape[1] - 1)
     gaussians = LatentGaussians(*shape, rank, classes + 1, num_classes=classes or None)
     pooled = sums.pooled()
@@ -183,7 +184,7 @@ def class_gaussians(sums: LatentSums, shape: tuple[int, int, int], rank: int, cl
 def shared_gaussians(
     config: FitGaussianConfig, sums: LatentSums, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int
 ) -> LatentGaussians:
-    """Fit a mixture with one covariance, in the leading components of the covariance of all."""
+    """Fit a mixture with a shared covariance, in the leading principal components of all latents."""
     generator = torch.Generator().manual_seed(config.seed)
     latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror, generator)
     components = min(config.components, len(latents) // LATENTS_PER_COMPONENT)
@@ -201,7 +202,7 @@ def shared_gaussians(
 def fitting_latents(
     manifest: Manifest, autoencoder: FrozenAutoencoder, seed: int, mirror: bool, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a mixture is fitted to: the first normalised latents of the stream and their labels, on the CPU."""
+    """Return the latents that a mixture is fitted to, the first of the stream, normalised, and their labels, on the CPU."""
     count = min(manifest.count, FITTING_LATENTS)
     batch = LatentStream(manifest, count, count, seed=seed, mirror=mirror).batch_at(0)
     latents = autoencoder.normalise(sample_latents(batch.moments.to(autoencoder.device), generator))

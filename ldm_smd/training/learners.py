@@ -1,4 +1,4 @@
-"""Which learner an objective has."""
+"""Maps an objective to its learner."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from .step import Denoising, Learner
 
 
 def learner_for(run: Run) -> Learner:
-    """Choose by the objective."""
+    """Make the learner for the objective of a run."""
     kinds: dict[str, Callable[[Run], Learner]] = {"distillation": Distillation, "regression": PosteriorRegression}
     return kinds.get(run.config.objective.name, Denoising)(run)

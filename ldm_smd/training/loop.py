@@ -1,4 +1,4 @@
-"""Training of the denoiser: one loop, in images, on any number of processes."""
+"""tools/train.py: the training loop of the denoiser, on any number of processes. Counts are in images."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from .signals import EXIT_CODE, sigterm_flag
 from .watch import CriticWatch
 
 STOP_EVERY_STEPS = 10
-"""Processes agree on stopping after every so many steps."""
+"""Processes agree on whether to stop every this many steps."""
 
 
 def train(config: TrainConfig) -> Path:
-    """Train from latent shards; returns the model folder. Continues from the newest checkpoint of ``config.output``.
+    """Train on latent shards; returns the model folder. Resumes from the newest checkpoint in ``config.output``.
 
-    On CPUs a resumed run ends bit by bit as one that was never stopped, on the same machine with the same number of threads and
-    the same torch. A SIGTERM ends it with a checkpoint and exit code 143.
+    On CPUs, a resumed run gives bit-identical results to an uninterrupted one, on the same machine with the same number of
+    threads and the same torch version. On SIGTERM it saves a checkpoint and exits with code 143.
     """
-    # Without a GPU accelerate makes several processes a group only if it is told to use the CPU.
+    # Without a GPU, accelerate forms a process group only if it is told to use the CPU.
     no_gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=pick_precision(config.precision), cpu=no_gpu)
     output = Path(config.output)
@@ -54,13 +54,13 @@ def train(config: TrainConfig) -> Path:
     accelerator.end_training()
     if stopped_at is not None:
         if accelerator.is_main_process:
-            print(f"stopped by SIGTERM after {stopped_at} images; run it again to go on", file=sys.stderr)
+            print(f"stopped by SIGTERM after {stopped_at} images; run the same command to resume", file=sys.stderr)
         sys.exit(EXIT_CODE)
     return output / "model"
 
 
 def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) -> int | None:
-    """Train to the end, or to the images returned where ``stop`` is set on any process."""
+    """Train to the end and return None, or until ``stop`` is set on any process and return the images seen."""
     # Set up.
     set_attention_backend(config.attention)
     share_checkpoint(Path(config.output), (RECORD,), accelerator)
@@ -101,7 +101,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
         last = images_seen >= config.images_total
         stopping = not last and stop_everywhere(accelerator, stop, images_seen // config.batch_size)
 
-        # Report. Sums stay on the device until then: reading them is the only time the host waits for it.
+        # Report. Sums stay on the device until then, because reading them synchronises with it.
         if last or crossed(before, images_seen, config.log_every_images):
             values = means.read()
             check_finite(values, images_seen, partial(batches.keys_at, before))
@@ -141,7 +141,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
 
 
 def stop_everywhere(accelerator: Accelerator, stop: threading.Event, step: int) -> bool:
-    """Tell whether any process is to stop: the same answer on all, though a signal reaches each at its own time."""
+    """Return whether any process is to stop. All processes agree, although signals reach them at different times."""
     if accelerator.num_processes == 1:
         return stop.is_set()
     if step % STOP_EVERY_STEPS:
@@ -150,11 +150,11 @@ def stop_everywhere(accelerator: Accelerator, stop: threading.Event, step: int) 
 
 
 def check_finite(values: dict[str, float], images_seen: int, keys: Callable[[], list[str]]) -> None:
-    """Raise UserError where a mean of the last steps is no number; ``keys`` are those of the last batch."""
+    """Raise UserError if a mean over the last steps is not finite; ``keys`` are those of the last batch."""
     for name, value in values.items():
         if not math.isfinite(value):
             last = ", ".join(keys()[:8])
             raise UserError(
                 f"{name}: expected a finite number, found {value} at {images_seen} images; last batch: {last}. "
-                "The last good checkpoint is kept; lower learning_rate or gradient_clip"
+                "The last checkpoint is intact; lower learning_rate or gradient_clip"
             )

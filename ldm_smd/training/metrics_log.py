@@ -1,4 +1,4 @@
-"""A run's log: one JSON line and one TensorBoard entry per report."""
+"""The log of a run, as JSON lines and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Batch = TypeVar("Batch")
 class MetricsLog:
     """Appends to ``folder/metrics.jsonl`` and ``folder/tensorboard``.
 
-    Lines past ``images_seen`` are dropped on opening: they were written after the checkpoint that the run resumes from,
-    and would stand there twice.
+    Lines past ``images_seen`` are dropped on opening. They were written after the checkpoint that the run resumes from, and
+    will be written again.
     """
 
     def __init__(self, folder: Path, images_seen: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
         kept = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["images_seen"] <= images_seen]
-        with atomic_file(self.path) as temporary:  # a kill here must not cost the lines of hours
+        with atomic_file(self.path) as temporary:  # a kill at this point must not lose the log
             temporary.write_text("".join(kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen)
@@ -40,7 +40,7 @@ class MetricsLog:
             self._board.add_scalar(name, value, images_seen)
 
     def image(self, images_seen: int, name: str, image: torch.Tensor) -> None:
-        """``image``: float (3, H, W) in [0, 1]; goes to TensorBoard only."""
+        """Log a float image (3, H, W) in [0, 1] to TensorBoard."""
         self._board.add_image(name, image, images_seen)
 
     def close(self) -> None:
@@ -49,8 +49,11 @@ class MetricsLog:
 
 
 class RunningMeans:
-    """Means over the steps since the last report, on the device, and over the processes of ``accelerator``; ``state`` is of a
-    run that was stopped between two reports."""
+    """Means over the steps since the last report, kept on the device, and over the processes of ``accelerator``.
+
+    Args:
+        state: ``state()`` of a run that was stopped between two reports.
+    """
 
     def __init__(self, accelerator: Accelerator | None = None, state: dict | None = None) -> None:
         self.accelerator = accelerator
@@ -58,12 +61,12 @@ class RunningMeans:
         self.steps, self._sums = sums.pop("steps"), sums
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
-        """The same names at every step."""
+        """Add the values of a step. The names must be the same at every step."""
         self._sums = {name: value.detach() + self._sums.get(name, 0.0) for name, value in values.items()}
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Return the means and start the next ones."""
+        """Return the means and reset them."""
         means = self._reduced(max(self.steps, 1))
         self.steps, self._sums = 0, {name: torch.zeros_like(total) for name, total in self._sums.items()}
         return means
@@ -105,7 +108,7 @@ class DataWaits:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Read a metrics.jsonl. A last line that was cut off by a crash is skipped."""
     lines: list[dict] = []
     with suppress(FileNotFoundError, json.JSONDecodeError):
         lines.extend(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
@@ -113,5 +116,5 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def crossed(before: int, after: int, every: int) -> bool:
-    """Tell whether a multiple of ``every`` lies in (before, after]: time for what is done every so many images."""
+    """Return whether a multiple of ``every`` lies in (before, after]."""
     return before // every != after // every

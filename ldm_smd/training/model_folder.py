@@ -1,4 +1,4 @@
-"""What users keep of a training: a model folder with its card."""
+"""The result of a training run: a model folder with a model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CARD_CLASSES = 20
 
 
 def write_model_folder(path: Path, model: ModelMixin | SMDPipeline, card: str, *parts: str) -> None:
-    """Write ``model`` and its card, the card also into the ``parts`` that are of use alone."""
+    """Write ``model`` and its card. The card also goes into ``parts``, components that can be used by themselves."""
     with atomic_folder(path) as folder:
         model.save_pretrained(folder)
         for part in ("", *parts):
@@ -27,8 +27,8 @@ def write_model_folder(path: Path, model: ModelMixin | SMDPipeline, card: str, *
 
 
 def model_card(title: str, text: str, config: object) -> str:
-    """Return README.md: front matter of the hub, the title, the text, and the settings of the run that made the model. The
-    licence is for its owner to say."""
+    """Format README.md: front matter for the hub, title, text, and the settings of the run. It names no licence, which is for
+    the owner of the model to choose."""
     return f"""---
 library_name: diffusers
 tags: [ldm_smd, latent-diffusion]
@@ -44,7 +44,7 @@ tags: [ldm_smd, latent-diffusion]
 
 
 def build_pipeline(run: Run, unet: Backbone) -> SMDPipeline:
-    """Make the pipeline of a run's denoiser."""
+    """Make the pipeline for the denoiser of a run."""
     manifest = run.manifest
     names = class_names(run.config, manifest.classes)
     labels = {str(number): name for number, name in enumerate(names)} if unet.config.num_classes else None
@@ -55,25 +55,26 @@ def build_pipeline(run: Run, unet: Backbone) -> SMDPipeline:
 def save_model_folder(run: Run, unet: Backbone, images_seen: int) -> None:
     """Write OUTPUT/model: the pipeline with the EMA weights, and its card."""
     config, manifest, known = run.config, run.manifest, class_names(run.config, run.manifest.classes)
-    method = "soft mixture denoising" if unet.is_mixture else "Gaussian (no mixture part)"
+    method = "soft mixture denoising" if unet.is_mixture else "Gaussian model"
     start = f", starting from `{config.init_from}`" if config.init_from else ""
     names = ", ".join(f"{number} {name}" for number, name in enumerate(known[:CARD_CLASSES]))
     more = ", ..." if len(known) > CARD_CLASSES else ""
     conditions = [f"Classes: {names}{more}."] if unet.config.num_classes else []
     if embedding_dimensions(unet) and manifest.embedding is not None:
-        conditions.append(f"`image_embeds`: of {manifest.embedding['network']}, SHA-256 `{manifest.embedding['sha256']}`.")
+        network, sha256 = manifest.embedding["network"], manifest.embedding["sha256"]
+        conditions.append(f"`image_embeds` are from {network}, SHA-256 `{sha256}`.")
     given = "[0, 1]" if unet.config.num_classes else "batch_size=2"
     text = f"""\
-{unet.num_parameters() / 1e6:.2f} million parameters, EMA weights after {images_seen:,} images{start}; \
-{manifest.count:,} pictures, {len(manifest.classes)} classes, {manifest.metadata["resolution"]} pixels, latents \
+{unet.num_parameters() / 1e6:.2f} million parameters, EMA weights after {images_seen:,} images{start}. Trained on \
+{manifest.count:,} images of {len(manifest.classes)} classes at {manifest.metadata["resolution"]} pixels, latents of shape \
 {"x".join(map(str, manifest.latent_shape))}. {" ".join(conditions)}
 
 ```python
-from ldm_smd.pipelines import SMDPipeline
+from ldm_smd import SMDPipeline
 
-pictures = SMDPipeline.from_pretrained("this folder")({given}, num_inference_steps=8).images
+images = SMDPipeline.from_pretrained("this folder")({given}, num_inference_steps=8).images
 ```
 
-How good the pictures are, `tools/evaluate.py` says. {run.record.history()}Made by `tools/train.py` with these settings:"""
+Evaluate it with `tools/evaluate.py`. {run.record.history()}Trained by `tools/train.py` with these settings:"""
     card = model_card(f"{type(unet).__name__}, {method}", text, config)
     write_model_folder(run.output / "model", build_pipeline(run, unet), card, "unet")

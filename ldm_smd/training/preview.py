@@ -1,4 +1,4 @@
-"""Previews during a run: a grid of samples, and whether its mixture has collapsed."""
+"""Previews during a run: a grid of samples, and a check whether the mixture has collapsed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torchvision.utils import make_grid, save_image
 
 from ..evaluation.diagnostics import COLLAPSED, DIAGNOSTIC_TIMESTEPS, has_collapsed, nearest_neighbour_ratio, spread_over_eta
 from ..models.backbone import Backbone
-from ..models.denoiser import known_labels
+from ..models.denoiser import model_labels
 from ..pipelines import seeded_generators
 from .metrics_log import MetricsLog
 from .model_folder import build_pipeline
@@ -21,8 +21,8 @@ PREVIEW_PICTURES = 40
 
 
 def preview(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> None:
-    """Log a grid of samples from fixed seeds, and the spread over eta by timestep, both from the EMA weights."""
-    device = unet.device  # the CPU, where the training weights are sharded
+    """Log a grid of samples from fixed seeds and the spread over eta per timestep, from the EMA weights."""
+    device = unet.device  # the CPU, if the training weights are sharded
     pipeline = build_pipeline(run, unet.to(run.accelerator.device))
     pipeline.set_progress_bar_config(disable=True)
     classes = unet.config.num_classes
@@ -40,10 +40,10 @@ def preview(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> None
 
 
 def log_spread(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> None:
-    """Log how far apart the draws of the mixture are, for one x_t and from pure noise; warn where they have become one."""
+    """Log the spread of the draws of the mixture, for one x_t and from pure noise; warn if it has collapsed."""
     batch, process = run.batches().batch_at(0).rows(0, SPREAD_PICTURES).to(run.accelerator.device), run.process()
     latents = run.autoencoder.normalise(batch.moments[:, 0].float())
-    known = known_labels(batch.labels, unet.config.num_classes)
+    known = model_labels(batch.labels, unet.config.num_classes)
     steps = [t for t in DIAGNOSTIC_TIMESTEPS if t <= process.last]
     spread = spread_over_eta(unet, process, run.config.diffusion.predicts, latents, known, steps)
     values = {f"spread/{t}": at.over_eta for t, at in spread.items()}
@@ -55,7 +55,7 @@ def log_spread(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> N
     log.log(images_seen, values)
     if has_collapsed(spread):
         logger.warning(
-            "the mixture has collapsed: at no timestep do its draws differ by %.0f %% of the posterior's spread%s",
+            "the mixture has collapsed: the spread of its draws is below %.0f %% of the posterior's at every timestep%s",
             100 * COLLAPSED,
-            "; the mse objective does that, use energy" if run.config.objective.name == "mse" else "",
+            "; the mse objective causes this, use objective.name=energy" if run.config.objective.name == "mse" else "",
         )

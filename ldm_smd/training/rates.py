@@ -1,4 +1,4 @@
-"""Learning rates over the training."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regression: a mixture learns the draws of a Gaussian model's posterior flow, each as a function of its eta."""
+"""Regression: a mixture learns to reproduce the posterior flow of a Gaussian model."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ..models.blocks import repeat
 from ..models.denoiser import predict
 from ..schema import check
 from .run import Run
-from .step import Denoising, known_conditions
+from .step import Denoising, model_conditions
 from .step_noise import StepNoise
-from .teacher import draw_with_pure_noise, teacher_of
+from .teacher import draw_with_pure_noise, load_teacher
 
 
 class PosteriorRegression(Denoising):
-    """The teacher's posterior flow (diffusion/two_views.py) takes eta to a draw of q(x_0 | x_t). The mixture learns to do so in
+    """The teacher's posterior flow (diffusion/two_views.py) maps eta to a draw of q(x_0 | x_t). The mixture learns this map in
     one evaluation:
 
         loss = |D(x_t, eta) - flow(x_t, eta)|^2 / s_t^2
 
-    Every eta has an answer of its own, so that no draw is left out, whichever modes there are, and the loss has no critic to
-    wait for. What the network cannot tell apart it averages, so that draws are blurred: distillation sharpens them.
+    Every eta has its own target, so no mode is dropped, and no critic is needed. The network averages targets that it cannot
+    distinguish, so draws are blurred; distillation sharpens them.
     """
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         network = self.model.network
         rank = network.config.noise_rank
-        check(rank == 0, "model.noise_rank", "0, white noise, for objective.name=regression", rank)
-        self.teacher = teacher_of(run, network)
+        check(rank == 0, "model.noise_rank", "0 (white noise) for objective.name=regression", rank)
+        self.teacher = load_teacher(run, network)
 
     def draw(self, batch: LatentBatch, images_seen: int) -> StepNoise:
         return draw_with_pure_noise(self.run, self.process, batch, images_seen, self.draws)
@@ -45,7 +45,7 @@ class PosteriorRegression(Denoising):
         prediction_type, many = run.config.diffusion.predicts, partial(repeat, draws=self.draws)
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         x_t, eta = path.noise(x0, noise.eps, t), rearrange(noise.eta, "b m ... -> (b m) ...")
-        conditions = known_conditions(run, batch, noise, self.model.network.config.num_classes)
+        conditions = model_conditions(run, batch, noise, self.model.network.config.num_classes)
         each = {name: value if value is None else many(value) for name, value in conditions.items()}
 
         def denoise(x_u: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a run of tools/train.py has from its start to its end."""
+"""Objects that exist for the whole run of tools/train.py."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .settings import TrainConfig
 
 @dataclass(frozen=True)
 class Run:
-    """The settings, data and frozen networks of a training, and its processes.
+    """Settings, data, frozen networks and processes of a training run.
 
     Attributes:
-        manifest: of the latent shards.
-        autoencoder: that made them, on the accelerator's device.
-        scheduler: of the path from data to noise.
+        manifest: manifest of the latent shards.
+        autoencoder: the one they were encoded with, on the accelerator's device.
+        scheduler: scheduler of the path from data to noise.
         coarse: labels of the coarse classes of every class, (classes, parts), on the device; None without coarse classes.
     """
 

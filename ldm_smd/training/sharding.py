@@ -1,5 +1,7 @@
-"""Parameters sharded over the processes (FSDP), to full tensors and back: torch's DTensor, one parameter at a time, so that no
-GPU ever has all of them."""
+"""Conversion between parameters sharded over processes (FSDP, DTensor) and full tensors.
+
+One parameter at a time, so that no GPU ever holds all of them.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def set_sharded_precision(accelerator: Accelerator) -> None:
-    """With bf16, weights travel in bf16 and gradients are summed in float32. What is computed in which is left to autocast, as
-    without FSDP, where accelerate's own policy would also round x_t."""
+    """With bf16, communicate weights in bf16 and sum gradients in float32. Autocast chooses the precision of computations, as
+    without FSDP; accelerate's own policy would round x_t too."""
     if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -25,20 +27,20 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather all of it; for all processes to call."""
+    """Gather a tensor. All processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Shard a tensor as the parameter is sharded, if it is; a tensor of another shape stays as it is."""
+    """Shard a tensor like ``parameter``. Returns it unchanged if the parameter is not sharded or has another shape."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
-    # Every process has read the same, so none needs to send it.
+    # Every process has the same tensor, so none needs to send it.
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def reshard(module: nn.Module, *_: object) -> None:
-    """Hook after a forward pass without gradients: FSDP leaves some parameters unsharded for a backward pass."""
+    """Forward hook. FSDP leaves some parameters unsharded for a backward pass, which does not come without gradients."""
     for part in module.modules():
         if isinstance(part, FSDPModule) and not torch.is_grad_enabled():
             part.reshard()
@@ -50,7 +52,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def gather_into(module: nn.Module, parameters: dict[str, torch.Tensor]) -> None:
-    """Copy the sharded ones of ``parameters``, in full, into those of ``module``; for all processes to call."""
+    """Copy the full values of sharded ``parameters`` into ``module``. All processes must call this."""
     for name, parameter in module.named_parameters():
         if isinstance(parameters[name], DTensor):
             parameter.copy_(full_tensor(parameters[name]))

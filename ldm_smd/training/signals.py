@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers of clusters send it before they kill."""
+"""SIGTERM, which cluster schedulers send before they kill a job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 @contextmanager
 def sigterm_flag() -> Iterator[threading.Event]:
-    """An event that a SIGTERM sets, which does nothing else then. Outside the main thread nothing sets it."""
+    """Give an event that SIGTERM sets, in place of its default action. Outside the main thread, nothing sets it."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag

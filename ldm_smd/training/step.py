@@ -1,4 +1,4 @@
-"""How a run learns: a learner owns the networks that are trained, and takes one step at a time."""
+"""Training steps. A learner owns the networks being trained and takes one step at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
 from ..diffusion.objectives import objective, timestep_weight
 from ..diffusion.process import GaussianPath
-from ..models.denoiser import known_labels
+from ..models.denoiser import model_labels
 from .build import initial_model
 from .run import Run
 from .step_noise import StepNoise, draw_step_noise, step_seed
@@ -21,22 +21,25 @@ from .trained import TrainedNetwork, adamw
 
 
 class Learner(Protocol):
-    """What the loop trains.
+    """Interface between the training loop and an objective.
 
     Attributes:
-        networks: all that are trained, by name, in checkpoints too. "model" is the one that averages and the model folder are
-            of; none is called "ema".
+        networks: all networks being trained, by their name in checkpoints. "model" is the one that is averaged and saved in the
+            model folder; the name "ema" is reserved.
     """
 
     networks: dict[str, TrainedNetwork]
 
     def step(self, batch: LatentBatch, images_seen: int, learning_rate: float) -> dict[str, torch.Tensor]:
-        """Update every network on this process's part of a batch; returns scalars on the device, to be averaged and logged,
-        "loss" among them, the same ones at every step. Reading one here would make the host wait."""
+        """Update every network on this process's slice of a batch.
+
+        Returns scalars to average and log, including "loss", the same names at every step. They stay on the device: reading
+        them here would synchronise with it.
+        """
 
 
 class Denoising:
-    """The denoiser learns alone: draw latents, noise and eta; predict; compare."""
+    """Trains the denoiser by itself: draw latents, noise and eta, predict, compare with the target."""
 
     def __init__(self, run: Run) -> None:
         score = run.config.objective
@@ -53,11 +56,11 @@ class Denoising:
         return draw_step(self.run, self.process, batch, images_seen, self.draws)
 
     def backward(self, batch: LatentBatch, noise: StepNoise) -> torch.Tensor:
-        """Add the gradients of a batch, in ``micro_batches``; returns its mean loss."""
+        """Accumulate the gradients of a batch, in ``micro_batches``; returns its mean loss."""
         size, accelerator = len(batch.labels), self.run.accelerator
         total = torch.zeros((), device=batch.labels.device)
-        for rows, last in parts(size, self.run.config.micro_batches):
-            # Processes exchange gradients once, with the last part.
+        for rows, last in micro_batches(size, self.run.config.micro_batches):
+            # Processes exchange gradients once, with the last micro-batch.
             with nullcontext() if last else accelerator.no_sync(self.model.forward):
                 loss = self.losses(batch.rows(*rows), noise.rows(*rows)).sum() / size
                 accelerator.backward(loss)
@@ -70,8 +73,8 @@ class Denoising:
         x0 = self.run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         eta = rearrange(noise.eta, "b m ... -> (b m) ...") if noise.eta.shape[1] else None
         x_t, target = self.process.noise(x0, noise.eps, t), self.process.target(x0, noise.eps, t, prediction_type)
-        conditions = known_conditions(self.run, batch, noise, self.model.network.config.num_classes)
-        with self.run.accelerator.autocast():  # which a prepared model has by itself, but not under FSDP
+        conditions = model_conditions(self.run, batch, noise, self.model.network.config.num_classes)
+        with self.run.accelerator.autocast():  # a prepared model does this itself, except under FSDP
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
         score = config.objective
         compare = objective(score.name, score.beta, score.diversity, score.patch_sizes, score.bandwidth)
@@ -81,44 +84,46 @@ class Denoising:
 
 
 def trained_model(run: Run, momentum: float = 0.9) -> TrainedNetwork:
-    """The denoiser as a training starts with it, and its optimizer."""
+    """Make the initial denoiser of a run and its optimizer."""
     network, config = initial_model(run), run.config
     return TrainedNetwork(network, adamw(network, config.learning_rate, config.weight_decay, momentum))
 
 
 def draw_step(run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int, draws: int, number: int = 0) -> StepNoise:
-    """Draw the random numbers of this process's part of a batch, ``draws`` of eta for each image, as a function of
-    (seed, images_seen, number): a resumed run draws the same, on any number of processes."""
-    generator, count, rows = whole_batch(run, batch, images_seen, *([number] if number else []))
+    """Draw the random numbers for this process's slice of a batch, with ``draws`` of eta per image.
+
+    They are a function of (seed, images_seen, number), so a resumed run draws the same on any number of processes.
+    """
+    generator, count, rows = global_batch(run, batch, images_seen, *([number] if number else []))
     shape = (count, *batch.moments.shape[2:])
     noise = draw_step_noise(generator, shape, draws, path, run.config.label_dropout)
     torch.manual_seed(step_seed(run.config.seed, images_seen, run.accelerator.process_index))  # for dropout inside the network
     return noise.rows(rows.start, rows.stop)
 
 
-def whole_batch(run: Run, batch: LatentBatch, *seed: int) -> tuple[torch.Generator, int, slice]:
-    """Return what random numbers of a whole batch are drawn with: a generator on the device, seeded by the run's seed and these
-    integers, the images of all processes, and the rows of them that are this process's."""
+def global_batch(run: Run, batch: LatentBatch, *seed: int) -> tuple[torch.Generator, int, slice]:
+    """Return what is needed to draw random numbers for the batch of all processes: a generator on the device, seeded by the
+    run's seed and ``seed``; the number of images; and the rows of this process."""
     accelerator, size = run.accelerator, len(batch.labels)
     generator = torch.Generator(accelerator.device).manual_seed(step_seed(run.config.seed, *seed))
     start = accelerator.process_index * size
     return generator, size * accelerator.num_processes, slice(start, start + size)
 
 
-def parts(size: int, count: int) -> Iterator[tuple[tuple[int, int], bool]]:
-    """The first row and the one after the last of each of ``count`` parts of a batch, and whether it is the last part."""
+def micro_batches(size: int, count: int) -> Iterator[tuple[tuple[int, int], bool]]:
+    """Yield (start, stop) rows of each of ``count`` micro-batches, and whether it is the last one."""
     part = -(-size // count)
     for start in range(0, size, part):
         yield (start, min(start + part, size)), start + part >= size
 
 
-def known_conditions(run: Run, batch: LatentBatch, noise: StepNoise, null_class: int | None) -> dict[str, torch.Tensor | None]:
-    """Labels and embeddings as a model takes them, made wider or left out where the noise says so."""
-    labels = known_labels(batch.labels, null_class)
+def model_conditions(run: Run, batch: LatentBatch, noise: StepNoise, null_class: int | None) -> dict[str, torch.Tensor | None]:
+    """Return labels and embeddings as arguments of a model, coarsened or dropped as ``noise`` decides."""
+    labels = model_labels(batch.labels, null_class)
     if labels is not None and run.coarse is not None:
-        share, parts = run.config.coarse_label_fraction, run.coarse.shape[1]
-        chosen = (noise.coarse / share * parts).long().clamp_max(parts - 1)
-        labels = torch.where(noise.coarse < share, run.coarse[labels, chosen], labels)
+        fraction, parts = run.config.coarse_label_fraction, run.coarse.shape[1]
+        chosen = (noise.coarse / fraction * parts).long().clamp_max(parts - 1)
+        labels = torch.where(noise.coarse < fraction, run.coarse[labels, chosen], labels)
     if labels is not None and null_class is not None:
         labels = torch.where(noise.drop_label, null_class, labels)
     embeds = batch.embeddings

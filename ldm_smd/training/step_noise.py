@@ -1,4 +1,5 @@
-"""The random numbers of a training step: of the whole batch on every process, so that none depends on how many there are."""
+"""Random numbers of a training step. Every process draws those of the whole batch, so they do not depend on the number of
+processes."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from ..diffusion.process import GaussianPath
 
 @dataclass
 class StepNoise:
-    """The random numbers of a step, one row for each image of the batch.
+    """Random numbers of a step, with one row per image of the batch.
 
     Attributes:
-        posterior: of the latents given the image, (B, C, h, w), unit normal.
+        posterior: unit normal, to sample the latents from the encoder's posterior, (B, C, h, w).
         t: timesteps, (B,).
         eps: noise, (B, C, h, w).
-        eta: of the mixture's draws, (B, M, C, h, w); M is 0 for a Gaussian model.
-        drop_label: whether the label is to be left out, (B,).
-        drop_embedding: whether the image embedding is to be left out, (B,).
+        eta: random input of the mixture, (B, M, C, h, w); M is 0 for a Gaussian model.
+        drop_label: whether to drop the label, (B,).
+        drop_embedding: whether to drop the image embedding, (B,).
         coarse: uniform on [0, 1), (B,): decides whether a coarse label is taken, and which.
     """
 
@@ -40,7 +41,7 @@ class StepNoise:
 def draw_step_noise(
     generator: torch.Generator, shape: tuple[int, ...], draws: int, path: GaussianPath, label_dropout: float
 ) -> StepNoise:
-    """Draw for a batch of latents of ``shape`` (B, C, h, w), on the generator's device."""
+    """Draw the random numbers for a batch of latents of ``shape`` (B, C, h, w), on the generator's device."""
     options: dict[str, Any] = {"generator": generator, "device": generator.device}
     return StepNoise(
         posterior=torch.randn(shape, **options),
@@ -54,5 +55,5 @@ def draw_step_noise(
 
 
 def step_seed(*values: int) -> int:
-    """Return a 64-bit seed that is a function of these integers."""
+    """Hash integers to a 64-bit seed."""
     return int(np.random.SeedSequence(values).generate_state(1, np.uint64)[0])

@@ -1,4 +1,4 @@
-"""What trainings that learn from a Gaussian model share: their teacher, and where they learn most."""
+"""The teacher of distillation and regression, and the timesteps they train at."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from ..models.backbone import Backbone
 from ..models.denoiser import is_mixture, num_classes
 from ..models.extended import class_of
 from ..models.hub import network_folder
-from ..models.known import DENOISERS
+from ..models.registry import DENOISERS
 from ..schema import check
 from .run import Run
-from .step import draw_step, whole_batch
+from .step import draw_step, global_batch
 from .step_noise import StepNoise
 
 KEY = "objective.distillation.teacher"
 
 
-def teacher_of(run: Run, mixture: Backbone) -> ModelMixin:
-    """Load the Gaussian denoiser that a mixture of the same latents and classes learns from, frozen, on the device: the
-    configured one, or ``init_from``."""
+def load_teacher(run: Run, mixture: Backbone) -> ModelMixin:
+    """Load the Gaussian teacher of a mixture, frozen, on the device: the configured one, or ``init_from``.
+
+    Raises UserError unless it is a Gaussian denoiser of the same latents and classes.
+    """
     source = run.config.objective.distillation.teacher or run.config.init_from
     if source is None:
         raise UserError(f"{KEY}: expected the folder of a Gaussian model, or init_from, found None")
@@ -36,7 +38,7 @@ def teacher_of(run: Run, mixture: Backbone) -> ModelMixin:
         ("in_channels", teacher.config.in_channels, mixture.config.in_channels),
         ("num_classes", num_classes(teacher), mixture.config.num_classes),
     ):
-        check(found == wanted, KEY, f"{name} {wanted}, as the model's", found)
+        check(found == wanted, KEY, f"{name} {wanted}, like the model", found)
     return teacher.to(run.accelerator.device).requires_grad_(False)
 
 
@@ -46,7 +48,7 @@ def draw_with_pure_noise(
     """Draw as ``draw_step``, but set t to the last timestep, where sampling begins, for a fraction of the images
     (``objective.distillation.pure_noise_fraction``)."""
     noise = draw_step(run, path, batch, images_seen, draws, number)
-    generator, count, rows = whole_batch(run, batch, images_seen, number, 2)
+    generator, count, rows = global_batch(run, batch, images_seen, number, 2)
     fraction = run.config.objective.distillation.pure_noise_fraction
     pure = torch.rand(count, generator=generator, device=generator.device) < fraction
     noise.t = torch.where(pure[rows], path.last, noise.t)

@@ -1,4 +1,4 @@
-"""Train a small autoencoder on one's own pictures: L1 + gradient L1 + KL, EMA weights, measured on held-out pictures."""
+"""tools/train_autoencoder.py: train a small autoencoder with L1, image gradient and KL losses, and EMA weights."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .trained import TrainedNetwork
 
 REPORT_EVERY_IMAGES = 1_000
 NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache", "held_out.", "work", "resume_changed")
-"""Settings, by how they begin, that are paths to what is compared itself, or do not change the model."""
+"""Prefixes of settings that are not compared: paths, whose contents are, and settings that do not change the model."""
 MAY_CHANGE = ("images_total", "learning_rate", "warmup_images", "ema_halflife_images", "checkpoint_every_images")
 
 
 def build(config: TrainAutoencoderConfig) -> AutoencoderKL | AutoencoderDC:
-    """An untrained autoencoder of the configured shape."""
+    """Build an untrained autoencoder of the configured shape."""
     shape = config_as_dict(config.model)
     if shape.pop("kind") == "AutoencoderDC":
         return build_deep_compression(config.model)
@@ -56,8 +56,8 @@ def build(config: TrainAutoencoderConfig) -> AutoencoderKL | AutoencoderDC:
 
 
 def build_deep_compression(shape: AutoencoderModelConfig) -> AutoencoderDC:
-    """Of convolutions alone; without shortcuts at the latents, so that its weights can normalise them. It enlarges by
-    interpolation, which leaves no checkerboard."""
+    """Build an AutoencoderDC of convolutions only. It has no shortcuts at the latents, so that its weights can normalise them,
+    and upsamples by interpolation, to avoid checkerboard artefacts."""
     levels = len(shape.block_out_channels)
     return AutoencoderDC(
         latent_channels=shape.latent_channels,
@@ -74,7 +74,7 @@ def build_deep_compression(shape: AutoencoderModelConfig) -> AutoencoderDC:
 
 
 def posterior(model: AutoencoderKL | AutoencoderDC, x: torch.Tensor, latent_noise: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance of the latents; those of a deterministic autoencoder have the deviation ``latent_noise``."""
+    """Return mean and log-variance of the latents. A deterministic autoencoder has the standard deviation ``latent_noise``."""
     if isinstance(model, AutoencoderKL):
         distribution = model.encode(x).latent_dist
         return distribution.mean, distribution.logvar
@@ -85,7 +85,7 @@ def posterior(model: AutoencoderKL | AutoencoderDC, x: torch.Tensor, latent_nois
 def autoencoder_loss(
     reconstruction: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor, config: TrainAutoencoderConfig
 ) -> dict[str, torch.Tensor]:
-    """Terms and weighted total, each a scalar.
+    """Compute the terms of the loss and their weighted total ``loss``, each a scalar.
 
     l1       = mean |x' - x|
     l2       = mean (x' - x)^2
@@ -101,7 +101,7 @@ def autoencoder_loss(
 
 
 def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
-    """Train, measure on the held-out pictures, write the model folder; returns it."""
+    """Train, measure the PSNR on held-out images, write the model folder; returns its path."""
     output = Path(config.output)
     work = Path(config.work) if config.work else output.with_name(f"{output.name}.run")
     with claimed(output), claimed(work, "work", inside=True):
@@ -119,7 +119,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
             model.register_to_config(**{name: initial[name] for name in ("latents_mean", "latents_std") if name in initial})
         model.encoder.requires_grad_(config.train_encoder)
         model.to(device)
-        if device.type == "cuda":  # whose convolutions want channels last; copying batches to it would take longer than a step
+        if device.type == "cuda":  # convolutions prefer channels last; copying batches would take longer than a step
             model.to(memory_format=torch.channels_last)
             pixels = pixels.to(device)
         half = pick_precision(config.precision) == "bf16"
@@ -135,7 +135,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
         bar = progress(config.images_total, images_seen, "autoencoder")
         means = RunningMeans()
         while images_seen < config.images_total:
-            # The batch is a function of (seed, images_seen) alone, so a resumed run sees what an undisturbed one would.
+            # The batch is a function of (seed, images_seen), so a resumed run sees the same batches.
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + images_seen)
             x = random_batch(pixels, config, generator).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -177,7 +177,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
 
 
 def random_batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torch.Generator) -> torch.Tensor:
-    """A random batch in [-1, 1], half of it mirrored where ``mirror``."""
+    """Draw a random batch in [-1, 1], half of it mirrored if ``mirror`` is set."""
     index = torch.randint(len(pixels), (config.batch_size,), generator=generator)
     low, high = INPUT_RANGE
     x = pixels[index.to(pixels.device)].float() / 255.0 * (high - low) + low
@@ -188,8 +188,8 @@ def random_batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator
 
 
 def normalise_latents(model: AutoencoderKL | AutoencoderDC, pixels: torch.Tensor, batch_size: int = 64) -> None:
-    """Give the normalised latents of ``pixels`` mean 0 and variance 1 in every channel: by the config of an AutoencoderKL, and
-    by the weights of an AutoencoderDC, whose config has but one factor for all channels."""
+    """Make the normalised latents of ``pixels`` have mean 0 and variance 1 in every channel: through the config of an
+    AutoencoderKL, or the weights of an AutoencoderDC, whose config has only one factor for all channels."""
     frozen, statistics = FrozenAutoencoder(model), ChannelStatistics()
     for batch in pixels.split(batch_size):
         statistics.add(frozen.encode_moments(batch).cpu().numpy())
@@ -202,8 +202,8 @@ def normalise_latents(model: AutoencoderKL | AutoencoderDC, pixels: torch.Tensor
 
 @torch.no_grad()
 def fold_normalisation(last: nn.Conv2d, first: nn.Conv2d, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Let ``last`` return z' = (z - mean) / std in place of z, and ``first`` take it: w * z + b = (w std) * z' + (b + w mean),
-    but for the border, where ``first`` then sees the mean and not zeros."""
+    """Make ``last`` return z' = (z - mean) / std instead of z, and ``first`` take it: w * z + b = (w std) * z' + (b + w mean).
+    At the border, zero padding of ``first`` then stands for the mean instead of zero."""
     assert last.bias is not None and first.bias is not None
     last.weight /= std[:, None, None, None]
     last.bias.sub_(mean).div_(std)
@@ -212,7 +212,7 @@ def fold_normalisation(last: nn.Conv2d, first: nn.Conv2d, mean: torch.Tensor, st
 
 
 def save_comparison(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, path: Path) -> None:
-    """A grid: a row of pictures above the row of their reconstructions."""
+    """Save a grid with rows of images, each above the row of their reconstructions."""
     latents = autoencoder.normalise(autoencoder.encode_moments(pixels)[:, 0])
     decoded = (autoencoder.decode(latents).cpu() + 1) / 2
     rows = [row for pair in zip((pixels / 255.0).split(8), decoded.split(8)) for row in pair]
@@ -222,19 +222,19 @@ def save_comparison(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, path: 
 def autoencoder_card(
     config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, pictures: int, record: RunRecord
 ) -> str:
-    """README.md of the model folder."""
+    """Return the README.md of the model folder."""
     how = "by `latents_mean` and `latents_std` in `config.json`" if config.model.kind == "AutoencoderKL" else "by the weights"
-    part = "" if config.train_encoder else " by the decoder alone"
-    start = f"{part} after those of `{config.init_from}`" if config.init_from else ""
+    part = "" if config.train_encoder else " (decoder only)"
+    start = f"{part}, starting from `{config.init_from}`" if config.init_from else ""
     text = f"""\
-Trained by `tools/train_autoencoder.py` on {pictures:,} pictures of `{config.images.source}` at \
-{config.images.resolution}x{config.images.resolution}, {config.images_total:,} images seen{start}, \
+Trained by `tools/train_autoencoder.py` on {pictures:,} images of `{config.images.source}` at \
+{config.images.resolution}x{config.images.resolution}, for {config.images_total:,} images{start}; \
 {autoencoder.model.num_parameters() / 1e6:.2f} million parameters. {record.history()}
 
 | measured on `{config.held_out.source}` | dB |
 |---|---|
-| PSNR, mean over pictures | {measured["psnr"]:.2f} |
+| PSNR, mean over images | {measured["psnr"]:.2f} |
 | PSNR of the mean squared error | {measured["psnr_of_mean"]:.2f} |
 
-Latents are normalised {how}, measured on the training pictures."""
+Latents are normalised {how}, with statistics of the training images."""
     return model_card(f"A small {config.model.kind}", text, config)

@@ -1,4 +1,4 @@
-"""Train the small classifier whose features ldm_smd measures pictures in: several picture sets, one trunk, one head each."""
+"""tools/train_classifier.py: train the feature network, one trunk with a head for each of several image sets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WARMUP = 0.15
 
 @dataclass
 class LabelledPictures:
-    """uint8 (N, 3, R, R) and class numbers (N,), in memory."""
+    """Images, uint8 (N, 3, R, R), and class numbers (N,), in memory."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -34,7 +34,7 @@ class LabelledPictures:
         """Load the "images" or "held_out" part, and the class names."""
         pixels, labels, classes = load_pixels(getattr(config, part))
         if any(label is None for label in labels):
-            raise UserError(f"sets.{config.name}.{part}: expected a class for every picture, found some without")
+            raise UserError(f"sets.{config.name}.{part}: expected a class for every image, found images without one")
         return cls(pixels, torch.tensor(labels)), classes
 
 
@@ -43,7 +43,7 @@ Sets = dict[str, LabelledPictures]
 
 @makes_folder
 def train_classifier(config: TrainClassifierConfig) -> Path:
-    """Train on all sets, measure the accuracy on the held-out parts, write the model folder; returns it."""
+    """Train on all sets, measure the accuracy on the held-out parts, write the model folder; returns its path."""
     output = Path(config.output)
     device = pick_device("auto")
     torch.manual_seed(config.seed)
@@ -77,12 +77,12 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
     model.eval()
     measured = {name: accuracy(model, name, pictures, device) for name, pictures in held_out.items()}
     write_model_folder(output, model, classifier_card(config, model, training, held_out, measured))
-    print("held-out pictures right: " + ", ".join(f"{name} {right:.1%}" for name, right in measured.items()))
+    print("held-out accuracy: " + ", ".join(f"{name} {right:.1%}" for name, right in measured.items()))
     return output
 
 
 def augmented_batch(pictures: LabelledPictures, config: ClassifierSetConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """A random batch in [-1, 1], shifted by up to an eighth of the side, half of it mirrored where the set allows it."""
+    """Draw a random batch in [-1, 1], shifted by up to an eighth of the side, half of it mirrored if ``mirror`` is set."""
     index = torch.randint(len(pictures.labels), (config.batch_size,))
     x = pictures.pixels[index].float() / 127.5 - 1.0
     if config.mirror:
@@ -92,14 +92,14 @@ def augmented_batch(pictures: LabelledPictures, config: ClassifierSetConfig) -> 
     padded = F.pad(x, (margin,) * 4, mode="replicate")
     top, left = torch.randint(2 * margin + 1, (2, len(x), 1))
     rows, columns = top + torch.arange(side), left + torch.arange(side)
-    # One gather for the whole batch, every picture with its own shift.
+    # One gather for the whole batch, with a shift for every image.
     shifted = padded[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return shifted.permute(0, 3, 1, 2), pictures.labels[index]
 
 
 @torch.no_grad()
 def accuracy(model: FeatureNetwork, name: str, pictures: LabelledPictures, device: torch.device) -> float:
-    """Return the fraction of the pictures whose most likely class is theirs."""
+    """Return the top-1 accuracy."""
     right = 0
     for pixels, labels in zip(pictures.pixels.split(256), pictures.labels.split(256)):
         logits = model.heads[name](model(pixels.to(device).float() / 127.5 - 1.0))
@@ -110,7 +110,7 @@ def accuracy(model: FeatureNetwork, name: str, pictures: LabelledPictures, devic
 def classifier_card(
     config: TrainClassifierConfig, model: FeatureNetwork, training: Sets, held_out: Sets, measured: dict[str, float]
 ) -> str:
-    """README.md of the model folder."""
+    """Return the README.md of the model folder."""
     rows = "\n".join(
         f"| {entry.name} | {model.config.classes[entry.name]} | {len(training[entry.name].labels):,} of "
         f"`{entry.images.source}` | {len(held_out[entry.name].labels):,} of `{entry.held_out.source}` | "
@@ -118,13 +118,13 @@ def classifier_card(
         for entry in config.sets
     )
     text = f"""\
-{model.num_parameters() / 1e6:.2f} million parameters, {config.images_total:,} images seen, of the training parts only. Its \
-{config.block_out_channels[-1]} pooled features are what the project measures distances between sets of pictures in: such a \
-distance compares models on these picture sets, and is not an FID.
+{model.num_parameters() / 1e6:.2f} million parameters, trained for {config.images_total:,} images. The project \
+measures distances between sets of images in its {config.block_out_channels[-1]} pooled features. Such a distance compares \
+models on these image sets; it is not an FID.
 
-| set | classes | trained on | measured on | right |
+| set | classes | trained on | measured on | accuracy |
 |---|---|---|---|---|
 {rows}
 
-Made by `tools/train_classifier.py` with these settings:"""
+Trained by `tools/train_classifier.py` with these settings:"""
     return model_card("A small classifier, for features", text, config)

@@ -1,4 +1,4 @@
-"""Train MomentHeads on a frozen, Gaussian UNet: the variance and skew of what its prediction leaves open."""
+"""tools/train_moments.py: train MomentHeads, the variance and skew of the prediction error of a frozen Gaussian UNet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..device import pick_device
 from ..errors import UserError
 from ..evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS
 from ..files import makes_folder
-from ..models.denoiser import is_mixture, known_labels, num_classes
+from ..models.denoiser import is_mixture, model_labels, num_classes
 from ..models.moments import MomentHeads
 from ..pipelines import SMDPipeline, load_pipeline
 from ..progress import progress
@@ -33,14 +33,12 @@ CALIBRATION_PICTURES = 512
 
 @makes_folder
 def train_moments(config: TrainMomentsConfig) -> Path:
-    """Train, then write the model folder with the heads in it; returns it."""
+    """Train the heads and write the model folder; returns its path."""
     output = Path(config.output)
     device = pick_device(config.device)
     pipeline = load_pipeline(config.model).to(device)
     if is_mixture(pipeline.unet):
-        raise UserError(
-            f"model: expected a Gaussian UNet, whose steps have moments to learn, found a mixture in {config.model}"
-        )
+        raise UserError(f"model: expected a Gaussian UNet, found a mixture in {config.model}")
     pipeline.unet.eval().requires_grad_(False)
     manifest = Manifest.load(config.shards, config.shards_cache)
     autoencoder = FrozenAutoencoder(pipeline.vae, config.model)
@@ -75,19 +73,19 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     measured = ", ".join(f"{ratio:.2f} at t = {t}" for t, ratio in ratios.items())
     pipeline.register_modules(moments=ema.model, scheduler=make_scheduler("GMSScheduler", pipeline.scheduler))
     text = f"""\
-{heads.num_parameters() / 1e6:.2f} million parameters beside the UNet of `{config.model}`, which is unchanged; EMA weights \
-after {images_seen:,} images. Predicted variance over the squared error: {measured}.
+{heads.num_parameters() / 1e6:.2f} million parameters on top of the unchanged UNet of `{config.model}`; EMA weights after \
+{images_seen:,} images. Ratio of predicted variance to squared error: {measured}.
 
-Made by `tools/train_moments.py` with these settings:"""
+Trained by `tools/train_moments.py` with these settings:"""
     card = model_card("Variance and skew of the step, for GMSScheduler", text, config)
     write_model_folder(output, pipeline, card, "moments")
-    print(f"predicted variance over that found: {measured}")
+    print(f"ratio of predicted variance to squared error: {measured}")
     return output
 
 
 @dataclass
 class PredictionErrors:
-    """For a batch, the moments that the heads predict of the error of the network's v, and that error."""
+    """Computes, for a batch, the error of the network's v and the moments of it that the heads predict."""
 
     pipeline: SMDPipeline
     autoencoder: FrozenAutoencoder
@@ -96,10 +94,10 @@ class PredictionErrors:
     def __call__(
         self, heads: MomentHeads, batch: LatentBatch, t: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(variance, third, error), each (B, C, H, W), at timesteps (B,), random where there are none.
+        """Return (variance, third moment, error), each (B, C, H, W), at timesteps (B,), random by default.
 
-        v = (a_t x_t - x_0) / s_t, so the error of v is that of x_0 over -s_t, whatever the network predicts. Where
-        n^2 = a_t^2 + s_t^2 is not 1, v is that of x_t / n, with s_t / n in place of s_t.
+        v = (a_t x_t - x_0) / s_t, so the error of v is that of x_0 over -s_t for any prediction type. If n^2 = a_t^2 + s_t^2
+        is not 1, v is that of x_t / n, with s_t / n in place of s_t.
         """
         unet, process = self.pipeline.unet, process_of(self.pipeline.training_scheduler)
         x0 = self.autoencoder.normalise(sample_latents(batch.moments))
@@ -107,7 +105,7 @@ class PredictionErrors:
         if t is None:
             t = path.random_t(len(x0), device=x0.device)
         classes = num_classes(unet)
-        labels = known_labels(batch.labels, classes)
+        labels = model_labels(batch.labels, classes)
         if labels is not None and classes is not None:
             dropped = torch.rand(labels.shape, device=x0.device) < self.label_dropout
             labels = torch.where(dropped, classes, labels)
@@ -120,7 +118,7 @@ class PredictionErrors:
 
 @torch.no_grad()
 def calibration(errors: PredictionErrors, heads: MomentHeads, batch: LatentBatch) -> dict[int, float]:
-    """Divide, at some timesteps, the mean of the predicted variance by that of the squared error: 1 where it is right."""
+    """Return t -> ratio of the mean predicted variance to the mean squared error; 1 if calibrated."""
     ratios = {}
     for t in DIAGNOSTIC_TIMESTEPS:
         if t < errors.pipeline.training_scheduler.config.num_train_timesteps:

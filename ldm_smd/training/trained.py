@@ -1,4 +1,4 @@
-"""A network under training and its optimizer, also where both are sharded over the processes."""
+"""A network in training and its optimizer, possibly sharded over processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TrainedNetwork:
 
     Attributes:
         network: holds the weights.
-        forward: what training steps call: ``network``, or what DDP, FSDP and torch.compile make of it.
+        forward: what training steps call: ``network``, or its wrapper by DDP, FSDP or torch.compile.
     """
 
     def __init__(self, network: ModelMixin, optimizer: torch.optim.Optimizer) -> None:
@@ -28,8 +28,8 @@ class TrainedNetwork:
         self._structure: ModelMixin | None = None
 
     def prepare(self, accelerator: Accelerator, gradient_checkpointing: bool = False, compiled: bool = False) -> None:
-        """Distribute the network over the processes, as the launcher says: after its weights are loaded, before its
-        optimizer's."""
+        """Distribute the network over the processes of the launcher. Call after loading its weights and before loading its
+        optimizer."""
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         set_sharded_precision(accelerator)
@@ -41,16 +41,16 @@ class TrainedNetwork:
             self.forward.register_forward_hook(reshard)
 
     def descend(self, learning_rate: float, gradient_clip: float) -> torch.Tensor:
-        """Clip the gradients and take a step; returns the norm they had."""
+        """Clip the gradients and take an optimizer step; returns the norm before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        # accelerate's own fails under FSDP where two networks have the same number of parameters.
+        # accelerate's clipping fails under FSDP if two networks have the same number of parameters.
         norm = full_tensor(nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip))
         self.optimizer.step()
         return norm
 
     def full_network(self) -> ModelMixin:
-        """``network``; where it is sharded, a copy on the CPU with all weights. For all processes to call."""
+        """Return ``network`` or, if it is sharded, a full copy on the CPU. All processes must call this."""
         if self._structure is None:
             return self.network
         copied = copy.deepcopy(self._structure).to_empty(device="cpu")
@@ -60,22 +60,24 @@ class TrainedNetwork:
         return copied
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the optimizer's state as one dictionary "parameter name/entry" -> full tensor; for all processes to call. On
-        the CPU, as one GPU may not have the memory for what they have together."""
+        """Return the optimizer's state as "parameter name/entry" -> full tensor. All processes must call this.
+
+        The tensors are on the CPU, because a single GPU may not have enough memory.
+        """
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
         return {
-            f"{names[parameter]}/{entry}": full_tensor(value).cpu().contiguous()  # channels last are not saved
+            f"{names[parameter]}/{entry}": full_tensor(value).cpu().contiguous()  # safetensors needs it
             for parameter, state in self.optimizer.state.items()
             for entry, value in state.items()
         }
 
     def load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of ``optimizer_tensors``."""
+        """Load the result of ``optimizer_tensors``."""
         parameters = dict(self.network.named_parameters())
         for flat, tensor in tensors.items():
             name, _, entry = flat.rpartition("/")
             parameter = parameters[current_name(name)]
-            # AdamW keeps its step counters on the CPU unless it is fused; then they lie beside the parameters.
+            # AdamW keeps its step counters on the CPU, unless it is fused.
             if entry != "step" or self.optimizer.defaults.get("fused"):
                 tensor = distribute_like(tensor.to(parameter.device), parameter)
             self.optimizer.state[parameter][entry] = tensor
@@ -87,7 +89,7 @@ def adamw(network: nn.Module, rate: float, weight_decay: float = 0.0, momentum: 
 
 
 def without_weights(network: ModelMixin) -> ModelMixin:
-    """Copy a network to the meta device: its structure, and no memory for weights."""
+    """Copy a network to the meta device, where its weights take no memory."""
     parameters = {id(value): nn.Parameter(torch.empty_like(value, device="meta")) for value in network.parameters()}
     buffers = {id(value): torch.empty_like(value, device="meta") for value in network.buffers()}
     return copy.deepcopy(network, parameters | buffers)

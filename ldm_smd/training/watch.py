@@ -1,4 +1,4 @@
-"""What the losses of a distillation say about its mixture, while it trains."""
+"""Monitors the losses of a distillation and warns if it fails."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ import logging
 logger = logging.getLogger(__name__)
 
 LEAST, MOST = 0.5, 2.0
-"""Of the critic's error in the teacher's, on the same draws and noise: 0.8 to 1.1 where all is well."""
+"""Normal range of the critic's error over the teacher's, on the same draws and noise. Usual values are 0.8 to 1.1."""
 REPORTS = 3
-"""One after another that are outside before it is said: one may have few images."""
-FAR = "the draws are far from what the teacher makes", "the mixture has collapsed or diverged, lower learning_rate"
-LOST = "the critic has lost the draws", "raise objective.distillation.critic_updates"
+"""Warn after this many consecutive reports outside the range. A single report may have few images."""
+FAR = "the draws are far from the teacher's", "the mixture has collapsed or diverged; lower learning_rate"
+LOST = "the critic does not follow the draws", "raise objective.distillation.critic_updates"
 
 
 class CriticWatch:
-    """A critic that is far better than the teacher knows what the teacher does not: draws that no data look like. It is so
-    where the mixture has collapsed: its draws then follow from x_t, which the critic sees. A critic that is far worse has lost
-    them."""
+    """Warns if the critic is far better or far worse than the teacher at denoising the mixture's draws.
+
+    Far better: the draws do not look like data. This happens when the mixture has collapsed, because its draws are then a
+    function of x_t, which the critic sees. Far worse: the critic does not follow the draws.
+    """
 
     def __init__(self) -> None:
         self.outside, self.warned = 0, False
 
     def ratio(self, values: dict[str, float]) -> dict[str, float]:
-        """From the means of a report to what it logs beside them, nothing without a critic and a teacher; warns once."""
+        """Return {"critic_ratio": ...} for the means of a report, or {} without a critic. Warns once."""
         if not {"critic_loss", "teacher_loss"} <= values.keys():
             return {}
         found = values["critic_loss"] / max(values["teacher_loss"], 1e-12)
@@ -32,7 +34,7 @@ class CriticWatch:
             self.warned = True
             what, advice = FAR if found < LEAST else LOST
             logger.warning(
-                "%s: on them the critic's error is %.2f of the teacher's, usual are 0.8 to 1.1; %s",
+                "%s: the critic's error is %.2f times the teacher's (usually 0.8 to 1.1); %s",
                 what,
                 found,
                 advice,

@@ -104,5 +104,5 @@ def test_pictures_without_a_class_are_refused(tmp_path, pictures):
         f"  images: {{source: {pictures / 'disc'}, resolution: 16}}\n"
         f"  held_out: {{source: {pictures / 'disc'}, resolution: 16}}\n"
     )
-    with pytest.raises(UserError, match=r"sets.x.images: expected a class for every picture"):
+    with pytest.raises(UserError, match=r"sets.x.images: expected a class for every image"):
         train_classifier(load_config(TrainClassifierConfig, tmp_path / "c.yaml", []))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm_smd.models.denoiser import embedding_dimensions, is_mixture, known_labels, null_labels, num_classes, predict
+from ldm_smd.models.denoiser import embedding_dimensions, is_mixture, model_labels, null_labels, num_classes, predict
 from ldm_smd.models.unet import SMDUNet2DModel
 from tests.tiny import SIZES, diffusers_unet
 
@@ -18,8 +18,8 @@ def test_classes_and_embeddings():
     assert [embedding_dimensions(unet) for unet in (plain, free, mixture)] == [None, None, 5]
     assert [is_mixture(unet) for unet in (plain, free, mixture)] == [False, False, True]
     assert null_labels(plain, torch.zeros(3, 1)).tolist() == null_labels(mixture, torch.zeros(3)).tolist() == [2, 2, 2]
-    assert null_labels(free, torch.zeros(3)) is None and known_labels(torch.tensor([-1]), None) is None
-    assert known_labels(torch.tensor([-1, 0, 1]), 2).tolist() == [2, 0, 1]
+    assert null_labels(free, torch.zeros(3)) is None and model_labels(torch.tensor([-1]), None) is None
+    assert model_labels(torch.tensor([-1, 0, 1]), 2).tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -15,7 +15,7 @@ from tests.sampled import latents
 
 
 def test_what_is_no_model_is_named(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"model: expected a model folder .* or a hub id, found none"):
+    with pytest.raises(UserError, match=r"model: expected a model folder .* or a hub id, found neither"):
         load_pipeline(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"model: expected a model folder \(RUN/model\) or a hub id, found someone/none: "):

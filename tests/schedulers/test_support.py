@@ -144,7 +144,7 @@ def test_the_others_are_refused_with_a_reason(name):
 )
 def test_one_made_in_python_is_refused(scheduler, said):
     with pytest.raises(
-        ValueError, match="scheduler: expected a scheduler with a noise schedule .*, such as DDIMScheduler .*, found .*" + said
+        ValueError, match="scheduler: expected a scheduler with a noise schedule .*, such as DDIMScheduler.*, found .*" + said
     ):
         check_scheduler(scheduler)
 

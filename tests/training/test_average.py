@@ -101,7 +101,7 @@ def test_mistakes_are_named(run, train_config, tmp_path):
     with pytest.raises(UserError, match=r"ema_widths: expected a number from 0\.001 to 0\.28, found 0\.5"):
         train_config("ema_widths=[0.5]")
     code, _, err = run(AverageConfig, average, f"run={tmp_path / 'run'}", "sigma_rel=0.1", f"output={tmp_path / 'x'}")
-    assert code == 2 and "run: expected snapshots of averages" in err
+    assert code == 2 and "run: expected a run with EMA snapshots" in err
     unwritable = tmp_path / "file"
     unwritable.write_text("")
     with pytest.raises(UserError, match="output: expected to write"):

@@ -10,7 +10,7 @@ from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.build import build_model, fit_noise
 from ldm_smd.training.loop import train
-from ldm_smd.training.step import Denoising, known_conditions
+from ldm_smd.training.step import Denoising, model_conditions
 
 COARSE = "coarse_label_fraction=0.4"
 
@@ -39,7 +39,7 @@ def test_a_label_is_replaced_as_often_as_said(named, open_run):
     batch = run.batches().batch_at(0)
     counts = torch.zeros(2, 6)
     for number in range(500):
-        found = known_conditions(run, batch, learner.draw(batch, number), null)["class_labels"]
+        found = model_conditions(run, batch, learner.draw(batch, number), null)["class_labels"]
         counts.index_put_((batch.labels, found), torch.ones(()), accumulate=True)
     shares = counts / counts.sum(dim=1, keepdim=True)
     expected = torch.tensor([[0.48, 0, 0.16, 0.16, 0, 0.2], [0, 0.48, 0.16, 0, 0.16, 0.2]])

@@ -77,5 +77,5 @@ def test_an_unconditional_one_is_a_teacher(train_config, folder, objective):
 
 def test_what_cannot_work_is_said(train_config, folder, tmp_path):
     diffusers_condition(class_embed_type="timestep").save_pretrained(tmp_path / "more")
-    with pytest.raises(UserError, match=r"init_from: unet: expected a UNet whose one condition is cross-attention.*'timestep'"):
+    with pytest.raises(UserError, match=r"init_from: unet: expected a UNet with cross-attention as.*'timestep'"):
         train(train_config(f"init_from={tmp_path / 'more'}"))

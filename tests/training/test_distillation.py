@@ -136,7 +136,7 @@ def test_another_teacher_than_the_start(distil, train_config, gaussian_folder, m
     with pytest.raises(UserError, match=r"teacher: expected the folder of one of .*, found 'none in"):
         train(train_config(*plain, f"objective.distillation.teacher={tmp_path / 'nowhere'}"))
     teacher = f"objective.distillation.teacher={gaussian_folder / 'unet'}"
-    with pytest.raises(UserError, match=r"teacher: expected num_classes None, as the model's, found 2"):
+    with pytest.raises(UserError, match=r"teacher: expected num_classes None, like the model, found 2"):
         train(train_config(*plain, teacher, "class_conditional=false"))
     folder = train(train_config(*plain, teacher, f"init_from={model_folder / 'unet'}", "images_total=16"))
     assert any(name.startswith("mixture.") for name in weights(folder / "unet"))

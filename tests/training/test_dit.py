@@ -95,9 +95,9 @@ def test_a_dit_in_a_pipeline(model_folder, dit, tmp_path):
 
 def test_what_cannot_work_is_said(train_config, dit):
     start = f"init_from={dit}"
-    with pytest.raises(UserError, match="init_from: tail_blocks: expected 1 to 2, fewer than the network's, found 3"):
+    with pytest.raises(UserError, match="init_from: tail_blocks: expected 1 to 2, fewer than the network has, found 3"):
         train(train_config(start, "model.tail_blocks=3"))
-    with pytest.raises(UserError, match=r"init_from: expected a mixture, .* to extend a diffusers DiTTransformer2DModel to"):
+    with pytest.raises(UserError, match=r"init_from: expected .* to extend a DiTTransformer2DModel to a mixture"):
         train(train_config(start, "model.z_channels=0", "objective.name=mse"))
 
 

@@ -81,7 +81,7 @@ def test_fit_end_to_end(model_folder, shards, tmp_path, run, components):
     settings = [f"model={model_folder}", f"shards={shards}", f"output={tmp_path / 'teleport'}", "rank=16", "sigma_skip=2"]
     code, printed, error = run(FitGaussianConfig, fit_gaussian, *settings, f"components={components}")
     assert code == 0, error
-    assert f"{3 if components == 1 else 2} Gaussians of 22 latents" in printed
+    assert f"{3 if components == 1 else 2} Gaussians fitted to 22 latents" in printed
     pipeline = load_pipeline(tmp_path / "teleport")
     manifest = Manifest.load(shards)
     moments = LatentStream(manifest, 22, 22).batch_at(0).moments
@@ -111,7 +111,7 @@ def test_latents_too_large_for_a_covariance_are_sketched(model_folder, shards, t
         monkeypatch.setattr(gaussian, "MEMORY_LIMIT", limit)
         code, _, error = run(FitGaussianConfig, fit_gaussian, *settings, f"output={tmp_path / name}")
         if name == "none":
-            assert code == 2 and "shards: expected latents of which 64 directions fit" in error
+            assert code == 2 and "shards: expected latents for which 64 directions fit" in error
         else:
             assert code == 0, error
             fitted[name] = load_pipeline(tmp_path / name).gaussian

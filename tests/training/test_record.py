@@ -77,7 +77,7 @@ def test_the_same_data_elsewhere_is_the_same_run(train_config, shards, tmp_path)
 def test_sensible_changes_are_logged_and_told(train_config, tmp_path, caplog):
     train(train_config("images_total=32"))
     text = (train(train_config("learning_rate=1e-4", "log_every_images=32")) / "README.md").read_text()
-    assert "learning_rate: 0.0003 until 32 images, 0.0001 from here on" in caplog.messages
+    assert "learning_rate: 0.0003 until 32 images, 0.0001 from now on" in caplog.messages
     assert "* until 32 images `images_total` was 32, then 64" in text
     changes = json.loads((tmp_path / "run/run.json").read_text())["changes"]
     assert changes == [

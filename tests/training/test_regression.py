@@ -69,7 +69,7 @@ def test_it_resumes_and_parts_add_up(train_config, regression, tmp_path):
 
 
 def test_what_it_cannot_train(open_run, regression):
-    with pytest.raises(UserError, match=r"model\.noise_rank: expected 0, white noise, .* found 8"):
+    with pytest.raises(UserError, match=r"model\.noise_rank: expected 0 \(white noise\) .* found 8"):
         PosteriorRegression(open_run(*regression, "model.noise_rank=8"))
     with pytest.raises(UserError, match=r"objective\.name: expected mse for a Gaussian model"):
         open_run(*regression, "model.z_channels=0")

@@ -22,7 +22,7 @@ def test_moments_end_to_end(gaussian_folder, shards, tmp_path, run):
     settings = [f"model={gaussian_folder}", f"shards={shards}", "images_total=320", "batch_size=16", "ema_halflife_images=64"]
     code, printed, error = run(TrainMomentsConfig, train_moments, *settings, f"output={tmp_path / 'gms'}")
     assert code == 0, error
-    assert "predicted variance over that found" in printed
+    assert "ratio of predicted variance to squared error" in printed
     pipeline, before = load_pipeline(tmp_path / "gms"), load_pipeline(gaussian_folder)
     assert type(pipeline.scheduler).__name__ == "GMSScheduler"
     assert pipeline.scheduler.config.prediction_type == before.scheduler.config.prediction_type

@@ -1,4 +1,4 @@
-"""Every denoiser that this package can sample, train or extend, by the class that its folder names."""
+"""The denoisers that this package can sample, train or extend, by class name."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ EXTENDED: dict[str, type[Backbone]] = {
         ExtendedSD3Transformer2DModel,
     )
 }
-"""Networks of diffusers with a mixture in them."""
+"""Networks of diffusers with a mixture."""
 EXTENSIONS: dict[str, Callable[..., Backbone]] = {
     "UNet2DModel": ExtendedUNet2DModel.from_unet,
     "UNet2DConditionModel": ExtendedUNet2DConditionModel.from_unet,
     "DiTTransformer2DModel": ExtendedDiTTransformer2DModel.from_transformer,
     "SD3Transformer2DModel": ExtendedSD3Transformer2DModel.from_transformer,
 }
-"""From the folder of a network of diffusers, by its class, to that network with a new mixture in it."""
+"""Class of a diffusers network -> function from its folder to the network with a new mixture."""
 Denoiser: TypeAlias = (
     SMDUNet2DModel
     | ExtendedUNet2DModel
