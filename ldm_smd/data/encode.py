@@ -1,9 +1,9 @@
 """tools/encode.py: images -> latent shards, by any number of processes, which may be stopped and restarted at any time.
 
 The work follows from the input alone: shard k holds the k-th slice of the images, sorted and then mixed with a fixed seed
-(mixing.py), and worker i of n takes the i-th of n runs of shards. Workers never talk to each other. Each shard is written under
-a temporary name, synced and renamed, and then confirmed by a record beside it. A restart skips shards that match their record.
-The worker that finds every record writes the manifest, which is the same whoever encoded what.
+(mixing.py), and worker i of n takes the i-th of n runs of shards. Workers never talk to each other. Each shard is whole or
+absent under its name, in a folder as in an object store, and then confirmed by a record beside it. A restart skips shards that
+match their record. The worker that finds every record writes the manifest, which is the same whoever encoded what.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ from tqdm import tqdm
 from ..autoencoder import FrozenAutoencoder
 from ..device import pick_device
 from ..errors import UserError
-from ..files import atomic_file, claimed, sha256
+from ..files import sha256
 from ..models.clip import ClipEncoder
 from ..progress import progress
 from .images import Pictures, read_pictures
+from .output import Output, output_at
 from .plan import Plan
 from .settings import EncodeConfig
-from .shards import DTYPE, EMBEDDING, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, read_json
+from .shards import DTYPE, EMBEDDING, FIELDS, FORMAT, MANIFEST, ChannelStatistics, Manifest, ShardStatistics, index_sha256
 from .tar_index import index_tar
 
 PLAN = "plan.json"
 OF_PICTURES = ("pictures", "pictures_sha256", "files_sha256")
 NOT_IN_MANIFEST = ("format", "pictures", "files_sha256")
 """Settings of the plan that stay out of the manifest: a copy of the images, with other modification times, has the same one."""
+READERS = 16
+"""Threads that read records."""
 AHEAD = 2
 """Batches that are encoded, or wait for that, while one is written."""
 
@@ -60,8 +63,9 @@ def encode(config: EncodeConfig) -> Manifest | None:
     Raises UserError where ``output`` holds something else, or a run with other settings.
     """
     worker, workers = which_worker(config.worker)
-    output, writer = Path(config.output), f"worker-{worker}-of-{workers}-"
-    with claimed(output, worker=writer, inside=True):
+    writer = f"worker-{worker}-of-{workers}-"
+    output = output_at(config.output, writer)
+    with output.claimed(writer):
         check_unused(output)
         device = pick_device(config.device)
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
@@ -72,9 +76,10 @@ def encode(config: EncodeConfig) -> Manifest | None:
             )
         clip = None if config.embedding is None else ClipEncoder.of(config.embedding, device, "embedding")
         plan = Plan.of(config, autoencoder, clip, (worker, workers))
-        claim(output, plan, writer)
+        claim(output, plan)
         shards = plan.shards_of(worker, workers)
-        missing = [shard for shard in shards if not finished(output, plan, shard)]
+        there = output.sizes()
+        missing = [shard for shard in shards if not finished(output, plan, shard, there)]
         if len(missing) < len(shards):
             print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already", file=sys.stderr)
         if missing:
@@ -83,12 +88,15 @@ def encode(config: EncodeConfig) -> Manifest | None:
                 with progress(total, 0, "encode", disable=hidden) as bar:
                     batches = encoded_batches(plan, missing, autoencoder, clip, config)
                     for shard, group in groupby(batches, key=attrgetter("shard")):
-                        write_shard(plan, plan.path(output, shard), group, bar, writer)
+                        write_shard(output, plan, shard_name(plan, shard), group, bar)
+                output.flush()
             except OSError as error:  # while writing: an unreadable image raises none
                 raise UserError(
                     f"output: expected to write the shards to {output}, found {error}; run again to go on"
                 ) from error
-        return write_manifest(output, plan, writer, config.images.strict)
+        if write_manifest(output, plan, config.images.strict):
+            return Manifest.load(config.output)
+        return None
 
 
 def which_worker(worker: str | None) -> tuple[int, int]:
@@ -101,19 +109,28 @@ def which_worker(worker: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def check_unused(output: Path) -> None:
+def shard_name(plan: Plan, shard: int) -> str:
+    return plan.path(Path(), shard).name
+
+
+def record_name(plan: Plan, shard: int) -> str:
+    return plan.path(Path(), shard).with_suffix(".json").name
+
+
+def check_unused(output: Output) -> None:
     """Raise UserError where ``output`` holds files, but of no run."""
-    # Another worker may just have written the plan.
-    if not (output / PLAN).is_file() and any(path.name != PLAN for path in output.glob("[!.]*")):
+    there = output.sizes()
+    if PLAN not in there and there:
         raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
 
 
-def claim(output: Path, plan: Plan, writer: str) -> None:
-    """Write plan.json into a new folder; in one that has it, check that it is this plan."""
-    if not (output / PLAN).is_file():
-        with atomic_file(output / PLAN, writer) as temporary:
+def claim(output: Output, plan: Plan) -> None:
+    """Write plan.json into a new place; in one that has it, check that it is this plan."""
+    if PLAN not in output.sizes():
+        with output.write(PLAN) as temporary:
             temporary.write_text(json.dumps(plan.settings, indent=1), encoding="utf-8")
-    there = read_json(output / PLAN)
+        output.flush()
+    there = output.read(PLAN)
     for name, value in json.loads(json.dumps(plan.settings)).items():
         if there.get(name) != value and name in OF_PICTURES:
             raise UserError(
@@ -127,11 +144,12 @@ def claim(output: Path, plan: Plan, writer: str) -> None:
             )
 
 
-def finished(output: Path, plan: Plan, shard: int) -> bool:
-    """Tell whether the shard is there as its record says."""
-    path = plan.path(output, shard)
-    record = read_json(path.with_suffix(".json"))
-    return record.get("plan") == plan.sha256 and path.is_file() and sha256(path) == record["shard"]["sha256"]
+def finished(output: Output, plan: Plan, shard: int, there: dict[str, int]) -> bool:
+    """Tell whether the shard is there as its record says; ``there`` are all files."""
+    if not there.keys() >= {shard_name(plan, shard), record_name(plan, shard)}:
+        return False
+    record = output.read(record_name(plan, shard))
+    return record.get("plan") == plan.sha256 and output.holds(record, there[shard_name(plan, shard)])
 
 
 def encoded_batches(
@@ -174,45 +192,52 @@ def batch_threads(device: torch.device) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def write_shard(plan: Plan, path: Path, batches: Iterable[EncodedBatch], bar: tqdm, writer: str) -> None:
+def write_shard(output: Output, plan: Plan, name: str, batches: Iterable[EncodedBatch], bar: tqdm) -> None:
     """Write the tar, and then the record that confirms it."""
     statistics, channels, skipped = ShardStatistics(), ChannelStatistics(), []
-    with (
-        atomic_file(path, writer) as temporary,
-        open(temporary, "wb") as stream,
-        wds.TarWriter(stream, mtime=0, user="", group="") as tar,
-    ):
-        for _, pictures, moments, embeddings in batches:
-            skipped += pictures.unreadable
-            if moments:
-                statistics.add(moments[0])
-                channels.add(moments[0])
-            for row, (key, label) in enumerate(zip(pictures.keys, pictures.labels)):
-                sample = {"__key__": key, **{name: view[row] for name, view in zip(FIELDS, moments)}}
-                if embeddings is not None:
-                    sample[EMBEDDING] = embeddings[row]
-                tar.write(sample if label is None else sample | {"cls": str(label)})
-            bar.update(len(pictures.keys) + len(pictures.unreadable))
     dimensions = plan.settings.get("embedding", {}).get("dimensions")
-    record = {
-        "plan": plan.sha256,
-        "shard": {"name": path.name, **statistics.record(), "sha256": sha256(path)},
-        "channels": channels.state(),
-        "skipped": skipped,
-        "index": index_tar(path, tuple(channels.shape), np.dtype(DTYPE), dimensions),
-    }
-    with atomic_file(path.with_suffix(".json"), writer) as temporary:
+    with output.write(name) as temporary:
+        with open(temporary, "wb") as stream, wds.TarWriter(stream, mtime=0, user="", group="") as tar:
+            for _, pictures, moments, embeddings in batches:
+                skipped += pictures.unreadable
+                if moments:
+                    statistics.add(moments[0])
+                    channels.add(moments[0])
+                for row, (key, label) in enumerate(zip(pictures.keys, pictures.labels)):
+                    sample = {"__key__": key, **{name: view[row] for name, view in zip(FIELDS, moments)}}
+                    if embeddings is not None:
+                        sample[EMBEDDING] = embeddings[row]
+                    tar.write(sample if label is None else sample | {"cls": str(label)})
+                bar.update(len(pictures.keys) + len(pictures.unreadable))
+        index = index_tar(temporary, tuple(channels.shape), np.dtype(DTYPE), dimensions)
+        record = {
+            "plan": plan.sha256,
+            "shard": {"name": name, **statistics.record(), "sha256": sha256(temporary)},
+            "bytes": temporary.stat().st_size,
+            "channels": channels.state(),
+            "skipped": skipped,
+            "index_sha256": index_sha256(index),
+            "index": index,
+        }
+    with output.write(str(Path(name).with_suffix(".json"))) as temporary:
         temporary.write_text(json.dumps(record), encoding="utf-8")
 
 
-def write_manifest(output: Path, plan: Plan, writer: str, strict: bool) -> Manifest | None:
-    """Write manifest.json from the records of all shards; None while some are missing. Raises UserError where ``strict`` and
+def write_manifest(output: Output, plan: Plan, strict: bool) -> bool:
+    """Write manifest.json from the records of all shards; False while some are missing. Raises UserError where ``strict`` and
     images were skipped, also by an earlier run."""
-    records = [read_json(plan.path(output, shard).with_suffix(".json")) for shard in plan.shards]
-    missing = [shard for shard, record in zip(plan.shards, records) if record.get("plan") != plan.sha256]
+    names, there = [record_name(plan, shard) for shard in plan.shards], output.sizes()
+    records: list[dict] = []
+    if there.keys() >= set(names):
+        with ThreadPoolExecutor(READERS) as readers:
+            records += readers.map(
+                lambda name: {key: value for key, value in output.read(name).items() if key != "index"}, names
+            )
+    missing = [shard for shard, name in zip(plan.shards, names) if name not in there]
+    missing = missing or [shard for shard, record in zip(plan.shards, records) if record.get("plan") != plan.sha256]
     if missing:
         print(f"{len(missing)} of {len(plan.shards)} shards are still to come, first {missing[0]}: no manifest in {output} yet")
-        return None
+        return False
     statistics = ChannelStatistics()
     for record in records:
         statistics.merge(record["channels"])
@@ -234,9 +259,10 @@ def write_manifest(output: Path, plan: Plan, writer: str, strict: bool) -> Manif
         "channel_std": statistics.std.tolist(),
     }
     content = {"format": FORMAT, "metadata": metadata, "shards": [record["shard"] for record in records], "skipped": skipped}
-    with atomic_file(output / MANIFEST, writer) as temporary:
+    with output.write(MANIFEST) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    output.flush()
     for item in skipped[:20]:
         print(f"skipped {item['name']}: {item['reason']}", file=sys.stderr)
     print(f"{statistics.count} pictures in {len(records)} shards, {len(skipped)} skipped; wrote {output}")
-    return Manifest.load(output)
+    return True

@@ -15,6 +15,7 @@ import numpy as np
 from ..autoencoder import FrozenAutoencoder
 from ..errors import UserError
 from ..models.clip import ClipEncoder
+from . import store
 from .entries import Entry
 from .index import PictureIndex
 from .listings import RemoteTarPart
@@ -57,7 +58,7 @@ class Plan:
         clip: ClipEncoder | None = None,
         turn: tuple[int, int] = (0, 1),
     ) -> Plan:
-        index = list_pictures(config.images, Path(config.output) / INDEX, turn)
+        index = list_pictures(config.images, index_folder(config), turn)
         mixing = Mixing(index.mixed_counts(), config.shuffle_tars, config.shuffle)
         check_cache(index, mixing, config.images)
         settings = {
@@ -105,6 +106,13 @@ class Plan:
 
     def count(self, shard: int) -> int:
         return sum(map(len, self.batches(shard)))
+
+
+def index_folder(config: EncodeConfig) -> Path:
+    """The list of the pictures is kept in the output, for all workers; or where that is in a store, on every machine."""
+    if not store.is_remote(config.output):
+        return Path(config.output) / INDEX
+    return Path(config.images.cache).expanduser() / "index" / hashlib.sha256(config.output.encode()).hexdigest()[:16]
 
 
 def check_cache(index: PictureIndex, mixing: Mixing, config: ImagesConfig) -> None:

@@ -60,7 +60,8 @@ class EncodeConfig(Settings):
     autoencoder: str = MISSING
     """A local diffusers model folder or a hub id ("stabilityai/sd-vae-ft-mse")."""
     output: str = MISSING
-    """Folder for the latent shards and manifest.json; an unfinished one of the same run is continued."""
+    """Folder for the latent shards and manifest.json, or its URL (s3://, gs://, hf://); an unfinished one of the same run is
+    continued."""
     worker: Optional[str] = None
     """i/n: do the shards of worker i of n, 0/n to n-1/n, as in an array job. null: all; or under torchrun and accelerate launch
     those of this process."""

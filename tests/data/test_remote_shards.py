@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,7 +57,7 @@ def small_cache(tmp_path, many_shards):
     return CacheConfig(str(tmp_path / "cache"), 2.5 * (many_shards / "latents-00000.tar").stat().st_size / 1e9)
 
 
-def batches(manifest, total=132, workers=0, **options):
+def batches(manifest, total=44, workers=0, **options):
     return list(latent_loader(LatentStream(manifest, 4, total, **{**READ, **options}), workers))
 
 
@@ -71,7 +72,7 @@ def test_batches_are_those_of_a_folder(many_shards, remote, small_cache, workers
     local, manifest = Manifest.load(many_shards), Manifest.load(remote, small_cache)
     assert manifest.sha256 == local.sha256 and manifest.count == local.count
     same(batches(manifest, workers=workers), batches(local))
-    same(batches(manifest, images_seen=52), batches(local)[13:])
+    same(batches(manifest, images_seen=28), batches(local)[7:])
     held = sum(cached.size for cached in manifest.cache.files())
     assert 0 < held <= manifest.cache.limit_bytes
 
@@ -86,12 +87,12 @@ def test_ranks_together_are_one_process(many_shards, remote, cache):
 def test_a_shard_comes_once_and_before_it_is_needed(remote, cache, proxy):
     manifest = Manifest.load(remote, cache)
     stream = LatentStream(manifest, 1, 22, **READ)
-    before = proxy.requests["GET"]
+    before = proxy.requests["GET"]  # after the list of what is there
     found = list(stream)
     assert proxy.requests["GET"] - before == 2 * 8 and len(found) == 22  # shards and records
     assert len(manifest.cache.files()) == 16
     list(LatentStream(manifest, 1, 44, **READ))
-    assert proxy.requests["GET"] - before == 2 * 8
+    assert proxy.requests["GET"] - before == 2 * 8 + 1  # another list
 
 
 def test_the_thread_keeps_its_distance_and_the_order():
@@ -123,9 +124,9 @@ def test_the_thread_keeps_its_distance_and_the_order():
 @pytest.mark.parametrize("kind", FAULTS)
 def test_faults_change_no_batch(many_shards, remote, small_cache, proxy, kind):
     manifest = Manifest.load(remote, small_cache)
-    proxy.faults.extend([Fault(kind, ".tar"), Fault(kind, ".json"), Fault(kind, ".tar")] * 3)
+    proxy.faults.extend([Fault(kind, ".tar"), Fault(kind, ".json"), Fault(kind, ".tar")])
     same(batches(manifest), batches(Manifest.load(many_shards)))
-    assert proxy.injected[kind] == 9
+    assert proxy.injected[kind] == 3
 
 
 def test_a_server_may_be_away(many_shards, remote, small_cache, proxy, monkeypatch):
@@ -133,7 +134,7 @@ def test_a_server_may_be_away(many_shards, remote, small_cache, proxy, monkeypat
     manifest = Manifest.load(remote, small_cache)
     expected = batches(Manifest.load(many_shards))
     found, back = [], None
-    for batch in LatentStream(manifest, 4, 132, **READ):
+    for batch in LatentStream(manifest, 4, 44, **READ):
         found.append(batch)
         if len(found) == 5:
             back = proxy.be_away(1.0)
@@ -154,7 +155,7 @@ def test_it_gives_up_with_one_line(remote, cache, proxy, workers, monkeypatch):
 
 def read_all(remote, cache, seed, told):
     manifest = Manifest.load(remote, cache)
-    told.put((seed, [batch.moments for batch in LatentStream(manifest, 4, 132, seed=seed)]))
+    told.put((seed, [batch.moments.numpy() for batch in LatentStream(manifest, 4, 44, seed=seed)]))
 
 
 def test_two_processes_share_a_cache(many_shards, remote, small_cache, proxy):
@@ -168,8 +169,8 @@ def test_two_processes_share_a_cache(many_shards, remote, small_cache, proxy):
     for process in processes:
         process.join(timeout=10)
     for seed, moments in found.items():
-        expected = [batch.moments for batch in LatentStream(Manifest.load(many_shards), 4, 132, seed=seed)]
-        assert all(torch.equal(a, b) for a, b in zip(moments, expected, strict=True))
+        expected = [batch.moments.numpy() for batch in LatentStream(Manifest.load(many_shards), 4, 44, seed=seed)]
+        assert all(np.array_equal(a, b) for a, b in zip(moments, expected, strict=True))
 
 
 def test_records_are_not_needed(many_shards, remote, cache):
@@ -213,7 +214,7 @@ def test_training_is_that_of_a_folder(many_shards, remote, vae_folder, train_con
     found = train(train_config(*settings))
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (found / weights).read_bytes() == (local / weights).read_bytes() and not proxy.faults
-    logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("local", "remote")]
+    logs = [read_metrics(tmp_path / name / "metrics.jsonl")[:4] for name in ("local", "remote")]
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
     assert all(0 <= line["data_wait_share"] <= 1 for line in logs[1])
     texts = [path.read_bytes() for path in (tmp_path / "remote").rglob("*") if path.is_file()]

@@ -1,0 +1,113 @@
+"""tools/encode.py writes to an object store what it writes to a folder, byte by byte."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from ldm_smd.config import load_config
+from ldm_smd.data import encode as encode_module
+from ldm_smd.data import store
+from ldm_smd.data.encode import encode
+from ldm_smd.data.settings import EncodeConfig
+from ldm_smd.errors import UserError
+from tests.object_store import Fault
+
+
+@pytest.fixture(scope="session")
+def expected(shards):
+    """Of every file of a local encoding: its bytes."""
+    return {path.name: path.read_bytes() for path in shards.iterdir() if not path.name.startswith(".")}
+
+
+@pytest.fixture
+def settings(pictures, vae_folder, bucket):
+    """A function from overrides to the settings of the same encoding to the bucket."""
+
+    def build(*overrides):
+        given = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={bucket}/latents"]
+        return load_config(EncodeConfig, None, [*given, "shard_size=8", "batch_size=4", "num_workers=0", *overrides])
+
+    return build
+
+
+def found(bucket):
+    return {each.name: store.read_bytes(each.url, "test") for each in store.listed(f"{bucket}/latents", "test")}
+
+
+def test_the_bytes_are_those_of_a_folder(settings, bucket, expected):
+    manifest = encode(settings())
+    assert manifest.count == 22 and manifest.folder == f"{bucket}/latents"
+    assert found(bucket) == expected and len(expected) == 8
+    assert not any(b"a-very-secret-key" in content for content in expected.values())
+
+
+def test_faults_change_nothing(settings, bucket, expected, proxy):
+    proxy.faults.extend(Fault(kind, ".tar", "PUT") for kind in ("refuse", "500", "503"))
+    proxy.faults.extend(Fault(kind, ".json", "PUT") for kind in ("refuse", "500", "503"))
+    encode(settings())
+    assert found(bucket) == expected and not proxy.faults
+
+
+def test_what_stops_goes_on(settings, bucket, expected, proxy, monkeypatch):
+    """An upload fails for good: nothing after it is there, and the next run makes just what is missing."""
+    monkeypatch.setattr(store, "RETRIES", store.Retries(attempts=2, first=0.01))
+    proxy.faults.extend([Fault("500", "latents-00001.tar", "PUT")] * 4)
+    with pytest.raises(
+        UserError, match=r"^output: expected to write s3://.*latents-00001.tar, found after 2 attempts: .*Internal"
+    ):
+        encode(settings())
+    assert set(found(bucket)) == {"plan.json", "latents-00000.tar", "latents-00000.json"}
+    proxy.faults.clear()
+    before = proxy.requests["PUT"]
+    encode(settings())
+    assert proxy.requests["PUT"] - before == 5 and found(bucket) == expected
+    made, real = [], encode_module.write_shard
+    monkeypatch.setattr(encode_module, "write_shard", lambda *given: made.append(given[2]) or real(*given))
+    encode(settings())
+    assert made == []
+    for name, content in (("latents-00000.tar", b"other bytes"), ("latents-00002.json", b"{}")):
+        store.store_of(bucket, "test")[0].pipe_file(f"{bucket}/latents/{name}", content)
+    encode(settings())
+    assert made == ["latents-00000.tar", "latents-00002.tar"] and found(bucket) == expected
+
+
+def test_workers_make_it_together(settings, bucket, expected):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=encode, args=(settings(f"worker={worker}/2"),)) for worker in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=100)
+    assert [process.exitcode for process in processes] == [0, 0] and found(bucket) == expected
+
+
+def test_another_run_is_refused(settings, bucket):
+    encode(settings("worker=0/2"))
+    with pytest.raises(
+        UserError, match=r"^output: expected a new folder, or one of the same run, found s3://.* another batch_size"
+    ):
+        encode(settings("batch_size=2"))
+    assert json.loads(found(bucket)["plan.json"])["batch_size"] == 4 and "manifest.json" not in found(bucket)
+    store.store_of(bucket, "test")[0].pipe_file(f"{bucket}/other/file.txt", b"x")
+    with pytest.raises(UserError, match=r"^output: expected a new or empty folder, .* found other files in s3://.*/other$"):
+        encode(settings(f"output={bucket}/other"))
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        (
+            "s3://no-such-bucket/x",
+            r"output: expected a place that can be written, found s3://no-such-bucket/x/plan.json: .*bucket",
+        ),
+        (
+            "https://host/x",
+            r"output: expected a folder, or a store that can be written \(s3://, gs://, hf://\), found https://host/x",
+        ),
+        ("s3://key:secret@bucket/x", r"output: expected a URL without user, password .*, found one at s3://bucket/x"),
+    ],
+)
+def test_places_that_cannot_be_written_are_told(settings, place, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        encode(settings(f"output={place}"))
