@@ -35,9 +35,9 @@ class Hub(BaseHTTPRequestHandler):
         elif parts[0] == "api":
             self.json({"id": REPOSITORY, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
         elif name in files:
-            self.to_scheduler(200, files[name].read_bytes(), {"ETag": f'"{sha256(files[name])}"', "X-Repo-Commit": COMMIT})
+            self.answer(200, files[name].read_bytes(), {"ETag": f'"{sha256(files[name])}"', "X-Repo-Commit": COMMIT})
         else:
-            self.to_scheduler(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
 
     do_HEAD = do_GET
 
@@ -59,7 +59,7 @@ class Hub(BaseHTTPRequestHandler):
             self.json({"url": f"{self.server.url}/{REPOSITORY}", "errors": [], "warnings": []})
 
     def json(self, content):
-        self.to_scheduler(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def answer(self, status, data, headers):
         self.send_response(status)

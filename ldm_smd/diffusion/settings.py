@@ -28,6 +28,10 @@ class DiffusionConfig(Settings):
     beta_schedule: str = choice("cosine", BETA_SCHEDULES)
     """As in diffusers. cosine is squaredcos_cap_v2 with a last step to sigma = 1,300 instead of 20,000, where schedulers that
     work in sigma (EulerAncestralDiscreteScheduler) give NaN in float32. Ignored for path=flow."""
+    beta_start: float = number(1e-4, above=0, below=1)
+    """First beta of linear and scaled_linear. Stable Diffusion: scaled_linear from 0.00085 to 0.012."""
+    beta_end: float = number(0.02, above=0, below=1)
+    """Last beta of linear and scaled_linear."""
     prediction_type: str = choice("v_prediction", ("v_prediction", "epsilon", "sample"))
     """v_prediction, epsilon or sample (x_0). Ignored for path=flow, which predicts the velocity eps - x_0."""
 

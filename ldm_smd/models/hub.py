@@ -13,6 +13,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PARTS = ("", "transformer/", "unet/")
 """Sub-folders of a repository to look for a network in, in this order."""
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+SCHEDULER = "scheduler/scheduler_config.json"
+"""Beside a network in a pipeline: the process that it was trained on."""
 SHARDS = "diffusion_pytorch_model-*-of-*.safetensors"
 
 
@@ -22,7 +24,7 @@ def network_folder(source: str | Path, key: str) -> Path:
     folder = Path(source)
     if folder.exists() or not HUB_ID.fullmatch(str(source)):
         return next((folder / part for part in PARTS if (folder / part / FILES[0]).is_file()), folder)
-    wanted = [part + name for part in PARTS for name in (*FILES, SHARDS)]
+    wanted = [part + name for part in PARTS for name in (*FILES, SHARDS)] + [SCHEDULER]
     try:
         folder = Path(snapshot_download(str(source), allow_patterns=wanted))
     except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ def build_scheduler(config: DiffusionConfig) -> SchedulerMixin:
         betas = betas_for_alpha_bar(config.num_train_timesteps, max_beta=COSINE_MAX_BETA)
         noise = {"trained_betas": betas.tolist()}
     else:
-        noise = {"beta_schedule": config.beta_schedule}
+        noise = {"beta_schedule": config.beta_schedule, "beta_start": config.beta_start, "beta_end": config.beta_end}
     return DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         **noise,

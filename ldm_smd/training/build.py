@@ -24,6 +24,7 @@ from .checkpoint import checkpoints, load_weights
 from .coarse_labels import class_names
 from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
 from .run import Run
+from .same_process import check_process
 from .settings import TrainConfig
 
 
@@ -40,6 +41,8 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Backbone:
     ``init_from`` is a network of diffusers, extend it to a mixture instead."""
     start = None if config.init_from is None else network_folder(config.init_from, "init_from")
     kind = None if start is None else class_of(start)
+    if start is not None:
+        check_process(config.diffusion, start, "init_from")
     if start is not None and kind in (*EXTENDED, *EXTENSIONS):
         return extended_model(config, manifest, start, kind)
     channels, height, width = manifest.latent_shape

@@ -15,6 +15,7 @@ from ..models.hub import network_folder
 from ..models.registry import DENOISERS
 from ..schema import check
 from .run import Run
+from .same_process import check_process
 from .step import draw_step, global_batch
 from .step_noise import StepNoise
 
@@ -30,6 +31,7 @@ def load_teacher(run: Run, mixture: Backbone) -> ModelMixin:
     if source is None:
         raise UserError(f"{KEY}: expected the folder of a Gaussian model, or init_from, found None")
     folder = network_folder(source, KEY)
+    check_process(run.config.diffusion, folder, KEY)
     kind = class_of(folder) or "none"
     check(kind in DENOISERS, KEY, f"the folder of one of {', '.join(DENOISERS)} (RUN/model/unet)", f"{kind} in {folder}")
     teacher = DENOISERS[kind].from_pretrained(folder, use_safetensors=True)

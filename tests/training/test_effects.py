@@ -94,6 +94,8 @@ ELSEWHERE = {
     "sample_steps",
     "shards",
     "coarse_label_fraction",  # test_coarse_labels.py
+    "diffusion.beta_start",  # test_same_process.py, as that below: with another beta_schedule
+    "diffusion.beta_end",
     "shards_cache.folder",  # test_remote_shards.py, as that below
     "shards_cache.gigabytes",
 }
