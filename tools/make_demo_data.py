@@ -1,14 +1,14 @@
 """Build the demo data: Noto emoji at 64x64 as webdataset tars.
 
-The pictures come from the npm package ``emoji-datasource-google`` (version 16.0.0). Fetch and unpack it, then run this:
+The images come from the npm package ``emoji-datasource-google`` (version 16.0.0). Fetch and unpack it, then run:
 
     npm pack emoji-datasource-google@16.0.0
     tar xzf emoji-datasource-google-16.0.0.tgz
     python tools/make_demo_data.py package data/emoji
 
-Each picture is composited on white. Its label is the category of its emoji; a skin-tone variant carries the label of its
-base. A tenth of each category is held out, chosen by a hash of the base emoji, and variants stay with their base, so no
-picture in the held-out part is a recoloured training picture. The same package gives the same bytes.
+Each image is composited on white. Its label is the category of the emoji; skin-tone variants have the label of their base.
+A tenth of each category is held out, chosen by a hash of the base emoji. Variants stay with their base, so no held-out image
+is a recoloured training image. The output is reproducible byte by byte.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any
 import webdataset as wds
 from PIL import Image
 
-HELD_OUT_SHARE = 0.1
+HELD_OUT_FRACTION = 0.1
 SHARD_SIZE = 1000
 
 
 def read_emoji(package: Path) -> list[list[dict]]:
-    """Groups of pictures, one group per base emoji: each picture has ``code``, ``category`` and ``path``."""
+    """Return groups of images, one group per base emoji. Each image has ``code``, ``category`` and ``path``."""
     groups = []
     for emoji in json.loads((package / "emoji.json").read_text(encoding="utf-8")):
         variants = [emoji, *emoji.get("skin_variations", {}).values()]
@@ -50,14 +50,14 @@ def read_emoji(package: Path) -> list[list[dict]]:
 
 
 def split(groups: list[list[dict]]) -> tuple[list[dict], list[dict]]:
-    """(training pictures, held-out pictures); whole groups in hash order until a tenth of the category is held out."""
+    """Return (training images, held-out images). Holds out whole groups, in hash order, until a tenth of each category."""
     by_category = defaultdict(list)
     for group in groups:
         by_category[group[0]["category"]].append(group)
     training, held_out = [], []
     for category_groups in by_category.values():
         category_groups = by_hash(category_groups, lambda group: group[0]["code"])
-        wanted = HELD_OUT_SHARE * sum(len(group) for group in category_groups)
+        wanted = HELD_OUT_FRACTION * sum(len(group) for group in category_groups)
         taken = 0
         for group in category_groups:
             if taken < wanted:
@@ -69,12 +69,12 @@ def split(groups: list[list[dict]]) -> tuple[list[dict], list[dict]]:
 
 
 def by_hash(items: list, text: Callable[[Any], str]) -> list:
-    """In an order that looks random and is always the same."""
+    """Sort by hash: a random-looking but reproducible order."""
     return sorted(items, key=lambda item: hashlib.sha256(text(item).encode()).hexdigest())
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """RGB, its alpha composited on white."""
+    """Convert to RGB, with alpha composited on white."""
     rgba = image.convert("RGBA")
     canvas = Image.new("RGBA", rgba.size, "white")
     canvas.alpha_composite(rgba)
@@ -82,7 +82,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def webp_on_white(path: Path) -> bytes:
-    """Lossless, a sixth smaller than PNG."""
+    """Encode as lossless WebP, a sixth smaller than PNG."""
     buffer = io.BytesIO()
     with Image.open(path) as image:
         on_white(image).save(buffer, format="WEBP", lossless=True, quality=60, method=4)
@@ -90,7 +90,7 @@ def webp_on_white(path: Path) -> bytes:
 
 
 def write_tars(pictures: list[dict], classes: list[str], prefix: Path) -> None:
-    """Write the pictures, in hash order so that the categories are mixed, to ``prefix-000.tar`` and on."""
+    """Write the images to ``prefix-000.tar`` and so on, in hash order to mix the categories."""
     pictures = by_hash(pictures, lambda picture: picture["code"])
     for shard, start in enumerate(range(0, len(pictures), SHARD_SIZE)):
         with wds.TarWriter(f"{prefix}-{shard:03d}.tar", mtime=0) as tar:
@@ -121,7 +121,7 @@ def main() -> int:
     write_tars(held_out, classes, arguments.output / "heldout")
     (arguments.output / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
     shutil.copy(arguments.package / "LICENSE", arguments.output / "LICENSE.emoji-data.txt")
-    print(f"{len(training)} training and {len(held_out)} held-out pictures of {len(classes)} classes in {arguments.output}")
+    print(f"{len(training)} training and {len(held_out)} held-out images of {len(classes)} classes in {arguments.output}")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Build a picture set of 256x256 emoji in three designs: train.zip, heldout.zip and names.json.
+"""Build a set of 256x256 emoji in three designs: train.zip, heldout.zip and names.json.
 
-The pictures come from npm packages. Fetch and unpack each into a folder of its own, then run this:
+The images come from npm packages. Fetch and unpack each into its own folder, then run:
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0     # Fluent Emoji 3D, MIT, WebP
     npm pack @svgmoji/noto@3.2.0                # Noto Emoji, Apache-2.0, SVG
@@ -11,11 +11,11 @@ The pictures come from npm packages. Fetch and unpack each into a folder of its 
     python tools/make_pictures_256.py --fluent lobehub-fluent-emoji-3d-1.1.0 --noto svgmoji-noto-3.2.0 \\
         --twemoji twemoji-svg-15.0.0 --names emoji-datasource-google-16.0.0 data/emoji-256
 
-Each picture is drawn on white. Its folder in the zip is its class, a design and a group of Unicode ("noto, flags"), its name
-its code; a zip, as tars need 1.8 kilobytes more for each of these pictures of 3. names.json has the Unicode names by code. The
-group Component (skin tones, hair) is left out. A tenth of the base emoji of each group is held out in all designs, with their
-skin tones, so that no design gives a held-out one away; they are the same base emoji as in data/emoji. The same packages and
-renderer give the same pictures.
+Each image is drawn on white. Its folder in the zip is its class, a design and a Unicode group ("noto, flags"), and its file
+name is its code point. The format is zip because tars add 1.8 kilobytes to each of these 3-kilobyte images. names.json maps
+code points to Unicode names. The group Component (skin tones, hair) is left out. A tenth of the base emoji of each group is
+held out in all designs, with their skin tones, so that no design reveals a held-out emoji; they are the same base emoji as in
+data/emoji. The same packages and renderer give the same images.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ for prefix, name in (("", "http://www.w3.org/2000/svg"), ("xlink", "http://www.w
 
 
 def plain(code: str) -> str:
-    """A code as all packages agree on it: without variation selectors and leading zeros."""
+    """Normalise a code point sequence: without variation selectors and leading zeros."""
     parts = (part.lstrip("0") for part in code.lower().replace("_", "-").split("-"))
     return "-".join(part for part in parts if part != "fe0f")
 
 
 def read_names(package: Path) -> list[list[dict]]:
-    """Groups of pictures, one group per base emoji: each has ``code``, ``category`` and ``name``."""
+    """Return groups of images, one group per base emoji. Each image has ``code``, ``category`` and ``name``."""
     groups = []
     for emoji in json.loads((package / "package/emoji.json").read_text(encoding="utf-8")):
         variants = [emoji, *emoji.get("skin_variations", {}).values()]
@@ -64,18 +64,18 @@ def twemoji(package: Path) -> dict[str, str]:
 
 
 def noto(package: Path) -> dict[str, str]:
-    """The drawings of one sprite, each an SVG of its own."""
+    """Split a sprite into one SVG per drawing."""
     sprite = ElementTree.parse(package / "package/sprites/all.svg").getroot()
     return {plain(each.get("id", "")): ElementTree.tostring(each, encoding="unicode") for each in sprite if each.get("id")}
 
 
 def picture(drawn: Path | str) -> Image.Image:
-    """A WebP file, or the text of an SVG, as an RGB picture of SIDE x SIDE on white."""
+    """Render a WebP file or the text of an SVG as an RGB image of SIDE x SIDE on white."""
     source: Path | io.BytesIO
     if isinstance(drawn, Path):
         source = drawn
     else:
-        import resvg_py  # of no other use to the project, so that --help does without
+        import resvg_py  # here, so that --help works without this package
 
         source = io.BytesIO(bytes(resvg_py.svg_to_bytes(drawn, width=SIDE, height=SIDE)))
     with Image.open(source) as image:
@@ -83,7 +83,7 @@ def picture(drawn: Path | str) -> Image.Image:
 
 
 def pictures(emoji: list[dict], designs: dict[str, dict]) -> Iterator[tuple[str, bytes]]:
-    """Name in the zip and WebP bytes of each picture, sorted by name."""
+    """Yield the name in the zip and the WebP bytes of each image, sorted by name."""
     found = {
         f"{name}, {each['category'].lower()}/{each['code']}.webp": drawn[plain(each["code"])]
         for name, drawn in designs.items()
@@ -97,7 +97,7 @@ def pictures(emoji: list[dict], designs: dict[str, dict]) -> Iterator[tuple[str,
 
 
 def write_zip(found: Iterator[tuple[str, bytes]], path: Path) -> int:
-    """Write ``path``, stored as WebP does not compress further; returns the number of pictures."""
+    """Write an uncompressed zip, since WebP does not compress further; returns the number of images."""
     count = 0
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in found:
@@ -128,7 +128,7 @@ def main() -> int:
     names = {each["code"]: each["name"] for group in groups for each in group}
     (arguments.output / "names.json").write_text(json.dumps(names, indent=0) + "\n", encoding="utf-8")
     shutil.copy(arguments.names / "package/LICENSE", arguments.output / "LICENSE.emoji-data.txt")
-    print(f"{counts[0]} training and {counts[1]} held-out pictures in {arguments.output}")
+    print(f"{counts[0]} training and {counts[1]} held-out images in {arguments.output}")
     return 0
 
 

@@ -36,7 +36,14 @@ def read_conditions(
         classes = num_classes(unet)
         if classes is None:
             raise ValueError("class_labels: expected None, this model is unconditional")
-        labels = torch.as_tensor(class_labels, dtype=torch.long)
+        try:
+            labels = torch.as_tensor(class_labels, dtype=torch.long)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"class_labels: expected class numbers, found {class_labels!r}; pipeline.label_of(name) gives that of a name"
+            ) from error
+        if labels.ndim != 1:
+            raise ValueError(f"class_labels: expected a class number for each image, such as [0, 1], found {class_labels!r}")
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
             raise ValueError(f"class_labels: expected 0 to {classes} ({classes} is the null class), found {labels.tolist()}")
         labels = labels.to(device)

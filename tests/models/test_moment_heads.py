@@ -39,5 +39,7 @@ def test_saves_and_loads(tmp_path):
     features, t = torch.randn(2, 8, 4, 4), torch.tensor([3, 700])
     assert all(map(alike, heads(features, t), again(features, t)))
     other = SMDUNet2DModel(4, 2, 2, (16, 16), norm_num_groups=4, attention_head_dim=8, z_channels=0)
-    with pytest.raises(ValueError, match=r"of \(8, 2\) channels, found \(16, 2\); tools/train_moments\.py"):
+    with pytest.raises(
+        ValueError, match=r"of \(8, 2\) channels, found \(16, 2\); train heads for another with tools/train_moments\.py"
+    ):
         heads.predict(other, torch.zeros(1, 2, 4, 4), 5)

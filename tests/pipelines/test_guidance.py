@@ -72,6 +72,10 @@ def test_conditions_that_do_not_fit_are_named(pipeline):
     assert read_conditions(pipeline.unet, [1, 0], None, cpu).labels.tolist() == [1, 0]
     with pytest.raises(ValueError, match="class_labels: expected 0 to 2"):
         pipeline([3])
+    with pytest.raises(ValueError, match=r"class_labels: expected a class number for each image, such as \[0, 1\], found 1"):
+        pipeline(1)
+    with pytest.raises(ValueError, match=r"class_labels: expected class numbers, found \['disc'\]; pipeline.label_of"):
+        pipeline(["disc"])
     with pytest.raises(ValueError, match="image_embeds: expected None, this model is not conditioned"):
         read_conditions(pipeline.unet, None, torch.ones(1, 16), cpu)
     with pytest.raises(ValueError, match="class_labels: expected None, this model is unconditional"):
