@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_file, claimed, sha256
 from ..progress import progress
+from .keys import repeated_hashes
+from .pieces import hash_of
 from .settings import VerifyConfig
 from .shards import Manifest, ShardStatistics
 from .stream import Shard, open_shard
@@ -32,7 +34,7 @@ def verify(config: VerifyConfig) -> None:
     with nullcontext() if config.sheet is None else claimed(Path(config.sheet), "sheet"):
         manifest = Manifest.load(config.shards, config.shards_cache)
         findings: list[str] = []
-        keys: Counter[str] = Counter()
+        hashes: list[np.ndarray] = []
         with progress(manifest.count, 0, "verify") as bar:
             for item in manifest.shards:
                 try:
@@ -40,11 +42,11 @@ def verify(config: VerifyConfig) -> None:
                 except (UserError, OSError) as error:
                     findings.append(str(error))
                 else:
-                    keys.update(shard.keys)
+                    hashes.append(np.array([hash_of(key) for key in shard.keys], np.uint64))
                     found = manifest.with_shard(item, partial(differences, manifest, item, shard))
                     findings += [f"{item['name']}: {finding}" for finding in found]
                 bar.update(item["count"])
-        findings += [f"{key}: in the shards {count} times" for key, count in keys.items() if count > 1]
+        findings += repeated_keys(manifest, hashes)
         unlisted = set(manifest.tars()) - {item["name"] for item in manifest.shards}
         findings += [f"{name}: not in the manifest" for name in sorted(unlisted)]
         for finding in findings:
@@ -54,6 +56,20 @@ def verify(config: VerifyConfig) -> None:
         if config.sheet is not None:
             write_sheet(Path(config.sheet), config, manifest)
         print(f"{manifest.count} samples in {len(manifest.shards)} shards are as their manifest says")
+
+
+def repeated_keys(manifest: Manifest, hashes: list[np.ndarray]) -> list[str]:
+    """Name the keys that are in the shards more than once: by their hashes, so that all keys need not be in memory."""
+    numbers, _ = repeated_hashes(lambda: hashes)
+    repeated = np.unique(np.concatenate(hashes)[numbers]) if len(numbers) else numbers
+    if not len(repeated):
+        return []
+    found: Counter[str] = Counter()
+    for item in manifest.shards:
+        with suppress(UserError, OSError):  # told before
+            keys = open_shard(manifest, item, mirror=False).keys
+            found.update(key for key in keys if hash_of(key) in repeated)
+    return [f"{key}: in the shards {count} times" for key, count in found.items() if count > 1]
 
 
 def differences(manifest: Manifest, item: dict, shard: Shard, path: Path) -> list[str]:
