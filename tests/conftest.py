@@ -13,6 +13,7 @@ import pytest
 import s3fs
 import torch
 from diffusers import AutoencoderKL
+from faulty_store import LOOPBACK, FaultyProxy
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
@@ -24,7 +25,6 @@ from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.loop import train
 from ldm_smd.training.settings import TrainConfig
-from tests.object_store import LOOPBACK, FaultyProxy
 from tests.tiny import TINY_MODEL, training
 
 if "OMP_NUM_THREADS" not in os.environ:

@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 import pytest
+from faulty_store import FAULTS, Fault
 
 from ldm_smd.data import store
 from ldm_smd.data.cache import FileCache
 from ldm_smd.errors import UserError
-from tests.object_store import FAULTS, Fault
 
 SIZE = 100_000
 

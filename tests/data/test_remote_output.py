@@ -4,6 +4,7 @@ import json
 import multiprocessing
 
 import pytest
+from faulty_store import Fault
 
 from ldm_smd.config import load_config
 from ldm_smd.data import encode as encode_module
@@ -11,7 +12,6 @@ from ldm_smd.data import store
 from ldm_smd.data.encode import encode
 from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.errors import UserError
-from tests.object_store import Fault
 
 
 @pytest.fixture(scope="session")

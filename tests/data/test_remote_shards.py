@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from faulty_store import FAULTS, Fault
 
 from ldm_smd.config import load_config
 from ldm_smd.data import store
@@ -23,7 +24,6 @@ from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.settings import FitGaussianConfig, TrainConfig, TrainMomentsConfig
 from ldm_smd.training.train_moments import train_moments
-from tests.object_store import FAULTS, Fault
 
 READ = {"mirror": True, "seed": 3}
 

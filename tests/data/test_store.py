@@ -6,10 +6,10 @@ import sys
 import threading
 
 import pytest
+from faulty_store import FAULTS, LOOPBACK, Fault
 
 from ldm_smd.data import store
 from ldm_smd.errors import UserError
-from tests.object_store import FAULTS, LOOPBACK, Fault
 
 CONTENT = bytes(range(256)) * 1000
 
