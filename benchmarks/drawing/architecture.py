@@ -74,7 +74,7 @@ def architecture(path: Path) -> Path:
         d.sum(13.0, 5.95, MIXTURE)
         d.arrow((13.22, 5.95), (13.9, 5.95), MIXTURE)
         d.box(0.5, 2.6, 1.9, 1.3, "random η,\nM times", MIXTURE)
-        d.box(3.4, 2.45, 3.2, 1.6, "Gaussian mixture\nfitted to latents:\ndraft e of the picture", MIXTURE)
+        d.box(3.4, 2.45, 3.2, 1.6, "Gaussian mixture\nfitted to latents:\nfitted noise e", MIXTURE)
         d.box(8.8, 2.45, 3.2, 1.6, "z from e and features;\nhypernetwork:\nlayers made from z", MIXTURE)
         d.arrow((2.4, 3.25), (3.4, 3.25), MIXTURE)
         d.arrow((6.6, 3.25), (8.8, 3.25), MIXTURE)
