@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,28 +127,32 @@ def store_of(url: str, key: str) -> tuple[AbstractFileSystem, str]:
     Raises UserError, naming the extra of ldm_smd to install, where the store's library is missing.
     """
     scheme = url.partition("://")[0]
+    options: dict[str, Any] = {"use_listings_cache": False}
     try:
-        return fsspec.url_to_fs(url, **options_of(scheme))
+        if scheme in ("s3", "s3a"):
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "read_timeout": SECONDS_WITHOUT_A_BYTE}
+        elif scheme in ("http", "https"):
+            options["client_kwargs"] = {"timeout": time_limits(key)}
+        return fsspec.url_to_fs(url, **options)
     except ImportError as error:
-        extra = EXTRAS.get(scheme)
-        needed = f"pip install 'ldm_smd[{extra}]'" if extra else one_line(error)
-        raise UserError(f"{key}: expected the package that reads {scheme}:// ({needed}), found it missing") from error
+        raise UserError(package_missing(scheme, key, error)) from error
     except ValueError as error:
         raise UserError(f"{key}: expected a URL, found {shown(url)}: {shown(one_line(error))}") from error
 
 
-@cache
-def options_of(scheme: str) -> dict[str, Any]:
-    """Return what a file system is made with: no cached listings, and attempts and time limits that suit large files."""
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if scheme in ("s3", "s3a"):
-        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "read_timeout": SECONDS_WITHOUT_A_BYTE}
-    elif scheme in ("http", "https"):
+def time_limits(key: str) -> Any:
+    """Return aiohttp's limits for large files, which have all the time they need while bytes come."""
+    try:
         import aiohttp
+    except ImportError as error:
+        raise UserError(package_missing("https", key, error)) from error
+    return aiohttp.ClientTimeout(total=None, sock_connect=SECONDS_TO_CONNECT, sock_read=SECONDS_WITHOUT_A_BYTE)
 
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=SECONDS_TO_CONNECT, sock_read=SECONDS_WITHOUT_A_BYTE)
-        options["client_kwargs"] = {"timeout": limits}
-    return options
+
+def package_missing(scheme: str, key: str, error: ImportError) -> str:
+    extra = EXTRAS.get(scheme)
+    needed = f"pip install 'ldm_smd[{extra}]'" if extra else one_line(error)
+    return f"{key}: expected the package that reads {scheme}:// ({needed}), found it missing"
 
 
 def passing(error: BaseException) -> bool:
