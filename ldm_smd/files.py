@@ -29,6 +29,8 @@ Config = TypeVar("Config", bound=HasOutput)
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of file systems without locks."""
 
 
 @contextmanager
@@ -109,11 +111,31 @@ def _lock(lock: FileLock, output: Path, key: str) -> None:
         holder = path.read_text(encoding="utf-8", errors="replace") or "another"
         raise UserError(f"{key}: expected no other run at {output}, found {holder}") from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in NO_LOCKS:
             raise
         logger.warning("%s: this file system has no locks, so other runs are not detected: %s", output, error.strerror)
         return
     path.write_text(f"process {os.getpid()} of {socket.gethostname()}", encoding="utf-8")
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock on the file ``path`` against other processes, and tell whether it is held: without ``wait``, False where
+    another process has it. It ends with its process. Where a file system has no locks, all processes hold it."""
+    lock = FileLock(path, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)  # before the release: others find no file, or a new one
+        lock.release()
 
 
 def claimed_by_first(output: Path, inside: bool = False) -> AbstractContextManager[None]:

@@ -8,20 +8,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from filelock import FileLock, Timeout
-
 from ..errors import UserError
+from ..files import locked, this_process
 from ..files import sha256 as sha256_of
-from ..files import this_process
 from . import store
 
 Result = TypeVar("Result")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 OPEN_ATTEMPTS, WRONG_ATTEMPTS = 20, 3
 ABANDONED_SECONDS = 3600
 """A temporary file that nobody has written to for so long is of a process that was killed."""
@@ -206,22 +203,8 @@ class FileCache:
                 if error.errno not in DISK_FULL or not self._remove(size or 1):
                     raise
 
-    @contextmanager
-    def _locked(self, name: str, waits: bool = True) -> Iterator[bool]:
+    def _locked(self, name: str, waits: bool = True) -> AbstractContextManager[bool]:
         """Hold the lock of that name; False where another holds it, unless it ``waits`` for that."""
         path = self.folder / "locks" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=-1 if waits else 0)
-        try:
-            lock.acquire()
-        except Timeout:
-            yield False
-            return
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        try:
-            yield True
-        finally:
-            path.unlink(missing_ok=True)  # before the release: others find no file, or a new one
-            lock.release()
+        return locked(path, waits)

@@ -7,18 +7,16 @@ are in memory. Image ``i`` is the same for any number of processes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from ..errors import UserError, one_line
-from ..files import atomic_file, this_process
+from ..files import atomic_file, locked, this_process
 from ..progress import progress
 from .entries import Entry
 from .keys import Repeated, find_repeated
@@ -192,7 +190,7 @@ class PiecesOnDisk(Pieces):
         path = self.folder / f"repeated-{self.whole}.safetensors"
         with suppress(OSError, ValueError, KeyError):
             return Repeated.load(path)
-        with locked(path):
+        with locked(path.with_suffix(".lock")):
             with suppress(OSError, ValueError, KeyError):
                 return Repeated.load(path)
             found = find_repeated(index)
@@ -221,30 +219,10 @@ class PiecesOnDisk(Pieces):
         path = self.folder / self.names[part]
         if path.is_file():
             return False
-        with locked(path, wait) as held:
+        with locked(path.with_suffix(".lock"), wait) as held:
             if held and not path.is_file():
                 make_piece(part).save(path)
             return held
-
-
-@contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock beside a file that several processes would make, and tell whether it is held. The kernel, or over NFS the
-    server, releases it when its process ends. Where a file system has no locks, all make the file, and it is the same."""
-    lock = FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-    try:
-        yield True
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # before the release: others find no file, or a new one
-        lock.release()
 
 
 def make_piece(part: Part) -> Piece:
