@@ -171,7 +171,7 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
     assert row["gains"] in page and page.count("data:image/png;base64,") == 3 + 6 + 2
     assert page.count("data:image/jpeg;base64,") == 3
     places = [page.index(f"<figcaption>{text}</figcaption>") for text in ("Gaussian, 2 steps, guidance 2", "mixture, 1 step")]
-    assert places == sorted(places) and places[-1] < page.index("Distance to the training pictures")
+    assert places == sorted(places) and places[-1] < page.index("Distance to the training images")
     assert Image.open(tmp_path / "demo/large.jpg").size == (3 * 18 + 2, 3 * 20)
     assert SMDPipeline.from_pretrained(tmp_path / "demo/b/model")([1], num_inference_steps=1).images
     with pytest.raises(UserError, match=r"showcase\.classes: expected some of disc, square, found ring"):

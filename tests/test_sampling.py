@@ -11,7 +11,7 @@ from ldm_smd.sampling.tool import sample
 def test_sample_tool(run, model_folder, tmp_path):
     options = [f"model={model_folder}", "per_class=3", "steps=2"]
     code, out, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'a'}", "classes=[square,0]", "batch_size=2")
-    assert code == 0 and "6 pictures" in out
+    assert code == 0 and "6 images" in out
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(names) == 7 and names[0] == "class0000-seed00000003.png" and names[-1] == "grid.png"
     code, _, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'free'}", "classes=[]")

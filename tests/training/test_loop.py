@@ -230,7 +230,7 @@ def test_a_run_leaves_what_it_says(train_config, tmp_path):
     program = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1].replace("this folder", str(run / "model"))
     made = {}
     exec(program, made)
-    assert len(made["pictures"]) == 2
+    assert len(made["images"]) == 2
     lines = read_metrics(run / "metrics.jsonl")
     assert_finite_losses(run, [16, 32, 48, 64])
     assert {"spread/99", "spread/999"} <= {key for line in lines for key in line}
