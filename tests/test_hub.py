@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -108,8 +109,9 @@ torch.save(images, {str(tmp_path / "out.pt")!r})
 
 @pytest.mark.slow
 def test_a_network_of_the_hub_becomes_a_mixture(hub, shards, vae_folder, tmp_path):
-    """By the name of its pipeline's repository; one whose weights are a pickle is refused."""
+    """By the name of its pipeline's repository, which has the autoencoder too; weights that are a pickle are refused."""
     diffusers_dit(num_embeds_ada_norm=2).save_pretrained(hub.folder / "transformer")
+    shutil.copytree(vae_folder, hub.folder / "vae")
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
@@ -117,7 +119,7 @@ def test_a_network_of_the_hub_becomes_a_mixture(hub, shards, vae_folder, tmp_pat
         "HF_HOME": str(tmp_path / "home"),
     }
     settings = training(
-        shards, vae_folder, tmp_path / "run", f"init_from={REPOSITORY}", "model.tail_blocks=1", "images_total=8"
+        shards, REPOSITORY, tmp_path / "run", f"init_from={REPOSITORY}", "model.tail_blocks=1", "images_total=8"
     )
     command = [sys.executable, "tools/train.py", *settings]
     subprocess.run(command, check=True, timeout=120, env=environment)

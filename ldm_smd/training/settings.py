@@ -21,8 +21,8 @@ class TrainConfig(Settings):
     """Folder with latent shards and manifest.json, from tools/encode.py, or its URL: s3://, gs://, https://, hf://."""
     shards_cache: CacheConfig = field(default_factory=CacheConfig)
     autoencoder: str = MISSING
-    """Folder or hub id of the autoencoder that the shards were encoded with. Decodes previews and becomes part of the model
-    folder."""
+    """Folder or hub id of the autoencoder that the shards were encoded with, or of a pipeline with it. Decodes previews and
+    becomes part of the model folder."""
     output: str = MISSING
     """Folder of the run: checkpoints, metrics and sample grids; at the end model/, the pipeline with EMA weights."""
     init_from: Optional[str] = None
