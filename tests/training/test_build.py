@@ -72,9 +72,7 @@ def test_a_unet_without_a_null_class_gets_one(train_config, tmp_path, caplog):
     [said] = [record.message for record in caplog.records if "null class" in record.message]
     assert said.startswith("the UNet2DModel has an embedding for each of the 2 classes and none for the null class: added one")
     distilled = (start, *still, "objective.name=distillation", "objective.draws=1", f"output={tmp_path / 'distilled'}")
-    with pytest.raises(
-        UserError, match=r"^label_dropout: expected 0, since the teacher in .* without labels, found 0\.1"
-    ):
+    with pytest.raises(UserError, match=r"^label_dropout: expected 0, since the teacher in .* without labels, found 0\.1"):
         train(train_config(*distilled))
     with pytest.raises(UserError, match=r"^objective\.distillation\.guidance_scale: expected 1, .* labels, found 2"):
         train(train_config(*distilled, "label_dropout=0", "objective.distillation.guidance_scale=2"))
