@@ -200,7 +200,7 @@ class TrainMomentsConfig(Settings):
     RENAMED = {"third_weight": "third_moment_weight"}
 
     model: str = MISSING
-    """Model folder with a Gaussian UNet: RUN/model of tools/train.py."""
+    """Model folder with a Gaussian UNet: RUN/model of tools/train.py, or a pipeline of diffusers by its folder or hub id."""
     shards: str = MISSING
     """The latent shards that the model was trained on: folder or URL."""
     shards_cache: CacheConfig = field(default_factory=CacheConfig)
@@ -228,7 +228,7 @@ class FitGaussianConfig(Settings):
     """tools/fit_gaussian.py"""
 
     model: str = MISSING
-    """Model folder: RUN/model of tools/train.py."""
+    """Model folder: RUN/model of tools/train.py, or a pipeline of diffusers by its folder or hub id."""
     shards: str = MISSING
     """The latent shards that the model was trained on: folder or URL."""
     shards_cache: CacheConfig = field(default_factory=CacheConfig)

@@ -13,6 +13,12 @@ from ldm_smd.errors import UserError
 from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.models.moments import MomentHeads
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
+from ldm_smd.pipelines.loading import NETWORKS, model_folder, weight_files
+from ldm_smd.sampling.settings import SampleConfig
+from ldm_smd.sampling.tool import sample
+from ldm_smd.training.fit_gaussian import fit_gaussian
+from ldm_smd.training.settings import FitGaussianConfig, TrainMomentsConfig
+from ldm_smd.training.train_moments import train_moments
 from tests.rounding import alike
 from tests.sampled import latents
 from tests.tiny import diffusers_condition, diffusers_dit, diffusers_unet
@@ -86,6 +92,33 @@ def test_a_pipeline_of_diffusers_is_loaded(dit_folder):
     assert alike(latents(loaded, [0, 1], [1, 2]), latents(made, [0, 1], [1, 2]))
     assert loaded.id2label == {0: "disc, circle", 1: "square, box"}
     assert loaded.scheduler.config.beta_schedule == "linear"
+
+
+def test_a_pipeline_of_diffusers_is_fitted_and_sampled(dit_folder, shards, tmp_path, run):
+    """By its tools, as they would one of ours; what is written is one of ours."""
+    folder = model_folder(dit_folder)
+    assert {path.parent.name for path in weight_files(folder, (*NETWORKS, "vae"))} == {"transformer", "vae"}
+    fitted, samples = tmp_path / "fitted", tmp_path / "samples"
+    fit = [f"model={dit_folder}", f"shards={shards}", f"output={fitted}", "components=2", "rank=4"]
+    assert run(FitGaussianConfig, fit_gaussian, *fit)[0] == 0
+    assert SMDPipeline.from_pretrained(fitted).id2label == {0: "disc, circle", 1: "square, box"}
+    for model in (dit_folder, fitted):
+        settings = [f"model={model}", f"output={samples / model.name}", "classes=[box]", "steps=2", "per_class=2"]
+        code, _, error = run(SampleConfig, sample, *settings)
+        assert code == 0, error
+        assert len(list((samples / model.name).glob("class0001-*.png"))) == 2
+
+
+def test_shards_of_more_classes_than_the_model_are_refused(vae_folder, shards, tmp_path, run):
+    """As by a UNet that has an embedding for each class and none for the null class."""
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    for name, part in {"unet": diffusers_unet(num_class_embeds=2), "vae": vae, "scheduler": DDIMScheduler()}.items():
+        part.save_pretrained(tmp_path / "pipeline" / name)
+    settings = [f"model={tmp_path / 'pipeline'}", f"shards={shards}", f"output={tmp_path / 'out'}"]
+    for schema, tool in ((FitGaussianConfig, fit_gaussian), (TrainMomentsConfig, train_moments)):
+        code, _, error = run(schema, tool, *settings)
+        assert code == 2 and not (tmp_path / "out").exists()
+        assert error.endswith("model: expected a model of 2 classes and the null class, as in the shards, found 1")
 
 
 def test_a_folder_of_parts_without_an_index_is_loaded(vae_folder, tmp_path):
