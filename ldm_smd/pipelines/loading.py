@@ -109,7 +109,7 @@ def pipeline_of_parts(folder: Path) -> SMDPipeline:
     network = next((folder / part for part in DENOISER_PARTS if class_of(folder / part)), folder / DENOISER_PARTS[0])
     configured = json_of(folder / SCHEDULER) or {}
     kinds = (class_of(network), class_of(folder / "vae"), configured.get("_class_name"))
-    scheduler_class = getattr(diffusers, str(kinds[2]), object)
+    scheduler_class: Any = getattr(diffusers, str(kinds[2]), object)
     if kinds[0] not in DENOISERS or kinds[1] not in AUTOENCODERS or not issubclass(scheduler_class, SchedulerMixin):
         raise UserError(
             f"model: expected a pipeline of a denoiser ({', '.join(DENOISERS)}), an autoencoder ({', '.join(AUTOENCODERS)}) "
