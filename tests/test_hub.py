@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 from ldm_smd.files import sha256
 from ldm_smd.pipelines import load_pipeline, seeded_generators
@@ -134,3 +135,23 @@ def test_a_network_of_the_hub_becomes_a_mixture(hub, shards, vae_folder, tmp_pat
     assert refused.stderr.strip().endswith(
         f"init_from: expected a network with safetensors weights in {REPOSITORY}, found none"
     )
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_diffusers_is_sampled_from_the_hub(hub, vae_folder, tmp_path):
+    """Parts that are not used are not downloaded."""
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    DiTPipeline(transformer=diffusers_dit(), vae=vae, scheduler=DDIMScheduler()).save_pretrained(hub.folder)
+    (hub.folder / "text_encoder").mkdir()
+    (hub.folder / "text_encoder/model.safetensors").write_bytes(b"large")
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    command = [sys.executable, "tools/sample.py", f"model={REPOSITORY}", f"output={tmp_path / 'samples'}", "steps=2"]
+    subprocess.run(command, check=True, timeout=120, env=environment)
+    assert len(list((tmp_path / "samples").glob("class*.png"))) == 3 * 8
+    [snapshot] = (tmp_path / "home").rglob(f"snapshots/{COMMIT}")
+    assert {path.name for path in snapshot.iterdir()} == {"model_index.json", "scheduler", "transformer", "vae"}

@@ -25,14 +25,17 @@ def network_folder(source: str | Path, key: str, parts: Sequence[str] = DENOISER
     folder, or one of the ``parts`` of a pipeline. ``key`` is the setting that a mistake is blamed on. Only safetensors weights
     are downloaded."""
     folder = Path(source)
-    if folder.exists() or not HUB_ID.fullmatch(str(source)):
-        return next((folder / part for part in parts if (folder / part / FILES[0]).is_file()), folder)
-    wanted = [part + name for part in parts for name in (*FILES, SHARDS)] + [SCHEDULER]
-    try:
-        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: expected a folder of a network or a hub id, found {source}: {one_line(error)}") from error
-    found = [folder / part for part in parts if (folder / part / FILES[0]).is_file()]
-    if not any(folder.rglob("*.safetensors")) or not found:
+    on_hub = not folder.exists() and HUB_ID.fullmatch(str(source)) is not None
+    if on_hub:
+        wanted = [part + name for part in parts for name in (*FILES, SHARDS)] + [SCHEDULER]
+        try:
+            folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
+        except (OSError, ValueError) as error:
+            found = f"{source}: {one_line(error)}"
+            raise UserError(f"{key}: expected a folder of a network or a hub id, found {found}") from error
+    network = next((folder / part for part in parts if (folder / part / FILES[0]).is_file()), None)
+    if network is None and not on_hub:
+        return folder
+    if network is None or not any(network.glob("*.safetensors")):
         raise UserError(f"{key}: expected a network with safetensors weights in {source}, found none")
-    return found[0]
+    return network

@@ -48,7 +48,7 @@ def model_folder(source: str | Path) -> Path:
             raise UserError(
                 f"model: expected a model folder (RUN/model) or a hub id, found {source}: {one_line(error)}"
             ) from error
-    if not (folder / INDEX).is_file() and not any(class_of(folder / part) for part in DENOISER_PARTS):
+    if not (folder / INDEX).is_file() and not any((folder / part / FILES[0]).is_file() for part in DENOISER_PARTS):
         raise UserError(
             f"model: expected a model folder (RUN/model of tools/train.py), a pipeline of diffusers or a hub id, "
             f"found none of them at {source}"

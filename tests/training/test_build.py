@@ -33,6 +33,12 @@ def test_init_from_takes_the_folder_of_a_pipeline(model_folder):
     assert network_folder(model_folder / "unet", "init_from") == model_folder / "unet"
 
 
+def test_weights_that_are_a_pickle_are_refused(train_config, tmp_path):
+    diffusers_unet().save_pretrained(tmp_path / "pipeline/unet", safe_serialization=False)
+    with pytest.raises(UserError, match=r"^init_from: expected a network with safetensors weights in .*pipeline, found none"):
+        train(train_config(f"init_from={tmp_path / 'pipeline'}"))
+
+
 def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
     gaussian = ("model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8")
     start = train(train_config(*gaussian)) / "unet"
