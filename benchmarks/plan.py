@@ -4,7 +4,7 @@ Floating-point operations are counted by torch on the very networks, without run
 assumed to do; bytes follow from the format of the shards and from what autograd keeps.
 
     python benchmarks/plan.py                     # writes benchmarks/results/plan.md
-    python benchmarks/plan.py --gpus 32 --price 2.5 --utilisation 0.35
+    python benchmarks/plan.py --gpus 32 --price 2.5 --utilisation 0.35 --output outputs/plan.md
 """
 
 from __future__ import annotations
@@ -310,7 +310,8 @@ def plan_of_dit(arguments: argparse.Namespace, settings: DistillationConfig, dra
     return lines
 
 
-def main() -> None:
+def arguments_of(command: list[str]) -> argparse.Namespace:
+    """Read the command line. Without arguments, ``output`` is the file of the repository; otherwise it is None by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument(
@@ -318,8 +319,21 @@ def main() -> None:
     )
     parser.add_argument("--utilisation", type=float, default=0.3, help="the share of it that is used")
     parser.add_argument("--price", type=float, default=3.0, help="$ an hour for one GPU")
-    text = plan(parser.parse_args())
-    RESULT.write_text(text, encoding="utf-8")
+    parser.add_argument(
+        "--output", type=Path, help="file for the plan; default: none, but without any option the one in results/"
+    )
+    arguments = parser.parse_args(command)
+    if not command:
+        arguments.output = RESULT
+    return arguments
+
+
+def main() -> None:
+    arguments = arguments_of(sys.argv[1:])
+    text = plan(arguments)
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from .models.extended_dit import ExtendedDiTTransformer2DModel
     from .models.extended_sd3 import ExtendedSD3Transformer2DModel
     from .models.unet import SMDUNet2DModel
-    from .pipelines import SMDPipeline
-    from .schedulers import GMSScheduler, TeleportScheduler
+    from .pipelines import SMDPipeline, load_pipeline
+    from .schedulers import GMSScheduler, TeleportScheduler, make_scheduler
 
     __version__: str
 
@@ -26,6 +26,8 @@ __all__ = [
     "SMDUNet2DModel",
     "TeleportScheduler",
     "__version__",
+    "load_pipeline",
+    "make_scheduler",
 ]
 
 _HOMES = {
@@ -37,8 +39,10 @@ _HOMES = {
     "SMDPipeline": ".pipelines",
     "SMDUNet2DModel": ".models.unet",
     "TeleportScheduler": ".schedulers",
+    "load_pipeline": ".pipelines",
+    "make_scheduler": ".schedulers",
 }
-"""Modules of the classes, imported at first use: torch and diffusers take seconds, which --help must not."""
+"""Modules of the classes and functions, imported at first use: torch and diffusers take seconds, which --help must not."""
 
 
 def __getattr__(name: str) -> object:

@@ -17,6 +17,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, 
 from torch import nn
 
 from .errors import UserError, one_line
+from .models.hub import AUTOENCODER_PARTS, network_folder
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 INPUT_RANGE = (-1.0, 1.0)
@@ -47,11 +48,16 @@ class FrozenAutoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> FrozenAutoencoder:
-        """Load from a local folder (diffusers layout, safetensors) or a hub id such as "stabilityai/sd-vae-ft-mse"."""
-        if Path(source).exists() and not (Path(source) / "config.json").is_file():
-            raise UserError(f"autoencoder: expected a diffusers model folder, found no config.json in {source}")
+        """Load from a local folder (diffusers layout, safetensors) or a hub id such as "stabilityai/sd-vae-ft-mse": of the
+        autoencoder, or of a pipeline with one in ``vae/``. Raises UserError for others."""
+        folder = network_folder(source, "autoencoder", AUTOENCODER_PARTS, revision)
+        if folder.exists() and not (folder / "config.json").is_file():
+            raise UserError(
+                f"autoencoder: expected the folder of an autoencoder or of a pipeline, found neither config.json nor "
+                f"vae/config.json in {source}"
+            )
         try:
-            model = AutoModel.from_pretrained(str(source), revision=revision, use_safetensors=True)
+            model = AutoModel.from_pretrained(str(folder), use_safetensors=True)
         except (OSError, ValueError) as error:
             found = f"{str(source)!r}: {one_line(error)}"
             raise UserError(f"autoencoder: expected a local model folder or a hub id, found {found}") from error

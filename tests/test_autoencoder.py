@@ -99,8 +99,15 @@ def test_other_models_are_refused(tmp_path):
         FrozenAutoencoder(
             UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
         )
-    with pytest.raises(UserError, match=r"found no config\.json"):
+    with pytest.raises(UserError, match=r"^autoencoder: expected .*, found neither config\.json nor vae/config\.json in "):
         FrozenAutoencoder.from_pretrained(tmp_path)
+
+
+def test_the_autoencoder_of_a_pipeline(model_folder):
+    """By the folder of the pipeline; the manifests of both say the same."""
+    own, of_pipeline = (FrozenAutoencoder.from_pretrained(folder) for folder in (model_folder / "vae", model_folder))
+    assert own.identity() == of_pipeline.identity()
+    assert of_pipeline.name == str(model_folder)
 
 
 def test_a_mismatch_with_the_shards_names_the_field(shards, vae_folder):

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 from ldm_smd.files import sha256
 from ldm_smd.pipelines import load_pipeline, seeded_generators
@@ -108,8 +110,9 @@ torch.save(images, {str(tmp_path / "out.pt")!r})
 
 @pytest.mark.slow
 def test_a_network_of_the_hub_becomes_a_mixture(hub, shards, vae_folder, tmp_path):
-    """By the name of its pipeline's repository; one whose weights are a pickle is refused."""
+    """By the name of its pipeline's repository, which has the autoencoder too; weights that are a pickle are refused."""
     diffusers_dit(num_embeds_ada_norm=2).save_pretrained(hub.folder / "transformer")
+    shutil.copytree(vae_folder, hub.folder / "vae")
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
@@ -117,7 +120,7 @@ def test_a_network_of_the_hub_becomes_a_mixture(hub, shards, vae_folder, tmp_pat
         "HF_HOME": str(tmp_path / "home"),
     }
     settings = training(
-        shards, vae_folder, tmp_path / "run", f"init_from={REPOSITORY}", "model.tail_blocks=1", "images_total=8"
+        shards, REPOSITORY, tmp_path / "run", f"init_from={REPOSITORY}", "model.tail_blocks=1", "images_total=8"
     )
     command = [sys.executable, "tools/train.py", *settings]
     subprocess.run(command, check=True, timeout=120, env=environment)
@@ -132,3 +135,23 @@ def test_a_network_of_the_hub_becomes_a_mixture(hub, shards, vae_folder, tmp_pat
     assert refused.stderr.strip().endswith(
         f"init_from: expected a network with safetensors weights in {REPOSITORY}, found none"
     )
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_diffusers_is_sampled_from_the_hub(hub, vae_folder, tmp_path):
+    """Parts that are not used are not downloaded."""
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    DiTPipeline(transformer=diffusers_dit(), vae=vae, scheduler=DDIMScheduler()).save_pretrained(hub.folder)
+    (hub.folder / "text_encoder").mkdir()
+    (hub.folder / "text_encoder/model.safetensors").write_bytes(b"large")
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    command = [sys.executable, "tools/sample.py", f"model={REPOSITORY}", f"output={tmp_path / 'samples'}", "steps=2"]
+    subprocess.run(command, check=True, timeout=120, env=environment)
+    assert len(list((tmp_path / "samples").glob("class*.png"))) == 3 * 8
+    [snapshot] = (tmp_path / "home").rglob(f"snapshots/{COMMIT}")
+    assert {path.name for path in snapshot.iterdir()} == {"model_index.json", "scheduler", "transformer", "vae"}

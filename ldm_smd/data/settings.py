@@ -58,7 +58,7 @@ class EncodeConfig(Settings):
 
     images: ImagesConfig = field(default_factory=ImagesConfig)
     autoencoder: str = MISSING
-    """A local diffusers model folder or a hub id ("stabilityai/sd-vae-ft-mse")."""
+    """Folder or hub id of a diffusers autoencoder ("stabilityai/sd-vae-ft-mse"), or of a pipeline with one in vae/."""
     output: str = MISSING
     """Folder for the latent shards and manifest.json, or its URL (s3://, gs://, hf://); an unfinished one of the same run is
     continued."""

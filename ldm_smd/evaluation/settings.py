@@ -24,7 +24,7 @@ class EvaluateConfig(Settings):
     pictures: Optional[str] = None
     """Source of images to evaluate, from tools/sample.py or any other program. null: sample from ``model``."""
     model: Optional[str] = None
-    """Model folder or hub id to sample from, with the settings below."""
+    """Folder or hub id of a model to sample from, or of a pipeline of diffusers, with the settings below."""
     num_samples: int = number(5000, 2, 10**9)
     """Number of images to sample."""
     labels: str = choice("reference", SAMPLED_LABELS)

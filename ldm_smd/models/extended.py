@@ -15,6 +15,7 @@ from torch import nn
 from .backbone import Backbone, Trunk
 from .denoiser import null_labels, num_classes
 from .mixture import Cut, Draws, Mixture
+from .widened import with_null_class
 
 
 class ExtendedUNet2DModel(Backbone):
@@ -59,9 +60,10 @@ class ExtendedUNet2DModel(Backbone):
         self.mixture = Mixture(cut_before_up_block(self.unet, self.first_of_tail), self.config)
 
     @classmethod
-    def from_unet(cls, folder: str | Path, **mixture: int) -> ExtendedUNet2DModel:
-        """Load the UNet2DModel in ``folder`` and add a new mixture with the arguments ``mixture``."""
-        unet = UNet2DModel.from_pretrained(folder, use_safetensors=True)
+    def from_unet(cls, folder: str | Path, classes: int = 0, **mixture: int) -> ExtendedUNet2DModel:
+        """Load the UNet2DModel in ``folder`` and add a new mixture with the arguments ``mixture``. If it has an embedding for
+        each of ``classes`` and no more, add one for the null class."""
+        unet = with_null_class(UNet2DModel.from_pretrained(folder, use_safetensors=True), classes)
         sizes = {"sample_size": unet.config.sample_size, "in_channels": unet.config.in_channels}
         model = cls(unet_config=plain_config(unet), num_classes=num_classes(unet), **sizes, **mixture)
         model.unet.load_state_dict(unet.state_dict())

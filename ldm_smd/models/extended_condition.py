@@ -61,12 +61,8 @@ class ExtendedUNet2DConditionModel(Backbone):
     ) -> None:
         super().__init__()
         self.unet = UNet2DConditionModel.from_config(unet_config)
-        config = self.unet.config
-        found = [f"{name} {config[name]!r}" for name in ABSENT if config[name] is not None]
-        if found or not isinstance(config.cross_attention_dim, int):
-            wanted = "expected a UNet with cross-attention as its only condition, of a single width"
-            raise ValueError(f"unet: {wanted}, found {', '.join(found) or config.cross_attention_dim}")
-        width = config.cross_attention_dim
+        check_conditions(self.unet)
+        width = self.unet.config.cross_attention_dim
         self.empty_states = nn.Parameter(torch.zeros(empty_tokens, width))
         self.class_states = None if num_classes is None else zero_init(nn.Embedding(num_classes + 1, width))
         self.image_states = None
@@ -115,3 +111,12 @@ class ExtendedUNet2DConditionModel(Backbone):
     def tail(self, trunk: Trunk, draws: Draws) -> torch.Tensor:
         embedding, skips, states = cast(tuple[torch.Tensor, list[torch.Tensor], torch.Tensor], trunk.kept)
         return decoder_path(self.unet, trunk.features, embedding, skips, draws, self.first_of_tail, states)
+
+
+def check_conditions(unet: UNet2DConditionModel) -> None:
+    """Raise ValueError if a UNet has other conditions than cross-attention of a single width, like that of SDXL."""
+    config = unet.config
+    found = [f"{name} {config[name]!r}" for name in ABSENT if config[name] is not None]
+    if found or not isinstance(config.cross_attention_dim, int):
+        wanted = "expected a UNet with cross-attention as its only condition, of a single width"
+        raise ValueError(f"unet: {wanted}, found {', '.join(found) or config.cross_attention_dim}")

@@ -1,9 +1,14 @@
-"""Copies of diffusers denoisers with additional input and output channels."""
+"""Copies of diffusers denoisers with additional input and output channels, or a null class."""
 
 from __future__ import annotations
 
+import logging
+
 import torch
-from diffusers import ModelMixin
+from accelerate import PartialState
+from diffusers import ModelMixin, UNet2DModel
+
+logger = logging.getLogger(__name__)
 
 
 def widened(network: ModelMixin, inputs: int = 0, outputs: int = 0) -> ModelMixin:
@@ -31,3 +36,19 @@ def padded(weight: torch.Tensor, more: int, dim: int) -> torch.Tensor:
     shape = list(weight.shape)
     shape[dim] = more
     return torch.cat((weight, weight.new_zeros(shape)), dim=dim)
+
+
+def with_null_class(unet: UNet2DModel, classes: int) -> UNet2DModel:
+    """Copy a UNet that has an embedding for each of ``classes`` and none for the null class, and append one: the mean of the
+    others. Other UNets are returned as they are."""
+    if unet.config.class_embed_type is not None or not classes or unet.config.num_class_embeds != classes:
+        return unet
+    if PartialState().is_main_process:
+        found = f"an embedding for each of the {classes} classes and none for the null class"
+        logger.warning("the UNet2DModel has %s: added one, the mean of the others", found)
+    weights = unet.state_dict()
+    embeddings = weights["class_embedding.weight"]
+    weights["class_embedding.weight"] = torch.cat((embeddings, embeddings.mean(dim=0, keepdim=True)))
+    copied = UNet2DModel.from_config(unet.config, num_class_embeds=classes + 1)
+    copied.load_state_dict(weights)
+    return copied

@@ -26,6 +26,10 @@ class Conditions(NamedTuple):
         null = None if labels is None else null_labels(unet, labels)
         return Conditions(joined(labels, null), joined(embeds, None if embeds is None else torch.zeros_like(embeds)))
 
+    def repeated(self, count: int) -> Conditions:
+        """Return each row ``count`` times, next to each other."""
+        return Conditions(*(None if given is None else given.repeat_interleave(count, dim=0) for given in self))
+
 
 def read_conditions(
     unet: ModelMixin, class_labels: Sequence[int] | torch.Tensor | None, image_embeds: torch.Tensor | None, device: torch.device
@@ -39,9 +43,7 @@ def read_conditions(
         try:
             labels = torch.as_tensor(class_labels, dtype=torch.long)
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"class_labels: expected class numbers, found {class_labels!r}; pipeline.label_of(name) gives that of a name"
-            ) from error
+            raise ValueError(f"class_labels: expected class numbers or names, found {class_labels!r}") from error
         if labels.ndim != 1:
             raise ValueError(f"class_labels: expected a class number for each image, such as [0, 1], found {class_labels!r}")
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
@@ -13,7 +13,7 @@ from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..autoencoder import Autoencoder, spatial_factor
-from ..errors import UserError
+from ..errors import UserError, shortened
 from ..models.denoiser import is_mixture
 from ..models.gaussian import LatentGaussians
 from ..models.moments import MomentHeads
@@ -24,6 +24,8 @@ from ..schedulers.timesteps import Generators, begin_run, first_sample, network_
 from .decoding import decode_latents, encode_images
 from .guidance import Conditions, guided_prediction, guided_steps, read_conditions
 
+ClassLabels: TypeAlias = Sequence[int | str] | str | torch.Tensor
+"""Class numbers or names."""
 TOOLS = {"moments": "train_moments", "gaussian": "fit_gaussian"}
 """Component that a scheduler may need -> the tool that makes it."""
 
@@ -81,7 +83,7 @@ class SMDPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int] | torch.Tensor | None = None,
+        class_labels: ClassLabels | None = None,
         batch_size: int = 1,
         num_inference_steps: int = 8,
         guidance_scale: float = 1.0,
@@ -97,11 +99,12 @@ class SMDPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        num_images_per_prompt: int = 1,
     ) -> ImagePipelineOutput | tuple:
         """Sample images.
 
         Args:
-            class_labels: one class number per image; None for unconditional images.
+            class_labels: one class per image, by number or by name in ``id2label``; None for unconditional images.
             batch_size: number of images, if there are neither labels nor embeddings.
             num_inference_steps: steps of the scheduler.
             guidance_scale: w in other + w (own - other), with the same eta for both; 1 is no guidance. ``other`` is the
@@ -120,6 +123,7 @@ class SMDPipeline(DiffusionPipeline):
                 with ``pipeline._interrupt = True``.
             callback_on_step_end_tensor_inputs: some of "latents" (after the step), "sample" (x_t before the step) and
                 "pred_original_sample" (the predicted x_0).
+            num_images_per_prompt: number of images per label or embedding, next to each other; or times ``batch_size``.
 
         Returns:
             ImagePipelineOutput with ``images``, or a tuple with the images if ``return_dict`` is False.
@@ -127,8 +131,11 @@ class SMDPipeline(DiffusionPipeline):
         tensor_names = self._callback_tensors(callback_on_step_end, callback_on_step_end_tensor_inputs)
         check_scheduler(self.scheduler)
         device, dtype = self._execution_device, self.unet.dtype
-        conditions = read_conditions(self.unet, class_labels, image_embeds, device)
-        batch_size = next((len(given) for given in conditions if given is not None), batch_size)
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt: expected at least 1, found {num_images_per_prompt}")
+        conditions = read_conditions(self.unet, self._class_numbers(class_labels), image_embeds, device)
+        conditions = conditions.repeated(num_images_per_prompt)
+        batch_size = next((len(given) for given in conditions if given is not None), batch_size * num_images_per_prompt)
         if not 0.0 < strength <= 1.0:
             raise ValueError(f"strength: expected a number above 0, at most 1, found {strength}")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -179,7 +186,7 @@ class SMDPipeline(DiffusionPipeline):
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor,
-        class_labels: Sequence[int] | torch.Tensor | None = None,
+        class_labels: ClassLabels | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -189,7 +196,7 @@ class SMDPipeline(DiffusionPipeline):
 
         A mixture draws one x_0 for each x_t. The other arguments are those of ``__call__``.
         """
-        conditions = read_conditions(self.unet, class_labels, image_embeds, self._execution_device)
+        conditions = read_conditions(self.unet, self._class_numbers(class_labels), image_embeds, self._execution_device)
         [guided] = guided_steps(self.scheduler, timestep[None], guidance_interval)
         [conversion] = self._conversions(timestep[None])
         prediction = self._predict(sample, conversion, conditions, guidance_scale if guided else 1.0, generator)
@@ -211,13 +218,17 @@ class SMDPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def label_of(self, name: str) -> int:
-        """Return the number of a class that is given by name or number. Raises UserError for an unknown one."""
+    def label_of(self, name: str, key: str = "classes") -> int:
+        """Return the number of a class that is given by its name, its number, or a synonym that no other class has ("tench" for
+        "tench, Tinca tinca"). Raises UserError for an unknown one, blamed on ``key``."""
         for number, label in self.id2label.items():
             if name == label or name == str(number):
                 return number
-        known = ", ".join(self.id2label.values()) or "none"
-        raise UserError(f"classes: expected one of {known}, found {name!r}")
+        synonymous = [number for number, label in self.id2label.items() if name in label.split(", ")]
+        if len(synonymous) == 1:
+            return synonymous[0]
+        known = shortened(", ".join(self.id2label.values())) or "none"
+        raise UserError(f"{key}: expected one of {known}, found {name!r}")
 
     def latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width of the latents of images of this size in pixels; None for the training resolution.
@@ -229,6 +240,13 @@ class SMDPipeline(DiffusionPipeline):
             if pixels is not None and (pixels < factor or pixels % factor):
                 raise ValueError(f"{name}: expected a multiple of {factor}, found {pixels}")
         return height // factor if height else side, width // factor if width else side
+
+    def _class_numbers(self, class_labels: ClassLabels | None) -> Sequence[Any] | torch.Tensor | None:
+        """Return ``class_labels`` with numbers in place of names."""
+        labels = [class_labels] if isinstance(class_labels, str) else class_labels
+        if not isinstance(labels, (list, tuple)):
+            return labels
+        return [self.label_of(label, "class_labels") if isinstance(label, str) else label for label in labels]
 
     def _callback_tensors(self, callback: object, names: Sequence[str]) -> Sequence[str]:
         """Return the names of the tensors that the callback requests. Raises ValueError for unknown ones."""

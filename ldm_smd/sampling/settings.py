@@ -14,7 +14,7 @@ class SampleConfig(Settings):
     RENAMED = {"like": "image_prompt", "text": "prompt"}
 
     model: str = MISSING
-    """Model folder (RUN/model of tools/train.py) or hub id."""
+    """Folder or hub id of a model (RUN/model of tools/train.py), or of a pipeline of diffusers whose parts fit."""
     output: str = MISSING
     """New folder for the images, one PNG each named by class and seed, and for grid.png."""
     classes: Optional[list[str]] = None

@@ -65,6 +65,7 @@ def build_model(config: TrainConfig, manifest: Manifest) -> Backbone:
 def extended_model(config: TrainConfig, manifest: Manifest, folder: Path, kind: str) -> Backbone:
     """Extend the network in ``folder``, of class ``kind``, to a mixture with the sizes in ``config.model``."""
     shape = config.model
+    channels, classes = manifest.latent_shape[0], len(class_names(config, manifest.classes))
     known = inspect.signature(EXTENDED[kind] if kind in EXTENDED else EXTENDED[f"Extended{kind}"]).parameters
     embeds, path = "embedding_dimensions" in known, config.diffusion.path
     check(embeds or not config.image_conditional, "image_conditional", f"false for the {kind} of init_from", True)
@@ -84,12 +85,12 @@ def extended_model(config: TrainConfig, manifest: Manifest, folder: Path, kind: 
         names = ("z_channels", "identifier_channels", "hypernetwork_width", "noise_rank", "tail_blocks")
         sizes = {name: getattr(shape, name) for name in names if name in known}
         sizes |= conditions(config, manifest) if embeds else {}
+        sizes |= {"classes": classes} if kind == "UNet2DModel" else {}
         modes, timesteps = noise_modes(config, manifest), noise_timesteps(config)
         try:
             model = EXTENSIONS[kind](folder, **sizes, noise_modes=modes, noise_timesteps=timesteps)
         except ValueError as error:
             raise UserError(f"init_from: {one_line(error)}") from error
-    channels, classes = manifest.latent_shape[0], len(class_names(config, manifest.classes))
     check(model.config.in_channels == channels, "init_from", f"{channels} channels, like the latents", model.config.in_channels)
     if model.config.num_classes is not None:
         what = f"{classes + 1} class embeddings, for {classes} classes and the null class"

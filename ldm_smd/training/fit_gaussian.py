@@ -21,9 +21,10 @@ from ..files import makes_folder
 from ..models.denoiser import num_classes
 from ..models.fit import fit_shared, leading, weights_by_class
 from ..models.gaussian import LatentGaussians
-from ..pipelines import load_pipeline
+from ..pipelines import SMDPipeline, load_pipeline
 from ..progress import progress
 from ..schedulers import make_scheduler
+from ..schema import check
 from .model_folder import model_card, write_model_folder
 from .settings import FitGaussianConfig
 
@@ -117,6 +118,7 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
     manifest = Manifest.load(config.shards, config.shards_cache)
     autoencoder = FrozenAutoencoder(pipeline.vae, config.model)
     manifest.check_autoencoder(autoencoder)
+    check_classes(pipeline, manifest)
     classes = num_classes(pipeline.unet) or 0
     with process_group() as state:
         sums = latent_sums(config, manifest, autoencoder, classes if config.components == 1 else 0, state)
@@ -138,6 +140,13 @@ Made by `tools/fit_gaussian.py` with these settings:"""
     write_model_folder(output, pipeline, card, "gaussian")
     print(f"{found}; wrote {output}")
     return output
+
+
+def check_classes(pipeline: SMDPipeline, manifest: Manifest) -> None:
+    """Raise UserError if the shards have more classes than the model has, unless it is unconditional."""
+    classes, wanted = num_classes(pipeline.unet), len(manifest.classes)
+    expected = f"a model of {wanted} classes and the null class, as in the shards"
+    check(classes is None or classes >= wanted, "model", expected, classes)
 
 
 def latent_sums(

@@ -21,8 +21,8 @@ class TrainConfig(Settings):
     """Folder with latent shards and manifest.json, from tools/encode.py, or its URL: s3://, gs://, https://, hf://."""
     shards_cache: CacheConfig = field(default_factory=CacheConfig)
     autoencoder: str = MISSING
-    """Folder or hub id of the autoencoder that the shards were encoded with. Decodes previews and becomes part of the model
-    folder."""
+    """Folder or hub id of the autoencoder that the shards were encoded with, or of a pipeline with it. Decodes previews and
+    becomes part of the model folder."""
     output: str = MISSING
     """Folder of the run: checkpoints, metrics and sample grids; at the end model/, the pipeline with EMA weights."""
     init_from: Optional[str] = None
@@ -200,7 +200,7 @@ class TrainMomentsConfig(Settings):
     RENAMED = {"third_weight": "third_moment_weight"}
 
     model: str = MISSING
-    """Model folder with a Gaussian UNet: RUN/model of tools/train.py."""
+    """Model folder with a Gaussian UNet: RUN/model of tools/train.py, or a pipeline of diffusers by its folder or hub id."""
     shards: str = MISSING
     """The latent shards that the model was trained on: folder or URL."""
     shards_cache: CacheConfig = field(default_factory=CacheConfig)
@@ -228,7 +228,7 @@ class FitGaussianConfig(Settings):
     """tools/fit_gaussian.py"""
 
     model: str = MISSING
-    """Model folder: RUN/model of tools/train.py."""
+    """Model folder: RUN/model of tools/train.py, or a pipeline of diffusers by its folder or hub id."""
     shards: str = MISSING
     """The latent shards that the model was trained on: folder or URL."""
     shards_cache: CacheConfig = field(default_factory=CacheConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
 
 from ..data.stream import LatentBatch
 from ..diffusion.process import GaussianPath
@@ -13,6 +13,7 @@ from ..models.denoiser import is_mixture, num_classes
 from ..models.extended import class_of
 from ..models.hub import network_folder
 from ..models.registry import DENOISERS
+from ..models.widened import with_null_class
 from ..schema import check
 from .run import Run
 from .same_process import check_process
@@ -36,9 +37,15 @@ def load_teacher(run: Run, mixture: Backbone) -> ModelMixin:
     check(kind in DENOISERS, KEY, f"the folder of one of {', '.join(DENOISERS)} (RUN/model/unet)", f"{kind} in {folder}")
     teacher = DENOISERS[kind].from_pretrained(folder, use_safetensors=True)
     check(not is_mixture(teacher), KEY, "a Gaussian model", f"a mixture in {folder}")
+    classes = mixture.config.num_classes
+    if isinstance(teacher, UNet2DModel) and classes and (extended := with_null_class(teacher, classes)) is not teacher:
+        teacher, dropout, guidance = extended, run.config.label_dropout, run.config.objective.distillation.guidance_scale
+        reason = f"since the teacher in {folder} was not trained without labels"
+        check(dropout == 0, "label_dropout", f"0, {reason}", dropout)
+        check(guidance == 1, "objective.distillation.guidance_scale", f"1, {reason}", guidance)
     for name, found, wanted in (
         ("in_channels", teacher.config.in_channels, mixture.config.in_channels),
-        ("num_classes", num_classes(teacher), mixture.config.num_classes),
+        ("num_classes", num_classes(teacher), classes),
     ):
         check(found == wanted, KEY, f"{name} {wanted}, like the model", found)
     return teacher.to(run.accelerator.device).requires_grad_(False)

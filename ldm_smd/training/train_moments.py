@@ -21,6 +21,7 @@ from ..progress import progress
 from ..schedulers import make_scheduler
 from ..schedulers.conversion import process_of
 from .ema import EMA
+from .fit_gaussian import check_classes
 from .model_folder import model_card, write_model_folder
 from .rates import warmup_then_cosine
 from .settings import TrainMomentsConfig
@@ -43,6 +44,7 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     manifest = Manifest.load(config.shards, config.shards_cache)
     autoencoder = FrozenAutoencoder(pipeline.vae, config.model)
     manifest.check_autoencoder(autoencoder)
+    check_classes(pipeline, manifest)
 
     torch.manual_seed(config.seed)
     try:

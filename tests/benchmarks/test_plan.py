@@ -46,3 +46,9 @@ def test_the_operations_of_a_distillation(config):
     assert adversarial.activations == pytest.approx(mixture.activations + 2 * gaussian.activations, rel=0.05)
     checkpointed = plan.Distilled(partial(plan.unet_of, config), DistillationConfig(adversarial_weight=0.3), checkpointing=True)
     assert checkpointed.activations < 0.6 * adversarial.activations
+
+
+def test_options_leave_the_file_of_the_repository_alone(tmp_path):
+    assert plan.arguments_of([]).output == plan.RESULT
+    assert plan.arguments_of(["--gpus", "8"]).output is None
+    assert plan.arguments_of(["--price", "2.5", "--output", str(tmp_path / "plan.md")]).output == tmp_path / "plan.md"

@@ -74,8 +74,8 @@ def test_conditions_that_do_not_fit_are_named(pipeline):
         pipeline([3])
     with pytest.raises(ValueError, match=r"class_labels: expected a class number for each image, such as \[0, 1\], found 1"):
         pipeline(1)
-    with pytest.raises(ValueError, match=r"class_labels: expected class numbers, found \['disc'\]; pipeline.label_of"):
-        pipeline(["disc"])
+    with pytest.raises(ValueError, match=r"class_labels: expected class numbers or names, found \[None\]"):
+        pipeline([None])
     with pytest.raises(ValueError, match="image_embeds: expected None, this model is not conditioned"):
         read_conditions(pipeline.unet, None, torch.ones(1, 16), cpu)
     with pytest.raises(ValueError, match="class_labels: expected None, this model is unconditional"):

@@ -1,21 +1,31 @@
 """Pipelines saved, loaded and made of another's parts."""
 
+import json
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline
 
 from ldm_smd.errors import UserError
 from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.models.moments import MomentHeads
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
+from ldm_smd.pipelines.loading import NETWORKS, model_folder, weight_files
+from ldm_smd.sampling.settings import SampleConfig
+from ldm_smd.sampling.tool import sample
+from ldm_smd.training.fit_gaussian import fit_gaussian
+from ldm_smd.training.settings import FitGaussianConfig, TrainMomentsConfig
+from ldm_smd.training.train_moments import train_moments
 from tests.rounding import alike
 from tests.sampled import latents
+from tests.tiny import diffusers_condition, diffusers_dit, diffusers_unet
 
 
 def test_what_is_no_model_is_named(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"model: expected a model folder .* or a hub id, found neither"):
+    with pytest.raises(UserError, match=r"model: expected a model folder .* or a hub id, found none of them at"):
         load_pipeline(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"model: expected a model folder \(RUN/model\) or a hub id, found someone/none: "):
@@ -58,3 +68,92 @@ def test_pipelines_are_handled_as_those_of_diffusers(pipeline, gaussian_folder, 
         loaded = SMDPipeline.from_pretrained(tmp_path / name, variant=options.get("variant"))
         assert alike(latents(loaded, [0, 1], [1, 2]), expected)
     assert len(list((tmp_path / "shards" / "unet").glob("*.safetensors"))) > 1
+
+
+@pytest.fixture
+def dit_folder(vae_folder, tmp_path):
+    """The folder of a DiTPipeline of two classes with names."""
+    torch.manual_seed(0)
+    dit = diffusers_dit(out_channels=8, num_embeds_ada_norm=2)
+    for parameter in dit.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    vae, scheduler = AutoencoderKL.from_pretrained(vae_folder), DDIMScheduler(clip_sample=False)
+    DiTPipeline(transformer=dit, vae=vae, scheduler=scheduler).save_pretrained(tmp_path / "dit")
+    index = tmp_path / "dit/model_index.json"
+    names = {"id2label": {"0": "disc, circle", "1": "square, box"}}
+    index.write_text(json.dumps(json.loads(index.read_text()) | names))  # as in that of facebook/DiT-XL-2-256
+    return tmp_path / "dit"
+
+
+def test_a_pipeline_of_diffusers_is_loaded(dit_folder):
+    """With its weights, schedule and class names; the same samples as from its parts."""
+    loaded, theirs = load_pipeline(dit_folder), DiTPipeline.from_pretrained(dit_folder)
+    made = SMDPipeline(theirs.transformer, theirs.vae, theirs.scheduler)
+    assert alike(latents(loaded, [0, 1], [1, 2]), latents(made, [0, 1], [1, 2]))
+    assert loaded.id2label == {0: "disc, circle", 1: "square, box"}
+    assert loaded.scheduler.config.beta_schedule == "linear"
+
+
+def test_a_pipeline_of_diffusers_is_fitted_and_sampled(dit_folder, shards, tmp_path, run):
+    """By its tools, as they would one of ours; what is written is one of ours."""
+    folder = model_folder(dit_folder)
+    assert {path.parent.name for path in weight_files(folder, (*NETWORKS, "vae"))} == {"transformer", "vae"}
+    fitted, samples = tmp_path / "fitted", tmp_path / "samples"
+    fit = [f"model={dit_folder}", f"shards={shards}", f"output={fitted}", "components=2", "rank=4"]
+    assert run(FitGaussianConfig, fit_gaussian, *fit)[0] == 0
+    assert SMDPipeline.from_pretrained(fitted).id2label == {0: "disc, circle", 1: "square, box"}
+    for model in (dit_folder, fitted):
+        settings = [f"model={model}", f"output={samples / model.name}", "classes=[box]", "steps=2", "per_class=2"]
+        code, _, error = run(SampleConfig, sample, *settings)
+        assert code == 0, error
+        assert len(list((samples / model.name).glob("class0001-*.png"))) == 2
+
+
+def test_shards_of_more_classes_than_the_model_are_refused(vae_folder, shards, tmp_path, run):
+    """As by a UNet that has an embedding for each class and none for the null class."""
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    for name, part in {"unet": diffusers_unet(num_class_embeds=2), "vae": vae, "scheduler": DDIMScheduler()}.items():
+        part.save_pretrained(tmp_path / "pipeline" / name)
+    settings = [f"model={tmp_path / 'pipeline'}", f"shards={shards}", f"output={tmp_path / 'out'}"]
+    for schema, tool in ((FitGaussianConfig, fit_gaussian), (TrainMomentsConfig, train_moments)):
+        code, _, error = run(schema, tool, *settings)
+        assert code == 2 and not (tmp_path / "out").exists()
+        assert error.endswith("model: expected a model of 2 classes and the null class, as in the shards, found 1")
+
+
+def test_a_folder_of_parts_without_an_index_is_loaded(vae_folder, tmp_path):
+    parts = {"unet": diffusers_unet(), "vae": AutoencoderKL.from_pretrained(vae_folder), "scheduler": DDIMScheduler()}
+    for name, part in parts.items():
+        part.save_pretrained(tmp_path / name)
+    assert latents(load_pipeline(tmp_path), [0, 1], [1, 2]).shape == (2, 4, 8, 8)
+
+
+def test_a_pipeline_whose_parts_do_not_fit_is_refused(dit_folder, tmp_path):
+    (dit_folder / "vae/config.json").write_text('{"_class_name": "VQModel"}')
+    with pytest.raises(UserError, match=r"^model: expected .*, found DiTTransformer2DModel, VQModel, DDIMScheduler in .*dit$"):
+        load_pipeline(dit_folder)
+    diffusers_unet().save_pretrained(tmp_path / "pixels/unet")
+    with pytest.raises(UserError, match=r"^model: expected .*, found UNet2DModel, none, none in "):
+        load_pipeline(tmp_path / "pixels")
+
+
+def test_denoisers_that_cannot_be_sampled_are_refused(vae_folder, tmp_path):
+    """One of other channels, as for inpainting, and one that needs more than a text, as that of SDXL."""
+    AutoencoderKL.from_pretrained(vae_folder).save_pretrained(tmp_path / "vae")
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    diffusers_condition(in_channels=9).save_pretrained(tmp_path / "unet")
+    with pytest.raises(UserError, match=r"^model: expected a denoiser of 4 channels, like the latents, found 9 in "):
+        load_pipeline(tmp_path)
+    two = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 60}
+    diffusers_condition(**two).save_pretrained(tmp_path / "unet")
+    with pytest.raises(UserError, match=r"^model: expected a readable model folder, .* cross-attention as its only condition"):
+        load_pipeline(tmp_path)
+
+
+def test_diffusion_pipeline_finds_the_class(pipeline, tmp_path):
+    """diffusers looks a pipeline's class up in its own module, where importing SMDPipeline puts it."""
+    pipeline.save_pretrained(tmp_path / "model")
+    assert diffusers.SMDPipeline is SMDPipeline
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert type(loaded) is SMDPipeline
+    assert alike(latents(loaded, [0, 1], [1, 2]), latents(pipeline, [0, 1], [1, 2]))

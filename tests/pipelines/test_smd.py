@@ -241,6 +241,37 @@ def test_mistakes_are_named(pipeline):
         pipeline([0, 1], generator=seeded_generators([1]))
     with pytest.raises(UserError, match="classes: expected one of disc, square, found 'cat'"):
         pipeline.label_of("cat")
+    with pytest.raises(UserError, match=r"^class_labels: expected one of disc, square, found 'cat'"):
+        pipeline(["disc", "cat"])
+    with pytest.raises(ValueError, match="num_images_per_prompt: expected at least 1, found 0"):
+        pipeline([0], num_images_per_prompt=0)
+
+
+def test_classes_by_name(pipeline):
+    expected = latents(pipeline, [1, 0], [1, 2])
+    assert alike(latents(pipeline, ["square", 0], [1, 2]), expected)
+    assert alike(latents(pipeline, "square", [1]), expected[:1])
+    t, square = torch.tensor(500), torch.tensor([1])
+    by_number, by_name = (
+        pipeline.pred_original_sample(expected[:1], t, labels, generator=seeded_generators([3]))
+        for labels in (square, ["square"])
+    )
+    assert alike(by_number, by_name)
+
+
+def test_synonyms_of_a_class_that_no_other_has(pipeline):
+    pipeline.id2label = {0: "crane, bird", 1: "crane, machine"}
+    assert [pipeline.label_of(name) for name in ("bird", "machine", "crane, bird", "1")] == [0, 1, 0, 1]
+    with pytest.raises(UserError, match="found 'crane'"):
+        pipeline.label_of("crane")
+
+
+def test_several_images_per_prompt(pipeline):
+    """Those of a class follow each other, as in diffusers' pipelines."""
+    several = latents(pipeline, [1, 0], [1, 2, 3, 4], num_images_per_prompt=2)
+    assert alike(several, latents(pipeline, [1, 1, 0, 0], [1, 2, 3, 4]))
+    without = latents(pipeline, None, [1, 2, 3, 4, 5, 6], batch_size=3, num_images_per_prompt=2)
+    assert alike(without, latents(pipeline, None, [1, 2, 3, 4, 5, 6], batch_size=6))
 
 
 class FromTheMean(diffusers.DDIMScheduler):

@@ -33,6 +33,12 @@ def test_init_from_takes_the_folder_of_a_pipeline(model_folder):
     assert network_folder(model_folder / "unet", "init_from") == model_folder / "unet"
 
 
+def test_weights_that_are_a_pickle_are_refused(train_config, tmp_path):
+    diffusers_unet().save_pretrained(tmp_path / "pipeline/unet", safe_serialization=False)
+    with pytest.raises(UserError, match=r"^init_from: expected a network with safetensors weights in .*pipeline, found none"):
+        train(train_config(f"init_from={tmp_path / 'pipeline'}"))
+
+
 def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
     gaussian = ("model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8")
     start = train(train_config(*gaussian)) / "unet"
@@ -59,3 +65,27 @@ def test_a_diffusers_unet_starts_a_mixture(train_config, tmp_path):
         train(train_config(*gaussian))
     with pytest.raises(UserError, match=r"init_from: expected model\.z_channels > 0"):
         train(train_config(start, "model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'x'}"))
+
+
+def test_a_unet_without_a_null_class_gets_one(train_config, tmp_path, caplog):
+    """As a start and as a teacher, which cannot teach what was never trained: predictions without a label."""
+    unet = diffusers_unet(num_class_embeds=2)
+    unet.save_pretrained(tmp_path / "unet")
+    start, still = f"init_from={tmp_path / 'unet'}", ("images_total=8", "learning_rate=1e-12", "weight_decay=0")
+    trained = weights(train(train_config(start, *still)) / "unet")["unet.class_embedding.weight"]
+    classes = unet.class_embedding.weight.detach()
+    assert torch.allclose(trained, torch.cat((classes, classes.mean(dim=0, keepdim=True))), atol=1e-6)
+    [said] = [record.message for record in caplog.records if "null class" in record.message]
+    assert said.startswith("the UNet2DModel has an embedding for each of the 2 classes and none for the null class: added one")
+    distilled = (start, *still, "objective.name=distillation", "objective.draws=1", f"output={tmp_path / 'distilled'}")
+    with pytest.raises(UserError, match=r"^label_dropout: expected 0, since the teacher in .* without labels, found 0\.1"):
+        train(train_config(*distilled))
+    with pytest.raises(UserError, match=r"^objective\.distillation\.guidance_scale: expected 1, .* labels, found 2"):
+        train(train_config(*distilled, "label_dropout=0", "objective.distillation.guidance_scale=2"))
+    assert load_pipeline(train(train_config(*distilled, "label_dropout=0"))).unet.config.num_classes == 2
+
+
+def test_other_numbers_of_classes_are_refused(train_config, tmp_path):
+    diffusers_unet(num_class_embeds=5).save_pretrained(tmp_path / "unet")
+    with pytest.raises(UserError, match=r"^init_from: expected 3 class embeddings, for 2 classes and the null class, found 5"):
+        train(train_config(f"init_from={tmp_path / 'unet'}"))
