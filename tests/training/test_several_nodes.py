@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from ldm_smd.config import dump_config
 from ldm_smd.data.shards import Manifest
@@ -49,7 +50,8 @@ class Node:
         launcher = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=0", "--rdzv-backend=c10d"]
         launcher += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run", "--local-addr=127.0.0.1"]
         launcher += [f"--rdzv-conf=is_host={int(self.is_host)}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        # As many threads as here, by which the fitted noise of few images rounds.
+        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", *launcher, str(ROOT / "tools/train.py"), "--config", "run.yaml"]
         self.log = open(self.folder / "log", "a")  # noqa: SIM115
         self.process = subprocess.Popen(command, cwd=self.folder, env=environment, stderr=self.log)
