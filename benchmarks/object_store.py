@@ -37,6 +37,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from faulty_store import LOOPBACK, Fault, FaultyProxy
 from targets import target
@@ -200,6 +201,7 @@ class Trainee:
 
 def training_rates(stores: StoreProcess, shards: Path, url: str, folder: Path, rounds: int) -> tuple[list[dict], float]:
     """Images a second and shares of waiting, by round; and the bytes a second of the link."""
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # the server and the proxy are on another machine in life
     trainee, local = Trainee(shards, folder), Manifest.load(shards)
     bytes_per_image = sum((shards / item["name"]).stat().st_size for item in local.shards) / local.count
     needed = bytes_per_image * max(trainee.images_per_second(local, seed=0)[0] for _ in range(3))
