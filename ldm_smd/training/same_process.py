@@ -12,10 +12,9 @@ import diffusers
 
 from ..diffusion.settings import BETA_SCHEDULES, DiffusionConfig
 from ..errors import UserError
+from ..models.hub import SCHEDULER
 from ..schedulers.conversion import Process, process_of
 from ..schedulers.schedule import build_scheduler
-
-SCHEDULER = Path("scheduler/scheduler_config.json")
 
 
 def check_process(config: DiffusionConfig, folder: Path, key: str) -> None:

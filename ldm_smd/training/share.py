@@ -69,8 +69,9 @@ def transfer(output: Path, thing: str, files: dict[str, int], receives: bool, ac
         with atomic_file(output / thing, this_process()) as path:
             receive(path, files["."], accelerator)
     else:
-        for old in (output / thing).parent.glob("images-*" if thing.startswith("checkpoints") else thing):
-            shutil.rmtree(old)
+        if thing.startswith("checkpoints"):  # only the newest is of use here
+            for old in (output / thing).parent.glob("images-*"):
+                shutil.rmtree(old)
         with atomic_folder(output / thing) as folder:
             for name, size in files.items():
                 receive(folder / name, size, accelerator)
