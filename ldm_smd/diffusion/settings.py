@@ -57,6 +57,8 @@ class DistillationConfig(Settings):
     """Peak learning rate of the critic. It follows the schedule of the model's learning rate."""
     adversarial_weight: float = number(0.0, 0, 100)
     """Weight of the adversarial loss: the critic also learns to tell draws from true latents of the same x_t. 0: none."""
+    energy_weight: float = number(0.0, 0, 100)
+    """Weight of the energy score of objective.draws draws, in addition. Keeps the draws from becoming alike. 0: none."""
     critic_updates: int = number(1, 1, 100)
     """Critic updates per model update. Raise it if the critic cannot follow the model."""
     guidance_scale: float = number(1.0, 0, 100)
@@ -94,4 +96,5 @@ class ObjectiveConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.draws > 1 or self.name != "energy", "objective.draws", "at least 2 for the energy score", self.draws)
+        scored = self.name == "energy" or (self.name == "distillation" and self.distillation.energy_weight > 0)
+        check(self.draws > 1 or not scored, "objective.draws", "at least 2 for the energy score", self.draws)

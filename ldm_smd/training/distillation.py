@@ -18,7 +18,7 @@ from ..data.stream import LatentBatch
 from .critics import make_critic
 from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
-from .step import global_batch, micro_batches, model_conditions, trained_model
+from .step import compare_draws, global_batch, micro_batches, model_conditions, trained_model
 from .step_noise import StepNoise
 from .teacher import draw_with_pure_noise, load_teacher
 from .trained import TrainedNetwork, adamw
@@ -48,6 +48,9 @@ class Distillation:
     the frozen teacher gives the score of the true q(x_r | x_t). The critic gives that of the mixture; it is trained with the
     denoising loss on the mixture's draws. The loss of the mixture follows the gradient of their KL divergence
     (DistillationLosses). The critic starts as a copy of the teacher, the optimal critic of true draws.
+
+    With an ``energy_weight``, the energy score of several draws for the data is added. It is proper, so it has the same optimum,
+    and it keeps the draws from becoming alike when the critic cannot follow them.
     """
 
     def __init__(self, run: Run) -> None:
@@ -104,16 +107,26 @@ class Distillation:
         eta = rearrange(noise.eta, "b m ... -> (b m) ...")
         with run.accelerator.autocast(), torch.set_grad_enabled(model_learns):
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
-        x = path.to_x0(prediction, x_t, t, prediction_type)
+        predictions = rearrange(prediction, "(b m) ... -> b m ...", b=len(x0))
+        x = path.to_x0(predictions[:, 0], x_t, t, prediction_type)
 
         with run.accelerator.autocast():
             networks, second = (self.teacher, self.critic.network), (noise.r, noise.second_eps)
-            return self.distillation_losses.losses(*networks, x, x0, x_t, t, *second, conditions, self.critic.forward)
+            losses = self.distillation_losses.losses(*networks, x, x0, x_t, t, *second, conditions, self.critic.forward)
+        weight = run.config.objective.distillation.energy_weight
+        if weight > 0 and model_learns:
+            target = path.target(x0, noise.eps, t, prediction_type)
+            score = compare_draws("energy", run.config, path, predictions, target, t)
+            losses |= {"loss": losses["loss"] + weight * score, "energy_score": score}
+        return losses
 
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:
-        """Draw the random numbers for this process. ``number`` gives an independent set for every critic update."""
+        """Draw the random numbers for this process. ``number`` gives an independent set for every critic update; 0 is for the
+        update of the mixture, which needs several draws for the energy score."""
         run, last = self.run, self.process.last
-        noise = draw_with_pure_noise(run, self.process, batch, images_seen, 1, number)
+        score = run.config.objective
+        draws = score.draws if score.distillation.energy_weight > 0 and number == 0 else 1
+        noise = draw_with_pure_noise(run, self.process, batch, images_seen, draws, number)
         generator, count, rows = global_batch(run, batch, images_seen, number, 1)
         r = torch.empty(count, device=generator.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator)
         eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=generator.device)

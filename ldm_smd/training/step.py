@@ -16,6 +16,7 @@ from ..diffusion.process import GaussianPath
 from ..models.denoiser import model_labels
 from .build import initial_model
 from .run import Run
+from .settings import TrainConfig
 from .step_noise import StepNoise, draw_step_noise, step_seed
 from .trained import TrainedNetwork, adamw
 
@@ -76,11 +77,19 @@ class Denoising:
         conditions = model_conditions(self.run, batch, noise, self.model.network.config.num_classes)
         with self.run.accelerator.autocast():  # a prepared model does this itself, except under FSDP
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
-        score = config.objective
-        compare = objective(score.name, score.beta, score.diversity, score.patch_sizes, score.bandwidth)
-        exponent = score.beta if score.name == "energy" else 2.0
-        losses = compare(rearrange(prediction, "(b m) ... -> b m ...", b=len(x0)), target)
-        return losses * timestep_weight(score.weighting, exponent, self.process, t, prediction_type)
+        predictions = rearrange(prediction, "(b m) ... -> b m ...", b=len(x0))
+        return compare_draws(config.objective.name, config, self.process, predictions, target, t)
+
+
+def compare_draws(
+    name: str, config: TrainConfig, path: GaussianPath, predictions: torch.Tensor, target: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """Return the objective called ``name`` of draws (B, M, C, h, w) for a target (B, C, h, w), weighted for t: (B,)."""
+    score = config.objective
+    compare = objective(name, score.beta, score.diversity, score.patch_sizes, score.bandwidth)
+    exponent = score.beta if name == "energy" else 2.0
+    weight = timestep_weight(score.weighting, exponent, path, t, config.diffusion.predicts)
+    return compare(predictions, target) * weight
 
 
 def trained_model(run: Run, momentum: float = 0.9) -> TrainedNetwork:

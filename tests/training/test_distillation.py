@@ -1,5 +1,8 @@
 """Posterior distillation in the loop of tools/train.py."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,9 +12,17 @@ from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.distillation import Distillation
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.step import Denoising
 from tests.training.results import assert_same_losses, logged_losses, weights
 
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
+
+
+def open_again(run, objective):
+    """The same run with another objective."""
+    config = copy.deepcopy(run.config)
+    config.objective.name = objective
+    return dataclasses.replace(run, config=config)
 
 
 @pytest.fixture
@@ -125,6 +136,24 @@ def test_an_adversarial_term_starts_from_nothing(learner):
         learner.step(batch, number, learning_rate=1e-3)
     assert critic.conv_out.weight[-1].abs().max() > 0
     assert learner.losses(batch, noise)["loss"].max() > 0
+
+
+def test_an_energy_score_beside_it(learner):
+    """At the start, where distillation moves nothing, the loss is the weighted energy score of the draws."""
+    energy, draws = "objective.distillation.energy_weight=0.5", "objective.draws=3"
+    chosen = learner(energy, draws)
+    batch = chosen.run.batches().batch_at(0)
+    noise = chosen.draw(batch, 0)
+    assert noise.eta.shape[1] == 3 and chosen.draw(batch, 0, 1).eta.shape[1] == 1
+    losses = chosen.losses(batch, noise)
+    assert losses["energy_score"].min() > 0 and torch.allclose(losses["loss"], 0.5 * losses["energy_score"])
+    denoising = Denoising(open_again(chosen.run, "energy"))
+    denoising.model = chosen.model
+    assert torch.allclose(denoising.losses(batch, noise), losses["energy_score"])
+    only_critic = chosen.losses(batch, chosen.draw(batch, 0, 1), model_learns=False)
+    assert "energy_score" not in only_critic
+    with pytest.raises(UserError, match=r"objective\.draws: expected at least 2 for the energy score, found 1"):
+        learner(energy, "objective.draws=1")
 
 
 def test_another_teacher_than_the_start(distil, train_config, gaussian_folder, model_folder, tmp_path):

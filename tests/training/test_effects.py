@@ -83,6 +83,7 @@ ELSEWHERE = {
     "objective.distillation.critic_learning_rate",  # test_distillation.py, as those below
     "objective.distillation.adversarial_weight",
     "objective.distillation.critic_updates",
+    "objective.distillation.energy_weight",
     "objective.distillation.guidance_scale",
     "objective.distillation.pure_noise_fraction",
     "objective.distillation.teacher",
