@@ -49,7 +49,7 @@ class Distillation:
     denoising loss on the mixture's draws. The loss of the mixture follows the gradient of their KL divergence
     (DistillationLosses). The critic starts as a copy of the teacher, the optimal critic of true draws.
 
-    With an ``energy_weight``, the energy score of several draws for the data is added. It is proper, so it has the same optimum,
+    With an ``energy_weight``, the energy score of several draws is added. It is proper, so it has the same optimum,
     and it keeps the draws from becoming alike when the critic cannot follow them.
     """
 
