@@ -34,6 +34,7 @@ COSTLY = (
     "adversarial",
     "fitted",
     "energy_first",
+    "energy_weight",
 )
 """Settings that change what a step costs."""
 ROUNDS = 3

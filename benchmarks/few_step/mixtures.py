@@ -32,6 +32,7 @@ PARTS = {"z_channels": 32, "identifier_channels": 32, "hypernetwork_width": 40, 
 """Settings of the mixture, as in configs/train/emoji-smd.yaml."""
 PATCHES = [0, 4, 2, 1]
 FIRST_DRAWS, FIRST_BETA = 4, 0.5
+ENERGY_DRAWS = 2
 
 
 class Mixture(Method):
@@ -61,12 +62,17 @@ class Mixture(Method):
         """Take an update with the energy score of ``draws`` draws."""
         t = self.process.random_t(len(x0), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
-        target = self.process.target(x0, eps, t, "v_prediction")
         found = self.velocity(self.model, self.process.noise(x0, eps, t), t, labels, draws, generator)
-        score = objective("energy", beta, 1.0, PATCHES)
-        loss = score(rearrange(found, "(b m) ... -> b m ...", b=len(x0)), target).mean()
+        loss = self.energy_score(found, x0, eps, t, beta).mean()
         self.descend("model", loss, rate)
         return {"loss": loss.detach()}
+
+    def energy_score(
+        self, velocities: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, beta: float
+    ) -> torch.Tensor:
+        """Return the energy score of velocities (N * draws, C, h, w) for each x_0, (N,)."""
+        target = self.process.target(x0, eps, t, "v_prediction")
+        return objective("energy", beta, 1.0, PATCHES)(rearrange(velocities, "(b m) ... -> b m ...", b=len(x0)), target)
 
     @torch.no_grad()
     def sample(
@@ -145,6 +151,8 @@ class DistillationSettings:
     pure_noise: float = 0.3
     critic_updates: int = 1
     adversarial: float = 0.0
+    energy_weight: float = 0.0
+    """Weight of the energy score of ENERGY_DRAWS draws, in addition."""
     energy_first: float = 0.0
     """Share of the images, the first, that the energy score learns from, with FIRST_DRAWS draws and exponent FIRST_BETA."""
 
@@ -189,12 +197,17 @@ class PosteriorDistillation(Mixture):
         options, last = {"generator": generator, "device": x0.device}, self.process.last
         t = self.process.random_t(len(x0), **options)
         t = torch.where(torch.rand(len(x0), **options) < self.settings.pure_noise, last, t)
-        x_t = self.process.noise(x0, torch.randn(x0.shape, **options), t)
+        eps, weight = torch.randn(x0.shape, **options), self.settings.energy_weight if model_learns else 0.0
+        x_t, draws = self.process.noise(x0, eps, t), ENERGY_DRAWS if weight > 0 else 1
         with torch.set_grad_enabled(model_learns):
-            x = self.process.to_x0(self.velocity(self.model, x_t, t, labels, 1, generator), x_t, t, "v_prediction")
+            velocities = self.velocity(self.model, x_t, t, labels, draws, generator)
+            x = self.process.to_x0(velocities[::draws], x_t, t, "v_prediction")
         r = torch.empty(len(x0), device=x0.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator).round().long()
         second = torch.randn(x0.shape, **options)
-        return self.distillation_losses.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
+        losses = self.distillation_losses.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
+        if weight > 0:
+            losses["loss"] = losses["loss"] + weight * self.energy_score(velocities, x0, eps, t, 1.0)
+        return losses
 
 
 class WhiteNoiseDistillation(PosteriorDistillation):
