@@ -224,7 +224,7 @@ def test_training_is_that_of_a_folder(many_shards, remote, vae_folder, train_con
 def test_other_tools_read_them(run, remote, many_shards, gaussian_folder, cache, tmp_path):
     there = [f"shards={remote}", f"shards_cache.folder={cache.folder}"]
     code, out, _ = run(VerifyConfig, verify, *there, f"sheet={tmp_path / 'sheet.png'}")
-    assert code == 0 and "22 samples in 8 shards are as their manifest says" in out
+    assert code == 0 and "22 samples in 8 shards match their manifest" in out
     fit = [f"model={gaussian_folder}", "rank=4", "batch_size=5"]
     moments = [f"model={gaussian_folder}", "images_total=16", "batch_size=8"]
     for name, shards in (("local", [f"shards={many_shards}"]), ("remote", there)):
