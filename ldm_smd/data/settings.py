@@ -15,8 +15,8 @@ class CacheConfig(Settings):
     folder: str = "~/.cache/ldm_smd/shards"
     """Folder of the copies, best on a local disk."""
     gigabytes: float = number(100.0, above=0, maximum=10**6)
-    """Maximum size. Beyond it, the least recently used copies are removed. Shards that are being read stay on disk a little
-    longer."""
+    """Maximum size. Beyond it, the least recently used copies are removed. A few more shards stay on disk while they are
+    read."""
 
     @property
     def bytes(self) -> int:
@@ -69,9 +69,9 @@ class EncodeConfig(Settings):
     mirror: bool = True
     """Also store the encoding of the mirrored image, which takes twice the time and space. Not for letters or flags."""
     embedding: Optional[str] = None
-    """Also store an OpenCLIP embedding of each image, for models with image prompts. open_clip:ARCHITECTURE:FILE.safetensors,
-    with the name of pretrained weights in place of the file, or open_clip:FOLDER with an OpenCLIP model's files as on the
-    hub."""
+    """Also store an OpenCLIP embedding of each image, for models with image prompts. null: none.
+    open_clip:ARCHITECTURE:FILE.safetensors, open_clip:ARCHITECTURE:NAME with the name of pretrained weights, or
+    open_clip:FOLDER with the files of an OpenCLIP model on the hub."""
     shuffle: bool = True
     """Shuffle the images over the shards with a fixed seed. Training reads one shard after the other, so each should be a
     random sample. false: keep the order of the source."""
@@ -84,8 +84,8 @@ class EncodeConfig(Settings):
     num_workers: int = number(1, 0, 256)
     """Processes that decode images while the autoencoder runs."""
     compare_contents: bool = False
-    """Whether a restarted run compares the images by their contents, which reads them all again. false: by the sizes and
-    modification times of their files."""
+    """On a restart, compare the images by their contents, which reads them all again. false: by the sizes and modification
+    times of their files."""
     device: str = "auto"
 
 

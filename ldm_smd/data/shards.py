@@ -104,7 +104,7 @@ class Manifest:
             self.record(item)
 
     def record(self, item: dict) -> dict:
-        """Return the record of a shard; empty if it is missing. In a store, also if it is damaged or of another shard."""
+        """Return the record of a shard; empty if it is missing or, in a store, if it is damaged or of another shard."""
         place = self.place(str(Path(item["name"]).with_suffix(".json")))
         if self.cache is None:
             return read_json(Path(place))
@@ -153,7 +153,7 @@ class Manifest:
 
     @property
     def embedding_dimensions(self) -> int | None:
-        """D; None if there are no embeddings."""
+        """Size D of an embedding; None if there are no embeddings."""
         return self.embedding["dimensions"] if self.embedding else None
 
     def check_autoencoder(self, autoencoder: FrozenAutoencoder) -> None:

@@ -2,9 +2,9 @@
 
 Position n of the stream is position n % N of epoch n // N, for N samples. The order of an epoch is drawn from (seed, epoch):
 the shards in random order, and the samples of each shard in random order. A global batch is the next ``batch_size`` positions
-and may cross the end of an epoch. No sample is dropped or repeated within an epoch, and shards may have any length. Rank r
-takes the r-th of equal slices of every batch, so all ranks take the same number of steps. There is no other state: resuming is
-starting at another ``images_seen``.
+and may cross the end of an epoch. No sample is dropped or repeated within an epoch, and shards may have any length. Every batch
+is split into equal slices, and rank r takes the r-th, so all ranks take the same number of steps. There is no other state: a
+run resumes by starting at another ``images_seen``.
 
 Do not pass the loader through ``accelerator.prepare``, which would split the batches a second time.
 """
@@ -27,8 +27,8 @@ from .shards import FIELDS, Manifest
 from .tar_index import index_tar
 
 MAX_OPEN_SHARDS, MAX_OPEN_COPIES, MAX_ORDERS = 64, 4, 8
-"""Kept by each worker: open shards, open local copies of shards in a store (whose disk space is only freed when they are
-closed), and orders."""
+"""Kept by each worker: open shards; open local copies of shards in a store, whose disk space is freed only when they are
+closed; orders."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Shard:
     """A memory-mapped tar, with the offset and label of each sample.
 
     Args:
-        shape, dtype: of the moments of one sample.
+        shape, dtype: shape and type of the moments of one sample.
         dimensions: size of an embedding; None if there are none.
         index: as returned by ``index_tar``.
     """
