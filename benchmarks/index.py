@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from targets import target, target_table
 
-from ldm_smd.data.index import PictureIndex
+from ldm_smd.data.index import ImageIndex
 from ldm_smd.data.settings import ImagesConfig
-from ldm_smd.data.sources import list_pictures
+from ldm_smd.data.sources import list_images
 
 RESULT = Path(__file__).parent / "results" / "index.json"
 SPAWN = multiprocessing.get_context("spawn")
@@ -70,8 +70,8 @@ def write_tars(folder: Path, first: int, stop: int, pictures: int) -> None:
             file.write(bytes(2 * BLOCK))
 
 
-def index_of(source: Path, folder: Path, turn: tuple[int, int] = (0, 1)) -> PictureIndex:
-    return list_pictures(ImagesConfig(source=f"{source}/*.tar"), folder, turn)
+def index_of(source: Path, folder: Path, turn: tuple[int, int] = (0, 1)) -> ImageIndex:
+    return list_images(ImagesConfig(source=f"{source}/*.tar"), folder, turn)
 
 
 def timed_listing(source: Path, folder: Path, turn: tuple[int, int], results: multiprocessing.Queue) -> None:

@@ -24,9 +24,9 @@ from omegaconf import MISSING
 from safetensors.torch import save_file
 
 from ldm_smd.cli import run_tool
-from ldm_smd.data.images import Pictures, read_pictures
+from ldm_smd.data.images import ImageBatch, read_images
 from ldm_smd.data.settings import ImagesConfig
-from ldm_smd.data.sources import list_pictures
+from ldm_smd.data.sources import list_images
 from ldm_smd.device import pick_device
 from ldm_smd.files import atomic_folder
 from ldm_smd.progress import progress
@@ -81,10 +81,10 @@ def name_of(key: str) -> str:
     return " ".join(words + ([f"flag of {flag}"] if flag else [])).strip()
 
 
-def named_pictures(images: ImagesConfig) -> Pictures:
+def named_pictures(images: ImagesConfig) -> ImageBatch:
     """Those that have a name."""
-    entries = [entry for entry in list_pictures(images) if name_of(entry.key)]
-    [pictures] = read_pictures(entries, images, [range(len(entries))])
+    entries = [entry for entry in list_images(images) if name_of(entry.key)]
+    [pictures] = read_images(entries, images, [range(len(entries))])
     return pictures
 
 

@@ -55,7 +55,7 @@ def test_pictures_in_pictures_out(run, pictures, tmp_path):
     assert len(AutoencoderKL.from_pretrained(vae).config.latents_mean) == 4
 
     code, out, _ = run(EncodeConfig, encode, *images, f"autoencoder={vae}", f"output={latents}", "num_workers=0")
-    assert code == 0 and "22 pictures in 1 shards" in out
+    assert code == 0 and "22 images in 1 shards" in out
     given = [f"shards={latents}", f"autoencoder={vae}", f"output={training}", "images_total=96", "batch_size=16"]
     code, _, _ = run(TrainConfig, train, *given, *TINY_MODEL, "objective.draws=2", "sample_steps=2")
     assert code == 0

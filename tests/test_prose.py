@@ -1,8 +1,10 @@
-"""How the prose reads: the length of its sentences, the size of the README, and the glossary.
+"""How the prose reads: the length of sentences in pages and docstrings, the size of the README, and the glossary.
 
 Links and commands are checked in test_docs.py.
 """
 
+import ast
+import inspect
 import re
 import statistics
 from pathlib import Path
@@ -18,6 +20,9 @@ DOCS = [
 ]
 MOST_WORDS = 18
 """Of the median sentence."""
+PACKAGES = [path.parent for path in sorted((ROOT / "ldm_smd").rglob("__init__.py"))]
+ARGUMENT = re.compile(r"^ +[*\w, ]+: ", re.MULTILINE)
+"""Start of an item under "Args:" in a docstring."""
 README_LINES = 150
 ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|et al|cf|vs|eq|no|fig)\.", re.IGNORECASE)
 WORD = re.compile(r"[A-Za-z0-9]")
@@ -64,6 +69,17 @@ def lengths(pages):
     return [len(words) for page in pages for words in sentences(page.read_text(encoding="utf-8"))]
 
 
+def docstrings(package):
+    """(file, docstring) of the modules, classes, functions and values in a package, without its subpackages."""
+    for path in sorted(package.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            body = getattr(node, "body", None)
+            for statement in body if isinstance(body, list) else []:
+                match statement:
+                    case ast.Expr(ast.Constant(str(text))):
+                        yield path.name, inspect.cleandoc(text)
+
+
 PAGE = """# A heading. With two.
 
 One sentence of `code. here` and 0.34 ± 0.02. A [second
@@ -96,6 +112,18 @@ def test_sentences_are_found_as_a_reader_finds_them():
 @pytest.mark.parametrize("pages", [[ROOT / "README.md"], DOCS], ids=["README", "docs"])
 def test_the_median_sentence_is_short(pages):
     assert statistics.median(lengths(pages)) <= MOST_WORDS
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_the_median_sentence_of_docstrings_is_short(package):
+    texts = [ARGUMENT.sub("* ", text) for _, text in docstrings(package)]
+    counts = [len(words) for text in texts for words in sentences(text)]
+    assert len(counts) >= len(texts) / 2 and statistics.median(counts) <= MOST_WORDS
+
+
+def test_docstrings_begin_with_what_they_describe():
+    found = [(name, text) for package in PACKAGES for name, text in docstrings(package)]
+    assert len(found) > 1000 and [name for name, text in found if text.startswith("Of ")] == []
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.stem)

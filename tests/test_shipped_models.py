@@ -8,7 +8,7 @@ import torch
 from ldm_smd import SMDPipeline
 from ldm_smd.config import load_config
 from ldm_smd.data.settings import ImagesConfig
-from ldm_smd.data.sources import list_pictures
+from ldm_smd.data.sources import list_images
 from ldm_smd.models.denoiser import is_mixture
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.schedulers.schedule import build_scheduler
@@ -38,7 +38,7 @@ def test_a_shipped_pipeline_is_what_its_training_would_write(name, unet, trainin
     assert (folder / "unet").resolve() == ROOT / "checkpoints" / unet
     assert (folder / "vae").resolve() == ROOT / config.autoencoder
     pipeline = load_pipeline(folder)
-    classes = class_names(config, list_pictures(ImagesConfig(source=str(ROOT / source), resolution=pixels)).classes)
+    classes = class_names(config, list_images(ImagesConfig(source=str(ROOT / source), resolution=pixels)).classes)
     assert pipeline.id2label == dict(enumerate(classes)) and pipeline.unet.config.num_classes == len(classes)
     trained = build_scheduler(config.diffusion)
     assert type(pipeline.scheduler) is type(trained) and settings(pipeline.scheduler) == settings(trained)

@@ -10,7 +10,7 @@ from torchvision.utils import make_grid
 
 from ..autoencoder import FrozenAutoencoder
 from ..config import load_config
-from ..data.sources import list_pictures
+from ..data.sources import list_images
 from ..errors import UserError, one_line
 from ..models.unet import SMDUNet2DModel
 from ..pipelines import SMDPipeline, load_pipeline
@@ -38,7 +38,7 @@ class Showcase:
         if not config.models:
             return
         self.training = load_config(TrainConfig, config.config)
-        self.classes = class_names(self.training, list_pictures(config.images).classes)
+        self.classes = class_names(self.training, list_images(config.images).classes)
         unknown = [name for name in config.classes if name not in self.classes]
         if unknown or not config.classes:
             known = ", ".join(self.classes)

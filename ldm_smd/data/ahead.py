@@ -1,4 +1,4 @@
-"""Shards come from a store before they are needed, in the order in which they will be."""
+"""Prefetching: shards are fetched from a store before they are needed, in the order of the stream."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..errors import UserError
 logger = logging.getLogger(__name__)
 
 AHEAD = 3
-"""Shards that are fetched before the reader comes to them, where the cache has room for so many."""
+"""Number of shards to fetch ahead of the reader."""
 
 
 class FetchedAhead:
-    """A thread that fetches shards, at most a few before the reader, who tells where it is.
+    """A thread that fetches a limited number of shards ahead of a reader, which reports its position.
 
     Args:
-        visits: (position, shard) of each shard where the reader first comes to it.
-        fetch: fetches a shard, or comes back at once where another process is at it.
-        ahead: number of shards to be before the reader.
+        visits: (position, shard) for each shard, with the position at which the reader begins it.
+        fetch: fetches a shard, or returns at once if another process is fetching it.
+        ahead: number of shards to fetch ahead of the reader.
     """
 
     def __init__(self, visits: Iterator[tuple[int, int]], fetch: Callable[[int], object], ahead: int = AHEAD) -> None:
@@ -33,7 +33,7 @@ class FetchedAhead:
 
     @contextmanager
     def running(self) -> Iterator[FetchedAhead]:
-        """Fetch until the block ends; what is on its way then comes to its end behind it."""
+        """Fetch until the block ends. A download that is running then continues in the background."""
         self._thread.start()
         try:
             yield self
@@ -43,13 +43,13 @@ class FetchedAhead:
                 self._moved.notify()
 
     def reached(self, position: int) -> None:
-        """Tell that the reader is at ``position``."""
+        """Report that the reader is at ``position``."""
         with self._moved:
             self._position = position
             self._moved.notify()
 
     def _run(self) -> None:
-        waiting: deque[int] = deque()  # positions of the shards that are there, and the reader is not
+        waiting: deque[int] = deque()  # positions of fetched shards that the reader has not reached
         for position, shard in self._visits:
             with self._moved:
                 while not self._stopped:
@@ -62,6 +62,6 @@ class FetchedAhead:
                     return
             try:
                 self._fetch(shard)
-            except UserError as error:  # the reader will meet it, if it does not pass
+            except UserError as error:  # the reader raises it, if it persists
                 logger.info("%s", error)
             waiting.append(position)

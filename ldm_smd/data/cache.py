@@ -1,4 +1,4 @@
-"""FileCache: local copies of files in object stores, up to a size, for any number of processes and nodes."""
+"""FileCache: local copies of files in object stores, up to a total size, for any number of processes and nodes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 OPEN_ATTEMPTS, WRONG_ATTEMPTS = 20, 3
 ABANDONED_SECONDS = 3600
-"""A temporary file that nobody has written to for so long is of a process that was killed."""
+"""Age of a temporary file after which its process must have been killed."""
 
 
 class Cached(NamedTuple):
@@ -33,15 +33,15 @@ class Cached(NamedTuple):
 
 
 class FileCache:
-    """Local copies of remote files, verified when they come. Beyond the limit those go that were used least recently.
+    """Local copies of remote files, verified after the download. Beyond the limit, the least recently used ones are removed.
 
-    Files get their names when they are whole and right. Locks, which work over NFS too, keep two processes from fetching the
-    same file; where a file system has none, both fetch it, and the second replaces the first by the same.
+    A file gets its name once it is complete and verified. Locks, which also work over NFS, prevent two processes from fetching
+    the same file. On a file system without locks, both fetch it, and the second replaces the first by an equal copy.
 
     Args:
-        folder: made when the first file comes.
-        limit_bytes: of all files together, also those on the way.
-        retries: of requests.
+        folder: folder of the copies, created for the first file.
+        limit_bytes: maximum size of all files, including those being downloaded.
+        retries: how often requests are repeated.
         key: the setting that names the files, for messages.
     """
 
@@ -52,16 +52,16 @@ class FileCache:
     def fetch(self, url: str | Path, sha256: str | None = None, size: int | None = None, stamp: str = "") -> Path:
         """Return a local copy of ``url``; a local path is returned as it is.
 
-        The copy may go, when others need its room, before it is opened: ``use`` looks after that. Once open, or mapped, it
-        stays readable.
+        The copy may be removed before it is opened, to make room for others; ``use`` handles this. Once it is open or mapped,
+        it stays readable.
 
         Args:
-            sha256, size: what the file must have; a file without them is taken as it comes.
-            stamp: of the file (``store.Stat``): a copy with another one is another file.
+            sha256, size: expected hash and size. None: not checked.
+            stamp: version of the file (``store.Stat``). A file with another stamp gets another copy.
 
         Raises:
-            UserError: the file is not there, cannot be read, or is not as expected, also when fetched again; or the disk
-                of the cache is full.
+            UserError: the file does not exist, cannot be read, or still differs from the expected one after repeated downloads;
+                or the disk of the cache is full.
         """
         path = self._fetched(str(url), sha256, size, stamp, waits=True)
         assert path is not None
@@ -72,7 +72,7 @@ class FileCache:
         return self._fetched(url, sha256, size, stamp, waits=False) is not None
 
     def forget(self, url: str, sha256: str | None = None, size: int | None = None, stamp: str = "") -> None:
-        """Remove a copy that is no good."""
+        """Remove a damaged copy."""
         (self.folder / self.name(url, sha256, size, stamp)).unlink(missing_ok=True)
 
     def _fetched(self, url: str, sha256: str | None, size: int | None, stamp: str, waits: bool) -> Path | None:
@@ -102,7 +102,7 @@ class FileCache:
         size: int | None = None,
         stamp: str = "",
     ) -> Result:
-        """Return ``function(path of a local copy)``, which opens it: fetched again where it went before it was opened."""
+        """Return ``function(path)`` for the path of a local copy. Fetches it again if it was removed before it was opened."""
         for attempt in range(OPEN_ATTEMPTS):
             path = self.fetch(url, sha256, size, stamp)
             try:
@@ -112,13 +112,13 @@ class FileCache:
                     raise
                 time.sleep(0.01 * attempt)
         raise UserError(
-            f"{self.key}: expected a cache for all that is read at once, found {self.limit_bytes} bytes in {self.folder}: "
-            f"{store.shown(str(url))} was gone {OPEN_ATTEMPTS} times before it was opened"
+            f"{self.key}: expected a cache for all files read at once, found {self.limit_bytes} bytes in {self.folder}: "
+            f"{store.shown(str(url))} was removed {OPEN_ATTEMPTS} times before it was opened"
         )
 
     @staticmethod
     def name(url: str, sha256: str | None, size: int | None, stamp: str) -> str:
-        """Return the name of a file's copy, by its contents where they are known."""
+        """Return the name of a file's copy. It begins with the hash of the contents, if that is known."""
         identity = sha256 or hashlib.sha256(repr((url, size, stamp)).encode()).hexdigest()
         readable = re.sub(r"[^\w.-]+", "_", store.shown(url).rpartition("/")[2])[-64:]
         return f"{identity[:40]}-{readable}"
@@ -128,7 +128,7 @@ class FileCache:
         return sorted(cached for cached in self._all() if not cached.path.name.startswith("."))
 
     def make_room(self, size: int) -> None:
-        """Remove what killed processes left, and the copies least recently used until ``size`` more bytes fit."""
+        """Remove files of killed processes, and the least recently used copies until ``size`` more bytes fit."""
         with self._locked("room"):
             now = time.time()
             for cached in self._all():
@@ -137,7 +137,7 @@ class FileCache:
             self._remove(sum(cached.size for cached in self._all()) + size - self.limit_bytes)
 
     def _remove(self, size: int) -> int:
-        """Remove the copies least recently used, of so many bytes together or more; returns of how many."""
+        """Remove the least recently used copies, ``size`` bytes or more in total. Return the number of bytes removed."""
         removed = 0
         for cached in self.files():
             if removed >= size:
@@ -155,10 +155,10 @@ class FileCache:
                         yield Cached(status.st_mtime, status.st_size, Path(entry.path))
 
     def _is_there(self, path: Path, size: int | None) -> bool:
-        """Tell whether the copy is there; it then counts as used."""
+        """Tell whether the copy exists, and mark it as used."""
         try:
             found = path.stat().st_size
-            with suppress(PermissionError):  # of another user, who shares the folder
+            with suppress(PermissionError):  # the file belongs to another user of the folder
                 os.utime(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
@@ -204,7 +204,7 @@ class FileCache:
                     raise
 
     def _locked(self, name: str, waits: bool = True) -> AbstractContextManager[bool]:
-        """Hold the lock of that name; False where another holds it, unless it ``waits`` for that."""
+        """Hold the lock ``name``. If another process holds it, wait, or yield False if not ``waits``."""
         path = self.folder / "locks" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         return locked(path, waits)

@@ -1,9 +1,9 @@
 """tools/encode.py: images -> latent shards, by any number of processes, which may be stopped and restarted at any time.
 
-The work follows from the input alone: shard k holds the k-th slice of the images, sorted and then mixed with a fixed seed
-(mixing.py), and worker i of n takes the i-th of n runs of shards. Workers never talk to each other. Each shard is whole or
-absent under its name, in a folder as in an object store, and then confirmed by a record beside it. A restart skips shards that
-match their record. The worker that finds every record writes the manifest, which is the same whoever encoded what.
+The work depends on the input alone. Shard k holds the k-th slice of the images, which are sorted and then shuffled with a fixed
+seed (order.py). Worker i of n takes the i-th of n slices of the shards. Workers do not communicate. A shard appears under its
+name only when it is complete, in a folder and in an object store. Then a record is written beside it. A restart skips shards
+that match their record. The worker that finds all records writes the manifest, which does not depend on who encoded what.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..errors import UserError
 from ..files import sha256
 from ..models.clip import ClipEncoder
 from ..progress import progress
-from .images import Pictures, read_pictures
+from .images import ImageBatch, read_images
 from .output import Output, output_at
 from .plan import Plan
 from .settings import EncodeConfig
@@ -39,30 +39,36 @@ from .shards import DTYPE, EMBEDDING, FIELDS, FORMAT, MANIFEST, ChannelStatistic
 from .tar_index import index_tar
 
 PLAN = "plan.json"
-OF_PICTURES = ("pictures", "pictures_sha256", "files_sha256")
+IMAGE_SETTINGS = ("pictures", "pictures_sha256", "files_sha256")
 NOT_IN_MANIFEST = ("format", "pictures", "files_sha256")
-"""Settings of the plan that stay out of the manifest: a copy of the images, with other modification times, has the same one."""
-READERS = 16
+"""Settings of the plan that are not in the manifest, so that a copy of the images with other modification times gives the same
+manifest."""
+READER_THREADS = 16
 """Threads that read records."""
-AHEAD = 2
-"""Batches that are encoded, or wait for that, while one is written."""
+QUEUED_BATCHES = 2
+"""Batches that wait to be encoded or written, in addition to those being encoded."""
 
 
 class EncodedBatch(NamedTuple):
-    """Images of one shard, with float16 moments of them, and then of the mirrored ones, and embeddings, where asked for."""
+    """Images of one shard with their encodings.
+
+    Attributes:
+        moments: float16 moments of the images and, if they are stored, of the mirrored images, (b, 2 or 1, C, h, w) each.
+        embeddings: float16, (b, D); None if they are not stored.
+    """
 
     shard: int
-    pictures: Pictures
+    images: ImageBatch
     moments: list[np.ndarray]
     embeddings: np.ndarray | None
 
 
 def encode(config: EncodeConfig) -> Manifest | None:
-    """Encode this worker's shards to ``config.output``; if all shards are there then, write the manifest and return it.
+    """Encode this worker's shards to ``config.output``. If all shards are then complete, write the manifest and return it.
 
-    Raises UserError where ``output`` holds something else, or a run with other settings.
+    Raises UserError if ``output`` holds other files, or a run with other settings.
     """
-    worker, workers = which_worker(config.worker)
+    worker, workers = parse_worker(config.worker)
     writer = f"worker-{worker}-of-{workers}-"
     output = output_at(config.output, writer)
     with output.claimed(writer):
@@ -71,17 +77,17 @@ def encode(config: EncodeConfig) -> Manifest | None:
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
         if config.images.resolution % autoencoder.factor:
             raise UserError(
-                f"images.resolution: expected a multiple of {autoencoder.factor}, by which {config.autoencoder} divides, found "
-                f"{config.images.resolution}"
+                f"images.resolution: expected a multiple of {autoencoder.factor}, the downsampling factor of "
+                f"{config.autoencoder}, found {config.images.resolution}"
             )
         clip = None if config.embedding is None else ClipEncoder.of(config.embedding, device, "embedding")
-        plan = Plan.of(config, autoencoder, clip, (worker, workers))
-        claim(output, plan)
+        plan = Plan.from_config(config, autoencoder, clip, (worker, workers))
+        write_or_compare_plan(output, plan)
         shards = plan.shards_of(worker, workers)
-        there = output.sizes()
-        missing = [shard for shard in shards if not finished(output, plan, shard, there)]
+        sizes = output.sizes()
+        missing = [shard for shard in shards if not is_complete(output, plan, shard, sizes)]
         if len(missing) < len(shards):
-            print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already", file=sys.stderr)
+            print(f"{len(shards) - len(missing)} of {len(shards)} shards are already complete", file=sys.stderr)
         if missing:
             total, hidden = sum(map(plan.count, missing)), int(os.environ.get("LOCAL_RANK", 0)) > 0
             try:
@@ -90,17 +96,17 @@ def encode(config: EncodeConfig) -> Manifest | None:
                     for shard, group in groupby(batches, key=attrgetter("shard")):
                         write_shard(output, plan, shard_name(plan, shard), group, bar)
                 output.flush()
-            except OSError as error:  # while writing: an unreadable image raises none
+            except OSError as error:  # raised by writing only: unreadable images are skipped
                 raise UserError(
-                    f"output: expected to write the shards to {output}, found {error}; run again to go on"
+                    f"output: expected to write the shards to {output}, found {error}; run again to continue"
                 ) from error
         if write_manifest(output, plan, config.images.strict):
             return Manifest.load(config.output)
         return None
 
 
-def which_worker(worker: str | None) -> tuple[int, int]:
-    """Return (i, n) of "i/n"; of None those that torchrun and accelerate launch put in the environment, or else (0, 1)."""
+def parse_worker(worker: str | None) -> tuple[int, int]:
+    """Return (i, n) for "i/n". None: rank and world size of torchrun or accelerate launch, or (0, 1) without them."""
     if worker is None:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     index, _, count = worker.partition("/")
@@ -118,69 +124,72 @@ def record_name(plan: Plan, shard: int) -> str:
 
 
 def check_unused(output: Output) -> None:
-    """Raise UserError where ``output`` holds files, but of no run."""
-    there = output.sizes()
-    if PLAN not in there and there:
-        raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
+    """Raise UserError if ``output`` holds files but no plan, so that they are not from a run of this tool."""
+    sizes = output.sizes()
+    if PLAN not in sizes and sizes:
+        raise UserError(f"output: expected a new or empty folder, or one of an unfinished run, found other files in {output}")
 
 
-def claim(output: Output, plan: Plan) -> None:
-    """Write plan.json into a new place; in one that has it, check that it is this plan."""
+def write_or_compare_plan(output: Output, plan: Plan) -> None:
+    """Write plan.json if the output has none. Raises UserError if it has the plan of another run."""
     if PLAN not in output.sizes():
         with output.write(PLAN) as temporary:
             temporary.write_text(json.dumps(plan.settings, indent=1), encoding="utf-8")
         output.flush()
-    there = output.read(PLAN)
+    recorded = output.read(PLAN)
     for name, value in json.loads(json.dumps(plan.settings)).items():
-        if there.get(name) != value and name in OF_PICTURES:
+        if recorded.get(name) != value and name in IMAGE_SETTINGS:
             raise UserError(
-                f"output: expected a new folder, or one of the same pictures, found {output} with others: the number, names, "
-                "labels, sizes or modification times in images.source differ"
+                f"output: expected a new folder, or one of the same images, found {output} with other images: the number, "
+                "names, labels, sizes or modification times in images.source differ"
             )
-        if there.get(name) != value:
+        if recorded.get(name) != value:
             raise UserError(
                 f"output: expected a new folder, or one of the same run, found {output} with another {name} "
-                f"({json.dumps(there.get(name))[:80]} there, {json.dumps(value)[:80]} here)"
+                f"({json.dumps(recorded.get(name))[:80]} there, {json.dumps(value)[:80]} here)"
             )
 
 
-def finished(output: Output, plan: Plan, shard: int, there: dict[str, int]) -> bool:
-    """Tell whether the shard is there as its record says; ``there`` are all files."""
-    if not there.keys() >= {shard_name(plan, shard), record_name(plan, shard)}:
+def is_complete(output: Output, plan: Plan, shard: int, sizes: dict[str, int]) -> bool:
+    """Tell whether a shard exists and matches its record. ``sizes`` are those of all files in the output."""
+    if not sizes.keys() >= {shard_name(plan, shard), record_name(plan, shard)}:
         return False
     record = output.read(record_name(plan, shard))
-    return record.get("plan") == plan.sha256 and output.holds(record, there[shard_name(plan, shard)])
+    return record.get("plan") == plan.sha256 and output.holds(record, sizes[shard_name(plan, shard)])
 
 
 def encoded_batches(
     plan: Plan, shards: list[int], autoencoder: FrozenAutoencoder, clip: ClipEncoder | None, config: EncodeConfig
 ) -> Iterator[EncodedBatch]:
-    """Yield the batches of the shards in order. Processes decode images and threads run the networks meanwhile."""
+    """Yield the encoded batches of the shards in order. Processes decode images while threads run the networks."""
     todo = [(shard, batch) for shard in shards for batch in plan.batches(shard)]
-    parts = read_pictures(plan.entries, config.images, [batch for _, batch in todo], config.num_workers)
+    batches = read_images(plan.entries, config.images, [batch for _, batch in todo], config.num_workers)
 
-    def encode_batch(shard: int, pictures: Pictures) -> EncodedBatch:
-        pixels = pictures.pixels.to(autoencoder.device, non_blocking=True)
+    def encode_batch(shard: int, images: ImageBatch) -> EncodedBatch:
+        pixels = images.pixels.to(autoencoder.device, non_blocking=True)
         views = (pixels, pixels.flip(3)) if config.mirror else (pixels,)
         moments = [autoencoder.encode_moments(view).half().cpu().numpy() for view in views] if len(pixels) else []
         embeddings = clip.images(pixels).half().cpu().numpy() if clip is not None and len(pixels) else None
-        return EncodedBatch(shard, pictures, moments, embeddings)
+        return EncodedBatch(shard, images, moments, embeddings)
 
-    with batch_threads(autoencoder.device) as threads, ThreadPoolExecutor(threads) as pool:
+    with encoding_threads(autoencoder.device) as threads, ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[EncodedBatch]] = deque()
-        for (shard, _), pictures in zip(todo, parts):
-            waiting.append(pool.submit(encode_batch, shard, pictures))
-            if len(waiting) > threads + AHEAD:
+        for (shard, _), images in zip(todo, batches):
+            waiting.append(pool.submit(encode_batch, shard, images))
+            if len(waiting) > threads + QUEUED_BATCHES:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
 @contextmanager
-def batch_threads(device: torch.device) -> Iterator[int]:
-    """Give the number of batches that are encoded at a time: on a GPU 1; on a CPU as many as torch has threads, which it then
-    runs with one each. That is faster, as none waits for the others while images are decoded and written, and the result no
-    longer depends on the number of threads, by which convolutions round."""
+def encoding_threads(device: torch.device) -> Iterator[int]:
+    """Yield the number of batches to encode at the same time.
+
+    On a GPU, it is 1. On a CPU, it is the number of threads of torch, and each batch then runs on one thread. This is faster,
+    because no thread waits for the others while images are decoded and written. It also makes the result independent of the
+    number of threads, with which the rounding of convolutions changes.
+    """
     threads = torch.get_num_threads()
     if device.type != "cpu":
         yield 1
@@ -193,22 +202,22 @@ def batch_threads(device: torch.device) -> Iterator[int]:
 
 
 def write_shard(output: Output, plan: Plan, name: str, batches: Iterable[EncodedBatch], bar: tqdm) -> None:
-    """Write the tar, and then the record that confirms it."""
+    """Write the tar of a shard, and then its record."""
     statistics, channels, skipped = ShardStatistics(), ChannelStatistics(), []
     dimensions = plan.settings.get("embedding", {}).get("dimensions")
     with output.write(name) as temporary:
         with open(temporary, "wb") as stream, wds.TarWriter(stream, mtime=0, user="", group="") as tar:
-            for _, pictures, moments, embeddings in batches:
-                skipped += pictures.unreadable
+            for _, images, moments, embeddings in batches:
+                skipped += images.unreadable
                 if moments:
                     statistics.add(moments[0])
                     channels.add(moments[0])
-                for row, (key, label) in enumerate(zip(pictures.keys, pictures.labels)):
+                for row, (key, label) in enumerate(zip(images.keys, images.labels)):
                     sample = {"__key__": key, **{name: view[row] for name, view in zip(FIELDS, moments)}}
                     if embeddings is not None:
                         sample[EMBEDDING] = embeddings[row]
                     tar.write(sample if label is None else sample | {"cls": str(label)})
-                bar.update(len(pictures.keys) + len(pictures.unreadable))
+                bar.update(len(images.keys) + len(images.unreadable))
         index = index_tar(temporary, tuple(channels.shape), np.dtype(DTYPE), dimensions)
         record = {
             "plan": plan.sha256,
@@ -224,19 +233,19 @@ def write_shard(output: Output, plan: Plan, name: str, batches: Iterable[Encoded
 
 
 def write_manifest(output: Output, plan: Plan, strict: bool) -> bool:
-    """Write manifest.json from the records of all shards; False while some are missing. Raises UserError where ``strict`` and
-    images were skipped, also by an earlier run."""
-    names, there = [record_name(plan, shard) for shard in plan.shards], output.sizes()
+    """Write manifest.json from the records of all shards, and return whether it was written: False while shards are missing.
+
+    Raises UserError if no image was readable, or if ``strict`` and an image was skipped, also by an earlier run.
+    """
+    names, existing = [record_name(plan, shard) for shard in plan.shards], output.sizes()
     records: list[dict] = []
-    if there.keys() >= set(names):
-        with ThreadPoolExecutor(READERS) as readers:
-            records += readers.map(
-                lambda name: {key: value for key, value in output.read(name).items() if key != "index"}, names
-            )
-    missing = [shard for shard, name in zip(plan.shards, names) if name not in there]
+    if existing.keys() >= set(names):
+        with ThreadPoolExecutor(READER_THREADS) as pool:
+            records += pool.map(lambda name: {key: value for key, value in output.read(name).items() if key != "index"}, names)
+    missing = [shard for shard, name in zip(plan.shards, names) if name not in existing]
     missing = missing or [shard for shard, record in zip(plan.shards, records) if record.get("plan") != plan.sha256]
     if missing:
-        print(f"{len(missing)} of {len(plan.shards)} shards are still to come, first {missing[0]}: no manifest in {output} yet")
+        print(f"{len(missing)} of {len(plan.shards)} shards are not complete yet, first {missing[0]}: no manifest in {output}")
         return False
     statistics = ChannelStatistics()
     for record in records:
@@ -244,12 +253,12 @@ def write_manifest(output: Output, plan: Plan, strict: bool) -> bool:
     skipped = [item for record in records for item in record["skipped"]]
     if strict and skipped:
         raise UserError(
-            f"images.strict: expected every picture to be readable, found {len(skipped)} skipped in {output}, first "
+            f"images.strict: expected every image to be readable, found {len(skipped)} skipped in {output}, first "
             f"{skipped[0]['name']}: {skipped[0]['reason']}"
         )
     if statistics.count == 0:
         raise UserError(
-            f"images.source: expected readable pictures, found none of {len(plan.entries)} (first: {skipped[0]['reason']})"
+            f"images.source: expected readable images, found none of {len(plan.entries)} (first: {skipped[0]['reason']})"
         )
     metadata = {
         **{key: value for key, value in plan.settings.items() if key not in NOT_IN_MANIFEST},
@@ -264,5 +273,5 @@ def write_manifest(output: Output, plan: Plan, strict: bool) -> bool:
     output.flush()
     for item in skipped[:20]:
         print(f"skipped {item['name']}: {item['reason']}", file=sys.stderr)
-    print(f"{statistics.count} pictures in {len(records)} shards, {len(skipped)} skipped; wrote {output}")
+    print(f"{statistics.count} images in {len(records)} shards, {len(skipped)} skipped; wrote {output}")
     return True

@@ -1,4 +1,4 @@
-"""One encoded image of a source: where it is, and how it is read."""
+"""Location of one encoded image of a source, and how to read it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 HUGGING_FACE = "datasets:"
-OPEN_FILES = 160
-"""Files that stay open for the next picture, in each process: those of the tars that are mixed at a time."""
+MAX_OPEN_FILES = 160
+"""Files that each process keeps open: enough for two groups of tars (order.py) at the default settings."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Location of one encoded image: ``size`` bytes at ``offset`` of ``path``, the entire file where ``size`` is None, or
-    the zip member ``member``, or row ``offset`` of the Hugging Face dataset that ``path`` names, split ``member``."""
+    """Location of one encoded image, in one of four kinds of source.
+
+    * a file: ``path``; ``size`` is None;
+    * a file in a tar: ``size`` bytes at ``offset`` of ``path``;
+    * a file in a zip: ``member`` of ``path``;
+    * a Hugging Face dataset: row ``offset`` of split ``member`` of the dataset ``path``.
+    """
 
     key: str
     label: int | None
@@ -44,15 +49,15 @@ class Entry:
 
     def read(self) -> bytes:
         if self.path.startswith(HUGGING_FACE):
-            picture = open_dataset(self.path, cast(str, self.member))[self.offset]["image"]
-            return picture["bytes"] or Path(picture["path"]).read_bytes()
+            image = open_dataset(self.path, cast(str, self.member))[self.offset]["image"]
+            return image["bytes"] or Path(image["path"]).read_bytes()
         if self.path.endswith(".zip"):
             return open_zip(self.path, os.getpid()).read(cast(str, self.member))
         if self.size is None:
             return Path(self.path).read_bytes()
         data = os.pread(self._open().fileno(), self.size, self.offset)
         if len(data) < self.size:
-            raise OSError(f"{len(data)} bytes and not {self.size}: the tar was cut short")
+            raise OSError(f"{len(data)} bytes instead of {self.size}: the tar is truncated")
         return data
 
     def _open(self) -> io.FileIO:
@@ -61,11 +66,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class RemoteTar:
-    """A tar in a store, that comes to a cache on this machine before it is read.
+    """A tar in an object store, which is copied to a local cache before it is read.
 
     Attributes:
-        size, stamp: of the file, as the store has them.
-        cache: folder of the local copies, of at most ``limit_bytes`` together.
+        size, stamp: bytes and version of the file, as the store reports them (``store.Stat``).
+        cache: folder of the local copies.
+        limit_bytes: maximum size of all copies.
     """
 
     url: str
@@ -75,52 +81,52 @@ class RemoteTar:
     limit_bytes: int
 
     def use(self, function: Callable[[Path], Result]) -> Result:
-        """Return ``function(path of a local copy)``."""
+        """Return ``function(path)`` for the path of a local copy."""
         cache = FileCache(self.cache, self.limit_bytes, key="images.source")
         return cache.use(self.url, function, size=self.size, stamp=self.stamp)
 
 
 @dataclass(frozen=True)
 class RemoteEntry(Entry):
-    """An image in a tar in a store."""
+    """An image in a tar in an object store."""
 
     tar: RemoteTar | None = None
 
     def _open(self) -> io.FileIO:
         assert self.tar is not None
-        return open_copy(self.tar)
+        return open_local_copy(self.tar)
 
 
-@lru_cache(maxsize=OPEN_FILES)
+@lru_cache(maxsize=MAX_OPEN_FILES)
 def open_file(path: Path) -> io.FileIO:
-    """Open a file for ``os.pread``. Forked processes may share it: reads name their position."""
+    """Open a file for ``os.pread``. Forked processes can share it, because ``pread`` uses no file position."""
     return open(path, "rb", buffering=0)
 
 
-@lru_cache(maxsize=OPEN_FILES)
-def open_copy(tar: RemoteTar) -> io.FileIO:
-    """Open the local copy of a tar; the cache may remove it afterwards."""
+@lru_cache(maxsize=MAX_OPEN_FILES)
+def open_local_copy(tar: RemoteTar) -> io.FileIO:
+    """Open the local copy of a tar. It stays readable if the cache removes it."""
     return tar.use(lambda path: open(path, "rb", buffering=0))
 
 
 @lru_cache(maxsize=8)
 def open_zip(path: str, process: int) -> zipfile.ZipFile:
-    """Open a zip, once per process: forked workers that shared a file position would read each other's bytes."""
+    """Open a zip, once per process: forked workers that share a file position would read each other's bytes."""
     return zipfile.ZipFile(path)
 
 
 @lru_cache(maxsize=2)
 def open_dataset(source: str, split: str) -> Dataset:
-    """Load a dataset, saved to a folder or of the hub, with the columns image, not decoded, and label if it has labels."""
+    """Load a dataset from a folder or the hub, with columns "image" (not decoded) and, if it has labels, "label"."""
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"images.source: expected the package datasets, to read {source}, found {error}") from error
+        raise UserError(f"images.source: expected the package datasets to read {source}, found {error}") from error
     name = source.removeprefix(HUGGING_FACE)
     try:
         on_disk = Path(name, "dataset_info.json").is_file()
         dataset = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library's own, the hub's, and those of whatever reads the files
+    except Exception as error:  # errors of the library, of the hub, and of the readers of each file format
         found = f"{source}: {one_line(error)}"
         raise UserError(f"images.source: expected a dataset with the split {split}, found {found}") from error
     first = {
@@ -130,6 +136,6 @@ def open_dataset(source: str, split: str) -> Dataset:
         if isinstance(feature, feature_class)
     }
     if "image" not in first:
-        raise UserError(f"images.source: expected a column of pictures, found {', '.join(dataset.column_names)} in {source}")
+        raise UserError(f"images.source: expected a column of images, found {', '.join(dataset.column_names)} in {source}")
     dataset = dataset.select_columns(list(first.values())).rename_columns({name: wanted for wanted, name in first.items()})
     return dataset.cast_column("image", datasets.Image(decode=False))

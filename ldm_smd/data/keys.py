@@ -1,7 +1,8 @@
-"""Keys that occur several times in a source: webdataset needs each once. Later ones get a number, the first keeps its key.
+"""Repeated keys of a source. webdataset needs unique keys, so all but the first image with a key get a number appended.
 
-Found by 64-bit hashes, some of them at a time, so that memory stays small for any number of keys. Two different keys with one
-hash (for 100 million keys, once in 4,000 sources) cost one of them a needless number.
+Repeated keys are found by 64-bit hashes, one bucket at a time, so that memory stays small for any number of keys. If two
+different keys have the same hash, one gets a number that it did not need. With 100 million keys, this happens in one source of
+4,000.
 """
 
 from __future__ import annotations
@@ -15,37 +16,43 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ..files import atomic_file, this_process
-from .pieces import hash_of, map_safetensors
+from .pieces import key_hash, map_safetensors
 
-AT_ONCE = 2**19
-"""Hashes in memory at once, about."""
+BUCKET_SIZE = 2**19
+"""Approximate number of hashes in memory at the same time."""
 
 
-def none() -> np.ndarray:
+def no_numbers() -> np.ndarray:
     return np.empty(0, np.int64)
 
 
 @dataclass
-class Repeated:
-    """Pictures whose key occurred before: their numbers, sorted; how often until then; and how many further marks the new key
-    needs, because that key, too, was taken."""
+class RepeatedKeys:
+    """Images whose key occurred before.
 
-    numbers: np.ndarray = field(default_factory=none)
-    counts: np.ndarray = field(default_factory=none)
-    marks: np.ndarray = field(default_factory=none)
+    Attributes:
+        numbers: indices of the images, sorted.
+        counts: how often the key has occurred, up to and including this image.
+        marks: number of "-2" suffixes that the new key needs because it, too, was taken.
+    """
+
+    numbers: np.ndarray = field(default_factory=no_numbers)
+    counts: np.ndarray = field(default_factory=no_numbers)
+    marks: np.ndarray = field(default_factory=no_numbers)
 
     def renamed(self, number: int, key: str) -> str:
-        place = int(np.searchsorted(self.numbers, number))
-        if place == len(self.numbers) or self.numbers[place] != number:
+        """Return the new key of image ``number``; ``key`` itself if it is not repeated."""
+        row = int(np.searchsorted(self.numbers, number))
+        if row == len(self.numbers) or self.numbers[row] != number:
             return key
-        return new_key(key, int(self.counts[place]), int(self.marks[place]))
+        return new_key(key, int(self.counts[row]), int(self.marks[row]))
 
     def save(self, path: Path) -> None:
         with atomic_file(path, this_process()) as temporary:
             save_file(vars(self), temporary)
 
     @classmethod
-    def load(cls, path: Path) -> Repeated:
+    def load(cls, path: Path) -> RepeatedKeys:
         return cls(**map_safetensors(path)[0])
 
 
@@ -54,25 +61,25 @@ def new_key(key: str, count: int, marks: int) -> str:
 
 
 class HasKeys(Protocol):
-    """What keys are read from: hashes in parts, and single entries."""
+    """A source of keys: hashes of all keys, part by part, and single keys by number."""
 
     def hashes(self) -> Iterator[np.ndarray]: ...
 
     def key(self, number: int) -> str: ...
 
 
-def find_repeated(source: HasKeys) -> Repeated:
-    """Find new keys for those that occurred before."""
+def find_repeated_keys(source: HasKeys) -> RepeatedKeys:
+    """Find repeated keys and unique new ones for them."""
     numbers, counts = repeated_hashes(source.hashes)
     if not len(numbers):
-        return Repeated()
+        return RepeatedKeys()
     keys = [source.key(int(number)) for number in numbers]
     marks = np.zeros(len(numbers), np.int64)
     unsettled = np.arange(len(numbers))
-    taken: set[int] = set()  # new keys that are settled
+    taken: set[int] = set()  # hashes of the new keys
     while len(unsettled):
-        hashes = [hash_of(new_key(keys[each], int(counts[each]), int(marks[each]))) for each in unsettled]
-        clash = occurs(np.array(hashes, np.uint64), source.hashes)
+        hashes = [key_hash(new_key(keys[each], int(counts[each]), int(marks[each]))) for each in unsettled]
+        clash = is_among(np.array(hashes, np.uint64), source.hashes)
         again = []
         for each, value, clashes in zip(unsettled, hashes, clash):
             if clashes or value in taken:
@@ -80,41 +87,41 @@ def find_repeated(source: HasKeys) -> Repeated:
             taken.add(value)
         unsettled = np.array(again, np.int64)
         marks[unsettled] += 1
-    return Repeated(numbers, counts, marks)
+    return RepeatedKeys(numbers, counts, marks)
 
 
 def repeated_hashes(hashes: Callable[[], Iterable[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the hashes that occurred before, sorted, and how often, themselves included."""
-    numbers, counts = [none()], [none()]
-    for places, values in buckets(hashes):
+    """Return the indices of hashes that occurred before, sorted, and how often up to and including them."""
+    numbers, counts = [no_numbers()], [no_numbers()]
+    for indices, values in buckets(hashes):
         order = np.argsort(values, kind="stable")
         ordered = values[order]
         first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
         since = np.arange(len(ordered)) - np.repeat(first, np.diff(np.append(first, len(ordered))))
         later = since > 0
-        numbers.append(places[order[later]])
+        numbers.append(indices[order[later]])
         counts.append(since[later] + 1)
     joined = np.concatenate(numbers)
     order = np.argsort(joined)
     return joined[order], np.concatenate(counts)[order]
 
 
-def occurs(wanted: np.ndarray, hashes: Callable[[], Iterable[np.ndarray]]) -> np.ndarray:
-    """Tell which of the wanted hashes are among the others."""
+def is_among(wanted: np.ndarray, hashes: Callable[[], Iterable[np.ndarray]]) -> np.ndarray:
+    """Return a mask of the wanted hashes that are among ``hashes``."""
     return np.isin(wanted, np.concatenate([wanted[:0], *(part[np.isin(part, wanted)] for part in hashes())]))
 
 
 def buckets(hashes: Callable[[], Iterable[np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield numbers and values of all hashes, those of the same first bits together."""
+    """Yield indices and values of all hashes, in buckets of equal leading bits."""
     total = sum(len(part) for part in hashes())
-    bits = max(total // AT_ONCE, 0).bit_length()
+    bits = max(total // BUCKET_SIZE, 0).bit_length()
     for bucket in range(2**bits):
-        places, values, start = [none()], [np.empty(0, np.uint64)], 0
+        indices, values, start = [no_numbers()], [np.empty(0, np.uint64)], 0
         for part in hashes():
-            # A shift by all 64 bits is not defined.
+            # A shift by 64 bits is undefined.
             inside = np.flatnonzero(part >> np.uint64(64 - bits) == bucket) if bits else np.arange(len(part))
-            places.append(inside + start)
+            indices.append(inside + start)
             values.append(part[inside])
             start += len(part)
         if sum(map(len, values)):
-            yield np.concatenate(places), np.concatenate(values)
+            yield np.concatenate(indices), np.concatenate(values)

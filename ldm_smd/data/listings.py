@@ -1,6 +1,6 @@
-"""Parts of a source that are listed at once: a tar, a first-level folder, a zip, a Hugging Face dataset.
+"""Parts of a source, which are listed separately: a tar, a first-level folder, a zip, a Hugging Face dataset.
 
-A part has a stamp, which changes when the part does, and a listing, the columns that an index keeps of it.
+A part has a stamp, which changes with its contents, and a listing, the columns that the index stores.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from ..errors import UserError
 from .entries import EXTENSIONS, Entry, RemoteEntry, RemoteTar, open_dataset, open_zip
 from .tar_headers import tar_members
 
-LABEL_BYTES, LARGEST_LABEL = 64, 999_999_999
+MAX_LABEL_BYTES, MAX_LABEL = 64, 999_999_999
 WHOLE_FILE = -1
 UNLABELLED = -1
 
 
 @dataclass
 class Listing:
-    """Columns of a part's pictures, in order.
+    """Columns of the images of a part, in order.
 
     Attributes:
-        names: of files or members, relative to the source; row numbers of a dataset.
-        labels: UNLABELLED for none; indices into ``classes`` where the part names its classes itself.
-        offsets, sizes: of the bytes in a tar; otherwise 0 and WHOLE_FILE.
-        stamp: of what no single file's stamp tells: a folder's files.
+        names: names of files or members, relative to the source; row numbers for a dataset.
+        labels: UNLABELLED for no label; indices into ``classes`` if the part has class names.
+        offsets, sizes: position of the bytes in a tar; otherwise 0 and WHOLE_FILE.
+        classes: class names of the part; None if its labels are class numbers of the source.
+        stamp: stamp that only a listing can find, such as that of all files in a folder.
     """
 
     names: list[str]
@@ -61,11 +62,11 @@ class Part(ABC):
 
     @property
     def name(self) -> str:
-        """Of this part among all, for the index."""
+        """Name of this part in the index, unique in the source."""
         return self.path
 
     def stamp(self) -> str | None:
-        """Return what changes when the part does; None where only a listing can tell."""
+        """Return a text that changes with the part's contents; None if that takes a listing."""
         try:
             status = os.stat(self.path)
         except OSError as error:
@@ -74,10 +75,10 @@ class Part(ABC):
 
     @abstractmethod
     def listing(self) -> Listing:
-        """Read it all. Raises UserError."""
+        """List all images of the part. Raises UserError if it cannot be read."""
 
     def key(self, name: str) -> str:
-        """Make a webdataset key: without dots, which would split it."""
+        """Return the webdataset key of an image. Dots would end the key, so they are replaced."""
         return name[: name.rindex(".")].replace(".", "_")
 
     @abstractmethod
@@ -86,8 +87,10 @@ class Part(ABC):
 
 @dataclass(frozen=True)
 class TarPart(Part):
-    """A webdataset tar. Members of one key need not be neighbours. Images of one key share its label, or have one each, in
-    order."""
+    """A webdataset tar.
+
+    Members with the same key need not be adjacent. Images with the same key share its label, or have one label each, in order.
+    """
 
     def key(self, name: str) -> str:
         return webdataset_key(name)[0].replace(".", "_")
@@ -96,36 +99,36 @@ class TarPart(Part):
         return self._list(Path(self.path))
 
     def _list(self, path: Path) -> Listing:
-        pictures: dict[str, list[tuple[str, int, int]]] = {}
+        images: dict[str, list[tuple[str, int, int]]] = {}
         labels: dict[str, list[int]] = {}
         try:
             with open(path, "rb") as file:
                 for member in tar_members(path):
                     key, extension = webdataset_key(member.name)
                     if extension == "cls":
-                        data = os.pread(file.fileno(), min(member.size, LABEL_BYTES), member.offset)
+                        data = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset)
                         labels.setdefault(key, []).append(self._label(data.strip(), member.name))
                     elif f".{extension.lower()}" in EXTENSIONS:
-                        pictures.setdefault(key, []).append(member)
+                        images.setdefault(key, []).append(member)
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"images.source: expected an uncompressed tar, found {self.path}: {error}") from error
-        names, known, offsets, sizes = [], [], [], []
-        for key, same_key in pictures.items():
+        names, labels_of_images, offsets, sizes = [], [], [], []
+        for key, same_key in images.items():
             found = labels.get(key, [UNLABELLED])
             if len(found) not in (1, len(same_key)):
                 expected = f"one label or {len(same_key)} for the key {key} in {self.path}"
                 raise UserError(f"images.source: expected {expected}, found {len(found)}")
             for (name, offset, size), label in zip(same_key, cycle(found)):
                 names.append(name)
-                known.append(label)
+                labels_of_images.append(label)
                 offsets.append(offset)
                 sizes.append(size)
-        return Listing(names, known, offsets, sizes)
+        return Listing(names, labels_of_images, offsets, sizes)
 
     def _label(self, text: bytes, member: str) -> int:
-        if text.isdigit() and int(text) <= LARGEST_LABEL and len(text) <= len(str(LARGEST_LABEL)):
+        if text.isdigit() and int(text) <= MAX_LABEL and len(text) <= len(str(MAX_LABEL)):
             return int(text)
-        raise UserError(f"images.source: expected a label from 0 to {LARGEST_LABEL} in {self.path}:{member}, found {text!r}")
+        raise UserError(f"images.source: expected a label from 0 to {MAX_LABEL} in {self.path}:{member}, found {text!r}")
 
     def entry(self, key: str, name: str, label: int | None, offset: int, size: int) -> Entry:
         return Entry(key, label, self.path, name, offset, size)
@@ -133,7 +136,7 @@ class TarPart(Part):
 
 @dataclass(frozen=True)
 class RemoteTarPart(TarPart):
-    """A webdataset tar in a store; ``path`` is its URL, without credentials."""
+    """A webdataset tar in an object store. ``path`` is its URL, without credentials."""
 
     tar: RemoteTar
 
@@ -149,8 +152,8 @@ class RemoteTarPart(TarPart):
 
 @dataclass(frozen=True)
 class FolderPart(Part):
-    """A first-level folder ``top`` of a folder ``path``, which is a class; or the pictures beside the folders, of none, where
-    ``top`` is empty."""
+    """A first-level folder ``top`` of the folder ``path``, which is a class. If ``top`` is empty: the images directly in
+    ``path``, without a class."""
 
     top: str = ""
 
@@ -159,7 +162,7 @@ class FolderPart(Part):
         return f"{self.path}/{self.top}"
 
     def stamp(self) -> str | None:
-        return None  # a file may be rewritten where it is, which changes no folder
+        return None  # rewriting a file in place does not change the folder's modification time
 
     def listing(self) -> Listing:
         names, digest = [], hashlib.sha256()
@@ -174,7 +177,7 @@ class FolderPart(Part):
         if self.top:
             yield from walk(os.path.join(self.path, self.top))
         else:
-            yield from (found for found in sorted_folder(self.path) if is_picture(found))
+            yield from (found for found in sorted_folder(self.path) if is_image(found))
 
     def entry(self, key: str, name: str, label: int | None, offset: int, size: int) -> Entry:
         return Entry(key, label, os.path.join(self.path, name))
@@ -182,7 +185,7 @@ class FolderPart(Part):
 
 @dataclass(frozen=True)
 class ZipPart(Part):
-    """A zip of a folder: the first folder of a member's name is its class."""
+    """A zip of a folder. The first folder in a member's name is its class."""
 
     def listing(self) -> Listing:
         names = sorted(
@@ -203,7 +206,7 @@ class ZipPart(Part):
 
 @dataclass(frozen=True)
 class DatasetPart(Part):
-    """A Hugging Face dataset: the first column of images, with the first of class labels. ``path``: "datasets:NAME"."""
+    """A Hugging Face dataset: its first column of images, and its first column of class labels. ``path``: "datasets:NAME"."""
 
     split: str = "train"
 
@@ -216,10 +219,10 @@ class DatasetPart(Part):
     def listing(self) -> Listing:
         dataset = open_dataset(self.path, self.split)
         labelled = "label" in dataset.column_names
-        # The library marks rows without a label by -1, or by None.
+        # The library marks a missing label by -1 or None.
         labels = [UNLABELLED if label is None else label for label in dataset["label"]] if labelled else []
-        known = any(label != UNLABELLED for label in labels)
-        classes = list(dataset.features["label"].names) if known else []
+        any_label = any(label != UNLABELLED for label in labels)
+        classes = list(dataset.features["label"].names) if any_label else []
         names = [f"{row:09d}" for row in range(len(dataset))]
         return Listing(names, labels or [UNLABELLED] * len(names), classes=classes)
 
@@ -228,13 +231,13 @@ class DatasetPart(Part):
 
 
 def folder_parts(folder: Path) -> list[Part]:
-    """Divide a folder by its first-level folders."""
+    """Split a folder into its first-level folders."""
     tops = [found.name for found in sorted_folder(str(folder)) if found.is_dir(follow_symlinks=False)]
     return [FolderPart(str(folder), top) for top in ("", *tops)]
 
 
 def zip_part(path: str) -> Part:
-    """Raises UserError unless there is a zip."""
+    """Return the only part of a zip. Raises UserError if ``path`` is not a zip file."""
     if not os.path.isfile(path):
         raise UserError(f"images.source: expected a zip file, found no file {path}")
     if not zipfile.is_zipfile(path):
@@ -243,18 +246,18 @@ def zip_part(path: str) -> Part:
 
 
 def webdataset_key(name: str) -> tuple[str, str]:
-    """Split a member's name as webdataset does: the key ends at the first dot of the base name."""
+    """Split a member's name into key and extension as webdataset does, at the first dot of the base name."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension
 
 
 def walk(folder: str) -> Iterator[os.DirEntry]:
-    """Yield the pictures below a folder, in the order of their paths' parts."""
+    """Yield the images below a folder, sorted by the parts of their paths."""
     for found in sorted_folder(folder):
         if found.is_dir(follow_symlinks=False):
             yield from walk(found.path)
-        elif is_picture(found):
+        elif is_image(found):
             yield found
 
 
@@ -263,5 +266,5 @@ def sorted_folder(folder: str) -> list[os.DirEntry]:
         return sorted(found, key=lambda each: each.name)
 
 
-def is_picture(found: os.DirEntry) -> bool:
+def is_image(found: os.DirEntry) -> bool:
     return os.path.splitext(found.name)[1].lower() in EXTENSIONS and found.is_file()

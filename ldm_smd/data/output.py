@@ -1,4 +1,4 @@
-"""Where tools/encode.py writes: a folder, or a place in an object store. A file there is whole or absent."""
+"""Outputs of tools/encode.py: a folder, or a URL in an object store. Files appear under their names only when complete."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from . import store
 from .shards import read_json
 
 UPLOADS_AHEAD = 4
-"""Files that wait in the temporary folder to be uploaded, while the next shard is made: two shards and their records."""
+"""Files that may wait for their upload while the next shard is made: two shards and their records."""
 
 
 class Output(Protocol):
-    """A place for files by name."""
+    """A flat folder of files."""
 
     def claimed(self, worker: str) -> AbstractContextManager[None]:
-        """Give the right to write; another worker of that name has it not, where locks can tell."""
+        """Hold the right to write. Another worker of the same name is refused, if the file system has locks."""
 
     def sizes(self) -> dict[str, int]:
-        """Return the files that are there, and their sizes in bytes; hidden ones are left out."""
+        """Return the size in bytes of each file, without hidden files."""
 
     def read(self, name: str) -> dict:
-        """Return the JSON mapping in a file; empty where there is none."""
+        """Return the JSON mapping in a file; empty if there is none."""
 
     def write(self, name: str) -> AbstractContextManager[Path]:
-        """Give a local path to write to; the file has its name when all written before has."""
+        """Yield a local path to write to. The file appears under its name after all files written before."""
 
     def holds(self, record: dict, size: int) -> bool:
-        """Tell whether the shard, of so many bytes, is as its record says."""
+        """Tell whether a shard of ``size`` bytes matches its record."""
 
     def flush(self) -> None:
-        """Wait until all that was written is there."""
+        """Wait until all written files have appeared."""
 
 
 def output_at(place: str, worker: str) -> Output:
-    """Return the place of that path or URL; ``worker`` tells those apart who write to it at once."""
+    """Return the output at a path or URL. ``worker``: a name that no other process writing there has."""
     if not store.is_remote(place):
         return Folder(Path(place), worker)
     store.require_no_credentials(place, "output")
     if place.startswith("http"):
-        raise UserError(f"output: expected a folder, or a store that can be written (s3://, gs://, hf://), found {place}")
+        raise UserError(f"output: expected a folder, or a writable store (s3://, gs://, hf://), found {place}")
     return InStore(place.rstrip("/"))
 
 
 class Folder:
-    """A local folder. Shards are compared with the hash in their record."""
+    """A local folder. Shards are verified by the hash in their record."""
 
     def __init__(self, path: Path, worker: str) -> None:
         self.path, self.worker = path, worker
@@ -83,11 +83,11 @@ class Folder:
 
 
 class InStore:
-    """A place in an object store, without locks: two workers of one name do the same work, and write the same bytes.
+    """A URL in an object store. There are no locks: two workers of the same name do the same work and write the same bytes.
 
-    Files are made in a temporary folder and uploaded, one after the other, by a thread, so that the next is made meanwhile.
-    After an error nothing more is uploaded: no record without its shard. Shards are compared with the size in their record,
-    which was written after them, by whoever knew their hash.
+    Files are made in a temporary folder. A thread uploads them one after the other while the next is made. After an error
+    nothing more is uploaded, so there is no record without its shard. Shards are verified by the size in their record, which
+    their writer uploads only after the shard.
     """
 
     def __init__(self, url: str) -> None:

@@ -1,7 +1,7 @@
-"""The index of one part of a source, in columns: made once, then memory-mapped, by all processes of a machine together.
+"""Pieces of an index: the columns of one part of a source, made once and then memory-mapped by all processes.
 
-A piece on disk is a safetensors file. Its columns: ``text``, all names joined, and where each ``ends`` in it; ``labels``,
-``offsets`` and ``sizes`` (listings.py); ``hashes``, 64 bits of each key.
+A piece on disk is a safetensors file. Its columns are ``text``, all names joined; ``ends``, the end of each name in it;
+``labels``, ``offsets`` and ``sizes`` (listings.py); and ``hashes``, a 64-bit hash of each key.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from safetensors.numpy import save_file
 from ..files import atomic_file, this_process
 from .listings import UNLABELLED, Listing
 
-OPEN_PIECES = 160
+MAX_OPEN_PIECES = 160
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the whole index needs to know of a piece without opening it.
+    """What the index needs from a piece without opening it. Saved as JSON.
 
     Attributes:
-        pictures, files: hashes of names, labels and sizes; and of what shows that a file was changed.
-        classes: which the part names itself, for its labels; None where labels are numbers.
-        lowest, highest: labels; UNLABELLED is the lowest of all.
+        count: number of images.
+        pictures: hash of names, labels and sizes.
+        files: hash or stamp that changes with the files.
+        classes: class names of the part; None if its labels are class numbers of the source.
+        lowest, highest: extreme labels. UNLABELLED is below all others.
     """
 
     count: int
@@ -41,7 +43,7 @@ class Summary:
 
 
 class Piece:
-    """Columns of a part's pictures; memory-mapped where they come from a file."""
+    """Columns of the images of a part, memory-mapped if loaded from a file."""
 
     def __init__(self, columns: dict[str, np.ndarray], summary: Summary) -> None:
         self.columns, self.summary = columns, summary
@@ -57,22 +59,22 @@ class Piece:
     def labels(self) -> np.ndarray:
         return self.columns["labels"]
 
-    def name(self, number: int) -> str:
+    def name(self, row: int) -> str:
         ends = self.columns["ends"]
-        start = int(ends[number - 1]) if number else 0
-        return bytes(self.columns["text"][start : int(ends[number])]).decode("utf-8", "surrogateescape")
+        start = int(ends[row - 1]) if row else 0
+        return bytes(self.columns["text"][start : int(ends[row])]).decode("utf-8", "surrogateescape")
 
-    def row(self, number: int) -> tuple[str, int, int, int]:
+    def row(self, row: int) -> tuple[str, int, int, int]:
         """Return name, label, offset and size."""
         offsets, sizes = self.columns["offsets"], self.columns["sizes"]
-        return self.name(number), int(self.labels[number]), int(offsets[number]), int(sizes[number])
+        return self.name(row), int(self.labels[row]), int(offsets[row]), int(sizes[row])
 
     @classmethod
     def of(cls, listing: Listing, stamp: str | None, key: Callable[[str], str]) -> Piece:
         names = [name.encode("utf-8", "surrogateescape") for name in listing.names]
         text = np.frombuffer(bytearray().join(names), np.uint8)
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        hashes = np.fromiter((hash_of(key(name)) for name in listing.names), np.uint64, len(names))
+        hashes = np.fromiter((key_hash(key(name)) for name in listing.names), np.uint64, len(names))
         columns: dict[str, np.ndarray] = {"text": text, "ends": ends, "hashes": hashes, **listing.arrays()}
         pictures = hashlib.sha256(json.dumps(listing.classes).encode())
         for column in ("text", "ends", "labels", "sizes"):
@@ -87,34 +89,34 @@ class Piece:
 
     @classmethod
     def load(cls, path: Path) -> Piece:
-        """Map a file. Raises OSError, ValueError or KeyError for anything but a whole piece."""
+        """Memory-map a file. Raises OSError, ValueError or KeyError if it is not an intact piece."""
         return _load(str(path))
 
 
-def hash_of(key: str) -> int:
+def key_hash(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 NUMPY_TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}
 
 
-@lru_cache(maxsize=OPEN_PIECES)
+@lru_cache(maxsize=MAX_OPEN_PIECES)
 def _load(path: str) -> Piece:
     columns, metadata = map_safetensors(Path(path))
     return Piece(columns, Summary(**json.loads(metadata["summary"])))
 
 
 def map_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Memory-map the arrays of a safetensors file, which the library only copies; return them and the metadata."""
+    """Memory-map a safetensors file and return its arrays and metadata. (The library's own loader copies them.)"""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length < path.stat().st_size:
-            raise ValueError(f"{path} is no safetensors file")
+            raise ValueError(f"{path} is not a safetensors file")
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", {})
     data = np.memmap(path, np.uint8, mode="r")
     found = {}
     for name, entry in header.items():
         start, stop = (8 + length + each for each in entry["data_offsets"])
-        found[name] = data[start:stop].view(NUMPY_TYPES[entry["dtype"]])  # in one dimension
+        found[name] = data[start:stop].view(NUMPY_TYPES[entry["dtype"]])  # all columns are one-dimensional
     return found, metadata

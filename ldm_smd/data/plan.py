@@ -1,4 +1,4 @@
-"""What tools/encode.py is to do: which pictures go where, and all that the shards depend on."""
+"""The plan of an encoding run: which images go into which shard, and all settings that the shards depend on."""
 
 from __future__ import annotations
 
@@ -17,33 +17,39 @@ from ..errors import UserError
 from ..models.clip import ClipEncoder
 from . import store
 from .entries import Entry
-from .index import PictureIndex
+from .index import ImageIndex
 from .listings import RemoteTarPart
-from .mixing import Mixing
+from .order import ImageOrder
 from .settings import EncodeConfig, ImagesConfig
 from .shards import FORMAT
-from .sources import list_pictures
+from .sources import list_images
 
 INDEX = ".index"
-"""Folder with the list of the pictures, in the output."""
+"""Folder of the image index, in the output."""
 
 
-class MixedPictures(Sequence[Entry]):
-    """The pictures of an index in the order in which they go into the shards."""
+class OrderedImages(Sequence[Entry]):
+    """The images of an index, in the order in which they go into the shards."""
 
-    def __init__(self, pictures: PictureIndex, mixing: Mixing) -> None:
-        self.pictures, self.mixing = pictures, mixing
+    def __init__(self, index: ImageIndex, order: ImageOrder) -> None:
+        self.images, self.order = index, order
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, position):
-        return self.pictures[self.mixing.pictures(position, position + 1)[0]]
+        return self.images[self.order.images(position, position + 1)[0]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be encoded. ``settings``, all that the shards depend on, go to plan.json: no run continues with others."""
+    """Which images are encoded, and how.
+
+    Attributes:
+        entries: images in the order of the shards.
+        settings: all that the shards depend on. Saved as plan.json; a run with other settings cannot continue this one.
+        shard_size, batch_size: numbers of images.
+    """
 
     entries: Sequence[Entry]
     settings: dict
@@ -51,20 +57,20 @@ class Plan:
     batch_size: int
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         config: EncodeConfig,
         autoencoder: FrozenAutoencoder,
         clip: ClipEncoder | None = None,
-        turn: tuple[int, int] = (0, 1),
+        worker: tuple[int, int] = (0, 1),
     ) -> Plan:
-        index = list_pictures(config.images, index_folder(config), turn)
-        mixing = Mixing(index.mixed_counts(), config.shuffle_tars, config.shuffle)
-        check_cache(index, mixing, config.images)
+        index = list_images(config.images, index_folder(config), worker)
+        order = ImageOrder(index.shuffle_unit_counts(), config.shuffle_tars, config.shuffle)
+        check_cache_size(index, order, config.images)
         settings = {
             "format": FORMAT,
             "pictures": len(index),
-            "pictures_sha256": index.pictures_sha256,
+            "pictures_sha256": index.images_sha256,
             "files_sha256": index.files_sha256(config.compare_contents),
             "autoencoder": {"source": autoencoder.name, **autoencoder.identity()},
             "resolution": config.images.resolution,
@@ -80,14 +86,14 @@ class Plan:
         }
         if clip is not None:
             settings["embedding"] = clip.identity()
-        return cls(MixedPictures(index, mixing), settings, config.shard_size, config.batch_size)
+        return cls(OrderedImages(index, order), settings, config.shard_size, config.batch_size)
 
     @property
     def shards(self) -> range:
         return range(-(-len(self.entries) // self.shard_size))
 
     def shards_of(self, worker: int, workers: int) -> range:
-        """A worker's shards follow each other, so that it reads few parts of the source, and each of them once."""
+        """Return the shards of a worker. They are consecutive, so that it reads few parts of the source, each of them once."""
         count = len(self.shards)
         return self.shards[worker * count // workers : (worker + 1) * count // workers]
 
@@ -100,7 +106,7 @@ class Plan:
         return output / f"latents-{shard:0{width}d}.tar"
 
     def batches(self, shard: int) -> list[range]:
-        """Entries of a shard, a batch at a time. No batch crosses the end: another worker may take the next shard."""
+        """Return the positions of a shard's images, in batches. No batch crosses the end, as another worker may go on there."""
         indices = range(len(self.entries))[shard * self.shard_size : (shard + 1) * self.shard_size]
         return [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
 
@@ -109,21 +115,21 @@ class Plan:
 
 
 def index_folder(config: EncodeConfig) -> Path:
-    """The list of the pictures is kept in the output, for all workers; or where that is in a store, on every machine."""
+    """Return the folder of the image index: in the output, shared by all workers, or on each machine if that is in a store."""
     if not store.is_remote(config.output):
         return Path(config.output) / INDEX
     return Path(config.images.cache).expanduser() / "index" / hashlib.sha256(config.output.encode()).hexdigest()[:16]
 
 
-def check_cache(index: PictureIndex, mixing: Mixing, config: ImagesConfig) -> None:
-    """Raise UserError unless there is room for the tars that are read at a time: else each picture would fetch its tar."""
+def check_cache_size(index: ImageIndex, order: ImageOrder, config: ImagesConfig) -> None:
+    """Raise UserError unless the cache holds all tars of a group. Otherwise each image could fetch its tar again."""
     sizes = np.array([part.tar.size or 0 if isinstance(part, RemoteTarPart) else 0 for part in index.parts])
     if not sizes.any():
         return
-    most = max(map(len, mixing.groups))
-    needed = max(int(sizes[parts].sum()) for parts in mixing.groups) / 1e9
+    group_size = max(map(len, order.groups))
+    needed = max(int(sizes[parts].sum()) for parts in order.groups) / 1e9
     if needed > config.cache_gigabytes:
         raise UserError(
-            f"images.cache_gigabytes: expected {needed:.3g} or more, for the {most} tars that are mixed at a time "
-            f"(shuffle_tars), found {config.cache_gigabytes:g}"
+            f"images.cache_gigabytes: expected {needed:.3g} or more, for the {group_size} tars that are shuffled "
+            f"together (shuffle_tars), found {config.cache_gigabytes:g}"
         )

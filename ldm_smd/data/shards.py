@@ -1,10 +1,14 @@
-"""Latent shards: the contract between tools/encode.py and training.
+"""Latent shards: the file format between tools/encode.py and training.
 
-A shard is a webdataset tar of samples ``KEY.moments.npy`` (float16, (2, C, h, w): mean and log-variance; (1, C, h, w) from a
-deterministic autoencoder), optionally ``KEY.mirror.npy`` (the encoding of the mirrored image) and ``KEY.clip.npy`` (float16,
-(D,): an OpenCLIP embedding of the image, of length 1), and ``KEY.cls`` (ASCII integer) where labelled. Beside each shard is its
-record, a JSON file of the same name: what is in it, and where. ``manifest.json`` says what is in each shard, and all that the
-latents depend on.
+A shard is a webdataset tar. The files of a sample are:
+
+* ``KEY.moments.npy``: float16, (2, C, h, w), mean and log-variance; (1, C, h, w) from a deterministic autoencoder;
+* ``KEY.mirror.npy``, optional: the same for the mirrored image;
+* ``KEY.clip.npy``, optional: float16, (D,), an OpenCLIP embedding of the image, of length 1;
+* ``KEY.cls``, if the image has a label: ASCII integer.
+
+Beside each shard is its record, a JSON file of the same name, with statistics and the offsets of the samples. ``manifest.json``
+describes all shards and all that the latents depend on.
 """
 
 from __future__ import annotations
@@ -35,14 +39,14 @@ EMBEDDING = "clip.npy"
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json, checked, and the place that it is of.
+    """A checked manifest.json, and where it is.
 
     Attributes:
-        folder: with the shards; or its URL.
-        metadata: what the latents depend on.
-        shards: one dict per shard.
-        content: of manifest.json.
-        cache: for local copies, where ``folder`` is a URL.
+        folder: folder or URL of the shards.
+        metadata: settings that the latents depend on.
+        shards: one dict for each shard.
+        content: bytes of manifest.json.
+        cache: local copies, if ``folder`` is a URL.
     """
 
     folder: Path | str
@@ -53,9 +57,9 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path, cache: CacheConfig | None = None) -> Manifest:
-        """Read the manifest of a folder, or of a URL of one, whose shards then come to a cache when they are read.
+        """Read the manifest in a folder or at a URL. Shards at a URL are copied to a cache when they are read.
 
-        Raises UserError where there is none, or another file.
+        Raises UserError if there is no manifest, or another file.
         """
         remote = store.is_remote(folder)
         place: Path | str = str(folder).rstrip("/") if remote else Path(folder)
@@ -67,7 +71,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(
                 f"shards: expected a folder with {MANIFEST}, found none in {folder} (tools/encode.py writes it when all shards "
-                "are there; run it again to go on)"
+                "are complete; run it again to continue)"
             ) from error
         try:
             content = json.loads(data.decode())
@@ -81,7 +85,7 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """Hash of manifest.json, and so of the latents and all that they depend on."""
+        """Hash of manifest.json, which includes the hashes of all shards."""
         return hashlib.sha256(self.content).hexdigest()
 
     def place(self, name: str) -> str | Path:
@@ -89,18 +93,18 @@ class Manifest:
         return Path(self.folder) / name if self.cache is None else store.joined(str(self.folder), name)
 
     def with_shard(self, item: dict, function: Callable[[Path], Result]) -> Result:
-        """Return ``function(path)`` of a shard, or of its verified local copy, which stays readable once it is open."""
+        """Return ``function(path)`` for a shard or its verified local copy. An open copy stays readable if it is removed."""
         place = self.place(item["name"])
         return function(Path(place)) if self.cache is None else self.cache.use(place, function, item["sha256"])
 
     def fetch(self, item: dict) -> None:
-        """Bring a shard and its record to the cache, unless another process is at it."""
+        """Copy a shard and its record to the cache, unless another process is copying the shard."""
         assert self.cache is not None
         if self.cache.fetch_unless_others_do(str(self.place(item["name"])), item["sha256"]):
             self.record(item)
 
     def record(self, item: dict) -> dict:
-        """Return the record beside a shard; empty where there is none, or one of another shard, or a damaged one."""
+        """Return the record of a shard; empty if it is missing or, in a store, if it is damaged or of another shard."""
         place = self.place(str(Path(item["name"]).with_suffix(".json")))
         if self.cache is None:
             return read_json(Path(place))
@@ -114,15 +118,15 @@ class Manifest:
         return {}
 
     def missing(self) -> str | None:
-        """Return the first shard that is not there; None also where a server lists no files."""
+        """Return the name of the first missing shard; None if there is none or the server cannot list files."""
         names = [item["name"] for item in self.shards]
         if self.cache is None:
             return next((name for name in names if not Path(self.place(name)).is_file()), None)
-        there = set(self.tars())
-        return next((name for name in names if there and name not in there), None)
+        existing = set(self.tars())
+        return next((name for name in names if existing and name not in existing), None)
 
     def tars(self) -> list[str]:
-        """List the names of the tars beside the manifest; none where a server lists no files."""
+        """List the names of the tars beside the manifest; [] if the server cannot list files."""
         if self.cache is None:
             return [path.name for path in Path(self.folder).glob("*.tar")]
         if str(self.folder).startswith("http"):
@@ -144,28 +148,28 @@ class Manifest:
 
     @property
     def embedding(self) -> dict | None:
-        """Description of the images' embeddings: network, its sha256, resize, dimensions; None where there are none."""
+        """Network of the embeddings, its sha256, resize and dimensions; None if there are no embeddings."""
         return self.metadata.get("embedding")
 
     @property
     def embedding_dimensions(self) -> int | None:
-        """D; None where there are no embeddings."""
+        """Size D of an embedding; None if there are no embeddings."""
         return self.embedding["dimensions"] if self.embedding else None
 
     def check_autoencoder(self, autoencoder: FrozenAutoencoder) -> None:
-        """Raise UserError, naming the field, unless the shards were made by this very autoencoder."""
+        """Raise UserError, naming the difference, unless this autoencoder encoded the shards."""
         recorded = self.metadata["autoencoder"]
         for name, value in autoencoder.identity().items():
             if recorded.get(name) != value:
                 raise UserError(
-                    f"autoencoder: expected the one that made the shards in {self.folder} ({recorded['source']}), found "
+                    f"autoencoder: expected the one that encoded the shards in {self.folder} ({recorded['source']}), found "
                     f"{autoencoder.name}: {name} differs ({shortened(str(recorded.get(name)), 24)} in the manifest, "
                     f"{shortened(str(value), 24)} here)"
                 )
 
 
 class ShardStatistics:
-    """Count, range, mean, deviation and number of non-finite values of one shard's moments, in float64."""
+    """Count, range, mean, standard deviation and number of non-finite values of the moments in a shard, in float64."""
 
     def __init__(self) -> None:
         self.count = self.values = self.nonfinite = 0
@@ -192,7 +196,7 @@ class ShardStatistics:
 
 
 class ChannelStatistics:
-    """Per-channel mean and deviation of the latents (of z ~ N(mean, exp(logvar))), accumulated in float64."""
+    """Per-channel mean and standard deviation of the latents z ~ N(mean, exp(logvar)), accumulated in float64."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -208,11 +212,11 @@ class ChannelStatistics:
         self.merge(dict(count=len(moments), shape=list(moments.shape[1:]), values=values, total=total, squares=squares))
 
     def state(self) -> dict:
-        """Return what ``merge`` takes, for JSON."""
+        """Return the sums for ``merge``, in JSON types."""
         return vars(self) | {"total": self.total.tolist(), "squares": self.squares.tolist()}
 
     def merge(self, state: dict) -> None:
-        """Add the state of another."""
+        """Add the sums of other statistics, from their ``state``."""
         self.count += state["count"]
         self.shape = state["shape"] or self.shape
         self.values += state["values"]
@@ -229,12 +233,12 @@ class ChannelStatistics:
 
 
 def index_sha256(index: dict | None) -> str:
-    """Hash an index of a shard, so that one that came damaged from a store shows."""
+    """Hash the index of a shard. A damaged index is detected by its hash."""
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON mapping; empty where there is no readable one."""
+    """Read a JSON mapping; empty if there is no readable one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Files in object stores and at URLs, through fsspec: s3://, gs://, https://, hf:// and whatever else it knows.
+"""Files in object stores and at URLs, through fsspec: s3://, gs://, https://, hf:// and its other protocols.
 
-Credentials come from the environment and files that the store's own library reads, never from a setting: what is printed of a
-URL has neither user, password nor signature. Connections that fail are tried again, after longer and longer pauses.
+Credentials come from the environment and the files that the store's own library reads, never from a setting. URLs are printed
+without user, password and signature. Failed requests are repeated, after longer and longer pauses.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://")
 NOT_STORES = {"file", "local", "pipe", "datasets"}
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
-"""Optional dependencies of ldm_smd, by scheme."""
+"""Extra of ldm_smd that installs the package for each scheme."""
 STAMPS = (
     "ETag",
     "etag",
@@ -55,26 +55,29 @@ PASSING_ERRORS = {
     "TransportError", "ConnectionError", "Timeout",  # httpx, requests
     "TimeoutError", "IncompleteRead",
 }  # fmt: skip
-"""Names of exceptions, of libraries that may not be there, after which a request is worth another try."""
+"""Names of exceptions after which a request is repeated. They are names because their libraries may not be installed."""
 SECONDS_TO_CONNECT, SECONDS_WITHOUT_A_BYTE = 10, 60
 
 
 @dataclass(frozen=True)
 class Retries:
-    """How often a request is made, and the pauses between: ``first`` seconds, twice that, and so on up to ``longest``, each
-    less a random part of up to a half, so that many processes do not come back at once."""
+    """How often a request is made, and how long to wait between attempts.
+
+    The first pause is ``first`` seconds long, and each further one is twice as long, up to ``longest``. Each is shortened by a
+    random fraction of up to one half, so that many processes do not return at the same time.
+    """
 
     attempts: int = 9
     first: float = 0.5
     longest: float = 30.0
 
     def pause(self, failures: int) -> None:
-        """Wait after so many failures."""
+        """Wait after this number of failures."""
         time.sleep(min(self.longest, self.first * 2 ** (failures - 1)) * random.uniform(0.5, 1.0))
 
 
 RETRIES = Retries()
-"""A store may be away for a minute."""
+"""Default, which bridges an outage of a minute."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,9 @@ class Stat:
     """A file in a store.
 
     Attributes:
-        url: of the file.
-        size: in bytes; None where the server does not say.
-        stamp: changes with the contents: an ETag, hash or time, as the store has it; "" where it has none.
+        url: URL of the file.
+        size: size in bytes; None if the server does not report it.
+        stamp: changes with the contents: an ETag, hash or time, as the store reports it; "" if it reports none.
     """
 
     url: str
@@ -97,19 +100,19 @@ class Stat:
 
 
 def is_remote(path: str | Path) -> bool:
-    """Tell whether ``path`` is a URL of a scheme that fsspec knows."""
+    """Tell whether ``path`` is a URL with a scheme that fsspec supports."""
     found = SCHEME.match(str(path))
     return found is not None and found[1] in known_implementations and found[1] not in NOT_STORES
 
 
 def shown(text: str) -> str:
-    """Return a URL, or a text with URLs in it, without users, passwords and query strings (which may be signatures)."""
+    """Remove users, passwords and query strings, which may be signatures, from a URL or from all URLs in a text."""
     text = re.sub(r"(\w://)[^/\s'\"@]*@", r"\1", text)
     return re.sub(r"(\w://[^\s'\"?]*)\?[^\s'\")]*", r"\1", text)
 
 
 def require_no_credentials(url: str, key: str) -> None:
-    """Raise UserError if the URL of a folder has a user, password or query string: settings are written to files."""
+    """Raise UserError if a URL has a user, password or query string, because settings are written to files."""
     if shown(url) != url:
         raise UserError(
             f"{key}: expected a URL without user, password or query string (credentials come from the environment, as the "
@@ -122,9 +125,9 @@ def joined(folder: str, name: str) -> str:
 
 
 def store_of(url: str, key: str) -> tuple[AbstractFileSystem, str]:
-    """Return the file system of a URL and the path in it. To be called again in another process: connections are of one.
+    """Return the file system of a URL and the path in it. Call it in each process, because processes cannot share connections.
 
-    Raises UserError, naming the extra of ldm_smd to install, where the store's library is missing.
+    Raises UserError, naming the extra of ldm_smd to install, if the store's library is missing.
     """
     scheme = url.partition("://")[0]
     options: dict[str, Any] = {"use_listings_cache": False}
@@ -141,7 +144,7 @@ def store_of(url: str, key: str) -> tuple[AbstractFileSystem, str]:
 
 
 def time_limits(key: str) -> Any:
-    """Return aiohttp's limits for large files, which have all the time they need while bytes come."""
+    """Return time limits of aiohttp that allow large files any time, as long as bytes arrive."""
     try:
         import aiohttp
     except ImportError as error:
@@ -156,7 +159,7 @@ def package_missing(scheme: str, key: str, error: ImportError) -> str:
 
 
 def passing(error: BaseException) -> bool:
-    """Tell whether the same request may succeed later: after lost connections, cut bodies, timeouts, errors of the server."""
+    """Tell whether the same request may succeed later: after lost connections, truncated bodies, timeouts and server errors."""
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)):
         return False
     if any(kind.__name__ in PASSING_ERRORS for kind in type(error).__mro__):
@@ -168,7 +171,7 @@ def passing(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """Return the HTTP status that an exception of a store's library has; None where it has none."""
+    """Return the HTTP status of an exception from a store's library; None if it has none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -178,12 +181,12 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def tried(call: Callable[[], Result], url: str, key: str, expected: str, retries: Retries | None = None) -> Result:
-    """Return what ``call`` returns, called again after errors that may pass.
+    """Return the result of ``call``, which is repeated after transient errors.
 
     Raises:
-        UserError: "key: expected ``expected``, found ...", after the last attempt, or an error that will not pass.
-        FileNotFoundError: there is no such file, or bucket.
-        OSError: of the local disk.
+        UserError: "key: expected ``expected``, found ...", after the last attempt or a permanent error.
+        FileNotFoundError: the file or bucket does not exist.
+        OSError: an error of the local disk.
     """
     retries = retries or RETRIES
     for failures in range(1, retries.attempts + 1):
@@ -205,7 +208,7 @@ def tried(call: Callable[[], Result], url: str, key: str, expected: str, retries
 
 
 def read_bytes(url: str, key: str, retries: Retries | None = None) -> bytes:
-    """Return the contents of a small file; UserError where it cannot be read, FileNotFoundError where it is not there."""
+    """Return the contents of a small file. Raises FileNotFoundError if it does not exist, UserError if it cannot be read."""
 
     def read() -> bytes:
         store, path = store_of(url, key)
@@ -215,7 +218,7 @@ def read_bytes(url: str, key: str, retries: Retries | None = None) -> bytes:
 
 
 def read_json(url: str, key: str, retries: Retries | None = None) -> dict:
-    """Read a JSON mapping; empty where there is no file, or another one."""
+    """Read a JSON mapping; empty if the file is missing or is not a JSON mapping."""
     try:
         content = json.loads(read_bytes(url, key, retries))
     except (FileNotFoundError, ValueError):
@@ -224,7 +227,7 @@ def read_json(url: str, key: str, retries: Retries | None = None) -> dict:
 
 
 def stat(url: str, key: str, retries: Retries | None = None) -> Stat | None:
-    """Return size and stamp of a file; None where it is not there."""
+    """Return size and stamp of a file; None if it does not exist."""
 
     def info() -> dict:
         store, path = store_of(url, key)
@@ -243,8 +246,10 @@ def stat_of(url: str, info: dict) -> Stat:
 
 
 def listed(folder: str, key: str, pattern: str = "*", retries: Retries | None = None) -> list[Stat]:
-    """List the files directly in a folder whose names match ``pattern``, sorted; none where there is no such folder. One
-    request for a thousand files, however many match. Over https:// a server must have an index page."""
+    """List the files directly in a folder whose names match ``pattern``, sorted; [] if there is no such folder.
+
+    Takes one request for each thousand files in the folder. A web server must have an index page.
+    """
 
     def entries() -> list[dict]:
         store, path = store_of(folder, key)
@@ -278,8 +283,8 @@ def download(url: str, path: Path, key: str, size: int | None = None, retries: R
 
 
 def upload(path: Path, url: str, key: str, retries: Retries | None = None) -> None:
-    """Copy a file to ``url``, where it is whole or, after an error, absent or as it was before: a store gives an object its
-    name when all of it is there."""
+    """Copy a file to ``url``. After an error, the object there is missing or the previous one, because a store names an object
+    only once it is complete."""
     size = path.stat().st_size
 
     def put() -> None:

@@ -1,11 +1,12 @@
 """LatentStream: latent shards -> batches, as a pure function of (seed, images_seen).
 
-Global position n is position n % N of epoch n // N, whose order is drawn from (seed, epoch): the shards in random order, and
-the samples of each in random order. A global batch is the next ``batch_size`` positions, across the end of an epoch if need be:
-no sample is dropped, none is repeated within an epoch, and no shard is too short. Rank r takes the r-th equal slice of every
-batch, so all ranks take the same number of steps. There is no other state: to resume is to start at another ``images_seen``.
+Position n of the stream is position n % N of epoch n // N, for N samples. The order of an epoch is drawn from (seed, epoch):
+the shards in random order, and the samples of each shard in random order. A global batch is the next ``batch_size`` positions
+and may cross the end of an epoch. No sample is dropped or repeated within an epoch, and shards may have any length. Every batch
+is split into equal slices, and rank r takes the r-th, so all ranks take the same number of steps. There is no other state: a
+run resumes by starting at another ``images_seen``.
 
-Do not pass the loader through ``accelerator.prepare``: it would split the batches a second time.
+Do not pass the loader through ``accelerator.prepare``, which would split the batches a second time.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ from .ahead import FetchedAhead
 from .shards import FIELDS, Manifest
 from .tar_index import index_tar
 
-KEPT_SHARDS, KEPT_COPIES, KEPT_ORDERS = 64, 4, 8
-"""Open at once, by each worker: shards, local copies of shards in a store, which its cache cannot remove until then; orders."""
+MAX_OPEN_SHARDS, MAX_OPEN_COPIES, MAX_ORDERS = 64, 4, 8
+"""Kept by each worker: open shards; open local copies of shards in a store, whose disk space is freed only when they are
+closed; orders."""
 
 
 @dataclass
 class LatentBatch:
-    """One rank's slice of a batch: moments float16 (b, 2 or 1, C, h, w), labels int64 (b,), -1 for "none", and optionally
-    OpenCLIP embeddings float16 (b, D)."""
+    """One rank's slice of a batch.
+
+    Attributes:
+        moments: float16, (b, 2 or 1, C, h, w).
+        labels: int64, (b,); -1 for no label.
+        embeddings: OpenCLIP embeddings, float16, (b, D), or None.
+    """
 
     moments: torch.Tensor
     labels: torch.Tensor
@@ -53,12 +60,12 @@ class LatentBatch:
 
 
 class Shard:
-    """One tar, memory-mapped: the offset of each sample's values in it, and the labels.
+    """A memory-mapped tar, with the offset and label of each sample.
 
     Args:
-        path, shape, dtype: the tar, and what its moments are.
-        dimensions: of its embeddings; None where it has none.
-        index: as ``index_tar`` returns it.
+        shape, dtype: shape and type of the moments of one sample.
+        dimensions: size of an embedding; None if there are none.
+        index: as returned by ``index_tar``.
     """
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: int | None, index: dict) -> None:
@@ -72,27 +79,29 @@ class Shard:
                 raise ValueError(f"{len(self.embedding_offsets)} embeddings of {len(self.keys)} samples")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"shards: expected an index of {path.name} in its record, found {error!r}") from error
-        self._rows = rows_of(path, self.offsets, int(np.prod(shape)) * dtype.itemsize)
-        self._embeddings = rows_of(path, self.embedding_offsets, (dimensions or 1) * dtype.itemsize)
+        self._rows = map_rows(path, self.offsets, int(np.prod(shape)) * dtype.itemsize)
+        self._embeddings = map_rows(path, self.embedding_offsets, (dimensions or 1) * dtype.itemsize)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def moments(self, indices: np.ndarray, mirrored: np.ndarray | int = 0) -> np.ndarray:
-        """Return (n, 2 or 1, C, h, w), of the mirrored images where ``mirrored`` (n,) is 1."""
+        """Return moments, (n, 2 or 1, C, h, w), of the mirrored images where ``mirrored``, (n,), is 1."""
         return self._rows[self.offsets[indices, mirrored]].view(self.dtype).reshape(-1, *self.shape)
 
     def embeddings(self, indices: np.ndarray) -> np.ndarray:
-        """Return (n, D)."""
+        """Return embeddings, (n, D)."""
         return self._embeddings[self.embedding_offsets[indices]].view(self.dtype)
 
 
-def rows_of(path: Path, offsets: np.ndarray, nbytes: int) -> np.ndarray:
-    """Map a file so that row i is its ``nbytes`` bytes from the i-th on: copying some rows is one call, as fast as in an array.
-    Raises UserError where the offsets lead beyond the file."""
+def map_rows(path: Path, offsets: np.ndarray, nbytes: int) -> np.ndarray:
+    """Memory-map a file as rows: row i is the ``nbytes`` bytes that start at byte i. Many rows are then copied in one call.
+
+    Raises UserError if the offsets are outside the file.
+    """
     size, end = path.stat().st_size, int(offsets.max()) + nbytes if offsets.size else 0
     if end > size or offsets.min(initial=0) < 0:
-        raise UserError(f"shards: expected {end} bytes or more in {path}, found {size} (cut short?)")
+        raise UserError(f"shards: expected {end} bytes or more in {path}, found {size} (truncated?)")
     data = np.memmap(path, dtype=np.uint8, mode="r") if end else np.empty(nbytes, np.uint8)
     return sliding_window_view(data, nbytes)
 
@@ -101,13 +110,13 @@ class LatentStream(IterableDataset):
     """Batches of one rank, from ``images_seen`` up to ``images_total``.
 
     Args:
-        manifest: the shards.
-        batch_size: images of all ranks together.
-        images_seen, images_total: positions to start at and to end before; the last batch is always full.
-        seed: determines the order and the choice of mirrored encodings.
-        mirror: take the mirrored encoding with probability one half.
-        embeddings: also take the embeddings, which the shards must have.
-        rank, world_size: this process and their number: it takes the slice ``rank`` of ``world_size`` equal ones.
+        manifest: manifest of the shards.
+        batch_size: total batch size over all ranks.
+        images_seen, images_total: first position, and position to stop before. The last batch is always full.
+        seed: seed of the order and of the choice of mirrored encodings.
+        mirror: whether to take the mirrored encoding with probability one half.
+        rank, world_size: this process, and the number of processes.
+        embeddings: whether to read the embeddings, which the shards must have.
     """
 
     def __init__(
@@ -147,12 +156,12 @@ class LatentStream(IterableDataset):
         except UserError as error:
             if worker is None:
                 raise
-            # LatentLoader raises it: torch would raise a traceback of the worker as its message.
+            # LatentLoader raises it. torch would raise an error whose message is the traceback of the worker.
             yield error  # type: ignore[misc]
 
     def batches_at(self, positions: Iterable[int]) -> Iterator[LatentBatch]:
-        """Read this rank's slices of the global batches that begin at these positions, in order; where the shards are in a
-        store, they are fetched ahead."""
+        """Read this rank's slices of the global batches that begin at these positions, in order. Shards in a store are fetched
+        ahead."""
         if self.manifest.cache is None:
             yield from map(self.batch_at, positions)
             return
@@ -166,7 +175,7 @@ class LatentStream(IterableDataset):
     def batch_at(self, position: int) -> LatentBatch:
         """Read this rank's slice of the global batch that begins at ``position``."""
         moments, labels, embeddings = [], [], []
-        for number, indices, mirrored in self._runs(position):
+        for number, indices, mirrored in self._samples(position):
             shard = self._shard(number)
             moments.append(shard.moments(indices, mirrored))
             labels.append(shard.labels[indices])
@@ -175,34 +184,37 @@ class LatentStream(IterableDataset):
         return LatentBatch(joined(moments), joined(labels), joined(embeddings) if embeddings else None)
 
     def keys_at(self, position: int) -> list[str]:
-        """List the keys of this rank's slice of the batch that begins at ``position``, for messages."""
-        return [self._shard(number).keys[index] for number, indices, _ in self._runs(position) for index in indices]
+        """Return the keys of this rank's slice of the global batch that begins at ``position``, for messages."""
+        return [self._shard(number).keys[index] for number, indices, _ in self._samples(position) for index in indices]
 
     def _visits(self, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
-        """Yield (position, shard) wherever the batches at these positions come to another shard. For a thread of its own."""
-        order, before = lru_cache(2)(self._epoch), -1
-        for position in positions:
-            for _, shard, _, _ in self._parts(position, order):
-                if shard != before:
-                    yield position, shard
-                before = shard
+        """Yield (position, shard) for each batch position at which another shard begins to be read.
 
-    def _runs(self, position: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Split this rank's slice by shard: yield the shard, the samples' indices in it, and whether mirrored (0 or 1)."""
-        for epoch, shard, first, length in self._parts(position, self._order):
-            indices, mirrored = (values[first : first + length] for values in self._order(epoch, shard))
+        Runs in another thread, so it does not use the orders that this object keeps.
+        """
+        shard_order, previous = lru_cache(2)(self._draw_shard_order), -1
+        for position in positions:
+            for _, shard, _, _ in self._slices(position, shard_order):
+                if shard != previous:
+                    yield position, shard
+                previous = shard
+
+    def _samples(self, position: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Split this rank's slice by shard. Yield shard, indices of samples in it, and whether each is mirrored (0 or 1)."""
+        for epoch, shard, first, length in self._slices(position, self._shard_order):
+            indices, mirrored = (values[first : first + length] for values in self._sample_order(epoch, shard))
             yield shard, indices, mirrored
 
-    def _parts(
-        self, position: int, order_of: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    def _slices(
+        self, position: int, shard_order: Callable[[int], tuple[np.ndarray, np.ndarray]]
     ) -> Iterator[tuple[int, int, int, int]]:
-        """Yield the parts of this rank's slice: epoch, shard, the first sample in its order, and how many."""
+        """Split this rank's slice by shard. Yield epoch, shard, start in the order of the shard's samples, and length."""
         size = self.batch_size // self.world_size
         position += self.rank * size
         stop = position + size
         while position < stop:
             epoch, within = divmod(position, self.count)
-            order, ends = order_of(epoch)
+            order, ends = shard_order(epoch)
             slot = int(np.searchsorted(ends, within, side="right"))
             shard, end = int(order[slot]), int(ends[slot])
             first = within - (end - self.counts[shard])
@@ -210,25 +222,29 @@ class LatentStream(IterableDataset):
             yield epoch, shard, first, length
             position += length
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw_shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the order of an epoch's shards. Return it with the position in the epoch at which each shard ends."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
         return order, self.counts[order].cumsum()
 
-    def _order(self, epoch: int, shard: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the order of an epoch's shards, and the position in the epoch at which each ends; or the order of the samples
-        in one shard, and whether each is mirrored."""
+    def _draw_sample_order(self, epoch: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draw the order of a shard's samples. Return it with whether each sample is mirrored (0 or 1)."""
+        rng = np.random.default_rng((self.seed, epoch, shard))
+        order = rng.permutation(self.counts[shard])
+        return order, (rng.random(len(order)) < 0.5 if self.mirror else np.zeros(len(order))).astype(int)
+
+    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if (epoch,) not in self._orders:
+            keep_newest(self._orders, (epoch,), self._draw_shard_order(epoch), MAX_ORDERS)
+        return self._orders[(epoch,)]
+
+    def _sample_order(self, epoch: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
         if (epoch, shard) not in self._orders:
-            if shard is None:
-                found = self._epoch(epoch)
-            else:
-                rng = np.random.default_rng((self.seed, epoch, shard))
-                order = rng.permutation(self.counts[shard])
-                found = order, (rng.random(len(order)) < 0.5 if self.mirror else np.zeros(len(order))).astype(int)
-            keep_newest(self._orders, (epoch, shard), found, KEPT_ORDERS)
+            keep_newest(self._orders, (epoch, shard), self._draw_sample_order(epoch, shard), MAX_ORDERS)
         return self._orders[epoch, shard]
 
     def _shard(self, number: int) -> Shard:
-        """Return a shard, opened and checked when it is first read."""
+        """Return a shard. Opens and checks it if it is not open."""
         if number not in self._shards:
             item, classes = self.manifest.shards[number], len(self.manifest.classes)
             shard = open_shard(self.manifest, item, self.mirror)
@@ -237,13 +253,15 @@ class LatentStream(IterableDataset):
             if classes and not 0 <= shard.labels.min() <= shard.labels.max() < classes:
                 worst = shard.labels.max() if shard.labels.max() >= classes else shard.labels.min()
                 raise UserError(f"shards: expected labels from 0 to {classes - 1}, found {worst} in {item['name']}")
-            keep_newest(self._shards, number, shard, KEPT_SHARDS if self.manifest.cache is None else KEPT_COPIES)
+            keep_newest(self._shards, number, shard, MAX_OPEN_SHARDS if self.manifest.cache is None else MAX_OPEN_COPIES)
         return self._shards[number]
 
 
 def open_shard(manifest: Manifest, item: dict, mirror: bool) -> Shard:
-    """Open a shard of the manifest, by the index in its record if that is of this very shard. ``mirror``: it must have mirrored
-    encodings."""
+    """Open a shard of the manifest. Uses the index in its record if the record is of this shard, and makes one otherwise.
+
+    Raises UserError if ``mirror`` and the shard has no mirrored encodings.
+    """
     shape, dtype = tuple(manifest.metadata["moments_shape"]), np.dtype(manifest.metadata["dtype"])
     dimensions, record = manifest.embedding_dimensions, manifest.record(item)
 
@@ -259,19 +277,19 @@ def open_shard(manifest: Manifest, item: dict, mirror: bool) -> Shard:
 
 
 def joined(parts: list[np.ndarray]) -> torch.Tensor:
-    """Join along the batch; no copy where there is only one part, as for most batches."""
+    """Concatenate along the batch. Does not copy a single part, which is the most common case."""
     return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def keep_newest(cache: dict, key: object, value: object, count: int) -> None:
-    """Add to a cache, and drop the oldest entries beyond ``count``."""
+    """Add an entry to a cache and drop the oldest entries beyond ``count``."""
     cache[key] = value
     while len(cache) > count:
         del cache[next(iter(cache))]
 
 
 class LatentLoader(DataLoader):
-    """A DataLoader in whose workers a UserError is that one line, too."""
+    """A DataLoader that raises a UserError of a worker as it is, in one line."""
 
     def __iter__(self) -> Iterator[LatentBatch]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -281,5 +299,5 @@ class LatentLoader(DataLoader):
 
 
 def latent_loader(stream: LatentStream, num_workers: int) -> DataLoader:
-    """Make a loader of full batches; workers take every n-th batch, so the order does not depend on their number."""
+    """Return a loader of full batches. The order does not depend on the number of workers, who take every n-th batch."""
     return LatentLoader(stream, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())

@@ -1,6 +1,6 @@
-"""The regular files in a tar, by its headers alone: several times as fast as ``tarfile`` lists them.
+"""A fast list of the regular files in a tar: several times as fast as ``tarfile``, because it reads the headers alone.
 
-Names in ustar, GNU and pax form are read here; a tar with rarer things (sparse files) is left to ``tarfile``.
+It reads ustar, GNU and pax names. Tars with rarer features, such as sparse files, are left to ``tarfile``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ BLOCK = 512
 ZEROS = bytes(BLOCK)
 REGULAR = frozenset((b"0", b"\0", b"7"))
 WITHOUT_DATA = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
-"""Links, devices, folders and pipes."""
+"""Types of links, devices, folders and pipes."""
 LONG_NAME, LONG_LINK, PAX, PAX_GLOBAL = b"L", b"K", b"x", b"g"
-SPACES = sum(b" " * 8)
-"""What the checksum's own bytes count as."""
+CHECKSUM_SPACES = sum(b" " * 8)
+"""The checksum is computed with spaces in its own field."""
 ADLER_PRIME = 65521
 
 
 class Member(NamedTuple):
-    """A regular file: ``size`` bytes from ``offset`` on."""
+    """A regular file: ``size`` bytes at ``offset``."""
 
     name: str
     offset: int
@@ -31,18 +31,18 @@ class Member(NamedTuple):
 
 
 class _Unusual(Exception):
-    """Something that ``tarfile`` must read."""
+    """The tar has a feature that only ``tarfile`` reads."""
 
 
 def tar_members(path: str | Path) -> list[Member]:
     """List the regular files of an uncompressed tar in order.
 
-    Raises tarfile.TarError or OSError, also for a damaged header between two files, where ``tarfile`` ends without a word.
+    Raises tarfile.TarError or OSError, also for a damaged header between two files, where ``tarfile`` would silently stop.
     """
     with open(path, "rb") as file:
         try:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # a file of no bytes has no map
+        except ValueError:  # an empty file cannot be mapped
             raise tarfile.ReadError("empty file") from None
     with data:
         try:
@@ -56,27 +56,27 @@ def tar_members(path: str | Path) -> list[Member]:
 def _members(data: mmap.mmap) -> list[Member]:
     found: list[Member] = []
     position, end = 0, len(data)
-    given: dict[str, str] = {}  # name and size from extended headers, for the next member
+    extended: dict[str, str] = {}  # name and size for the next member, from extended headers
     while position < end:
         header = data[position : position + BLOCK]
         if header == ZEROS:
             break
-        _check(header, position)
-        kind, size = header[156:157], _number(header[124:136])
+        _verify_checksum(header, position)
+        kind, size = header[156:157], _parse_number(header[124:136])
         position += BLOCK
         if kind in WITHOUT_DATA:
-            given = {}
+            extended = {}
             continue
         if kind in REGULAR:
-            size = int(given.get("size", size))
-            name = given.get("path") or _name(header)
-            given = {}
-            if not name.endswith("/"):  # a folder, in the oldest tars
+            size = int(extended.get("size", size))
+            name = extended.get("path") or _name(header)
+            extended = {}
+            if not name.endswith("/"):  # the oldest tars mark folders by a slash only
                 found.append(Member(name, position, size))
         elif kind == LONG_NAME:
-            given["path"] = _text(data[position : position + size].rstrip(b"\0"))
+            extended["path"] = _text(data[position : position + size].rstrip(b"\0"))
         elif kind == PAX:
-            given |= _pax(data[position : position + size])
+            extended |= _pax(data[position : position + size])
         elif kind == PAX_GLOBAL:
             if _pax(data[position : position + size]):
                 raise _Unusual
@@ -88,21 +88,21 @@ def _members(data: mmap.mmap) -> list[Member]:
     return found
 
 
-def _check(header: bytes, position: int) -> None:
+def _verify_checksum(header: bytes, position: int) -> None:
     if len(header) < BLOCK:
         raise tarfile.ReadError(f"truncated header at byte {position}")
     field = header[148:156]
-    wanted = _number(field)
-    # The lower half of Adler-32 is 1 + the sum of the bytes, modulo a prime: much faster than sum().
-    if zlib.adler32(header) & 0xFFFF == (1 + wanted - SPACES + sum(field)) % ADLER_PRIME:
+    stored = _parse_number(field)
+    # The lower half of Adler-32 is 1 + the sum of the bytes, modulo a prime. It is much faster than sum().
+    if zlib.adler32(header) & 0xFFFF == (1 + stored - CHECKSUM_SPACES + sum(field)) % ADLER_PRIME:
         return
-    signed = sum(byte - 256 if byte > 127 else byte for byte in header[:148] + header[156:]) + SPACES
-    if wanted != signed:  # as some tars of old have it
+    signed = sum(byte - 256 if byte > 127 else byte for byte in header[:148] + header[156:]) + CHECKSUM_SPACES
+    if stored != signed:  # some old tars sum signed bytes
         raise tarfile.ReadError(f"bad checksum of the header at byte {position}")
 
 
-def _number(field: bytes) -> int:
-    """Octal digits, or base 256 after a byte of 0x80."""
+def _parse_number(field: bytes) -> int:
+    """Parse octal digits, or base 256 after a byte of 0x80."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.rstrip(b" \0")
@@ -124,7 +124,7 @@ def _text(name: bytes) -> str:
 
 
 def _pax(data: bytes) -> dict[str, str]:
-    """The path and size of an extended header: records "LENGTH KEY=VALUE\\n"."""
+    """Return the path and size from an extended header, whose records are "LENGTH KEY=VALUE\\n"."""
     found: dict[str, str] = {}
     while data and data[0] != 0:
         length, _, _ = data.partition(b" ")

@@ -1,4 +1,4 @@
-"""Where the samples of a latent shard begin, from the headers of its tar; it is checked at that."""
+"""The index of a latent shard: the offsets of its samples. Making it checks the headers of the tar."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import numpy as np
 from ..errors import UserError
 from .shards import EMBEDDING, FIELDS
 
-HEADER_BYTES, LABEL_BYTES, LARGEST_LABEL = 1024, 32, 2**31
+MAX_HEADER_BYTES, MAX_LABEL_BYTES, MAX_LABEL = 1024, 32, 2**31
 
 
 def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: int | None = None) -> dict:
-    """Return the keys of a shard in order, their labels (-1 for none), and the offsets at which the values of each of FIELDS
-    begin; with ``dimensions`` also those of the embeddings.
+    """Return the index of a shard.
 
-    Reads every header, which takes 0.1 ms a sample: tools/encode.py does it once and leaves it in the shard's record.
-    Raises UserError for anything but a tar of samples of this shape and dtype, once each.
+    Its items are "keys", in order; "labels", -1 for none; "offsets", at which the values of each of FIELDS begin; and
+    "embeddings", their offsets, if ``dimensions`` is given.
+
+    Reads every header, which takes 0.1 ms per sample. tools/encode.py does this once and stores the index in the shard's
+    record. Raises UserError unless the file is a tar of unique samples of this shape and dtype.
     """
     shapes = dict.fromkeys(FIELDS, shape) | ({EMBEDDING: (dimensions,)} if dimensions else {})
     offsets: dict[str, dict[str, int]] = {name: {} for name in shapes}
@@ -30,16 +32,17 @@ def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: i
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if not member.isreg():
-                    raise ValueError(f"{member.name} is no ordinary file")
+                    raise ValueError(f"{member.name} is not a regular file")
                 key, _, name = member.name.partition(".")
                 if name in shapes:
                     if key in offsets[name]:
-                        raise ValueError(f"{member.name} is in it twice")
-                    header = npy_header(read_at(file, member, HEADER_BYTES), member, shapes[name], dtype, headers[name])
-                    offsets[name][key] = member.offset_data + header
+                        raise ValueError(f"{member.name} occurs twice")
+                    data = read_start(file, member, MAX_HEADER_BYTES)
+                    length = npy_header_length(data, member, shapes[name], dtype, headers[name])
+                    offsets[name][key] = member.offset_data + length
                 elif name == "cls":
-                    labels[key] = int(read_at(file, member, LABEL_BYTES))
-                    if abs(labels[key]) > LARGEST_LABEL:
+                    labels[key] = int(read_start(file, member, MAX_LABEL_BYTES))
+                    if abs(labels[key]) > MAX_LABEL:
                         raise ValueError(f"{member.name} is {labels[key]}")
         moments, mirrored = (offsets[name] for name in FIELDS)
         for name, found in offsets.items():
@@ -56,18 +59,25 @@ def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: i
     return index | ({"embeddings": [offsets[EMBEDDING][key] for key in moments]} if dimensions else {})
 
 
-def read_at(file: BinaryIO, member: tarfile.TarInfo, most: int) -> bytes:
-    """Read the first bytes of a member; the file's position stays."""
+def read_start(file: BinaryIO, member: tarfile.TarInfo, size: int) -> bytes:
+    """Read the first ``size`` bytes of a member. Restores the position of the file."""
     position = file.tell()
     file.seek(member.offset_data)
-    data = file.read(min(member.size, most))
+    data = file.read(min(member.size, size))
     file.seek(position)
     return data
 
 
-def npy_header(data: bytes, member: tarfile.TarInfo, shape: tuple[int, ...], dtype: np.dtype, known: dict[bytes, int]) -> int:
-    """Return the length of an .npy header; raise ValueError unless it says this shape and dtype, and as many values follow.
-    Never unpickles. ``known``: headers that were good, and their lengths."""
+def npy_header_length(
+    data: bytes, member: tarfile.TarInfo, shape: tuple[int, ...], dtype: np.dtype, known: dict[bytes, int]
+) -> int:
+    """Return the length of an .npy header.
+
+    Raises ValueError unless the header has this shape and dtype and the member's size fits. Never unpickles.
+
+    Args:
+        known: valid headers that were read before, and their lengths.
+    """
     length = next((length for header, length in known.items() if data.startswith(header)), None)
     if length is None:
         file = io.BytesIO(data)
@@ -77,7 +87,7 @@ def npy_header(data: bytes, member: tarfile.TarInfo, shape: tuple[int, ...], dty
         if found_shape != shape or found_dtype != dtype or fortran:
             raise ValueError(f"{member.name} is {found_shape} {found_dtype}")
         length = known[data[: file.tell()]] = file.tell()
-    wanted = length + int(np.prod(shape)) * dtype.itemsize
-    if member.size != wanted:
-        raise ValueError(f"{member.name} has {member.size} bytes and not {wanted}")
+    expected = length + int(np.prod(shape)) * dtype.itemsize
+    if member.size != expected:
+        raise ValueError(f"{member.name} has {member.size} bytes instead of {expected}")
     return length

@@ -24,10 +24,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..data.images import read_pictures
-from ..data.index import PictureIndex
+from ..data.images import read_images
+from ..data.index import ImageIndex
 from ..data.settings import ImagesConfig
-from ..data.sources import list_pictures
+from ..data.sources import list_images
 from ..device import pick_device, process_group
 from ..errors import UserError
 from ..files import atomic_file, claimed, claimed_by_first, sha256, this_process
@@ -136,7 +136,7 @@ def real_features(
     name: str, images: ImagesConfig, config: EvaluateConfig, extractors: list[Extractor], state: PartialState
 ) -> ImageFeatures:
     """Compute the features of a source, or load them from the cache."""
-    entries = list_pictures(images)
+    entries = list_images(images)
     cached = None
     if config.cache is not None:
         cached = Path(config.cache) / f"{digest_of(entries, images, extractors)[:32]}.safetensors"
@@ -149,7 +149,7 @@ def real_features(
     labels: list[int] = []
 
     def pixels(bar: tqdm) -> Iterator[torch.Tensor]:
-        for pictures in read_pictures(entries, images, batches, config.num_workers):
+        for pictures in read_images(entries, images, batches, config.num_workers):
             labels.extend(label for label in pictures.labels if label is not None)
             if len(pictures.pixels):
                 yield pictures.pixels
@@ -162,7 +162,7 @@ def real_features(
     return found
 
 
-def digest_of(entries: PictureIndex, images: ImagesConfig, extractors: list[Extractor]) -> str:
+def digest_of(entries: ImageIndex, images: ImagesConfig, extractors: list[Extractor]) -> str:
     """Hash everything that the features of a source depend on."""
     digest = hashlib.sha256(repr([getattr(images, key) for key in IMAGES]).encode())
     digest.update("".join(extractor.sha256 + extractor.resize for extractor in extractors).encode())

@@ -20,7 +20,7 @@ from ..files import atomic_file, atomic_folder, this_process
 from .checkpoint import newest_images
 
 CHUNK_BYTES = 2**26
-"""Of a file that is sent at a time."""
+"""Bytes of a file that are sent at a time."""
 
 
 def share_checkpoint(output: Path, single_files: tuple[str, ...], accelerator: Accelerator) -> None:

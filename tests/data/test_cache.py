@@ -1,4 +1,4 @@
-"""FileCache, before an S3 server on loopback that has bad days."""
+"""FileCache, with an S3 server on loopback behind a proxy that injects faults."""
 
 import errno
 import hashlib
@@ -40,7 +40,7 @@ def temporary_files(cache):
     return [path.name for path in cache.folder.iterdir() if path.name.startswith(".")]
 
 
-def test_a_file_comes_once(files, cache, proxy):
+def test_a_file_is_fetched_once(files, cache, proxy):
     url, digest, content = files[0]
     assert cache.fetch(url, digest, SIZE).read_bytes() == content
     requests = proxy.requests["GET"]
@@ -49,7 +49,7 @@ def test_a_file_comes_once(files, cache, proxy):
     assert cache.fetch("/a/local/path") == again.__class__("/a/local/path")
 
 
-def test_a_file_with_another_stamp_is_another(files, cache, bucket, tmp_path):
+def test_a_file_with_another_stamp_gets_another_copy(files, cache, bucket, tmp_path):
     url, _, content = files[0]
     before = cache.fetch(url, stamp=store.stat(url, "test").stamp)
     (tmp_path / "source").write_bytes(b"other")
@@ -57,7 +57,7 @@ def test_a_file_with_another_stamp_is_another(files, cache, bucket, tmp_path):
     assert cache.fetch(url, stamp=store.stat(url, "test").stamp).read_bytes() == b"other" and before.read_bytes() == content
 
 
-def test_the_least_recently_used_go(files, cache):
+def test_the_least_recently_used_copies_are_removed(files, cache):
     for index, (url, digest, _) in enumerate(files[:3]):
         os.utime(cache.fetch(url, digest, SIZE), (index, index))
     cache.fetch(*files[0][:2], SIZE)  # used again
@@ -69,14 +69,14 @@ def test_the_least_recently_used_go(files, cache):
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_faults_pass(files, cache, proxy, kind):
+def test_transient_faults_are_survived(files, cache, proxy, kind):
     url, digest, content = files[0]
     proxy.faults.extend([Fault(kind)] * 2)
     assert cache.fetch(url, digest, SIZE).read_bytes() == content and proxy.injected[kind] == 2
     assert temporary_files(cache) == []
 
 
-def test_wrong_contents_are_told(files, cache):
+def test_wrong_contents_give_one_line(files, cache):
     url, digest, _ = files[0]
     expected = rf"^shards: expected {url} with sha256 {'0' * 64}, found {digest}, 3 times$"
     with pytest.raises(UserError, match=expected):
@@ -86,7 +86,7 @@ def test_wrong_contents_are_told(files, cache):
     assert cache.files() == [] == temporary_files(cache)
 
 
-def test_no_such_file_and_too_small_a_limit_are_told(files, cache, bucket):
+def test_missing_files_and_too_small_a_limit_give_one_line(files, cache, bucket):
     with pytest.raises(UserError, match=rf"^shards: expected a file at {bucket}/none.tar, found none$"):
         cache.fetch(f"{bucket}/none.tar")
     with pytest.raises(UserError, match=r"^images.cache: expected a cache for s3://.*, 100000 bytes, found a limit of 99999$"):
@@ -94,14 +94,14 @@ def test_no_such_file_and_too_small_a_limit_are_told(files, cache, bucket):
 
 
 @pytest.mark.parametrize("place", ["a-file", "a-file/below"])
-def test_a_folder_that_cannot_be_written_is_told(files, tmp_path, place):
+def test_an_unwritable_folder_gives_one_line(files, tmp_path, place):
     (tmp_path / "a-file").write_text("x")
     with pytest.raises(UserError, match=r"^shards: expected room for s3://.* in the cache .*a-file.*, found .+"):
         FileCache(tmp_path / place, SIZE).fetch(files[0][0])
 
 
 def full_after(monkeypatch, cache, most):
-    """Let the disk of the cache hold ``most`` bytes."""
+    """Make downloads fail as if the disk of the cache held ``most`` bytes."""
     real = store.download
 
     def download(url, path, *others):
@@ -113,14 +113,14 @@ def full_after(monkeypatch, cache, most):
     monkeypatch.setattr(store, "download", download)
 
 
-def test_a_full_disk_makes_others_go(files, cache, monkeypatch):
+def test_a_full_disk_removes_other_copies(files, cache, monkeypatch):
     full_after(monkeypatch, cache, 2 * SIZE)
     for url, digest, content in files:
         assert cache.fetch(url, digest, SIZE).read_bytes() == content
     assert [cached.path.name.partition("-")[2] for cached in cache.files()] == ["file-3.tar", "file-4.tar"]
 
 
-def test_a_full_disk_is_told(files, cache, monkeypatch):
+def test_a_full_disk_gives_one_line(files, cache, monkeypatch):
     full_after(monkeypatch, cache, 0)
     with pytest.raises(
         UserError, match=r"^shards: expected room for s3://.*file-0.tar in the cache .*cache, found a full disk$"
@@ -129,7 +129,7 @@ def test_a_full_disk_is_told(files, cache, monkeypatch):
     assert cache.files() == [] == temporary_files(cache)
 
 
-def test_what_a_killed_process_left_goes(files, cache):
+def test_files_of_killed_processes_are_removed(files, cache):
     cache.fetch(*files[0][:2], SIZE)
     for name, age in ((".old.tmp", 7200), (".new.tmp", 0)):
         (cache.folder / name).write_bytes(b"x")
@@ -138,7 +138,7 @@ def test_what_a_killed_process_left_goes(files, cache):
     assert temporary_files(cache) == [".new.tmp"]
 
 
-def test_a_file_that_went_before_it_was_opened_comes_again(files, cache):
+def test_a_copy_removed_before_it_is_opened_is_fetched_again(files, cache):
     url, digest, content = files[0]
     calls = []
 
@@ -149,7 +149,7 @@ def test_a_file_that_went_before_it_was_opened_comes_again(files, cache):
         return path.read_bytes()
 
     assert cache.use(url, read, digest, SIZE) == content and len(calls) == 3
-    with pytest.raises(UserError, match=r"^shards: expected a cache for all that is read at once, found "):
+    with pytest.raises(UserError, match=r"^shards: expected a cache for all files read at once, found "):
         cache.use(url, lambda path: path.unlink() or path.read_bytes(), digest, SIZE)
 
 
@@ -163,7 +163,7 @@ def read_all(folder, files, rounds, seed, told):
 
 
 def test_two_processes_share_a_cache_that_is_too_small(files, cache, proxy):
-    """Each removes what the other is about to open, while the server has faults."""
+    """Each removes copies that the other is about to open, and the server has faults."""
     context = multiprocessing.get_context("fork")
     told = context.Queue()
     proxy.faults.extend(Fault(kind) for kind in FAULTS for _ in range(2))
@@ -177,7 +177,7 @@ def test_two_processes_share_a_cache_that_is_too_small(files, cache, proxy):
     assert sum(cached.size for cached in cache.files()) <= 2 * SIZE + SIZE // 2
 
 
-def test_two_who_want_the_same_file_fetch_it_once(files, cache, proxy):
+def test_concurrent_requests_for_a_file_fetch_it_once(files, cache, proxy):
     url, digest, _ = files[0]
     before = proxy.requests["GET"]
     threads = [threading.Thread(target=FileCache(cache.folder, SIZE).fetch, args=(url, digest, SIZE)) for _ in range(4)]
@@ -188,6 +188,6 @@ def test_two_who_want_the_same_file_fetch_it_once(files, cache, proxy):
     assert proxy.requests["GET"] == before + 1
 
 
-def test_names_of_copies_hold_no_secrets(cache):
+def test_names_of_copies_contain_no_secrets(cache):
     names = [cache.name(url, None, 1, "") for url in ("https://me:pw@host/x.tar?sig=1", "https://me:pw@host/x.tar?sig=2")]
     assert len(set(names)) == 2 and all(name.endswith("-x.tar") for name in names) and "sig" not in json.dumps(names)

@@ -30,7 +30,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "encode.py"
 
 @pytest.fixture
 def settings(pictures, vae_folder, tmp_path):
-    """Those of the ``shards`` fixture, into tmp_path/NAME."""
+    """The settings of the ``shards`` fixture, with output tmp_path/NAME."""
     common = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}"]
     return lambda name: [*common, f"output={tmp_path / name}", "shard_size=8", "batch_size=4", "num_workers=0"]
 
@@ -42,14 +42,14 @@ def encode_to(settings):
 
 @pytest.fixture
 def evaluations(monkeypatch):
-    """The number of pictures of every batch that is encoded."""
+    """The batch size of each call of the encoder."""
     calls, real = [], FrozenAutoencoder.encode_moments
     monkeypatch.setattr(FrozenAutoencoder, "encode_moments", lambda self, x: calls.append(len(x)) or real(self, x))
     return calls
 
 
 def assert_same(folder, shards):
-    """Shards and manifest to the byte, and no temporary file."""
+    """Assert that shards and manifest are equal byte by byte, and that no temporary file is left."""
     names = sorted(path.name for path in shards.iterdir())
     assert sorted(path.name for path in folder.iterdir()) == names
     names.remove(INDEX)
@@ -57,7 +57,7 @@ def assert_same(folder, shards):
         assert (folder / name).read_bytes() == (shards / name).read_bytes(), name
 
 
-def test_same_input_same_bytes_at_any_number_of_workers_and_threads(shards, encode_to, tmp_path):
+def test_the_bytes_do_not_depend_on_workers_or_threads(shards, encode_to, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
@@ -68,7 +68,7 @@ def test_same_input_same_bytes_at_any_number_of_workers_and_threads(shards, enco
     assert_same(tmp_path / "again", shards)
 
 
-def test_unreadable_pictures_are_skipped_counted_and_listed(encode_to, tmp_path, capsys):
+def test_unreadable_images_are_skipped_counted_and_listed(encode_to, tmp_path, capsys):
     folder = tmp_path / "mixed"
     folder.mkdir()
     Image.new("RGB", (16, 16), "red").save(folder / "a.png")
@@ -81,37 +81,37 @@ def test_unreadable_pictures_are_skipped_counted_and_listed(encode_to, tmp_path,
     assert "1 skipped" in out and f"skipped {folder / 'b.png'}" in err
 
 
-def test_no_manifest_without_a_readable_picture(encode_to, tmp_path):
+def test_no_manifest_without_a_readable_image(encode_to, tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
-    (folder / "b.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"images\.strict: expected every picture to be readable"):
+    (folder / "b.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"images\.strict: expected every image to be readable"):
         encode_to("strict", f"images.source={folder}", "images.strict=true")
     assert [path.name for path in (tmp_path / "strict").glob("[!.]*")] == ["plan.json"]
-    with pytest.raises(UserError, match="expected readable pictures"):
+    with pytest.raises(UserError, match="expected readable images"):
         encode_to("out", f"images.source={folder}")
     assert not (tmp_path / "out/manifest.json").exists()
 
 
-def test_strict_stops_at_what_an_earlier_run_has_skipped(encode_to, tmp_path):
+def test_strict_refuses_images_that_an_earlier_run_skipped(encode_to, tmp_path):
     folder = tmp_path / "mixed"
     folder.mkdir()
     Image.new("RGB", (16, 16), "red").save(folder / "a.png")
-    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "b.png").write_bytes(b"not an image")
     encode_to("out", f"images.source={folder}")
-    with pytest.raises(UserError, match=r"images\.strict: expected every picture to be readable, found 1 skipped in .*b\.png"):
+    with pytest.raises(UserError, match=r"images\.strict: expected every image to be readable, found 1 skipped in .*b\.png"):
         encode_to("out", f"images.source={folder}", "images.strict=true")
 
 
-def test_a_border_is_not_lost_in_silence(encode_to, tmp_path):
+def test_a_resolution_that_the_autoencoder_would_crop_is_refused(encode_to, tmp_path):
     with pytest.raises(UserError, match=r"images\.resolution: expected a multiple of 2, .*, found 17"):
         encode_to("out", "images.resolution=17")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("contents", [False, True])
-def test_a_picture_replaced_under_its_name_is_noticed(pictures, encode_to, tmp_path, contents):
-    """Of another modification time; of the same one by its contents, where asked for."""
+def test_a_replaced_image_is_detected(pictures, encode_to, tmp_path, contents):
+    """By its modification time, or by its contents if ``compare_contents`` is set."""
     folder = shutil.copytree(pictures, tmp_path / "copy")
     options = (f"images.source={folder}", f"compare_contents={str(contents).lower()}")
     encode_to("out", *options)
@@ -120,12 +120,12 @@ def test_a_picture_replaced_under_its_name_is_noticed(pictures, encode_to, tmp_p
     status = replaced.stat()
     replaced.write_bytes((folder / "disc/03.png").read_bytes())
     os.utime(replaced, ns=(status.st_atime_ns, status.st_mtime_ns + (0 if contents else 1_000_000)))
-    with pytest.raises(UserError, match="output: expected a new folder, or one of the same pictures, found"):
+    with pytest.raises(UserError, match="output: expected a new folder, or one of the same images, found"):
         encode_to("out", *options)
     assert (tmp_path / "out/manifest.json").read_bytes() == manifest
 
 
-def test_the_same_worker_twice_at_once_is_told(encode_to, tmp_path):
+def test_a_second_process_for_the_same_worker_is_refused(encode_to, tmp_path):
     with claimed(tmp_path / "out", worker="worker-0-of-2-", inside=True):
         with pytest.raises(UserError, match=r"output: expected no other run at .*out, found process \d+ of"):
             encode_to("out", "worker=0/2")
@@ -133,7 +133,7 @@ def test_the_same_worker_twice_at_once_is_told(encode_to, tmp_path):
     assert [path.name for path in tmp_path.glob("out/.*")] == [INDEX]
 
 
-def test_an_output_in_use_is_refused(encode_to, tmp_path):
+def test_a_folder_with_other_files_is_refused(encode_to, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/keep.txt").write_text("mine")
     with pytest.raises(UserError, match="output: expected a new or empty folder"):
@@ -141,12 +141,12 @@ def test_an_output_in_use_is_refused(encode_to, tmp_path):
     assert (tmp_path / "out/keep.txt").read_text() == "mine"
 
 
-def test_workers_share_the_shards_and_the_last_writes_the_manifest(shards, encode_to, tmp_path, evaluations):
+def test_workers_split_the_shards_and_the_last_writes_the_manifest(shards, encode_to, tmp_path, evaluations):
     assert encode_to("out", "worker=1/2") is None
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["latents-00001.tar", "latents-00002.tar"]
     assert not (tmp_path / "out/manifest.json").exists()
     assert encode_to("out", "worker=0/2").count == 22
-    assert sum(evaluations) == 2 * 22  # each picture and its mirror image once
+    assert sum(evaluations) == 2 * 22  # each image and its mirrored version once
     assert_same(tmp_path / "out", shards)
 
 
@@ -155,11 +155,11 @@ def test_processes_of_a_launcher_are_workers(shards, encode_to, tmp_path, monkey
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "4")
         found = encode_to("out")
-        assert (found is not None) == (rank == 3)  # the last that has any
+        assert (found is not None) == (rank == 3)  # the last worker that has shards
     assert_same(tmp_path / "out", shards)
 
 
-def test_a_restart_does_what_is_missing_or_damaged(shards, encode_to, tmp_path, evaluations):
+def test_a_restart_encodes_missing_and_damaged_shards(shards, encode_to, tmp_path, evaluations):
     encode_to("out")
     (tmp_path / "out/manifest.json").unlink()
     (tmp_path / "out/latents-00000.tar").unlink()
@@ -175,7 +175,7 @@ def test_a_restart_does_what_is_missing_or_damaged(shards, encode_to, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(shards, settings, encode_to, tmp_path):
+def test_a_killed_run_is_continued(shards, settings, encode_to, tmp_path):
     process = subprocess.Popen([sys.executable, str(TOOL), *settings("out")], stderr=subprocess.DEVNULL, env=os.environ)
     while process.poll() is None and not list(tmp_path.glob("out/.latents-*")):
         time.sleep(0.001)
@@ -186,8 +186,8 @@ def test_a_killed_run_goes_on_where_it_was(shards, settings, encode_to, tmp_path
     assert_same(tmp_path / "out", shards)
 
 
-def test_pictures_in_a_store_give_the_same_shards(shards, pictures, encode_to, tmp_path):
-    """And a cache that is too small for the tars that are mixed is refused before anything is fetched twice."""
+def test_images_in_a_store_give_the_same_shards(shards, pictures, encode_to, tmp_path):
+    """A cache must hold the tars that are shuffled together. Otherwise they would be fetched repeatedly."""
     files = sorted(pictures.rglob("*.png"))
     store = fsspec.filesystem("memory")
     for number in range(3):
@@ -204,11 +204,11 @@ def test_pictures_in_a_store_give_the_same_shards(shards, pictures, encode_to, t
     assert encode_to("remote", *remote).classes == ["disc", "square"]
     for name in ("manifest.json", *(path.name for path in shards.glob("*.tar"))):
         assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
-    with pytest.raises(UserError, match=r"images\.cache_gigabytes: expected .* for the 2 tars that are mixed at a time"):
+    with pytest.raises(UserError, match=r"images\.cache_gigabytes: expected .* for the 2 tars that are shuffled together"):
         encode_to("again", *remote, "images.cache_gigabytes=2e-5")
 
 
-def test_other_settings_do_not_mix(encode_to, tmp_path):
+def test_a_run_with_other_settings_is_refused(encode_to, tmp_path):
     encode_to("out", "worker=0/2")
     with pytest.raises(UserError, match=r"another mirror \(true there, false here\)"):
         encode_to("out", "mirror=false")
@@ -219,7 +219,7 @@ def test_other_settings_do_not_mix(encode_to, tmp_path):
             encode_to("out", f"worker={worker}")
 
 
-def test_a_full_disk_is_one_line_and_costs_one_shard(shards, encode_to, tmp_path, monkeypatch):
+def test_a_full_disk_gives_one_line_and_loses_one_shard(shards, encode_to, tmp_path, monkeypatch):
     real, left = wds.TarWriter.write, [10]
 
     def write(self, sample):
@@ -239,12 +239,12 @@ def test_a_full_disk_is_one_line_and_costs_one_shard(shards, encode_to, tmp_path
 
 @hypothesis_settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 50), st.integers(1, 9))
-def test_every_picture_has_one_place_for_any_number_of_workers(pictures, shard_size, batch_size, workers):
-    plan = Plan([Entry(str(number), None, "") for number in range(pictures)], {}, shard_size, batch_size)
+def test_every_image_has_one_position_for_any_number_of_workers(images, shard_size, batch_size, workers):
+    plan = Plan([Entry(str(number), None, "") for number in range(images)], {}, shard_size, batch_size)
     shared = [plan.shards_of(worker, workers) for worker in range(workers)]
     assert sorted(shard for part in shared for shard in part) == list(plan.shards)
-    places = [place for shard in plan.shards for batch in plan.batches(shard) for place in batch]
-    assert places == list(range(pictures))
+    positions = [position for shard in plan.shards for batch in plan.batches(shard) for position in batch]
+    assert positions == list(range(images))
     for shard in plan.shards:
         batches = plan.batches(shard)
         assert all(0 < len(batch) <= batch_size for batch in batches)

@@ -1,4 +1,4 @@
-"""Tars that somebody else made: nothing is executed, nothing is written, and what is wrong with them is one line."""
+"""Untrusted tars: nothing in them is executed or written, and each error is one line."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.shards import Manifest
-from ldm_smd.data.sources import list_pictures
+from ldm_smd.data.sources import list_images
 from ldm_smd.data.stream import LatentStream
 from ldm_smd.errors import UserError
 
@@ -20,7 +20,7 @@ GOOD = np.zeros((2, 4, 8, 8), dtype=np.float16)
 
 @pytest.fixture
 def folder(shards, tmp_path):
-    """A folder of one shard, to be replaced, of one sample."""
+    """A folder whose manifest lists one shard with one sample. The tests write the shard."""
     folder = tmp_path / "shards"
     folder.mkdir()
     content = json.loads((shards / "manifest.json").read_text())
@@ -43,13 +43,13 @@ def add(tar, name, data, **header):
     tar.addfile(member, io.BytesIO(data))
 
 
-def refused(folder, message):
+def assert_refused(folder, message):
     with pytest.raises(UserError, match=message):
         LatentStream(Manifest.load(folder), 1, 1).batch_at(0)
 
 
 class Touch:
-    """What unpickling this does."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -64,12 +64,12 @@ def test_pickles_are_not_loaded(folder, tmp_path):
     for data in (npy(array, allow_pickle=True), pickle.dumps(Touch(evil))):
         with tarfile.open(folder / "latents-00000.tar", "w") as tar:
             add(tar, "a.moments.npy", data)
-        refused(folder, "shards: expected a tar of moments")
+        assert_refused(folder, "shards: expected a tar of moments")
     assert not evil.exists()
 
 
 @pytest.mark.parametrize("name", ["../../evil.moments.npy", "/tmp/evil.moments.npy", "..moments.npy", "a/../../evil.png"])
-def test_names_lead_nowhere(folder, name, tmp_path):
+def test_member_names_cannot_leave_the_folder(folder, name, tmp_path):
     before = set(tmp_path.rglob("*"))
     with tarfile.open(folder / "latents-00000.tar", "w") as tar:
         add(tar, name, npy(GOOD))
@@ -78,15 +78,15 @@ def test_names_lead_nowhere(folder, name, tmp_path):
     except UserError as error:
         assert str(error).startswith(("shards: expected", "mirror: expected"))
     assert set(tmp_path.rglob("*")) - before == {folder / "latents-00000.tar"}
-    entries = pictures_of_tar(tmp_path, name)
+    entries = images_of_tar(tmp_path, name)
     assert not any("." in entry.key for entry in entries)
 
 
-def pictures_of_tar(folder, name):
-    with tarfile.open(folder / "pictures.tar", "w") as tar:
-        add(tar, name.replace("moments.npy", "png"), b"no picture")
+def images_of_tar(folder, name):
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        add(tar, name.replace("moments.npy", "png"), b"not an image")
     try:
-        return list_pictures(ImagesConfig(source=str(folder / "pictures.tar")))
+        return list_images(ImagesConfig(source=str(folder / "images.tar")))
     except UserError:
         return []
 
@@ -97,40 +97,40 @@ def pictures_of_tar(folder, name):
         (npy(GOOD[:1]), r"is \(1, 4, 8, 8\) float16"),
         (npy(GOOD.astype(np.float32)), "float32"),
         (npy(np.asfortranarray(GOOD)), "a.moments.npy is"),
-        (npy(GOOD)[:-2], "bytes and not"),
-        (npy(GOOD) + b"more", "bytes and not"),
+        (npy(GOOD)[:-2], "bytes instead of"),
+        (npy(GOOD) + b"more", "bytes instead of"),
         (b"", "expected a tar of moments"),
         (b"\x93NUMPY\x01\x00\xff\xff{" + b" " * 2000, "expected a tar of moments"),
         (b"\x93NUMPY\x02\x00\xff\xff\xff\x7f{", "expected a tar of moments"),
         (b"\x93NUMPY\x01\x00\x10\x00" + b"__import__(1)\n  ", "expected a tar of moments"),
     ],
 )
-def test_other_arrays_are_refused(folder, data, message):
+def test_unexpected_arrays_are_refused(folder, data, message):
     with tarfile.open(folder / "latents-00000.tar", "w") as tar:
         add(tar, "a.moments.npy", data)
-    refused(folder, message)
+    assert_refused(folder, message)
 
 
-def test_links_twins_and_labels_are_refused(folder):
+def test_links_duplicates_and_bad_labels_are_refused(folder):
     path = folder / "latents-00000.tar"
     with tarfile.open(path, "w") as tar:
         add(tar, "a.moments.npy", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-    refused(folder, "a.moments.npy is no ordinary file")
+    assert_refused(folder, "a.moments.npy is not a regular file")
     with tarfile.open(path, "w") as tar:
         add(tar, "a.moments.npy", npy(GOOD))
         add(tar, "a.moments.npy", npy(GOOD))
-    refused(folder, "a.moments.npy is in it twice")
+    assert_refused(folder, "a.moments.npy occurs twice")
     for label in (b"one", b"9" * 10_000, b"\xff"):
         with tarfile.open(path, "w") as tar:
             add(tar, "a.moments.npy", npy(GOOD))
             add(tar, "a.mirror.npy", npy(GOOD))
             add(tar, "a.cls", label)
-        refused(folder, "shards: expected")
+        assert_refused(folder, "shards: expected")
 
 
 @pytest.mark.parametrize("with_record", [True, False])
-def test_a_shard_cut_short_at_any_block_is_refused(shards, tmp_path, with_record):
-    """Or read as it was, where only the zeros after the last sample are gone."""
+def test_a_shard_truncated_at_any_block_is_refused(shards, tmp_path, with_record):
+    """It is still read if only the zeros after the last sample are missing."""
     folder = shutil.copytree(shards, tmp_path / "copy")
     path = folder / "latents-00002.tar"
     if not with_record:
@@ -142,7 +142,7 @@ def test_a_shard_cut_short_at_any_block_is_refused(shards, tmp_path, with_record
     for size in range(0, len(data), 512):
         path.write_bytes(data[:size])
         if size < end:
-            refused(folder, "(shards|mirror): expected")
+            assert_refused(folder, "(shards|mirror): expected")
         else:
             assert LatentStream(Manifest.load(folder), 22, 22).batch_at(0).moments.equal(whole)
 
@@ -160,8 +160,8 @@ def test_a_shard_cut_short_at_any_block_is_refused(shards, tmp_path, with_record
         {"keys": ["a"], "labels": [7], "offsets": [[0, 0]]},
     ],
 )
-def test_a_record_with_another_index_is_refused(shards, folder, index):
+def test_a_record_with_a_wrong_index_is_refused(shards, folder, index):
     shutil.copy(shards / "latents-00000.tar", folder)
     content = json.loads((folder / "manifest.json").read_text())
     (folder / "latents-00000.json").write_text(json.dumps({"shard": content["shards"][0], "index": index}))
-    refused(folder, "shards: expected")
+    assert_refused(folder, "shards: expected")

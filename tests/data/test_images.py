@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_smd.data.images import decode, read_pictures
+from ldm_smd.data.images import decode, read_images
 from ldm_smd.data.settings import ImagesConfig
-from ldm_smd.data.sources import list_pictures
+from ldm_smd.data.sources import list_images
 from ldm_smd.errors import UserError
 
 
@@ -67,27 +67,27 @@ def test_crop_and_pad():
     assert padded[:, 0, 8].tolist() == [0, 0, 255] and padded[:, 8, 8].tolist() == [255, 0, 0]
 
 
-def test_unreadable_pictures_are_listed_or_stop(tmp_path):
+def test_unreadable_images_are_listed_or_raise(tmp_path):
     whole = encoded(Image.effect_noise((64, 64), 50))
     (tmp_path / "a.png").write_bytes(whole)
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "c.png").write_bytes(b"no picture")
+    (tmp_path / "c.png").write_bytes(b"not an image")
     (tmp_path / "d.png").write_bytes(b"")
     config = ImagesConfig(source=str(tmp_path), resolution=16)
-    entries = list_pictures(config)
-    [found] = read_pictures(entries, config, [range(4)])
-    assert found.keys == ["a"] and found.pixels.shape == (1, 3, 16, 16)
-    assert [Path(item["name"]).name for item in found.unreadable] == ["b.png", "c.png", "d.png"]
-    assert all(item["reason"] and "0x" not in item["reason"] for item in found.unreadable)
-    [none] = read_pictures(entries, config, [range(1, 3)])
-    assert none.pixels.shape == (0, 3, 16, 16) and none.keys == [] and len(none.unreadable) == 2
+    entries = list_images(config)
+    [batch] = read_images(entries, config, [range(4)])
+    assert batch.keys == ["a"] and batch.pixels.shape == (1, 3, 16, 16)
+    assert [Path(item["name"]).name for item in batch.unreadable] == ["b.png", "c.png", "d.png"]
+    assert all(item["reason"] and "0x" not in item["reason"] for item in batch.unreadable)
+    [empty] = read_images(entries, config, [range(1, 3)])
+    assert empty.pixels.shape == (0, 3, 16, 16) and empty.keys == [] and len(empty.unreadable) == 2
     config.strict = True
-    with pytest.raises(UserError, match=r"images\.strict: expected every picture to be readable, found .*b\.png"):
-        list(read_pictures(entries, config, [range(4)]))
+    with pytest.raises(UserError, match=r"images\.strict: expected every image to be readable, found .*b\.png"):
+        list(read_images(entries, config, [range(4)]))
 
 
 def test_too_many_pixels_count_as_unreadable():
-    picture = encoded(Image.new("RGB", (16, 16)))
-    assert decode(picture, 16, max_pixels=256).shape == (3, 16, 16)
+    image = encoded(Image.new("RGB", (16, 16)))
+    assert decode(image, 16, max_pixels=256).shape == (3, 16, 16)
     with pytest.raises(ValueError, match="max_pixels=255"):
-        decode(picture, 64, max_pixels=255)
+        decode(image, 64, max_pixels=255)

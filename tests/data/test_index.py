@@ -1,4 +1,4 @@
-"""The list of all pictures, kept on disk."""
+"""The index of all images of a source, in memory and on disk."""
 
 import io
 import multiprocessing
@@ -16,10 +16,10 @@ from ldm_smd.data import index as index_module
 from ldm_smd.data import keys as keys_module
 from ldm_smd.data import pieces as pieces_module
 from ldm_smd.data.index import PiecesOnDisk
-from ldm_smd.data.keys import find_repeated
-from ldm_smd.data.pieces import Piece, hash_of
+from ldm_smd.data.keys import find_repeated_keys
+from ldm_smd.data.pieces import Piece, key_hash
 from ldm_smd.data.settings import ImagesConfig
-from ldm_smd.data.sources import list_pictures
+from ldm_smd.data.sources import list_images
 from ldm_smd.errors import UserError
 
 
@@ -48,7 +48,7 @@ def tars(tmp_path):
 
 @pytest.fixture
 def listed(monkeypatch):
-    """The parts that are listed."""
+    """Names of the parts that are listed."""
     found, real = [], index_module.make_piece
     monkeypatch.setattr(index_module, "make_piece", lambda part: found.append(part.name) or real(part))
     return found
@@ -58,56 +58,56 @@ def config_of(tars):
     return ImagesConfig(source=f"{tars}/*.tar")
 
 
-def test_on_disk_and_in_memory_are_the_same_and_the_second_time_nothing_is_listed(tars, tmp_path, listed):
+def test_the_index_on_disk_equals_that_in_memory_and_is_reused(tars, tmp_path, listed):
     config, folder = config_of(tars), tmp_path / "index"
-    in_memory = list_pictures(config)
+    in_memory = list_images(config)
     assert len(in_memory) == 30 and in_memory.classes == ["0", "1", "2"]
-    first = list(list_pictures(config, folder))
+    first = list(list_images(config, folder))
     assert first == list(in_memory)
     assert [entry.read() for entry in first] == [encoded("red")] * 30
     assert first[7] == in_memory[7] == in_memory[-23] and in_memory[3:6] == first[3:6]
     listed.clear()
-    again = list_pictures(config, folder)
+    again = list_images(config, folder)
     assert list(again) == first and listed == []
-    assert (again.pictures_sha256, again.files_sha256()) == (in_memory.pictures_sha256, in_memory.files_sha256())
+    assert (again.images_sha256, again.files_sha256()) == (in_memory.images_sha256, in_memory.files_sha256())
 
 
-def test_only_what_was_changed_is_listed_again(tars, tmp_path, listed):
+def test_only_changed_parts_are_listed_again(tars, tmp_path, listed):
     config, folder = config_of(tars), tmp_path / "index"
-    before = list_pictures(config, folder)
+    before = list_images(config, folder)
     write_tar(tars / "2.tar", ["other"])
     listed.clear()
-    after = list_pictures(config, folder)
+    after = list_images(config, folder)
     assert listed == [str(tars / "2.tar")] and len(after) == 26
-    assert after.files_sha256() != before.files_sha256() and after.pictures_sha256 != before.pictures_sha256
+    assert after.files_sha256() != before.files_sha256() and after.images_sha256 != before.images_sha256
     os.utime(tars / "3.tar", ns=(1, 1))
-    touched = list_pictures(config, folder)
-    assert touched.files_sha256() != after.files_sha256() and touched.pictures_sha256 == after.pictures_sha256
+    touched = list_images(config, folder)
+    assert touched.files_sha256() != after.files_sha256() and touched.images_sha256 == after.images_sha256
 
 
-def test_a_picture_rewritten_in_its_folder_is_noticed(pictures, tmp_path):
+def test_an_image_rewritten_in_place_is_detected(pictures, tmp_path):
     config = ImagesConfig(source=str(pictures))
-    before = list_pictures(config, tmp_path / "index")
-    assert list(before) == list(list_pictures(config)) == list(list_pictures(config, tmp_path / "index"))
+    before = list_images(config, tmp_path / "index")
+    assert list(before) == list(list_images(config)) == list(list_images(config, tmp_path / "index"))
     file = next(pictures.rglob("*.png"))
     status = file.stat()
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**6))
-    after = list_pictures(config, tmp_path / "index")
+    after = list_images(config, tmp_path / "index")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert after.files_sha256() != before.files_sha256() and after.pictures_sha256 == before.pictures_sha256
+    assert after.files_sha256() != before.files_sha256() and after.images_sha256 == before.images_sha256
 
 
-def list_in(folder, config, turn):
-    index = list_pictures(config, folder, turn)
+def list_in(folder, config, worker):
+    index = list_images(config, folder, worker)
     assert len(list(index)) == 30
 
 
 def test_processes_share_the_work_and_begin_at_different_parts(tars, tmp_path, listed):
     folder = tmp_path / "index"
-    list_pictures(config_of(tars), folder, (1, 2))
+    list_images(config_of(tars), folder, (1, 2))
     assert [os.path.basename(name) for name in listed] == ["3.tar", "4.tar", "5.tar", "0.tar", "1.tar", "2.tar"]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=list_in, args=(tmp_path / "shared", config_of(tars), (turn, 3))) for turn in range(3)]
+    processes = [context.Process(target=list_in, args=(tmp_path / "shared", config_of(tars), (i, 3))) for i in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -116,7 +116,7 @@ def test_processes_share_the_work_and_begin_at_different_parts(tars, tmp_path, l
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == sorted(path.name for path in folder.iterdir())
 
 
-def test_what_a_killed_process_had_begun_is_taken_over(tars, tmp_path, monkeypatch):
+def test_the_piece_of_a_killed_process_is_made_by_another(tars, tmp_path, monkeypatch):
     folder = tmp_path / "index"
     context = multiprocessing.get_context("fork")
     real = index_module.make_piece
@@ -129,7 +129,7 @@ def test_what_a_killed_process_had_begun_is_taken_over(tars, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(index_module, "make_piece", stuck)
-        process = context.Process(target=list_pictures, args=(config_of(tars), folder))
+        process = context.Process(target=list_images, args=(config_of(tars), folder))
         process.start()
     while not (tmp_path / "stuck").exists():
         time.sleep(0.01)
@@ -139,38 +139,38 @@ def test_what_a_killed_process_had_begun_is_taken_over(tars, tmp_path, monkeypat
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_a_damaged_index_is_one_line(tars, tmp_path):
+def test_a_damaged_index_gives_one_line(tars, tmp_path):
     folder = tmp_path / "index"
-    list_pictures(config_of(tars), folder)
+    list_images(config_of(tars), folder)
     for path in folder.glob("index-*"):
-        path.write_text("no JSON")
-    assert len(list_pictures(config_of(tars), folder)) == 30
+        path.write_text("not JSON")
+    assert len(list_images(config_of(tars), folder)) == 30
     piece = sorted(folder.glob("piece-*"))[0]
     piece.write_bytes(piece.read_bytes()[:100])
     for path in folder.glob("index-*"):
         path.unlink()
     pieces_module._load.cache_clear()  # as in another process
-    with pytest.raises(UserError, match=r"images\.source: expected a whole index in .*index, found piece-.*; remove it"):
-        list_pictures(config_of(tars), folder)
+    with pytest.raises(UserError, match=r"images\.source: expected an intact index in .*index, found piece-.*; remove it"):
+        list_images(config_of(tars), folder)
 
 
-def test_keys_that_occur_in_several_tars(tmp_path):
+def test_keys_repeated_in_several_tars_are_renamed(tmp_path):
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", ["a", "b", f"only-{number}"])
     write_tar(tmp_path / "3.tar", ["a-2", "a"])
     expected = ["a", "b", "only-0", "a-2-2", "b-2", "only-1", "a-3", "b-3", "only-2", "a-2", "a-4"]
     for folder in (None, tmp_path / "index", tmp_path / "index"):
-        assert [entry.key for entry in list_pictures(config_of(tmp_path), folder)] == expected
+        assert [entry.key for entry in list_images(config_of(tmp_path), folder)] == expected
 
 
 class Keys:
-    """Keys in parts, as an index has them."""
+    """A source of keys in parts, like an index."""
 
     def __init__(self, parts):
         self.parts = [[key for key in part] for part in parts]
 
     def hashes(self):
-        return (np.array([hash_of(key) for key in part], np.uint64) for part in self.parts)
+        return (np.array([key_hash(key) for key in part], np.uint64) for part in self.parts)
 
     def key(self, number):
         return [key for part in self.parts for key in part][number]
@@ -180,10 +180,10 @@ few_keys = st.lists(st.lists(st.sampled_from(["a", "a-2", "a-2-2", "a-3", "b", "
 
 
 @given(few_keys, st.sampled_from([1, 4, 2**22]))
-def test_new_keys_are_unique_and_the_first_keeps_its_own(parts, at_once):
+def test_new_keys_are_unique_and_the_first_image_keeps_its_key(parts, bucket_size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keys_module, "AT_ONCE", at_once)
-        repeated = find_repeated(Keys(parts))
+        patch.setattr(keys_module, "BUCKET_SIZE", bucket_size)
+        repeated = find_repeated_keys(Keys(parts))
     old = [key for part in parts for key in part]
     new = [repeated.renamed(number, key) for number, key in enumerate(old)]
     assert len(set(new)) == len(new)
@@ -191,23 +191,23 @@ def test_new_keys_are_unique_and_the_first_keeps_its_own(parts, at_once):
         assert (new[number] == key) == (key not in old[:number])
 
 
-def test_many_pictures_of_one_key():
+def test_many_images_with_one_key():
     keys = Keys([["one"] * 20_000, ["one-7"]])
     flat = keys.parts[0] + keys.parts[1]
     keys.key = flat.__getitem__
-    repeated = find_repeated(keys)
+    repeated = find_repeated_keys(keys)
     new = [repeated.renamed(number, key) for number, key in enumerate(flat)]
     assert new[:3] == ["one", "one-2", "one-3"] and new[-1] == "one-7" and len(set(new)) == len(new)
 
 
-def test_pieces_are_mapped_and_not_copied(tars, tmp_path):
-    index = list_pictures(config_of(tars), tmp_path / "index")
+def test_pieces_are_memory_mapped(tars, tmp_path):
+    index = list_images(config_of(tars), tmp_path / "index")
     assert isinstance(index.pieces, PiecesOnDisk)
     piece = Piece.load(tmp_path / "index" / index.pieces.names[index.parts[0]])
     assert all(isinstance(column, np.memmap) for column in piece.columns.values())
 
 
 def test_damaged_tars_are_named(tars, tmp_path):
-    (tars / "4.tar").write_bytes(b"no tar" * 500)
+    (tars / "4.tar").write_bytes(b"not a tar" * 500)
     with pytest.raises(UserError, match=r"images\.source: expected an uncompressed tar, found .*4\.tar"):
-        list_pictures(config_of(tars), tmp_path / "index")
+        list_images(config_of(tars), tmp_path / "index")

@@ -1,4 +1,4 @@
-"""tools/encode.py writes to an object store what it writes to a folder, byte by byte."""
+"""tools/encode.py writes the same bytes to an object store as to a folder."""
 
 import json
 import multiprocessing
@@ -16,13 +16,13 @@ from ldm_smd.errors import UserError
 
 @pytest.fixture(scope="session")
 def expected(shards):
-    """Of every file of a local encoding: its bytes."""
+    """The bytes of every file of a local encoding, by name."""
     return {path.name: path.read_bytes() for path in shards.iterdir() if not path.name.startswith(".")}
 
 
 @pytest.fixture
 def settings(pictures, vae_folder, bucket):
-    """A function from overrides to the settings of the same encoding to the bucket."""
+    """A function that returns the settings of the same encoding to the bucket, with overrides."""
 
     def build(*overrides):
         given = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={bucket}/latents"]
@@ -35,7 +35,7 @@ def found(bucket):
     return {each.name: store.read_bytes(each.url, "test") for each in store.listed(f"{bucket}/latents", "test")}
 
 
-def test_the_bytes_are_those_of_a_folder(settings, bucket, expected):
+def test_the_files_equal_those_in_a_folder(settings, bucket, expected):
     manifest = encode(settings())
     assert manifest.count == 22 and manifest.folder == f"{bucket}/latents"
     assert found(bucket) == expected and len(expected) == 8
@@ -49,8 +49,8 @@ def test_faults_change_nothing(settings, bucket, expected, proxy):
     assert found(bucket) == expected and not proxy.faults
 
 
-def test_what_stops_goes_on(settings, bucket, expected, proxy, monkeypatch):
-    """An upload fails for good: nothing after it is there, and the next run makes just what is missing."""
+def test_a_failed_run_is_continued(settings, bucket, expected, proxy, monkeypatch):
+    """After a failed upload nothing more is uploaded, and the next run writes only what is missing."""
     monkeypatch.setattr(store, "RETRIES", store.Retries(attempts=2, first=0.01))
     proxy.faults.extend([Fault("500", "latents-00001.tar", "PUT")] * 4)
     with pytest.raises(
@@ -72,7 +72,7 @@ def test_what_stops_goes_on(settings, bucket, expected, proxy, monkeypatch):
     assert made == ["latents-00000.tar", "latents-00002.tar"] and found(bucket) == expected
 
 
-def test_workers_make_it_together(settings, bucket, expected):
+def test_workers_split_the_shards(settings, bucket, expected):
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=encode, args=(settings(f"worker={worker}/2"),)) for worker in (0, 1)]
     for process in processes:
@@ -82,7 +82,7 @@ def test_workers_make_it_together(settings, bucket, expected):
     assert [process.exitcode for process in processes] == [0, 0] and found(bucket) == expected
 
 
-def test_another_run_is_refused(settings, bucket):
+def test_the_output_of_another_run_is_refused(settings, bucket):
     encode(settings("worker=0/2"))
     with pytest.raises(
         UserError, match=r"^output: expected a new folder, or one of the same run, found s3://.* another batch_size"
@@ -95,7 +95,7 @@ def test_another_run_is_refused(settings, bucket):
 
 
 @pytest.mark.parametrize(
-    "place, message",
+    "output, message",
     [
         (
             "s3://no-such-bucket/x",
@@ -103,11 +103,11 @@ def test_another_run_is_refused(settings, bucket):
         ),
         (
             "https://host/x",
-            r"output: expected a folder, or a store that can be written \(s3://, gs://, hf://\), found https://host/x",
+            r"output: expected a folder, or a writable store \(s3://, gs://, hf://\), found https://host/x",
         ),
         ("s3://key:secret@bucket/x", r"output: expected a URL without user, password .*, found one at s3://bucket/x"),
     ],
 )
-def test_places_that_cannot_be_written_are_told(settings, place, message):
+def test_outputs_that_cannot_be_written_give_one_line(settings, output, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        encode(settings(f"output={place}"))
+        encode(settings(f"output={output}"))

@@ -1,4 +1,4 @@
-"""Latent shards in an object store: the same batches as from a folder, whatever happens to the server."""
+"""Latent shards in an object store give the same batches as from a folder, also when the server has faults."""
 
 import json
 import multiprocessing
@@ -30,7 +30,7 @@ READ = {"mirror": True, "seed": 3}
 
 @pytest.fixture(scope="session")
 def many_shards(tmp_path_factory, pictures, vae_folder):
-    """The tiny shards, but eight of them, of three pictures."""
+    """Eight shards of three images each."""
     output = tmp_path_factory.mktemp("many") / "shards"
     settings = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={output}"]
     encode(load_config(EncodeConfig, None, [*settings, "shard_size=3", "batch_size=3", "num_workers=0"]))
@@ -39,7 +39,7 @@ def many_shards(tmp_path_factory, pictures, vae_folder):
 
 @pytest.fixture
 def remote(many_shards, bucket):
-    """The URL of a copy of them."""
+    """URL of a copy of ``many_shards``."""
     for path in many_shards.iterdir():
         if not path.name.startswith("."):
             store.upload(path, f"{bucket}/latents/{path.name}", "test")
@@ -53,7 +53,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def small_cache(tmp_path, many_shards):
-    """Room for two shards and a half."""
+    """A cache with room for two and a half shards."""
     return CacheConfig(str(tmp_path / "cache"), 2.5 * (many_shards / "latents-00000.tar").stat().st_size / 1e9)
 
 
@@ -68,7 +68,7 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_a_folder(many_shards, remote, small_cache, workers):
+def test_batches_equal_those_from_a_folder(many_shards, remote, small_cache, workers):
     local, manifest = Manifest.load(many_shards), Manifest.load(remote, small_cache)
     assert manifest.sha256 == local.sha256 and manifest.count == local.count
     same(batches(manifest, workers=workers), batches(local))
@@ -77,14 +77,14 @@ def test_batches_are_those_of_a_folder(many_shards, remote, small_cache, workers
     assert 0 < held <= manifest.cache.limit_bytes
 
 
-def test_ranks_together_are_one_process(many_shards, remote, cache):
+def test_ranks_together_give_the_batches_of_one_process(many_shards, remote, cache):
     manifest = Manifest.load(remote, cache)
     ranks = [batches(manifest, rank=rank, world_size=2) for rank in (0, 1)]
     for step, batch in enumerate(batches(Manifest.load(many_shards))):
         assert torch.equal(torch.cat([of_rank[step].moments for of_rank in ranks]), batch.moments)
 
 
-def test_a_shard_comes_once_and_before_it_is_needed(remote, cache, proxy):
+def test_a_shard_is_fetched_once(remote, cache, proxy):
     manifest = Manifest.load(remote, cache)
     stream = LatentStream(manifest, 1, 22, **READ)
     before = proxy.requests["GET"]  # after the list of what is there
@@ -104,7 +104,7 @@ def test_the_thread_keeps_its_distance_and_the_order():
             fetched.append(shard)
             came.notify()
         if shard == 2:
-            raise UserError("the reader will meet it")
+            raise UserError("raised again by the reader")
 
     def wait_for(count):
         with came:
@@ -129,7 +129,7 @@ def test_faults_change_no_batch(many_shards, remote, small_cache, proxy, kind):
     assert proxy.injected[kind] == 3
 
 
-def test_a_server_may_be_away(many_shards, remote, small_cache, proxy, monkeypatch):
+def test_an_outage_of_the_server_is_survived(many_shards, remote, small_cache, proxy, monkeypatch):
     monkeypatch.setattr(store, "RETRIES", store.Retries(first=0.1, longest=1.0))
     manifest = Manifest.load(remote, small_cache)
     expected = batches(Manifest.load(many_shards))
@@ -159,7 +159,7 @@ def read_all(remote, cache, seed, told):
 
 
 def test_two_processes_share_a_cache(many_shards, remote, small_cache, proxy):
-    """In other orders, and with room for less than both need."""
+    """They read in different orders, and the cache is smaller than both need."""
     context = multiprocessing.get_context("fork")
     told = context.Queue()
     processes = [context.Process(target=read_all, args=(remote, small_cache, seed, told)) for seed in (1, 2)]
@@ -173,8 +173,8 @@ def test_two_processes_share_a_cache(many_shards, remote, small_cache, proxy):
         assert all(np.array_equal(a, b) for a, b in zip(moments, expected, strict=True))
 
 
-def test_records_are_not_needed(many_shards, remote, cache):
-    """Nor believed where they are damaged: the tar itself says what is in it."""
+def test_missing_and_damaged_records_are_not_used(many_shards, remote, cache):
+    """The index is then made from the tar."""
     record = json.loads((many_shards / "latents-00000.json").read_text())
     record["index"]["labels"][0] ^= 1
     damaged = many_shards.parent / "damaged.json"
@@ -185,7 +185,7 @@ def test_records_are_not_needed(many_shards, remote, cache):
     same(batches(Manifest.load(remote, cache)), batches(Manifest.load(many_shards)))
 
 
-def test_what_is_no_manifest_is_told(remote, bucket, cache, tmp_path):
+def test_missing_and_invalid_manifests_give_one_line(remote, bucket, cache, tmp_path):
     with pytest.raises(UserError, match=rf"^shards: expected a folder with manifest.json, found none in {bucket} "):
         Manifest.load(bucket, cache)
     with pytest.raises(UserError, match=r"^shards: expected a folder with manifest.json, found none in s3://no-such-bucket "):
@@ -206,8 +206,8 @@ def test_what_is_no_manifest_is_told(remote, bucket, cache, tmp_path):
         LatentStream(Manifest.load(remote, cache), 4, 8)
 
 
-def test_training_is_that_of_a_folder(many_shards, remote, vae_folder, train_config, tmp_path, proxy):
-    """Weights, log, and what the run's record says; nothing of the key."""
+def test_training_equals_that_from_a_folder(many_shards, remote, vae_folder, train_config, tmp_path, proxy):
+    """Weights and log are equal, and no file contains the secret key."""
     local = train(train_config(f"shards={many_shards}", f"output={tmp_path / 'local'}"))
     settings = [f"shards={remote}", f"shards_cache.folder={tmp_path / 'cache'}", f"output={tmp_path / 'remote'}"]
     proxy.faults.extend(Fault(kind, ".tar") for kind in FAULTS)
@@ -221,20 +221,20 @@ def test_training_is_that_of_a_folder(many_shards, remote, vae_folder, train_con
     assert texts and not any(b"a-very-secret-key" in text for text in texts)
 
 
-def test_other_tools_read_them(run, remote, many_shards, gaussian_folder, cache, tmp_path):
-    there = [f"shards={remote}", f"shards_cache.folder={cache.folder}"]
-    code, out, _ = run(VerifyConfig, verify, *there, f"sheet={tmp_path / 'sheet.png'}")
-    assert code == 0 and "22 samples in 8 shards are as their manifest says" in out
+def test_other_tools_read_remote_shards(run, remote, many_shards, gaussian_folder, cache, tmp_path):
+    remote_shards = [f"shards={remote}", f"shards_cache.folder={cache.folder}"]
+    code, out, _ = run(VerifyConfig, verify, *remote_shards, f"sheet={tmp_path / 'sheet.png'}")
+    assert code == 0 and "22 samples in 8 shards match their manifest" in out
     fit = [f"model={gaussian_folder}", "rank=4", "batch_size=5"]
     moments = [f"model={gaussian_folder}", "images_total=16", "batch_size=8"]
-    for name, shards in (("local", [f"shards={many_shards}"]), ("remote", there)):
+    for name, shards in (("local", [f"shards={many_shards}"]), ("remote", remote_shards)):
         assert run(FitGaussianConfig, fit_gaussian, *fit, *shards, f"output={tmp_path / name / 'fit'}")[0] == 0
         assert run(TrainMomentsConfig, train_moments, *moments, *shards, f"output={tmp_path / name / 'moments'}")[0] == 0
     for path in (tmp_path / "local").rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "remote" / path.relative_to(tmp_path / "local")).read_bytes()
 
 
-def test_verify_names_what_differs(run, remote, many_shards, cache, tmp_path):
+def test_verify_names_the_differences(run, remote, many_shards, cache, tmp_path):
     shutil.copy(many_shards / "latents-00001.tar", tmp_path / "other.tar")
     store.upload(tmp_path / "other.tar", f"{remote}/latents-00000.tar", "test")
     store.upload(tmp_path / "other.tar", f"{remote}/latents-00009.tar", "test")

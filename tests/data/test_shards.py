@@ -12,16 +12,16 @@ from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.shards import ChannelStatistics, Manifest
-from ldm_smd.data.sources import list_pictures
+from ldm_smd.data.sources import list_images
 from ldm_smd.errors import UserError
 
 
-def test_shards_hold_what_the_encoder_said(shards, pictures, vae_folder):
-    """Read back by webdataset: moments of each picture and of its mirror, labels; mixed over the shards."""
+def test_shards_hold_the_output_of_the_encoder(shards, pictures, vae_folder):
+    """webdataset reads moments of each image and its mirrored version, and labels, shuffled over the shards."""
     vae = FrozenAutoencoder.from_pretrained(vae_folder)
     config = ImagesConfig(source=str(pictures), resolution=16)
     pixels, labels, classes = load_pixels(config)
-    in_order = [entry.key for entry in list_pictures(config)]
+    in_order = [entry.key for entry in list_images(config)]
     paths = sorted(str(path) for path in shards.glob("*.tar"))
     samples = list(wds.WebDataset(paths, shardshuffle=False).decode())
     keys = [sample["__key__"] for sample in samples]
@@ -59,7 +59,7 @@ def test_manifest_describes_every_shard(shards):
     assert np.allclose(metadata["channel_std"], np.sqrt(second - moments[:, 0].mean(axis=(0, 2, 3)) ** 2))
 
 
-def test_latents_without_a_variance_have_that_of_their_means():
+def test_latents_without_a_variance_have_the_variance_of_their_means():
     moments = np.random.default_rng(0).normal(2.0, 3.0, (50, 1, 2, 4, 4))
     statistics, merged = ChannelStatistics(), ChannelStatistics()
     for part in (moments[:20], moments[20:]):

@@ -1,4 +1,4 @@
-"""What there is of pictures, wherever it lies."""
+"""Images and labels are the same from every kind of source."""
 
 import http.server
 import io
@@ -15,14 +15,14 @@ import webdataset as wds
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from ldm_smd.data.entries import open_copy
-from ldm_smd.data.images import load_pixels, read_pictures
+from ldm_smd.data.entries import open_local_copy
+from ldm_smd.data.images import load_pixels, read_images
 from ldm_smd.data.settings import ImagesConfig
-from ldm_smd.data.sources import list_pictures
+from ldm_smd.data.sources import list_images
 from ldm_smd.errors import UserError
 
 
-def test_every_kind_of_source_gives_the_same_pictures(pictures, tmp_path):
+def test_every_kind_of_source_gives_the_same_images(pictures, tmp_path):
     files = sorted(pictures.rglob("*.png"))
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         for file in files:
@@ -32,9 +32,9 @@ def test_every_kind_of_source_gives_the_same_pictures(pictures, tmp_path):
             label = ("disc", "square").index(file.parent.name)
             tar.write({"__key__": f"{file.parent.name}/{file.stem}", "png": file.read_bytes(), "cls": str(label)})
     (tmp_path / "classes.json").write_text('["disc", "square"]')
-    columns = {"number": range(len(files)), "picture": [str(file) for file in files]}
+    columns = {"number": range(len(files)), "photo": [str(file) for file in files]}
     columns["kind"] = [("disc", "square").index(file.parent.name) for file in files]
-    features = {"number": Value("int32"), "picture": datasets.Image(), "kind": ClassLabel(names=["disc", "square"])}
+    features = {"number": Value("int32"), "photo": datasets.Image(), "kind": ClassLabel(names=["disc", "square"])}
     Dataset.from_dict(columns, features=Features(features)).save_to_disk(tmp_path / "saved")
     results = [
         load_pixels(ImagesConfig(source=str(source), resolution=16))
@@ -48,7 +48,7 @@ def test_every_kind_of_source_gives_the_same_pictures(pictures, tmp_path):
 def test_keys_are_unique_and_without_dots(tmp_path):
     for name in ("a.b.png", "a_b.png", "c.png", "c.jpg"):
         Image.new("RGB", (16, 16)).save(tmp_path / name)
-    keys = [entry.key for entry in list_pictures(ImagesConfig(source=str(tmp_path)))]
+    keys = [entry.key for entry in list_images(ImagesConfig(source=str(tmp_path)))]
     assert len(set(keys)) == 4 and not any("." in key for key in keys)
 
 
@@ -59,7 +59,7 @@ def test_missing_and_empty_sources(tmp_path):
         (tmp_path, "found none in"),
     ):
         with pytest.raises(UserError, match=message):
-            list_pictures(ImagesConfig(source=str(source)))
+            list_images(ImagesConfig(source=str(source)))
 
 
 def test_labels_outside_the_classes(tmp_path):
@@ -67,11 +67,11 @@ def test_labels_outside_the_classes(tmp_path):
         tar.write({"__key__": "one", "png": encoded(Image.new("RGB", (8, 8))), "cls": "7"})
     (tmp_path / "classes.json").write_text('["a", "b"]')
     with pytest.raises(UserError, match="expected a label from 0 to 1"):
-        list_pictures(ImagesConfig(source=str(tmp_path / "a.tar")))
+        list_images(ImagesConfig(source=str(tmp_path / "a.tar")))
 
 
 def labelled_tar(path, labels):
-    """Of one picture for each label, all of the key "one", which a tar may have and TarWriter does not write."""
+    """Write a tar of one image for each label, all with the key "one", which TarWriter would not do."""
     with tarfile.open(path, "w") as tar:
         for label in labels:
             for name, content in (("one.png", encoded(Image.new("RGB", (8, 8)))), ("one.cls", label)):
@@ -82,34 +82,34 @@ def labelled_tar(path, labels):
 
 
 @pytest.mark.parametrize("label", [b"999999999999999999999", b"-1", b"1e3", b"1_0", b"", b"\xff", b"9" * 70])
-def test_labels_that_are_no_class_numbers(tmp_path, label):
+def test_labels_that_are_not_class_numbers(tmp_path, label):
     with pytest.raises(UserError, match=r"expected a label from 0 to 999999999 in .*a\.tar:one\.cls, found b'"):
-        list_pictures(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [label]))))
+        list_images(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [label]))))
 
 
-def test_a_stray_label_makes_no_list_of_a_billion_classes(tmp_path):
+def test_a_stray_label_does_not_make_a_billion_classes(tmp_path):
     stray = labelled_tar(tmp_path / "stray.tar", [b"0", b"999999999"])
     with pytest.raises(UserError, match=r"images\.classes: expected .* for 2 different labels up to 999999999, found no file"):
-        list_pictures(ImagesConfig(source=str(stray)))
+        list_images(ImagesConfig(source=str(stray)))
     few = labelled_tar(tmp_path / "few.tar", [b"2", b"999"])
-    assert list_pictures(ImagesConfig(source=str(few))).classes == [str(number) for number in range(1000)]
+    assert list_images(ImagesConfig(source=str(few))).classes == [str(number) for number in range(1000)]
 
 
-def test_pictures_of_one_key_are_all_there_with_their_labels(tmp_path):
-    entries = list_pictures(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [b"2", b"0", b"1"]))))
+def test_images_with_the_same_key_keep_their_labels(tmp_path):
+    entries = list_images(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [b"2", b"0", b"1"]))))
     assert [(entry.key, entry.label) for entry in entries] == [("one", 2), ("one-2", 0), ("one-3", 1)]
 
 
-def test_braces_for_too_many_tars(tmp_path):
+def test_braces_for_too_many_tars_are_refused(tmp_path):
     with pytest.raises(UserError, match="expected braces for at most 1,000,000 tars, found more"):
-        list_pictures(ImagesConfig(source=f"{tmp_path}/{{000000000..999999999}}.tar"))
+        list_images(ImagesConfig(source=f"{tmp_path}/{{000000000..999999999}}.tar"))
     with pytest.raises(UserError, match="expected balanced braces"):
-        list_pictures(ImagesConfig(source=f"{tmp_path}/{{0..9.tar"))
+        list_images(ImagesConfig(source=f"{tmp_path}/{{0..9.tar"))
 
 
 @pytest.fixture
 def tar(tmp_path):
-    """Of three pictures, in a folder that is not the cache."""
+    """A tar of three images, outside the cache."""
     path = tmp_path / "there" / "train-0.tar"
     path.parent.mkdir()
     with wds.TarWriter(str(path)) as writer:
@@ -120,7 +120,7 @@ def tar(tmp_path):
 
 def keys(tmp_path, source, **options):
     config = ImagesConfig(source=source, cache=str(tmp_path / "cache"), **options)
-    return [entry.key for entry in list_pictures(config)]
+    return [entry.key for entry in list_images(config)]
 
 
 def cached(tmp_path):
@@ -142,12 +142,12 @@ def test_tars_at_a_url_are_fetched_once(tar, tmp_path):
         with pytest.raises(UserError, match=r"images\.source: expected a tar at http.*train-1\.tar, found none"):
             keys(tmp_path, url.replace("0..0", "0..1"))
         server.shutdown()
-    assert requests.count("GET /train-0.tar") <= 2 and cached(tmp_path) == ["train-0.tar"]  # one by the first look at its size
+    assert requests.count("GET /train-0.tar") <= 2 and cached(tmp_path) == ["train-0.tar"]  # finding its size may take one more
 
 
 @pytest.fixture
 def bucket(tar):
-    """A store in memory with the tar twice, and names of its classes."""
+    """An in-memory store with the tar twice and another file."""
     store = fsspec.filesystem("memory")
     for name in ("train-0.tar", "train-1.tar"):
         store.pipe_file(f"/bucket/some/{name}", tar.read_bytes())
@@ -170,48 +170,48 @@ def test_tars_in_a_store_are_found_by_patterns_and_read_from_copies(bucket, tmp_
         keys(tmp_path, "s3://key:secret@bucket/some/train.tar")
 
 
-def test_a_tar_replaced_in_its_store_is_another(bucket, tar, tmp_path):
+def test_a_tar_replaced_in_its_store_is_listed_again(bucket, tar, tmp_path):
     config = ImagesConfig(source="memory://bucket/some/train-*.tar", cache=str(tmp_path / "cache"))
-    before = list_pictures(config, tmp_path / "index")
+    before = list_images(config, tmp_path / "index")
     with wds.TarWriter(str(tar)) as writer:
         writer.write({"__key__": "new", "png": encoded(Image.new("RGB", (8, 8)))})
     bucket.pipe_file("/bucket/some/train-1.tar", tar.read_bytes())
-    after = list_pictures(config, tmp_path / "index")
+    after = list_images(config, tmp_path / "index")
     assert [entry.key for entry in after] == ["a", "b", "c", "new"]
     assert after.files_sha256() != before.files_sha256()
 
 
-def test_pictures_come_from_copies_that_may_have_been_removed(bucket, tmp_path):
+def test_removed_copies_are_fetched_again(bucket, tmp_path):
     config = ImagesConfig(source="memory://bucket/some/train-*.tar", cache=str(tmp_path / "cache"), resolution=8)
-    pictures = list_pictures(config)
+    entries = list_images(config)
     for path in (tmp_path / "cache/tars").glob("*.tar"):
         path.unlink()
-    assert len({entry.read() for entry in pictures}) == 1
+    assert len({entry.read() for entry in entries}) == 1
     assert load_pixels(config)[0].shape == (6, 3, 8, 8)
 
 
-def test_a_store_that_is_gone_makes_no_picture_unreadable(bucket, tmp_path):
+def test_a_missing_tar_is_an_error_and_not_unreadable_images(bucket, tmp_path):
     config = ImagesConfig(source="memory://bucket/some/train-*.tar", cache=str(tmp_path / "cache"), resolution=8)
-    pictures = list_pictures(config)
-    open_copy.cache_clear()
+    entries = list_images(config)
+    open_local_copy.cache_clear()
     for path in (tmp_path / "cache/tars").glob("*.tar"):
         path.unlink()
     bucket.rm("/bucket/some/train-1.tar")
     with pytest.raises(UserError, match=r"images\.source: expected a file at memory://.*train-1\.tar, found none"):
-        list(read_pictures(pictures, config, [range(6)]))
+        list(read_images(entries, config, [range(6)]))
 
 
-def test_a_shell_command_runs_only_where_it_is_allowed(tar, tmp_path):
+def test_a_shell_command_runs_only_if_allowed(tar, tmp_path):
     source = f"pipe:cat {tar}; touch {tmp_path}/ran"
-    with pytest.raises(UserError, match=r"found a shell command, .*; images\.allow_pipe=true has it run"):
+    with pytest.raises(UserError, match=r"found a shell command, .*; images\.allow_pipe=true allows it"):
         keys(tmp_path, source)
     assert not (tmp_path / "ran").exists()
     assert keys(tmp_path, source, allow_pipe=True) == ["a", "b", "c"] and (tmp_path / "ran").exists()
 
 
-def test_datasets_without_pictures_or_the_split_are_refused(tmp_path):
-    Dataset.from_dict({"text": ["no picture"]}).save_to_disk(tmp_path / "texts")
-    with pytest.raises(UserError, match="expected a column of pictures, found text in"):
+def test_datasets_without_images_or_the_split_are_refused(tmp_path):
+    Dataset.from_dict({"text": ["not an image"]}).save_to_disk(tmp_path / "texts")
+    with pytest.raises(UserError, match="expected a column of images, found text in"):
         keys(tmp_path, f"datasets:{tmp_path / 'texts'}")
     Image.new("RGB", (8, 8)).save(tmp_path / "texts" / "a.png")
     with pytest.raises(UserError, match="expected a dataset with the split test, found datasets:"):

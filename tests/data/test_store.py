@@ -1,4 +1,4 @@
-"""Object stores: an S3 server on loopback with a proxy before it, memory://, and a web server."""
+"""Object stores: an S3 server on loopback behind a proxy that injects faults, memory://, and a web server."""
 
 import functools
 import http.server
@@ -16,7 +16,7 @@ CONTENT = bytes(range(256)) * 1000
 
 @pytest.fixture
 def web(tmp_path):
-    """A web server of files: its folder and URL."""
+    """Folder and URL of a web server."""
     folder = tmp_path / "web"
     folder.mkdir()
 
@@ -39,18 +39,18 @@ def test_urls_are_remote(url):
 @pytest.mark.parametrize(
     "path", ["/a/b", "a", "C:\\x", "C://x", "datasets:mnist", "pipe:cat x", "nothing://x", "file:///x", "x.tar"]
 )
-def test_other_names_are_not(path):
+def test_other_names_are_not_remote(path):
     assert not store.is_remote(path)
 
 
-def test_what_is_shown_of_a_url_is_no_secret():
+def test_shown_urls_contain_no_secrets():
     told = store.shown("GET https://me:secret@host/a/b.tar?X-Amz-Signature=abc&x=1 failed, 's3://key:other@bucket/x?y=z'")
     assert told == "GET https://host/a/b.tar failed, 's3://bucket/x'"
     with pytest.raises(UserError, match=r"^shards: expected a URL without .*, found one at https://host/x$"):
         store.require_no_credentials("https://host/x?X-Amz-Signature=abc", "shards")
 
 
-def test_files_go_to_the_store_and_come_back(bucket, tmp_path):
+def test_upload_and_download(bucket, tmp_path):
     source, copy = tmp_path / "source", tmp_path / "copy"
     source.write_bytes(CONTENT)
     url = f"{bucket}/folder/a.bin"
@@ -70,8 +70,8 @@ def test_files_go_to_the_store_and_come_back(bucket, tmp_path):
     assert store.stat(url, "shards").stamp != found.stamp
 
 
-def test_large_files_are_there_when_their_last_part_is(bucket, proxy, tmp_path, monkeypatch):
-    """A multipart upload, of which one part fails until the end and then none."""
+def test_a_multipart_upload_appears_when_complete(bucket, proxy, tmp_path, monkeypatch):
+    """First, one part fails in all attempts. Then, none fails."""
     source = tmp_path / "source"
     with open(source, "wb") as file:
         file.truncate(110 * 2**20)  # more than two of s3fs's parts of 50 MB
@@ -87,19 +87,19 @@ def test_large_files_are_there_when_their_last_part_is(bucket, proxy, tmp_path, 
 
 
 @pytest.mark.parametrize("kind", FAULTS[:4])
-def test_requests_are_made_again(bucket, proxy, tmp_path, kind):
+def test_failed_requests_are_repeated(bucket, proxy, tmp_path, kind):
     (tmp_path / "source").write_bytes(CONTENT)
     store.upload(tmp_path / "source", f"{bucket}/x", "shards")
     proxy.faults.extend([Fault(kind)] * 3)
     store.download(f"{bucket}/x", tmp_path / "copy", "shards", len(CONTENT))
     assert (tmp_path / "copy").read_bytes() == CONTENT and proxy.injected[kind] == 3
-    if kind != "cut":  # a body cut in the middle has not been read by the server as a request
+    if kind != "cut":  # a server does not take a truncated body as a request
         proxy.faults.extend([Fault(kind, method="PUT")] * 3)
         store.upload(tmp_path / "source", f"{bucket}/y", "output")
         assert store.read_bytes(f"{bucket}/y", "shards") == CONTENT
 
 
-def test_a_server_may_be_away(bucket, proxy, tmp_path):
+def test_an_outage_of_the_server_is_survived(bucket, proxy, tmp_path):
     (tmp_path / "source").write_bytes(CONTENT)
     store.upload(tmp_path / "source", f"{bucket}/x", "shards")
     back = proxy.be_away(0.5)
@@ -115,7 +115,7 @@ def test_it_gives_up_with_one_line(bucket, proxy, kind):
     assert "secret" not in str(error.value)
 
 
-def test_no_bucket_no_credentials_and_no_package_are_told(bucket, tmp_path, monkeypatch):
+def test_missing_buckets_credentials_and_packages_give_one_line(bucket, tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(b"x")
     with pytest.raises(
         UserError, match=r"^output: expected a place that can be written, found s3://no-such-bucket/x: .*bucket"
@@ -145,7 +145,7 @@ def test_web_servers(web, tmp_path):
         store.read_bytes(f"{url}/y?signature=1", "shards")
 
 
-def test_memory(tmp_path):
+def test_the_memory_store(tmp_path):
     (tmp_path / "x").write_bytes(CONTENT)
     store.upload(tmp_path / "x", "memory://store/x", "output")
     assert store.read_bytes("memory://store/x", "shards") == CONTENT

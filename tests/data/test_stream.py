@@ -41,8 +41,8 @@ def test_batches_hold_the_samples_of_their_keys(manifest):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_are_one_process(manifest, world_size):
-    """For any number of processes: the same global batches, equal steps, each sample to one rank."""
+def test_ranks_together_give_the_batches_of_one_process(manifest, world_size):
+    """Global batches do not depend on the number of ranks, and all ranks take the same number of steps."""
     alone = batches(manifest, batch_size=8, images_total=48, seed=3)
     ranks = [
         batches(manifest, batch_size=8, images_total=48, seed=3, rank=rank, world_size=world_size) for rank in range(world_size)
@@ -52,12 +52,12 @@ def test_ranks_together_are_one_process(manifest, world_size):
         assert torch.equal(torch.cat([of_rank[step].moments for of_rank in ranks]), batch.moments)
 
 
-def test_resume_anywhere_is_the_rest(manifest):
-    whole = batches(manifest, batch_size=4, images_total=60, mirror=True)
+def test_a_resumed_stream_gives_the_remaining_batches(manifest):
+    all_batches = batches(manifest, batch_size=4, images_total=60, mirror=True)
     for done in (0, 5, 7, 15):
         rest = batches(manifest, batch_size=4, images_total=60, mirror=True, images_seen=4 * done)
-        assert len(rest) == len(whole) - done
-        for a, b in zip(rest, whole[done:]):
+        assert len(rest) == len(all_batches) - done
+        for a, b in zip(rest, all_batches[done:]):
             assert torch.equal(a.moments, b.moments) and torch.equal(a.labels, b.labels)
 
 
@@ -81,7 +81,7 @@ def test_mirror_takes_the_mirrored_encoding_for_half(manifest):
 
 
 @pytest.mark.parametrize("with_record", [True, False])
-def test_shards_without_mirror_images_are_read_as_they_are(pictures, vae_folder, manifest, tmp_path, with_record):
+def test_shards_without_mirrored_encodings(pictures, vae_folder, manifest, tmp_path, with_record):
     settings = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", "num_workers=0"]
     plain = encode(load_config(EncodeConfig, None, [*settings, f"output={tmp_path / 'plain'}", "mirror=false", "batch_size=4"]))
     if not with_record:
@@ -94,7 +94,7 @@ def test_shards_without_mirror_images_are_read_as_they_are(pictures, vae_folder,
         LatentStream(plain, 22, 22, mirror=True).batch_at(0)
 
 
-def test_impossible_world_size_is_refused(manifest):
+def test_a_batch_size_that_ranks_cannot_share_is_refused(manifest):
     with pytest.raises(UserError, match="batch_size: expected a multiple of the 3 processes, found 8"):
         LatentStream(manifest, batch_size=8, images_total=8, world_size=3)
 
@@ -103,11 +103,11 @@ def test_damaged_shards_are_named(shards, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(shards, folder)
     path = folder / "latents-00000.tar"
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     for damaged, message in (
-        (whole[:2000], "shards: expected"),
-        (b"nothing like a tar" * 100, "shards: expected"),
-        (whole[: len(whole) // 2], "shards: expected"),
+        (intact[:2000], "shards: expected"),
+        (b"not a tar" * 100, "shards: expected"),
+        (intact[: len(intact) // 2], "shards: expected"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""The fast reader of tar headers lists what the standard library lists."""
+"""The fast reader of tar headers lists the same files as the standard library."""
 
 import io
 import tarfile
@@ -22,7 +22,7 @@ def write(path, members, kind=tarfile.USTAR_FORMAT, **options):
     return path
 
 
-def by_the_library(path):
+def listed_by_tarfile(path):
     with tarfile.open(path, "r:") as tar:
         return [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
 
@@ -37,12 +37,12 @@ members = st.lists(st.tuples(paths, st.binary(max_size=1500), types), max_size=8
 
 @hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(members, st.sampled_from(FORMATS[1:]))
-def test_any_tar_is_listed_as_the_library_lists_it(tmp_path, members, tar_format):
+def test_any_tar_is_listed_as_by_tarfile(tmp_path, members, tar_format):
     members = [
         (name, data if header_type in tarfile.REGULAR_TYPES else b"", header_type) for name, data, header_type in members
     ]
     path = write(tmp_path / "any.tar", members, tar_format)
-    assert [tuple(each) for each in tar_members(path)] == by_the_library(path)
+    assert [tuple(each) for each in tar_members(path)] == listed_by_tarfile(path)
 
 
 def test_ustar_prefixes_and_large_numbers(tmp_path):
@@ -54,17 +54,17 @@ def test_ustar_prefixes_and_large_numbers(tmp_path):
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header[:512])
     path.write_bytes(header)
-    assert [tuple(each) for each in tar_members(path)] == by_the_library(path) == [(name, 512, 4)]
+    assert [tuple(each) for each in tar_members(path)] == listed_by_tarfile(path) == [(name, 512, 4)]
 
 
-def test_global_headers_go_to_the_library(tmp_path):
+def test_tars_with_global_headers_are_left_to_tarfile(tmp_path):
     path = write(tmp_path / "a.tar", [("a.png", b"data", tarfile.REGTYPE)], tarfile.PAX_FORMAT, pax_headers={"path": "b.png"})
-    assert [tuple(each) for each in tar_members(path)] == by_the_library(path)
+    assert [tuple(each) for each in tar_members(path)] == listed_by_tarfile(path)
 
 
 @pytest.mark.parametrize("place", [0, 100, 130, 150, 300])
-def test_a_damaged_header_is_no_end(tmp_path, place):
-    """The library ends there without a word, and the pictures after it would be lost."""
+def test_a_damaged_header_is_refused(tmp_path, place):
+    """tarfile silently stops there, so the images after it would be lost."""
     path = write(tmp_path / "a.tar", [(f"{each}.png", b"data", tarfile.REGTYPE) for each in "abc"])
     data = bytearray(path.read_bytes())
     data[2 * 512 + place] ^= 0x41
@@ -73,21 +73,21 @@ def test_a_damaged_header_is_no_end(tmp_path, place):
         tar_members(path)
 
 
-def test_a_tar_cut_short_is_refused_and_zeros_may_be_missing(tmp_path):
+def test_a_truncated_tar_is_refused_but_final_zeros_may_be_missing(tmp_path):
     path = write(tmp_path / "a.tar", [(f"{each}.png", b"d" * 700, tarfile.REGTYPE) for each in "abc"])
-    data, whole = path.read_bytes(), tar_members(path)
+    data, members = path.read_bytes(), tar_members(path)
     for size in range(0, 3 * 3 * 512, 128):
         path.write_bytes(data[:size])
-        if size in (3 * 512, 6 * 512):  # between two members nothing shows that more should come
-            assert tar_members(path) == whole[: size // 3 // 512]
+        if size in (3 * 512, 6 * 512):  # between two members, nothing shows that another should follow
+            assert tar_members(path) == members[: size // 3 // 512]
         else:
             with pytest.raises(tarfile.ReadError):
                 tar_members(path)
     path.write_bytes(data[: 9 * 512])
-    assert tar_members(path) == whole
+    assert tar_members(path) == members
 
 
-def test_something_else(tmp_path):
+def test_other_files_are_refused(tmp_path):
     for content in (b"", b"no tar", b"no tar" * 1000, b"\x1f\x8b" + b"0" * 2000):
         (tmp_path / "a.tar").write_bytes(content)
         with pytest.raises(tarfile.ReadError):

@@ -20,7 +20,7 @@ def copy(shards, tmp_path):
 
 
 def rewrite(folder, change):
-    """The first shard, of the samples as ``change`` leaves them, and its new hash in the manifest."""
+    """Rewrite the first shard with its samples changed by ``change``, and update its hash in the manifest."""
     path = folder / "latents-00000.tar"
     samples = [change(number, sample) for number, sample in enumerate(list(wds.WebDataset(str(path), shardshuffle=False)))]
     with wds.TarWriter(str(path), mtime=0) as tar:
@@ -31,21 +31,21 @@ def rewrite(folder, change):
     (folder / "manifest.json").write_text(json.dumps(content))
 
 
-def test_good_shards_and_a_sheet(run, shards, tmp_path):
+def test_good_shards_pass_and_give_a_sheet(run, shards, tmp_path):
     code, out, _ = run(VerifyConfig, verify, f"shards={shards}", f"sheet={tmp_path / 'sheet.png'}", "pictures=9")
-    assert code == 0 and "22 samples in 3 shards are as their manifest says" in out
+    assert code == 0 and "22 samples in 3 shards match their manifest" in out
     assert Image.open(tmp_path / "sheet.png").size == (3 * 18 + 2, 3 * 18 + 2)
 
 
-def test_the_sheet_has_the_decoded_latents_in_their_order(shards, vae_folder, tmp_path):
-    """Of 4 of 22, in 2 rows: the first, the last, and two between them."""
+def test_the_sheet_shows_evenly_spaced_latents_in_order(shards, vae_folder, tmp_path):
+    """Four of 22 samples in two rows: the first, the last, and two between them."""
     verify(VerifyConfig(shards=str(shards), sheet=str(tmp_path / "sheet.png"), pictures=4))
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     paths = sorted(str(path) for path in shards.glob("*.tar"))
     samples = list(wds.WebDataset(paths, shardshuffle=False).decode())
     autoencoder = FrozenAutoencoder.from_pretrained(vae_folder)
-    for number, place in enumerate((0, 7, 14, 21)):
-        latents = torch.from_numpy(samples[place]["moments.npy"])[:1].float()
+    for number, position in enumerate((0, 7, 14, 21)):
+        latents = torch.from_numpy(samples[position]["moments.npy"])[:1].float()
         expected = (autoencoder.decode(autoencoder.normalise(latents))[0] + 1) * 127.5
         top, left = (2 + 18 * part for part in divmod(number, 2))
         found = sheet[top : top + 16, left : left + 16]
@@ -54,7 +54,7 @@ def test_the_sheet_has_the_decoded_latents_in_their_order(shards, vae_folder, tm
 
 
 def test_every_difference_is_named(run, copy):
-    twin = json.loads((copy / "latents-00002.json").read_text())["index"]["keys"][0]
+    duplicate = json.loads((copy / "latents-00002.json").read_text())["index"]["keys"][0]
 
     def damage(number, sample):
         moments = np.load(io.BytesIO(sample["moments.npy"]))
@@ -63,7 +63,7 @@ def test_every_difference_is_named(run, copy):
         if number == 2:
             sample["cls"] = b"7"
         if number == 3:
-            sample["__key__"] = twin  # of another shard
+            sample["__key__"] = duplicate  # a key of another shard
         return sample | {"moments.npy": moments}
 
     rewrite(copy, damage)
@@ -72,20 +72,20 @@ def test_every_difference_is_named(run, copy):
     code, out, error = run(VerifyConfig, verify, f"shards={copy}")
     assert code == 2 and "differences" in error
     for finding in (
-        "latents-00000.tar: nonfinite 1, 0 in the manifest",
-        "latents-00000.tar: 1 numbers are not finite",
-        "latents-00000.tar: 1 labels are none of the 2 classes",
-        f"{twin}: in the shards 2 times",
+        "latents-00000.tar: nonfinite is 1, but 0 in the manifest",
+        "latents-00000.tar: 1 values are not finite",
+        "latents-00000.tar: 1 labels are outside the 2 classes",
+        f"{duplicate}: occurs 2 times in the shards",
         "latents-00001.tar",
         "latents-00003.tar: not in the manifest",
     ):
         assert finding in out, finding
-    assert "another sha256" not in out
+    assert "sha256 differs" not in out
 
 
-def test_a_changed_byte_is_found(run, copy):
+def test_a_changed_byte_is_detected(run, copy):
     data = bytearray((copy / "latents-00002.tar").read_bytes())
     data[-2000] ^= 1
     (copy / "latents-00002.tar").write_bytes(data)
     code, out, _ = run(VerifyConfig, verify, f"shards={copy}")
-    assert code == 2 and "latents-00002.tar: another sha256" in out
+    assert code == 2 and "latents-00002.tar: sha256 differs" in out

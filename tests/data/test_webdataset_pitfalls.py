@@ -1,5 +1,8 @@
-"""What goes wrong in a plain webdataset set-up (1.0.2, each measured), and does not here. That a killed or failing writer
-leaves no tar under a final name, and that the same pictures give the same bytes, is in test_encode.py."""
+"""Errors of a plain webdataset 1.0.2 pipeline, each measured, that LatentStream does not have.
+
+Two more are tested in test_encode.py: a killed or failing writer leaves no tar under its final name, and the same images give
+the same bytes.
+"""
 
 import subprocess
 import sys
@@ -23,7 +26,7 @@ def manifest(shards):
 
 
 def keys(manifest, epochs, world_size=1, rank=0, batch_size=2, **options):
-    """Of each epoch, as one rank sees them."""
+    """Return the keys of each epoch that one rank sees, in order."""
     stream = LatentStream(manifest, batch_size, epochs * COUNT, rank=rank, world_size=world_size, **options)
     found = [key for position in range(0, epochs * COUNT, batch_size) for key in stream.keys_at(position)]
     per_epoch = COUNT // world_size
@@ -38,31 +41,30 @@ def shard_of(manifest):
     }
 
 
-def test_shards_come_in_another_order_in_another_epoch(manifest):
+def test_the_order_of_shards_differs_between_epochs(manifest):
     """webdataset: shardshuffle gives every epoch the same order, with and without a seed."""
     number = shard_of(manifest)
     orders = {tuple(dict.fromkeys(number[key] for key in epoch)) for epoch in keys(manifest, 40)}
     assert len(orders) == 6
 
 
-def test_epochs_differ_with_workers_that_do_not_live_on(manifest):
-    """webdataset: detshuffle counts epochs in the worker, which ends with its epoch."""
+def test_epochs_differ_without_persistent_workers(manifest):
+    """webdataset: detshuffle counts epochs in the worker process, which ends after each epoch."""
     loader = latent_loader(LatentStream(manifest, 2, 2 * COUNT), num_workers=2)
     assert not loader.persistent_workers
     labels = [int(label) for batch in loader for label in batch.labels]
     assert labels[:COUNT] != labels[COUNT:] and sorted(labels[:COUNT]) == sorted(labels[COUNT:])
 
 
-def test_every_rank_comes_to_see_every_sample(manifest):
-    """webdataset: split_by_node before the shuffle gives a rank the same shards for ever."""
+def test_every_rank_sees_every_sample_in_time(manifest):
+    """webdataset: split_by_node before the shuffle gives a rank the same shards in all epochs."""
     for rank in range(2):
         assert {key for epoch in keys(manifest, 20, world_size=2, rank=rank) for key in epoch} == set(shard_of(manifest))
 
 
 @pytest.mark.parametrize("world_size", [3, 4, 8])
-def test_ranks_that_do_not_divide_the_shards_take_equal_steps(manifest, world_size):
-    """webdataset: 12, 12 and 8 samples for three ranks, and no samples at all for those beyond the number of shards: both hang
-    training that waits for all of them."""
+def test_ranks_take_equal_steps_for_any_number_of_shards(manifest, world_size):
+    """webdataset: three ranks get 12, 12 and 8 samples, and ranks beyond the number of shards get none. Both hang training."""
     steps = [
         [len(batch.labels) for batch in LatentStream(manifest, 24, 72, rank=rank, world_size=world_size)]
         for rank in range(world_size)
@@ -70,7 +72,7 @@ def test_ranks_that_do_not_divide_the_shards_take_equal_steps(manifest, world_si
     assert steps == [[24 // world_size] * 3] * world_size
 
 
-def test_the_length_does_not_depend_on_the_workers(manifest):
+def test_the_length_does_not_depend_on_workers(manifest):
     """webdataset: with_epoch(10) and four workers give 40 samples."""
     counts = {sum(len(batch.labels) for batch in latent_loader(LatentStream(manifest, 2, 10), n)) for n in (0, 1, 4)}
     assert counts == {10}
@@ -78,7 +80,7 @@ def test_the_length_does_not_depend_on_the_workers(manifest):
 
 @pytest.mark.slow
 def test_another_process_gives_the_same_order(manifest):
-    """webdataset: shuffle without a seed is of the process and the time."""
+    """webdataset: without a seed, shuffle depends on the process and the time."""
     script = f"""
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream
@@ -89,9 +91,9 @@ print(*stream.keys_at(0), sep="\\n")
     assert [found] == keys(manifest, 1)
 
 
-def test_dots_in_names_do_not_merge_pictures(vae_folder, tmp_path):
-    """webdataset: img.v1 and img.v2 are one sample of key img, and the twins a.png and a.jpg one of two pictures."""
-    folder = tmp_path / "pictures"
+def test_dots_in_names_do_not_merge_images(vae_folder, tmp_path):
+    """webdataset: img.v1 and img.v2 become one sample with key img, and a.png and a.jpg one sample with two images."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, grey in (("img.v1.png", 10), ("img.v2.png", 90), ("a.png", 160), ("a.jpg", 240)):
         Image.new("L", (16, 16), grey).save(folder / name)
