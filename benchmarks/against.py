@@ -1,5 +1,7 @@
-"""The shipped UNets by the code of another checkout and by this one, in turn: are predictions and gradients the same, and is it
-as fast? A training step is forward and backward, with 4 draws of the mixture; a sampling step the forward pass with one.
+"""Compares the code of this checkout with that of another one on the shipped UNets: predictions, gradients and speed.
+
+The two take turns. A training step is a forward and a backward pass with 4 draws of the mixture; a sampling step is a forward
+pass with one draw.
 
     git worktree add ../before v0.1
     python benchmarks/against.py ../before
@@ -31,7 +33,7 @@ SIDES, BATCH, DRAWS, ROUNDS = (8, 16), 8, 4, 40
 
 
 def other_class(checkout: Path) -> type[SMDUNet2DModel]:
-    """SMDUNet2DModel of another checkout, whose package is loaded under another name."""
+    """Load SMDUNet2DModel from another checkout, under another package name."""
     package = checkout.resolve() / "ldm_smd"
     spec = importlib.util.spec_from_file_location(
         "ldm_before", package / "__init__.py", submodule_search_locations=[str(package)]
@@ -43,8 +45,8 @@ def other_class(checkout: Path) -> type[SMDUNet2DModel]:
     return importlib.import_module("ldm_before.models.unet").SMDUNet2DModel
 
 
-def seconds(model: SMDUNet2DModel, inputs: tuple[torch.Tensor, ...], trains: bool) -> tuple[float, torch.Tensor]:
-    """Processor time of one step, and its result: a gradient or a prediction."""
+def timed_step(model: SMDUNet2DModel, inputs: tuple[torch.Tensor, ...], trains: bool) -> tuple[float, torch.Tensor]:
+    """Return the processor time of one step, and its result: a gradient in training, else a prediction."""
     x, t, labels, eta = inputs
     started = time.process_time()
     with torch.set_grad_enabled(trains):
@@ -60,25 +62,25 @@ def seconds(model: SMDUNet2DModel, inputs: tuple[torch.Tensor, ...], trains: boo
 
 
 def compare(name: str, before: type[SMDUNet2DModel], side: int, trains: bool) -> dict:
-    """Return the median ratio of the time before to that of this checkout, over rounds, and the difference of the results."""
-    models = [kind.from_pretrained(ROOT / "checkpoints" / name) for kind in (before, SMDUNet2DModel)]
+    """Return the speed relative to the other checkout (median over rounds) and the largest difference of the results."""
+    models = [cls.from_pretrained(ROOT / "checkpoints" / name) for cls in (before, SMDUNet2DModel)]
     generator = torch.Generator().manual_seed(0)
     draws = DRAWS if trains else 1
     x, eta = (torch.randn(rows, 16, side, side, generator=generator) for rows in (BATCH, BATCH * draws))
     inputs = (x, torch.arange(BATCH) * 120, torch.arange(BATCH) % models[0].config.num_classes, eta)
-    ratios, apart = [], 0.0
+    ratios, difference = [], 0.0
     for number in range(ROUNDS):
         order = (0, 1) if number % 2 else (1, 0)
-        found = {index: seconds(models[index], inputs, trains) for index in order}
+        found = {index: timed_step(models[index], inputs, trains) for index in order}
         ratios.append(found[0][0] / found[1][0])
-        apart = max(apart, float((found[0][1] - found[1][1]).abs().max() / found[0][1].abs().max()))
+        difference = max(difference, float((found[0][1] - found[1][1]).abs().max() / found[0][1].abs().max()))
     return {
         "network": name,
         "side": side,
         "step": "training" if trains else "sampling",
         "speed": round(statistics.median(ratios[2:]), 4),
         "quartiles": [round(value, 4) for value in statistics.quantiles(ratios[2:], n=4)],
-        "largest_difference": apart,
+        "largest_difference": difference,
     }
 
 
@@ -90,7 +92,7 @@ def main() -> None:
     cases = [compare(name, before, side, trains) for name in SHIPPED for side in SIDES for trains in (True, False)]
     targets = [target(f"{c['network']}, {c['step']}, {c['side']}x{c['side']}", ">= 0.97", c["speed"]) for c in cases]
     worst = max(case["largest_difference"] for case in cases)
-    targets.append(target("largest difference of predictions and gradients, of their largest", "<= 1e-4", worst, digits=8))
+    targets.append(target("largest relative difference of predictions and gradients", "<= 1e-4", worst, digits=8))
     result = {
         "command": "python benchmarks/against.py ../before",
         "before": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),

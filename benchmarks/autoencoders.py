@@ -1,10 +1,10 @@
-"""Autoencoders of the sizes that are used, with random weights, on which neither time nor memory depends."""
+"""Autoencoders at full size with random weights, since neither time nor memory depends on the weights."""
 
 from diffusers import AutoencoderDC, AutoencoderKL
 
 
 def stable_diffusion() -> AutoencoderKL:
-    """f8, 4 channels."""
+    """Build the autoencoder of Stable Diffusion: reduction by 8, 4 channels."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -16,6 +16,6 @@ def stable_diffusion() -> AutoencoderKL:
 
 
 def deep_compression() -> AutoencoderDC:
-    """f32, 32 channels."""
+    """Build a deep compression autoencoder: reduction by 32, 32 channels."""
     blocks = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
     return AutoencoderDC(encoder_block_types=blocks, decoder_block_types=blocks)

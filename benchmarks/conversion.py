@@ -1,14 +1,14 @@
-"""How many images a Gaussian model takes to become a mixture, against a mixture trained from scratch.
+"""Compares turning a Gaussian model into a mixture with training a mixture from scratch, by the number of training images.
 
-Trains the same configuration twice, with and without ``init_from``, and measures the EMA weights of every checkpoint at a few
-steps, and before the first: Frechet distance in classifier features, DDPM. The images the Gaussian model has seen before are
-stated, not counted: who has a trained model has paid for them.
+Trains the same configuration twice, with and without ``init_from``. The EMA weights are measured before training and at every
+checkpoint: Frechet distance in classifier features after a few steps of DDPM. Images that the Gaussian model was trained on do
+not count.
 
 examples:
   python benchmarks/conversion.py --config configs/benchmarks/conversion-emoji.yaml
   python benchmarks/conversion.py --config configs/benchmarks/conversion-emoji.yaml images_total=16000 every_images=4000
 
-Writes benchmarks/results/conversion-NAME.json and .md; an interrupted run goes on from its checkpoints.
+Writes benchmarks/results/conversion-NAME.json and .md. An interrupted run resumes from its checkpoints.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class ConversionConfig(YardstickConfig):
     """benchmarks/conversion.py"""
 
     train: str = MISSING
-    """Training config of the mixture, with ``init_from``; ``images`` are the pictures of its shards."""
+    """Training config of the mixture, with ``init_from``; ``images`` are the images of its shards."""
     output: str = "outputs/conversion"
     """Folder for the two runs."""
     images_total: int = 32_000
     every_images: int = 8_000
-    """Between two measurements."""
+    """Images between two measurements."""
     steps: list[int] = field(default_factory=lambda: [2, 4, 8])
     samples: int = 500
 
@@ -58,7 +58,7 @@ class ConversionConfig(YardstickConfig):
 
 
 def conversion(config: ConversionConfig) -> Path:
-    """Both runs, measured at every checkpoint; returns the JSON file."""
+    """Train and measure both runs; returns the JSON file."""
     yardstick = Yardstick(config)
     converted = load_config(TrainConfig, config.train)
     check(converted.init_from is not None, "train", "a config with init_from", config.train)
@@ -70,7 +70,7 @@ def conversion(config: ConversionConfig) -> Path:
             init_from=start,
             output=str(Path(config.output) / name.replace(" ", "-")),
             images_total=config.images_total,
-            cooldown_images=0,  # so that every checkpoint is the end of a run as long
+            cooldown_images=0,  # a checkpoint then equals the end of a run of that length
             checkpoint_every_images=config.every_images,
             keep_checkpoints=config.images_total // config.every_images + 1,
         )
@@ -106,7 +106,7 @@ def conversion(config: ConversionConfig) -> Path:
 
 
 def table(config: ConversionConfig, result: dict) -> str:
-    """The distances as Markdown: a row for each number of images."""
+    """Format the distances as Markdown, with a row for each number of images."""
     names = list(result["curves"])
     head = [f"{name}, {steps} steps" for steps in config.steps for name in names]
     lines = [f"{result['distance']}, `{result['command']}`", "", "| images | " + " | ".join(head) + " |"]

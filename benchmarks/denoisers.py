@@ -1,8 +1,8 @@
-"""What a mixture costs in networks of diffusers at full size: DiT-XL/2 and Stable Diffusion 1.x's UNet, with random weights.
+"""Measures the cost of a mixture in networks of diffusers at full size: DiT-XL/2 and the UNet of Stable Diffusion 1.x.
 
-Each is extended to a mixture as tools/train.py init_from= does. The Gaussian model and the mixture have the same weights, so
-that both fit into memory, and are timed in turn: a training step (forward and backward, 4 draws of each image) and a sampling
-step. Peak memory is that of two training steps of the mixture with AdamW, in a process of their own.
+The weights are random. Each network is extended to a mixture as ``tools/train.py init_from=`` does. Gaussian model and mixture
+share their weights, so that both fit into memory, and take turns. Timed are a training step (forward and backward pass, 4 draws
+per image) and a sampling step. Peak memory is that of two training steps of the mixture with AdamW, in a process of their own.
 
     python benchmarks/denoisers.py
     python benchmarks/denoisers.py --only DiT-XL/2 --rounds 9
@@ -40,20 +40,20 @@ from ldm_smd.models.extended_dit import ExtendedDiTTransformer2DModel
 
 DRAWS = 4
 CHANNELS, SIDE = 4, 32
-"""Shape of the latents of 256-pixel images in the VAE of both."""
+"""Latent shape of 256-pixel images in the VAE that both networks use."""
 GAUSSIAN, MIXTURE = "Gaussian model", "mixture"
 
 
 @dataclass(frozen=True)
 class Network:
-    """``extended`` makes the mixture, ``plain`` is the Gaussian model within it."""
+    """A network to measure: ``extended`` builds the mixture, ``plain`` returns the Gaussian model inside it."""
 
     extended: Callable[[], Backbone]
     plain: Callable[[Backbone], torch.nn.Module]
 
 
 def dit(layers: int, heads: int, head_dim: int) -> Backbone:
-    """In the layout of an ImageNet DiT (arXiv 2212.09748) with patches of 2x2, without its learned variance."""
+    """Build a DiT for ImageNet (arXiv 2212.09748) with patches of 2x2, without the learned variance."""
     shape = {"num_layers": layers, "num_attention_heads": heads, "attention_head_dim": head_dim}
     with torch.device("meta"):
         config = plain_config(DiTTransformer2DModel(**shape, in_channels=CHANNELS, out_channels=CHANNELS))
@@ -66,7 +66,7 @@ dit_b = partial(dit, 12, 12, 64)
 
 
 def stable_diffusion(tail_blocks: int | None = None) -> Backbone:
-    """Make a UNet like that of Stable Diffusion 1.x, with tokens for 1,000 classes."""
+    """Build a UNet like that of Stable Diffusion 1.x, conditioned on 1,000 classes."""
     with torch.device("meta"):
         config = plain_config(UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8))
     return ExtendedUNet2DConditionModel(config, sample_size=64, in_channels=CHANNELS, num_classes=1000, tail_blocks=tail_blocks)
@@ -116,8 +116,8 @@ class Steps:
 
 
 def peak_memory(name: str, batch: int, queue: multiprocessing.Queue) -> None:
-    """Put the GB of two training steps of the mixture with AdamW, in float32: of the GPU where there is one, else of this
-    process."""
+    """Put the peak memory of two training steps with AdamW in float32 into ``queue``, in GB: GPU memory, or that of the process
+    if there is no GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = Steps(NETWORKS[name], device, batch)
     optimizer = torch.optim.AdamW(steps.model.train().parameters(), lr=1e-4, fused=True)
@@ -130,7 +130,7 @@ def peak_memory(name: str, batch: int, queue: multiprocessing.Queue) -> None:
 
 
 def in_turn(seconds: Callable[[str], float], rounds: int) -> list[dict[str, float]]:
-    """Seconds of both, one after the other in every round, after one that is not counted."""
+    """Return the seconds of both models for each round. They take turns; a first round is not counted."""
     return [{what: seconds(what) for what in (GAUSSIAN, MIXTURE)} for _ in range(rounds + 1)][1:]
 
 
@@ -141,7 +141,7 @@ def peak_in_a_process(name: str, batch: int) -> float:
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"memory of {name}: expected its process to end well, found exit code {process.exitcode}")
+        raise RuntimeError(f"memory of {name}: expected exit code 0 of its process, found {process.exitcode}")
     return queue.get()
 
 
@@ -164,16 +164,17 @@ def measure(name: str, rounds: int, batch: int, device: torch.device) -> dict:
 def targets(networks: dict[str, dict]) -> list[dict]:
     found = []
     for name, each in networks.items():
-        found.append(target(f"{name}: training step, 4 draws, over the Gaussian model's", "<= 1.6", each["training_ratio"]))
-        found.append(target(f"{name}: sampling step over the Gaussian model's", "<= 1.03", each["sampling_ratio"]))
+        training, sampling = each["training_ratio"], each["sampling_ratio"]
+        found.append(target(f"{name}: training step, 4 draws, relative to the Gaussian model", "<= 1.6", training))
+        found.append(target(f"{name}: sampling step, relative to the Gaussian model", "<= 1.03", sampling))
     return found
 
 
 def table(result: dict) -> str:
-    """The result as Markdown."""
+    """Format the result as Markdown."""
     lines = [f"`{result['command']}`, {result['device']}, {result['threads']} threads, float32, batch {result['batch']}:", ""]
     lines += [
-        "| network | parameters | of the mixture | training, peak | training step | sampling step |",
+        "| network | parameters | added by the mixture | peak memory, training | training step | sampling step |",
         "|---|---|---|---|---|---|",
     ]
     for name, each in result["networks"].items():
@@ -186,7 +187,7 @@ def table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=list(NETWORKS), help="these networks; the others keep what the result file says of them"
+        "--only", nargs="+", choices=list(NETWORKS), help="measure only these networks; the others keep their earlier results"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1)

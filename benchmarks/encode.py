@@ -1,9 +1,9 @@
-"""tools/encode.py, from pictures on disk to shards on disk, against the bare autoencoder on the same batches, decoded before.
+"""Compares the speed of tools/encode.py (images on disk to shards on disk) with that of the autoencoder alone.
 
-Rounds go through both in turn, so that a slow spell of the machine hits both alike; the ratio is taken round by round, and its
-median is the result.
+The autoencoder alone gets the same batches, decoded beforehand. The two take turns, so that a slow moment of the machine
+affects both. The result is the median over rounds of the ratio within a round.
 
-    python benchmarks/encode.py              # the demo pictures, some minutes
+    python benchmarks/encode.py              # the demo images, some minutes
     python benchmarks/encode.py --source 'my/tars/*.tar' --resolution 256 --autoencoder my/vae
 
 Writes benchmarks/results/encode.json.
@@ -34,7 +34,7 @@ WANTED = 0.95
 
 
 def bare_seconds(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int) -> float:
-    """Every picture and its mirror image, as encode does."""
+    """Return the time to encode every image and its mirror image, as tools/encode.py does."""
     started = time.perf_counter()
     for batch in pixels.split(batch_size):
         for view in (batch, batch.flip(3)):
@@ -43,8 +43,8 @@ def bare_seconds(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_siz
 
 
 def tool_seconds(config: EncodeConfig) -> float:
-    with tempfile.TemporaryDirectory() as place:
-        config.output = str(Path(place) / "latents")
+    with tempfile.TemporaryDirectory() as folder:
+        config.output = str(Path(folder) / "latents")
         started = time.perf_counter()
         encode(config)
         return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""An S3 server on this machine, and a proxy before it that does what networks and servers do on bad days."""
+"""A proxy in front of a local S3 server that injects the faults of real networks and servers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 LOOPBACK = "127.0.0.1"
 CHUNK = 64 * 1024
 FAULTS = ("refuse", "500", "503", "cut", "truncate", "wrong")
-"""Close without an answer; answer with an error; end the connection in the middle of the body; say and send half of the body;
-change a byte of it."""
+"""Kinds of faults: close without an answer (refuse), answer with an error (500, 503), close in the middle of the body (cut),
+announce and send half of the body (truncate), change a byte of it (wrong)."""
 NOT_FORWARDED = {"connection", "transfer-encoding", "content-length", "keep-alive", "date", "server"}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to the next request of this method whose path has this in it."""
+    """A fault for the next request with this method whose path contains ``path``."""
 
     kind: str
     path: str = ""
@@ -31,13 +31,13 @@ class Fault:
 
 
 class FaultyProxy:
-    """Forwards to an HTTP server, and applies each of ``faults`` to one request.
+    """A proxy of an HTTP server that applies each of ``faults`` to one request.
 
     Attributes:
-        faults: yet to come.
-        injected: number of those applied, by kind.
-        requests: number of requests, by method.
-        bytes_per_second: of all responses' bodies together; None for no limit.
+        faults: faults that are still to be injected.
+        injected: number of injected faults by kind.
+        requests: number of requests by method.
+        bytes_per_second: bandwidth of all response bodies together; None for no limit.
     """
 
     def __init__(self, port: int, bytes_per_second: float | None = None) -> None:
@@ -71,7 +71,7 @@ class FaultyProxy:
             self.server = None
 
     @contextlib.contextmanager
-    def away(self) -> Iterator[None]:
+    def offline(self) -> Iterator[None]:
         """Refuse connections until the block ends."""
         self.stop()
         try:
@@ -80,11 +80,11 @@ class FaultyProxy:
             self.injected["away"] += 1
             self.start(self.port)
 
-    def be_away(self, seconds: float) -> threading.Thread:
-        """Refuse connections for so long, from now."""
+    def go_offline(self, seconds: float) -> threading.Thread:
+        """Refuse connections for ``seconds`` from now on."""
 
         def wait() -> None:
-            with self.away():
+            with self.offline():
                 started.set()
                 time.sleep(seconds)
 
@@ -95,7 +95,7 @@ class FaultyProxy:
         return thread
 
     def fault_for(self, method: str, path: str) -> str | None:
-        """Take the first fault that is of this request."""
+        """Remove and return the first fault that applies to this request."""
         with self.lock:
             self.requests[method] += 1
             for fault in self.faults:
@@ -105,8 +105,8 @@ class FaultyProxy:
                     return fault.kind
         return None
 
-    def wait_for_line(self, count: int) -> None:
-        """Wait until the line is free for so many bytes."""
+    def throttle(self, count: int) -> None:
+        """Wait until ``count`` more bytes are within the bandwidth."""
         if self.bytes_per_second:
             with self.lock:
                 start = max(self.free_at, time.monotonic())
@@ -132,12 +132,12 @@ class Server(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         super().server_close()
-        for request in list(self.open):  # kept alive
+        for request in list(self.open):  # keep-alive connections
             with contextlib.suppress(OSError):
                 request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients that went away are part of it."""
+        """Ignore clients that closed their connection."""
 
 
 class ProxyHandler(BaseHTTPRequestHandler):
@@ -184,11 +184,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.end_headers()
         for start in range(0, len(body), CHUNK):
             chunk = body[start : start + CHUNK]
-            self.owner.wait_for_line(len(chunk))
+            self.owner.throttle(len(chunk))
             self.wfile.write(chunk)
 
     def reset(self) -> None:
-        """End the connection, and not politely."""
+        """Reset the connection (TCP RST)."""
         self.close_connection = True
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

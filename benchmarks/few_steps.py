@@ -1,7 +1,7 @@
-"""SMD against the Gaussian model of equal parameters and equal images seen, at few steps, on real pictures.
+"""Compares SMD with a Gaussian model of as many parameters and training images, at few sampling steps.
 
-Samples both with every scheduler and number of steps, and measures the distance to the training pictures in the features of
-checkpoints/classifier (or OpenCLIP's, or Inception's, where a weights file is given).
+Samples both with every scheduler and number of steps, and measures the distance to the training images in the features of
+checkpoints/classifier (or those of OpenCLIP or Inception, if a weights file is given).
 
 examples:
   python benchmarks/few_steps.py --config configs/benchmarks/few-steps-emoji.yaml
@@ -29,7 +29,7 @@ from ldm_smd.pipelines import load_pipeline
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.schema import check
 
-GRID_PICTURES, GRID_STEPS = 16, (1, 2, 4, 8, 32)
+GRID_IMAGES, GRID_STEPS = 16, (1, 2, 4, 8, 32)
 
 
 @dataclass
@@ -48,12 +48,12 @@ class FewStepsConfig(ResultsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.samples >= 2 * GRID_PICTURES, "samples", f"at least {2 * GRID_PICTURES}", self.samples)
+        check(self.samples >= 2 * GRID_IMAGES, "samples", f"at least {2 * GRID_IMAGES}", self.samples)
         self.check_schedulers("smd_schedulers", "gaussian_schedulers")
 
 
 def few_steps(config: FewStepsConfig) -> Path:
-    """Run all cells; returns the JSON file."""
+    """Run the benchmark; returns the JSON file."""
     results = Results("few_steps", config)
     rows: list[torch.Tensor] = []
     for model, folder, schedulers in (
@@ -63,7 +63,7 @@ def few_steps(config: FewStepsConfig) -> Path:
         pipeline = load_pipeline(folder)
         own = pipeline.scheduler
         pipeline.scheduler = make_scheduler(SCHEDULERS["DDPM"], own)
-        rows.extend(results.yardstick.pictures(pipeline, steps, 0, GRID_PICTURES, f"{model}, grid") for steps in GRID_STEPS)
+        rows.extend(results.yardstick.sample(pipeline, steps, 0, GRID_IMAGES, f"{model}, grid") for steps in GRID_STEPS)
         results.add_model(model, folder, pipeline)
         for name in schedulers:
             pipeline.scheduler = make_scheduler(SCHEDULERS[name], own)
@@ -71,7 +71,7 @@ def few_steps(config: FewStepsConfig) -> Path:
                 results.cell(model, name, pipeline, steps)
     results.content["targets"] = targets(results.content["models"])
 
-    grid = make_grid(torch.cat(rows), nrow=GRID_PICTURES, padding=2, pad_value=0.8)
+    grid = make_grid(torch.cat(rows), nrow=GRID_IMAGES, padding=2, pad_value=0.8)
     to_pil_image(grid).save(results.path.with_suffix(".jpg"), quality=88)
     lines = distance_table(results.content, config.name, config.steps)
     return results.finish(lines + target_table(results.content["targets"]))

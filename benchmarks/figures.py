@@ -1,7 +1,7 @@
-"""Make the figures of README and docs: docs/figures/*, docs/pictures.jpg. Numbers are those of benchmarks/results.
+"""Makes the figures of README and docs: docs/figures/* and docs/pictures.jpg. Numbers come from benchmarks/results.
 
-python benchmarks/figures.py                      # all of them, some minutes of a CPU core
-python benchmarks/figures.py few-steps pictures   # some: ring, architecture, few-steps, strip, pictures
+python benchmarks/figures.py                      # all figures, some minutes on a CPU core
+python benchmarks/figures.py few-steps images   # some of: ring, architecture, few-steps, strip, images
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from drawing.architecture import architecture
 from drawing.contest import contest
-from drawing.pictures import readme, strip
+from drawing.images import readme, strip
 from drawing.ring import ring
 
 DOCS = Path("docs")
@@ -27,7 +27,7 @@ FIGURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)}; all where none is given")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"figures to make: {', '.join(FIGURES)}; default: all")
     names = parser.parse_args().names or list(FIGURES)
     if unknown := [name for name in names if name not in FIGURES]:
         parser.error(f"NAME: expected some of {', '.join(FIGURES)}, found {unknown[0]}")

@@ -20,7 +20,7 @@ class Model:
     beta: float = 0.25
     bandwidth: float = 0.15
     components: int = 1
-    """K > 1: z has a discrete part, and there are ``draws`` draws per component."""
+    """K. With K > 1, z has a discrete part, and there are ``draws`` draws per component."""
     mixture: bool = True
     frozen: bool = False
     """eta is 0: the network has the layers of a mixture but is Gaussian."""
@@ -68,7 +68,7 @@ class Distilled:
     """alpha of score identity."""
     energy: float = 0.0
     """Weight of an additional energy score."""
-    most_noise: float = 3.0
+    max_noise: float = 3.0
     """Largest s_r / a_r of the second view."""
     pure_noise: float = 0.0
     """Additional fraction of the batch at the last timestep."""
@@ -100,8 +100,8 @@ OBJECTIVES = (
     *(Model(f"SMD, energy, beta 0.25, M = {m}", draws=m) for m in (2, 5, 10, 20)),
     components(10),
 )
-# For the targets: components, a few more than the data have modes; and small batches where components are many. The grid has
-# 12,000 updates: with 3,000 its 25 modes' shares were off by as much again as those of 20,000 samples are by chance.
+# Somewhat more components than the data have modes, and small batches for many components. The grid takes 12,000 updates: with
+# 3,000, the error of the 25 mode weights was twice the sampling error of 20,000 samples.
 TARGETS = {
     ("ring of 8", 2): (components(10), Budget(2000)),
     ("ring of 8", 5): (components(10), Budget(3000)),
@@ -113,7 +113,7 @@ TARGETS = {
 EXACT = "exact teacher"
 BOTH = Distilled(f"{EXACT}, critic of x_r and x_t")
 OTHERS = Distilled(f"{EXACT}, critic of x_r, x_t and 15 other draws", draws=16, others=True)
-# Draws as the critic do not lag behind, so that momentum does no harm.
+# A critic made of the draws does not lag behind the student, so momentum does no harm.
 DRAWS = Distilled(f"{EXACT}, 32 draws as the critic", draws=32, critic_updates=0, momentum=0.9)
 SINGLE, MANY = Budget(1000, 192, 2e-3), Budget(1000, 24, 4e-3)
 LONGER = replace(DRAWS, name=DRAWS.name + ", longer, 3 head blocks", head_blocks=3)
@@ -149,7 +149,7 @@ DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [
     ),
     ("ring of 8", 2, replace(BOTH, name=BOTH.name + ", 0.1 energy, M = 4", energy=0.1, draws=4), replace(SINGLE, batch=48)),
     ("mixture in 16-D", 5, SMD, SHORT),
-    ("mixture in 16-D", 5, replace(BOTH, name=BOTH.name + ", r up to s / a = 30", most_noise=30.0), SINGLE),
+    ("mixture in 16-D", 5, replace(BOTH, name=BOTH.name + ", r up to s / a = 30", max_noise=30.0), SINGLE),
     ("mixture in 16-D", 5, replace(BOTH, name=BOTH.name + ", started by energy", start="energy", spread=0.0), SINGLE),
     (
         "mixture in 16-D",
@@ -165,7 +165,7 @@ DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [
             name=BOTH.name + ", started by energy, r up to s / a = 30, 3 updates",
             start="energy",
             spread=0.0,
-            most_noise=30.0,
+            max_noise=30.0,
             critic_updates=3,
         ),
         SINGLE,
@@ -174,7 +174,7 @@ DISTILL: list[tuple[str, int, Model | Distilled, Budget]] = [
 
 
 def cells(part: str) -> list[tuple[str, int, Model | Distilled, Budget]]:
-    """(data, T, model, budget) of one part of the benchmark."""
+    """Return (data, T, model, budget) for each cell of one part of the benchmark."""
     if part == "quick":
         return [("ring of 8", 2, model, Budget(1500)) for model in (GAUSSIAN, PAPER, SMD, components(10))]
     if part == "targets":
@@ -182,7 +182,7 @@ def cells(part: str) -> list[tuple[str, int, Model | Distilled, Budget]]:
             cell
             for (name, steps), (model, budget) in TARGETS.items()
             for cell in (
-                # An update of the Gaussian costs a tenth: it gets four times the points, and the rate that suits it.
+                # An update of the Gaussian model costs a tenth, so it gets a batch four times as large, and its own best rate.
                 (name, steps, GAUSSIAN, replace(budget, batch=4 * budget.batch, learning_rate=2e-3)),
                 (name, steps, model, budget),
             )
@@ -190,7 +190,7 @@ def cells(part: str) -> list[tuple[str, int, Model | Distilled, Budget]]:
     if part == "distill":
         return DISTILL
     if part == "objectives":
-        # At T = 5 only some: the others cost as much and say the same.
+        # At T = 5 only some models, because the others cost as much and show the same.
         few = [model for model in OBJECTIVES if model.draws in (1, 5) or model.components > 1]
         return [("ring of 8", T, model, SHORT) for T, models in ((2, OBJECTIVES), (5, few)) for model in models]
     return [(name, T, model, SWEEP) for T in ALL_STEPS for name in DATA for model in (GAUSSIAN, SMD)]

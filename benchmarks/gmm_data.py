@@ -1,4 +1,4 @@
-"""Gaussian mixtures as data, and the forward process that makes noise of them in few steps."""
+"""Gaussian mixtures as data, and a forward process with few steps."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ldm_smd.diffusion.process import DiffusionProcess
 
 
 def ring(modes: int = 8) -> GaussianMixture:
-    """Modes on a circle of radius 2, standard deviation 0.08."""
+    """Place modes of standard deviation 0.08 on a circle of radius 2."""
     angles = 2 * math.pi * torch.arange(modes, dtype=torch.float64) / modes
     return GaussianMixture.isotropic(2.0 * torch.stack((angles.cos(), angles.sin()), dim=1), 0.08)
 
 
 def grid(side: int = 5) -> GaussianMixture:
-    """side x side modes a unit apart, standard deviation 0.08."""
-    places = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
-    return GaussianMixture.isotropic(torch.cartesian_prod(places, places), 0.08)
+    """Place side x side modes of standard deviation 0.08 at distance 1."""
+    coordinates = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
+    return GaussianMixture.isotropic(torch.cartesian_prod(coordinates, coordinates), 0.08)
 
 
 def random_mixture(dimensions: int, modes: int = 16, seed: int = 0) -> GaussianMixture:
-    """Normal means, random full covariances a fiftieth as large, unequal weights."""
+    """Draw normal means, full covariances a fiftieth as large, and unequal weights."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(modes, dimensions, generator=generator, dtype=torch.float64)
     roots = torch.randn(modes, dimensions, dimensions, generator=generator, dtype=torch.float64) / math.sqrt(dimensions)
@@ -48,14 +48,14 @@ DATA = {
 
 
 class Problem:
-    """Data, brought to mean 0 and mean variance 1, and the forward process of T steps."""
+    """Data normalised to mean 0 and mean variance 1, and the forward process of T steps."""
 
     def __init__(self, name: str, steps: int) -> None:
         self.mixture = DATA[name]()
         self.mean = self.mixture.mean()
         self.scale = float((self.mixture.covariance().trace() / self.mixture.dimensions).sqrt())
         self.steps = steps
-        # The cosine schedule (arXiv 2102.09672), its end at alphabar = 1e-5.
+        # The cosine schedule (arXiv 2102.09672), ending at alphabar = 1e-5.
         times = (torch.arange(steps, dtype=torch.float64) + 1) / steps
         self.process = DiffusionProcess((((times + 0.008) / 1.008 * math.pi / 2).cos() ** 2).clamp_min(1e-5).float())
         self.normalised = GaussianMixture(
@@ -78,12 +78,12 @@ class Problem:
         return t.float() / max(self.steps - 1, 1)
 
     def draw(self, model: PointDenoiser, x_t: torch.Tensor, t: int, draws: int, generator: torch.Generator) -> torch.Tensor:
-        """Draws of x_0 for x_t (E, N, D), (E, N * draws, D)."""
+        """Draw x_0 for x_t: (E, N, D) -> (E, N * draws, D)."""
         time = self.times(torch.full(x_t.shape[:2], t))
         return model.draw(x_t, time, draws, generator).clamp(-self.limit, self.limit)
 
     def step(self, x_t: torch.Tensor, x0: torch.Tensor, t: int, generator: torch.Generator) -> torch.Tensor:
-        """A draw of q(x_s | x_t, x_0) for the step from t to t - 1; x_0 itself at the end."""
+        """Draw from q(x_s | x_t, x_0) with s = t - 1; returns x_0 itself at the last step, t = 0."""
         if t == 0:
             return x0
         rows = x_t.flatten(0, -2)

@@ -1,5 +1,7 @@
-"""Posterior distillation of points (NCVSD, arXiv 2506.09416), as ldm_smd/training/distillation.py has it for images: a mixture
-learns from a Gaussian model, or from the exact posterior mean, beside a critic of the mixture's own draws."""
+"""Posterior distillation (NCVSD, arXiv 2506.09416) for points instead of images, see ldm_smd/training/distillation.py.
+
+A mixture learns from a teacher, which is a Gaussian model or the exact posterior mean, and from a critic that is trained on the
+mixture's own draws."""
 
 from __future__ import annotations
 
@@ -22,11 +24,12 @@ from ldm_smd.diffusion.two_views import joined_view, posterior_flow
 from ldm_smd.progress import progress
 
 LEVELS = 1000
-"""Steps of the process that the second view is noised by; the student's T steps are among them, so T has to divide LEVELS."""
-LEAST_NOISE = 0.03
-"""Smallest s_r / a_r of the second view, which is log-uniform; the modes have about 0.06."""
+"""Steps of the process that adds noise to the second view. The student's T steps are a subset, so T must divide LEVELS."""
+MIN_NOISE = 0.03
+"""Smallest s_r / a_r of the second view, which is log-uniform. Modes have a deviation of about 0.06."""
 FLOW_STEPS = 16
-SMALLEST = 1e-4
+MIN_SCALE = 1e-4
+"""Smallest normaliser of the gradient."""
 ENERGY_BETA = 0.25
 EMA_DECAY = 0.998
 
@@ -35,12 +38,12 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class Views:
-    """Inputs of teacher and critic for a draw x of q(x_0 | x_t), rows (N, D) and timesteps (N,) of the fine process.
+    """Inputs of teacher and critic for a draw x of q(x_0 | x_t): rows (N, D) and timesteps (N,) of the fine process.
 
     Attributes:
-        x_t, t: what the student saw.
-        x_r, r: its draw, noised anew.
-        x_u, u: both as one view, or x_r alone where the views are marginal.
+        x_t, t: the student's input.
+        x_r, r: its draw with fresh noise, the second view.
+        x_u, u: the view equivalent to both, or x_r alone for marginal views.
     """
 
     x_t: torch.Tensor
@@ -52,22 +55,22 @@ class Views:
 
 
 def fine_process() -> DiffusionProcess:
-    """The process of gmm_data.Problem in many steps."""
+    """Return the process of gmm_data.Problem with LEVELS steps."""
     return Problem("one Gaussian", LEVELS).process
 
 
-def noise_anew(
+def second_view(
     path: DiffusionProcess, x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, model: Distilled, generator: torch.Generator
 ) -> Views:
-    """Noise the draws x of x_t at random levels r."""
-    logarithm = torch.empty(len(x)).uniform_(math.log(LEAST_NOISE), math.log(model.most_noise), generator=generator)
+    """Add fresh noise of random levels r to the draws x of x_t."""
+    logarithm = torch.empty(len(x)).uniform_(math.log(MIN_NOISE), math.log(model.max_noise), generator=generator)
     r = path.timestep_of((-2 * logarithm).exp())
     x_r = path.noise(x, torch.randn(x.shape, generator=generator), r)
     return Views(x_t, t, x_r, r, *(joined_view(path, x_t, t, x_r, r) if model.conditional else (x_r, r)))
 
 
 def posterior_mean(prior: GaussianMixture, x: torch.Tensor, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """E[x_0 | x] for x = a x_0 + s eps (N, D), with other a and s (N, 1) in every row, in the dtype of x."""
+    """Return E[x_0 | x] for x = a x_0 + s eps (N, D), in the dtype of x. Each row has its own a and s (N, 1)."""
     weights, means, variances, bases = (each.to(x.dtype) for each in (prior.weights, prior.means, prior.variances, prior.bases))
     a, s = a[:, None], s[:, None]
     noisy = a**2 * variances + s**2  # (N, K, D)
@@ -81,16 +84,16 @@ def exact_teacher(problem: Problem, path: DiffusionProcess) -> Denoiser:
     return lambda x, u: posterior_mean(problem.normalised, x, *path.signal_and_noise(u, x))
 
 
-def noised_finely(problem: Problem, path: DiffusionProcess) -> Problem:
-    """The same data with a process of many steps."""
+def with_process(problem: Problem, path: DiffusionProcess) -> Problem:
+    """Return the same data with a process of LEVELS steps."""
     fine = copy.copy(problem)
     fine.process, fine.steps = path, LEVELS
     return fine
 
 
 def learned_teacher(problem: Problem, path: DiffusionProcess, budget: Budget, seeds: int) -> Denoiser:
-    """A Gaussian model of many steps, trained on samples: one network for each student."""
-    network = train(noised_finely(problem, path), GAUSSIAN, budget, seeds)
+    """Train a Gaussian model with LEVELS steps on samples: one network for each student."""
+    network = train(with_process(problem, path), GAUSSIAN, budget, seeds)
 
     def teacher(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         features = network.features(x.view(seeds, -1, x.shape[1]), (u / path.last).float().view(seeds, -1))
@@ -100,14 +103,14 @@ def learned_teacher(problem: Problem, path: DiffusionProcess, budget: Budget, se
 
 
 def mean_of_draws(draws: torch.Tensor, x_r: torch.Tensor, a: torch.Tensor, s: torch.Tensor, others: bool) -> torch.Tensor:
-    """E[x | x_r, x_t] where the student's distribution is that of M draws for each x_t: a critic that needs no training.
+    """Estimate E[x | x_r, x_t] from M draws of the student for each x_t: a critic that needs no training.
 
         sum_j softmax_j(-|x_r - a x_j|^2 / (2 s^2)) x_j
 
     Args:
         draws: (N, M, D).
-        x_r: those draws, noised, (N * M, D); a, s are (N * M, 1).
-        others: without the draw that x_r is made of.
+        x_r: those draws with noise added, (N * M, D); a and s are (N * M, 1).
+        others: leave out the draw that x_r was made from.
     """
     count = draws.shape[1]
     squares = (x_r.view(draws.shape)[:, :, None] - a.view(-1, count, 1, 1) * draws[:, None]).square().sum(dim=3)
@@ -118,8 +121,8 @@ def mean_of_draws(draws: torch.Tensor, x_r: torch.Tensor, a: torch.Tensor, s: to
 
 
 class Critic(nn.Module):
-    """D_critic = base + s_u network(...); the base is the teacher's own prediction, the mean of the other draws of the same
-    x_t, or a_u x_u, what a unit Gaussian would give."""
+    """The critic D_critic = base + s_u network(...). The base is the teacher's prediction, the mean of the other draws of the
+    same x_t, or a_u x_u, the posterior mean of a unit Gaussian."""
 
     def __init__(self, models: int, dimensions: int, model: Distilled, path: DiffusionProcess) -> None:
         super().__init__()
@@ -128,7 +131,7 @@ class Critic(nn.Module):
         self.network = PointDenoiser(models, inputs, width=model.critic_width)
 
     def forward(self, views: Views, true: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """(N * M, D), given the teacher's predictions and the draws (N, M, D)."""
+        """Predict x_0, (N * M, D), given the teacher's predictions and the draws (N, M, D)."""
         a_u, s_u = self.path.signal_and_noise(views.u, views.x_u)
         base, columns = a_u * views.x_u, [views.x_u, a_u.log() - s_u.log()]
         if self.model.joint:
@@ -138,27 +141,27 @@ class Critic(nn.Module):
             base = true
             columns.append(true)
         if self.model.others:
-            # Independent of the draw given x_t, so that they leave E[x | x_r, x_t] what it is.
+            # The other draws are independent of this draw given x_t, so E[x | x_r, x_t] does not change.
             base = mean_of_draws(draws, views.x_r, *self.path.signal_and_noise(views.r, views.x_r), True)
             columns.append(base)
         stack = torch.cat(columns, dim=1).view(self.network.models, -1, self.network.dimensions)
-        time = 0.01 * views.u.float().view(stack.shape[:2]) / self.path.last  # few periods: it is no integer
+        time = 0.01 * views.u.float().view(stack.shape[:2]) / self.path.last  # scaled down to few periods: u is continuous
         found = self.network.predict(self.network.features(stack, time))[..., : self.dimensions].reshape(views.x_u.shape)
         return base + s_u * found
 
 
 def student_loss(model: Distilled, x: torch.Tensor, own: torch.Tensor, true: torch.Tensor, s_u: torch.Tensor) -> torch.Tensor:
-    """Losses (N,) whose gradient in x is that of the KL divergence, or of the Fisher divergence by score identity."""
-    scale = (x - true).detach().abs().mean(dim=1, keepdim=True).clamp_min(SMALLEST) if model.normalise == "own" else s_u
+    """Return losses (N,) whose gradient in x is that of the KL divergence, or of the Fisher divergence by score identity."""
+    scale = (x - true).detach().abs().mean(dim=1, keepdim=True).clamp_min(MIN_SCALE) if model.normalise == "own" else s_u
     if model.identity:
-        # SiD (arXiv 2404.04057), which goes through both denoisers too:  <true - own, true - x> - alpha |true - own|^2
+        # SiD (arXiv 2404.04057), with gradients through both denoisers:  <true - own, true - x> - alpha |true - own|^2
         return ((true - own) * (true - x - model.identity * (true - own)) / scale).sum(dim=1)
     goal = (x - (own - true) / scale).detach()
     return 0.5 * (x - goal).square().sum(dim=1)
 
 
 def starting_student(problem: Problem, model: Distilled, first: Budget, seeds: int) -> PointDenoiser:
-    """The mixture that distillation starts with."""
+    """Build the mixture that distillation starts from."""
     shape = {"models": seeds, "dimensions": problem.dimensions, "head_blocks": model.head_blocks}
     student = PointDenoiser(**shape, eta_dimensions=max(8, problem.dimensions))
     if model.start == "Gaussian":
@@ -172,7 +175,7 @@ def starting_student(problem: Problem, model: Distilled, first: Budget, seeds: i
 
 
 def descend(losses: torch.Tensor, network: nn.Module, optimizer: torch.optim.Optimizer, rate: float, seeds: int) -> None:
-    """Take one step at this learning rate; the models share nothing, so the sum of their losses trains each by its own."""
+    """Take one optimizer step. The models share no parameters, so the sum of their losses trains each by its own loss."""
     optimizer.param_groups[0]["lr"] = rate
     network.zero_grad()
     (seeds * losses.mean()).backward()
@@ -181,7 +184,7 @@ def descend(losses: torch.Tensor, network: nn.Module, optimizer: torch.optim.Opt
 
 
 def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> PointDenoiser:
-    """Train ``seeds`` independent students; returns their EMA weights. Raises ValueError for T that does not divide LEVELS."""
+    """Train ``seeds`` independent students; returns their EMA weights. Raises ValueError if T does not divide LEVELS."""
     if LEVELS % problem.steps:
         raise ValueError(f"T: expected a divisor of {LEVELS}, found {problem.steps}")
     torch.manual_seed(0)
@@ -197,7 +200,7 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
     critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=0, betas=betas, weight_decay=0, fused=True)
 
     def draws() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(x_0, draws of the student (N, M, D)), and x_t, t and eta for every draw."""
+        """Return x_0, draws of the student (N, M, D), and x_t, t and eta for every draw."""
         size = seeds * budget.batch
         x0 = problem.sample(size, generator)
         t = torch.randint(problem.steps, (size,), generator=generator)
@@ -211,14 +214,14 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
 
     def critic_step(draws: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, rate: float) -> None:
         x = draws.flatten(0, 1)
-        views = noise_anew(path, x, x_t, t, model, generator)
+        views = second_view(path, x, x_t, t, model, generator)
         with torch.no_grad():
             true = teacher(views.x_u, views.u)
         s_u = path.signal_and_noise(views.u, x)[1]
         losses = ((critic(views, true, draws) - x) / s_u).square().sum(dim=1)
         descend(losses, critic, critic_optimizer, rate, seeds)
 
-    def follow(update: int) -> None:
+    def update_ema(update: int) -> None:
         decay = min(EMA_DECAY, (update + 1) / (update + 10))
         torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in student.parameters()], 1 - decay)
         bar.update()
@@ -239,10 +242,10 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
             with torch.no_grad():
                 goal = posterior_flow(teacher, path, x_t, t, eta[:, : x.shape[1]], FLOW_STEPS)
             descend(((x - goal) / s_t).square().sum(dim=1), student, optimizer, rate, seeds)
-            follow(update)
+            update_ema(update)
             continue
         with torch.set_grad_enabled(model.identity > 0):
-            views = noise_anew(path, x if model.identity else x.detach(), x_t, t, model, generator)
+            views = second_view(path, x if model.identity else x.detach(), x_t, t, model, generator)
             true = teacher(views.x_u, views.u)
             if model.critic_updates:
                 own = critic(views, true, many.detach())
@@ -255,6 +258,6 @@ def distil(problem: Problem, model: Distilled, budget: Budget, seeds: int) -> Po
         descend(losses, student, optimizer, rate, seeds)
         if model.critic_updates:
             critic_step(many.detach(), x_t, t, critic_rate)
-        follow(update)
+        update_ema(update)
     bar.close()
     return ema

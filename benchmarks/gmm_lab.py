@@ -1,10 +1,10 @@
-"""Where everything is known: Gaussian mixtures as data, and what few-step models learn of their exact posteriors.
+"""Measures few-step models on Gaussian mixtures, whose posteriors are known exactly.
 
-For every data set, number of steps T and model: three seeds of a small network, trained on the same samples; then 20,000
-samples (5,000 above T = 10) against the data, and the one-step kernel p(x_s | x_t) against the exact q(x_s | x_t).
+For every data set, number of steps T and model, three seeds of a small network are trained on the same samples. Then 20,000
+samples (5,000 for T > 10) are compared with the data, and the one-step kernel p(x_s | x_t) with the exact q(x_s | x_t).
 
-    python benchmarks/gmm_lab.py                 # all of it; over an hour on one core
-    python benchmarks/gmm_lab.py --quick         # the ring at T = 2, one seed, some minutes
+    python benchmarks/gmm_lab.py                 # all parts; over an hour on one core
+    python benchmarks/gmm_lab.py --quick         # the ring at T = 2 with one seed, some minutes
     python benchmarks/gmm_lab.py --part targets  # one of: targets, objectives, sweep, distill
 
 Writes benchmarks/results/gmm_lab-PART.json, .md and .png (gmm_lab-quick.* with --quick).
@@ -29,7 +29,7 @@ from gmm_training import train
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 3
-MOST_PLOTTED = 8
+MAX_PLOTTED = 8
 CHECKS = {"targets": targets, "distill": distill_targets}
 
 
@@ -58,7 +58,7 @@ def run(part: str, seeds: int, resume: bool) -> None:
             }
         )
         print(line(done[-1]), flush=True)
-        if problem.dimensions == 2 and part != "sweep" and model.objective != "mixture_nll" and len(trained) < MOST_PLOTTED:
+        if problem.dimensions == 2 and part != "sweep" and model.objective != "mixture_nll" and len(trained) < MAX_PLOTTED:
             trained[(name, steps, model.name)] = (problem, network)
         write(part, seeds, done)
     if part == "sweep":
@@ -68,7 +68,7 @@ def run(part: str, seeds: int, resume: bool) -> None:
 
 
 def write(part: str, seeds: int, done: list[dict]) -> None:
-    """Write the results so far: a crash loses one cell."""
+    """Write the results so far, so that a crash loses one cell only."""
     RESULTS.mkdir(exist_ok=True)
     command = "python benchmarks/gmm_lab.py " + ("--quick" if part == "quick" else f"--part {part}")
     result = {
@@ -88,8 +88,10 @@ def write(part: str, seeds: int, done: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the ring at T = 2, one seed")
-    parser.add_argument("--part", choices=PARTS, help="all of them where it is not given")
-    parser.add_argument("--resume", action="store_true", help="keep the cells of the result file (made with the same code)")
+    parser.add_argument("--part", choices=PARTS, help="part to run; default: all")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the cells of the result file, if it was made with the same code"
+    )
     arguments = parser.parse_args()
     parts = ["quick"] if arguments.quick else [arguments.part] if arguments.part else PARTS
     for part in parts:

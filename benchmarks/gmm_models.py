@@ -1,7 +1,8 @@
-"""The networks of gmm_lab.py: SMD for points instead of images, several independent models trained at once.
+"""The networks of gmm_lab.py: SMD for points instead of images, with several independent models trained at once.
 
-Every parameter has a leading axis, one entry for each model (seed): small networks are bound by overhead, not by arithmetic,
-and three take little longer than one. The mixture is the one of ldm_smd/models/hypernetwork.py, a place being a point.
+Every parameter has a leading axis with one entry for each model (seed). Small networks are bound by overhead, not by
+arithmetic, so three take little longer than one. The mixture is that of ldm_smd/models/hypernetwork.py, with a point for a
+position.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ GATE_LAYERS = 2
 
 
 class StackedLinear(nn.Module):
-    """y_e = x_e W_e + b_e for every model e: (E, N, inputs) -> (E, N, outputs)."""
+    """Linear layers y_e = x_e W_e + b_e for every model e: (E, N, inputs) -> (E, N, outputs)."""
 
     def __init__(self, models: int, inputs: int, outputs: int, zero: bool = False) -> None:
         super().__init__()
@@ -30,7 +31,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedBlock(nn.Module):
-    """h + Linear(silu(Linear(norm(h)))), starting as the identity."""
+    """Residual block h + Linear(silu(Linear(norm(h)))), the identity at initialization."""
 
     def __init__(self, models: int, width: int) -> None:
         super().__init__()
@@ -42,7 +43,8 @@ class StackedBlock(nn.Module):
 
 
 class StackedHyperNetwork(nn.Module):
-    """f_phi: h + Linear_out(W_2 W_1 Linear_in(norm(h))) with W_l = v_l v_l^T / sqrt(width) + softplus(c_l) I, v_l from z."""
+    """Hypernetwork h + Linear_out(W_2 W_1 Linear_in(norm(h))) with W_l = v_l v_l^T / sqrt(width) + softplus(c_l) I, v_l from
+    z."""
 
     def __init__(self, models: int, channels: int, z_channels: int, width: int) -> None:
         super().__init__()
@@ -59,17 +61,18 @@ class StackedHyperNetwork(nn.Module):
 
 
 class PointDenoiser(nn.Module):
-    """E models that predict x_0 of a point from x_t, one component for every draw of eta.
+    """E models that predict x_0 of a point from x_t, with one prediction for every draw of eta.
 
-    Trunk (x_t and t, once for all draws), identifier (z from the trunk's features and eta), head (hypernetwork and block).
+    The trunk reads x_t and t, once for all draws. The identifier makes z from the trunk's features and eta. The head consists
+    of hypernetworks and blocks.
 
     Args:
         models: E.
-        dimensions: of the points.
-        eta_dimensions: of eta, at least ``dimensions``; 0 for a Gaussian model.
-        components: K. With K > 1 the identifier also reads which of K components was chosen, with weights the trunk gives:
-            a mixture of K, each spread by eta. Each has a ``place`` of its own, which training starts at the data
-            (gmm_training.train): components that start together have to be told apart first.
+        dimensions: dimension of the points.
+        eta_dimensions: dimension of eta, at least ``dimensions``; 0 for a Gaussian model.
+        components: K. With K > 1, the identifier also gets the index of one of K components, drawn with weights that the trunk
+            predicts. Each component has a ``centre``, which training initializes at data points (gmm_training.train), because
+            components that start at the same point separate slowly.
     """
 
     def __init__(
@@ -102,18 +105,18 @@ class PointDenoiser(nn.Module):
             self.to_logits = StackedLinear(models, width, components, zero=True)
             self.likeness = StackedLinear(models, width, 1, zero=True)
             self.component = nn.Parameter(torch.randn(models, components, width))
-            self.place = nn.Parameter(torch.zeros(models, components, dimensions))
+            self.centre = nn.Parameter(torch.zeros(models, components, dimensions))
 
     @property
     def is_mixture(self) -> bool:
         return self.eta_dimensions > 0
 
-    def movers(self) -> list[nn.Parameter]:
-        """Displacement of a component from its initial place."""
-        return [*self.out.parameters(), *self.deviation.parameters(), self.place] if self.components > 1 else []
+    def displacement_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that move a component away from its initial centre."""
+        return [*self.out.parameters(), *self.deviation.parameters(), self.centre] if self.components > 1 else []
 
     def features(self, x_t: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """x_t (E, N, D), time (E, N) in [0, 1] -> (E, N, width)."""
+        """Map x_t (E, N, D) and time (E, N) in [0, 1] to features (E, N, width)."""
         frequencies = torch.exp(-math.log(10_000) * torch.arange(TIME_FEATURES // 2) / (TIME_FEATURES // 2))
         angles = 1000 * time[..., None] * frequencies
         h = self.start(torch.cat((x_t, angles.sin(), angles.cos()), dim=-1))
@@ -122,15 +125,18 @@ class PointDenoiser(nn.Module):
         return h
 
     def log_weights(self, x_t: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """The components' log weights, (E, N, K): log w_k = b_k(features) + c(features) <x_t, place_k> + const, the form they
-        have where the data are modes of one covariance sigma^2 at the places, with c = a_t / (a_t^2 sigma^2 + s_t^2)."""
-        likeness = self.likeness(features) * (x_t @ self.place.mT)
+        """Return the log weights of the components, (E, N, K): log w_k = b_k(features) + c(features) <x_t, centre_k> + const.
+
+        They have this form if the data are modes of one variance sigma^2 around the centres, with
+        c = a_t / (a_t^2 sigma^2 + s_t^2).
+        """
+        likeness = self.likeness(features) * (x_t @ self.centre.mT)
         return (self.to_logits(features) + likeness).log_softmax(dim=-1)
 
     def predict(
         self, features: torch.Tensor, eta: torch.Tensor | None = None, component: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x_0 for every draw: features (E, N, width), eta (E, N * M, .), component (E, N * M) -> (E, N * M, D)."""
+        """Predict x_0 for every draw: features (E, N, width), eta (E, N * M, .), component (E, N * M) -> (E, N * M, D)."""
         h = features
         if self.is_mixture:
             h = repeat(h, eta.shape[1] // h.shape[1])
@@ -142,14 +148,14 @@ class PointDenoiser(nn.Module):
             h = block(self.hyper[index](h, z) if self.is_mixture else h)
         x0 = self.out(h)
         if self.is_mixture:
-            # A mode's Gaussian shape, which eta would lose on its way through norms and nonlinearities.
+            # The Gaussian shape of a mode: eta would lose it in the norms and nonlinearities.
             x0 = torch.addcmul(x0, self.deviation(h), eta[..., : self.dimensions])
         if self.components > 1:
-            x0 = x0 + self.place.gather(1, component[..., None].expand_as(x0))
+            x0 = x0 + self.centre.gather(1, component[..., None].expand_as(x0))
         return x0
 
     def draw(self, x_t: torch.Tensor, time: torch.Tensor, draws: int, generator: torch.Generator) -> torch.Tensor:
-        """``draws`` draws of x_0 for every point, (E, N * draws, D); one for all where the model is Gaussian."""
+        """Draw x_0 ``draws`` times for every point: (E, N * draws, D). All draws of a Gaussian model are equal."""
         h = self.features(x_t, time)
         if not self.is_mixture:
             return repeat(self.predict(h), draws)
@@ -163,7 +169,7 @@ class PointDenoiser(nn.Module):
 
 
 def repeat(x: torch.Tensor, draws: int) -> torch.Tensor:
-    """(E, N, ...) -> (E, N * draws, ...), the copies of a point in consecutive rows."""
+    """Repeat every point in consecutive rows: (E, N, ...) -> (E, N * draws, ...)."""
     return x if draws == 1 else x.repeat_interleave(draws, dim=1)
 
 

@@ -1,4 +1,4 @@
-"""The results of the Gaussian mixture lab as targets, a table and plots."""
+"""Targets, table and plots of the results of the Gaussian mixture lab."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import matplotlib.pyplot as plt
 
 
 def targets(done: list[dict]) -> list[dict]:
-    """Check what the components model is to reach, in the cells that there are."""
+    """Check the targets of the model with components in the cells that were measured."""
 
     def cell(data: str, steps: int, gaussian: bool) -> dict | None:
-        kind = GAUSSIAN.name if gaussian else "components"
-        found = [e["measures"] for e in done if (e["data"], e["T"]) == (data, steps) and kind in e["model"]]
+        model = GAUSSIAN.name if gaussian else "components"
+        found = [e["measures"] for e in done if (e["data"], e["T"]) == (data, steps) and model in e["model"]]
         return found[0] if found else None
 
     checks = []
@@ -32,27 +32,27 @@ def targets(done: list[dict]) -> list[dict]:
         checks.append(target(name, wanted, measured, digits=4))
 
     wanted = (("ring of 8", 2, 1.15, 0.95), ("ring of 8", 5, 1.1, 0.98), ("5x5 grid", 5, 1.1, 0.98))
-    for data, steps, over_floor, share in wanted:
+    for data, steps, over_floor, in_mode in wanted:
         if smd := cell(data, steps, False):
             ratio, inside = statistics.mean(smd["sliced_w2_over_floor"]), statistics.mean(smd["in_mode"])
-            add(f"{data}, T = {steps}: sliced W2 over its floor", f"<= {over_floor}", ratio)
-            add(f"{data}, T = {steps}: share in a mode", f">= {share}", inside)
+            add(f"{data}, T = {steps}: sliced W2 / floor", f"<= {over_floor}", ratio)
+            add(f"{data}, T = {steps}: fraction in modes", f">= {in_mode}", inside)
             if steps == 2:
-                add("ring of 8, T = 2: worst mode's relative error", "<= 0.2", max(smd["worst_mode"]))
+                add("ring of 8, T = 2: largest relative error of a mode's weight", "<= 0.2", max(smd["worst_mode"]))
     smd, baseline = cell("mixture in 64-D", 5, False), cell("mixture in 64-D", 5, True)
     if smd and baseline:
         ratio = statistics.mean(smd["energy_distance"]) / statistics.mean(baseline["energy_distance"])
-        add("mixture in 64-D, T = 5: energy distance to the data over the Gaussian's", "<= 0.25", ratio)
+        add("mixture in 64-D, T = 5: energy distance to the data / Gaussian model's", "<= 0.25", ratio)
     smd, baseline = cell("one Gaussian", 5, False), cell("one Gaussian", 5, True)
     if smd and baseline and len(smd["sliced_w2"]) > 1:
         apart = statistics.mean(smd["sliced_w2"]) - statistics.mean(baseline["sliced_w2"])
         noise = math.hypot(statistics.stdev(smd["sliced_w2"]), statistics.stdev(baseline["sliced_w2"]))
-        add("one Gaussian, T = 5: SMD's sliced W2 less the Gaussian's, over the seed noise", "<= 1", apart / noise)
+        add("one Gaussian, T = 5: (sliced W2 of SMD - Gaussian model's) / seed noise", "<= 1", apart / noise)
     return checks
 
 
 def distill_targets(done: list[dict]) -> list[dict]:
-    """Check the targets for the best distillation from the exact teacher, that with the lowest sliced W2."""
+    """Check the targets of the best distillation from the exact teacher: the one with the lowest sliced W2."""
     checks = []
     for data, steps in (("ring of 8", 2), ("5x5 grid", 5)):
         found = [e for e in done if (e["data"], e["T"]) == (data, steps) and e["model"].startswith(EXACT)]
@@ -61,15 +61,15 @@ def distill_targets(done: list[dict]) -> list[dict]:
             name, measured = f"{data}, T = {steps}, {best['model']}", best["measures"]
             ratio, inside = statistics.mean(measured["sliced_w2_over_floor"]), statistics.mean(measured["in_mode"])
             checks += [
-                target(f"{name}: sliced W2 over its floor", "<= 1.1", ratio, digits=4),
-                target(f"{name}: share in a mode", ">= 0.99", inside, digits=4),
-                target(f"{name}: worst mode's relative error", "<= 0.15", max(measured["worst_mode"]), digits=4),
+                target(f"{name}: sliced W2 / floor", "<= 1.1", ratio, digits=4),
+                target(f"{name}: fraction in modes", ">= 0.99", inside, digits=4),
+                target(f"{name}: largest relative error of a mode's weight", "<= 0.15", max(measured["worst_mode"]), digits=4),
             ]
     return checks
 
 
 def line(entry: dict) -> str:
-    """One row of the table: mean and, over seeds, standard deviation."""
+    """Format one row of the table: mean and standard deviation over seeds."""
 
     def value(name: str, digits: int) -> str:
         values = entry["measures"][name]
@@ -89,11 +89,11 @@ def table(result: dict) -> str:
         "T",
         "model",
         "sliced W2 / floor",
-        "in a mode",
+        "in modes",
         "modes",
-        "worst mode off by",
+        "error of a mode",
         "energy distance",
-        "kernel's",
+        "kernel's energy distance",
     ]
     head = "| " + " | ".join([*names, "spread share", "s"]) + " |"
     lines = [f"`{result['command']}`, {result['seeds']} seeds: mean ± standard deviation.", "", head, "|---" * 11 + "|"]
@@ -109,8 +109,8 @@ def table(result: dict) -> str:
 
 @torch.no_grad()
 def plot(trained: dict[tuple[str, int, str], tuple[Problem, PointDenoiser]], path: Path) -> None:
-    """Draw for every (data, T, model): above, samples; below, draws of x_0 for one x_t of the last step, over the exact
-    posterior."""
+    """Plot a column for every (data, T, model): samples above; below, draws of x_0 for one x_t of the last step, over those of
+    the exact posterior."""
     if not trained:
         return
     figure, axes = plt.subplots(2, len(trained), figsize=(2.6 * len(trained), 5.6), squeeze=False)
@@ -139,7 +139,7 @@ def plot(trained: dict[tuple[str, int, str], tuple[Problem, PointDenoiser]], pat
 
 
 def plot_sweep(done: list[dict], path: Path) -> None:
-    """Draw the samples' distance and the one-step kernel's against T, for every data set."""
+    """Plot the distance of the samples and that of the one-step kernel over T, for every data set."""
     figure, axes = plt.subplots(2, len(DATA), figsize=(2.9 * len(DATA), 5.2), sharex=True, squeeze=False)
     for (above, below), data in zip(axes.T, DATA):
         for model in (GAUSSIAN, SMD):

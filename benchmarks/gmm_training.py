@@ -1,4 +1,4 @@
-"""How the models of the Gaussian mixture lab are trained."""
+"""Training of the models of the Gaussian mixture lab."""
 
 from __future__ import annotations
 
@@ -15,37 +15,41 @@ from sklearn.cluster import kmeans_plusplus
 from ldm_smd.diffusion.objectives import energy, mixture_nll, mse, timestep_weight
 from ldm_smd.progress import progress
 
-PLACE_POINTS = 2000
-WEIGHTS_FIRST = 0.2
-"""Share of the updates in which the components stay at their places: else they all move after x_t, before the network can tell
-which of them x_t belongs to, and few of them end up with all the weight."""
+CENTRE_POINTS = 2000
+"""Data points that the centres of the components are chosen from."""
+FIXED_CENTRES = 0.2
+"""Fraction of the updates, at the start, in which the components keep their centres. Otherwise they all follow x_t before the
+network has learned their weights, and few of them end up with all the weight."""
 WARMUP_UPDATES = 200
 
 
 def train(problem: Problem, model: Model, budget: Budget, seeds: int, network: PointDenoiser | None = None) -> PointDenoiser:
-    """Train ``seeds`` independent models, each on its own fresh samples; returns their EMA weights. A ``network`` that is
-    given takes the place of the model's own."""
+    """Train ``seeds`` independent models, each on its own fresh samples; returns their EMA weights.
+
+    Args:
+        network: initial network, in place of a new one.
+    """
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     network = network or build(problem, model, seeds)
     if model.components > 1:
-        points = problem.sample(PLACE_POINTS, generator).numpy()
-        places = [kmeans_plusplus(points, model.components, random_state=seed)[0] for seed in range(seeds)]
-        network.place.data = torch.from_numpy(np.stack(places))
+        points = problem.sample(CENTRE_POINTS, generator).numpy()
+        centres = [kmeans_plusplus(points, model.components, random_state=seed)[0] for seed in range(seeds)]
+        network.centre.data = torch.from_numpy(np.stack(centres))
     ema = copy.deepcopy(network).requires_grad_(False)
-    movers = network.movers()
-    others = [p for p in network.parameters() if all(p is not mover for mover in movers)]
-    optimizer = torch.optim.AdamW([{"params": others}, {"params": movers}], betas=(0.9, 0.99), weight_decay=0, fused=True)
+    moving = network.displacement_parameters()
+    others = [p for p in network.parameters() if all(p is not each for each in moving)]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": moving}], betas=(0.9, 0.99), weight_decay=0, fused=True)
     bar = progress(budget.updates, 0, model.name)
     for update in range(budget.updates):
         rate = min(1.0, (update + 1) / WARMUP_UPDATES) * 0.5 * (1 + math.cos(math.pi * update / budget.updates))
         for group in optimizer.param_groups:
             group["lr"] = budget.learning_rate * rate
-        if update < WEIGHTS_FIRST * budget.updates:
+        if update < FIXED_CENTRES * budget.updates:
             optimizer.param_groups[1]["lr"] = 0.0
         losses = batch_losses(problem, model, network, budget.batch, generator)
         optimizer.zero_grad(set_to_none=True)
-        # The models share nothing, so the sum of their losses trains each by its own.
+        # The models share no parameters, so the sum of their losses trains each by its own loss.
         (seeds * losses.mean()).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), math.sqrt(seeds))
         optimizer.step()
@@ -57,7 +61,7 @@ def train(problem: Problem, model: Model, budget: Budget, seeds: int, network: P
 
 
 def build(problem: Problem, model: Model, seeds: int) -> PointDenoiser:
-    """Build the networks of a model; a Gaussian one is widened until its parameters are as many as a mixture's."""
+    """Build the networks of a model. A Gaussian one is widened to about as many parameters as a mixture."""
     shape = {"models": seeds, "dimensions": problem.dimensions}
     mixture = {"eta_dimensions": max(8, problem.dimensions), "components": model.components}
     if model.mixture:
@@ -71,7 +75,7 @@ def build(problem: Problem, model: Model, seeds: int) -> PointDenoiser:
 def batch_losses(
     problem: Problem, model: Model, network: PointDenoiser, batch: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Weighted losses of ``batch`` new samples for each of E models: (E * batch,)."""
+    """Return the weighted losses of ``batch`` new samples for each of E models: (E * batch,)."""
     shape = (network.models, batch)
     x0 = problem.sample(math.prod(shape), generator)
     t = torch.randint(problem.steps, (len(x0),), generator=generator)

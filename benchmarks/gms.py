@@ -1,7 +1,8 @@
-"""Gaussian mixture solvers on pictures: the distance at equal network evaluations, against the schedulers that need no moments
-and the Gaussian kernel of two; and pictures from strokes, how near to the stroke against how near to real pictures.
+"""Measures Gaussian mixture solvers (GMS) on images, at equal numbers of network evaluations.
 
-All sample the same Gaussian UNet; a model folder with its moments is made by tools/train_moments.py.
+They are compared with schedulers that need no moments and with the Gaussian kernel of two moments. Images are also made from
+strokes: the distance to the stroke against the distance to real images. All schedulers sample the same Gaussian UNet.
+tools/train_moments.py makes a model folder with its moments.
 
 examples:
   python benchmarks/gms.py --config configs/benchmarks/gms-emoji.yaml
@@ -41,7 +42,7 @@ class GMSConfig(ResultsConfig):
     """benchmarks/gms.py"""
 
     model: str = MISSING
-    """Model folder with a moments part."""
+    """Model folder with moments (tools/train_moments.py)."""
     schedulers: list[str] = field(
         default_factory=lambda: [
             "DDPM",
@@ -57,12 +58,12 @@ class GMSConfig(ResultsConfig):
     steps: list[int] = field(default_factory=lambda: [5, 10, 15, 25, 50, 100])
     stroke_schedulers: list[str] = field(default_factory=lambda: ["DDPM", "GMS, two moments", "GMS", "DDIM"])
     stroke_steps: int = 20
-    """Steps of a full run; a run with a strength takes the last of them."""
+    """Steps of a full run. A run with a strength takes the last ones."""
     strengths: list[float] = field(default_factory=lambda: [0.3, 0.5, 0.7, 0.9])
     stroke_side: int = 4
-    """Strokes are held-out images averaged to this many patches per side,"""
+    """Patches per side that a held-out image is averaged over to make a stroke."""
     stroke_colours: int = 6
-    """with this many values per colour channel."""
+    """Values per colour channel of a stroke."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +73,7 @@ class GMSConfig(ResultsConfig):
 
 
 def gms(config: GMSConfig) -> Path:
-    """Run all cells; returns the JSON file."""
+    """Run the benchmark; returns the JSON file."""
     results = Results("gms", config)
     pipeline = load_pipeline(config.model)
     own = pipeline.scheduler
@@ -83,7 +84,7 @@ def gms(config: GMSConfig) -> Path:
             results.cell(MODEL, name, pipeline, steps)
 
     yardstick = results.yardstick
-    strokes = stroke(yardstick.held_out, config.stroke_side, config.stroke_colours)
+    strokes = strokes_of(yardstick.held_out, config.stroke_side, config.stroke_colours)
     labels = yardstick.labels[: len(strokes)]
     shown = [strokes[:SHOWN]]
     results.content["strokes"] = {}
@@ -93,9 +94,9 @@ def gms(config: GMSConfig) -> Path:
         for strength in config.strengths:
             options = SamplingOptions(config.stroke_steps, batch_size=BATCH_SIZE, image=strokes, strength=strength)
             made = sample_pixels(pipeline, labels, len(labels), options, f"strokes, {name}")
-            faithful = (made - strokes).square().mean(dim=(1, 2, 3)).sqrt().mean()
+            to_stroke = (made - strokes).square().mean(dim=(1, 2, 3)).sqrt().mean()
             distance = yardstick.measure([made])["frechet"]
-            points.append({"strength": strength, "rms_to_stroke": round(float(faithful), 4), "frechet": distance})
+            points.append({"strength": strength, "rms_to_stroke": round(float(to_stroke), 4), "frechet": distance})
             print(f"strokes, {name}: {points[-1]}", flush=True)
             results.write()
             shown.append(made[:SHOWN])
@@ -103,11 +104,11 @@ def gms(config: GMSConfig) -> Path:
     return results.finish(table(config, results.content))
 
 
-def stroke(pictures: torch.Tensor, side: int, colours: int) -> torch.Tensor:
-    """Pictures (N, 3, H, W), uint8, as one might sketch them: patches of few colours; floats in [0, 1]."""
-    patches = F.adaptive_avg_pool2d(pictures.float() / 255, side)
+def strokes_of(images: torch.Tensor, side: int, colours: int) -> torch.Tensor:
+    """Reduce images to patches of few colours, like rough sketches: uint8 (N, 3, H, W) -> floats in [0, 1]."""
+    patches = F.adaptive_avg_pool2d(images.float() / 255, side)
     patches = (patches * (colours - 1)).round() / (colours - 1)
-    return F.interpolate(patches, size=pictures.shape[2:], mode="nearest")
+    return F.interpolate(patches, size=images.shape[2:], mode="nearest")
 
 
 def draw(config: GMSConfig, result: dict, shown: list[torch.Tensor], path: Path) -> None:
@@ -123,7 +124,7 @@ def draw(config: GMSConfig, result: dict, shown: list[torch.Tensor], path: Path)
     axes[1].legend(fontsize=7)
     axes[2].imshow(make_grid(torch.cat(shown), nrow=SHOWN, pad_value=0.8).permute(1, 2, 0))
     axes[2].axis("off")
-    axes[2].set_title("strokes, and by scheduler and strength", fontsize=9)
+    axes[2].set_title("strokes, then samples by scheduler and strength", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)

@@ -1,8 +1,9 @@
-"""The kernel of Gaussian mixture solvers: solved (ldm_smd/diffusion/central_moments.py) against fitted as the paper does.
+"""Compares two ways to find the kernel of Gaussian mixture solvers: in closed form, and by the optimizer of the paper.
 
-The paper (arXiv 2311.00941) finds the two means and the shared variance of every number's kernel in 70 iterations of an
-optimizer, from a start where the means all but meet; a start with the means apart to the right side is tried too. All on the
-same moments, those a mixture of weights 1/3 and 2/3 can have, in float32 tensors of the size of a batch of latents.
+The closed form is in ldm_smd/diffusion/central_moments.py. The paper (arXiv 2311.00941) finds the two means and the shared
+variance for every element by 70 iterations of an optimizer, starting with nearly equal means. A start with separated means is
+measured too. All get the same moments, which a mixture of weights 1/3 and 2/3 can have, in float32 tensors of the size of a
+batch of latents.
 
     python benchmarks/gms_fit.py          # under a minute
 
@@ -31,7 +32,7 @@ FIT_FLOOR = torch.tensor(1e-3)
 
 
 def feasible_moments() -> CentralMoments:
-    """Return moments of random mixtures with normal means and variances from 0.05 to 1.05."""
+    """Draw moments of random mixtures with normal means and variances from 0.05 to 1.05."""
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, *SHAPE, generator=generator)
     variance = 0.05 + torch.rand(SHAPE, generator=generator)
@@ -39,7 +40,7 @@ def feasible_moments() -> CentralMoments:
 
 
 def residual(moments: CentralMoments, kernel: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
-    """Root of the mean squared error of the three central moments, in float64."""
+    """Return the root mean square error of the three central moments, in float64."""
     found = moments_of(*(part.double() for part in kernel))
     pairs = [(getattr(found, name), getattr(moments, name).double()) for name in ("mean", "variance", "third")]
     return float(sum((a - b).square().mean() for a, b in pairs).div(3).sqrt())
@@ -49,28 +50,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     moments = feasible_moments()
-    ways = {
+    solvers = {
         "solved": lambda: two_gaussians(moments, torch.zeros(())),
         "fitted, the paper's start": lambda: fit_two_gaussians(moments, FIT_FLOOR),
         "fitted, means apart": lambda: fit_two_gaussians(moments, FIT_FLOOR, separation=1.0),
     }
-    rows = {name: {"residual": residual(moments, way()), "seconds": []} for name, way in ways.items()}
-    for _ in range(ROUNDS):  # in turn, so that a slow spell hits all alike
-        for name, way in ways.items():
+    rows = {name: {"residual": residual(moments, solve()), "seconds": []} for name, solve in solvers.items()}
+    for _ in range(ROUNDS):  # in turn, so that a slow moment of the machine affects all
+        for name, solve in solvers.items():
             started = time.perf_counter()
-            way()
+            solve()
             rows[name]["seconds"].append(time.perf_counter() - started)
     fitted = [row for name, row in rows.items() if name != "solved"]
-    best, quickest = min(row["residual"] for row in fitted), min(statistics.median(row["seconds"]) for row in fitted)
-    faster = quickest / statistics.median(rows["solved"]["seconds"])
+    best, fastest = min(row["residual"] for row in fitted), min(statistics.median(row["seconds"]) for row in fitted)
+    speedup = fastest / statistics.median(rows["solved"]["seconds"])
     targets = [
         {
             "name": "residual, solved",
-            "target": f"<= {best:.3g}, the best fit's",
+            "target": f"<= {best:.3g}, that of the best fit",
             "measured": rows["solved"]["residual"],
             "holds": rows["solved"]["residual"] <= best,
         },
-        {"name": "times as fast as the fit", "target": ">= 100", "measured": round(faster, 1), "holds": faster >= 100},
+        {"name": "speed relative to the fit", "target": ">= 100", "measured": round(speedup, 1), "holds": speedup >= 100},
     ]
     result = {
         "command": "python benchmarks/gms_fit.py",

@@ -1,13 +1,14 @@
-"""What a GPU does with this project, in one command of under eight minutes that needs torch and wheels only: make gpu
+"""Measures speed and memory on a GPU in under eight minutes, with torch and wheels only: make gpu
 
-Training images a second of the ImageNet UNet and of DiT-B/2 on 32x32x4 latents, as Gaussian model and as mixture, in float32
-(TF32), bf16, and bf16 compiled, with the share of the GPU's peak; peak memory against what plan.py computes; pictures a second
-of Stable Diffusion's encoder at 256 and 512 pixels; xformers' attention against torch's. Weights and inputs are random.
+It measures training images per second of the ImageNet UNet and of DiT-B/2 on 32x32x4 latents, as Gaussian model and as mixture,
+in float32 (TF32), bf16 and compiled bf16, as a fraction of the GPU's peak; peak memory, compared with plan.py; images per
+second of Stable Diffusion's encoder at 256 and 512 pixels; and xformers' attention, compared with torch's. Weights and inputs
+are random.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --teraflops 312 --seconds 3    # an A100
 
-Without a GPU it ends with exit code 2. Writes benchmarks/results/gpu.json and .md.
+Ends with exit code 2 if there is no GPU. Writes benchmarks/results/gpu.json and .md.
 """
 
 from __future__ import annotations
@@ -44,24 +45,26 @@ DRAWS = 4
 GAUSSIAN, MIXTURE = "Gaussian model", "mixture"
 MODES = ("float32 (TF32)", "bf16", "bf16, compiled")
 WEIGHTS_AND_ADAM = 4 * FLOAT32
-"""Bytes of a parameter: itself, its gradient, AdamW's two moments."""
+"""Bytes per parameter: the parameter, its gradient, and the two moments of AdamW."""
 WANTED_RATIO, WANTED_MEMORY = 2.0, 1.15
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: ``batch`` pictures in training, ``pictures`` in encoding."""
+    """Networks and sizes to measure."""
 
     networks: dict[str, Callable[[bool, bool], torch.nn.Module]]
     batch: int
-    pictures: int
+    """Images per training step."""
+    encoded: int
+    """Images per call of the encoder."""
     resolutions: tuple[int, ...]
     tokens: int
 
 
 @dataclass
 class Run:
-    """Where, how long, and against what is measured."""
+    """The device, the seconds per measurement, and the peak of the device in TFLOP/s."""
 
     device: torch.device
     seconds: float
@@ -74,7 +77,7 @@ class Run:
 def full_sizes() -> Sizes:
     config = load_config(TrainConfig, TRAINING_CONFIG)
     networks = {"UNet of configs/train/imagenet-256.yaml": partial(unet_of, config), "DiT-B/2": partial(dit_of, make=dit_b)}
-    return Sizes(networks, batch=64, pictures=16, resolutions=(256, 512), tokens=1024)
+    return Sizes(networks, batch=64, encoded=16, resolutions=(256, 512), tokens=1024)
 
 
 class TrainingStep:
@@ -107,7 +110,7 @@ class TrainingStep:
 
 
 def rate(step: Callable[[], object], images: int, seconds: float, device: torch.device) -> float:
-    """Images a second: the median of rounds, after one that is not counted."""
+    """Return images per second: the median over rounds, after one that is not counted."""
     step()
     began = synchronised(device)
     step()
@@ -120,9 +123,9 @@ def rate(step: Callable[[], object], images: int, seconds: float, device: torch.
     return statistics.median(found)
 
 
-def training(build: Callable[[bool, bool], torch.nn.Module], mode: str, kind: str, sizes: Sizes, run: Run) -> dict:
-    """Rate, share of the peak and memory of a network's training step."""
-    mixture = kind == MIXTURE
+def training(build: Callable[[bool, bool], torch.nn.Module], mode: str, model: str, sizes: Sizes, run: Run) -> dict:
+    """Measure speed, fraction of the peak and memory of a training step."""
+    mixture = model == MIXTURE
     torch.manual_seed(0)
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -140,18 +143,18 @@ def training(build: Callable[[bool, bool], torch.nn.Module], mode: str, kind: st
 
 
 def encoding(sizes: Sizes, run: Run) -> dict[str, float]:
-    """Pictures a second of the encoder, by resolution, as tools/encode.py runs it."""
+    """Measure images per second of the encoder by resolution, run as in tools/encode.py."""
     autoencoder = FrozenAutoencoder(stable_diffusion()).to(run.device)
     found = {}
     for resolution in sizes.resolutions:
-        pixels = torch.zeros(sizes.pictures, 3, resolution, resolution, dtype=torch.uint8, device=run.device)
-        found[str(resolution)] = rate(partial(autoencoder.encode_moments, pixels), sizes.pictures, run.seconds, run.device)
+        pixels = torch.zeros(sizes.encoded, 3, resolution, resolution, dtype=torch.uint8, device=run.device)
+        found[str(resolution)] = rate(partial(autoencoder.encode_moments, pixels), sizes.encoded, run.seconds, run.device)
     return found
 
 
 def attention(sizes: Sizes, run: Run) -> dict | None:
-    """Forward and backward by xformers and by torch: seconds over torch's, and the largest difference; None where xformers has
-    no kernel."""
+    """Compare forward and backward passes of xformers and torch: relative time and largest difference. None if xformers has no
+    kernel."""
     dtype, heads, width = torch.bfloat16, 12, 64
     if not xformers_runs(run.device.type, dtype, width):
         return None
@@ -166,9 +169,10 @@ def attention(sizes: Sizes, run: Run) -> dict | None:
     def by_xformers() -> torch.Tensor:
         return memory_efficient_attention(query, key, value)
 
-    ways = {"torch": by_torch, "xformers": by_xformers}
+    backends = {"torch": by_torch, "xformers": by_xformers}
     rates = {
-        name: rate(lambda way=way: way().square().sum().backward(), 1, run.seconds, run.device) for name, way in ways.items()
+        name: rate(lambda attend=attend: attend().square().sum().backward(), 1, run.seconds, run.device)
+        for name, attend in backends.items()
     }
     difference = float((by_torch() - by_xformers()).abs().max())
     return {"seconds_over_torch": rates["torch"] / rates["xformers"], "largest_difference": difference, "shape": list(shape)}
@@ -179,10 +183,10 @@ def measure(sizes: Sizes, run: Run) -> dict:
     cells: dict[str, dict] = {}
     for name, build in sizes.networks.items():
         for mode in MODES:
-            for kind in (GAUSSIAN, MIXTURE):
+            for model in (GAUSSIAN, MIXTURE):
                 began = time.perf_counter()
-                cell = f"{name}, {kind}, {mode}"
-                cells[cell] = training(build, mode, kind, sizes, run)
+                cell = f"{name}, {model}, {mode}"
+                cells[cell] = training(build, mode, model, sizes, run)
                 print(f"{cell}: {cells[cell]} ({time.perf_counter() - began:.0f} s)", flush=True)
                 torch.compiler.reset()
     return {"training": cells, "encoding": encoding(sizes, run), "attention": attention(sizes, run)}
@@ -191,12 +195,13 @@ def measure(sizes: Sizes, run: Run) -> dict:
 def targets(result: dict, sizes: Sizes) -> list[dict]:
     found = []
     for name in sizes.networks:
-        gaussian, mixture = (result["training"][f"{name}, {kind}, bf16"] for kind in (GAUSSIAN, MIXTURE))
+        gaussian, mixture = (result["training"][f"{name}, {model}, bf16"] for model in (GAUSSIAN, MIXTURE))
         ratio = gaussian["images_per_second"] / mixture["images_per_second"]
-        found.append(target(f"{name}: training step, {DRAWS} draws, over the Gaussian model's", f"<= {WANTED_RATIO}", ratio))
+        step = f"{name}: training step, {DRAWS} draws, relative to the Gaussian model"
+        found.append(target(step, f"<= {WANTED_RATIO}", ratio))
         if "peak_bytes" in mixture:
             over = mixture["peak_bytes"] / mixture["planned_bytes"]
-            found.append(target(f"{name}: peak memory over the plan's", f"<= {WANTED_MEMORY}", over))
+            found.append(target(f"{name}: peak memory / plan", f"<= {WANTED_MEMORY}", over))
     return found
 
 
@@ -215,18 +220,21 @@ def table(result: dict) -> str:
         f"`{result['command']}`, {result['device']}, torch {result['versions']['torch']}; peak {result['teraflops']:g} "
         f"TFLOP/s. Training: batch {result['batch']}, 32x32x4 latents, {DRAWS} draws of the mixture.",
         "",
-        "| training | images/s | of the peak | memory | planned |",
+        "| training | images/s | of peak FLOP/s | peak memory | planned |",
         "|---|---|---|---|---|",
     ]
     for name, each in result["training"].items():
-        share = f"{each['share_of_peak']:.1%}" if "share_of_peak" in each else ""
+        of_peak = f"{each['share_of_peak']:.1%}" if "share_of_peak" in each else ""
         memory = [f"{each[part] / 2**30:.1f} GiB" if part in each else "" for part in ("peak_bytes", "planned_bytes")]
-        lines.append(f"| {name} | {each['images_per_second']:,.0f} | {share} | {' | '.join(memory)} |")
-    rates = ", ".join(f"{each:,.0f} pictures/s at {resolution} pixels" for resolution, each in result["encoding"].items())
+        lines.append(f"| {name} | {each['images_per_second']:,.0f} | {of_peak} | {' | '.join(memory)} |")
+    rates = ", ".join(f"{each:,.0f} images/s at {resolution} pixels" for resolution, each in result["encoding"].items())
     lines += ["", f"Encoder of Stable Diffusion's autoencoder: {rates}."]
     if result["attention"]:
-        ratio, most = result["attention"]["seconds_over_torch"], result["attention"]["largest_difference"]
-        lines += ["", f"xformers' attention takes {ratio:.2f} of the time of torch's; largest difference {most:.2g} (bf16)."]
+        ratio, difference = result["attention"]["seconds_over_torch"], result["attention"]["largest_difference"]
+        lines += [
+            "",
+            f"xformers' attention takes {ratio:.2f} times as long as torch's; largest difference {difference:.2g} (bf16).",
+        ]
     return "\n".join([*lines, *target_table(result["targets"])]) + "\n"
 
 
@@ -247,8 +255,10 @@ def write_result(sizes: Sizes, run: Run) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teraflops", type=float, default=989.0, help="peak of the GPU, bf16 without sparsity (H100 SXM: 989)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument(
+        "--teraflops", type=float, default=989.0, help="peak of the GPU in bf16, without sparsity (H100 SXM: 989)"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of each measurement")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected a GPU that torch can use, found none")

@@ -1,4 +1,4 @@
-"""Do samples follow an image prompt or a text prompt? Retrieval on held-out emoji, unseen by OpenCLIP and the UNet.
+"""Measures whether samples follow an image or text prompt, by retrieval on held-out emoji, unseen by OpenCLIP and the UNet.
 
 Samples a model trained with image_conditional=true from the embedding of each held-out image, and from the embedding of its
 Unicode name; no text was used in training. In the features of another network, the held-out images are ranked by their
@@ -23,7 +23,7 @@ import torch
 from omegaconf import MISSING
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-from train_clip import name_of, named_pictures
+from train_clip import name_of, named_images
 from yardstick import BATCH_SIZE, RESULTS, weights_sha256
 
 from ldm_smd.cli import run_tool
@@ -38,8 +38,11 @@ from ldm_smd.sampling.inputs import load_clip
 from ldm_smd.schema import check
 
 NEAR = 10
-"""A sample is near if the image asked for is among this many nearest ones."""
+"""A sample is near its prompt if the prompt's image is among this many nearest ones."""
 SHOWN, SHOWN_EACH = 12, 3
+BY_IMAGE, BY_TEXT = "a picture", "words"
+PROMPTS = {BY_IMAGE: "image", BY_TEXT: "text"}
+"""Name of a prompt in the table, by its name in the result file."""
 
 
 @dataclass
@@ -51,14 +54,14 @@ class ImagePromptsConfig:
     model: str = MISSING
     """Model folder."""
     clip: str = MISSING
-    """Its OpenCLIP network."""
+    """OpenCLIP network of the model."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
     """The images the model was trained on."""
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
     """Keys are code points, as in data/emoji."""
     features: str = "checkpoints/classifier"
     per_picture: int = 4
-    """Samples for each held-out picture."""
+    """Samples per held-out image."""
     steps: int = 8
     guidance_scales: list[float] = field(default_factory=lambda: [1.0, 2.0, 3.0])
     seed: int = 0
@@ -72,13 +75,13 @@ def image_prompts(config: ImagePromptsConfig) -> Path:
     pipeline = load_pipeline(config.model)
     clip = load_clip(config.clip, {config.model: pipeline})
     extractor = load_extractor(config.features)
-    asked = named_pictures(config.held_out)
+    asked = named_images(config.held_out)
     names = [name_of(key) for key in asked.keys]
     own = extractor(asked.pixels)
     reference = extractor(load_pixels(config.images)[0], description="reference")
     embeddings = {
-        "a picture": torch.cat([clip.images(batch) for batch in asked.pixels.split(BATCH_SIZE)]),
-        "words": torch.cat([clip.texts(names[start : start + BATCH_SIZE]) for start in range(0, len(names), BATCH_SIZE)]),
+        BY_IMAGE: torch.cat([clip.images(batch) for batch in asked.pixels.split(BATCH_SIZE)]),
+        BY_TEXT: torch.cat([clip.texts(names[start : start + BATCH_SIZE]) for start in range(0, len(names), BATCH_SIZE)]),
     }
     rows, samples = [], {}
     conditions = [(by, scale, embeds, None) for by, embeds in embeddings.items() for scale in config.guidance_scales]
@@ -133,8 +136,11 @@ def sampled(
 
 
 def ranks(features: torch.Tensor, own: torch.Tensor) -> dict:
-    """Rank the images that were asked for, ``own`` (N, D), by distance to samples (N * per_picture, D): how often they are the
-    nearest, how often among the NEAR nearest, and their median rank, from 1 to N."""
+    """Rank the prompts' images, ``own`` (N, D), by distance to the samples (N * per_picture, D).
+
+    Returns how often a prompt's image is the nearest to its sample, how often it is among the NEAR nearest, and its median
+    rank, from 1 to N.
+    """
     distances = torch.cdist(features, own)
     wanted = torch.arange(len(own)).repeat_interleave(len(features) // len(own))
     rank = 1 + (distances < distances.gather(1, wanted[:, None])).sum(dim=1)
@@ -148,31 +154,29 @@ def ranks(features: torch.Tensor, own: torch.Tensor) -> dict:
 def table(result: dict) -> list[str]:
     count = result["held_out_pictures"]
     lines = [
-        f"{count} held-out pictures, {result['samples']} samples in {result['steps']} steps, ordered in the features of "
-        f"{result['features']}:",
+        f"{count} held-out images, {result['samples']} samples of {result['steps']} steps. Rank of the prompt's image by "
+        f"distance to the sample in the features of {result['features']}:",
         "",
-        f"| asked by | guidance | it is the nearest | among the {NEAR} nearest | median rank of {count} | Frechet distance |",
+        f"| prompt | guidance | nearest | among the {NEAR} nearest | median rank of {count} | Frechet distance |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        shares = f"{100 * row['nearest']:.1f} % | {100 * row['near']:.1f} %"
-        lines.append(
-            f"| {row['by']} | {row['guidance_scale']:g} | {shares} | {row['median_rank']:.0f} | {row['frechet']:.2f} |"
-        )
+        prompt, guidance = PROMPTS.get(row["by"], row["by"]), f"{row['guidance_scale']:g}"
+        fractions = f"{100 * row['nearest']:.1f} % | {100 * row['near']:.1f} %"
+        lines.append(f"| {prompt} | {guidance} | {fractions} | {row['median_rank']:.0f} | {row['frechet']:.2f} |")
     lines.append(f"| (chance) | | {100 / count:.1f} % | {100 * NEAR / count:.1f} % | {(count + 1) / 2:.0f} | |")
-    lines.append(f"| (the held-out pictures) | | | | | {result['floor_frechet']:.2f} |")
+    lines.append(f"| (the held-out images) | | | | | {result['floor_frechet']:.2f} |")
     return lines
 
 
 def shown(config: ImagePromptsConfig, asked: torch.Tensor, samples: dict[tuple[str, float], torch.Tensor]) -> torch.Tensor:
-    """Draw a column for each of SHOWN images: the image, samples from its embedding, samples from its name."""
+    """Make a grid with a column for each of SHOWN images: the image, samples from its embedding, samples from its name."""
     chosen = torch.linspace(0, len(asked) - 1, SHOWN).round().long()
     scale = config.guidance_scales[min(1, len(config.guidance_scales) - 1)]
     rows = [asked[chosen]]
-    for by in ("a picture", "words"):
-        rows += [
-            samples[by, scale][chosen * config.per_picture + place] for place in range(min(SHOWN_EACH, config.per_picture))
-        ]
+    for by in (BY_IMAGE, BY_TEXT):
+        count = min(SHOWN_EACH, config.per_picture)
+        rows += [samples[by, scale][chosen * config.per_picture + index] for index in range(count)]
     return make_grid(torch.cat(rows), nrow=SHOWN, padding=2, pad_value=205)
 
 

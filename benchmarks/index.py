@@ -1,9 +1,9 @@
-"""How fast tools/encode.py lists its pictures, and in how much memory: synthetic tars, several processes, one index.
+"""Measures how fast, and in how much memory, tools/encode.py lists its images: synthetic tars, several processes, one index.
 
-    python benchmarks/index.py                       # 10 million pictures: 20 GB on the disk, some minutes
-    python benchmarks/index.py --tars 20 40          # a quick look
+    python benchmarks/index.py                       # 10 million images: 20 GB on disk, some minutes
+    python benchmarks/index.py --tars 20 40          # a quick run
 
-Two sizes are measured, so that the times and the memory of 100 million pictures follow from a straight line through both.
+Two sizes are measured. Time and memory for 100 million images are extrapolated linearly from them.
 Writes benchmarks/results/index.json and .md.
 """
 
@@ -37,29 +37,29 @@ POLL = 0.2
 
 
 def header(name: bytes, size: int) -> np.ndarray:
-    """A ustar header, without its checksum."""
+    """Build a ustar header without its checksum."""
     block = np.zeros(BLOCK, np.uint8)
-    for place, text in (
+    for offset, text in (
         (0, name),
         (100, b"0000644\0" + b"0000000\0" * 2 + b"%011o\0" % size + b"00000000000\0" + b" " * 8 + b"0"),
         (257, b"ustar\x0000"),
     ):
-        block[place : place + len(text)] = np.frombuffer(text, np.uint8)
+        block[offset : offset + len(text)] = np.frombuffer(text, np.uint8)
     return block
 
 
-def write_tars(folder: Path, first: int, stop: int, pictures: int) -> None:
-    """Tars of pictures of one block, each with a label."""
-    digits = len(str(pictures - 1))
+def write_tars(folder: Path, first: int, stop: int, images: int) -> None:
+    """Write tars of ``images`` labelled images, each one block long."""
+    digits = len(str(images - 1))
     name = b"%06d" + b"0" * digits
     for number in range(first, stop):
-        rows = np.zeros((pictures, 4, BLOCK), np.uint8)
+        rows = np.zeros((images, 4, BLOCK), np.uint8)
         rows[:, 0], rows[:, 2] = header(name % number + b".jpg", BLOCK), header(name % number + b".cls", 3)
-        places = np.arange(pictures)
+        indices = np.arange(images)
         for digit in range(digits):
-            rows[:, [0, 2], 6 + digits - 1 - digit] = (ord("0") + places // 10**digit % 10)[:, None]
+            rows[:, [0, 2], 6 + digits - 1 - digit] = (ord("0") + indices // 10**digit % 10)[:, None]
         for digit in range(3):
-            rows[:, 3, 2 - digit] = ord("0") + places % 1000 // 10**digit % 10
+            rows[:, 3, 2 - digit] = ord("0") + indices % 1000 // 10**digit % 10
         for row in (0, 2):
             sums = rows[:, row].sum(axis=1, dtype=np.int64)
             for digit in range(6):
@@ -88,7 +88,7 @@ def timed_listing(source: Path, folder: Path, turn: tuple[int, int], results: mu
 
 
 def proportional_megabytes(process: int) -> float:
-    """Memory of a process, a page that several share counted in parts; 0 after its end."""
+    """Return the proportional set size (PSS) of a process, where shared pages are divided among processes; 0 after its end."""
     try:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     except (OSError, ProcessLookupError):
@@ -97,7 +97,7 @@ def proportional_megabytes(process: int) -> float:
 
 
 def run(source: Path, folder: Path, processes: int) -> dict:
-    """Let so many processes list the source at once."""
+    """List the source with several processes at once."""
     results = SPAWN.Queue()
     workers = [
         SPAWN.Process(target=timed_listing, args=(source, folder, (turn, processes), results)) for turn in range(processes)
@@ -109,7 +109,7 @@ def run(source: Path, folder: Path, processes: int) -> dict:
         peak = max(peak, sum(proportional_megabytes(worker.pid) for worker in workers))
         time.sleep(POLL)
     if any(worker.exitcode for worker in workers):
-        raise SystemExit("a process that lists failed")
+        raise SystemExit("a listing process failed")
     found = [results.get() for _ in workers]
     return {
         "seconds": max(each["seconds"] for each in found),
@@ -119,10 +119,10 @@ def run(source: Path, folder: Path, processes: int) -> dict:
     }
 
 
-def measure(tars: int, pictures: int, processes: int, place: Path) -> dict:
-    source, folder = place / "source", place / "index"
+def measure(tars: int, images: int, processes: int, work: Path) -> dict:
+    source, folder = work / "source", work / "index"
     source.mkdir(exist_ok=True)
-    write_tars(source, len(list(source.iterdir())), tars, pictures)
+    write_tars(source, len(list(source.iterdir())), tars, images)
     shutil.rmtree(folder, ignore_errors=True)
     listing = run(source, folder, processes)
     start = run(source, folder, processes)
@@ -133,7 +133,7 @@ def measure(tars: int, pictures: int, processes: int, place: Path) -> dict:
 
 
 def line_through(small: dict, large: dict, part: str, value: str) -> float:
-    """What ``value`` is for EXTRAPOLATED pictures, by the straight line through both sizes."""
+    """Extrapolate ``value`` to EXTRAPOLATED images, along the straight line through both sizes."""
     counts = [each["listing"]["pictures"] for each in (small, large)]
     values = [each[part][value] for each in (small, large)]
     return values[1] + (values[1] - values[0]) / (counts[1] - counts[0]) * (EXTRAPOLATED - counts[1])
@@ -141,17 +141,19 @@ def line_through(small: dict, large: dict, part: str, value: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tars", type=int, nargs=2, default=[200, 1000], help="of the smaller and the larger source")
-    parser.add_argument("--pictures", type=int, default=10_000, help="in each tar")
+    parser.add_argument(
+        "--tars", type=int, nargs=2, default=[200, 1000], help="number of tars of the smaller and the larger source"
+    )
+    parser.add_argument("--images", type=int, default=10_000, help="images per tar")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--place", help="folder on the disk to measure; default: a temporary one")
+    parser.add_argument("--folder", help="folder on the disk to measure; default: that of temporary files")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.place) as place:
-        sizes = [measure(tars, arguments.pictures, arguments.processes, Path(place)) for tars in arguments.tars]
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
+        sizes = [measure(tars, arguments.images, arguments.processes, Path(work)) for tars in arguments.tars]
     large = sizes[1]
     rate = large["listing"]["pictures"] / large["listing"]["seconds"]
     memory = max(large[part]["megabytes_of_all_processes"] for part in ("listing", "start"))
-    million = f"{large['listing']['pictures'] / 1e6:g} million pictures"
+    million = f"{large['listing']['pictures'] / 1e6:g} million images"
     result = {
         "command": " ".join(["python", "benchmarks/index.py", *sys.argv[1:]]),
         "processes": arguments.processes,
@@ -166,9 +168,9 @@ def main() -> None:
             "index_gigabytes": large["index_bytes_per_picture"] * EXTRAPOLATED / 1e9,
         },
         "targets": [
-            target(f"{million}, listed a second", f">= {WANTED_RATE}", round(rate)),
+            target(f"{million}, listed per second", f">= {WANTED_RATE}", round(rate)),
             target(f"{million}, megabytes of all processes", f"<= {WANTED_MEGABYTES}", round(memory)),
-            target(f"{million}, seconds to start on an index", f"<= {WANTED_START}", round(large["start"]["seconds"], 2)),
+            target(f"{million}, seconds to start with an index", f"<= {WANTED_START}", round(large["start"]["seconds"], 2)),
         ],
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -179,10 +181,10 @@ def main() -> None:
 
 def table(result: dict) -> str:
     lines = [
-        f"Listing synthetic tars by {result['processes']} processes on {result['cores']} cores (`{result['command']}`); "
-        "the last row by a straight line through the others",
+        f"Listing synthetic tars with {result['processes']} processes on {result['cores']} cores (`{result['command']}`). "
+        "The last row is extrapolated linearly from the others.",
         "",
-        "| pictures | list | memory of all processes | start on the index | memory | index on disk |",
+        "| images | listing | memory of all processes | start with the index | memory | index on disk |",
         "|---|---|---|---|---|---|",
     ]
     for size in result["sizes"]:

@@ -1,5 +1,6 @@
-"""Kill it at random moments, start it again, and compare with a run that nobody disturbed, byte by byte: tools/encode.py and
-tools/train.py on the demo pictures.
+"""Kills tools/encode.py and tools/train.py at random moments, restarts them, and compares the results with undisturbed runs.
+
+The results must be equal byte by byte. Both tools run on the demo images.
 
     python benchmarks/kill.py            # 50 kills of each, about 20 minutes on two cores
     python benchmarks/kill.py --kills 5
@@ -22,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "kill.json"
-OF_THE_CLOCK = ("images_per_second", "data_wait_share")
+TIMINGS = ("images_per_second", "data_wait_share")
 ENCODE = ["images.source=data/emoji/heldout-*.tar", "images.resolution=64", "autoencoder=checkpoints/autoencoder-emoji"]
 ENCODE += ["shard_size=16", "batch_size=8"]
 TRAIN = ["model.block_out_channels=[16,32]", "model.attention_head_dim=8", "model.norm_num_groups=4", "model.noise_modes=4"]
@@ -36,7 +37,7 @@ def command(tool: str, output: Path, shards: Path) -> list[str]:
 
 
 def run(arguments: list[str], seconds: float | None = None) -> bool:
-    """Whether it came to its end; killed after ``seconds``."""
+    """Run a command, and kill it after ``seconds``; returns whether it finished before."""
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         _, error = process.communicate(timeout=seconds)
@@ -50,7 +51,7 @@ def run(arguments: list[str], seconds: float | None = None) -> bool:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Hash every file of a run, except those that contain times and paths."""
+    """Hash every file of a run, without those that contain times and paths."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -60,30 +61,30 @@ def digests(folder: Path) -> dict[str, str]:
     log = folder / "metrics.jsonl"
     if log.is_file():
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        kept = [{key: value for key, value in line.items() if key not in OF_THE_CLOCK} for line in lines]
-        found["metrics.jsonl, but for the speed"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+        kept = [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+        found["metrics.jsonl without timings"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()
     return found
 
 
-def torture(tool: str, folder: Path, shards: Path, kills: int, chance: random.Random) -> dict:
-    """One undisturbed run, and runs that are killed until there were as many kills as wanted, the last left to its end."""
+def compare(tool: str, folder: Path, shards: Path, kills: int, generator: random.Random) -> dict:
+    """Compare an undisturbed run with runs that are killed and restarted, until there were ``kills`` kills."""
     started = time.perf_counter()
     run(command(tool, folder / "undisturbed", shards))
-    whole = time.perf_counter() - started
+    full = time.perf_counter() - started
     started = time.perf_counter()
     run([*command(tool, folder / "undisturbed", shards), "--dry-run"])
-    least = time.perf_counter() - started
+    startup = time.perf_counter() - started
     wanted, done, finished, unequal = digests(folder / "undisturbed"), 0, 0, []
     while done < kills:
         output = folder / f"killed-{finished}"
-        # So that it is killed while it starts, reads, computes, writes and ends, several times on the way.
-        if run(command(tool, output, shards), chance.uniform(0.5 * least, least + 0.4 * (whole - least))):
+        # A run is killed several times: while it starts, reads, computes, writes or ends.
+        if run(command(tool, output, shards), generator.uniform(0.5 * startup, startup + 0.4 * (full - startup))):
             unequal += [] if digests(output) == wanted else [output.name]
             finished += 1
             shutil.rmtree(output)
         else:
             done += 1
-            print(f"{tool}: {done} kills, {finished} runs at their end, {len(unequal)} of them unequal", flush=True)
+            print(f"{tool}: {done} kills, {finished} runs finished, {len(unequal)} of them unequal", flush=True)
     output = folder / f"killed-{finished}"
     run(command(tool, output, shards))
     unequal += [] if digests(output) == wanted else [output.name]
@@ -92,19 +93,19 @@ def torture(tool: str, folder: Path, shards: Path, kills: int, chance: random.Ra
         "runs": finished + 1,
         "files": len(wanted),
         "unequal": unequal,
-        "seconds_undisturbed": round(whole, 1),
+        "seconds_undisturbed": round(full, 1),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="of each tool")
+    parser.add_argument("--kills", type=int, default=50, help="kills per tool")
     arguments = parser.parse_args()
-    chance, results = random.Random(0), {}
-    with tempfile.TemporaryDirectory() as place:
-        shards = Path(place) / "encode" / "undisturbed"
+    generator, results = random.Random(0), {}
+    with tempfile.TemporaryDirectory() as folder:
+        shards = Path(folder) / "encode" / "undisturbed"
         for tool in ("encode", "train"):
-            results[tool] = torture(tool, Path(place) / tool, shards, arguments.kills, chance)
+            results[tool] = compare(tool, Path(folder) / tool, shards, arguments.kills, generator)
             print(f"{tool}: {results[tool]}")
     targets = [
         {"name": f"{tool}, unequal runs", "target": "0", "measured": len(entry["unequal"]), "holds": not entry["unequal"]}

@@ -1,4 +1,4 @@
-"""The nearest training picture, in pixels."""
+"""Distances to the nearest training image in pixels."""
 
 from __future__ import annotations
 
@@ -9,65 +9,69 @@ import torch.nn.functional as F
 
 CANDIDATES = 16
 SEARCHED, COMPARED = 128, 2048
-"""Pictures at a time."""
+"""Images per block, of the queries and of the training images."""
 BY_PRODUCTS = "use_mm_for_euclid_dist"
 
 
-class NearestPicture:
-    """Finds distances to the nearest of some pictures, exactly.
+class NearestImage:
+    """Exact distances to the nearest one of a set of images.
 
     Args:
-        pictures: uint8 (N, 3, H, W), H and W even.
+        images: uint8 (N, 3, H, W), H and W even.
     """
 
-    def __init__(self, pictures: torch.Tensor, device: torch.device) -> None:
-        self.pictures, self.device = pictures.to(device), device
-        self._small = torch.cat([small(self._values(part)) for part in self.pictures.split(SEARCHED)])
+    def __init__(self, images: torch.Tensor, device: torch.device) -> None:
+        self.images, self.device = images.to(device), device
+        self._small = torch.cat([small(self._values(part)) for part in self.images.split(SEARCHED)])
 
-    def __call__(self, pixels: torch.Tensor, itself: bool = False) -> torch.Tensor:
-        """Root mean square, over colours and pixels in [0, 1], of the difference to the nearest picture; to the second nearest
-        where ``pixels`` are some of the pictures and ``itself`` does not count. uint8 (M, 3, H, W) -> (M,).
+    def __call__(self, pixels: torch.Tensor, exclude_self: bool = False) -> torch.Tensor:
+        """Return the root mean square difference, over colours and pixels in [0, 1], to the nearest image.
 
         With S the mean over squares of 2 x 2 pixels,
 
             |a - b|^2 >= 4 |S a - S b|^2,
 
-        so the nearest among the candidates by small pictures is right where the last candidate is by this bound not nearer; the
-        other rows are compared with all pictures at full size.
+        so the best candidate by small images is right if its distance is at most this bound of the last candidate. Rows for
+        which it is not are compared with all images at full size.
+
+        Args:
+            pixels: uint8 (M, 3, H, W).
+            exclude_self: for ``pixels`` that are among the images: return the distance to the second nearest.
+
+        Returns:
+            Distances (M,).
         """
-        wanted = 2 if itself else 1
-        parts = [self._among_candidates(rows.to(self.device), wanted) for rows in pixels.split(SEARCHED)]
-        found, least = (torch.cat(values) for values in zip(*parts))
-        unsure = (found > least).cpu()
-        if unsure.any():
-            found[unsure.to(self.device)] = self._among_all(pixels[unsure].to(self.device), wanted)
+        k = 2 if exclude_self else 1
+        parts = [self._among_candidates(rows.to(self.device), k) for rows in pixels.split(SEARCHED)]
+        found, bound = (torch.cat(values) for values in zip(*parts))
+        uncertain = (found > bound).cpu()
+        if uncertain.any():
+            found[uncertain.to(self.device)] = self._among_all(pixels[uncertain].to(self.device), k)
         return found.cpu() / math.sqrt(pixels[0].numel())
 
-    def _among_candidates(self, rows: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distance to the ``wanted``-th nearest candidate, and the bound for all others, (m,) each."""
+    def _among_candidates(self, rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the distance to the k-th nearest candidate, and the lower bound for all other images, (m,) each."""
         bounds = 2.0 * torch.cdist(small(self._values(rows)), self._small, compute_mode=BY_PRODUCTS)
-        least, candidates = bounds.topk(min(CANDIDATES, bounds.shape[1]), dim=1, largest=False)
-        near = self.pictures[candidates.flatten()].view(*candidates.shape, -1).float()
+        smallest, candidates = bounds.topk(min(CANDIDATES, bounds.shape[1]), dim=1, largest=False)
+        near = self.images[candidates.flatten()].view(*candidates.shape, -1).float()
         found = torch.linalg.vector_norm(near.sub_(rows.flatten(1)[:, None]), dim=2) / 255.0
-        last = least[:, -1] if bounds.shape[1] > CANDIDATES else torch.full_like(least[:, -1], torch.inf)
-        return found.kthvalue(wanted, dim=1).values, last
+        last = smallest[:, -1] if bounds.shape[1] > CANDIDATES else torch.full_like(smallest[:, -1], torch.inf)
+        return found.kthvalue(k, dim=1).values, last
 
-    def _among_all(self, rows: torch.Tensor, wanted: int) -> torch.Tensor:
+    def _among_all(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         values = self._values(rows).flatten(1)
         parts = [
-            torch.cdist(values, self._values(part).flatten(1), compute_mode=BY_PRODUCTS)
-            .topk(wanted, dim=1, largest=False)
-            .values
-            for part in self.pictures.split(COMPARED)
+            torch.cdist(values, self._values(part).flatten(1), compute_mode=BY_PRODUCTS).topk(k, dim=1, largest=False).values
+            for part in self.images.split(COMPARED)
         ]
-        return torch.cat(parts, dim=1).kthvalue(wanted, dim=1).values
+        return torch.cat(parts, dim=1).kthvalue(k, dim=1).values
 
     @staticmethod
     def _values(pixels: torch.Tensor) -> torch.Tensor:
-        """In [-1/2, 1/2]: around 0 products lose the fewest digits."""
+        """Scale to [-1/2, 1/2], because products lose the fewest digits around 0."""
         return pixels.float() / 255.0 - 0.5
 
 
 def small(values: torch.Tensor) -> torch.Tensor:
-    """Means over squares of 2 x 2 pixels, (N, 3 H W / 4)."""
+    """Average over squares of 2 x 2 pixels: (N, 3, H, W) -> (N, 3 H W / 4)."""
     return F.avg_pool2d(values, 2).flatten(1)

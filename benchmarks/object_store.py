@@ -1,13 +1,13 @@
-"""Latent shards in an S3 store on this machine: 50 faults while two nodes read and an encoder writes, and how fast a training
-is from there.
+"""Measures latent shards in an object store: correctness under 50 faults, and training speed.
 
-Before the server is a proxy that refuses, answers with errors, cuts, shortens and changes bodies, and is away for 30 seconds.
-Two processes with one cache, which has room for a few shards, read all batches of some epochs, each its half; both end in the
-middle and go on in new processes. Every batch is compared with that of a local folder. Some downloads meet a full disk.
+The store is an S3 server on this machine, behind a proxy that refuses connections, answers with errors, cuts, truncates and
+corrupts bodies, and is offline for 30 seconds. Two processes share a cache that holds a few shards, and read all batches of
+some epochs, each its half. Both stop in the middle and resume in new processes. Some downloads meet a full disk. Every batch is
+compared with that from a local folder, and files that an encoder writes to the store with those of a local one.
 
-The training is of the Gaussian model of ``MODEL``, from a local folder and from the store with an empty cache in turn; the link
-gives twice the bytes a second that the fastest local round needed. The ratio is taken round by round, after the first batch,
-and its median is the result.
+The Gaussian model of ``MODEL`` is trained from a local folder and from the store with an empty cache, in turn. The link has
+twice the bandwidth that the fastest local round needed. The result is the median over rounds of the ratio of the speeds, each
+measured after the first batch.
 
     python tools/encode.py --config configs/encode/emoji.yaml shard_size=250 output=outputs/object-store/local
     python benchmarks/object_store.py
@@ -54,9 +54,9 @@ from ldm_smd.training.settings import TrainConfig
 from ldm_smd.training.step import Denoising
 
 RESULT = Path(__file__).parent / "results" / "object_store.json"
-READING = {"refuse": 7, "500": 6, "503": 6, "cut": 7, "truncate": 6, "wrong": 6}
-WRITING = {"refuse": 3, "500": 3, "503": 3}
-FULL_DISKS, AWAY, AWAY_SECONDS = 2, 1, 30.0
+READ_FAULTS = {"refuse": 7, "500": 6, "503": 6, "cut": 7, "truncate": 6, "wrong": 6}
+WRITE_FAULTS = {"refuse": 3, "500": 3, "503": 3}
+FULL_DISKS, OFFLINE_SECONDS = 2, 30.0
 EPOCHS, BATCH_SIZE, SEED = 6, 64, 5
 CACHED_SHARDS = 4.5
 ENCODE = ["images.source=data/emoji/heldout-*.tar", "images.resolution=64", "autoencoder=checkpoints/autoencoder-emoji"]
@@ -68,11 +68,11 @@ FORK = multiprocessing.get_context("fork")
 
 
 class StoreProcess:
-    """An S3 server and the proxy before it, in a process of its own."""
+    """A process with an S3 server and the proxy in front of it."""
 
     def __init__(self) -> None:
-        self.pipe, there = FORK.Pipe()
-        self.process = FORK.Process(target=serve, args=(there,), daemon=True)
+        self.pipe, other_end = FORK.Pipe()
+        self.process = FORK.Process(target=serve, args=(other_end,), daemon=True)
         self.process.start()
         self.url: str = self.pipe.recv()
 
@@ -96,15 +96,15 @@ def serve(pipe: Connection) -> None:
         command, *arguments = pipe.recv()
         if command == "fault":
             proxy.faults.append(Fault(*arguments))
-        elif command == "away":
-            proxy.be_away(*arguments)
+        elif command == "offline":
+            proxy.go_offline(*arguments)
         elif command == "rate":
             proxy.bytes_per_second = arguments[0]
         pipe.send(Counter(proxy.injected))
 
 
-def digests(shards: str, cache: CacheConfig | None, rank: int, begin: int, end: int, full_disks: int, told: Any) -> None:
-    """Read one rank's slices of the batches in [begin, end), and tell a hash of each."""
+def digests(shards: str, cache: CacheConfig | None, rank: int, begin: int, end: int, full_disks: int, results: Any) -> None:
+    """Read one rank's slices of the batches in [begin, end), and put their hashes into the queue ``results``."""
     real, left = store.download, full_disks
 
     def download(url: str, path: Path, *others: Any) -> None:
@@ -121,30 +121,30 @@ def digests(shards: str, cache: CacheConfig | None, rank: int, begin: int, end: 
     found = []
     for batch in latent_loader(stream, num_workers=0):
         found.append(hashlib.sha256(batch.moments.numpy().tobytes() + batch.labels.numpy().tobytes()).hexdigest())
-        time.sleep(0.02 if cache else 0.0)  # a step
-    told.put((rank, found, full_disks - left))
+        time.sleep(0.02 if cache else 0.0)  # time of a training step
+    results.put((rank, found, full_disks - left))
 
 
 def read_by_two(
     shards: str, cache: CacheConfig | None, total: int, disks: int, stores: StoreProcess | None
 ) -> tuple[dict, int]:
-    """The hashes of all batches by rank, read by two processes that are replaced in the middle; and the full disks they met."""
+    """Read all batches with two processes that are replaced in the middle; returns hashes by rank, and full disks met."""
     found: dict[int, list[str]] = {0: [], 1: []}
     met, middle = 0, total // 2 // BATCH_SIZE * BATCH_SIZE
-    faults = [kind for kind, count in READING.items() for _ in range(count)]
+    faults = [kind for kind, count in READ_FAULTS.items() for _ in range(count)]
     random.Random(SEED).shuffle(faults)
     for part, (begin, end) in enumerate(((0, middle), (middle, total))):
-        told = FORK.Queue()
+        results = FORK.Queue()
         readers = [
-            FORK.Process(target=digests, args=(shards, cache, rank, begin, end, disks // 2 * (rank == part), told))
+            FORK.Process(target=digests, args=(shards, cache, rank, begin, end, disks // 2 * (rank == part), results))
             for rank in (0, 1)
         ]
         for reader in readers:
             reader.start()
         if stores is not None:
-            inject(stores, faults[part::2], away=part == 1)
+            inject(stores, faults[part::2], offline=part == 1)
         for _ in readers:
-            rank, hashes, disk = told.get(timeout=600)
+            rank, hashes, disk = results.get(timeout=600)
             found[rank] += hashes
             met += disk
         for reader in readers:
@@ -152,30 +152,30 @@ def read_by_two(
     return found, met
 
 
-def inject(stores: StoreProcess, faults: list[str], away: bool) -> None:
-    """One fault after the other, each when the one before was met."""
+def inject(stores: StoreProcess, faults: list[str], offline: bool) -> None:
+    """Inject one fault after the other, each as soon as a request has met the one before."""
     for index, kind in enumerate(faults):
         before = stores.injected().total()
         stores.ask("fault", kind, ".tar")
         while stores.injected().total() == before:
             time.sleep(0.05)
-        if away and index == len(faults) // 2:
-            stores.ask("away", AWAY_SECONDS)
+        if offline and index == len(faults) // 2:
+            stores.ask("offline", OFFLINE_SECONDS)
 
 
 def encoded_under_faults(stores: StoreProcess, bucket: str, folder: Path) -> bool:
-    """Whether shards written to the store, through faults, are byte by byte those in a folder."""
+    """Return whether shards written to the store under faults equal those in a local folder byte by byte."""
     encode(load_config(EncodeConfig, None, [*ENCODE, f"output={folder}"]))
-    for kind, count in WRITING.items():
+    for kind, count in WRITE_FAULTS.items():
         for index in range(count):
             stores.ask("fault", kind, (".tar", ".json", "manifest")[index], "PUT")
     encode(load_config(EncodeConfig, None, [*ENCODE, f"output={bucket}/encoded"]))
-    there = {each.name: store.read_bytes(each.url, "test") for each in store.listed(f"{bucket}/encoded", "test")}
-    return there == {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+    stored = {each.name: store.read_bytes(each.url, "test") for each in store.listed(f"{bucket}/encoded", "test")}
+    return stored == {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 class Trainee:
-    """A training, a step at a time."""
+    """A training run that is advanced step by step."""
 
     def __init__(self, shards: Path, folder: Path) -> None:
         config = load_config(TrainConfig, None, [*MODEL, f"shards={shards}", f"output={folder / 'run'}"])
@@ -185,7 +185,7 @@ class Trainee:
         self.learner.model.prepare(accelerator)
 
     def images_per_second(self, manifest: Manifest, seed: int) -> tuple[float, float]:
-        """Over one epoch after its first batch, and the share of that time it waited for data."""
+        """Train one epoch; returns its speed after the first batch, and the fraction of time spent waiting for data."""
         stream, waits = LatentStream(manifest, self.batch_size, manifest.count, seed=seed), DataWaits()
         count, started = 0, 0.0
         for batch in waits.timed(latent_loader(stream, num_workers=0)):
@@ -200,8 +200,8 @@ class Trainee:
 
 
 def training_rates(stores: StoreProcess, shards: Path, url: str, folder: Path, rounds: int) -> tuple[list[dict], float]:
-    """Images a second and shares of waiting, by round; and the bytes a second of the link."""
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # the server and the proxy are on another machine in life
+    """Measure rounds of the training; returns their speeds and waiting times, and the link's bandwidth in bytes/s."""
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # server and proxy would run on another machine
     trainee, local = Trainee(shards, folder), Manifest.load(shards)
     bytes_per_image = sum((shards / item["name"]).stat().st_size for item in local.shards) / local.count
     needed = bytes_per_image * max(trainee.images_per_second(local, seed=0)[0] for _ in range(3))
@@ -221,8 +221,8 @@ def training_rates(stores: StoreProcess, shards: Path, url: str, folder: Path, r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", default="outputs/object-store/local", type=Path, help="a dozen or more")
-    parser.add_argument("--rounds", type=int, default=5, help="of the training")
+    parser.add_argument("--shards", default="outputs/object-store/local", type=Path, help="folder of a dozen or more shards")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the training")
     arguments = parser.parse_args()
     stores = StoreProcess()
     os.environ |= {"AWS_ENDPOINT_URL": stores.url, "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
@@ -230,9 +230,9 @@ def main() -> None:
     bucket = "s3://object-store-benchmark"
     local = Manifest.load(arguments.shards)
     total, largest = EPOCHS * local.count, max(path.stat().st_size for path in arguments.shards.glob("*.tar"))
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        # The libraries' threads start in processes of their own: the readers are forked.
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        # Upload in a process of its own: the readers are forked from this one, which must not have threads of the libraries.
         uploading = FORK.Process(target=upload_all, args=(arguments.shards, bucket))
         uploading.start()
         uploading.join()
@@ -245,10 +245,10 @@ def main() -> None:
         reading = stores.injected()
         batches = sum(map(len, expected.values()))
         same = sum(a == b for rank in (0, 1) for a, b in zip(found[rank], expected[rank]))
-        print(f"{same} of {batches} batches are the same, after {dict(reading)} and {full_disks} full disks", flush=True)
+        print(f"{same} of {batches} batches are equal, after {dict(reading)} and {full_disks} full disks", flush=True)
         equal = encoded_under_faults(stores, bucket, folder / "encoded")
         writing = stores.injected() - reading
-        print(f"encoded the same: {equal}, after {dict(writing)}", flush=True)
+        print(f"encoded files are equal: {equal}, after {dict(writing)}", flush=True)
         rows, link = training_rates(stores, arguments.shards, url, folder, arguments.rounds)
     faults = reading.total() + writing.total() + full_disks
     ratio = statistics.median(row["ratio"] for row in rows)
@@ -259,7 +259,12 @@ def main() -> None:
         "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in ("torch", "fsspec", "s3fs", "aiobotocore", "moto")},
-        "faults": {"reading": dict(reading), "writing": dict(writing), "full_disk": full_disks, "away_seconds": AWAY_SECONDS},
+        "faults": {
+            "reading": dict(reading),
+            "writing": dict(writing),
+            "full_disk": full_disks,
+            "away_seconds": OFFLINE_SECONDS,
+        },
         "reading": {
             "batches": batches,
             "lost_or_repeated": abs(sum(map(len, found.values())) - batches),
@@ -271,7 +276,7 @@ def main() -> None:
             target("faults injected", ">= 50", faults),
             target("batches lost, repeated or changed", "<= 0", batches - same + abs(sum(map(len, found.values())) - batches)),
             target("files that differ from a local encoding (0: none)", "<= 0", 0 if equal else 1),
-            target("training from the store, over a local folder", f">= {TARGET_SPEED}", ratio),
+            target("training speed from the store / from a local folder", f">= {TARGET_SPEED}", ratio),
         ],
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,7 @@
-"""The 256-pixel models: how near samples are to the training and to held-out pictures, whether training pictures come out
-again, and a sheet of samples of every class.
+"""Measures the 256-pixel models: distances to training and held-out images, copies of training images, and sheets of samples.
 
-Pictures are compared at ``images.resolution``, to which samples are reduced as the real ones are. Every cell of the table, a
-model at a number of steps with a guidance scale, is kept as soon as it is measured, and not measured again.
+Images are compared at ``images.resolution``; samples are resized to it in the same way as real images. Every cell of the table
+(model, number of steps, guidance scale) is saved when it is measured, and not measured again.
 
 examples:
   python benchmarks/pictures_256.py --config configs/benchmarks/pictures-256.yaml
@@ -20,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from image_measure import ImageMeasure, MeasureConfig
 from omegaconf import MISSING
-from pictures import PictureConfig, PictureMeasure
 from PIL import Image
 from targets import target, target_table
 from torchvision.transforms.functional import to_pil_image
@@ -41,7 +40,7 @@ COLUMNS = ("frechet", "frechet_held_out", "precision", "recall", "coverage", "ne
 
 @dataclass
 class Cells:
-    """One model and its samples, with every number of steps and every guidance scale."""
+    """One model, measured with every number of steps and every guidance scale."""
 
     model: str = MISSING
     """Model folder (RUN/model)."""
@@ -51,7 +50,7 @@ class Cells:
 
 
 @dataclass
-class Pictures256Config(PictureConfig):
+class Pictures256Config(MeasureConfig):
     """benchmarks/pictures_256.py"""
 
     name: str = "256"
@@ -61,13 +60,13 @@ class Pictures256Config(PictureConfig):
     sheet_pictures: int = 48
     """Samples per class on the sheets. 0: no sheets."""
     sheets: dict[str, Cells] = field(default_factory=dict)
-    """By name of the sheet; the first number of steps and guidance scale."""
+    """Models by name of the sheet. The first number of steps and guidance scale are used."""
 
 
 def pictures_256(config: Pictures256Config) -> Path:
-    """Measure what is missing; returns the JSON file."""
+    """Measure the missing cells; returns the JSON file."""
     path = RESULTS / f"pictures-{config.name}.json"
-    measure = PictureMeasure(config)
+    measure = ImageMeasure(config)
     content = json.loads(path.read_text()) if path.is_file() else {"cells": {}}
     content |= {"floor": measure.floor, "training": measure.training, "command": " ".join(["python", *sys.argv])}
     labels = [label for label in measure.labels(config.samples) if label is not None]
@@ -77,12 +76,12 @@ def pictures_256(config: Pictures256Config) -> Path:
         for steps in cells.steps:
             for guidance in cells.guidance:
                 key = f"{name}, {cells.scheduler}, {steps} steps, guidance {guidance:g}"
-                of = {"samples": config.samples, "weights": digest}
-                if {name: content["cells"].get(key, {}).get(name) for name in of} == of:
+                origin = {"samples": config.samples, "weights": digest}
+                if {name: content["cells"].get(key, {}).get(name) for name in origin} == origin:
                     continue
                 options = SamplingOptions(steps, guidance, seed=0, batch_size=16)
-                pixels = reduced(pipeline, labels, options, config.images.resolution, key)
-                found = {"model": name, "steps": steps, "guidance": guidance} | of | measure.measure(pixels)
+                pixels = resized_samples(pipeline, labels, options, config.images.resolution, key)
+                found = {"model": name, "steps": steps, "guidance": guidance} | origin | measure.measure(pixels)
                 content["cells"][key] = found
                 write(path, content, config)
     for name, cells in config.sheets.items() if config.sheet_pictures else ():
@@ -92,31 +91,31 @@ def pictures_256(config: Pictures256Config) -> Path:
 
 
 def pipeline_of(cells: Cells) -> SMDPipeline:
-    """Load the model, with the scheduler it is measured with."""
+    """Load a model with the scheduler to measure it with."""
     pipeline = load_pipeline(cells.model)
     pipeline.scheduler = make_scheduler(cells.scheduler, pipeline.scheduler)
     return pipeline
 
 
-def reduced(pipeline: SMDPipeline, labels: list[int], options: SamplingOptions, side: int, what: str) -> torch.Tensor:
-    """Sample, and bring to the size at which pictures are compared; uint8 (N, 3, side, side)."""
-    batches = sample_batches(pipeline, labels, range(len(labels)), options, what)
-    return torch.cat([smaller(pixels, side) for pixels in batches])
+def resized_samples(pipeline: SMDPipeline, labels: list[int], options: SamplingOptions, side: int, title: str) -> torch.Tensor:
+    """Sample, and resize to the resolution of the comparison; uint8 (N, 3, side, side)."""
+    batches = sample_batches(pipeline, labels, range(len(labels)), options, title)
+    return torch.cat([resized(pixels, side) for pixels in batches])
 
 
-def smaller(pixels: torch.Tensor, side: int) -> torch.Tensor:
-    """As real pictures are made smaller (ldm_smd/data/images.py); float (N, 3, H, W) in [0, 1] -> uint8 (N, 3, side, side)."""
-    small = [to_pil_image(picture).resize((side, side), Image.Resampling.LANCZOS) for picture in pixels]
-    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in small])
+def resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize like real images (ldm_smd/data/images.py): float (N, 3, H, W) in [0, 1] -> uint8 (N, 3, side, side)."""
+    small = [to_pil_image(image).resize((side, side), Image.Resampling.LANCZOS) for image in pixels]
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in small])
 
 
 def sheet(name: str, cells: Cells, config: Pictures256Config) -> None:
-    """A row for every class, of seeds 0, 1, .. none chosen."""
+    """Write a sheet with a row for every class, with consecutive seeds from 0 (no selection)."""
     pipeline = pipeline_of(cells)
     classes = range(len(pipeline.config.id2label))
     labels = [label for label in classes for _ in range(config.sheet_pictures)]
     options = SamplingOptions(cells.steps[0], cells.guidance[0], seed=0, batch_size=16)
-    pixels = reduced(pipeline, labels, options, SHEET_SIDE, f"sheet {name}")
+    pixels = resized_samples(pipeline, labels, options, SHEET_SIDE, f"sheet {name}")
     grid = make_grid(pixels, nrow=config.sheet_pictures, padding=1)
     to_pil_image(grid).save(RESULTS / f"pictures-{config.name}-{name}.jpg", quality=85)
 
@@ -129,35 +128,35 @@ def write(path: Path, content: dict, config: Pictures256Config) -> None:
 
 
 def targets(cells: dict) -> list[dict]:
-    """Four steps of the mixture against the Gaussian model's best at any number of steps, in each network; the difference over
-    its 95 % interval."""
+    """Compare four steps of the mixture with the best result of the Gaussian model at any number of steps, in each network."""
     mixture = [cell for cell in cells.values() if cell["model"] == "mixture" and cell["steps"] == 4]
     gaussian = [cell for cell in cells.values() if cell["model"] == "gaussian"]
     found = []
     for network in mixture[0]["features"] if mixture and gaussian else ():
-        ours, theirs = (nearest(some, network) for some in (mixture, gaussian))
+        ours, theirs = (best(some, network) for some in (mixture, gaussian))
         margin = 1.96 * float(np.hypot(ours["frechet_sd"], theirs["frechet_sd"]))
-        further = (ours["frechet"] - theirs["frechet"]) / margin
-        found.append(target(f"{network}: 4 steps - best Gaussian, over the 95 % interval", "<= 1", further))
+        difference = (ours["frechet"] - theirs["frechet"]) / margin
+        found.append(target(f"{network}: (4 steps - best Gaussian) / half of its 95 % interval", "<= 1", difference))
         found.append(target(f"{network}: 4 steps / best Gaussian", "<= 1", ours["frechet"] / theirs["frechet"]))
     return found
 
 
-def nearest(cells: list[dict], network: str) -> dict:
+def best(cells: list[dict], network: str) -> dict:
+    """Return the measures with the lowest Frechet distance in a network."""
     return min((cell["features"][network] for cell in cells), key=lambda found: found["frechet"])
 
 
 def table(content: dict, config: Pictures256Config) -> list[str]:
-    """A row for every cell, with a number for each network."""
+    """Format a row for every cell, with a value for each network."""
     networks = list(content["floor"]["features"])
     compared, both = f"{config.samples} samples, compared at {config.images.resolution} pixels", SEPARATOR.join(networks)
     lines = [
         f"{compared}, in the features of {both} (`{content['command']}`).",
         "",
-        "| | to training | to held-out | precision | recall | coverage | nearest | copies |",
+        "| | Frechet, training | Frechet, held out | precision | recall | coverage | nearest | copies |",
         "|---" * 8 + "|",
     ]
-    real = {"held-out pictures": content["floor"], "training pictures": content["training"]}
+    real = {"held-out images": content["floor"], "training images": content["training"]}
     for name, cell in (content["cells"] | real).items():
         measured = [cell["features"][network] for network in networks]
         texts = [SEPARATOR.join(f"{each.get(column, float('nan')):.2f}" for each in measured) for column in COLUMNS]

@@ -1,7 +1,8 @@
-"""Memory and time of one picture by its size: an evaluation of the UNet of configs/train/imagenet-256.yaml, 109 million
-parameters, and the decoding, with Stable Diffusion's autoencoder (f8, 4 channels) and the deep compression autoencoder (f32, 32
-channels). Neither depends on the weights, which are random here. Each case runs in a process of its own, whose peak memory is
-counted.
+"""Measures memory and time for one image by its resolution: one evaluation of the UNet, and decoding.
+
+The UNet is that of configs/train/imagenet-256.yaml with 109 million parameters. The autoencoders are that of Stable Diffusion
+(f8, 4 channels) and a deep compression autoencoder (f32, 32 channels). Weights are random, because time and memory do not
+depend on them. Each case runs in a process of its own, whose peak memory is reported.
 
     python benchmarks/resolution.py
 
@@ -71,7 +72,9 @@ def peak_gb() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs=2, metavar=("AUTOENCODER", "PIXELS"), help="only this, printed as JSON")
+    parser.add_argument(
+        "--case", nargs=2, metavar=("AUTOENCODER", "PIXELS"), help="measure this case only, and print it as JSON"
+    )
     arguments = parser.parse_args()
     if arguments.case:
         print(json.dumps(one_case(arguments.case[0], int(arguments.case[1]))))
@@ -91,7 +94,10 @@ def main() -> None:
         "targets": [target("peak memory, GB", f"<= {LIMIT_GB:g}", worst)],
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    lines = ["| autoencoder | pixels | latents | UNet, one evaluation | decoding | peak memory, all in it |", "|---" * 6 + "|"]
+    lines = [
+        "| autoencoder | pixels | latents | UNet, one evaluation | decoding | peak memory of the process |",
+        "|---" * 6 + "|",
+    ]
     for name, case in cases.items():
         kind, pixels = name.split(", ")
         cells = [kind, pixels, "x".join(map(str, case["latents"])), f"{case['evaluation_seconds']:.2f} s"]

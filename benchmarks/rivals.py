@@ -1,8 +1,8 @@
-"""Popular few-step methods, trained from the same Gaussian model at the same cost and measured in the same way.
+"""Compares few-step methods that are trained from the same Gaussian model at the same cost, and measured in the same way.
 
-Parts: check (data whose distribution is known), costs (of all that is searched, in denoising steps), search (settings of each
-method), contest (the best settings, several seeds), collect (join what there is). Each training writes a file of its own into
-``folder``; a part that is run again does what is missing.
+Parts: check (train on data of known distribution), costs (measure the cost of a step of every method and setting of the search,
+relative to a denoising step), search (settings of each method), contest (the best settings, several seeds), collect (combine
+the existing results). Each training writes a file of its own into ``folder``. A part that is run again does what is missing.
 
 examples:
   python benchmarks/rivals.py --config configs/benchmarks/rivals-emoji.yaml part=check name=known
@@ -38,8 +38,8 @@ from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.schema import check
 
 PARTS = ("check", "costs", "search", "contest", "collect")
-JUDGED = ("1", "2", "4", "8")
-"""Numbers of steps whose geometric mean a search is judged by."""
+CRITERION_STEPS = ("1", "2", "4", "8")
+"""Numbers of steps that the criterion of the search averages over."""
 
 
 @dataclass
@@ -55,37 +55,38 @@ class RivalsConfig:
     shards: str = "outputs/latents/emoji"
     autoencoder: str = "checkpoints/autoencoder-emoji"
     images: ImagesConfig = field(default_factory=ImagesConfig)
-    """The pictures of the shards."""
+    """Images of the shards."""
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
-    """Real pictures no model has seen; their labels are the labels sampled."""
+    """Real images that no model was trained on. Samples get their labels."""
     features: list[str] = field(default_factory=lambda: ["checkpoints/classifier", "checkpoints/features-selfsupervised"])
     methods: list[str] = field(default_factory=lambda: [name for name in METHODS if name != "folder"])
     settings: list[str] = field(default_factory=list)
-    """METHOD.setting=value: of the contest, in place of what the search found."""
+    """METHOD.setting=value: settings of the contest, in place of those that the search found."""
     budget: int = 80_000
-    """Images of the denoising loss that every training of the contest costs as much as."""
+    """Cost of every training of the contest, in images of the denoising loss."""
     search_budget: int = 24_000
+    """Cost of every training of the search, in images of the denoising loss."""
     tries: int = 12
-    """Settings of each method that a search tries."""
+    """Settings that the search tries for each method."""
     seeds: int = 3
     batch: int = 32
     samples: int = 2000
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     keep: list[str] = field(default_factory=list)
-    """Methods whose weights are kept, of the first seed."""
+    """Methods whose weights are saved, for the first seed."""
     measured: list[str] = field(default_factory=list)
-    """Folders of further mixtures to measure."""
+    """Folders of other mixtures to measure."""
     device_name: Optional[str] = None
     """Description of the device, for the result."""
     start_schedulers: list[str] = field(default_factory=lambda: ["UniPC", "SDE-DPM-Solver++", "DDPM"])
     start_steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 100])
     """Numbers of steps for the Gaussian model that all methods start from."""
     gaussian: Optional[str] = None
-    """Folder of Gaussians (tools/fit_gaussian.py), to sample from their drafts too."""
+    """Folder of a fitted Gaussian mixture (tools/fit_gaussian.py), to sample from its drafts too."""
     draft_sigma: float = 2.5
     draft_steps: list[int] = field(default_factory=lambda: [1, 2, 4])
     workers: int = 1
-    """Processes that train at a time, all on one device."""
+    """Processes that train at the same time, all on one device."""
     folder: str = "outputs/rivals"
     device: str = "auto"
 
@@ -113,10 +114,10 @@ def rivals(config: RivalsConfig) -> Path:
 
 
 def planned(config: RivalsConfig, folder: Path) -> list[Job]:
-    """The trainings of a part; for the costs, those of the search."""
+    """Return the trainings of a part; for part=costs, those of the search."""
     if config.part in ("costs", "search"):
         tries = [searched(method, config.tries, config.search_budget) for method in config.methods]
-        return [job for jobs in zip_longest(*tries) for job in jobs if job]  # a stopped search has tried as many of each
+        return [job for jobs in zip_longest(*tries) for job in jobs if job]  # in turn, so that a stopped search is balanced
     found = {method: entry["settings"] for method, entry in best_settings(folder / "search").items()}
     found |= read_settings(config.settings)
     jobs = [
@@ -127,7 +128,7 @@ def planned(config: RivalsConfig, folder: Path) -> list[Job]:
 
 
 def known_costs(jobs: list[Job], config: RivalsConfig, folder: Path) -> dict[str, float]:
-    """From the file, and measured for the jobs that it has none for; nothing else should run on the device then."""
+    """Read the costs from the file, and measure the missing ones. Nothing else should run on the device meanwhile."""
     path = folder / "costs.json"
     costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     missing = [job for job in jobs if job.images and job.cost_key not in costs]
@@ -143,9 +144,9 @@ def read_results(folder: Path) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def judged(result: dict) -> float:
-    """Geometric mean of the Frechet distances to training pictures, in all feature networks; infinite for what failed."""
-    cells = [result["steps"][count] for count in JUDGED if count in result.get("steps", {})]
+def criterion(result: dict) -> float:
+    """Return the geometric mean of the Frechet distances to training images over steps and feature networks; inf if failed."""
+    cells = [result["steps"][count] for count in CRITERION_STEPS if count in result.get("steps", {})]
     values = [network["frechet"] for cell in cells for network in cell["features"].values()]
     return math.inf if result.get("failed") or not values else statistics.geometric_mean(values)
 
@@ -154,32 +155,32 @@ def best_settings(folder: Path) -> dict[str, dict]:
     """Return the best result of a search for each method."""
     best: dict[str, dict] = {}
     for result in read_results(folder):
-        if result["method"] not in best or judged(result) < judged(best[result["method"]]):
+        if result["method"] not in best or criterion(result) < criterion(best[result["method"]]):
             best[result["method"]] = result
     return best
 
 
 def combined(method: str, images: int, folder: Path) -> Job:
-    """All values that are better than the default's alone, together; of each setting, the best one."""
+    """Combine the best value of every setting, among those that alone are better than the default."""
     best: dict[str, tuple[float, Any]] = {}
     found = [each for each in read_results(folder) if each["method"] == method and each["images"] == images]
-    plain = next((judged(each) for each in found if not each["settings"]), math.inf)
+    default = next((criterion(each) for each in found if not each["settings"]), math.inf)
     for result in found:
-        if len(result["settings"]) == 1 and judged(result) < plain:
+        if len(result["settings"]) == 1 and criterion(result) < default:
             [(name, value)] = result["settings"].items()
-            best[name] = min(best.get(name, (math.inf, None)), (judged(result), value), key=lambda each: each[0])
+            best[name] = min(best.get(name, (math.inf, None)), (criterion(result), value), key=lambda each: each[0])
     return Job(method, {name: value for name, (_, value) in best.items()}, 0, images)
 
 
 def collect(config: RivalsConfig, folder: Path) -> Path:
-    """Join the files of all jobs; returns the JSON file."""
+    """Combine the files of all jobs; returns the JSON file."""
     command = " ".join(["python", "benchmarks/rivals.py", *sys.argv[1:]])
     content = {"command": command, "device": config.device_name}
     content |= {name: getattr(config, name) for name in ("name", "budget", "search_budget", "samples", "batch")}
     costs = folder / "costs.json"
     content["costs"] = json.loads(costs.read_text(encoding="utf-8")) if costs.is_file() else {}
     for part in ("search", "contest"):
-        content[part] = sorted(read_results(folder / part), key=lambda result: (result["method"], judged(result)))
+        content[part] = sorted(read_results(folder / part), key=lambda result: (result["method"], criterion(result)))
     content["targets"] = targets(content)
     path = RESULTS / f"rivals-{config.name}.json"
     path.parent.mkdir(exist_ok=True)

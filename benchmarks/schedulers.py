@@ -1,7 +1,7 @@
-"""Every scheduler of diffusers that is supported, with the settings that make_scheduler gives it, on real pictures.
+"""Measures every supported scheduler of diffusers on images, with the settings that make_scheduler gives it.
 
-Samples a Gaussian model and a mixture with each at one number of steps, and measures the distance to the training pictures in
-the features of checkpoints/classifier, the mean brightness, and the evaluations of the network.
+Samples a Gaussian model and a mixture with each scheduler at one number of steps. Measures the distance to the training images
+in the features of checkpoints/classifier, the mean brightness, and the number of network evaluations.
 
 examples:
   python benchmarks/schedulers.py --config configs/benchmarks/schedulers-emoji.yaml
@@ -43,24 +43,24 @@ class SchedulersConfig(ResultsConfig):
 
     gaussian: str = MISSING
     smd: str = MISSING
-    """Folders of networks, as outputs/emoji-energy/model/unet."""
+    """Folders of networks, such as outputs/emoji-energy/model/unet."""
     autoencoder: str = MISSING
-    """Folder of the AutoencoderKL of both."""
+    """Folder of the AutoencoderKL of both models."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    """Process that both were trained with."""
+    """Process that both models were trained with."""
     schedulers: list[str] = field(default_factory=lambda: sorted(SUPPORTED))
-    """Schedulers as in make_scheduler. DDIMScheduler, which all are compared with, is added first."""
+    """Schedulers as in make_scheduler. DDIMScheduler, the reference, is added first."""
     controls: list[str] = field(
         default_factory=lambda: [
             f"{name}:use_karras_sigmas=false" for name, needed in sorted(SUPPORTED.items()) if "use_karras_sigmas" in needed
         ]
     )
-    """What the settings are for: the same without them. No part of the targets."""
+    """Schedulers without these settings, to show their effect. They are not part of the targets."""
     steps: int = 20
 
 
 def schedulers(config: SchedulersConfig) -> Path:
-    """Run all cells; returns the JSON file."""
+    """Run the benchmark; returns the JSON file."""
     results = Results("schedulers", config)
     own = build_scheduler(config.diffusion)
     autoencoder = AutoencoderKL.from_pretrained(config.autoencoder, use_safetensors=True)
@@ -73,7 +73,7 @@ def schedulers(config: SchedulersConfig) -> Path:
         for name in names:
             pipeline.scheduler = make_scheduler(name, own)
             results.cell(model, name, pipeline, config.steps)
-            rows.append(list(map(to_pil_image, results.yardstick.pictures(pipeline, config.steps, 0, SHOWN, f"{name}, grid"))))
+            rows.append(list(map(to_pil_image, results.yardstick.sample(pipeline, config.steps, 0, SHOWN, f"{name}, grid"))))
     results.content["targets"] = targets(results.content["models"], config)
     labelled_grid(rows, [f"{model}, {row_name(name)}" for model in ("gaussian", "smd") for name in names]).save(
         results.path.with_suffix(".jpg"), quality=88
@@ -82,13 +82,13 @@ def schedulers(config: SchedulersConfig) -> Path:
 
 
 def settings_of(name: str) -> str:
-    """Return the configured schedulers, or all that make_scheduler supports."""
+    """Return the settings of a scheduler: those in its name, or those that make_scheduler adds."""
     if ":" in name:
         return name.partition(":")[2]
     return ",".join(f"{key}={str(value).lower()}" for key, value in SUPPORTED.get(name, {}).items())
 
 
-def brief(name: str) -> str:
+def short_name(name: str) -> str:
     return name.partition(":")[0].replace("Scheduler", "")
 
 
@@ -97,19 +97,19 @@ def row_name(name: str) -> str:
 
 
 def targets(models: dict, config: SchedulersConfig) -> list[dict]:
-    """Each scheduler against DDIM with as many steps."""
+    """Compare each scheduler with DDIM at the same number of steps."""
     found, steps = [], config.steps
     for model, entry in models.items():
         cells = {name: by_steps[steps] for name, by_steps in entry["distance"].items() if name not in config.controls}
         reference = cells[REFERENCE]
         ratios = {name: cell["frechet"] / reference["frechet"] for name, cell in cells.items()}
-        moves = {name: abs(cell["brightness"] - reference["brightness"]) for name, cell in cells.items()}
-        for what, values, limit in (
-            ("distance over DDIM's", ratios, WORST_RATIO),
-            ("difference of mean brightness to DDIM's", moves, BRIGHTNESS),
+        changes = {name: abs(cell["brightness"] - reference["brightness"]) for name, cell in cells.items()}
+        for measure, values, limit in (
+            ("distance / DDIM's", ratios, WORST_RATIO),
+            ("difference of mean brightness from DDIM's", changes, BRIGHTNESS),
         ):
             worst = max(values, key=values.get)
-            title = f"{model}, {steps} steps: largest {what}, {brief(worst)}"
+            title = f"{model}, {steps} steps: largest {measure}, {short_name(worst)}"
             found.append(target(title, f"<= {limit}", round(values[worst], 3)))
     return found
 
@@ -117,16 +117,17 @@ def targets(models: dict, config: SchedulersConfig) -> list[dict]:
 def table(config: SchedulersConfig, result: dict) -> list[str]:
     models = result["models"]
     lines = [
-        f"{result['distance']}, {config.name}: {config.steps} steps, {result['samples']} samples without guidance against "
-        f"{result['reference_pictures']} training pictures; {result['floor']['pictures']} held-out pictures are at "
-        f"{result['floor']['frechet']:.2f} (`{result['command']}`). Distances with the bootstrap's 95 % interval.",
+        f"{result['distance']}, {config.name}: {config.steps} steps, {result['samples']} samples without guidance compared "
+        f"with {result['reference_pictures']} training images (`{result['command']}`). The distance of "
+        f"{result['floor']['pictures']} held-out images is {result['floor']['frechet']:.2f}. Distances are given with their "
+        "95 % interval (bootstrap).",
         "",
-        "| scheduler | settings | evaluations | " + " | ".join(f"{each} | over DDIM's | brightness" for each in models) + " |",
+        "| scheduler | settings | evaluations | " + " | ".join(f"{each} | / DDIM's | brightness" for each in models) + " |",
         "|---" * (3 + 3 * len(models)) + "|",
     ]
     for name, settings in result["settings"].items():
         found = [{each: entry["distance"][each][config.steps] for each in (name, REFERENCE)} for entry in models.values()]
-        row = [brief(name), f"`{settings}`" if settings else "", str(found[0][name]["evaluations"])]
+        row = [short_name(name), f"`{settings}`" if settings else "", str(found[0][name]["evaluations"])]
         for cells in found:
             cell = cells[name]
             row.append(f"{cell['frechet']:.2f} ± {1.96 * cell['frechet_sd']:.2f}")

@@ -1,9 +1,9 @@
-"""How fast latents come: LatentStream, shuffled and with exact resume, against webdataset on the same tars, a DataLoader over
-one memory-mapped array, and mosaicml streaming on its own shards; and training from it against training on one batch in memory.
+"""Measures the speed of reading latents with LatentStream, which shuffles and resumes exactly, and of training from it.
 
-All give shuffled batches of the same samples, epoch after epoch. Rounds go through them in turn, so that a slow spell of the
-machine hits all alike; the ratio is taken round by round, and its median is the result. The first batches, while workers start
-and buffers fill, are not timed.
+It is compared with webdataset on the same tars, a DataLoader over one memory-mapped array, and mosaicml streaming on its own
+shards. All yield shuffled batches of the same samples, epoch after epoch. Training is compared with training on one batch in
+memory. They take turns, so that a slow moment of the machine affects all. The result is the median over rounds of the ratio
+within a round. The first batches, while workers start and buffers fill, are not timed.
 
     pip install --no-deps -r benchmarks/requirements.txt
     python tools/encode.py --config configs/encode/cifar10.yaml mirror=false output=outputs/cifar10/plain-latents
@@ -56,11 +56,11 @@ TRAINING_TARGET = 0.97
 
 FORK = multiprocessing.get_context("fork")
 Batches = Callable[[int], Iterator]
-"""Function from a number of workers to an endless iterator of batches."""
+"""Functions from a number of workers to an endless iterator of batches."""
 
 
 class MemoryMap(Dataset):
-    """The moments as one array on disk."""
+    """Moments in one memory-mapped array."""
 
     def __init__(self, path: Path, labels: np.ndarray) -> None:
         self.moments, self.labels = np.load(path, mmap_mode="r"), labels
@@ -73,14 +73,14 @@ class MemoryMap(Dataset):
 
 
 class MemoryMapOfBatches(MemoryMap):
-    """The same with torch's __getitems__ for whole batches."""
+    """The same, read in whole batches with torch's ``__getitems__``."""
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(self.moments[indices]), torch.from_numpy(self.labels[indices])
 
 
-def rivals(manifest: Manifest, batch_size: int, folder: Path) -> dict[str, Batches]:
-    """Each with the samples as it wants them, written to ``folder`` where that is not the shards."""
+def all_readers(manifest: Manifest, batch_size: int, folder: Path) -> dict[str, Batches]:
+    """Return all readers. Formats other than the shards are written to ``folder``."""
     shards = [open_shard(manifest, item, mirror=False) for item in manifest.shards]
     moments = np.concatenate([shard.moments(np.arange(len(shard))) for shard in shards])
     labels = np.concatenate([shard.labels for shard in shards])
@@ -101,8 +101,8 @@ def rivals(manifest: Manifest, batch_size: int, folder: Path) -> dict[str, Batch
         dataset = dataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER).decode().to_tuple("moments.npy", "cls")
         yield from wds.WebLoader(dataset.repeat().batched(batch_size), batch_size=None, num_workers=workers)
 
-    def from_array(kind: type[MemoryMap], collate_fn: Callable | None, workers: int) -> Iterator:
-        dataset = kind(folder / "moments.npy", labels)
+    def from_array(dataset_class: type[MemoryMap], collate_fn: Callable | None, workers: int) -> Iterator:
+        dataset = dataset_class(folder / "moments.npy", labels)
         loader = DataLoader(
             dataset, shuffle=True, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate_fn, **loading
         )
@@ -126,8 +126,8 @@ def rivals(manifest: Manifest, batch_size: int, folder: Path) -> dict[str, Batch
 
 
 def latents_per_second(batches: Batches, workers: int, batch_size: int, seconds: float) -> float:
-    """Over so many seconds or a little more, in a process of its own: mosaicml streaming leaves threads behind, which slow
-    whatever comes after it."""
+    """Measure the speed for ``seconds`` in a process of its own, because mosaicml streaming leaves threads behind that slow
+    down whatever runs next."""
     receiver, sender = FORK.Pipe(duplex=False)
 
     def measure() -> None:
@@ -151,7 +151,7 @@ def latents_per_second(batches: Batches, workers: int, batch_size: int, seconds:
 
 
 class Trainee:
-    """The mixture model of the CIFAR-10 benchmark, a step at a time."""
+    """A training run of the mixture of the CIFAR-10 benchmark that is advanced step by step."""
 
     def __init__(self, manifest: Manifest, autoencoder: str) -> None:
         data = [f"shards={manifest.folder}", f"autoencoder={autoencoder}", f"output={RESULT.with_suffix('.run')}"]
@@ -186,34 +186,36 @@ def median_ratio(rows: list[dict[str, float]], one: str, other: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", default="outputs/cifar10/plain-latents", help="labelled, without mirrored encodings")
-    parser.add_argument("--autoencoder", default="outputs/cifar10/autoencoder", help="that made them")
+    parser.add_argument(
+        "--shards", default="outputs/cifar10/plain-latents", help="folder of labelled shards without mirrored encodings"
+    )
+    parser.add_argument("--autoencoder", default="outputs/cifar10/autoencoder", help="autoencoder that made the shards")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--training-steps", type=int, default=20, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of each measurement")
+    parser.add_argument("--training-steps", type=int, default=20, help="steps of each measurement")
     arguments = parser.parse_args()
     manifest = Manifest.load(arguments.shards)
     rates: dict[int, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        contestants = rivals(manifest, arguments.batch_size, Path(place))
+    with tempfile.TemporaryDirectory() as folder:
+        readers = all_readers(manifest, arguments.batch_size, Path(folder))
         for workers in WORKERS:
             rates[workers] = []
             for _ in range(arguments.rounds):
                 row = {
                     name: latents_per_second(batches, workers, arguments.batch_size, arguments.seconds)
-                    for name, batches in contestants.items()
+                    for name, batches in readers.items()
                 }
                 rates[workers].append(row)
                 print(f"{workers} workers: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in row.items()), flush=True)
     training = training_rates(manifest, arguments.autoencoder, arguments.rounds, arguments.training_steps)
     targets = [
-        target(f"over {name}, {workers} workers", f">= {wanted}", median_ratio(rates[workers], OURS, name))
+        target(f"LatentStream / {name}, {workers} workers", f">= {wanted}", median_ratio(rates[workers], OURS, name))
         for name, wanted in TARGETS.items()
         for workers in WORKERS
     ]
     in_training = median_ratio(training, OURS, "one batch in memory")
-    targets.append(target("training, over one batch in memory", f">= {TRAINING_TARGET}", in_training))
+    targets.append(target("training speed / on one batch in memory", f">= {TRAINING_TARGET}", in_training))
     result = {
         "command": " ".join(["python", "benchmarks/stream.py", *sys.argv[1:]]),
         "samples": manifest.count,
@@ -235,8 +237,8 @@ def main() -> None:
 def table(result: dict) -> str:
     rates = result["latents_per_second"]
     lines = [
-        f"Latents a second, the median of {len(rates[0])} rounds; {result['samples']:,} samples of "
-        f"{'x'.join(map(str, result['moments_shape']))}, batches of {result['batch_size']}, {result['cores']} cores "
+        f"Latents per second, median of {len(rates[0])} rounds, for {result['samples']:,} samples of shape "
+        f"{'x'.join(map(str, result['moments_shape']))} in batches of {result['batch_size']} on {result['cores']} cores "
         f"(`{result['command']}`)",
         "",
         "| workers | " + " | ".join(map(str, rates)) + " |",

@@ -1,16 +1,16 @@
-"""The targets that benchmarks measure themselves against."""
+"""Targets of the benchmarks."""
 
 from __future__ import annotations
 
 
 def target(name: str, wanted: str, measured: float, digits: int = 3) -> dict:
-    """A target for the result file; it holds where ``measured``, not yet rounded, is as ``wanted`` says ("<= 2" or ">= 2")."""
+    """Return a target for the result file. It holds if ``measured``, before rounding, satisfies ``wanted`` ("<= 2", ">= 2")."""
     comparison, limit = wanted.split()
     holds = measured <= float(limit) if comparison == "<=" else measured >= float(limit)
     return {"name": name, "target": wanted, "measured": round(measured, digits), "holds": bool(holds)}
 
 
 def target_table(targets: list[dict]) -> list[str]:
-    """An empty line, and the targets as Markdown."""
+    """Format the targets as Markdown, after an empty line."""
     rows = [f"| {each['name']} | {each['target']} | {each['measured']} |" for each in targets]
     return ["", "| target | wanted | measured |", "|---|---|---|", *rows]

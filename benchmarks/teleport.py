@@ -1,8 +1,9 @@
-"""Analytical teleportation: distance against network evaluations with and without it, on a Gaussian model.
+"""Measures analytical teleportation with a Gaussian model: distance over network evaluations, with and without it.
 
-Each solver starts from pure noise, and from sigma_skip by the closed form of each fit of the latents (tools/fit_gaussian.py).
-Beside that, with UniPC: the choice of sigma_skip; controls that shorten the noise range alike, with less of the latents'
-distribution; whether training pictures come out again; and of the learned score, how much the fits explain at each noise level.
+Each solver starts from pure noise, and at sigma_skip from drafts of each Gaussian mixture fitted to the latents
+(tools/fit_gaussian.py). With UniPC it also measures different sigma_skip; controls that skip the same noise levels but know
+less of the distribution of the latents; copies of training images; and how much of the learned score the fits explain at each
+noise level.
 
 examples:
   python benchmarks/teleport.py --config configs/benchmarks/teleport-emoji.yaml
@@ -39,9 +40,10 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 CHOOSING = "UniPC"
+"""Solver for everything but the comparison of solvers."""
 WITHIN = 1.02
-"""A distance counts as equal to that of the full run within this fraction."""
-SCORE_PICTURES = 1024
+"""A distance counts as equal to that of the full run up to this factor."""
+SCORE_IMAGES = 1024
 PLAIN = "pure noise"
 SMD, SMD_SOLVER = "SMD", "SDE-DPM-Solver++"
 
@@ -53,21 +55,22 @@ class TeleportBenchmarkConfig(ResultsConfig):
     gaussian: str = MISSING
     """Model folder of a Gaussian UNet."""
     shards: str = MISSING
-    """Its latent shards, for the score study."""
+    """Latent shards of the model, for the score study."""
     fits: dict[str, str] = field(default_factory=dict)
-    """Name -> the model folder with a gaussian part (tools/fit_gaussian.py). The first is what the controls are made of."""
+    """Model folders with a fitted Gaussian mixture (tools/fit_gaussian.py) by name. The controls are made from the first."""
     smd: Optional[str] = None
-    """Model folder of a mixture UNet with a gaussian part, for the same with SDE-DPM-Solver++."""
+    """Model folder of a mixture UNet with a fitted Gaussian mixture, for the same with SDE-DPM-Solver++."""
     solvers: list[str] = field(default_factory=lambda: ["UniPC", "DPM-Solver++", "Heun", "DDIM"])
     """Names in yardstick.SCHEDULERS."""
     steps: list[int] = field(default_factory=lambda: [2, 3, 4, 5, 8, 12, 16, 25])
     full_steps: int = 50
-    """A longer run, from pure noise alone."""
+    """Steps of a longer run from pure noise."""
     sigma_skip: float = 2.5
-    """For the solvers and the controls."""
+    """Noise level that solvers and controls start from."""
     sigmas: list[float] = field(default_factory=lambda: [1.25, 2.5, 5.0, 10.0, 20.0])
-    """To choose from, with these numbers of steps:"""
+    """Values of sigma_skip to compare."""
     choosing_steps: list[int] = field(default_factory=lambda: [2, 5, 12])
+    """Numbers of steps for that comparison."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +79,7 @@ class TeleportBenchmarkConfig(ResultsConfig):
 
 
 def teleport(config: TeleportBenchmarkConfig) -> Path:
-    """Run all cells; returns the JSON file."""
+    """Run the benchmark; returns the JSON file."""
     results = Results("teleport", config)
     pipeline = load_pipeline(config.gaussian)
     own = pipeline.scheduler
@@ -88,24 +91,24 @@ def teleport(config: TeleportBenchmarkConfig) -> Path:
 
     fits = {}
     for fit, folder in config.fits.items():
-        jumping = load_pipeline(folder)
-        fits[fit] = jumping.gaussian
-        results.add_model(fit, folder, jumping)
+        from_drafts = load_pipeline(folder)
+        fits[fit] = from_drafts.gaussian
+        results.add_model(fit, folder, from_drafts)
         for solver in config.solvers:
             for steps in config.steps:
-                jump(results, fit, solver, jumping, own, config.sigma_skip, steps)
+                measure_from_drafts(results, fit, solver, from_drafts, own, config.sigma_skip, steps)
         for sigma in config.sigmas:
             for steps in config.choosing_steps:
-                jump(results, fit, CHOOSING, jumping, own, sigma, steps)
+                measure_from_drafts(results, fit, CHOOSING, from_drafts, own, sigma, steps)
 
     results.content["nearest"] = nearest(config, results.yardstick, pipeline, own)
     first = next(iter(config.fits))
-    for name, part in controls(fits[first]).items():
-        jumping = load_pipeline(config.fits[first])
-        jumping.register_modules(gaussian=part)
-        results.add_model(name, config.fits[first], jumping)
+    for name, gaussian in controls(fits[first]).items():
+        from_drafts = load_pipeline(config.fits[first])
+        from_drafts.register_modules(gaussian=gaussian)
+        results.add_model(name, config.fits[first], from_drafts)
         for steps in config.choosing_steps:
-            jump(results, name, CHOOSING, jumping, own, config.sigma_skip, steps)
+            measure_from_drafts(results, name, CHOOSING, from_drafts, own, config.sigma_skip, steps)
 
     if config.smd is not None:
         mixture = load_pipeline(config.smd)
@@ -114,7 +117,7 @@ def teleport(config: TeleportBenchmarkConfig) -> Path:
             mixture.scheduler = make_scheduler(SCHEDULERS[SMD_SOLVER], own)
             count_evaluations(results.cell(SMD, SMD_SOLVER, mixture, steps), mixture, steps)
             for sigma in config.sigmas:
-                jump(results, SMD, SMD_SOLVER, mixture, own, sigma, steps)
+                measure_from_drafts(results, SMD, SMD_SOLVER, mixture, own, sigma, steps)
 
     results.content["score"] = score_study(config, pipeline, own, fits)
     results.content["savings"] = [
@@ -128,20 +131,22 @@ def title(solver: str, sigma: float) -> str:
     return f"{solver} from {sigma:g}"
 
 
-def jump(results: Results, fit: str, solver: str, pipeline: SMDPipeline, own: object, sigma: float, steps: int) -> None:
-    """Measure a solver with ``steps`` steps after the jump."""
+def measure_from_drafts(
+    results: Results, fit: str, solver: str, pipeline: SMDPipeline, own: object, sigma: float, steps: int
+) -> None:
+    """Measure a solver that takes ``steps`` steps from drafts at noise level ``sigma``."""
     pipeline.scheduler = TeleportScheduler.from_config(own.config, scheduler=SCHEDULERS[solver], sigma_skip=sigma)
     count_evaluations(results.cell(fit, title(solver, sigma), pipeline, steps), pipeline, steps)
 
 
 def count_evaluations(cell: dict, pipeline: SMDPipeline, steps: int) -> None:
-    """Second-order schedulers evaluate the network twice a step."""
+    """Store the number of evaluations in the cell. Second-order schedulers evaluate the network twice per step."""
     pipeline.scheduler.set_timesteps(steps)
     cell["evaluations"] = len(pipeline.scheduler.timesteps)
 
 
 def controls(gaussian: LatentGaussians) -> dict[str, LatentGaussians]:
-    """Starts at the same noise level that know less: nothing at all of the latents, their mean, and their total variance."""
+    """Return Gaussians that know less of the latents: nothing, their mean, or their mean and total variance."""
     config = dict(gaussian.config)
     settings = {key: config[key] for key in ("channels", "height", "width", "count", "num_classes")}
     found = {}
@@ -153,8 +158,8 @@ def controls(gaussian: LatentGaussians) -> dict[str, LatentGaussians]:
         if name != "control: plain noise":
             part.means.copy_(gaussian.means)
         if name == "control: mean and total variance":
-            numbers, rank = gaussian.means.shape[1], gaussian.variances.shape[1]
-            total = (gaussian.variances.sum(dim=1) + (numbers - rank) * gaussian.tails) / numbers
+            dimensions, rank = gaussian.means.shape[1], gaussian.variances.shape[1]
+            total = (gaussian.variances.sum(dim=1) + (dimensions - rank) * gaussian.tails) / dimensions
             part.tails.copy_(total)
             part.variances.copy_(total[:, None])
         found[name] = part
@@ -162,7 +167,7 @@ def controls(gaussian: LatentGaussians) -> dict[str, LatentGaussians]:
 
 
 def nearest(config: TeleportBenchmarkConfig, yardstick: Yardstick, pipeline: SMDPipeline, own: object) -> dict[str, float]:
-    """How near samples are to training pictures (Yardstick.nearest): of the longest run, and of a short one by each fit."""
+    """Measure distances to training images (Yardstick.nearest) for the longest run, and for a short one with each fit."""
     steps, found = config.choosing_steps[len(config.choosing_steps) // 2], {}
     for name, folder in {PLAIN: config.gaussian, **config.fits}.items():
         chosen = pipeline if name == PLAIN else load_pipeline(folder)
@@ -171,22 +176,22 @@ def nearest(config: TeleportBenchmarkConfig, yardstick: Yardstick, pipeline: SMD
             options = {"scheduler": SCHEDULERS[CHOOSING], "sigma_skip": config.sigma_skip}
             chosen.scheduler = TeleportScheduler.from_config(own.config, **options)
         taken = config.full_steps if name == PLAIN else steps
-        made = yardstick.pictures(chosen, taken, 0, config.samples // config.sampling_seeds, f"{name}, nearest")
+        made = yardstick.sample(chosen, taken, 0, config.samples // config.sampling_seeds, f"{name}, nearest")
         found[f"{name}, {taken} steps"] = yardstick.nearest((made * 255).round().to(torch.uint8))
     return found
 
 
 @torch.no_grad()
 def score_study(config: TeleportBenchmarkConfig, pipeline: SMDPipeline, own: object, fits: dict[str, LatentGaussians]) -> dict:
-    """The share of the variance of the learned score, and of the learned E[x_0 | x_t], that is explained by each fit's:
+    """Return the fraction of the variance of the learned score, and of the learned E[x_0 | x_t], that each fit explains:
 
         1 - E |score - score_fit|^2 / E |score - mean score|^2,    score = (a E[x_0 | x_t] - x_t) / s^2.
 
-    The score of nearly all noise is nearly -x_t / s, which any fit knows; of x_0 nothing comes for free.
+    At high noise the score is close to -x_t / s for any fit, but E[x_0 | x_t] has no such trivial part.
     """
     manifest = Manifest.load(config.shards)
     latents, labels = fitting_latents(manifest, FrozenAutoencoder(pipeline.vae), seed=0, mirror=False)
-    x0, labels = latents[:SCORE_PICTURES], model_labels(labels[:SCORE_PICTURES], num_classes(pipeline.unet))
+    x0, labels = latents[:SCORE_IMAGES], model_labels(labels[:SCORE_IMAGES], num_classes(pipeline.unet))
     process = DiffusionProcess(own.alphas_cumprod)
     generator = torch.Generator().manual_seed(0)
     rows = {"sigma": [], "score": {fit: [] for fit in fits}, "x0": {fit: [] for fit in fits}}
@@ -211,7 +216,7 @@ def explained(learned: torch.Tensor, fitted: torch.Tensor) -> float:
 
 
 def savings(models: dict, fit: str, solver: str, config: TeleportBenchmarkConfig) -> list[dict]:
-    """For each full run of the solver, from pure noise, the fewest evaluations after a jump that come within 2 % of it."""
+    """Find, for each run from pure noise, the fewest evaluations from drafts that reach its distance up to a factor WITHIN."""
     after = models[fit]["distance"][title(solver, config.sigma_skip)].values()
     found = []
     for full in models[PLAIN]["distance"][solver].values():
@@ -258,7 +263,7 @@ def table(config: TeleportBenchmarkConfig, result: dict) -> list[str]:
     steps = sorted({*full_runs, *config.choosing_steps})
     lines = [*distance_table(result, config.name, steps), ""]
     lines += [
-        "The fewest evaluations after a jump that come within 2 % of the distance of a full run, and what is saved:",
+        "The fewest evaluations from drafts that reach the distance of a run from pure noise within 2 %, and the saving:",
         "",
         "| | " + " | ".join(f"{n} steps" for n in full_runs) + " |",
         "|---" * (len(full_runs) + 1) + "|",
@@ -270,11 +275,15 @@ def table(config: TeleportBenchmarkConfig, result: dict) -> list[str]:
                 f"{e['full']}: none" if e["with"] is None else f"{e['full']}: {e['with']} ({e['saved']:.0%})" for e in entries
             ]
             lines.append(f"| {solver}, {fit} from {config.sigma_skip:g} | " + " | ".join(cells) + " |")
-    lines += ["", "Median distance to the nearest training picture, over that of held-out pictures: "]
+    lines += ["", "Median distance to the nearest training image, relative to that of held-out images: "]
     lines[-1] += "; ".join(f"{name} {value:.2f}" for name, value in result["nearest"].items())
     score = result["score"]
     chosen = range(0, len(score["sigma"]), 3)
-    lines += ["", "Explained of the learned score, and of the learned E[x_0 | x_t], by noise level:", ""]
+    lines += [
+        "",
+        "Explained fraction of the variance of the learned score and of the learned E[x_0 | x_t], by noise level:",
+        "",
+    ]
     lines.append("| sigma | " + " | ".join(f"{score['sigma'][i]:.2g}" for i in chosen) + " |")
     lines.append("|---" * (len(chosen) + 1) + "|")
     for what in ("score", "x0"):

@@ -1,8 +1,8 @@
-"""A small OpenCLIP model of emoji and their Unicode names, for benchmarks/image_prompts.py. It runs the same code as a
-pretrained one, which may not be available offline.
+"""Trains a small OpenCLIP model on emoji and their Unicode names, for benchmarks/image_prompts.py.
 
-Trains OpenCLIP's own model with its own loss on pictures whose keys are code points (data/emoji), and writes a folder as
-OpenCLIP saves one for the hub: open_clip_config.json and open_clip_model.safetensors.
+It runs the same code as a pretrained model, which may not be available offline. Model and loss are OpenCLIP's own. The keys of
+the images are code points (data/emoji). Writes a folder in the format of OpenCLIP's hub: open_clip_config.json and
+open_clip_model.safetensors.
 
 examples:
   python benchmarks/train_clip.py output=outputs/clip
@@ -40,8 +40,8 @@ SKIN_TONES = {
     0x1F3FF: "dark skin tone",
 }
 REGIONAL_A = 0x1F1E6
-UNSAID = (0x200D, 0xFE0F, 0x20E3)
-"""Joiner, emoji variation, keycap."""
+UNNAMED = (0x200D, 0xFE0F, 0x20E3)
+"""Code points left out of names: joiner, emoji variation selector, keycap."""
 MODEL = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 64, "layers": 6, "width": 192, "head_width": 32, "patch_size": 8},
@@ -69,27 +69,27 @@ class TrainClipConfig:
 
 
 def name_of(key: str) -> str:
-    """The Unicode names of the code points in a key like 1f468-200d-1f692, or "" where this Python knows none of them."""
+    """Return the Unicode names of the code points in a key like 1f468-200d-1f692, or "" if Python knows none of them."""
     words, flag = [], ""
     for code in (int(part, 16) for part in key.split("-")):
         if 0 <= code - REGIONAL_A < 26:
             flag += chr(ord("a") + code - REGIONAL_A)
         elif code in SKIN_TONES:
             words.append(SKIN_TONES[code])
-        elif code not in UNSAID:
+        elif code not in UNNAMED:
             words.append(unicodedata.name(chr(code), "").lower())
     return " ".join(words + ([f"flag of {flag}"] if flag else [])).strip()
 
 
-def named_pictures(images: ImagesConfig) -> ImageBatch:
-    """Those that have a name."""
+def named_images(images: ImagesConfig) -> ImageBatch:
+    """Load the images that have a name."""
     entries = [entry for entry in list_images(images) if name_of(entry.key)]
-    [pictures] = read_images(entries, images, [range(len(entries))])
-    return pictures
+    [loaded] = read_images(entries, images, [range(len(entries))])
+    return loaded
 
 
-def moved(pixels: torch.Tensor) -> torch.Tensor:
-    """Each picture up to a fifth larger and a tenth aside; uint8 -> [0, 1]."""
+def augment(pixels: torch.Tensor) -> torch.Tensor:
+    """Zoom in on each image by up to 25 % and shift it by up to a tenth of half its side; uint8 -> [0, 1]."""
     count = len(pixels)
     theta = torch.zeros(count, 2, 3, device=pixels.device)
     theta[:, 0, 0] = theta[:, 1, 1] = torch.empty(count, device=pixels.device).uniform_(0.8, 1.0)
@@ -99,18 +99,18 @@ def moved(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train_clip(config: TrainClipConfig) -> Path:
-    """Writes the folder; returns it."""
+    """Train the model; returns its folder."""
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    pictures = named_pictures(config.images)
-    pixels, names = pictures.pixels, list(map(name_of, pictures.keys))
+    images = named_images(config.images)
+    pixels, names = images.pixels, list(map(name_of, images.keys))
     with atomic_folder(Path(config.output)) as folder:
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": {}}, indent=2))
         architecture = f"local-dir:{folder}"
         model = open_clip.create_model(architecture, load_weights=False, device=device)
         tokens = open_clip.get_tokenizer(architecture)(names).to(device)
         mean, std = (
-            torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (model.visual.image_mean, model.visual.image_std)
+            torch.tensor(values, device=device).view(3, 1, 1) for values in (model.visual.image_mean, model.visual.image_std)
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
         updates = config.images_total // config.batch_size
@@ -119,7 +119,7 @@ def train_clip(config: TrainClipConfig) -> Path:
         bar = progress(updates * config.batch_size, 0, "clip")
         for _ in range(updates):
             chosen = torch.randperm(len(names))[: config.batch_size]
-            inputs = (moved(pixels[chosen].to(device)) - mean) / std
+            inputs = (augment(pixels[chosen].to(device)) - mean) / std
             image, text, scale = model(inputs, tokens[chosen])
             loss = loss_of(image, text, scale)
             optimizer.zero_grad(set_to_none=True)

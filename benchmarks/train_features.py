@@ -1,13 +1,14 @@
-"""A second feature network, trained without labels, so that no claim of the picture benchmarks stands in one network alone.
+"""Trains a second feature network without labels, so that no claim of the image benchmarks rests on one network alone.
 
-SimCLR (arXiv 2002.05709): two views of a picture, cropped, recoloured and blurred at random, are to be found among the views of
-all pictures of the batch. The trunk is that of checkpoints/classifier, wider; the head is thrown away.
+The method is SimCLR (arXiv 2002.05709): two views of an image, with random crop, colours and blur, are to be matched among the
+views of all images of the batch. The trunk is a wider version of that of checkpoints/classifier. The head is discarded after
+training.
 
 examples:
   python benchmarks/train_features.py --config configs/benchmarks/features-selfsupervised.yaml
   python benchmarks/train_features.py --config configs/benchmarks/features-selfsupervised.yaml output=outputs/features
 
-Writes a model folder that tools/evaluate.py takes (features=[FOLDER]), with what was measured in its card.
+Writes a model folder for tools/evaluate.py (features=[FOLDER]). Its model card has the measurements.
 """
 
 from __future__ import annotations
@@ -36,24 +37,24 @@ from ldm_smd.training.rates import warmup_then_cosine
 
 WARMUP = 0.1
 FROZEN_NORMS = 0.8
-"""From this fraction of the training on, norms use their running statistics, as in evaluation."""
+"""After this fraction of the training, norms use their running statistics, as in evaluation."""
 NEIGHBOURS = 10
 REPORT_EVERY_STEPS = 10
 
 Loaded = tuple[torch.Tensor, list[int | None], list[str]]
-"""Pictures, labels and class names, as load_pixels returns them."""
+"""Images, labels and class names, as load_pixels returns them."""
 
 
 @dataclass
 class FeatureSetConfig:
-    """One set of pictures; the labels are only measured by."""
+    """One set of images. Labels are used for measurements only."""
 
     name: str = MISSING
     images: ImagesConfig = field(default_factory=ImagesConfig)
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
-    """Never trained on."""
+    """Images that are not trained on."""
     batch_size: int = 128
-    """Pictures, of two views each."""
+    """Images per step, with two views each."""
     views: ViewConfig = field(default_factory=ViewConfig)
 
 
@@ -63,25 +64,25 @@ class TrainFeaturesConfig:
 
     output: str = MISSING
     sets: list[FeatureSetConfig] = field(default_factory=list)
-    """Every step takes a batch of each. The other view is looked for among those of the same set: between sets it is easy."""
+    """Every step takes a batch of each set. Negatives come from the same set, because sets are easy to tell apart."""
     block_out_channels: list[int] = field(default_factory=lambda: [16, 32, 96, 176])
     head_channels: int = 256
-    """Width of the head's hidden layer; its output has half of it."""
+    """Width of the head's hidden layer. Its output is half as wide."""
     temperature: float = 0.2
     images_total: int = 200_000
-    """Pictures, all sets together."""
+    """Training images of all sets together."""
     learning_rate: float = 2e-3
-    """Peak, of AdamW."""
+    """Peak learning rate of AdamW."""
     weight_decay: float = 1e-3
     compared: str = "checkpoints/classifier"
-    """Feature network that the card compares with."""
+    """Feature network to compare with in the model card."""
     precision: str = "no"
-    """no or bf16, which CPUs without units for it are slow at."""
+    """no or bf16, which is slow on CPUs without hardware support."""
     seed: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check(len(self.sets) > 0, "sets", "at least one set of pictures", len(self.sets))
+        check(len(self.sets) > 0, "sets", "at least one set of images", len(self.sets))
         check(self.precision in ("no", "bf16"), "precision", "no or bf16", self.precision)
         check(self.images_total >= self.per_step, "images_total", f"at least a step of {self.per_step}", self.images_total)
 
@@ -92,11 +93,11 @@ class TrainFeaturesConfig:
 
 @makes_folder
 def train_features(config: TrainFeaturesConfig) -> Path:
-    """Train, measure, write the model folder; returns it."""
+    """Train and measure the network; returns its model folder."""
     torch.manual_seed(config.seed)
     device, output = pick_device(config.device), Path(config.output)
     loaded = {entry.name: (load_pixels(entry.images), load_pixels(entry.held_out)) for entry in config.sets}
-    pictures = {name: training[0] for name, (training, _) in loaded.items()}
+    images = {name: training[0] for name, (training, _) in loaded.items()}
     width = config.block_out_channels[-1]
     model = FeatureNetwork(tuple(config.block_out_channels)).to(device, memory_format=torch.channels_last)
     hidden = config.head_channels
@@ -108,13 +109,13 @@ def train_features(config: TrainFeaturesConfig) -> Path:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = warmup_then_cosine(config.learning_rate, step / steps, WARMUP)
-        # The sets differ in brightness, and each batch is normalised by its own statistics; in use there is one of all.
+        # Sets differ in brightness. In training each batch has its own statistics, but in evaluation all sets share one.
         model.train(step < FROZEN_NORMS * steps)
         optimizer.zero_grad(set_to_none=True)
         found = {}
         for entry in config.sets:
-            chosen = torch.randint(len(pictures[entry.name]), (entry.batch_size,))
-            x = pictures[entry.name][chosen].to(device).float() / 255.0
+            chosen = torch.randint(len(images[entry.name]), (entry.batch_size,))
+            x = images[entry.name][chosen].to(device).float() / 255.0
             views = torch.cat([random_views(x, entry.views) for _ in range(2)]) * 2.0 - 1.0
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 z = head(model(views))
@@ -139,7 +140,7 @@ def train_features(config: TrainFeaturesConfig) -> Path:
 
 
 def contrastive_loss(z: torch.Tensor, temperature: float) -> torch.Tensor:
-    """NT-Xent of embeddings (2 N, D), of which i and i + N are of one picture, over all 2 N, with s the cosine:
+    """Return the NT-Xent loss of embeddings (2 N, D), where i and i + N are views of one image. With s the cosine similarity,
 
     mean_i -log( exp(s(z_i, z_j(i)) / T) / sum_{k != i} exp(s(z_i, z_k) / T) ),   j(i) = i +- N
     """
@@ -149,8 +150,12 @@ def contrastive_loss(z: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def measure_features(extractor: Extractor, loaded: dict[str, tuple[Loaded, Loaded]]) -> dict[str, dict[str, float]]:
-    """Of the training and held-out pictures of each set: held-out pictures, the share of them whose class the nearest training
-    pictures have, that share where all are given the most frequent class, and the effective rank of their features."""
+    """Measure features of each set.
+
+    Returns:
+        For each set, the number of held-out images; the fraction of them whose class is that of most of the nearest training
+        images; the fraction of the most frequent class; and the effective rank of the features.
+    """
     rows = {}
     for name, ((pixels, labels, _), (held_out, true, _)) in loaded.items():
         features, new = extractor(pixels), extractor(held_out)
@@ -176,19 +181,18 @@ def nearest_right(features: torch.Tensor, labels: torch.Tensor, new: torch.Tenso
 
 
 def effective_rank(features: torch.Tensor) -> float:
-    """Dimensions that the features (N, D) fill: exp of the entropy of the eigenvalues of their covariance, p_i = l_i / sum l:
+    """Return the effective rank of features (N, D), where l are the eigenvalues of their covariance and p_i = l_i / sum l:
 
     exp(-sum_i p_i log p_i)
 
-    1 where all lie on a line, D where all directions vary alike; near 1 after a collapse.
+    It is 1 if all lie on a line or have collapsed, and D if the variance is the same in all directions.
     """
-    values = torch.linalg.eigvalsh(torch.cov(features.double().T)).clamp_min(0)
-    shares = values / values.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(features.double().T)).clamp_min(0)
+    return float(torch.special.entr(eigenvalues / eigenvalues.sum()).sum().exp())
 
 
 def features_card(config: TrainFeaturesConfig, model: FeatureNetwork, measured: dict, losses: dict[str, float]) -> str:
-    """README.md of the model folder."""
+    """Return the README.md of the model folder."""
     rows = [
         f"| {Path(folder).name} | {name} | {found['pictures']:,} | {found['neighbours']:.1%} | {found['chance']:.1%} | "
         f"{found['effective_rank']:.1f} |"
@@ -198,18 +202,18 @@ def features_card(config: TrainFeaturesConfig, model: FeatureNetwork, measured: 
     ends = ", ".join(f"{name} {loss:.2f}" for name, loss in losses.items())
     chance = ", ".join(
         f"{entry.name} {torch.tensor(2.0 * entry.batch_size - 1).log():.2f}" for entry in config.sets
-    )  # all equally near
+    )  # the loss if all views are equally similar
     text = f"""\
-{model.num_parameters() / 1e6:.2f} million parameters, trained without labels on {config.images_total:,} pictures of the \
-training parts (SimCLR, arXiv 2002.05709). Its {config.block_out_channels[-1]} pooled features measure distances between sets \
-of pictures beside those of the classifier, which was trained otherwise: what is claimed of pictures is to hold in both. It \
-is not an FID.
+{model.num_parameters() / 1e6:.2f} million parameters, trained without labels on {config.images_total:,} images of the \
+training sets (SimCLR, arXiv 2002.05709). Its {config.block_out_channels[-1]} pooled features measure distances between sets \
+of images. They complement those of the classifier, which was trained differently: a claim about images must hold in both. \
+These distances are no FID.
 
-The share of held-out pictures whose class most of the {NEIGHBOURS} nearest training pictures have, the share of the most \
-frequent class, and how many dimensions the features of held-out pictures fill (exp of the entropy of their covariance's \
-eigenvalues). Loss at the end: {ends}; of a network that tells no views apart: {chance}.
+The table gives the accuracy of a {NEIGHBOURS}-nearest-neighbour classifier on held-out images, the fraction of the most \
+frequent class, and the effective rank of the features of held-out images (exp of the entropy of the eigenvalues of their \
+covariance). The final loss is {ends}; that of a network that cannot tell views apart is {chance}.
 
-| features | set | held out | nearest | most frequent | effective rank |
+| features | set | held out | nearest neighbours | most frequent class | effective rank |
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 

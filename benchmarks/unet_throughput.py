@@ -1,9 +1,9 @@
-"""What SMDUNet2DModel costs: as a Gaussian model against diffusers.UNet2DModel of equal parameters, and as a mixture against
-itself as a Gaussian model. A training step is forward, backward and AdamW, with 4 draws of the mixture; a sampling step is the
-forward pass with one, at one t for the whole batch.
+"""Measures the speed of SMDUNet2DModel: as a Gaussian model relative to diffusers.UNet2DModel with as many parameters, and as a
+mixture relative to the Gaussian model.
 
-Each model gets the same batch. Rounds go through the models in turn, so that a slow spell of the machine hits all alike, and
-the ratio is taken round by round; its median is the result.
+A training step is forward pass, backward pass and AdamW, with 4 draws of the mixture. A sampling step is a forward pass with
+one draw, at one t for the whole batch. All models get the same batch and take turns, so that a slow moment of the machine
+affects all. The result is the median over rounds of the ratio within a round.
 
     python benchmarks/unet_throughput.py            # 8x8x16 latents and 32x32x4 latents, some minutes
     python benchmarks/unet_throughput.py --quick
@@ -34,8 +34,8 @@ RESULT = Path(__file__).parent / "results" / "unet_throughput.json"
 CLASSES = 10
 PARAMETER_TOLERANCE = 0.02
 
-# Each case: latent shape and batches; small latents are sampled in the default batch of tools/sample.py. Widths are chosen so
-# that the parameters agree within 2 %; depth, attention (the lower level and the middle) and head width are the same for all.
+# Latent shape and batch sizes of each case. Small latents are sampled in the default batch of tools/sample.py. Widths are
+# chosen so that the numbers of parameters agree within 2 %. Depth, attention (lower level and middle) and head width are equal.
 CASES = {
     "8x8x16": {"shape": (16, 8, 8), "batch": 32, "sampling_batch": 64},
     "32x32x4": {"shape": (4, 32, 32), "batch": 4, "sampling_batch": 4},
@@ -44,7 +44,7 @@ WIDTHS = {"diffusers": (88, 184), "vanilla": (96, 192), "smd": (96, 192)}
 COMMON = {"norm_num_groups": 8, "attention_head_dim": 8}
 DRAWS = 4
 SAMPLING_ROUNDS = 10
-"""For each of training: a step is short, and two of its kind differ by 5 % on a machine that others use too."""
+"""Sampling rounds per training round: sampling steps are short, and their times vary by 5 % on a shared machine."""
 
 
 def build(case: dict) -> dict[str, torch.nn.Module]:
@@ -59,7 +59,7 @@ def build(case: dict) -> dict[str, torch.nn.Module]:
         "up_layers_per_block": 1,
         **COMMON,
     }
-    # In its faster layout, which ours takes by itself.
+    # In its faster memory layout, which SMDUNet2DModel uses by default.
     theirs = UNet2DModel(
         sample_size=height,
         in_channels=channels,
@@ -80,7 +80,7 @@ def build(case: dict) -> dict[str, torch.nn.Module]:
 
 
 class Trainee:
-    """One model with its optimizer, and the seconds of one step."""
+    """A model with its optimizer and inputs, to time steps of."""
 
     def __init__(self, name: str, model: torch.nn.Module, case: dict, device: torch.device) -> None:
         self.name, self.device = name, device
@@ -154,22 +154,22 @@ def measure(case: dict, rounds: int, device: torch.device) -> dict:
 
 
 def median_ratio(rows: list[dict[str, float]], above: str, below: str) -> float:
-    """Return the median ratio of the times of two models in the same round."""
+    """Return the median over rounds of the ratio of the times of two models."""
     return statistics.median(row[above] / row[below] for row in rows)
 
 
 def targets(name: str, case: dict) -> list[dict]:
     wanted = [
-        ("vanilla against diffusers.UNet2DModel, training images/s", ">= 1.0", case["vanilla_speed_to_diffusers"]),
-        ("SMD, M = 4, training step over vanilla's", "<= 2.0", case["smd_training_step_to_vanilla"]),
-        ("SMD, sampling step over vanilla's", "<= 1.05", case["smd_sampling_step_to_vanilla"]),
+        ("training images/s, Gaussian model / diffusers.UNet2DModel", ">= 1.0", case["vanilla_speed_to_diffusers"]),
+        ("training step, mixture with 4 draws / Gaussian model", "<= 2.0", case["smd_training_step_to_vanilla"]),
+        ("sampling step, mixture / Gaussian model", "<= 1.05", case["smd_sampling_step_to_vanilla"]),
     ]
-    return [target(f"{what}, {name}", limit, value) for what, limit, value in wanted]
+    return [target(f"{measure}, {name}", limit, value) for measure, limit, value in wanted]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds; the result says that it was quick")
+    parser.add_argument("--quick", action="store_true", help="few rounds; recorded in the result")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds = 5 if arguments.quick else 40

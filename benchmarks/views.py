@@ -1,6 +1,6 @@
-"""Random views of pictures for contrastive training, every picture of a batch with its own draws.
+"""Random views of images for contrastive training, with different random parameters for every image of a batch.
 
-The transforms of torchvision draw once for a whole batch, and picture by picture they take longer than the network.
+The transforms of torchvision use the same parameters for a whole batch, and image by image they take longer than the network.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class ViewConfig:
     area: list[float] = field(default_factory=lambda: [0.3, 1.0])
     """Smallest and largest fraction of the image to crop."""
     mirror: bool = False
-    """Half of them. Not for letters or flags."""
+    """Flip half of the views horizontally. Not suited for letters and flags."""
     jitter: float = 0.4
-    """Greatest relative change of brightness, contrast and saturation."""
+    """Largest relative change of brightness, contrast and saturation."""
     hue: float = 0.1
-    """Greatest turn of the hue, of a whole circle."""
+    """Largest rotation of the hue, as a fraction of the circle."""
     recoloured: float = 0.8
     """Fraction of the views with colour jitter."""
     grey: float = 0.15
@@ -37,21 +37,21 @@ class ViewConfig:
     blurred: float = 0.2
     """Fraction of the views to blur. Small, because features that ignore blur cannot measure it."""
     blur: float = 0.8
-    """Greatest standard deviation, in pixels of the view."""
+    """Largest standard deviation of the blur, in pixels of the view."""
 
 
 def random_views(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
-    """One view of each picture: (N, 3, H, W) in [0, 1] -> (N, 3, side, side) in [0, 1]."""
+    """Make one view of each image: (N, 3, H, W) in [0, 1] -> (N, 3, side, side) in [0, 1]."""
     return random_blur(random_colours(random_crop(pixels, config), config), config).clamp(0.0, 1.0)
 
 
 def uniform(like: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """(N,), for each picture of ``like``."""
+    """Draw a uniform value for each image of ``like``, (N,)."""
     return torch.empty(len(like), device=like.device).uniform_(low, high)
 
 
 def random_crop(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
-    """A rectangle of random area, aspect and place, at the side of the views; mirrored or not."""
+    """Crop a rectangle of random area, aspect ratio and position, resize it to the views' size, and perhaps mirror it."""
     area, aspect = uniform(pixels, *config.area), torch.exp(uniform(pixels, -1, 1) * torch.tensor(ASPECT).log())
     width, height = (area * aspect).sqrt().clamp_max(1.0), (area / aspect).sqrt().clamp_max(1.0)
     theta = torch.zeros(len(pixels), 2, 3, device=pixels.device)
@@ -64,12 +64,12 @@ def random_crop(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
 
 
 def random_colours(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
-    """Brightness b, contrast c, saturation s and hue h, all linear in the colours, so one 3 x 3 matrix for each picture:
+    """Change brightness b, contrast c, saturation s and hue h. All are linear in the colours, so one 3 x 3 matrix does it:
 
         x -> b (c R x + (1 - c) m),   R = turn(h) (s I + (1 - s) 1 g^T)
 
-    with g the weights of the grey value, m the mean grey value of the picture, and turn(h) the rotation of colours around the
-    grey axis. s = 0 makes a view grey.
+    Here g are the weights of the grey value, m is the mean grey value of the image, and turn(h) rotates colours around the grey
+    axis. s = 0 makes a view grey.
     """
     on = uniform(pixels, 0, 1) < config.recoloured
     strengths = [torch.where(on, 1 + config.jitter * uniform(pixels, -1, 1), 1.0) for _ in range(3)]
@@ -85,7 +85,7 @@ def random_colours(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
 
 
 def hue_turn(angle: torch.Tensor) -> torch.Tensor:
-    """Rotations (N, 3, 3) around the grey axis u = (1, 1, 1) / sqrt 3, Rodrigues' formula:
+    """Return rotations (N, 3, 3) around the grey axis u = (1, 1, 1) / sqrt 3, by Rodrigues' formula:
 
     cos a I + sin a [u]_x + (1 - cos a) u u^T
     """
@@ -105,7 +105,7 @@ def random_blur(pixels: torch.Tensor, config: ViewConfig) -> torch.Tensor:
 
 
 def gaussian_blur(pixels: torch.Tensor, deviations: torch.Tensor) -> torch.Tensor:
-    """Pictures (N, C, H, W) blurred with standard deviations (N,), edges repeated."""
+    """Blur images (N, C, H, W) with standard deviations (N,); edges are repeated."""
     count, channels = pixels.shape[:2]
     offsets = torch.arange(TAPS, device=pixels.device) - TAPS // 2
     kernel = (-offsets.square() / (2 * deviations[:, None] ** 2)).exp()

@@ -1,5 +1,5 @@
-"""Shared by the image benchmarks: equal labels and seeds for every model and scheduler, and the distance to training images in
-the features of a network."""
+"""What the image benchmarks share: the same labels and seeds for every model and scheduler, and the distance to training images
+in the features of a network."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SCHEDULERS = {
     "GMS, two moments": "GMSScheduler:num_moments=2",
     "GMS, a component for the picture": "GMSScheduler:choose_per_image=true",
 }
-"""The names in the tables; of the multistep solvers, second order."""
+"""Schedulers by their name in the tables. Multistep solvers are of second order."""
 
 
 @dataclass
@@ -46,16 +46,16 @@ class YardstickConfig:
     name: str = MISSING
     """Name of the image set, used in the names of the result files."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
-    """The pictures the models were trained on."""
+    """Training images of the models."""
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
-    """Real pictures no model has seen: their distance is the floor, and their labels are the labels sampled."""
+    """Real images that no model was trained on. Their distance is the floor, and samples get their labels."""
     samples: int = 1000
-    """Per scheduler and number of steps, over all sampling seeds together."""
+    """Samples per scheduler and number of steps, over all sampling seeds together."""
     sampling_seeds: int = 2
     features: str = "checkpoints/classifier"
     """Feature network: a FeatureNetwork folder, open_clip:ARCHITECTURE:FILE.safetensors or inception:FILE."""
     reference: int = 10_000
-    """Training pictures compared with, at most."""
+    """Maximum number of training images to compare with."""
 
     def __post_init__(self) -> None:
         check(self.sampling_seeds >= 1, "sampling_seeds", "at least 1", self.sampling_seeds)
@@ -67,7 +67,7 @@ class ResultsConfig(YardstickConfig):
     """Settings of a benchmark with Results."""
 
     resume: bool = False
-    """Keep what the result file has of the same weights, pictures, features and numbers of samples."""
+    """Keep results in the result file that belong to the same weights, images, features and numbers of samples."""
 
     def check_schedulers(self, *keys: str) -> None:
         for key in keys:
@@ -76,11 +76,11 @@ class ResultsConfig(YardstickConfig):
 
 
 class Yardstick:
-    """Measures samples of a pipeline, with the labels of the held-out pictures in one shuffled order.
+    """A measure of samples of a pipeline, with the labels of the held-out images in a fixed shuffled order.
 
     Attributes:
-        held_out: those pictures in that order, uint8 (N, 3, H, W), at most ``samples``.
-        labels: of the samples; over again where there are fewer pictures.
+        held_out: the held-out images in that order, uint8 (N, 3, H, W), at most ``samples``.
+        labels: labels of the samples, repeated if there are fewer images.
     """
 
     def __init__(self, config: YardstickConfig) -> None:
@@ -103,8 +103,8 @@ class Yardstick:
             "threads": torch.get_num_threads(),
         }
 
-    def pictures(self, pipeline: SMDPipeline, steps: int, start: int, count: int, title: str) -> torch.Tensor:
-        """Sample with the labels and seeds from ``start`` on and the scheduler of the pipeline; (count, 3, H, W) in [0, 1]."""
+    def sample(self, pipeline: SMDPipeline, steps: int, start: int, count: int, title: str) -> torch.Tensor:
+        """Sample with labels and seeds from ``start`` on and the pipeline's scheduler; returns (count, 3, H, W) in [0, 1]."""
         chosen = self.labels[start : start + count]
         options = SamplingOptions(steps, seed=start, batch_size=BATCH_SIZE)
         return sample_pixels(pipeline, chosen, count, options, title)
@@ -112,26 +112,29 @@ class Yardstick:
     def cell(self, pipeline: SMDPipeline, steps: int, title: str) -> dict:
         """Return the distance of all samples with ``steps`` steps, their mean brightness, and evaluations per sample."""
         count = self.samples // self.seeds
-        parts = [self.pictures(pipeline, steps, seed * count, count, title) for seed in range(self.seeds)]
+        parts = [self.sample(pipeline, steps, seed * count, count, title) for seed in range(self.seeds)]
         brightness = round(float(torch.cat(parts).mean()), 4)
         return self.measure(parts) | {"brightness": brightness, "evaluations": pipeline.num_timesteps}
 
     def measure(self, parts: list[torch.Tensor]) -> dict:
-        """The distance of pictures (N, 3, H, W) in [0, 1], one part for each sampling seed."""
+        """Return the distance of images (N, 3, H, W) in [0, 1], given as one part for each sampling seed."""
         features = [self.extractor((part * 255).round().to(torch.uint8)) for part in parts]
         return self._measure(torch.cat(features), features)
 
-    def nearest(self, pictures: torch.Tensor) -> float:
-        """Median distance of pictures (N, 3, H, W), uint8, to the nearest training picture, over that of the held-out pictures:
-        near 0 where training pictures come out again, 1 where what comes out is as new as pictures never trained on."""
+    def nearest(self, images: torch.Tensor) -> float:
+        """Return the median distance of images to the nearest training image, relative to that of held-out images.
+
+        It is close to 0 if training images are reproduced, and 1 if the images are as new as images that were not trained on.
+        ``images`` is uint8 (N, 3, H, W).
+        """
         found, new = (
             torch.cdist(self.extractor(part).double(), self.reference.features).min(dim=1).values.median()
-            for part in (pictures, self.held_out)
+            for part in (images, self.held_out)
         )
         return round(float(found / new), 3)
 
     def _measure(self, features: torch.Tensor, per_seed: list[torch.Tensor]) -> dict:
-        """All distances, and the Frechet distance of each sampling seed alone."""
+        """Return all distances, and the Frechet distance of each sampling seed alone."""
         found = distances(features, self.reference, self.extractor.unit_length)
         return {name: round(value, 5) for name, value in found.items()} | {
             "frechet_per_seed": [round(frechet_distance(part, self.reference), 4) for part in per_seed],
@@ -139,17 +142,18 @@ class Yardstick:
 
 
 class Results:
-    """The distances of several models, in a JSON file that grows cell by cell, so that a stopped run can be resumed.
+    """The distances of several models, in a JSON file that is written after every cell, so that a stopped run can be resumed.
 
     Args:
-        benchmark: with the config's ``name`` it names the files.
+        benchmark: first part of the file names, before the config's ``name``.
 
     Attributes:
-        content: what is written, with ``models``: name -> parameters, weights_sha256, distance: scheduler -> steps -> cell.
+        content: content of the file. ``models`` maps names to parameters, weights_sha256 and distance; distance maps scheduler
+            and number of steps to a cell.
     """
 
     SAME = ("distance", "reference_pictures", "samples", "sampling_seeds")
-    """What an earlier file must agree in for its cells to be kept, and the floor's Frechet distance."""
+    """Entries of an earlier file that must agree for its cells to be kept, beside the Frechet distance of the floor."""
 
     def __init__(self, benchmark: str, config: ResultsConfig) -> None:
         self.started = time.perf_counter()
@@ -167,7 +171,7 @@ class Results:
         self.content["models"][model] = entry
 
     def cell(self, model: str, scheduler: str, pipeline: SMDPipeline, steps: int) -> dict:
-        """Measured with the scheduler that the pipeline has, or kept from the file, if that was made of the same weights."""
+        """Measure with the scheduler of the pipeline, or keep the cell of the file, if it belongs to the same weights."""
         entry, earlier = self.content["models"][model], self.before.get(model, {})
         cell = None
         if earlier.get("weights_sha256") == entry["weights_sha256"]:
@@ -180,7 +184,7 @@ class Results:
         return cell
 
     def write(self, finished: bool = False) -> None:
-        """Until the run is finished, with what of the earlier file it has not come to yet: it may be stopped again."""
+        """Write the file. Cells of the earlier file are kept until the run is finished, because it may be stopped again."""
         content = self.content
         if not finished:
             content = content | {"models": self.before | content["models"]}
@@ -202,7 +206,7 @@ class Results:
 
 
 def plain_log_ticks(*axes: Axis) -> None:
-    """1, 2, 5, 10, 20, ... on logarithmic axes."""
+    """Put ticks at 1, 2, 5, 10, 20, ... on logarithmic axes."""
     for axis in axes:
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -210,7 +214,7 @@ def plain_log_ticks(*axes: Axis) -> None:
 
 
 def joined(earlier: dict, now: dict) -> dict:
-    """Scheduler -> steps -> cell, of both; JSON has the steps as strings."""
+    """Merge two maps of scheduler -> steps -> cell. Steps are strings in JSON."""
     new = {scheduler: {str(steps): cell for steps, cell in cells.items()} for scheduler, cells in now.items()}
     return {scheduler: earlier.get(scheduler, {}) | new.get(scheduler, {}) for scheduler in earlier | new}
 
@@ -218,17 +222,18 @@ def joined(earlier: dict, now: dict) -> dict:
 def weights_sha256(folder: str) -> str:
     """Hash the networks of a model folder except the autoencoder, or the network in a folder of its own."""
     digest = hashlib.sha256()
-    whole = Path(folder)
-    for path in weight_files(whole, NETWORKS) or weight_files(whole.parent, [whole.name]):
+    model = Path(folder)
+    for path in weight_files(model, NETWORKS) or weight_files(model.parent, [model.name]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
 def distance_table(result: dict, title: str, steps: list[int]) -> list[str]:
-    """The Frechet distances as Markdown, with the bootstrap's 95 % interval: a row for each model and scheduler."""
+    """Format the Frechet distances as Markdown, with their 95 % interval: a row for each model and scheduler."""
     lines = [
-        f"{result['distance']}, {title}: {result['samples']} samples against {result['reference_pictures']} training pictures; "
-        f"{result['floor']['pictures']} held-out pictures are at {result['floor']['frechet']:.2f} (`{result['command']}`)",
+        f"{result['distance']}, {title}: {result['samples']} samples compared with {result['reference_pictures']} training "
+        f"images (`{result['command']}`). The distance of {result['floor']['pictures']} held-out images is "
+        f"{result['floor']['frechet']:.2f}. Intervals are 95 % (bootstrap).",
         "",
         "| | " + " | ".join(f"{n} steps" for n in steps) + " |",
         "|---" * (len(steps) + 1) + "|",

@@ -1,1 +1,1 @@
-"""The figures of README and docs, in one style (benchmarks/figures.py)."""
+"""Figures of README and docs (benchmarks/figures.py)."""

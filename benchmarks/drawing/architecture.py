@@ -1,4 +1,4 @@
-"""The network and the sampling loop as a diagram."""
+"""A diagram of the network and the sampling loop."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Diagram:
         self.axis.annotate("", xy=end, xytext=start, arrowprops=style)
 
     def line(self, *points: Point, colour: str = INK, dashed: bool = False) -> None:
-        """Draw a line through the points, its last piece an arrow."""
+        """Draw a line through the points that ends in an arrow."""
         self.axis.plot(*zip(*points[:-1]), color=colour, lw=1.4, ls="--" if dashed else "-", solid_capstyle="butt")
         self.arrow(points[-2], points[-1], colour, dashed)
 
@@ -51,11 +51,11 @@ class Diagram:
 
 
 def architecture(path: Path) -> Path:
-    """Draw it: encoding above; one step of sampling in the middle, and the loop around it."""
+    """Draw the diagram: encoding at the top, one sampling step in the middle, and the loop around it."""
     with styled():
         d = Diagram(16.8, 9.3)
         # Encoding, once.
-        d.box(0.2, 8.0, 2.2, 1.1, "pictures")
+        d.box(0.2, 8.0, 2.2, 1.1, "images")
         d.box(3.4, 8.0, 3.2, 1.1, "autoencoder,\nencoder (frozen)", EXACT)
         d.box(7.6, 8.0, 3.4, 1.1, "latent shards\n(webdataset tars)")
         d.box(12.0, 8.0, 4.6, 1.1, "training: energy score,\nthen distillation")
@@ -87,7 +87,7 @@ def architecture(path: Path) -> Path:
         # The loop.
         d.box(3.4, 0.2, 4.6, 1.1, "step of the scheduler\nwith one draw: less noise")
         d.box(9.4, 0.2, 3.2, 1.1, "autoencoder,\ndecoder (frozen)", EXACT)
-        d.box(13.9, 0.2, 2.4, 1.1, "pictures")
+        d.box(13.9, 0.2, 2.4, 1.1, "images")
         d.line((15.1, 5.3), (15.1, 1.6), (5.7, 1.6), (5.7, 1.3))
         d.line((3.4, 0.75), (0.05, 0.75), (0.05, 5.95), (0.5, 5.95))
         d.text(1.75, 1.05, "next step", size=9.5)

@@ -1,4 +1,4 @@
-"""Frechet distance by evaluations of the network, of every method of a contest (benchmarks/rivals.py), with intervals."""
+"""A plot of Frechet distances over network evaluations for all methods of a contest (benchmarks/rivals.py)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from yardstick import plain_log_ticks
 from drawing.style import EXACT, GAUSSIAN, INK, MIXTURE, OTHERS, save, styled
 
 NORMAL_95 = 1.96
-MOST_STEPS = 16
+MAX_STEPS = 16
 OWN = {AFTER: MIXTURE, OURS: EXACT}
 NETWORKS = {"classifier": "features of a classifier", "features-selfsupervised": "features trained without labels"}
 
 
 def best_start(rows: list[Row], network: str) -> dict[int, tuple[float, float]]:
-    """Of the Gaussian model that all start from, at each number of steps the best scheduler's mean and interval."""
+    """Return mean and interval of the initial Gaussian model with the best scheduler at each number of steps."""
     starts = [row for row in rows if row.name.startswith(START)]
-    counts = sorted({n for row in starts for n in row.counts(NOISE) if n <= MOST_STEPS})
+    counts = sorted({n for row in starts for n in row.counts(NOISE) if n <= MAX_STEPS})
     return {n: min(interval(row, n, network) for row in starts if n in row.counts(NOISE)) for n in counts}
 
 
 def interval(row: Row, steps: int, network: str) -> tuple[float, float]:
-    """The mean over training seeds, and half of the 95 % interval of one training: 1.96 times the standard deviation over
-    seeds or, where that is larger or there is one seed, over samples (bootstrap)."""
+    """Return the mean over training seeds and half the 95 % interval of one training.
+
+    The latter is 1.96 times the larger one of the standard deviations over seeds and over samples (bootstrap).
+    """
     values = row.values(NOISE, steps, of_network(network))
     over_samples = statistics.mean(row.values(NOISE, steps, of_network(network, "frechet_sd")))
     over_seeds = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -36,7 +38,7 @@ def interval(row: Row, steps: int, network: str) -> tuple[float, float]:
 
 
 def contest(results: Path, path: Path) -> Path:
-    """Draw the trainings of a result file of benchmarks/rivals.py, sampled from noise: a panel for each feature network."""
+    """Plot the trainings in a result file of benchmarks/rivals.py, sampled from noise: a panel for each feature network."""
     rows = rows_of(json.loads(results.read_text(encoding="utf-8"))["contest"])
     trained = sorted((row for row in rows if row.images), key=lambda row: row.name in OWN)
     names = [name for name in NETWORKS if name in networks_of(rows)]

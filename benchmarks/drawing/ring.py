@@ -1,4 +1,4 @@
-"""The ring of eight modes, sampled in a few steps: with the exact posterior, its mean, and a trained mixture."""
+"""A plot of the ring of eight modes, sampled in a few steps with the exact posterior, its mean, and a trained mixture."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 
 STEPS = 3
 POINTS, DRAWS, MODES = 1500, 150, 10
-PLACE = (0.55, 0.35)
-"""x_t of the last column, between modes."""
+BETWEEN_MODES = (0.55, 0.35)
+"""x_t of the last column."""
 Draw = Callable[[torch.Tensor, int], torch.Tensor]
-"""x_t (N, D), t -> a draw or a prediction of x_0 for each, (N, D)."""
+"""(x_t (N, D), t) -> a draw or a prediction of x_0 for each point, (N, D)."""
 
 
 def posterior(problem: Problem, x_t: torch.Tensor, t: int) -> GaussianMixture:
@@ -28,8 +28,8 @@ def posterior(problem: Problem, x_t: torch.Tensor, t: int) -> GaussianMixture:
 
 
 def denoisers(problem: Problem, updates: int, generator: torch.Generator) -> dict[str, tuple[str, Draw]]:
-    """What each row of the figure puts in the place of x_0, with its colour. A Gaussian model that has learned all it can
-    predicts the exact posterior's mean."""
+    """Return, for each row of the figure, its colour and the x_0 that it samples with. The optimal Gaussian model predicts the
+    mean of the exact posterior."""
     network = train(problem, components(MODES), Budget(updates), seeds=1)
 
     def exact(x_t: torch.Tensor, t: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def denoisers(problem: Problem, updates: int, generator: torch.Generator) -> dic
 
 
 def ring(path: Path, updates: int = 3000) -> Path:
-    """Draw it: a column for the noise and for every step, and one for the x_0 of a single x_t after the first."""
+    """Plot a column for the noise and for every step, and one with draws of x_0 for a single x_t after the first step."""
     problem, generator = Problem("ring of 8", STEPS), torch.Generator().manual_seed(0)
     rows = denoisers(problem, updates, generator)
     noise = torch.randn(POINTS, 2, generator=generator)
@@ -63,9 +63,9 @@ def ring(path: Path, updates: int = 3000) -> Path:
             for column, t in enumerate(range(STEPS - 1, -1, -1), start=1):
                 x = problem.step(x, draw(x, t), t, generator)
                 scatter(line[column], x, colour)
-            x_t = torch.tensor(PLACE).expand(DRAWS, 2)
+            x_t = torch.tensor(BETWEEN_MODES).expand(DRAWS, 2)
             line[-1].plot(*problem.normalised.means.T, "o", mfc="none", mec=INK, ms=7, mew=0.8)
-            line[-1].plot(*PLACE, "x", color=INK, ms=8, mew=2)
+            line[-1].plot(*BETWEEN_MODES, "x", color=INK, ms=8, mew=2)
             scatter(line[-1], draw(x_t, STEPS - 2), colour, size=10)
         titles = ["noise", *(f"after step {step}" for step in range(1, STEPS + 1)), "clean x for the cross"]
         for axis, title in zip(axes[0], titles):
@@ -78,5 +78,5 @@ def ring(path: Path, updates: int = 3000) -> Path:
 
 
 def scatter(axis: plt.Axes, points: torch.Tensor, colour: str, size: float = 2.0) -> None:
-    """Points as an image inside the SVG: thousands of them as shapes would be a megabyte."""
+    """Plot points as an image inside the SVG, because thousands of shapes would take a megabyte."""
     axis.scatter(*points.T, s=size, color=colour, linewidths=0, alpha=0.8, rasterized=True)

@@ -1,4 +1,4 @@
-"""One style for all figures: transparent, with colours of middle brightness, legible on white and on black."""
+"""The style of all figures: transparent, in colours of medium brightness that are legible on white and on black."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 INK = "#80868f"
-"""Text and lines. Its contrast is 3.7 with white, and 5.7 with black."""
+"""Colour of text and lines. Its contrast is 3.7 with white and 5.7 with black."""
 GAUSSIAN, MIXTURE, EXACT = "#d9822b", "#3b8eea", "#2f9e6e"
 OTHERS = ("#b565c9", "#c0943a", "#d1556a", "#4fa3a5", "#8d7bd6", "#7a9a3d", "#a5826b")
 STYLE = {
@@ -46,7 +46,7 @@ def save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight", pad_inches=0.05, metadata={"Date": None})
     plt.close(figure)
-    # Viewers that have none of matplotlib's own fonts take the reader's.
+    # Viewers without matplotlib's own font then use the reader's.
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("'DejaVu Sans', ", "").rstrip() + "\n", encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""Few-step methods, trained from one Gaussian model: what people would use in place of a mixture."""
+"""Few-step methods that are trained from a Gaussian model, as alternatives to a mixture."""
 
 from .adversarial import DDGAN, DMD2
 from .consistency import ECT

@@ -1,4 +1,4 @@
-"""Few-step generators with a critic: DMD2 (arXiv 2405.14867) and denoising diffusion GANs (2112.07804)."""
+"""Adversarial few-step methods: DMD2 (arXiv 2405.14867) and denoising diffusion GANs (2112.07804)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .method import Method, column, squares
 from .network import Critic, Denoiser, Start, denoiser, feature_head, levels, resample, trailing
 
-NEAREST, FARTHEST = 0.02, 0.98
-"""Range of timesteps that generated images are noised to, as fractions of the last one."""
-SMALLEST = 1e-4
+MIN_TIME, MAX_TIME = 0.02, 0.98
+"""Range of timesteps at which noise is added to generated images, as fractions of the last one."""
+MIN_SCALE = 1e-4
+"""Smallest normaliser of the gradient."""
 
 
 class FakeScore(nn.Module):
-    """DMD2's critic: a denoiser of what the generator makes, and on its features a classifier of real and generated."""
+    """DMD2's critic: a denoiser of generated images, with a classifier of real and generated images on its features."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -28,7 +29,7 @@ class FakeScore(nn.Module):
         self.head = feature_head(denoiser)
 
     def forward(self, x_r: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_0 and the classifier's logit."""
+        """Return x_0 and the logit of the classifier."""
         clean, features = self.denoiser.clean_and_features(x_r, sigma, labels)
         return clean, self.head(features)
 
@@ -43,21 +44,22 @@ class DMD2Settings:
     critic_gan: float = 1e-2
     """Weight of the classifier in the critic's loss."""
     steps: int = 4
-    """Noises that the generator is trained at."""
+    """Number of noise levels that the generator is trained at."""
     first: float = 5.0
-    """Sigma that the first step is told. Where it is the process' last, the start is a constant there, which training does not
-    leave (few_step/known.py); DMD2's one-step SDXL tells its network a middle timestep for the same reason."""
+    """Sigma that the network is given in the first step. At the last sigma of the process, the initial model predicts a
+    constant, and training does not get away from it (few_step/known.py). One-step SDXL of DMD2 uses a middle timestep for the
+    same reason."""
 
 
 class DMD2(Method):
-    """The generator's draw x is noised to x_r; the frozen Gaussian model gives the score of real x_r, the critic that of
-    generated ones:
+    """DMD2. Noise is added to the generator's output x, which gives x_r. The frozen Gaussian model has the score of real x_r,
+    and the critic that of generated x_r:
 
         goal = x - (D_critic(x_r) - D_teacher(x_r)) / mean |x - D_teacher(x_r)|,
         loss = |x - goal|^2 / 2 + gan softplus(-c(x_r))
 
-    What the generator sees is made by itself, from noise, as in sampling. A step is one update of the critic; each
-    ``critic_updates``-th is one of the generator too."""
+    The generator's inputs are its own samples from earlier steps, as in sampling. Each step updates the critic, and each
+    ``critic_updates``-th one also the generator."""
 
     Settings = DMD2Settings
     SEARCH = {
@@ -84,13 +86,13 @@ class DMD2(Method):
         model, critic = self.networks["model"], self.networks["critic"]
         turn = self.count // settings.critic_updates % settings.steps
         trains = self.count % settings.critic_updates == 0
-        x_t, sigma = self.seen(x0.shape, labels, turn, generator)
+        x_t, sigma = self.inputs(x0.shape, labels, turn, generator)
         with torch.set_grad_enabled(trains):
             x = model.clean(x_t, sigma, labels)
 
         drawn = x.detach()
-        place = torch.empty(len(x0), device=x0.device).uniform_(NEAREST, FARTHEST, generator=generator)
-        alphabar = self.start.alphas_cumprod[(place * len(self.start.alphas_cumprod)).long()]
+        time = torch.empty(len(x0), device=x0.device).uniform_(MIN_TIME, MAX_TIME, generator=generator)
+        alphabar = self.start.alphas_cumprod[(time * len(self.start.alphas_cumprod)).long()]
         noise = (1 / alphabar - 1).sqrt()
         a, s = levels(noise)
         if trains:
@@ -98,15 +100,15 @@ class DMD2(Method):
             with torch.no_grad():
                 true = self.teacher.clean(x_r, noise, labels)
             own, logit = critic(x_r, noise, labels)
-            scale = (drawn - true).abs().flatten(1).mean(dim=1).clamp_min(SMALLEST)
+            scale = (drawn - true).abs().flatten(1).mean(dim=1).clamp_min(MIN_SCALE)
             goal = drawn - (own.detach() - true) / column(scale)
-            # Per element: the classifier's weight is the paper's against that.
+            # Per element, because the paper's weight of the classifier is relative to that.
             loss = 0.5 * squares(x - goal).mean() / x[0].numel() + settings.gan * F.softplus(-logit).mean()
             self.descend("model", loss, rate)
             self.last = loss.detach()
 
         fake, fake_logit = critic(a * drawn + s * torch.randn(x0.shape, **options), noise, labels)
-        error = (squares(fake - drawn) / noise.square() * (1 + noise.square())).mean() / x0[0].numel()  # of v
+        error = (squares(fake - drawn) / noise.square() * (1 + noise.square())).mean() / x0[0].numel()  # the error of v
         loss = error
         if settings.critic_gan:
             _, real_logit = critic(a * x0 + s * torch.randn(x0.shape, **options), noise, labels)
@@ -114,10 +116,10 @@ class DMD2(Method):
         self.descend("critic", loss, rate)
         return {"loss": self.last, "critic_loss": error.detach()}
 
-    def seen(
+    def inputs(
         self, shape: torch.Size, labels: torch.Tensor, turn: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_t and sigma for the ``turn``-th step of a sampling, the generator's own first ones before it."""
+        """Return x_t and sigma for step number ``turn`` of sampling, after the generator's own earlier steps."""
         model, sigmas = self.networks["model"], self.sigmas
         x = torch.randn(shape, generator=generator, device=labels.device)
         sigma = sigmas[turn].expand(len(labels))
@@ -146,14 +148,14 @@ class DDGANSettings:
     critic_rate: float = 1.25e-4
     steps: int = 4
     r1: float = 0.05
-    """gamma of R1."""
+    """Weight gamma of the R1 penalty."""
     every: int = 15
     """Steps between two R1 penalties."""
 
 
 class DDGAN(Method):
-    """The generator maps x_t and a map of noise z to x_0, and with it x_s by the posterior q(x_s | x_t, x_0). The critic is
-    given (x_s, x_t, t), real or generated:
+    """Denoising diffusion GAN. The generator maps x_t and noise z to x_0, which gives x_s by the posterior q(x_s | x_t, x_0).
+    The critic's input is (x_s, x_t, t), real or generated:
 
         L_critic = softplus(-c(real)) + softplus(c(generated)) + gamma / 2 |dc / dx_s|^2,    L = softplus(-c(generated))
     """
@@ -181,7 +183,7 @@ class DDGAN(Method):
         turn = torch.randint(settings.steps, (len(x0),), **options)
         t, s = self.sigmas[turn], self.sigmas[turn + 1]
         (a_t, s_t), (a_s, s_s) = levels(t), levels(s)
-        # A true pair: x_s first, and from it x_t.
+        # A real pair: x_s, and x_t made from it.
         x_s = a_s * x0 + s_s * torch.randn(x0.shape, **options)
         kept = a_t / a_s
         x_t = kept * x_s + (s_t**2 - (kept * s_s) ** 2).clamp_min(0).sqrt() * torch.randn(x0.shape, **options)
@@ -190,18 +192,18 @@ class DDGAN(Method):
         penalised = self.count % settings.every == 0
         with sdpa_kernel(SDPBackend.MATH if penalised else list(BACKENDS)):  # fused attention has no second derivative
             real = x_s.detach().requires_grad_(penalised)
-            said = self.judge(critic, real, x_t, t, s, labels)
-            critic_loss = F.softplus(-said).mean() + F.softplus(self.judge(critic, drawn.detach(), x_t, t, s, labels)).mean()
+            logit = self.logit(critic, real, x_t, t, s, labels)
+            critic_loss = F.softplus(-logit).mean() + F.softplus(self.logit(critic, drawn.detach(), x_t, t, s, labels)).mean()
             loss = critic_loss
             if penalised:
-                [slope] = torch.autograd.grad(said.sum(), real, create_graph=True)
-                loss = loss + 0.5 * settings.r1 * squares(slope).mean()
+                [gradient] = torch.autograd.grad(logit.sum(), real, create_graph=True)
+                loss = loss + 0.5 * settings.r1 * squares(gradient).mean()
             self.descend("critic", loss, rate)
-        model_loss = F.softplus(-self.judge(critic, drawn, x_t, t, s, labels)).mean()
+        model_loss = F.softplus(-self.logit(critic, drawn, x_t, t, s, labels)).mean()
         self.descend("model", model_loss, rate)
         return {"loss": model_loss.detach(), "critic_loss": critic_loss.detach()}
 
-    def judge(
+    def logit(
         self, critic: nn.Module, x_s: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         return critic(torch.cat((x_s, x_t), dim=1), s.clamp_min(1e-3), labels, t / (1 + t))
@@ -234,7 +236,7 @@ def posterior_step(
     labels: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """A draw of q(x_s | x_t, x_0) with x_0 = G(x_t, z); with b = a_t / a_s and v = s_t^2 - b^2 s_s^2
+    """Draw from q(x_s | x_t, x_0) with x_0 = G(x_t, z). With b = a_t / a_s and v = s_t^2 - b^2 s_s^2,
 
     x_s = (b s_s^2 x_t + a_s v x_0 + s_s sqrt(v) s_t eps) / s_t^2
     """

@@ -1,4 +1,4 @@
-"""Easy consistency tuning (ECT, arXiv 2406.14548): a diffusion model is tuned to give one x_0 at two noises of a path."""
+"""Easy consistency tuning (ECT, arXiv 2406.14548): tunes a diffusion model to predict the same x_0 at two noise levels."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from torch import nn
 from .method import Method, column, squares
 from .network import Start, denoiser, levels, resample
 
-LARGEST = 80.0
-SPREAD = {1: 1.0, 2: 1.0, 4: 3.5, 8: 8.0, 16: 14.0}
-"""How far the inner nodes reach from the middle one, as a factor, for each number of steps."""
+MAX_SIGMA = 80.0
+NODE_RANGE = {1: 1.0, 2: 1.0, 4: 3.5, 8: 8.0, 16: 14.0}
+"""Ratio of the outermost inner sigma to the middle one, for each number of steps."""
 
 
 @dataclass
 class ECTSettings:
-    """The paper's for CIFAR-10, with its sigmas doubled: its data has deviation 0.5, and ours 1."""
+    """Settings of the paper for CIFAR-10, with doubled sigmas: its data have standard deviation 0.5, and ours 1."""
 
     learning_rate: float = 1e-4
     mean: float = -0.4
     deviation: float = 2.0
-    """Distribution of log sigma."""
+    """Mean and standard deviation of log sigma."""
     q: float = 256.0
-    """Distance of r from t: for q = 2, r = 0 at first; for 256, the paper's one-hour recipe, r is close to t from the start."""
+    """Controls the distance of r from t. With q = 2, r = 0 at first. With 256, the one-hour recipe of the paper, r is close to
+    t from the start."""
     stages: int = 1
-    """Number of stages of the training; q is raised to the power of the stage."""
+    """Number of training stages. q is raised to the power of the stage."""
     c: float = 0.0
-    """Constant of the pseudo-Huber loss; 0: the norm."""
+    """Constant of the pseudo-Huber loss. 0: the norm."""
     middle: float = 1.64
-    """Sigma of the second of two steps; the middle one of more."""
+    """Sigma of the second of two steps, or the middle sigma of more steps."""
 
 
 class ECT(Method):
-    """With one noise for both, and D as a diffusion model's denoiser,
+    """ECT. With the same noise eps at both levels, and the denoiser D of a diffusion model,
 
     loss = (sqrt(|D(x + t eps, t) - sg D(x + r eps, r)|^2 + c^2) - c) / (t - r),    D(x, 0) = x
     """
@@ -54,40 +55,40 @@ class ECT(Method):
         network = denoiser(start)
         self.add("model", network, torch.optim.RAdam(network.parameters(), lr=settings.learning_rate))
 
-    def nearer(self, t: torch.Tensor) -> torch.Tensor:
-        """r(t) = max(0, t (1 - (1 + 8 sigmoid(-t / 2)) / q^stage))"""
+    def lower_level(self, t: torch.Tensor) -> torch.Tensor:
+        """Return r(t) = max(0, t (1 - (1 + 8 sigmoid(-t / 2)) / q^stage))."""
         stage = 1 + int(self.progress * self.settings.stages)
-        share = (1 + 8 * torch.sigmoid(-t / 2)) / self.settings.q**stage
-        return (t * (1 - share)).clamp_min(0)
+        decrease = (1 + 8 * torch.sigmoid(-t / 2)) / self.settings.q**stage
+        return (t * (1 - decrease)).clamp_min(0)
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         settings, model = self.settings, self.networks["model"]
         logarithm = torch.randn(len(x0), generator=generator, device=x0.device)
         t = (settings.mean + settings.deviation * logarithm).exp()
-        r = self.nearer(t)
+        r = self.lower_level(t)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         with torch.no_grad():
-            target = self.at(model, x0, eps, r, labels)
-        error = squares(self.at(model, x0, eps, t, labels) - target)
+            target = self.denoise(model, x0, eps, r, labels)
+        error = squares(self.denoise(model, x0, eps, t, labels) - target)
         c = max(settings.c, 1e-4)  # the norm has no gradient at 0
         loss = (((error + c**2).sqrt() - c) / (t - r)).mean()
         self.descend("model", loss, rate)
         return {"loss": loss.detach()}
 
-    def at(
+    def denoise(
         self, model: nn.Module, x0: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        """D(x_0 + sigma eps, sigma), which is x_0 where sigma is 0."""
+        """Return D(x_0 + sigma eps, sigma), which is x_0 for sigma = 0."""
         a, s = levels(sigma)
         found = model.clean(a * x0 + s * eps, sigma.clamp_min(1e-4), labels)
         return torch.where(column(sigma) > 0, found, x0)
 
     def nodes(self, steps: int) -> torch.Tensor:
-        """Sigmas of the steps: the largest, and the others in geometric order around the middle one."""
-        spread = SPREAD.get(steps, 14.0)
+        """Return the sigmas of the steps: the largest one, then a geometric sequence around the middle one."""
+        ratio = NODE_RANGE.get(steps, 14.0)
         powers = torch.linspace(1, -1, steps - 1, device=self.start.device) if steps > 2 else torch.zeros(steps - 1)
-        inner = self.settings.middle * spread ** powers.to(self.start.device)
-        return torch.cat((torch.full((1,), LARGEST, device=self.start.device), inner))
+        inner = self.settings.middle * ratio ** powers.to(self.start.device)
+        return torch.cat((torch.full((1,), MAX_SIGMA, device=self.start.device), inner))
 
     def sample(
         self,
@@ -98,6 +99,5 @@ class ECT(Method):
         generator: torch.Generator,
         first: float | None = None,
     ) -> torch.Tensor:
-        return resample(
-            lambda x, sigma: network.clean(x, sigma, labels), noise, self.nodes(steps).clamp_max(first or LARGEST), generator
-        )
+        sigmas = self.nodes(steps).clamp_max(first or MAX_SIGMA)
+        return resample(lambda x, sigma: network.clean(x, sigma, labels), noise, sigmas, generator)

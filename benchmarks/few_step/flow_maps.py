@@ -1,8 +1,8 @@
-"""Average velocities of the flow from noise to data: improved MeanFlow (arXiv 2512.02012), AlphaFlow (2510.20771) and Shortcut
-models (2410.12557).
+"""Methods that learn average velocities of the flow from noise to data: improved MeanFlow (arXiv 2512.02012), AlphaFlow
+(2510.20771) and shortcut models (2410.12557).
 
-Times are those of the straight path, z_t = (1 - t) x_0 + t eps, whose velocity is eps - x_0; u(z_t, r, t) is the average
-velocity from t to r <= t. A Gaussian model of another path gives the velocity u(z_t, t, t) without loss.
+Times are those of the straight path z_t = (1 - t) x_0 + t eps with velocity eps - x_0. u(z_t, r, t) is the average velocity
+from t to r <= t. The instantaneous velocity u(z_t, t, t) follows exactly from a Gaussian model of another path.
 """
 
 from __future__ import annotations
@@ -18,23 +18,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .method import Method, column, squares
 from .network import Denoiser, Start, denoiser
 
-NEAREST, FARTHEST = 1e-4, 0.999
-"""The network's own time ends there."""
+MIN_TIME, MAX_TIME = 1e-4, 0.999
+"""Range of times that the network is evaluated at."""
 DIFFERENCE = 0.005
-"""Half of the distance that derivatives are taken over where they are differences."""
+"""Half of the step of central differences."""
 SNAP = 0.005
+"""Distance of alpha from 1 below which it is set to 1."""
 TIMES = {"ImageNet": (-0.4, -0.4, 1.0), "CIFAR-10": (-0.6, -4.0, 1.6), "whole way": (0.4, -4.0, 1.6)}
-"""Means of logit(t) and logit(r), and their deviation. Equal means: t is the larger of both; else r is the smaller of both. The
-papers': improved MeanFlow's, and MeanFlow's. By the first the whole way from t = 1 to r = 0 is next to never trained; after
-short trainings on the ring of 8 one step had 6 % of AlphaFlow's points in modes with it, and 93 % with the last."""
+"""Distributions of times: means of logit(t) and logit(r), and their standard deviation. If the means are equal, t is the larger
+of the two times; in all cases r is the smaller one. The first is that of improved MeanFlow, the second that of MeanFlow. With
+the first, the full interval from t = 1 to r = 0 is hardly ever trained: after short trainings on the ring of 8, one step of
+AlphaFlow put 6 % of the points into modes with it, and 93 % with the third."""
 
 
 def average_velocity(model: Denoiser, z: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """u(z_t, r, t), which is at the start the velocity at t whatever r. With a = (1 - t) / n, s = t / n, n^2 = (1 - t)^2 + t^2,
+    """Return u(z_t, r, t). Before training it is the velocity at t, independent of r.
+
+    With a = (1 - t) / n, s = t / n, n^2 = (1 - t)^2 + t^2,
 
     x_t = z_t / n,    u = (s - a) x_t + (a + s) v(x_t)
     """
-    inside = t.clamp(NEAREST, FARTHEST)
+    inside = t.clamp(MIN_TIME, MAX_TIME)
     length = column(((1 - inside) ** 2 + inside**2).sqrt())
     x = z / length
     v = model(x, inside / (1 - inside), labels, t - r)
@@ -47,11 +51,11 @@ class FlowSettings:
     times: str = "whole way"
     """A name in TIMES."""
     share_equal: float = 0.5
-    """Rows with r = t."""
+    """Fraction of rows with r = t."""
 
 
 class FlowMap(Method):
-    """What the three have in common; rows are parted in those with r = t, which come first, and those with r < t."""
+    """Base class of the three methods. In a batch, rows with r = t come first, then those with r < t."""
 
     Settings = FlowSettings
 
@@ -62,7 +66,7 @@ class FlowMap(Method):
         self.add("model", network, torch.optim.Adam(network.parameters(), lr=rate, betas=(0.9, 0.95), fused=True))
 
     def times(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """r and t of a batch, and how many rows have r = t."""
+        """Draw r and t for a batch; returns them and the number of rows with r = t."""
         normal = torch.randn(2, count, generator=generator, device=self.start.device)
         mean, mean_r, deviation = TIMES[self.settings.times]
         one, other = (mean + deviation * normal[0]).sigmoid(), (mean_r + deviation * normal[1]).sigmoid()
@@ -81,7 +85,7 @@ class FlowMap(Method):
     def losses(
         self, z: torch.Tensor, v: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, equal: int
     ) -> torch.Tensor:
-        """(N,), given the velocity v = eps - x_0."""
+        """Return losses (N,), given the velocity v = eps - x_0."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -94,12 +98,12 @@ class FlowMap(Method):
         generator: torch.Generator,
         first: float | None = None,
     ) -> torch.Tensor:
-        """z_r = z_t - (t - r) u(z_t, r, t), in even steps from t = 1, or where ``first`` is."""
-        farthest = 1.0 if first is None else first / (1 + first)
-        z = noise * ((1 - farthest) ** 2 + farthest**2) ** 0.5
+        """Take equal steps z_r = z_t - (t - r) u(z_t, r, t) from t = 1, or from the time where s / a is ``first``."""
+        initial = 1.0 if first is None else first / (1 + first)
+        z = noise * ((1 - initial) ** 2 + initial**2) ** 0.5
         for index in range(steps):
-            t = torch.full((len(z),), farthest * (1 - index / steps), device=z.device)
-            r = t - farthest / steps
+            t = torch.full((len(z),), initial * (1 - index / steps), device=z.device)
+            r = t - initial / steps
             z = z - column(t - r) * average_velocity(network, z, r, t, labels)
         return z
 
@@ -107,17 +111,18 @@ class FlowMap(Method):
 @dataclass
 class MeanFlowSettings(FlowSettings):
     power: float = 1.0
-    """Exponent of the adaptive weight. 0: plain squared error."""
+    """Exponent of the adaptive weight. 0: squared error."""
     derivative: str = "jvp"
-    """Derivative of the flow map; "difference" is the central difference of TiM (arXiv 2509.04394)."""
+    """How to compute du/dt: "jvp" (forward-mode derivative), or "difference", the central difference of TiM (arXiv
+    2509.04394)."""
 
 
 class MeanFlow(FlowMap):
-    """Improved MeanFlow without its second head. The average velocity obeys u = v - (t - r) du/dt along the path, so
+    """Improved MeanFlow without its second head. The average velocity satisfies u = v - (t - r) du/dt along the path, so
 
         V = u + (t - r) sg(du/dt),    loss = |V - (eps - x_0)|^2 / sg(|V - (eps - x_0)|^2 + 0.01)^power
 
-    where du/dt is taken along the velocity that the model itself predicts, (u(z, t, t), 1)."""
+    where du/dt is the derivative in the direction (u(z, t, t), 1), the velocity that the model itself predicts."""
 
     Settings = MeanFlowSettings
     SEARCH = {
@@ -140,7 +145,7 @@ class MeanFlow(FlowMap):
     def derivative(
         self, model: Denoiser, z: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """u(z, r, t) with its graph, and du/dt along the path without."""
+        """Return u(z, r, t), and du/dt along the path without gradient."""
         with torch.no_grad():
             velocity = average_velocity(model, z, t, t, labels)
         if self.settings.derivative == "difference":
@@ -160,11 +165,11 @@ class AlphaFlowSettings(FlowSettings):
     last_alpha: float = 0.02
     steepness: float = 25.0
     limit: float = 4.0
-    """Targets are clipped to plus or minus this."""
+    """Targets are clipped to [-limit, limit]."""
 
 
 class AlphaFlow(FlowMap):
-    """With d = alpha (t - r), and alpha going from 1, where it is flow matching, to nearly 0, where it is MeanFlow,
+    """AlphaFlow. With d = alpha (t - r), where alpha goes from 1 (flow matching) to nearly 0 (MeanFlow),
 
     goal = (d v + (t - r - d) sg u(z - d v, r, t - d)) / (t - r),    v = eps - x_0,
     loss = alpha e / sg(e + 0.001),    e = mean (u - goal)^2
@@ -180,7 +185,7 @@ class AlphaFlow(FlowMap):
     }
 
     def alpha(self) -> float:
-        """1 - sigmoid of the progress, centred at half of the training; within SNAP of 1 it is 1."""
+        """Return 1 - sigmoid of the progress, centred at half of the training; values within SNAP of 1 become 1."""
         alpha = 1 - 1 / (1 + math.exp(-self.settings.steepness * (self.progress - 0.5)))
         return 1.0 if alpha > 1 - SNAP else max(alpha, self.settings.last_alpha)
 
@@ -221,12 +226,12 @@ class ShortcutSettings(FlowSettings):
 
 
 class Shortcut(AlphaFlow):
-    """A step is to be what two of half its size are, both by the model itself:
+    """Shortcut models. One step must equal two steps of half its size by the model itself:
 
         goal = (u(z, m, t) + u(z - (t - m) u(z, m, t), r, m)) / 2,    m = (t + r) / 2
 
-    on an eighth of the rows; plain squared errors. Times are real ones here, and the halves are the model's own, not its
-    average's."""
+    for an eighth of the rows, with squared errors. Unlike in the paper, times are continuous, and the half steps are taken with
+    the model, not with its moving average."""
 
     Settings = ShortcutSettings
     SEARCH = {

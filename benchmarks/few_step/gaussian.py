@@ -1,4 +1,4 @@
-"""Baseline: spend the same budget on more training of the Gaussian model, and sample it with a scheduler of diffusers."""
+"""The baseline: the same budget is spent on more training of the Gaussian model, sampled with a scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class GaussianSettings:
 
 
 class Gaussian(Method):
-    """The denoising loss |v(x_t, t) - (a eps - s x_0)|^2 at t uniform over the process, as in the training of the start."""
+    """Training with the denoising loss |v(x_t, t) - (a eps - s x_0)|^2 at uniform t, as for the initial model."""
 
     Settings = GaussianSettings
     SEARCH = {
@@ -82,8 +82,13 @@ def run_scheduler(
     generator: torch.Generator,
     first: float | None = None,
 ) -> torch.Tensor:
-    """x_0 by a scheduler of SCHEDULERS; ``predict`` gives v of x_t and t. Where ``first`` is given, on the schedule that ends
-    at this sigma, as TeleportScheduler has it."""
+    """Sample x_0 with a scheduler.
+
+    Args:
+        name: name in SCHEDULERS.
+        predict: (x_t, t) -> v.
+        first: largest sigma of the schedule, as in TeleportScheduler. ``noise`` is then x_t at this sigma.
+    """
     scheduler = make_scheduler(SCHEDULERS[name], build_scheduler(DiffusionConfig()))
     if first is not None:
         scheduler = TeleportScheduler.from_config(scheduler.config, scheduler=SCHEDULERS[name], sigma_skip=first).rest

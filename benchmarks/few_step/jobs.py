@@ -1,4 +1,4 @@
-"""Jobs of a contest: training runs of methods with settings, and the cost of their steps."""
+"""Jobs of a contest, which are trainings of methods with settings, and the costs of their steps."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ COSTLY = (
     "energy_first",
     "energy_weight",
 )
-"""Settings that change what a step costs."""
+"""Settings that change the cost of a step."""
 ROUNDS = 3
-LEAST_STEPS = 6
+MIN_STEPS = 6
 
 
 @dataclass
 class Job:
-    """One training of a method and the measures of its samples.
+    """One training of a method, with the measures of its samples.
 
     Attributes:
-        settings: those that are not the default.
-        images: of a Gaussian training of the same cost; 0 for the start itself.
+        settings: settings that differ from the defaults.
+        images: cost of the training, in images of the denoising loss; 0 for the initial model itself.
     """
 
     method: str
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def cost_key(self) -> str:
-        """Names the cost of a step: jobs with the same key cost the same."""
+        """Key of the cost of a step. Jobs with the same key cost the same."""
         costly = {name: value for name, value in self.settings.items() if name in COSTLY}
         return f"{self.method} {json.dumps(costly, sort_keys=True)}"
 
@@ -75,7 +75,7 @@ class Job:
 
 
 def read_settings(lines: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """METHOD.setting=value lines as settings of each method, checked."""
+    """Parse and check METHOD.setting=value lines; returns settings by method."""
     found: dict[str, dict[str, Any]] = {}
     for line in lines:
         left, _, value = line.partition("=")
@@ -88,8 +88,11 @@ def read_settings(lines: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def searched(method: str, tries: int, images: int) -> list[Job]:
-    """The default, every value of the learning rate alone, then a value of each other setting in turn, and then random choices
-    of all: the first ``tries`` of them, one seed each."""
+    """Return the jobs of a search, one seed each.
+
+    They are the first ``tries`` of: the defaults, every learning rate, every value of the other settings (in turn, one setting
+    changed at a time), and random combinations.
+    """
     cls = METHODS[method]
     defaults = {each.name: each.default for each in fields(cls.Settings)}
     others = {name: [value for value in values if value != defaults[name]] for name, values in cls.SEARCH.items()}
@@ -97,8 +100,8 @@ def searched(method: str, tries: int, images: int) -> list[Job]:
     alone = [
         {name: value} for values in zip_longest(*others.values()) for name, value in zip(others, values) if value is not None
     ]
-    chance = random.Random(0)
-    many = [{name: chance.choice(values) for name, values in cls.SEARCH.items()} for _ in range(tries)]
+    generator = random.Random(0)
+    many = [{name: generator.choice(values) for name, values in cls.SEARCH.items()} for _ in range(tries)]
     jobs: dict[str, Job] = {}
     for settings in [{}, *rates, *alone, *many]:
         job = Job(method, {name: value for name, value in settings.items() if value != defaults[name]}, 0, images)
@@ -107,7 +110,7 @@ def searched(method: str, tries: int, images: int) -> list[Job]:
 
 
 def step_costs(jobs: Sequence[Job], start: Start, latents: Latents, batch: int) -> dict[str, float]:
-    """Seconds a row takes in a step of each job, over those of the denoising loss: medians of ratios, taken in turn."""
+    """Measure the time per image of a step of each job, relative to the denoising loss: the median of ratios, timed in turn."""
     device = start.device
     generator = torch.Generator(device).manual_seed(0)
 
@@ -116,7 +119,7 @@ def step_costs(jobs: Sequence[Job], start: Start, latents: Latents, batch: int) 
         x0, labels = latents.batch(rows, method.group, 0.1, generator)
         began = synchronised(device)
         for count in range(steps):
-            method.count, method.progress = count, (count + 0.5) / steps  # which a method's work may depend on
+            method.count, method.progress = count, (count + 0.5) / steps  # the work of a method may depend on them
             method.step(x0, labels, generator, 0.0)
         return (synchronised(device) - began) / steps / rows
 
@@ -125,16 +128,16 @@ def step_costs(jobs: Sequence[Job], start: Start, latents: Latents, batch: int) 
     for job in jobs:
         if job.cost_key not in costs:
             method = job.make(start)
-            steps = method.cycle * -(-LEAST_STEPS // method.cycle)
+            steps = method.cycle * -(-MIN_STEPS // method.cycle)
             seconds(method, 2), seconds(plain, 2)
-            ratios = [seconds(method, steps) / seconds(plain, LEAST_STEPS) for _ in range(ROUNDS)]
+            ratios = [seconds(method, steps) / seconds(plain, MIN_STEPS) for _ in range(ROUNDS)]
             costs[job.cost_key] = round(statistics.median(ratios), 3)
             print(f"{job.cost_key}: {costs[job.cost_key]:.2f}", flush=True)
     return costs
 
 
 def synchronised(device: torch.device) -> float:
-    """The time when the device has done all it was given."""
+    """Wait until the device has finished its work; returns the time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

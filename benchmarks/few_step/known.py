@@ -1,5 +1,6 @@
-"""Methods where the answer is known: points of a mixture of Gaussians as pictures of one place and two channels, the same code
-path as for real ones."""
+"""Checks methods on a known distribution: points of a Gaussian mixture, as images of one pixel and two channels.
+
+The code path is the same as for real images."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ SETTINGS: dict[str, dict] = {
     "dmd2": {"learning_rate": 2e-4, "critic_rate": 1e-3},
     "ddgan": {"learning_rate": 2e-4, "critic_rate": 2e-4},
 }
-"""Settings that differ from the defaults, which are for images and a network a hundred times larger."""
+"""Settings for these small networks. The defaults are for images and a network a hundred times larger."""
 
 
 def points(problem: Problem) -> Latents:
@@ -43,7 +44,7 @@ def points(problem: Problem) -> Latents:
 
 
 def known_start(latents: Latents) -> Start:
-    """A Gaussian model of the points."""
+    """Train a Gaussian model of the points."""
     torch.manual_seed(0)
     unet = SMDUNet2DModel(
         sample_size=1,
@@ -68,7 +69,7 @@ def training(updates: int) -> Training:
 
 @torch.no_grad()
 def distances(name: str, problem: Problem, method: Method, network: torch.nn.Module) -> dict[str, dict[str, float]]:
-    """Sliced W2 over that of two samples of the data, and of the points in modes, for each number of steps."""
+    """Measure, for each number of steps, sliced W2 relative to that of two samples of the data, and the points in modes."""
     labels, found = torch.zeros(SAMPLES, dtype=torch.long), {}
     for steps in STEPS:
         generator = torch.Generator().manual_seed(7)
@@ -85,7 +86,7 @@ def distances(name: str, problem: Problem, method: Method, network: torch.nn.Mod
 
 
 def check_known(path: Path, methods: Sequence[str]) -> Path:
-    """Train each method on each problem, and write a table; results of other methods that the file has are kept."""
+    """Train each method on each problem, and write a table. Results of other methods in the file are kept."""
     content: dict = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name in PROBLEMS:
         problem = Problem(name, 10)
@@ -114,7 +115,9 @@ def check_known(path: Path, methods: Sequence[str]) -> Path:
 
 
 def table(content: dict) -> list[str]:
-    lines = ["Sliced W2 to the data over that between two samples of the data (1 is exact), and the share of points in modes."]
+    lines = [
+        "Sliced W2 to the data, relative to that between two samples of the data (1 is exact), and fraction of points in modes."
+    ]
     for name, entry in content.items():
         lines += ["", "| " + name + " | " + " | ".join(f"{steps} steps" for steps in STEPS) + " |"]
         lines.append("|---" * (len(STEPS) + 1) + "|")

@@ -1,4 +1,4 @@
-"""Base class of few-step methods, with their training and sampling."""
+"""The base class of few-step methods, and their training loop."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ldm_smd.training.ema import EMA
 from .network import Start
 
 CHECK_EVERY = 200
-"""Steps between two looks at the loss, where the host waits for the device."""
+"""Steps between two checks of the loss, for which the host waits for the device."""
 
 
 class Method:
     """A method to train a few-step generator.
 
     Attributes:
-        networks: all that are trained. "model" is the one that the moving average is of, and that samples.
+        networks: networks that are trained. The moving average of "model" is used for sampling.
         settings: an instance of ``Settings``.
-        progress: how much of the training is done, in [0, 1); the trainer says so before each step.
-        group: rows of a batch come in groups of so many with one label.
-        cycle: steps after which the work repeats, for timing.
+        progress: finished fraction of the training, in [0, 1), set before each step.
+        group: number of consecutive rows of a batch with the same label.
+        cycle: number of steps after which the work repeats, for timing.
     """
 
     Settings: type
@@ -47,7 +47,7 @@ class Method:
         self.rates[name] = optimizer.param_groups[0]["lr"]
 
     def descend(self, name: str, loss: torch.Tensor, rate: float) -> None:
-        """One update of one network; the others, which the loss may have gone through, keep no gradient."""
+        """Update one network. Gradients of the others, which the loss may depend on, are discarded."""
         for network in self.networks.values():
             network.zero_grad(set_to_none=True)
         loss.backward()
@@ -56,7 +56,7 @@ class Method:
         self.optimizers[name].step()
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
-        """One update. ``rate`` in [0, 1] is the schedule's factor of all learning rates. Returns scalars on the device."""
+        """Take a training step; returns scalars on the device. ``rate`` in [0, 1] multiplies all learning rates."""
         raise NotImplementedError
 
     def sample(
@@ -68,8 +68,11 @@ class Method:
         generator: torch.Generator,
         first: float | None = None,
     ) -> torch.Tensor:
-        """x_0 (N, C, h, w) from standard normal noise of that shape, in so many evaluations of ``network``; where ``first`` is
-        given, from x_t = a x_0 + s eps with s / a = first, in place of the noise."""
+        """Sample x_0 (N, C, h, w) with ``steps`` evaluations of ``network``.
+
+        Args:
+            noise: standard normal noise of that shape. If ``first`` is given: x_t = a x_0 + s eps with s / a = first.
+        """
         raise NotImplementedError
 
 
@@ -83,7 +86,7 @@ class Training:
     warmup_images: int = 0
     """0: 50 steps, at least 2,000 images."""
     ema_halflife_images: int = 0
-    """0: a fiftieth of the images, at least 2,000."""
+    """0: 2 % of the images, at least 2,000."""
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
@@ -91,7 +94,7 @@ class Training:
         self.ema_halflife_images = self.ema_halflife_images or max(2000, self.images // 50)
 
     def factor(self, seen: int) -> float:
-        """Linear warm-up, constant, linear cool-down over the last half."""
+        """Return the factor of the learning rate: linear warm-up, constant, then linear cool-down over the last half."""
         warm = (seen + self.batch) / max(self.warmup_images, self.batch)
         cool = (self.images - seen) / max(0.5 * self.images, self.batch)
         return min(1.0, warm, cool)
@@ -113,7 +116,7 @@ class Latents:
         self.starts = self.counts.cumsum(0) - self.counts
 
     def batch(self, size: int, group: int, dropout: float, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x_0, labels), where ``group`` consecutive rows have one label."""
+        """Draw (x_0, labels), where ``group`` consecutive rows have the same label."""
         options: dict[str, Any] = {"generator": generator, "device": self.labels.device}
         first = torch.randint(len(self.labels), (size // group,), **options)
         chosen = first
@@ -129,7 +132,7 @@ class Latents:
 
 
 def train(method: Method, latents: Latents, training: Training) -> nn.Module:
-    """Train a method; returns the moving average of its "model". Raises FloatingPointError where a loss is no number."""
+    """Train a method; returns the moving average of its "model". Raises FloatingPointError if a loss is not finite."""
     generator = torch.Generator(latents.labels.device).manual_seed(training.seed)
     torch.manual_seed(training.seed)
     model = method.networks["model"]
@@ -143,16 +146,16 @@ def train(method: Method, latents: Latents, training: Training) -> nn.Module:
         if step % CHECK_EVERY == 0 or seen + size >= training.images:
             for name, value in losses.items():
                 if not math.isfinite(float(value)):
-                    who = type(method).__name__
-                    raise FloatingPointError(f"{who}: expected a finite {name}, found {float(value)} at {seen} images")
+                    title = type(method).__name__
+                    raise FloatingPointError(f"{title}: expected a finite {name}, found {float(value)} at {seen} images")
     return ema.model
 
 
 def squares(x: torch.Tensor) -> torch.Tensor:
-    """|x|^2 of each row, (N,)."""
+    """Return |x|^2 of each row, (N,)."""
     return x.square().flatten(1).sum(dim=1)
 
 
 def column(x: torch.Tensor) -> torch.Tensor:
-    """(N,) -> (N, 1, 1, 1)"""
+    """Reshape (N,) to (N, 1, 1, 1)."""
     return x.view(-1, 1, 1, 1)

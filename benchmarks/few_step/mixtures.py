@@ -1,5 +1,7 @@
-"""Soft mixture denoising, trained by posterior distillation, as tools/train.py does with objective.name=distillation, or with
-the energy score, which is distributional diffusion (arXiv 2502.02483) with this package's network."""
+"""Soft mixture denoising, trained by posterior distillation or with the energy score.
+
+Distillation is that of tools/train.py with objective.name=distillation. The energy score is distributional diffusion (arXiv
+2502.02483) with the network of this package."""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from .network import Start
 
 MODES = 256
 RANK = 128
-PARTS = {"z_channels": 32, "identifier_channels": 32, "hypernetwork_width": 40, "placement": "up"}
+MIXTURE_SETTINGS = {"z_channels": 32, "identifier_channels": 32, "hypernetwork_width": 40, "placement": "up"}
 """Settings of the mixture, as in configs/train/emoji-smd.yaml."""
 PATCHES = [0, 4, 2, 1]
 FIRST_DRAWS, FIRST_BETA = 4, 0.5
@@ -36,7 +38,7 @@ ENERGY_DRAWS = 2
 
 
 class Mixture(Method):
-    """What both have in common: the network, how it is sampled (DDPM's posterior with a draw of x_0), the energy score."""
+    """Base class: the network, its sampling (DDPM's posterior with a draw of x_0), and the energy score."""
 
     def __init__(self, start: Start, settings: Any) -> None:
         super().__init__(start, settings)
@@ -52,14 +54,14 @@ class Mixture(Method):
         draws: int,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """v, (N * draws, C, h, w), the draws of a picture in consecutive rows."""
+        """Predict v, (N * draws, C, h, w), with the draws for an image in consecutive rows."""
         eta = torch.randn(len(x_t) * draws, *x_t.shape[1:], generator=generator, device=x_t.device)
         return network(x_t, t, labels, eta=eta, return_dict=False)[0]
 
     def energy_step(
         self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float, draws: int, beta: float
     ) -> dict[str, torch.Tensor]:
-        """Take an update with the energy score of ``draws`` draws."""
+        """Take a training step with the energy score of ``draws`` draws."""
         t = self.process.random_t(len(x0), generator=generator, device=x0.device)
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
         found = self.velocity(self.model, self.process.noise(x0, eps, t), t, labels, draws, generator)
@@ -91,8 +93,12 @@ class Mixture(Method):
 
 
 def mixture(start: Start, fitted: bool) -> SMDUNet2DModel:
-    """A mixture with the Gaussian model's weights, and its noise fitted to the latents or the paper's white noise."""
-    config = {name: value for name, value in start.unet.config.items() if not name.startswith("_")} | PARTS
+    """Build a mixture with the weights of the Gaussian model.
+
+    Args:
+        fitted: fit the noise to the latents; else it is white noise, as in the paper.
+    """
+    config = {name: value for name, value in start.unet.config.items() if not name.startswith("_")} | MIXTURE_SETTINGS
     rank = min(RANK, start.channels * config["sample_size"] ** 2)
     config |= {"noise_rank": rank if fitted else 0, "noise_modes": 1, "noise_timesteps": len(start.alphas_cumprod)}
     if fitted:
@@ -118,13 +124,13 @@ def mixture(start: Start, fitted: bool) -> SMDUNet2DModel:
 class EnergySettings:
     learning_rate: float = 5e-4
     fitted: bool = True
-    """Noise fitted to the latents; else the paper's."""
+    """Whether noise is fitted to the latents. Otherwise it is white, as in the paper."""
     draws: int = 4
     beta: float = 1.0
 
 
 class Energy(Mixture):
-    """The energy score of M draws, 1/M sum |v - v_j|^beta - 1/(2 M (M - 1)) sum |v_j - v_k|^beta, over patches."""
+    """Training with the energy score over patches: 1/M sum |v - v_j|^beta - 1/(2 M (M - 1)) sum |v_j - v_k|^beta."""
 
     Settings = EnergySettings
     SEARCH = {
@@ -154,11 +160,12 @@ class DistillationSettings:
     energy_weight: float = 0.0
     """Weight of the energy score of ENERGY_DRAWS draws, in addition."""
     energy_first: float = 0.0
-    """Share of the images, the first, that the energy score learns from, with FIRST_DRAWS draws and exponent FIRST_BETA."""
+    """Fraction of the images, at the start, that are used for training with the energy score (FIRST_DRAWS draws, exponent
+    FIRST_BETA)."""
 
 
 class PosteriorDistillation(Mixture):
-    """NCVSD (arXiv 2506.09416) for a mixture; the losses are the package's own (ldm_smd/training/distillation_losses.py)."""
+    """NCVSD (arXiv 2506.09416) for a mixture, with the losses of the package (ldm_smd/training/distillation_losses.py)."""
 
     Settings = DistillationSettings
     SEARCH = {
@@ -211,7 +218,7 @@ class PosteriorDistillation(Mixture):
 
 
 class WhiteNoiseDistillation(PosteriorDistillation):
-    """The same under a name of its own: in a contest with the paper's own noise, the default, and nothing fitted."""
+    """The same with white noise, the default, under another name: a contest can then have both."""
 
 
 @dataclass
@@ -224,7 +231,7 @@ class EnergyThenSettings(DistillationSettings):
 
 
 class EnergyThenDistillation(PosteriorDistillation):
-    """The energy score of two thirds of the images, about half of the time, and then distillation."""
+    """The energy score for two thirds of the images, which take about half of the time, then distillation."""
 
     Settings = EnergyThenSettings
 

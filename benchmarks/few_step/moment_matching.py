@@ -1,4 +1,4 @@
-"""Inductive moment matching (IMM, arXiv 2503.07565): draws that came from t are to be distributed as those from r < t."""
+"""Inductive moment matching (IMM, arXiv 2503.07565): draws made from time t must be distributed like those from r < t."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 from .method import Method
 from .network import Denoiser, Start, denoiser, levels
 
-NEAREST, FARTHEST = 0.006, 0.994
-"""Times on the straight path, t = sigma / (1 + sigma)."""
-LARGEST = 160.0
-LEAST_DISTANCE = 1e-8
+MIN_TIME, MAX_TIME = 0.006, 0.994
+"""Range of times on the straight path, t = sigma / (1 + sigma)."""
+MAX_SIGMA = 160.0
+MIN_DISTANCE = 1e-8
 
 
 def transition(
     model: Denoiser, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The step of DDIM from sigma t to sigma s < t, of pictures of variance 1 at both, and the size of v's part in it:
+    """Take a DDIM step from sigma t to sigma s < t (latents have variance 1 at both); returns x_s and the coefficient c of v:
 
     x_s = (a_t a_s + s_t s_s) x_t - c v,    c = a_s s_t - a_t s_s
     """
@@ -30,29 +30,29 @@ def transition(
 
 
 def kernel_loss(first: torch.Tensor, second: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """Squared MMD of groups of M draws (G, M, D), with k(x, y) = exp(-|x - y| / (c D)) and c (G,):
+    """Return the squared MMD between groups of M draws (G, M, D), with k(x, y) = exp(-|x - y| / (c D)) and c (G,):
 
     mean k(x_j, x_k) + mean k(y_j, y_k) - 2 mean k(x_j, y_k)
     """
 
     def mean(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        # The square root has no gradient at 0, where every draw meets itself.
-        apart = (x[:, :, None] - y[:, None]).square().sum(dim=3).clamp_min(LEAST_DISTANCE**2).sqrt()
-        return (-apart / (c.view(-1, 1, 1) * x.shape[2])).exp().mean(dim=(1, 2))
+        # The square root has no gradient at 0, the distance of a draw to itself.
+        distance = (x[:, :, None] - y[:, None]).square().sum(dim=3).clamp_min(MIN_DISTANCE**2).sqrt()
+        return (-distance / (c.view(-1, 1, 1) * x.shape[2])).exp().mean(dim=(1, 2))
 
     return mean(first, first) + mean(second, second) - 2 * mean(first, second)
 
 
 @dataclass
 class IMMSettings:
-    """The paper's for CIFAR-10, as others' copies of it have them; k is that for ImageNet, 12, where CIFAR's is 15: r nearer to
-    t needs a longer training."""
+    """Settings of the paper for CIFAR-10, as in other implementations, but with k = 12 from ImageNet in place of 15, because r
+    closer to t needs longer training."""
 
     learning_rate: float = 1e-4
     particles: int = 4
-    """Size of a group, which shares a label, t, s and r."""
+    """Size of a group of draws with the same label, t, s and r."""
     k: int = 12
-    """Sigma of r is less than that of t by LARGEST / 2^k."""
+    """The sigma of r is smaller than that of t by MAX_SIGMA / 2^k."""
     a: float = 1.0
     b: float = 5.0
     middle: float = 1.4
@@ -60,7 +60,7 @@ class IMMSettings:
 
 
 class IMM(Method):
-    """With x_r the DDIM step from x_t to r with the true x_0, and both carried on to s,
+    """IMM. With x_r the DDIM step from x_t to r with the true x_0, and both mapped to s,
 
     loss = w(t) MMD^2(f(x_t, t -> s), sg f(x_r, r -> s)),
     w = 1/2 sigmoid(b - log snr) (-d log snr / dt) (1 - t)^a / ((1 - t)^2 + t^2)
@@ -86,10 +86,10 @@ class IMM(Method):
         settings, model, size = self.settings, self.networks["model"], self.group
         groups = len(x0) // size
         uniform = torch.rand(2, groups, generator=generator, device=x0.device)
-        t = NEAREST + (FARTHEST - NEAREST) * uniform[0]
-        s = NEAREST + (t - NEAREST) * uniform[1]
+        t = MIN_TIME + (MAX_TIME - MIN_TIME) * uniform[0]
+        s = MIN_TIME + (t - MIN_TIME) * uniform[1]
         sigma_t, sigma_s = t / (1 - t), s / (1 - s)
-        sigma_r = torch.maximum(sigma_t - LARGEST / 2**settings.k, sigma_s)
+        sigma_r = torch.maximum(sigma_t - MAX_SIGMA / 2**settings.k, sigma_s)
 
         each_t, each_s, each_r = (sigma.repeat_interleave(size) for sigma in (sigma_t, sigma_s, sigma_r))
         eps = torch.randn(x0.shape, generator=generator, device=x0.device)
@@ -102,15 +102,17 @@ class IMM(Method):
         slope = 2 / (t * (1 - t))
         weight = 0.5 * torch.sigmoid(settings.b - log_snr) * slope * (1 - t) ** settings.a / ((1 - t) ** 2 + t**2)
         each = kernel_loss(far.flatten(1).unflatten(0, (groups, size)), near.flatten(1).unflatten(0, (groups, size)), c[::size])
-        # A group's kernel is nearly linear in many dimensions, of size 1 / D: brought to 1, or Adam's epsilon would count.
+        # In many dimensions the kernel is nearly linear, and the loss of order 1 / D. Scale it to order 1, or Adam's epsilon
+        # would matter.
         loss = (weight * each).mean() * x0[0].numel()
         self.descend("model", loss, rate)
         return {"loss": loss.detach()}
 
     def nodes(self, steps: int, first: float | None = None) -> torch.Tensor:
-        """Sigmas from the first, or the largest, to the least: the middle one for two steps, for more even in t."""
-        farthest = FARTHEST if first is None else first / (1 + first)
-        t = torch.linspace(farthest, NEAREST, steps + 1, device=self.start.device)
+        """Return the sigmas from the largest, or ``first``, to the smallest: uniform in t, or with the middle one for two
+        steps."""
+        initial = MAX_TIME if first is None else first / (1 + first)
+        t = torch.linspace(initial, MIN_TIME, steps + 1, device=self.start.device)
         if steps == 2 and first is None:
             t[1] = self.settings.middle / (1 + self.settings.middle)
         return t / (1 - t)

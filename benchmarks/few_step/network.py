@@ -1,4 +1,4 @@
-"""The networks that few-step methods train, all started from one Gaussian model and equal to it before the first step."""
+"""Networks that few-step methods train. They start from one Gaussian model and equal it before the first step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training.critics import extended_copy
 
 SECOND_DIMENSIONS = 64
-FASTEST = 50.0
-"""Radians that the fastest feature of the second number turns by: no more, or its derivative drowns that of the network."""
+MAX_FREQUENCY = 50.0
+"""Highest frequency of the features of the second number, in radians. Higher ones would dominate derivatives."""
 HEAD_CHANNELS = 64
 BLUR = 10.0
-"""Timesteps. A network trained at whole timesteps wiggles between them: the derivative in t was three times what it is over
-20 timesteps. Blurred by 10, the features of the time leave the denoising loss of the emoji model as it was, to 0.1 %."""
+"""Width of the blur of time features, in timesteps. A network trained at integer timesteps oscillates between them: its
+derivative in t was three times the slope over 20 timesteps. A blur of 10 changed the denoising loss of the emoji model by no
+more than 0.1 %."""
 
 
 @dataclass
@@ -32,10 +33,10 @@ class Start:
     """Starting point of a method.
 
     Attributes:
-        unet: a Gaussian model that predicts v, on the device; never changed.
-        alphas_cumprod: those of its process, on the device.
-        latents, labels: the data, (N, C, h, w) and (N,); None where no method fits anything to them.
-        gaussians: a mixture fitted to the data, of tools/fit_gaussian.py; its drafts are where sampling may start.
+        unet: a Gaussian model that predicts v. It is never changed.
+        alphas_cumprod: cumulative product of its noise schedule.
+        latents, labels: the data, (N, C, h, w) and (N,); None if no method fits anything to them.
+        gaussians: a mixture fitted to the data by tools/fit_gaussian.py. Sampling may start from its drafts.
     """
 
     unet: SMDUNet2DModel
@@ -45,7 +46,7 @@ class Start:
     gaussians: LatentGaussians | None = None
 
     def draft(self, noise: torch.Tensor, sigma: float, labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """x_t = a x_0 + s eps with s / a = sigma, were x_0 of the Gaussians, from pure noise, (N, C, h, w)."""
+        """Map pure noise (N, C, h, w) to x_t = a x_0 + s eps with s / a = sigma, where x_0 is a sample of ``gaussians``."""
         assert self.gaussians is not None
         a = (1 + sigma**2) ** -0.5
         end = float(self.alphas_cumprod[-1])
@@ -62,7 +63,7 @@ class Start:
 
 
 def load_start(folder: str | Path, device: torch.device) -> Start:
-    """The Gaussian model of a folder, with the package's own noise schedule, which it was trained with."""
+    """Load a Gaussian model that was trained with the default noise schedule of the package."""
     unet = SMDUNet2DModel.from_pretrained(folder, use_safetensors=True)
     return start_from(unet.to(device).eval().requires_grad_(False))
 
@@ -72,8 +73,10 @@ def start_from(unet: SMDUNet2DModel) -> Start:
 
 
 class Denoiser(nn.Module):
-    """v of x_t = a x_0 + s eps, where the noise is given as sigma = s / a > 0, any real number; and perhaps of a second number
-    in [0, 1], such as the time to go to. Sigmas beyond the process' ends are the ends to the network."""
+    """A network that predicts v of x_t = a x_0 + s eps for continuous noise levels sigma = s / a > 0.
+
+    It may have a second input in [0, 1], such as the time to step to. Sigmas outside the range of the process are clipped.
+    """
 
     alphas_cumprod: torch.Tensor
 
@@ -94,7 +97,7 @@ class Denoiser(nn.Module):
     def clean(
         self, x_t: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor, second: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """x_0 = a x_t - s v; of what x_t has more channels than v, the first."""
+        """Return x_0 = a x_t - s v. If x_t has more channels than v, the first ones are used."""
         v = self(x_t, sigma, labels, second)
         a, s = levels(sigma)
         return a * x_t[:, : v.shape[1]] - s * v
@@ -102,14 +105,14 @@ class Denoiser(nn.Module):
     def clean_and_features(
         self, x_t: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_0, and the network's features (N, C', h', w')."""
+        """Return x_0, and features of the network (N, C', h', w')."""
         trunk = self.unet.trunk(x_t, self.timestep(sigma), labels, None)
         a, s = levels(sigma)
         return a * x_t - s * self.unet.tail(trunk, Draws()), trunk.features
 
 
 class Critic(nn.Module):
-    """A number for each picture, from the features of a denoiser: positive where it thinks the picture real."""
+    """A classifier on the features of a denoiser, whose logit is positive for real images."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -125,7 +128,7 @@ class Critic(nn.Module):
 
 
 def feature_head(denoiser: Denoiser) -> nn.Sequential:
-    """A small network from a denoiser's features to one number, (N,)."""
+    """Build a small network from features of a denoiser to a logit, (N,)."""
     config = denoiser.unet.config
     channels = config.block_out_channels[-1]
     return nn.Sequential(
@@ -140,26 +143,28 @@ def feature_head(denoiser: Denoiser) -> nn.Sequential:
 
 
 class BlurredTime(nn.Module):
-    """The sines and cosines of a time that is normal around t, with deviation BLUR: each is multiplied with
-    exp(-(speed BLUR)^2 / 2), so that the fast ones vanish."""
+    """Sines and cosines of t, averaged over a normal distribution of width BLUR around t.
+
+    This multiplies each with exp(-(frequency BLUR)^2 / 2), so that high frequencies vanish.
+    """
 
     def __init__(self, features: nn.Module, channels: int) -> None:
         super().__init__()
         self.features = features
-        speeds = torch.exp(-math.log(10_000) * torch.arange(channels // 2) / (channels // 2))
-        self.register_buffer("factors", torch.exp(-((speeds * BLUR) ** 2) / 2).repeat(2), persistent=False)
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(channels // 2) / (channels // 2))
+        self.register_buffer("factors", torch.exp(-((frequencies * BLUR) ** 2) / 2).repeat(2), persistent=False)
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         return self.features(t) * self.factors
 
 
 def denoiser(start: Start, second: bool = False, more_channels: int = 0, smooth: bool = False) -> Denoiser:
-    """A copy of the Gaussian model that can be trained.
+    """Make a trainable copy of the Gaussian model.
 
     Args:
-        second: take a second number. It goes where embeddings of images go, through a layer that starts at zero.
-        more_channels: of the input, whose weights start at zero.
-        smooth: make it smooth in time, for what takes derivatives in it.
+        second: add a second input in [0, 1], as an image embedding, through a layer that is initialized with zeros.
+        more_channels: number of additional input channels, whose weights are initialized with zeros.
+        smooth: make the network smooth in time, for methods that take derivatives in time.
     """
     unet = extended_copy(start.unet, more_channels, SECOND_DIMENSIONS if second else 0, 0)
     if smooth:
@@ -168,15 +173,15 @@ def denoiser(start: Start, second: bool = False, more_channels: int = 0, smooth:
 
 
 def features_of(number: torch.Tensor) -> torch.Tensor:
-    """Sines and cosines of a number in [0, 1], (N, SECOND_DIMENSIONS), of length 1."""
+    """Return sines and cosines of a number in [0, 1], (N, SECOND_DIMENSIONS), normalised to length 1."""
     count = SECOND_DIMENSIONS // 2
-    speeds = torch.logspace(0, math.log10(FASTEST), count, device=number.device)
-    angles = number[:, None] * speeds
+    frequencies = torch.logspace(0, math.log10(MAX_FREQUENCY), count, device=number.device)
+    angles = number[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1) / math.sqrt(count)
 
 
 def levels(sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """a = 1 / sqrt(1 + sigma^2), s = sigma a, each (N, 1, 1, 1)."""
+    """Return a = 1 / sqrt(1 + sigma^2) and s = sigma a, each (N, 1, 1, 1)."""
     a = (1 + sigma**2).rsqrt()
     return a.view(-1, 1, 1, 1), (sigma * a).view(-1, 1, 1, 1)
 
@@ -196,7 +201,7 @@ def resample(
     sigmas: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """Denoise, add fresh noise of the next sigma, denoise again: how consistency models and DMD2 take several steps.
+    """Alternate denoising and adding fresh noise of the next sigma, the multistep sampling of consistency models and DMD2.
 
     Args:
         clean: (x_t, sigma (N,)) -> x_0.

@@ -1,4 +1,4 @@
-"""The contest as tables, targets and a figure."""
+"""Tables, targets and a plot of a contest."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Cell = Callable[[dict], float]
 
 
 def first_frechet(cell: dict) -> float:
-    """The Frechet distance to training pictures in the first feature network."""
+    """Return the Frechet distance to training images in the first feature network."""
     return next(iter(cell["features"].values()))["frechet"]
 
 
 def of_network(network: str, measure: str = "frechet") -> Cell:
+    """Return a function that reads a measure in one network from a cell."""
     return lambda cell: cell["features"][network][measure]
 
 
@@ -32,8 +33,8 @@ class Row:
     """Results of all seeds of one method with one set of settings.
 
     Attributes:
-        name: the method; the folder of weights trained elsewhere; or the start's scheduler.
-        images: of a Gaussian training of the same cost; 0 where nothing was trained for the contest.
+        name: the method, the folder of a model from elsewhere, or the scheduler of the initial Gaussian model.
+        images: cost of the training, in images of the denoising loss; 0 if nothing was trained for the contest.
     """
 
     def __init__(self, results: list[dict]) -> None:
@@ -41,14 +42,14 @@ class Row:
         self.results, self.settings, self.images, self.cost = results, first["settings"], first["images"], first["cost"]
         self.name = first["method"]
         if not self.images:
-            given = self.name == "folder"
-            self.name = self.settings["folder"] if given else f"{START}, {self.settings.get('scheduler', 'UniPC')}"
+            from_folder = self.name == "folder"
+            self.name = self.settings["folder"] if from_folder else f"{START}, {self.settings.get('scheduler', 'UniPC')}"
 
     def values(self, start: str, steps: int | str, cell: Cell) -> list[float]:
         return [cell(each[start][str(steps)]) for each in self.results if str(steps) in each.get(start, {})]
 
     def mean(self, start: str, steps: int | str, cell: Cell) -> float:
-        """Over seeds; infinite where it was not measured."""
+        """Return the mean over seeds, or infinity if it was not measured."""
         values = self.values(start, steps, cell)
         return statistics.mean(values) if values else float("inf")
 
@@ -75,29 +76,29 @@ def networks_of(rows: list[Row]) -> list[str]:
 
 
 def tables(content: dict) -> list[str]:
-    """Markdown: a table for each feature network, one for copies and recall, and the search."""
+    """Format as Markdown a table for each feature network, one for recall and copies, and one for the search."""
     lines: list[str] = []
     rows = rows_of(content["contest"])
     if rows:
         noise, drafts = (sorted({n for row in rows for n in row.counts(start)}) for start in (NOISE, DRAFTS))
-        head = ["method", "step", "images", "seeds", *(f"{n}" for n in noise), *(f"{n}, drafts" for n in drafts)]
+        head = ["method", "cost of a step", "images", "seeds", *(f"{n}" for n in noise), *(f"{n}, drafts" for n in drafts)]
         for network in networks_of(rows):
             cell = of_network(network)
             lines += [
                 "",
-                f"{content['name']}, Frechet distance to training pictures in the features of `{network}` by evaluations of "
-                f"the network, from noise and from drafts; mean ± standard deviation over training seeds, {content['samples']} "
-                f"samples. Every training costs as much as {content['budget']:,} images of the denoising loss; step: its cost "
-                "for a picture over that of the denoising loss.",
+                f"{content['name']}: Frechet distance to training images in the features of `{network}`, by number of network "
+                f"evaluations, from noise and from drafts; mean ± standard deviation over training seeds, {content['samples']} "
+                f"samples. Every training costs as much as {content['budget']:,} images of the denoising loss. The cost of a "
+                "step is per image and relative to the denoising loss.",
                 "",
-                *table(head, [[*about(row), *numbers(row, noise, drafts, cell)] for row in rows]),
+                *table(head, [[*about(row), *distances(row, noise, drafts, cell)] for row in rows]),
             ]
         lines += diversity(rows, networks_of(rows))
     if content["search"]:
         searched = rows_of(content["search"])
         counts = sorted({n for row in searched for n in row.counts(NOISE)})
-        settings = [[row.name, listed(row), *numbers(row, counts, [], first_frechet)] for row in searched]
-        lines += ["", "The search, best first, one seed each:", ""]
+        settings = [[row.name, settings_text(row), *distances(row, counts, [], first_frechet)] for row in searched]
+        lines += ["", "Search of settings, best first, one seed each:", ""]
         lines += table(["method", "settings", *(f"{n}" for n in counts)], settings)
     return lines
 
@@ -111,21 +112,21 @@ def about(row: Row) -> list[str]:
     return [row.name, f"{row.cost:.2f}" if row.images else "", trained, str(len(row.results)) if row.images else ""]
 
 
-def listed(row: Row) -> str:
+def settings_text(row: Row) -> str:
     return ", ".join(f"{name}={value}" for name, value in row.settings.items()) or "default"
 
 
-def numbers(row: Row, noise: list[int], drafts: list[int], cell: Cell) -> list[str]:
+def distances(row: Row, noise: list[int], drafts: list[int], cell: Cell) -> list[str]:
     return [row.text(start, n, cell) for start, counts in ((NOISE, noise), (DRAFTS, drafts)) for n in counts]
 
 
 def diversity(rows: list[Row], networks: list[str]) -> list[str]:
-    """Recall, coverage and copies at four evaluations from noise and one from drafts."""
+    """Format recall, coverage and copies at four evaluations from noise and one from drafts."""
     lines = [
         "",
-        "Recall in both networks, coverage in the first, and copies: the share of samples within a root mean square of ",
+        "Recall in both networks, coverage in the first network, and copies: the fraction of samples within a root mean ",
     ]
-    lines[-1] += "0.1 of a training picture. Four evaluations from noise, then one from drafts."
+    lines[-1] += "square distance of 0.1 of a training image. Four evaluations from noise, then one from drafts."
     head = ["method"]
     for start in ("noise, 4", "drafts, 1"):
         head += [f"recall ({start})", "coverage", "copies"]
@@ -141,8 +142,7 @@ def diversity(rows: list[Row], networks: list[str]) -> list[str]:
 
 
 def targets(content: dict) -> list[dict]:
-    """Those that what was measured says something about: from noise alone, and for every method alike from noise or
-    from drafts, whichever is nearer."""
+    """Check the targets for which there are results: from noise alone, and from noise or drafts, whichever is better."""
     rows = rows_of(content["contest"])
     by_name = {row.name: row for row in rows}
     gaussians = [row for row in rows if row.name.startswith(START)]
@@ -154,7 +154,7 @@ def targets(content: dict) -> list[dict]:
         cell = of_network(network)
         for start, starts in (("noise", [NOISE]), ("either start", [NOISE, DRAFTS])):
             where = f"`{network}`, {start}"
-            best = partial(nearest, starts=starts, cell=cell)
+            best = partial(lowest, starts=starts, cell=cell)
             gaussian = min(best(row, n) for row in gaussians for each in starts for n in row.counts(each))
             for name in ours:
                 for steps, wanted in ((4, "<= 0.55"), (2, "<= 0.8"), (1, "<= 1")):
@@ -170,18 +170,18 @@ def targets(content: dict) -> list[dict]:
         if WHITE in by_name:
             ratio = by_name[WHITE].mean(NOISE, 1, cell) / min(row.mean(NOISE, 1, cell) for row in gaussians)
             found.append(target(f"{WHITE}, 1 step / Gaussian, 1 step, `{network}`, noise", "<= 0.15", ratio))
-        found += recalled(by_name, gaussians, network)
+        found += recall_targets(by_name, gaussians, network)
     for name in trained:
         found.append(target(f"{name}, training step / denoising step", "<= 2.5", by_name[name].cost))
     return found
 
 
-def nearest(row: Row, steps: int, starts: list[str], cell: Cell) -> float:
+def lowest(row: Row, steps: int, starts: list[str], cell: Cell) -> float:
     return min(row.mean(start, steps, cell) for start in starts)
 
 
-def recalled(by_name: dict[str, Row], starts: list[Row], network: str) -> list[dict]:
-    """Recall and coverage at 4 steps, less those of the Gaussian model where its Frechet distance is least."""
+def recall_targets(by_name: dict[str, Row], starts: list[Row], network: str) -> list[dict]:
+    """Compare recall and coverage at 4 steps with those of the Gaussian model where its Frechet distance is lowest."""
     frechet = of_network(network)
     row, steps = min(
         ((row, n) for row in starts for n in row.counts(NOISE)), key=lambda each: each[0].mean(NOISE, each[1], frechet)
@@ -191,13 +191,14 @@ def recalled(by_name: dict[str, Row], starts: list[Row], network: str) -> list[d
         for measure in ("recall", "coverage"):
             if name in by_name:
                 cell = of_network(network, measure)
-                less = by_name[name].mean(NOISE, 4, cell) - row.mean(NOISE, steps, cell)
-                found.append(target(f"{name}, 4 steps, {measure} less the Gaussian's best, `{network}`", ">= -0.02", less))
+                difference = by_name[name].mean(NOISE, 4, cell) - row.mean(NOISE, steps, cell)
+                title = f"{name}, 4 steps, {measure} - that of the best Gaussian, `{network}`"
+                found.append(target(title, ">= -0.02", difference))
     return found
 
 
 def draw(content: dict, path: Path) -> None:
-    """Frechet distances by evaluations, a panel for each feature network; dashed from drafts."""
+    """Plot Frechet distances over network evaluations, with a panel for each feature network. Dashed lines are from drafts."""
     rows = rows_of(content["contest"])
     if not rows:
         return
@@ -217,7 +218,7 @@ def draw(content: dict, path: Path) -> None:
                     label = row.name if start == NOISE else None
                     means = [statistics.mean(each) for each in values]
                     axis.errorbar(counts, means, spread, label=label, ls=style, color=colour, marker=".", lw=width)
-        axis.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="Frechet distance", title=network)
+        axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Frechet distance", title=network)
         plain_log_ticks(axis.xaxis, axis.yaxis)
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()

@@ -1,4 +1,4 @@
-"""What the picture benchmarks are tested with."""
+"""Fixtures of the image benchmarks."""
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ import torch
 from drawing import style
 from drawing.architecture import architecture
 from drawing.contest import contest, interval
-from drawing.pictures import frames
+from drawing.images import frames
 from drawing.ring import ring
 from few_step.report import NOISE, Row
 from rivals import RESULTS

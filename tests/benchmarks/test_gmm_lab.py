@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from gmm_cells import EXACT, Budget, Distilled, Model, components
 from gmm_data import Problem
-from gmm_distill import LEVELS, distil, exact_teacher, fine_process, mean_of_draws, noise_anew, posterior_mean, student_loss
+from gmm_distill import LEVELS, distil, exact_teacher, fine_process, mean_of_draws, posterior_mean, second_view, student_loss
 from gmm_measures import energy_distance, kernel, modes, sample, sliced_w2
 from gmm_models import PointDenoiser
 from gmm_report import distill_targets
@@ -126,7 +126,7 @@ class Views:
         drawn = self.posterior.sample(count, generator)[0].float()
         self.x = (drawn if student == "posterior" else torch.full_like(drawn, 0.2)).requires_grad_()
         rows = torch.full((count,), t)
-        self.seen = noise_anew(self.path, self.x.detach(), x_t.expand(count, -1), rows, Distilled(""), generator)
+        self.seen = second_view(self.path, self.x.detach(), x_t.expand(count, -1), rows, Distilled(""), generator)
         self.true = exact_teacher(self.problem, self.path)(self.seen.x_u, self.seen.u)
 
     def gradient(self, own, normalise="level"):

@@ -4,7 +4,7 @@ import gms
 import pytest
 import torch
 import yardstick
-from gms import GMSConfig, stroke
+from gms import GMSConfig, strokes_of
 
 from ldm_smd.config import load_config
 from ldm_smd.training.settings import TrainMomentsConfig
@@ -30,7 +30,7 @@ def test_gms_end_to_end(gaussian_folder, shards, yardstick_settings, tmp_path, m
 
 def test_a_stroke_is_patches_of_few_colours():
     pictures = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    found = stroke(pictures, side=4, colours=3)
+    found = strokes_of(pictures, side=4, colours=3)
     assert set(found.unique().tolist()) <= {0.0, 0.5, 1.0}
     patches = found.unfold(2, 4, 4).unfold(3, 4, 4)
     assert torch.equal(patches, patches[..., :1, :1].expand_as(patches))

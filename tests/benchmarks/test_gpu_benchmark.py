@@ -20,15 +20,17 @@ def test_everything_is_measured_and_written(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "RESULT", tmp_path / "gpu.json")
     monkeypatch.setattr(gpu, "MODES", gpu.MODES[:2])  # to compile takes half a minute
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    sizes = gpu.Sizes({"tiny": tiny_unet}, batch=2, pictures=1, resolutions=(32,), tokens=16)
+    sizes = gpu.Sizes({"tiny": tiny_unet}, batch=2, encoded=1, resolutions=(32,), tokens=16)
     gpu.write_result(sizes, gpu.Run(torch.device("cpu"), seconds=0.01, teraflops=1.0))
     result = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(result["training"]) == [f"tiny, {kind}, {mode}" for mode in gpu.MODES for kind in (gpu.GAUSSIAN, gpu.MIXTURE)]
+    models = (gpu.GAUSSIAN, gpu.MIXTURE)
+    assert list(result["training"]) == [f"tiny, {model}, {mode}" for mode in gpu.MODES for model in models]
     for cell in result["training"].values():
         assert cell["images_per_second"] > 0
     assert 0 < result["training"]["tiny, mixture, bf16"]["share_of_peak"] < 1
     assert result["encoding"]["32"] > 0 and result["attention"] is None
-    assert [each["name"] for each in result["targets"]] == ["tiny: training step, 4 draws, over the Gaussian model's"]
+    wanted = "tiny: training step, 4 draws, relative to the Gaussian model"
+    assert [each["name"] for each in result["targets"]] == [wanted]
     assert "| tiny, mixture, bf16 |" in (tmp_path / "gpu.md").read_text()
 
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from pictures_256 import Pictures256Config, pictures_256, smaller, targets
+from pictures_256 import Pictures256Config, pictures_256, resized, targets
 from PIL import Image
 
 from ldm_smd.config import load_config
@@ -34,7 +34,7 @@ def test_samples_are_reduced_as_pictures_are(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "one.png")
     real = decode((tmp_path / "one.png").read_bytes(), 8)
-    assert torch.equal(smaller(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255.0, 8)[0], real)
+    assert torch.equal(resized(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255.0, 8)[0], real)
 
 
 @pytest.mark.slow
@@ -65,7 +65,7 @@ def test_it_measures_what_is_missing(pictures, train_config, tmp_path, monkeypat
     ]
     assert len(found["targets"]) == 4 and Image.open(tmp_path / "pictures-tiny-few.jpg").size == (131, 131)
     assert (tmp_path / "pictures-tiny.md").read_text().count("guidance") == 3
-    monkeypatch.setattr("pictures_256.reduced", None)
+    monkeypatch.setattr("pictures_256.resized_samples", None)
     config.sheet_pictures = 0
     again = json.loads(pictures_256(config).read_text())
     assert again["cells"] == found["cells"], "what is there is not measured again"

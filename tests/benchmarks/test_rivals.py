@@ -140,13 +140,13 @@ def test_alpha_goes_from_one_to_its_floor(start):
 
 def test_consistency_target_at_no_noise_is_the_picture(start):
     method = Job("ect", {"q": 2.0, "stages": 8}).make(start)
-    assert method.nearer(torch.tensor([1e-3, 0.1]))[0] == 0  # it starts as denoising
+    assert method.lower_level(torch.tensor([1e-3, 0.1]))[0] == 0  # it starts as denoising
     x0, labels = batch()
-    found = method.at(method.networks["model"], x0, torch.randn(x0.shape), torch.zeros(8), labels)
+    found = method.denoise(method.networks["model"], x0, torch.randn(x0.shape), torch.zeros(8), labels)
     torch.testing.assert_close(found, x0)
     method.progress = 0.99
     t = torch.tensor([0.5, 5.0, 50.0])
-    assert (method.nearer(t) / t > 0.95).all()
+    assert (method.lower_level(t) / t > 0.95).all()
 
 
 def test_kernel_loss_is_zero_in_mean_for_equal_laws():

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from nearest import NearestPicture
-from pictures import PictureConfig, PictureMeasure
+from image_measure import ImageMeasure, MeasureConfig
+from nearest import NearestImage
 from PIL import Image
 from train_features import TrainFeaturesConfig, contrastive_loss, effective_rank, nearest_right, train_features
 from views import ViewConfig, gaussian_blur, hue_turn, random_views
@@ -32,7 +32,7 @@ def measure(pictures, networks, tmp_path):
     for path in pictures.rglob("*.png"):
         (tmp_path / "held_out" / path.parent.name).mkdir(parents=True, exist_ok=True)
         Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "held_out" / path.parent.name / path.name)
-    return PictureMeasure(PictureConfig(images, held_out, networks, resampled=40, bootstrap=3), "cpu")
+    return ImageMeasure(MeasureConfig(images, held_out, networks, resampled=40, bootstrap=3), "cpu")
 
 
 def test_both_networks_tell_noise_and_copies(measure, pictures):
@@ -67,7 +67,7 @@ def test_the_nearest_picture_is_exact(spread):
     torch.manual_seed(0)
     pictures = torch.randint(256, (60, 3, 8, 8), dtype=torch.uint8)
     rows = (pictures[:30].float() + spread * torch.randn(30, 3, 8, 8)).clamp(0, 255).to(torch.uint8)
-    search = NearestPicture(pictures, torch.device("cpu"))
+    search = NearestImage(pictures, torch.device("cpu"))
     for itself, given in ((False, rows), (True, pictures)):
         all_distances = torch.cdist(given.flatten(1).double() / 255, pictures.flatten(1).double() / 255) / math.sqrt(192)
         expected = all_distances.kthvalue(2 if itself else 1, dim=1).values

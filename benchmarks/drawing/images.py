@@ -1,4 +1,4 @@
-"""Pictures by the shipped models: the strip from noise to pictures, and the picture of the README."""
+"""Images by the shipped models: the strip from noise to images, and the image of the README."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ QUALITY = 88
 SIDE, GAP = 128, 16
 README_LABELS = (7, 6, 1, 4, 5, 9, 0, 3, 7, 6, 8, 3)
 STRIP_COLUMNS, LARGE_STRIP_COLUMNS = (0, 1, 11), (0, 1, 3)
-"""Of the README's picture, what the strip shows."""
+"""Columns of the README's image that the strip shows."""
 STRIP_STEPS = 4
 LARGE_STRIP_SHOWN = (0, 20, 32, 40, 50)
 
 
 class LargeRow:
-    """The first row of large pictures in the report of the demo: its model, labels and settings."""
+    """Model, labels and settings of the first row of large images in the report of the demo."""
 
     def __init__(self) -> None:
         settings = load_config(DemoConfig, "configs/demo.yaml").showcase
@@ -37,8 +37,8 @@ class LargeRow:
 
 
 def readme(path: Path) -> Path:
-    """Above, at half size, the first row of the demo's large pictures; below, at double size, four steps of the Gaussian model,
-    and of the mixture, with the same labels and seeds."""
+    """Make the README's image: the first row of the demo's large images at half size, then four steps of the Gaussian model and
+    of the mixture at double size, with the same labels and seeds."""
     large = LargeRow()
     rows = [row(sample_pixels(large.pipeline, large.labels, len(large.labels), large.options, "256 pixels"))]
     rows.append(torch.ones(3, GAP, rows[0].shape[2]))
@@ -50,8 +50,10 @@ def readme(path: Path) -> Path:
 
 
 def strip(path: Path) -> Path:
-    """Some of the README's pictures, one a row, a step a column: the noise, then what is left of it after each step, decoded.
-    On the left four steps of the mixture of 64 pixels, on the right fifty of the Gaussian model of 256, some of them."""
+    """Make the strip: x_t decoded after each step, for some of the README's images. Rows are images and columns steps.
+
+    On the left are four steps of the mixture at 64 pixels, on the right some of the fifty steps of the Gaussian model at 256.
+    """
     shown = range(STRIP_STEPS + 1)
     labels = [README_LABELS[column] for column in STRIP_COLUMNS]
     small = frames(load_pipeline(SHIPPED / "emoji-smd"), labels, STRIP_COLUMNS, SamplingOptions(STRIP_STEPS, 1.0), shown)
@@ -63,7 +65,7 @@ def strip(path: Path) -> Path:
 
 
 def row(pixels: torch.Tensor) -> torch.Tensor:
-    """Bring (N, 3, H, W) to ``SIDE`` pixels, side by side: (3, SIDE, N * SIDE)."""
+    """Resize images (N, 3, H, W) to ``SIDE`` pixels and put them side by side: (3, SIDE, N * SIDE)."""
     resized = F.interpolate(pixels, size=SIDE, mode="bicubic", antialias=True, align_corners=False)
     return make_grid(resized, nrow=len(pixels), padding=0)
 
@@ -71,7 +73,7 @@ def row(pixels: torch.Tensor) -> torch.Tensor:
 def frames(
     pipeline: SMDPipeline, labels: Sequence[int], seeds: Sequence[int], options: SamplingOptions, shown: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Decode x_t before the first step (0) and after the steps asked for: images (N, 3, H, W) in [0, 1], for each."""
+    """Decode x_t before the first step (0) and after the steps in ``shown``: a list of images (N, 3, H, W) in [0, 1]."""
     found: list[torch.Tensor] = []
 
     def keep(pipeline: SMDPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:

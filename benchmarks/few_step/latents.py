@@ -1,4 +1,4 @@
-"""The latents of a picture set in the memory of a device, with their labels."""
+"""Loads all latents of a data set, with their labels, into the memory of a device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from .method import Latents
 
 
 def load_latents(folder: str, autoencoder: FrozenAutoencoder, device: torch.device) -> Latents:
-    """All moments of latent shards, normalised: the mean as latents are, the deviation by the scale alone. Pictures without a
-    label have that of no class."""
+    """Load all moments of latent shards, normalised. Images without a label get the null class."""
     manifest = Manifest.load(folder)
     manifest.check_autoencoder(autoencoder)
     batch = LatentStream(manifest, manifest.count, manifest.count, seed=0, mirror=False).batch_at(0)

@@ -1,5 +1,6 @@
-"""All that the picture benchmarks measure of samples, in the features of two networks that were trained otherwise, and whether
-training pictures come out again. What is claimed of pictures is to hold in both networks."""
+"""Measures of generated images, in the features of two networks that were trained differently, and copies of training images.
+
+A claim about image quality must hold in both networks."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from nearest import NearestPicture
+from nearest import NearestImage
 
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
@@ -18,26 +19,27 @@ from ldm_smd.evaluation.features import Extractor, load_extractor
 from ldm_smd.schema import check
 
 DIGITS = 5
-LEAST = 1e-9
+MIN_DISTANCE = 1e-9
 
 
 @dataclass
-class PictureConfig:
+class MeasureConfig:
     """Reference images and measures."""
 
     images: ImagesConfig = field(default_factory=ImagesConfig)
-    """The pictures the models were trained on."""
+    """Training images of the models."""
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
-    """Real pictures no model has seen, and no checkpoint was chosen by."""
+    """Real images that were used neither for training nor for choosing a checkpoint."""
     features: list[str] = field(default_factory=lambda: ["checkpoints/classifier", "checkpoints/features-selfsupervised"])
-    """As in tools/evaluate.py."""
+    """Feature networks, as in tools/evaluate.py."""
     reference: int = 10_000
-    """Training pictures compared with, at most; the nearest picture is looked for among all of them."""
+    """Maximum number of training images to compare with. The nearest image is searched among all."""
     resampled: int = 2000
-    """Training pictures drawn anew, as many as the samples will be."""
+    """Number of training images to resample for comparison, best equal to that of the samples."""
     bootstrap: int = 10
+    """Bootstrap rounds."""
     near: float = 0.1
-    """A sample is a copy where a training picture is within this root mean square over colours and pixels in [0, 1]."""
+    """A sample is a copy if a training image is within this root mean square distance over colours and pixels in [0, 1]."""
 
     def __post_init__(self) -> None:
         check(len(set(self.features)) == len(self.features) > 0, "features", "different networks", self.features)
@@ -46,11 +48,11 @@ class PictureConfig:
 
 
 class NetworkMeasure:
-    """The measures in the features of one network.
+    """Measures in the features of one network.
 
     Args:
-        training: uint8 (N, 3, H, W), all of them.
-        chosen: rows of ``training`` that distances are taken to.
+        training: all training images, uint8 (N, 3, H, W).
+        chosen: rows of ``training`` that samples are compared with.
     """
 
     def __init__(self, extractor: Extractor, training: torch.Tensor, held_out: torch.Tensor, chosen: torch.Tensor) -> None:
@@ -60,53 +62,54 @@ class NetworkMeasure:
         self.new_distance = self._to_nearest(self.held_out.features)
 
     def __call__(self, features: torch.Tensor, rounds: int, held_out: bool = True) -> dict[str, float]:
-        """Statistics of features (N, D)."""
+        """Return the measures of features (N, D)."""
         found = distances(features, self.training, self.extractor.unit_length, rounds)
         if held_out:
             found["frechet_held_out"] = frechet_distance(features, self.held_out)
-        return rounded(found | {"nearest": self._to_nearest(features) / max(self.new_distance, LEAST)})
+        return rounded(found | {"nearest": self._to_nearest(features) / max(self.new_distance, MIN_DISTANCE)})
 
     def _to_nearest(self, features: torch.Tensor) -> float:
-        """Median distance to the nearest training picture."""
+        """Return the median distance to the nearest training image."""
         nearest = [torch.cdist(rows, self.training.features).min(dim=1).values for rows in features.split(BLOCK)]
         return float(torch.cat(nearest).median())
 
 
-class PictureMeasure:
-    """Measures sets of pictures against training and held-out ones; what these need is computed once.
+class ImageMeasure:
+    """Measures of sets of images in comparison with training and held-out images. Features of those are computed once.
 
-    Choosing a checkpoint, a setting or a scheduler, of many, by the numbers that are then reported makes these too good, so the
-    choice is not to be made by the held-out pictures, nor by the samples that are reported. Training pictures kept back for it
-    would be missing in the training, and few. So choose by ``choice``, of samples of other seeds than those reported, with the
-    labels of training pictures (``labels``). It knows of the training pictures alone, and what would win by giving them back
-    is refused: the share of its copies must not be significantly above the share of training pictures that have another one
-    as near. Then report ``measure`` of new seeds, whose ``frechet_held_out`` no choice has seen. What is left: a choice can
-    favour what is near the training pictures in ways that are no copies, and where many training pictures are alike the refusal
-    is lenient (of the emoji half have another one as near, of the held-out ones, kept back by whole groups, an eighth); so
-    report ``frechet_held_out`` and ``copies`` beside ``frechet``.
+    Choosing among checkpoints, settings or schedulers by the reported numbers would make these optimistic. So choose by neither
+    the held-out images nor the reported samples. A validation set taken from the training images would be small, and missing in
+    training. Instead, choose by ``choice``, on samples of other seeds with the labels of training images (``labels``). It uses
+    training images only, and rejects models that reproduce them: the fraction of copies must not be significantly above the
+    fraction of training images that have another training image as near. Then report ``measure`` on new seeds, whose
+    ``frechet_held_out`` has influenced no choice.
+
+    Two limits remain. A choice can favour samples close to training images that are no copies. And the test is lenient where
+    many training images are alike: half of the emoji have another one as near, but only an eighth of the held-out ones, which
+    were held out by whole groups. So report ``frechet_held_out`` and ``copies`` beside ``frechet``.
 
     Attributes:
-        floor: the measures of the held-out pictures: what samples as good as unseen real pictures have, but for the number
-            of pictures (a Frechet distance is larger where they are fewer).
-        training: the measures of training pictures drawn anew: what a model has that gives them back. Its
-            ``frechet_held_out`` is the smallest that a model of these training pictures can be asked for.
+        floor: measures of the held-out images: those of samples as good as unseen real images, except for the number of images
+            (a Frechet distance is larger for fewer images).
+        training: measures of resampled training images: those of a model that reproduces them. Its ``frechet_held_out`` is the
+            smallest that can be expected of a model of these training images.
     """
 
-    def __init__(self, config: PictureConfig, device: str = "auto") -> None:
+    def __init__(self, config: MeasureConfig, device: str = "auto") -> None:
         self.config, self.device = config, pick_device(device)
         training, labels, _ = load_pixels(config.images)
         held_out, held_out_labels, _ = load_pixels(config.held_out)
         self._labels, self._held_out_labels = labels, held_out_labels
         chosen = torch.randperm(len(training), generator=seeded(0))[: config.reference]
         self.networks = [NetworkMeasure(load_extractor(name, device), training, held_out, chosen) for name in config.features]
-        self._nearest = NearestPicture(training, self.device)
+        self._nearest = NearestImage(training, self.device)
         self._new_distance = float(self._nearest(held_out).median())
         self._chosen, self._training = chosen, training
-        self._held_out_pictures = held_out
+        self._held_out = held_out
 
     @cached_property
     def floor(self) -> dict:
-        return self._measured(self._held_out_pictures, [network.held_out.features for network in self.networks], held_out=False)
+        return self._measured(self._held_out, [network.held_out.features for network in self.networks], held_out=False)
 
     @cached_property
     def training(self) -> dict:
@@ -116,23 +119,31 @@ class PictureMeasure:
 
     @cached_property
     def _copies_among_training(self) -> float:
-        among = self._nearest(self._training[self._chosen[: self.config.resampled]], itself=True)
-        return float((among <= self.config.near).double().mean())
+        distances = self._nearest(self._training[self._chosen[: self.config.resampled]], exclude_self=True)
+        return float((distances <= self.config.near).double().mean())
 
     def measure(self, pixels: torch.Tensor) -> dict:
-        """Of pictures uint8 (N, 3, H, W): ``pictures``, how many; ``copies``, the share of them within ``near`` of a training
-        picture; ``nearest_pixels``, the median distance to the nearest training picture over that of the held-out pictures;
-        and for each network, by its name, under ``features``:
+        """Measure images, uint8 (N, 3, H, W).
 
-        ``frechet``, ``kid``, with bootstrap deviations ``_sd``, ``precision``, ``recall``, ``density``, ``coverage``: to the
-        training pictures; ``frechet_held_out``; ``nearest``, as ``nearest_pixels`` but in the features: near 0 where training
-        pictures come out again, 1 where what comes out is as new as pictures never trained on.
+        Returns:
+            ``pictures``: the number of images. ``copies``: the fraction of them within ``near`` of a training image.
+            ``nearest_pixels``: their median distance to the nearest training image, relative to that of held-out images. And
+            under ``features``, for each network by name:
+
+            * ``frechet`` and ``kid`` to the training images, with bootstrap standard deviations ``_sd``;
+            * ``precision``, ``recall``, ``density`` and ``coverage`` with regard to the training images;
+            * ``frechet_held_out``: the Frechet distance to the held-out images;
+            * ``nearest``: as ``nearest_pixels``, but in feature space. It is close to 0 if training images are reproduced, and
+              1 if samples are as new as images that were not trained on.
         """
         return self._measured(pixels, [network.extractor(pixels) for network in self.networks])
 
     def choice(self, pixels: torch.Tensor) -> float:
-        """The number to choose by, smaller is better: the mean over the networks of the logarithm of the Frechet distance to
-        the training pictures, so that no network's scale counts more; infinite where training pictures come out again."""
+        """Return the criterion to choose models by; lower is better.
+
+        It is the mean over networks of the log Frechet distance to the training images, which gives all networks the same
+        weight, or infinity if training images are reproduced.
+        """
         allowed = self._copies_among_training
         allowed += 2 * math.sqrt(max(allowed * (1 - allowed), 1 / len(pixels)) / len(pixels))
         if self._pixel_measures(pixels)["copies"] > allowed:
@@ -145,7 +156,7 @@ class PictureMeasure:
         return shuffled(self._labels, count, seed=2)
 
     def held_out_labels(self, count: int) -> list[int | None]:
-        """Return labels of held-out images in the same way, for the samples that are reported."""
+        """Return labels of held-out images in the same way, for the reported samples."""
         return shuffled(self._held_out_labels, count, seed=0)
 
     def _measured(self, pixels: torch.Tensor, features: list[torch.Tensor], held_out: bool = True) -> dict:
@@ -159,7 +170,7 @@ class PictureMeasure:
         nearest = self._nearest(pixels)
         copies = float((nearest <= self.config.near).double().mean())
         return {"pictures": len(pixels)} | rounded(
-            {"copies": copies, "nearest_pixels": float(nearest.median()) / max(self._new_distance, LEAST)}
+            {"copies": copies, "nearest_pixels": float(nearest.median()) / max(self._new_distance, MIN_DISTANCE)}
         )
 
 
