@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -28,7 +29,9 @@ from ldm_smd.training.settings import TrainConfig
 from tests.tiny import TINY_MODEL, training
 
 if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(2)
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start, which are to round as this one
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -178,12 +181,16 @@ def loud_pipeline():
 
 @pytest.fixture
 def free_port():
-    """A function that finds a port of this machine that nobody listens at."""
+    """A function that finds a port of this machine that nobody listens at, nor will be given before the test listens there."""
 
     def find():
+        below_those_given = random.SystemRandom().randrange(15_000, 32_000)
         with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            return probe.getsockname()[1]
+            try:
+                probe.bind(("localhost", below_those_given))
+            except OSError:
+                return find()
+        return below_those_given
 
     return find
 
