@@ -5,9 +5,7 @@ import logging
 import os
 import random
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -26,6 +24,7 @@ from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.loop import train
 from ldm_smd.training.settings import TrainConfig
+from tests.forked import ROOT, Forked, launcher
 from tests.tiny import TINY_MODEL, training
 
 if "OMP_NUM_THREADS" not in os.environ:
@@ -196,18 +195,29 @@ def free_port():
 
 
 @pytest.fixture
-def launch(free_port):
+def fork(tmp_path):
+    """Start a function in a process of its own (forked.py), with its arguments; it does not outlive the test."""
+    started = []
+
+    def start(function, *arguments, **options):
+        # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
+        environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        log = options.pop("log", tmp_path / f"forked-{len(started)}.log")
+        started.append(Forked(function, list(map(str, arguments)), log, environment=environment, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def launch(fork):
     """Start a script of the repository on several processes of this machine, with its arguments."""
 
     def start(processes, script, *arguments):
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        launcher.append(f"--master-port={free_port()}")
-        # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
-        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
-        root = Path(__file__).parents[1]
-        environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [*launcher, str(root / script), *map(str, arguments)]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        options = [f"--nproc-per-node={processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=run"]
+        return fork(launcher, *options, "--local-addr=127.0.0.1", ROOT / script, *arguments)
 
     return start
 
