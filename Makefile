@@ -3,7 +3,10 @@
 # make test-settings: all settings at hostile values.  make test-wheel: the package as others install it.
 # make site: the documentation as a site, in site/.  make figures, make notebook: its figures, its notebook.
 PYTHON ?= python3.11
+WORKERS ?= 2
 BIN := .venv/bin
+# Several processes, each with one thread (tests/conftest.py): for tiny networks far faster than several threads.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 INSTALLED := .venv/.installed
 
 .PHONY: demo gpu test test-cpus test-settings test-wheel lint site figures notebook clean
@@ -20,11 +23,11 @@ gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Every setting of every tool, set to what no user means.
 test-settings: $(INSTALLED)
-	$(BIN)/python -m pytest -m exhaustive
+	$(PYTEST) -m exhaustive
 
 test-wheel: $(INSTALLED)
 	rm -rf build
@@ -33,13 +36,13 @@ test-wheel: $(INSTALLED)
 	build/venv/bin/python -I -m pip install --quiet --constraint constraints.txt build/*.whl
 	LDM_SMD_WHEEL_PYTHON=$(CURDIR)/build/venv/bin/python $(BIN)/python -m pytest tests/test_wheel.py
 
-# All tests as other processors would run them: kernels for other instructions, one thread, weights elsewhere in memory.
+# All tests as other processors would run them: kernels for other instructions, two threads, weights elsewhere in memory.
 DISGUISES := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 \
-	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/shifted
+	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 PYTHONPATH=$(CURDIR)/tests/shifted
 
 test-cpus: $(INSTALLED)
 	@log=$$(mktemp); failed=0; for disguise in $(DISGUISES); do \
-		env $$disguise $(BIN)/python -m pytest >$$log 2>&1 || failed=1; \
+		env $$disguise $(PYTEST) >$$log 2>&1 || failed=1; \
 		grep -E '^(FAILED|ERROR) ' $$log; echo "$$disguise: $$(grep -E ' in [0-9.]+s' $$log | tail -n 1)"; \
 	done; rm $$log; exit $$failed
 

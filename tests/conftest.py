@@ -3,10 +3,9 @@
 import json
 import logging
 import os
+import random
 import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -25,10 +24,13 @@ from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.loop import train
 from ldm_smd.training.settings import TrainConfig
+from tests.forked import ROOT, Forked, launcher
 from tests.tiny import TINY_MODEL, training
 
 if "OMP_NUM_THREADS" not in os.environ:
-    torch.set_num_threads(2)
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start, which are to round as this one
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -178,29 +180,44 @@ def loud_pipeline():
 
 @pytest.fixture
 def free_port():
-    """A function that finds a port of this machine that nobody listens at."""
+    """A function that finds a port of this machine that nobody listens at, nor will be given before the test listens there."""
 
     def find():
+        below_those_given = random.SystemRandom().randrange(15_000, 32_000)
         with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            return probe.getsockname()[1]
+            try:
+                probe.bind(("localhost", below_those_given))
+            except OSError:
+                return find()
+        return below_those_given
 
     return find
 
 
 @pytest.fixture
-def launch(free_port):
+def fork(tmp_path):
+    """Start a function in a process of its own (forked.py), with its arguments; it does not outlive the test."""
+    started = []
+
+    def start(function, *arguments, **options):
+        # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
+        environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        log = options.pop("log", tmp_path / f"forked-{len(started)}.log")
+        started.append(Forked(function, list(map(str, arguments)), log, environment=environment, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+@pytest.fixture
+def launch(fork):
     """Start a script of the repository on several processes of this machine, with its arguments."""
 
     def start(processes, script, *arguments):
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        launcher.append(f"--master-port={free_port()}")
-        # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
-        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "MASTER_ADDR": "localhost"}
-        root = Path(__file__).parents[1]
-        environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [*launcher, str(root / script), *map(str, arguments)]
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        options = [f"--nproc-per-node={processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=run"]
+        return fork(launcher, *options, "--local-addr=127.0.0.1", ROOT / script, *arguments)
 
     return start
 

@@ -38,6 +38,7 @@ CHECKS = [
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("gpu"),  # what all of them look at is made once
     pytest.mark.skipif(
         not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
         reason="needs a torch with devices in Python",

@@ -163,7 +163,7 @@ for name in {BACKBONES}:
 def test_with_parameters_divided_over_processes(launch):
     """FSDP2 over two processes gives the predictions and gradients of one."""
     process = launch(2, "tests/models/fsdp_backbones.py")
-    assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert process.wait(300) == 0, process.said()
 
 
 FORMER = {

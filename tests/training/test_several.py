@@ -38,7 +38,7 @@ def test_two_processes_distil_as_one_does(distil, tmp_path, launch):
     process = launch(2, "tests/training/fsdp_run.py", *paths)
     for name in runs[:2]:
         train(distil(*settings("one", name)))
-    _, error = process.communicate()
+    error = process.said()
     assert process.returncode == 0, error[-6000:]
     for kind in ("whole", "divided"):
         for name in runs[:2]:

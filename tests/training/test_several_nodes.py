@@ -1,26 +1,20 @@
 """Two nodes that share nothing but a store of latent shards: each has a folder, a cache and a checkpoint of its own."""
 
 import http.server
-import os
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
-import psutil
 import pytest
-import torch
 
 from ldm_smd.config import dump_config
 from ldm_smd.data.shards import Manifest
 from ldm_smd.data.stream import LatentStream
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import train
+from tests.forked import ROOT, launcher
 from tests.training.results import assert_same_losses
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.distributed
 
 
@@ -41,30 +35,20 @@ def served(shards):
 class Node:
     """A launcher with two processes, in a folder of its own."""
 
-    def __init__(self, folder, config, is_host):
-        self.folder, self.is_host = folder, is_host
+    def __init__(self, fork, folder, config, is_host):
+        self.fork, self.folder, self.is_host = fork, folder, is_host
         folder.mkdir()
         (folder / "run.yaml").write_text(dump_config(config))
 
     def start(self, port):
-        launcher = ["torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=0", "--rdzv-backend=c10d"]
-        launcher += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=run", "--local-addr=127.0.0.1"]
-        launcher += [f"--rdzv-conf=is_host={int(self.is_host)}"]
-        # As many threads as here, by which the fitted noise of few images rounds.
-        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", *launcher, str(ROOT / "tools/train.py"), "--config", "run.yaml"]
-        self.log = open(self.folder / "log", "a")  # noqa: SIM115
-        self.process = subprocess.Popen(command, cwd=self.folder, env=environment, stderr=self.log)
-
-    def kill(self):
-        """With its workers, which the launcher gives sessions of their own."""
-        for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
-            process.kill()
-        self.process.wait()
+        options = ["--nnodes=2", "--nproc-per-node=2", "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-id=run"]
+        options += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", f"--rdzv-conf=is_host={int(self.is_host)}"]
+        command = [ROOT / "tools/train.py", "--config", "run.yaml"]
+        self.process = self.fork(launcher, *options, *command, folder=self.folder, log=self.folder / "log")
 
     def wait(self):
         code = self.process.wait(240)
-        assert code == 0, (self.folder / "log").read_text()[-6000:]
+        assert code == 0, self.process.said()[-6000:]
 
 
 def start(nodes, port):
@@ -72,27 +56,22 @@ def start(nodes, port):
         node.start(port)
 
 
-def test_a_node_that_is_killed_comes_back_and_nothing_is_lost(train_config, served, tmp_path, free_port):
+def test_a_node_that_is_killed_comes_back_and_nothing_is_lost(train_config, served, tmp_path, free_port, fork):
     """Four processes on two nodes, one node killed and started again, then one process alone: the losses of one process."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=96", "log_every_images=16", "checkpoint_every_images=16")
     train(one)
     settings = ["output=run", "log_every_images=16", "checkpoint_every_images=16"]
     remote = train_config(*settings, f"shards={served}", "shards_cache.folder=cache", "images_total=80")
-    nodes = [Node(tmp_path / name, remote, is_host=name == "first") for name in ("first", "second")]
+    nodes = [Node(fork, tmp_path / name, remote, is_host=name == "first") for name in ("first", "second")]
     start(nodes, free_port())
-    try:
-        deadline = time.monotonic() + 120
-        while not checkpoints(tmp_path / "first/run/checkpoints") and time.monotonic() < deadline:
-            time.sleep(0.02)
-        nodes[1].kill()
-        assert nodes[0].process.wait(120) != 0  # it cannot go on alone
-        start(nodes, free_port())
-        for node in nodes:
-            node.wait()
-    finally:
-        for node in nodes:
-            if node.process.poll() is None:
-                node.kill()
+    deadline = time.monotonic() + 120
+    while not checkpoints(tmp_path / "first/run/checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    nodes[1].process.kill()
+    assert nodes[0].process.wait(120) != 0  # it cannot go on alone
+    start(nodes, free_port())
+    for node in nodes:
+        node.wait()
     assert list((tmp_path / "second/cache").glob("*.tar")) and list((tmp_path / "first/cache").glob("*.tar"))
     received = checkpoints(tmp_path / "second/run/checkpoints")
     assert len(received) == 1  # what it went on from; only the main process saves
