@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -57,15 +56,3 @@ def test_links_lead_somewhere(page):
             found = (page.parent / path).resolve() if path else page
             assert found.exists(), target
             assert not heading or heading in anchors(found), target
-
-
-@pytest.mark.slow
-def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """Where nothing was trained; with fewer steps."""
-    [snippet] = re.findall(r"## Use it from Python\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    shorter = re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", snippet)
-    exec(compile(shorter, "README.md", "exec"), {})
-    sizes = {name: Image.open(tmp_path / name).size for name in ("face.png", "large.png")}
-    assert sizes == {"face.png": (64, 64), "large.png": (256, 256)}
