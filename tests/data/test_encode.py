@@ -2,8 +2,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -24,8 +22,7 @@ from ldm_smd.data.plan import INDEX, Plan
 from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.errors import UserError
 from ldm_smd.files import claimed
-
-TOOL = Path(__file__).parents[2] / "tools" / "encode.py"
+from tests.forked import ROOT, script
 
 
 @pytest.fixture
@@ -175,11 +172,11 @@ def test_a_restart_encodes_missing_and_damaged_shards(shards, encode_to, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_continued(shards, settings, encode_to, tmp_path):
-    process = subprocess.Popen([sys.executable, str(TOOL), *settings("out")], stderr=subprocess.DEVNULL, env=os.environ)
+def test_a_killed_run_is_continued(shards, settings, encode_to, tmp_path, fork):
+    process = fork(script, ROOT / "tools/encode.py", *settings("out"))
     while process.poll() is None and not list(tmp_path.glob("out/.latents-*")):
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "out/manifest.json").exists()
     encode_to("out")

@@ -3,10 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -22,8 +19,7 @@ from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.record import MAY_CHANGE, NOT_COMPARED, flat
 from ldm_smd.training.settings import TrainAutoencoderConfig, TrainConfig
 from ldm_smd.training.train_autoencoder import train_autoencoder
-
-ROOT = Path(__file__).parents[2]
+from tests.forked import ROOT, script
 
 
 @pytest.fixture
@@ -113,17 +109,16 @@ def test_every_named_setting_is_there():
 
 
 @pytest.mark.slow
-def test_two_runs_at_once_in_one_folder(train_config, tmp_path):
+def test_two_runs_at_once_in_one_folder(train_config, tmp_path, fork):
     """The second is told at once and breaks nothing; the first being killed, the next goes on."""
     config = train_config("images_total=100000", "checkpoint_every_images=64")
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    command = [sys.executable, str(ROOT / "tools/train.py"), "--config", str(tmp_path / "config.yaml")]
-    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ)
+    first = fork(script, ROOT / "tools/train.py", "--config", tmp_path / "config.yaml")
     while first.poll() is None and not newest_images(tmp_path / "run/checkpoints"):
         time.sleep(0.05)
     with pytest.raises(UserError, match=rf"output: expected no other run at .*run, found process {first.pid} of"):
         train(config)
-    first.send_signal(signal.SIGKILL)
+    os.kill(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     seen = newest_images(tmp_path / "run/checkpoints")
     train(train_config(f"images_total={seen + 8}", "checkpoint_every_images=64"))
