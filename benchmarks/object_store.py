@@ -56,7 +56,7 @@ from ldm_smd.training.step import Denoising
 RESULT = Path(__file__).parent / "results" / "object_store.json"
 READ_FAULTS = {"refuse": 7, "500": 6, "503": 6, "cut": 7, "truncate": 6, "wrong": 6}
 WRITE_FAULTS = {"refuse": 3, "500": 3, "503": 3}
-FULL_DISKS, OFFLINE_SECONDS = 2, 30.0
+FULL_DISKS, OFFLINE_TIME = 2, 30.0
 EPOCHS, BATCH_SIZE, SEED = 6, 64, 5
 CACHED_SHARDS = 4.5
 ENCODE = ["images.source=data/emoji/heldout-*.tar", "images.resolution=64", "autoencoder=checkpoints/autoencoder-emoji"]
@@ -160,7 +160,7 @@ def inject(stores: StoreProcess, faults: list[str], offline: bool) -> None:
         while stores.injected().total() == before:
             time.sleep(0.05)
         if offline and index == len(faults) // 2:
-            stores.ask("offline", OFFLINE_SECONDS)
+            stores.ask("offline", OFFLINE_TIME)
 
 
 def encoded_under_faults(stores: StoreProcess, bucket: str, folder: Path) -> bool:
@@ -259,7 +259,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
         "versions": {name: version(name) for name in ("torch", "fsspec", "s3fs", "aiobotocore", "moto")},
-        "faults": {"reading": dict(reading), "writing": dict(writing), "full_disk": full_disks, "away_seconds": OFFLINE_SECONDS},
+        "faults": {"reading": dict(reading), "writing": dict(writing), "full_disk": full_disks, "away_seconds": OFFLINE_TIME},
         "reading": {
             "batches": batches,
             "lost_or_repeated": abs(sum(map(len, found.values())) - batches),
