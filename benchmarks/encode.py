@@ -30,7 +30,7 @@ from ldm_smd.data.settings import EncodeConfig, ImagesConfig
 from ldm_smd.device import pick_device
 
 RESULT = Path(__file__).parent / "results" / "encode.json"
-WANTED = 0.95
+SPEED, WANTED = "speed of tools/encode.py / autoencoder alone", 0.95
 
 
 def bare_seconds(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int) -> float:
@@ -76,12 +76,10 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": version("torch"),
         "pictures_per_second": rows,
-        "targets": [
-            {"name": "tool over bare", "target": f">= {WANTED}", "measured": round(ratio, 3), "holds": ratio >= WANTED}
-        ],
+        "targets": [{"name": SPEED, "target": f">= {WANTED}", "measured": round(ratio, 3), "holds": ratio >= WANTED}],
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"tool over bare: {ratio:.3f} (>= {WANTED})")
+    print(f"{SPEED}: {ratio:.3f} (>= {WANTED})")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ class NearestImage:
 
             |a - b|^2 >= 4 |S a - S b|^2,
 
-        so the best candidate by small images is right if its distance is at most this bound of the last candidate. Rows for
-        which it is not are compared with all images at full size.
+        so it is enough to compare with a few candidates, the nearest images by this bound, if the distance found is at most the
+        bound of the last candidate. Other rows are compared with all images at full size.
 
         Args:
             pixels: uint8 (M, 3, H, W).

@@ -63,7 +63,7 @@ def test_copies_are_not_chosen(measure, pictures):
 
 
 @pytest.mark.parametrize("spread", [3, 60])
-def test_the_nearest_picture_is_exact(spread):
+def test_the_nearest_image_is_exact(spread):
     torch.manual_seed(0)
     pictures = torch.randint(256, (60, 3, 8, 8), dtype=torch.uint8)
     rows = (pictures[:30].float() + spread * torch.randn(30, 3, 8, 8)).clamp(0, 255).to(torch.uint8)

@@ -30,7 +30,7 @@ def test_targets_compare_the_best_of_each():
     assert targets({0: cells[0]}) == []
 
 
-def test_samples_are_reduced_as_pictures_are(tmp_path):
+def test_samples_are_resized_like_real_images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "one.png")
     real = decode((tmp_path / "one.png").read_bytes(), 8)

@@ -137,7 +137,7 @@ def test_an_outage_of_the_server_is_survived(many_shards, remote, small_cache, p
     for batch in LatentStream(manifest, 4, 44, **READ):
         found.append(batch)
         if len(found) == 5:
-            back = proxy.be_away(1.0)
+            back = proxy.go_offline(1.0)
     back.join()
     same(found, expected)
 

@@ -102,7 +102,7 @@ def test_failed_requests_are_repeated(bucket, proxy, tmp_path, kind):
 def test_an_outage_of_the_server_is_survived(bucket, proxy, tmp_path):
     (tmp_path / "source").write_bytes(CONTENT)
     store.upload(tmp_path / "source", f"{bucket}/x", "shards")
-    back = proxy.be_away(0.5)
+    back = proxy.go_offline(0.5)
     assert store.read_bytes(f"{bucket}/x", "shards", store.Retries(first=0.1)) == CONTENT
     back.join()
 
