@@ -1,11 +1,16 @@
-# make demo: pictures in some minutes.  make test: the tests.  make test-cpus: as other CPUs run them.
-# make gpu: what a GPU does with it, in eight minutes.
-# make test-settings: all settings at hostile values.  make test-wheel: the package as others install it.
-# make site: the documentation as a site, in site/.  make figures, make notebook: its figures, its notebook.
+# make demo           train and sample, with a report, in a few minutes
+# make gpu            benchmark a GPU, in eight minutes
+# make test           run the tests
+# make test-cpus      run them with the kernels of other CPUs
+# make test-settings  run every tool with invalid and extreme values of every setting
+# make test-wheel     test the package as users install it
+# make site           build the documentation in site/
+# make figures        draw the figures of README and docs
+# make notebook       run the notebook of the documentation
 PYTHON ?= python3.11
 WORKERS ?= 2
 BIN := .venv/bin
-# Several processes, each with one thread (tests/conftest.py): for tiny networks far faster than several threads.
+# Several processes, each with one thread (tests/conftest.py). For tiny networks this is much faster than several threads.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 INSTALLED := .venv/.installed
 
@@ -25,7 +30,7 @@ gpu: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTEST)
 
-# Every setting of every tool, set to what no user means.
+# Every setting of every tool, at invalid and extreme values.
 test-settings: $(INSTALLED)
 	$(PYTEST) -m exhaustive
 
@@ -36,14 +41,14 @@ test-wheel: $(INSTALLED)
 	build/venv/bin/python -I -m pip install --quiet --constraint constraints.txt build/*.whl
 	LDM_SMD_WHEEL_PYTHON=$(CURDIR)/build/venv/bin/python $(BIN)/python -m pytest tests/test_wheel.py
 
-# All tests as other processors would run them: kernels for other instructions, two threads, weights elsewhere in memory.
-DISGUISES := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 \
+# All tests as on other processors: kernels for other instruction sets, two threads, weights at other memory alignments.
+VARIANTS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 \
 	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 PYTHONPATH=$(CURDIR)/tests/shifted
 
 test-cpus: $(INSTALLED)
-	@log=$$(mktemp); failed=0; for disguise in $(DISGUISES); do \
-		env $$disguise $(PYTEST) >$$log 2>&1 || failed=1; \
-		grep -E '^(FAILED|ERROR) ' $$log; echo "$$disguise: $$(grep -E ' in [0-9.]+s' $$log | tail -n 1)"; \
+	@log=$$(mktemp); failed=0; for variant in $(VARIANTS); do \
+		env $$variant $(PYTEST) >$$log 2>&1 || failed=1; \
+		grep -E '^(FAILED|ERROR) ' $$log; echo "$$variant: $$(grep -E ' in [0-9.]+s' $$log | tail -n 1)"; \
 	done; rm $$log; exit $$failed
 
 lint: $(INSTALLED)
@@ -51,8 +56,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A warning, as of a link that leads nowhere, is an error; not with --quiet, which hides warnings from --strict too.
-# The theme's own warning, of its successor, is switched off.
+# --strict makes warnings, such as a broken link, errors. --quiet would hide them from --strict.
+# The variable switches off the theme's warning about its successor.
 site: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

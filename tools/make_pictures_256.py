@@ -101,7 +101,7 @@ def write_zip(found: Iterator[tuple[str, bytes]], path: Path) -> int:
     count = 0
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in found:
-            archive.writestr(zipfile.ZipInfo(name), data)  # whose date is 1980-01-01
+            archive.writestr(zipfile.ZipInfo(name), data)  # dated 1980-01-01, so that the file is reproducible
             count += 1
     return count
 
