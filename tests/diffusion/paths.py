@@ -1,4 +1,4 @@
-"""What the tests of the mathematics run over: a path of each kind, and all that a network may predict on it."""
+"""Parameters of the tests of the mathematics: both kinds of paths, and all prediction types."""
 
 from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow
 from ldm_smd.diffusion.settings import PREDICTION_TYPES, DiffusionConfig

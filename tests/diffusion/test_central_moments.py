@@ -1,4 +1,4 @@
-"""Moments and kernels against Gaussian mixtures, where q(x_s | x_t) is known."""
+"""Moments and kernels, compared with Gaussian mixtures, for which q(x_s | x_t) is known."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ GRID = torch.linspace(-7, 7, 400_001, dtype=torch.float64)
 
 
 def quadrature(log_density):
-    """The moments of a density on GRID."""
+    """Return the moments of a density on GRID."""
     weights = torch.softmax(log_density, 0)
     mean = (weights * GRID).sum()
     centred = GRID - mean
@@ -20,13 +20,13 @@ def quadrature(log_density):
 
 
 def exact_x0(path, x_t, t):
-    """q(x_0 | x_t) by Bayes' rule."""
+    """Return the moments of q(x_0 | x_t), by Bayes' rule."""
     a, s = path.signal_and_noise(t, x_t)
     return quadrature(MIXTURE.log_prob(GRID[:, None]) - (x_t - a * GRID).square().flatten() / (2 * s.item() ** 2))
 
 
 def exact_xs(path, x_t, t, s):
-    """q(x_s | x_t) by Bayes' rule."""
+    """Return the moments of q(x_s | x_t), by Bayes' rule."""
     (a_t, s_t), (a_s, s_s) = (tuple(v.item() for v in path.signal_and_noise(time, x_t)) for time in (t, s))
     a_ts = a_t / a_s
     beta = s_t**2 - a_ts**2 * s_s**2
@@ -43,7 +43,7 @@ def test_moments_of_a_step_are_those_of_its_distribution(path, kind, t, s):
     a_t, s_t = path.signal_and_noise(t, x_t)
     mean = known.mean.view(1, 1)
     prediction = path.target(mean, (x_t - a_t * mean) / s_t, t, kind)
-    v_per_x0 = -(a_t**2 + s_t**2) / s_t  # of v = a eps - s x_0, eps = (x_t - a x_0) / s
+    v_per_x0 = -(a_t**2 + s_t**2) / s_t  # because v = a eps - s x_0 and eps = (x_t - a x_0) / s
     x0 = x0_moments(path, prediction, known.variance * v_per_x0**2, known.third * v_per_x0**3, x_t, t, kind)
     found, _ = reverse_moments(path, x0, x_t, t, s)
     wanted = exact_xs(path, x_t, t, s)
@@ -75,17 +75,17 @@ def test_moments_of_two_gaussians_are_those_of_their_density():
         assert getattr(found, name).item() == pytest.approx(getattr(known, name).item(), rel=1e-6), name
 
 
-def test_two_gaussians_have_the_moments():
+def test_two_gaussians_match_the_given_moments():
     moments = random_moments()
     first, second, variance = two_gaussians(moments, torch.zeros(()).double())
     found = moments_of(first, second, variance)
-    mean, spread, third = found.mean, found.variance, found.third
-    assert torch.allclose(mean, moments.mean, atol=1e-10) and torch.allclose(spread, moments.variance, atol=1e-10)
+    assert torch.allclose(found.mean, moments.mean, atol=1e-10)
+    assert torch.allclose(found.variance, moments.variance, atol=1e-10)
     reachable = moments.third.abs() < moments.variance**1.5 / 2**0.5
     assert 0.2 < reachable.double().mean() < 0.9
-    assert torch.allclose(third[reachable], moments.third[reachable], atol=1e-10)
-    # Beyond that it is two points, as skewed as numbers with these weights can be.
-    assert torch.allclose(third[~reachable].abs(), moments.variance[~reachable] ** 1.5 / 2**0.5)
+    assert torch.allclose(found.third[reachable], moments.third[reachable], atol=1e-10)
+    # Beyond that, the components become points, which have the largest possible skewness for these weights.
+    assert torch.allclose(found.third[~reachable].abs(), moments.variance[~reachable] ** 1.5 / 2**0.5)
     assert (variance >= 0).all() and (variance[~reachable] < 1e-12).all()
 
 
@@ -97,7 +97,7 @@ def test_a_floor_keeps_mean_and_variance():
     assert torch.allclose(found.variance, torch.maximum(moments.variance, floor))
 
 
-def test_no_skew_is_one_gaussian():
+def test_without_skewness_both_components_coincide():
     moments = CentralMoments(torch.ones(3), torch.full((3,), 2.0), torch.zeros(3))
     first, second, variance = two_gaussians(moments, torch.zeros(()))
     assert torch.allclose(first, second) and torch.allclose(variance, moments.variance)

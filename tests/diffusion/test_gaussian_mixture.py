@@ -13,7 +13,7 @@ POINTS = torch.cartesian_prod(GRID, GRID)
 
 @pytest.fixture(scope="module")
 def mixture():
-    """Two dimensions, three components with full covariances and unequal weights."""
+    """A mixture in two dimensions of three components with full covariances and unequal weights."""
     roots = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     covariances = 0.3 * roots @ roots.mT + 0.15 * torch.eye(2, dtype=torch.float64)
     means = torch.tensor([[-1.5, 0.0], [1.0, 1.2], [0.5, -1.4]], dtype=torch.float64)
@@ -21,11 +21,11 @@ def mixture():
 
 
 def normal(x, mean, variance):
-    """Density of N(mean, variance I), over the last axis."""
+    """Return the density of N(mean, variance I) over the last axis."""
     return torch.exp(-0.5 * (x - mean).square().sum(-1) / variance) / (2 * math.pi * variance) ** (x.shape[-1] / 2)
 
 
-def test_density_and_moments_against_quadrature(mixture):
+def test_density_and_moments_agree_with_quadrature(mixture):
     density = mixture.log_prob(POINTS).exp() * CELL
     mean = density @ POINTS
     covariance = torch.einsum("n,nd,ne->de", density, POINTS - mean, POINTS - mean)
@@ -42,22 +42,22 @@ def test_marginal_is_the_convolution(mixture):
     assert torch.allclose(mixture.diffused(a, s).log_prob(x), expected.log(), atol=1e-10)
 
 
-def test_score_is_the_gradient(mixture):
+def test_score_is_the_gradient_of_the_log_density(mixture):
     marginal = mixture.diffused(0.8, 0.6)
     x = torch.randn(20, 2, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(marginal.log_prob(x).sum(), x)
     assert torch.allclose(marginal.score(x), gradient, atol=1e-10)
 
 
-def test_score_is_the_posterior_mean(mixture):
-    """Tweedie: E[x_0 | x_t] = (x_t + s^2 score) / a."""
+def test_score_gives_the_posterior_mean(mixture):
+    """Tweedie's formula: E[x_0 | x_t] = (x_t + s^2 score) / a."""
     a, s = 0.7, math.sqrt(1 - 0.49)
     x = torch.randn(20, 2, dtype=torch.float64)
     expected = (x + s**2 * mixture.diffused(a, s).score(x)) / a
     assert torch.allclose(mixture.posterior(x, a, s).mean(), expected, atol=1e-10)
 
 
-def test_posterior_against_quadrature(mixture):
+def test_posterior_agrees_with_quadrature(mixture):
     a, s = 0.6, 0.8
     x = torch.tensor([[0.3, -0.7], [1.5, 0.1]], dtype=torch.float64)
     posterior = mixture.posterior(x, a, s)
@@ -72,11 +72,11 @@ def test_posterior_against_quadrature(mixture):
     at = POINTS[::97][: len(x)]
     joint = mixture.log_prob(at) + normal(x, a * at, s**2).log()
     evidence = mixture.diffused(a, s).log_prob(x)
-    assert torch.allclose(density, joint - evidence, atol=1e-10)  # Bayes
+    assert torch.allclose(density, joint - evidence, atol=1e-10)  # Bayes' rule
 
 
-def test_reverse_step_is_bayes_of_the_forward_step(mixture):
-    """q(x_s | x_t) = q(x_t | x_s) p(x_s) / p(x_t) at every pair of points."""
+def test_reverse_step_follows_from_the_forward_step_by_bayes_rule(mixture):
+    """q(x_s | x_t) = q(x_t | x_s) p(x_s) / p(x_t) for all pairs of points."""
     process = DiffusionProcess(torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64))
     t, s = torch.tensor([2]), torch.tensor([0])
     (a_t, s_t), (a_s, s_s) = (process.signal_and_noise(step, torch.zeros(1)) for step in (t, s))
@@ -87,7 +87,7 @@ def test_reverse_step_is_bayes_of_the_forward_step(mixture):
     assert torch.allclose(mixture.reverse(x_t, a_t, s_t, a_s, s_s).log_prob(x_s), expected, atol=1e-10)
 
 
-def test_samples_have_the_moments(mixture):
+def test_samples_have_the_moments_of_the_mixture(mixture):
     generator = torch.Generator().manual_seed(0)
     x = mixture.sample(200_000, generator)
     assert torch.allclose(x.mean(0), mixture.mean(), atol=0.02)
@@ -99,15 +99,15 @@ def test_samples_have_the_moments(mixture):
     assert torch.allclose(draws.var(1).sum(-1), conditional.total_variance(), rtol=0.02)
 
 
-def test_mistakes_are_named(mixture):
+def test_invalid_weights_and_covariances_are_refused(mixture):
     with pytest.raises(ValueError, match="weights: expected positive numbers that sum to 1"):
         GaussianMixture.from_covariances(torch.tensor([0.5, 0.6]), torch.zeros(2, 2), torch.eye(2).expand(2, 2, 2))
     with pytest.raises(ValueError, match="covariances: expected none with a negative eigenvalue"):
         GaussianMixture.from_covariances(torch.ones(1), torch.zeros(1, 2), torch.tensor([[[1.0, 2.0], [2.0, 1.0]]]))
 
 
-def test_components_are_chosen_by_their_responsibilities_also_at_the_ends():
-    """Those whose sum is rounded below 1 leave no number without a component."""
+def test_components_are_chosen_by_their_responsibilities_also_at_0_and_1():
+    """Even if the responsibilities sum to slightly less than 1 because of rounding."""
     responsibilities = torch.tensor([[0.25, 0.5, 0.25 - 1e-6]]).expand(5, 3)
     uniform = torch.tensor([[0.0], [0.2], [0.3], [0.8], [1.0]])
     assert choose(responsibilities, uniform).tolist() == [0, 0, 1, 2, 2]

@@ -19,7 +19,7 @@ def test_mse_is_the_mean_over_draws():
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 1.5])
 @pytest.mark.parametrize("diversity", [0.0, 0.6, 1.0])
-def test_energy_is_its_formula(beta, diversity):
+def test_energy_computes_its_formula(beta, diversity):
     predictions, target = draw(2, 4, 3, 5, 5), draw(2, 3, 5, 5, seed=1)
 
     def d(a, b):
@@ -40,8 +40,8 @@ def test_energy_over_patches_is_the_mean_over_windows():
         assert torch.allclose(energy(predictions, target, patches=[side]), expected)
     both = (expected + energy(predictions, target)) / 2
     assert torch.allclose(energy(predictions, target, patches=[3, 0]), both)
-    assert torch.allclose(energy(predictions, target, patches=[9]), energy(predictions, target))  # larger than the picture
-    low, low_target = predictions[..., :2, :], target[..., :2, :]  # 2x4: in windows of 3x3 two of 2x3
+    assert torch.allclose(energy(predictions, target, patches=[9]), energy(predictions, target))  # larger than the image
+    low, low_target = predictions[..., :2, :], target[..., :2, :]  # 2x4: windows of 3x3 become two of 2x3
     expected = sum(energy(low[..., j : j + 3], low_target[..., j : j + 3]) for j in range(2)) / 2
     assert torch.allclose(energy(low, low_target, patches=[3]), expected)
     high, high_target = low.mT, low_target.mT
@@ -49,14 +49,14 @@ def test_energy_over_patches_is_the_mean_over_windows():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients(name):
+def test_gradients_agree_with_finite_differences(name):
     loss = objective(name, beta=1.0, diversity=1.0, patches=[0, 2])
     predictions, target = draw(2, 3, 2, 3, 3).requires_grad_(), draw(2, 2, 3, 3, seed=1)
     assert torch.autograd.gradcheck(lambda p: loss(p, target), predictions, eps=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_energy_is_stable_where_draws_agree(dtype):
+def test_energy_has_finite_gradients_if_draws_are_equal(dtype):
     predictions = torch.zeros(1, 2, 4, 4, 4, dtype=dtype, requires_grad=True)
     loss = energy(predictions, torch.zeros(1, 4, 4, 4, dtype=dtype), patches=[0, 1])
     loss.sum().backward()
@@ -64,7 +64,7 @@ def test_energy_is_stable_where_draws_agree(dtype):
 
 
 def test_energy_prefers_the_mixture_and_mse_its_mean():
-    """Data at -1 or +1: the score of draws from it is below that of its mean; squared error says the reverse."""
+    """For data at -1 or +1, draws from the data have a lower energy score than their mean, but a higher squared error."""
     target = torch.tensor([-1.0, 1.0]).repeat(500).view(1000, 1, 1, 1).double()
     generator = torch.Generator().manual_seed(0)
     mixture = torch.randint(0, 2, (1000, 2, 1, 1, 1), generator=generator).double() * 2 - 1
@@ -73,8 +73,8 @@ def test_energy_prefers_the_mixture_and_mse_its_mean():
     assert mse(collapsed, target).mean() < mse(mixture, target).mean() - 0.5
 
 
-def test_energy_of_weighted_components_is_its_formula():
-    """Two components with three draws each, the double sums written out."""
+def test_energy_of_weighted_components_computes_its_formula():
+    """For two components with three draws each, with explicit double sums."""
     predictions, target = draw(2, 6, 3, 2, 2), draw(2, 3, 2, 2, seed=1)
     log_weights = draw(2, 2, seed=2).log_softmax(dim=1)
     expected = []
@@ -93,27 +93,27 @@ def test_energy_of_weighted_components_is_its_formula():
     assert torch.allclose(energy(predictions, target, 0.5, 0.8, log_weights=log_weights), torch.stack(expected))
 
 
-def test_energy_of_components_is_what_their_draws_estimate():
-    """The exact sum over components is the expectation of the score of independent draws from the mixture."""
+def test_energy_of_components_is_the_expectation_over_draws():
+    """The exact sum over components is the expected score of independent draws from the mixture."""
     generator = torch.Generator().manual_seed(0)
-    places, target = draw(1, 3, 2, 1, 1), draw(1, 2, 1, 1, seed=1)
+    points, target = draw(1, 3, 2, 1, 1), draw(1, 2, 1, 1, seed=1)
     log_weights = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64).log()
-    exact = energy(places, target, log_weights=log_weights)
+    exact = energy(points, target, log_weights=log_weights)
     which = torch.multinomial(log_weights.exp().expand(100_000, -1), 2, replacement=True, generator=generator)
-    sampled = energy(places[0, which], target.expand(100_000, -1, -1, -1))
+    sampled = energy(points[0, which], target.expand(100_000, -1, -1, -1))
     assert exact.item() == pytest.approx(sampled.mean().item(), abs=4 * sampled.std().item() / 100_000**0.5)
 
 
 def test_true_weights_minimise_the_energy_score():
     target = torch.tensor([-1.0] * 250 + [1.0] * 750, dtype=torch.float64).view(-1, 1, 1, 1)
-    places = torch.tensor([-1.0, 1.0], dtype=torch.float64).view(1, 2, 1, 1, 1).expand(1000, -1, -1, -1, -1)
+    points = torch.tensor([-1.0, 1.0], dtype=torch.float64).view(1, 2, 1, 1, 1).expand(1000, -1, -1, -1, -1)
     logit = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([logit], max_iter=50, tolerance_grad=1e-10)
 
     def closure():
         optimizer.zero_grad()
         log_weights = torch.cat((-logit, logit)).log_softmax(0).expand(1000, -1)
-        value = energy(places, target, log_weights=log_weights).mean()
+        value = energy(points, target, log_weights=log_weights).mean()
         value.backward()
         return value
 
@@ -121,13 +121,13 @@ def test_true_weights_minimise_the_energy_score():
     assert torch.sigmoid(2 * logit).item() == pytest.approx(0.75, abs=1e-4)
 
 
-def test_mixture_nll_is_its_formula():
+def test_mixture_nll_computes_its_formula():
     predictions, target = draw(2, 4, 3, 2, 2), draw(2, 3, 2, 2, seed=1)
     h, n = 0.7, 12
     log_weights = draw(2, 2, seed=2).log_softmax(dim=1)
     squares = (predictions - target[:, None]).square().sum(dim=(2, 3, 4))
-    shares = log_weights.exp().repeat_interleave(2, dim=1) / 2
-    expected = -(2 * h**2 / n) * (shares * torch.exp(-squares / (2 * h**2))).sum(1).log()
+    weights = log_weights.exp().repeat_interleave(2, dim=1) / 2
+    expected = -(2 * h**2 / n) * (weights * torch.exp(-squares / (2 * h**2))).sum(1).log()
     assert torch.allclose(mixture_nll(predictions, target, h, log_weights=log_weights), expected)
     flat = -(2 * h**2 / n) * torch.exp(-squares / (2 * h**2)).mean(1).log()
     assert torch.allclose(mixture_nll(predictions, target, h), flat)
@@ -135,7 +135,7 @@ def test_mixture_nll_is_its_formula():
     assert torch.allclose(objective("mixture_nll")(predictions, target), mixture_nll(predictions, target, 0.2))
 
 
-def test_mixture_nll_survives_far_targets_in_half_precision():
+def test_mixture_nll_is_finite_for_distant_targets_in_half_precision():
     predictions = torch.zeros(1, 2, 16, 8, 8, dtype=torch.bfloat16, requires_grad=True)
     loss = mixture_nll(predictions, torch.full((1, 16, 8, 8), 100.0, dtype=torch.bfloat16), 0.05, patches=[0, 2])
     loss.sum().backward()
@@ -148,12 +148,12 @@ def test_mixture_nll_survives_far_targets_in_half_precision():
 @pytest.mark.parametrize("prediction_type", KINDS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_a_weighting_is_the_same_for_every_prediction_type(path, first, weighting, prediction_type):
-    """The weighted error of the same x_0, whatever the network predicts; "prediction" is the error itself."""
+    """The same error of x_0 has the same weighted loss for every prediction type, except with weighting "prediction"."""
     t = torch.arange(first, first + 3)
     x0, eps, off = draw(3, 4), draw(3, 4, seed=1), 0.3
     x_t = path.noise(x0, eps, t)
     a, s = path.signal_and_noise(t, x0)
-    wrong_eps = (x_t - a * (x0 + off)) / s  # what goes with the wrong x_0
+    wrong_eps = (x_t - a * (x0 + off)) / s  # consistent with the wrong x_0
     errors = path.target(x0 + off, wrong_eps, t, prediction_type) - path.target(x0, eps, t, prediction_type)
     error = errors.square().mean(dim=1).sqrt()
     weighted = timestep_weight(weighting, 1.5, path, t, prediction_type) * error**1.5
@@ -163,7 +163,7 @@ def test_a_weighting_is_the_same_for_every_prediction_type(path, first, weightin
     assert torch.allclose(weighted, expected[weighting].double() ** 1.5)
 
 
-def test_mistakes_are_named():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="draws: expected at least 2"):
         energy(draw(1, 1, 2, 3, 3), draw(1, 2, 3, 3))
     with pytest.raises(ValueError, match="objective: expected one of mse, energy, mixture_nll"):

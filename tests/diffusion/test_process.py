@@ -26,7 +26,7 @@ def test_noise_and_velocity_agree_with_diffusers():
 
 
 def test_flow_and_its_velocity_agree_with_diffusers():
-    """A step of Euler along the exact velocity stays on the line from the noise to the data."""
+    """An Euler step along the exact velocity stays on the straight line from noise to data."""
     scheduler, path = FlowMatchEulerDiscreteScheduler(), RectifiedFlow(1000)
     scheduler.set_timesteps(7)
     x0, eps = draw(7, 3, 4, 4).float(), draw(7, 3, 4, 4).flip(0).float()
@@ -40,7 +40,7 @@ def test_flow_and_its_velocity_agree_with_diffusers():
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_x0_comes_back_from_its_target(path, kind):
+def test_x0_is_recovered_from_its_target(path, kind):
     x0, eps, t = draw(3, 2, 4, 4), draw(3, 2, 4, 4) * 0.5, torch.tensor([0, 300, 900])
     x_t = path.noise(x0, eps, t)
     assert torch.allclose(path.to_x0(path.target(x0, eps, t, kind), x_t, t, kind), x0)
@@ -50,7 +50,7 @@ def test_x0_comes_back_from_its_target(path, kind):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_error_of_the_prediction_is_so_much_of_x0(path, kind):
+def test_x0_per_prediction_is_the_derivative_of_x0(path, kind):
     x_t, p, error, t = draw(4, 3), draw(4, 3, 1)[..., 0], 0.3, torch.tensor([1, 300, 900, 998])
     off = path.to_x0(p + error, x_t, t, kind) - path.to_x0(p, x_t, t, kind)
     gain = x0_per_prediction(kind, *path.signal_and_noise(t, x_t))
@@ -69,8 +69,8 @@ LOW_PRECISION = [
 
 @pytest.mark.parametrize("path, exact, dtype", LOW_PRECISION)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rounding_is_that_of_the_two_terms_of_x0(path, exact, dtype, kind):
-    """At every t, also where s / a is huge: float32 and float16 against float64 lose no digit but in their difference."""
+def test_x0_loses_precision_only_by_cancellation(path, exact, dtype, kind):
+    """In float32 and float16, the error of x_0 is a few roundings of its two terms, at every t, also for very large s / a."""
     t = torch.arange(1, 1000)
     x0, eps = draw(999, 4), draw(999, 4).flip(0)
     x_t, p = exact.noise(x0, eps, t).to(dtype), exact.target(x0, eps, t, kind).to(dtype)
@@ -78,14 +78,14 @@ def test_rounding_is_that_of_the_two_terms_of_x0(path, exact, dtype, kind):
     a, s = exact.signal_and_noise(t, x0)
     alpha, beta = prediction_coefficients(kind, a, s)
     terms = ((beta * x_t).abs() + (s * p).abs()) / (a * beta - s * alpha).abs()
-    known = a.flatten() > 0 if kind == "epsilon" else t > 0  # without signal eps does not say x_0
+    known = a.flatten() > 0 if kind == "epsilon" else t > 0  # without signal, eps does not determine x_0
     if kind == "sample":
         terms = p.double().abs()
     assert known.sum() > 980 and ((found - x0).abs() <= 4 * torch.finfo(dtype).eps * terms)[known].all()
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_a_table_gives_the_forms_of_a_variance_preserving_process(kind):
+def test_a_variance_preserving_process_has_its_usual_formulas(kind):
     process, t = DiffusionProcess(TABLE), torch.arange(1000)
     x_t, p = draw(1000, 4).float(), draw(1000, 4).flip(0).float()
     a, s = process.signal_and_noise(t, x_t)
@@ -95,24 +95,24 @@ def test_a_table_gives_the_forms_of_a_variance_preserving_process(kind):
     assert torch.equal(process.target(x_t, p, t, kind), wanted)
 
 
-def test_real_timesteps_lie_between_those_of_the_table():
-    """Linear in the logarithm of the signal-to-noise ratio, and the table's own bits where they are whole."""
+def test_fractional_timesteps_are_interpolated():
+    """Linearly in the logarithm of the signal-to-noise ratio. Integer timesteps give exactly the values of the table."""
     process, like = DiffusionProcess(TABLE), torch.zeros(5, 1)
-    whole = torch.tensor([-1, 0, 1, 500, 999])
-    for found, known in zip(process.signal_and_noise(whole.float(), like), process.signal_and_noise(whole, like)):
+    integers = torch.tensor([-1, 0, 1, 500, 999])
+    for found, known in zip(process.signal_and_noise(integers.float(), like), process.signal_and_noise(integers, like)):
         assert torch.equal(found, known)
     t = torch.tensor([0.5, 20.25, 600.5, 998.75, 999.0])
     table = TABLE.double().numpy()
     log_snr = np.interp(t.numpy(), np.arange(1000), np.log(table / (1 - table)))
     a, s = process.signal_and_noise(t, like)
     assert torch.allclose((2 * (a / s).log()).flatten().double(), torch.from_numpy(log_snr), atol=1e-2, rtol=1e-4)
-    ends = DiffusionProcess(torch.tensor([0.5, 0.0]))  # without signal at the last
+    ends = DiffusionProcess(torch.tensor([0.5, 0.0]))  # no signal at the last timestep
     assert 0 < ends.signal_and_noise(torch.tensor([0.5]), like)[0] < 1e-2
     assert ends.signal_and_noise(torch.tensor([1.0]), like)[0] == 0
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_training_draws_timesteps_of_the_path(path):
+def test_random_timesteps_are_uniform(path):
     t = path.random_t(100_000, generator=torch.Generator().manual_seed(0))
     assert 0 <= t.min() < 2 and 998 < t.max() <= path.last
     assert t.double().mean() == pytest.approx(500, abs=5) and t.double().std() == pytest.approx(1000 / 12**0.5, rel=0.01)
@@ -120,8 +120,8 @@ def test_training_draws_timesteps_of_the_path(path):
     assert (s > 0).all() and a.isfinite().all()
 
 
-def test_the_flow_is_a_variance_preserving_process_but_for_its_norm():
-    """At the same ratio of signal to noise, x_t over its norm is the same, and so is the posterior of x_0."""
+def test_the_flow_is_a_scaled_variance_preserving_process():
+    """At the same signal-to-noise ratio, x_t divided by its norm and the posterior of x_0 are the same."""
     flow, t = RectifiedFlow(10), torch.arange(1, 10)
     x0, eps = draw(9, 4), draw(9, 4).flip(0)
     a, s = flow.signal_and_noise(t, x0)
@@ -136,14 +136,15 @@ def test_the_flow_is_a_variance_preserving_process_but_for_its_norm():
     assert torch.allclose(mean / norm_s, found) and torch.allclose(variance / norm_s**2, found_variance)
     data = GaussianMixture.isotropic(draw(3, 4), 0.3)
     for row in range(9):
-        ours = data.posterior(x_t[row : row + 1], a[row], s[row])
-        theirs = data.posterior(known[row : row + 1], *process.signal_and_noise(t[row] - 1, x0[row]))
-        assert torch.allclose(ours.mean(), theirs.mean()) and torch.allclose(ours.total_variance(), theirs.total_variance())
+        of_flow = data.posterior(x_t[row : row + 1], a[row], s[row])
+        of_process = data.posterior(known[row : row + 1], *process.signal_and_noise(t[row] - 1, x0[row]))
+        assert torch.allclose(of_flow.mean(), of_process.mean())
+        assert torch.allclose(of_flow.total_variance(), of_process.total_variance())
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_posterior_is_bayes_rule(path):
-    """q(x_s | x_t, x_0) against the product of the two Gaussians q(x_t | x_s) and q(x_s | x_0) on a grid."""
+def test_posterior_follows_bayes_rule(path):
+    """q(x_s | x_t, x_0) is proportional to q(x_t | x_s) q(x_s | x_0), here on a grid."""
     t, s = torch.tensor([600]), torch.tensor([350])
     x_t, x0 = torch.tensor([[0.7]], dtype=torch.float64), torch.tensor([[-0.4]], dtype=torch.float64)
     a_t, s_t = (value.item() for value in path.signal_and_noise(t, x_t))
@@ -161,15 +162,15 @@ def test_posterior_is_bayes_rule(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_last_posterior_is_the_data(path):
+def test_the_last_posterior_is_x0(path):
     x_t, x0 = draw(1, 3), draw(1, 3) * 2
     mean, variance = path.posterior(x_t, x0, torch.tensor([100]), torch.tensor([-1]))
     assert torch.allclose(mean, x0) and variance.item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("steps", [2, 4, 8, 32])
-def test_the_schedulers_step_is_a_draw_from_the_posterior(steps):
-    """DDPMScheduler as build_scheduler makes it: mean and variance of q(x_s | x_t, x_0) at every step."""
+def test_a_ddpm_step_samples_the_posterior(steps):
+    """Every step of the DDPMScheduler of build_scheduler has the mean and variance of q(x_s | x_t, x_0)."""
     scheduler = build_scheduler(DiffusionConfig())
     scheduler.set_timesteps(steps)
     process = DiffusionProcess(scheduler.alphas_cumprod)
@@ -186,7 +187,7 @@ def test_the_schedulers_step_is_a_draw_from_the_posterior(steps):
         assert residual.mean().abs().item() < 0.1
 
 
-def test_the_mathematics_needs_torch_alone():
+def test_the_mathematics_imports_only_torch():
     modules = ", ".join(
         f"ldm_smd.diffusion.{name}" for name in ("process", "objectives", "central_moments", "gaussian_mixture")
     )
@@ -194,5 +195,5 @@ def test_the_mathematics_needs_torch_alone():
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split() == []
 
 
-def test_other_schedulers_take_the_same_configuration():
+def test_other_schedulers_accept_the_same_config():
     assert DDIMScheduler.from_config(SCHEDULER.config).config.prediction_type == "v_prediction"

@@ -6,7 +6,7 @@ from tests.diffusion.paths import PATHS
 
 
 def three_modes():
-    """Points, and the log density there of data with three modes."""
+    """Return a grid, and the log density on it of data with three modes."""
     grid = torch.linspace(-4.0, 4.0, 20_001, dtype=torch.float64)
     modes = torch.tensor([-1.0, 0.2, 1.5], dtype=torch.float64)
     weights = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -14,14 +14,14 @@ def three_modes():
 
 
 def log_likelihoods(path, view, t, grid):
-    """Of each x_0 in the grid given a view (B, 1, 1, 1), (B, N)."""
+    """Return the log likelihoods (B, N) of the points x_0 of the grid, given a view (B, 1, 1, 1)."""
     a, s = path.signal_and_noise(t, view)
     return -((view - a * grid) ** 2).flatten(1) / (2 * s.flatten(1) ** 2)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_one_view_says_what_two_say(path):
-    """E[x_0 | x_t, x_r] by quadrature, over data with three modes, equals E[x_0 | x_u]."""
+def test_the_joined_view_is_equivalent_to_both_views(path):
+    """E[x_0 | x_t, x_r] equals E[x_0 | x_u], by quadrature over data with three modes."""
     x = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64).view(3, 1, 1, 1)
     y = torch.tensor([0.1, -1.2, 0.4], dtype=torch.float64).view(3, 1, 1, 1)
     t, r = torch.tensor([900, 500, 300]), torch.tensor([400, 500, 800])
@@ -42,7 +42,7 @@ def test_one_view_says_what_two_say(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_timestep_of_a_ratio(path):
+def test_timestep_of_inverts_the_signal_to_noise_ratio(path):
     t = torch.tensor([1.0, 20.0, 300.25, 600.5, 998.0], dtype=torch.float64)
     a, s = path.signal_and_noise(t, t)
     assert torch.allclose(path.timestep_of((a / s) ** 2).double(), t, atol=1e-2)
@@ -51,8 +51,8 @@ def test_the_timestep_of_a_ratio(path):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("t", [300, 700, 950])
-def test_the_posterior_flow_draws_the_posterior(path, t):
-    """In one dimension a flow keeps order, so that it takes the quantiles of eta to those of q(x_0 | x_t)."""
+def test_the_posterior_flow_samples_the_posterior(path, t):
+    """In one dimension a flow is monotonic, so it maps the quantiles of eta to those of q(x_0 | x_t)."""
     grid, log_prior = three_modes()
     quantiles = torch.tensor([0.03, 0.2, 0.4, 0.6, 0.8, 0.97], dtype=torch.float64)
     eta = torch.special.ndtri(quantiles).view(-1, 1, 1, 1)

@@ -23,7 +23,7 @@ def small_blocks(monkeypatch):
 
 
 def test_frechet_distance_of_commuting_gaussians():
-    """For diagonal covariances: |m_a - m_b|^2 + sum (sd_a - sd_b)^2, with the sample's own moments."""
+    """For diagonal covariances it is |m_a - m_b|^2 + sum (sd_a - sd_b)^2, with the moments of the samples."""
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(500, 5, generator=generator).double()).Q
     basis = torch.linalg.qr(basis - basis.mean(dim=0)).Q * 499**0.5  # exact mean 0, covariance I
@@ -33,7 +33,7 @@ def test_frechet_distance_of_commuting_gaussians():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def test_frechet_distance_is_symmetric_and_survives_singular_covariances():
+def test_frechet_distance_is_symmetric_also_with_singular_covariances():
     a, b = torch.randn(10, 30).double(), torch.randn(12, 30).double() * 2
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)
 
@@ -54,8 +54,8 @@ def test_kernel_distance_is_the_unbiased_mmd(small_blocks):
     assert abs(sum(same) / 30) < 0.05
 
 
-def test_equal_to_torch_fidelity_on_equal_features():
-    """To 1e-6 of each: their Frechet distance by eigenvalues of the product, their KID with one subset of everything."""
+def test_distances_equal_those_of_torch_fidelity_for_the_same_features():
+    """Up to 1e-6. torch-fidelity uses eigenvalues of the product of covariances, and here one KID subset with all samples."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
@@ -72,7 +72,7 @@ def test_equal_to_torch_fidelity_on_equal_features():
     assert (ours["precision"], ours["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
 
 
-def test_density_and_coverage_by_their_definition(small_blocks):
+def test_density_and_coverage_follow_their_definition(small_blocks):
     generator = torch.Generator().manual_seed(0)
     samples, reference = torch.randn(23, 3, generator=generator).double(), torch.randn(31, 3, generator=generator).double()
     radii = torch.tensor([sorted(float((x - y).norm()) for y in reference)[5] for x in reference])
@@ -84,14 +84,14 @@ def test_density_and_coverage_by_their_definition(small_blocks):
     assert (same["precision"], same["recall"], same["coverage"]) == (1, 1, 1)
 
 
-def test_who_is_as_far_as_the_neighbour_is_in_its_ball():
-    """The third neighbour of 0 among 0, 1, 2, 3, 10 is at 3, as is the sample, farther from all others than theirs."""
+def test_a_sample_at_the_distance_of_the_kth_neighbour_is_inside():
+    """The third neighbour of 0 among 0, 1, 2, 3, 10 is at distance 3, like the sample, which is outside all other balls."""
     reference = torch.tensor([[0.0, 0], [1, 0], [2, 0], [3, 0], [10, 0]])
     assert fidelity_and_diversity(torch.tensor([[-3.0, 0]]), reference)["precision"] == 1
     assert fidelity_and_diversity(torch.tensor([[-3.1, 0]]), reference)["precision"] == 0
 
 
-def test_all_distances_are_in_float64_and_cmmd_is_of_embeddings():
+def test_distances_are_computed_in_float64_and_cmmd_only_for_unit_length():
     a, b = torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0)) + 1000.0
     found = distances(a, b, rounds=3)
     assert found["frechet"] == pytest.approx(frechet_distance(a.double(), b.double()), rel=1e-9)
@@ -111,7 +111,7 @@ def test_cmmd_is_the_biased_mmd_times_a_thousand(small_blocks):
     assert cmmd(a, a) == pytest.approx(0, abs=1e-9)
 
 
-def test_a_set_that_is_used_again_gives_the_same(small_blocks):
+def test_a_feature_set_can_be_used_again(small_blocks):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 30, 4, generator=generator)
     once = FeatureSet(b)
@@ -120,7 +120,7 @@ def test_a_set_that_is_used_again_gives_the_same(small_blocks):
         assert distance(a, once) == distance(a, once) == expected
 
 
-def test_bootstrap_deviation_is_the_deviation_over_samples():
+def test_bootstrap_estimates_the_standard_deviation():
     generator = torch.Generator().manual_seed(0)
 
     def mean_gap(a, b):
@@ -145,13 +145,13 @@ class KnownMixture(torch.nn.Module):
 
 @pytest.mark.parametrize("path", [DiffusionProcess(torch.linspace(0.99, 0.0, 10)), RectifiedFlow(9)])
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
-def test_spread_is_the_deviation_over_eta_and_its_ratio_to_the_posteriors(scale, path):
-    """The latents are N(0, 1) and x_t says nothing at the last step: the posterior has deviation 1."""
+def test_spread_is_the_standard_deviation_over_eta_also_relative_to_the_posterior(scale, path):
+    """The latents are N(0, 1), and x_t is pure noise at the last timestep, so the posterior has standard deviation 1."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(64, 4, 8, 8, generator=generator)
     spread = spread_over_eta(KnownMixture(scale), path, "sample", latents, None, [9], draws=16)
     assert spread[9].over_eta == pytest.approx(scale, rel=0.05)
-    # The mean of 16 draws of deviation ``scale`` is off by scale / 4.
+    # The mean of 16 draws with standard deviation ``scale`` has a standard error of scale / 4.
     expected = scale * ((1 + 1 / 16) / (1 + scale**2 / 16)) ** 0.5
     assert spread[9].ratio == pytest.approx(expected, rel=0.05)
     assert has_collapsed(spread) == (scale == 0.0)

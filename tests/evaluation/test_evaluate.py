@@ -26,7 +26,7 @@ def network(tmp_path_factory):
 
 @pytest.fixture
 def settings(pictures, network, model_folder, tmp_path):
-    """Of samples of the tiny model against the discs and squares, into tmp_path/NAME.json."""
+    """A function that returns settings to compare samples of the tiny model with the images, written to tmp_path/NAME.json."""
 
     def build(name, *overrides):
         common = [f"reference.source={pictures}", "reference.resolution=16", f"features=[{network}]", "num_workers=0"]
@@ -41,7 +41,7 @@ def measured(settings, *arguments):
     return json.loads(path.read_text())
 
 
-def test_the_result_says_all_that_it_depends_on(settings, pictures, network, tmp_path):
+def test_the_result_records_everything_it_depends_on(settings, pictures, network, tmp_path):
     result = measured(settings, "result", "labels=balanced", "seed=5", "scheduler=DDIMScheduler")
     assert result["reference"] == result["reference"] | {"source": str(pictures), "resolution": 16, "count": 22}
     assert result["samples"] == result["samples"] | {
@@ -55,14 +55,14 @@ def test_the_result_says_all_that_it_depends_on(settings, pictures, network, tmp
     assert [name.split("/")[0] for name in result["samples"]["weights_sha256"]] == ["unet", "vae"]
     of_network = result["features"]["small"]
     assert of_network["dimensions"] == 8 and of_network["resize"] == "none" and len(of_network["weights_sha256"]) == 64
-    # The held-out pictures are the reference itself here.
+    # Here the held-out images are the reference itself.
     assert result["held_out"]["sha256"] == result["reference"]["sha256"] != result["samples"]["sha256"]
     assert of_network["held_out"]["frechet"] == pytest.approx(0, abs=1e-6)
     assert (of_network["held_out"]["precision"], of_network["held_out"]["coverage"]) == (1, 1)
     assert "| small | samples |" in (tmp_path / "result.md").read_text()
 
 
-def test_pictures_are_measured_as_the_functions_do(settings, pictures, network):
+def test_images_get_the_distances_of_the_functions(settings, pictures, network):
     result = measured(settings, "discs", "model=null", f"pictures={pictures / 'disc'}")["features"]["small"]["pictures"]
     model = FeatureNetwork.from_pretrained(network).eval()
     with torch.no_grad():
@@ -76,45 +76,45 @@ def test_pictures_are_measured_as_the_functions_do(settings, pictures, network):
 
 @pytest.mark.distributed
 def test_neither_batches_nor_processes_change_the_result(settings, tmp_path, launch):
-    """But for a rounding of samples to eight bits here and there: a number in 7,000 that is one off moves the distances by
-    0.005 % and their deviations by 6e-7; and one of the 9 samples or 22 pictures may be on the other side of a ball."""
+    """Rounding of samples to eight bits may differ: one pixel value of 7,000 that differs by one changes the distances by
+    0.005 % and their standard deviations by 6e-7. One of the 9 samples or 22 images may then cross the surface of a ball."""
     one = {"precision": 1 / 9, "recall": 1 / 22, "density": 1 / 45, "coverage": 1 / 22}
-    whole, batches = measured(settings, "whole"), measured(settings, "batches", "batch_size=4")
+    single, batches = measured(settings, "single"), measured(settings, "batches", "batch_size=4")
     process = launch(2, "tools/evaluate.py", *settings("two", "batch_size=4"))
     error = process.said()
     assert process.returncode == 0, error[-3000:]
     two = json.loads((tmp_path / "two.json").read_text())
-    assert two["processes"] == 2 and whole["processes"] == 1
+    assert two["processes"] == 2 and single["processes"] == 1
     for other in (batches, two):
-        assert all(other[name]["sha256"] == whole[name]["sha256"] for name in ("reference", "held_out"))
-        assert other["samples"]["count"] == whole["samples"]["count"]
-        for name, value in whole["features"]["small"]["samples"].items():
+        assert all(other[name]["sha256"] == single[name]["sha256"] for name in ("reference", "held_out"))
+        assert other["samples"]["count"] == single["samples"]["count"]
+        for name, value in single["features"]["small"]["samples"].items():
             within = pytest.approx(value, rel=1e-3, abs=1.01 * one.get(name, 1e-6))
             assert other["features"]["small"]["samples"][name] == within, name
 
 
-def test_real_pictures_are_looked_at_once(settings, pictures, tmp_path, monkeypatch):
-    """With a cache; anew where a picture has changed since."""
+def test_features_of_real_images_are_cached(settings, pictures, tmp_path, monkeypatch):
+    """They are computed again after an image has changed."""
     copied = tmp_path / "copied"
     shutil.copytree(pictures, copied)
     options = (f"cache={tmp_path / 'cache'}", f"reference.source={copied}", "held_out=null")
-    looked = []
+    extracted = []
     real = Extractor.__call__
-    monkeypatch.setattr(Extractor, "__call__", lambda self, pixels: looked.append(len(pixels)) or real(self, pixels))
+    monkeypatch.setattr(Extractor, "__call__", lambda self, pixels: extracted.append(len(pixels)) or real(self, pixels))
     first = measured(settings, "first", *options)
-    assert sum(looked) == 22 + 9
-    looked.clear()
+    assert sum(extracted) == 22 + 9
+    extracted.clear()
     again = measured(settings, "again", *options)
-    assert sum(looked) == 9
+    assert sum(extracted) == 9
     assert again["features"]["small"]["samples"] == pytest.approx(first["features"]["small"]["samples"], rel=1e-4)
     assert again["reference"] == first["reference"]
     os.utime(next((copied / "disc").iterdir()), ns=(1, 1))
-    looked.clear()
+    extracted.clear()
     measured(settings, "changed", *options)
-    assert sum(looked) == 22 + 9
+    assert sum(extracted) == 22 + 9
 
 
-def test_labels(settings):
+def test_labels_of_the_samples(settings):
     def config(labels):
         return load_config(EvaluateConfig, None, settings("x", f"labels={labels}", "num_samples=6"))
 
@@ -128,7 +128,7 @@ def test_labels(settings):
         choose_labels(config("reference"), [2], 2)
 
 
-def test_mistakes_are_named(settings, network, tmp_path):
+def test_wrong_settings_give_one_line(settings, network, tmp_path):
     for overrides, message in (
         (["pictures=somewhere"], "pictures: expected either images or a model, found 'somewhere'"),
         (["labels=all"], "labels: expected"),
@@ -136,5 +136,5 @@ def test_mistakes_are_named(settings, network, tmp_path):
         ([f"features=[{network}#abc]"], "features: expected weights with the SHA-256 abc, found"),
     ):
         with pytest.raises(UserError, match=message):
-            measured(settings, "mistake", *overrides)
-    assert not (tmp_path / "mistake.json").exists()
+            measured(settings, "wrong", *overrides)
+    assert not (tmp_path / "wrong.json").exists()

@@ -12,7 +12,7 @@ from ldm_smd.training.train_classifier import train_classifier
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory, pictures):
-    """A classifier of the two shapes, really trained, at 16 pixels; and what training printed."""
+    """The folder of a classifier that was trained on the two shapes at 16 pixels."""
     folder = tmp_path_factory.mktemp("classifier")
     text = f"""\
 output: {folder / "model"}
@@ -29,14 +29,14 @@ learning_rate: 0.05
     return train_classifier(load_config(TrainClassifierConfig, folder / "classifier.yaml", []))
 
 
-def test_classifier_learns_and_says_so_on_its_card(classifier):
+def test_the_classifier_learns_and_its_card_has_the_accuracy(classifier):
     card = (classifier / "README.md").read_text()
     row = next(line for line in card.splitlines() if line.startswith("| shapes"))
     assert float(row.split("|")[-2].strip().rstrip("%")) >= 80
     assert FeatureNetwork.from_pretrained(classifier).config.classes == {"shapes": 2}
 
 
-def test_features_of_any_size_do_not_depend_on_the_batch(classifier):
+def test_features_do_not_depend_on_the_batch_size(classifier):
     extractor = load_extractor(str(classifier), device="cpu")
     assert extractor.name == "model"
     pixels = torch.randint(256, (7, 3, 24, 24), dtype=torch.uint8)
@@ -46,7 +46,7 @@ def test_features_of_any_size_do_not_depend_on_the_batch(classifier):
 
 
 def test_open_clip_features_from_a_weights_file(tmp_path):
-    """The real OpenCLIP code path, with a model that is built without pretrained weights and saved."""
+    """With an untrained model of OpenCLIP that was saved before."""
     import open_clip
 
     torch.manual_seed(0)
@@ -59,7 +59,7 @@ def test_open_clip_features_from_a_weights_file(tmp_path):
     assert torch.allclose(features.norm(dim=1), torch.ones(2).double(), atol=1e-5)
     side = model.visual.image_size[0]
     resized = torch.nn.functional.interpolate(pixels / 255.0, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (model.visual.image_mean, model.visual.image_std))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.visual.image_mean, model.visual.image_std))
     with torch.no_grad():
         expected = model.encode_image((resized - mean) / std, normalize=True)
     assert torch.allclose(features.float(), expected, atol=1e-4)
@@ -67,7 +67,7 @@ def test_open_clip_features_from_a_weights_file(tmp_path):
 
 
 def test_dinov2_features_from_a_weights_file(tmp_path):
-    """timm's own code path, with a small model of the same class."""
+    """With a small model of timm of the same class."""
     import timm
 
     torch.manual_seed(0)
@@ -93,12 +93,12 @@ def test_dinov2_features_from_a_weights_file(tmp_path):
         ("inception:nowhere.pth", "features: expected the"),
     ],
 )
-def test_mistakes_are_named(weights, message):
+def test_wrong_feature_networks_give_one_line(weights, message):
     with pytest.raises(UserError, match=message):
         load_extractor(weights)
 
 
-def test_pictures_without_a_class_are_refused(tmp_path, pictures):
+def test_images_without_a_class_are_refused(tmp_path, pictures):
     (tmp_path / "c.yaml").write_text(
         f"output: {tmp_path / 'out'}\nsets:\n- name: x\n  batch_size: 4\n"
         f"  images: {{source: {pictures / 'disc'}, resolution: 16}}\n"

@@ -7,7 +7,7 @@ from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.evaluation.reconstruction import reconstruction_psnr, to_uint8
 
 
-def test_psnr_is_the_usual_one(vae_folder, pictures):
+def test_psnr_computes_its_formula(vae_folder, pictures):
     pixels, _, _ = load_pixels(ImagesConfig(source=str(pictures), resolution=16))
     frozen = FrozenAutoencoder.from_pretrained(vae_folder)
     decoded = frozen.decode(frozen.normalise(frozen.encode_moments(pixels)[:, 0]))
@@ -17,5 +17,5 @@ def test_psnr_is_the_usual_one(vae_folder, pictures):
     assert found["psnr_of_mean"] == pytest.approx(float(10 * torch.log10(255**2 / errors.mean())), abs=0.01)
 
 
-def test_numbers_beyond_a_pictures_range_are_cut_off():
+def test_values_outside_the_range_of_an_image_are_clamped():
     assert to_uint8(torch.tensor([-1.2, -1.0, 0.1, 1.0, 1.3])).tolist() == [0, 0, 140, 255, 255]

@@ -1,4 +1,4 @@
-"""The networks that a mixture is put into, tiny: each as a Gaussian model and as the mixture made from it."""
+"""Tiny versions of the backbones: each as a Gaussian model, and as the mixture made from it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ BACKBONES = (
     "condition-late",
     "sd3",
 )
-"""The late ones are cut before the last up block."""
+"""Those with "late" are split into trunk and tail before the last up block."""
 
 
 def gaussian(name, **changes):
-    """The Gaussian model, its last layer moved from zero."""
+    """Build the Gaussian model, with a last layer that is not zero."""
     torch.manual_seed(0)
     name = name.removesuffix("-late")
     if name == "unet2d":
@@ -44,7 +44,7 @@ def gaussian(name, **changes):
 
 
 def mixture(name, **changes):
-    """The mixture that ``gaussian(name)`` becomes, its own parts as they start."""
+    """Build a mixture from the Gaussian model of ``gaussian(name)``. Its own parts have their initial weights."""
     plain = gaussian(name)
     late = {"tail_blocks": 1} if name.endswith("-late") else {}
     torch.manual_seed(1)
@@ -75,8 +75,8 @@ def mixture(name, **changes):
     return model
 
 
-def moved(model):
-    """The same with every weight moved, also those that start at zero."""
+def perturbed(model):
+    """Add noise to all weights, because some are initially zero."""
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -85,7 +85,7 @@ def moved(model):
 
 
 def inputs(draws=1, side=(8, 8), batch=2):
-    """x_t, t, labels, eta."""
+    """Return x_t, t, labels and eta."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 4, *side, generator=generator)
     eta = torch.randn(batch * draws, 4, *side, generator=generator)

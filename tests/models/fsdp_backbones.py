@@ -1,4 +1,4 @@
-"""Every backbone with its parameters divided over two processes: the predictions and gradients of the whole one."""
+"""Every backbone gives the same predictions and gradients when its parameters are sharded over two processes."""
 
 import os
 
@@ -6,19 +6,19 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 
 from ldm_smd.training.sharding import full_tensor, is_sharded
-from tests.models.backbones import BACKBONES, inputs, mixture, moved
+from tests.models.backbones import BACKBONES, inputs, mixture, perturbed
 from tests.rounding import alike
 
 distributed.init_process_group("gloo")
 mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
 for name in BACKBONES:
     x, t, labels, eta = inputs(draws=3)
-    model = moved(mixture(name))
+    model = perturbed(mixture(name))
     expected = model(x, t, labels, eta).sample
     expected.square().mean().backward()
     gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
 
-    model = moved(mixture(name))
+    model = perturbed(mixture(name))
     for convolution in [module for module in model.modules() if isinstance(module, nn.Conv2d)]:
         fully_shard(convolution, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -28,5 +28,5 @@ for name in BACKBONES:
     found.square().mean().backward()
     for key, parameter in model.named_parameters():
         assert alike(full_tensor(parameter.grad), gradients[key]), (name, key)
-distributed.barrier()  # or one leaves while the other still listens
-os._exit(0)  # at a usual end a thread of gloo's may still run, which aborts the process
+distributed.barrier()  # otherwise one process may exit while the other still waits for it
+os._exit(0)  # a normal exit may abort, because a thread of gloo may still be running

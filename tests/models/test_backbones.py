@@ -1,4 +1,4 @@
-"""What holds for every network that a mixture is put into (ldm_smd/models/backbone.py)."""
+"""Contracts of every backbone with a mixture (ldm_smd/models/backbone.py)."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from ldm_smd.models.blocks import repeat
 from ldm_smd.models.denoiser import predict
 from ldm_smd.training.checkpoint import load_weights
 from ldm_smd.training.trained import TrainedNetwork
-from tests.models.backbones import BACKBONES, gaussian, inputs, mixture, moved
+from tests.models.backbones import BACKBONES, gaussian, inputs, mixture, perturbed
 from tests.rounding import alike
 
 every_backbone = pytest.mark.parametrize("name", BACKBONES)
@@ -21,8 +21,8 @@ every_backbone = pytest.mark.parametrize("name", BACKBONES)
 
 @every_backbone
 @pytest.mark.parametrize("noise_rank", [0, 5])
-def test_a_new_mixture_is_the_gaussian_model_it_extends(name, noise_rank):
-    """Exactly, where its noise is white; else with the noise, which is 0 in the mean, added."""
+def test_a_new_mixture_predicts_as_its_gaussian_model(name, noise_rank):
+    """With white noise, the predictions are equal. With fitted noise, the noise is added, whose mean is 0."""
     x, t, labels, eta = inputs(draws=3)
     model = mixture(name, noise_rank=noise_rank)
     expected = repeat(predict(gaussian(name), x, t, labels), 3)
@@ -34,8 +34,8 @@ def test_a_new_mixture_is_the_gaussian_model_it_extends(name, noise_rank):
 
 @every_backbone
 def test_draws_share_the_trunk(name):
-    """M draws in one call are the M predictions of M calls, and the trunk runs on B rows."""
-    model = moved(mixture(name))
+    """One call with M draws per image gives the predictions of M calls, and its trunk runs on B rows only."""
+    model = perturbed(mixture(name))
     x, t, labels, eta = inputs(draws=3)
     together = model(x, t, labels, eta).sample
     one_by_one = model(repeat(x, 3), repeat(t, 3), repeat(labels, 3), eta).sample
@@ -46,21 +46,20 @@ def test_draws_share_the_trunk(name):
 
 
 @every_backbone
-def test_a_tail_can_run_again(name):
-    """Draws in two parts, on the same trunk."""
-    model = moved(mixture(name))
+def test_the_tail_can_run_several_times_on_one_trunk(name):
+    model = perturbed(mixture(name))
     x, t, labels, eta = inputs(draws=2)
     trunk = model.trunk(x, t, labels, None)
-    parts = []
-    for part in (eta[::2], eta[1::2]):
-        draws = model.mixture.draw(part, x, t, labels, trunk.features, trunk.embedding)
-        parts.append(model.mixture.gated(model.tail(trunk, draws), draws, trunk.embedding))
-    assert alike(torch.stack(parts, dim=1).flatten(0, 1), model(x, t, labels, eta).sample)
+    predictions = []
+    for one_eta in (eta[::2], eta[1::2]):
+        draws = model.mixture.draw(one_eta, x, t, labels, trunk.features, trunk.embedding)
+        predictions.append(model.mixture.gated(model.tail(trunk, draws), draws, trunk.embedding))
+    assert alike(torch.stack(predictions, dim=1).flatten(0, 1), model(x, t, labels, eta).sample)
 
 
 @every_backbone
-def test_labels_and_the_null_class(name):
-    model = moved(mixture(name))
+def test_no_label_is_the_null_class_and_labels_change_the_prediction(name):
+    model = perturbed(mixture(name))
     x, t, labels, eta = inputs()
     null = torch.full_like(labels, 3)
     assert alike(model(x, t, null, eta).sample, model(x, t, None, eta).sample)
@@ -70,20 +69,20 @@ def test_labels_and_the_null_class(name):
 
 
 @every_backbone
-def test_every_parameter_learns(name):
-    model = moved(mixture(name)).train()
+def test_every_parameter_has_a_gradient(name):
+    model = perturbed(mixture(name)).train()
     x, t, labels, eta = inputs(draws=2)
     model(x, t, labels, eta).sample.square().mean().backward()
-    still = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    # What text asks of the image in an SD3's last block is not read, in the plain network either.
-    assert all("transformer_blocks.2.attn.add_q_proj" in key for key in still) and (name == "sd3" or not still)
+    without = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # The last block of SD3 does not use the text queries, in the plain network either.
+    assert all("transformer_blocks.2.attn.add_q_proj" in key for key in without) and (name == "sd3" or not without)
 
 
 @every_backbone
 def test_gradient_checkpointing_gives_the_same_gradients(name, monkeypatch):
     gradients, entered = [], []
     for checkpointing in (False, True):
-        model = moved(mixture(name)).train()
+        model = perturbed(mixture(name)).train()
         if checkpointing:
             model.enable_gradient_checkpointing()
             for module in model.modules():
@@ -101,7 +100,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, monkeypatch):
 
 @every_backbone
 def test_bf16_autocast_is_close_to_float32(name):
-    model = moved(mixture(name))
+    model = perturbed(mixture(name))
     x, t, labels, eta = inputs(draws=2)
     exact = model(x, t, labels, eta).sample
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -112,9 +111,9 @@ def test_bf16_autocast_is_close_to_float32(name):
 
 
 @every_backbone
-def test_half_precision_weights(name, tmp_path):
-    """Loaded as float16, as pipelines on GPUs are."""
-    model = moved(mixture(name))
+def test_float16_weights_predict_nearly_the_same(name, tmp_path):
+    """Pipelines on GPUs are often loaded as float16."""
+    model = perturbed(mixture(name))
     model.save_pretrained(tmp_path)
     x, t, labels, eta = inputs(draws=2)
     expected = model(x, t, labels, eta).sample
@@ -126,8 +125,8 @@ def test_half_precision_weights(name, tmp_path):
 
 @every_backbone
 @pytest.mark.slow
-def test_compiled_it_predicts_the_same(name):
-    model = moved(mixture(name))
+def test_a_compiled_model_predicts_the_same(name):
+    model = perturbed(mixture(name))
     x, t, labels, eta = inputs(draws=2)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=name not in ("unet2d", "condition"))
@@ -135,13 +134,13 @@ def test_compiled_it_predicts_the_same(name):
 
 
 @pytest.mark.slow
-def test_round_trips_in_a_fresh_process(tmp_path):
+def test_a_saved_model_predicts_the_same_in_another_process(tmp_path):
     x, t, labels, eta = inputs()
     for name in BACKBONES:
-        model = moved(mixture(name))
+        model = perturbed(mixture(name))
         model.save_pretrained(tmp_path / name)
-        given = {"x": x, "t": t, "labels": labels, "eta": eta, "expected": model(x, t, labels, eta).sample.detach()}
-        save_file(given, tmp_path / f"{name}.safetensors")
+        tensors = {"x": x, "t": t, "labels": labels, "eta": eta, "expected": model(x, t, labels, eta).sample.detach()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
         assert {path.name for path in (tmp_path / name).iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     program = f"""
 import json
@@ -150,9 +149,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 import ldm_smd
 for name in {BACKBONES}:
-    kind = getattr(ldm_smd, json.loads((Path({str(tmp_path)!r}) / name / "config.json").read_text())["_class_name"])
+    cls = getattr(ldm_smd, json.loads((Path({str(tmp_path)!r}) / name / "config.json").read_text())["_class_name"])
     i = load_file(Path({str(tmp_path)!r}) / f"{{name}}.safetensors")
-    found = kind.from_pretrained(Path({str(tmp_path)!r}) / name)(i["x"], i["t"], i["labels"], i["eta"]).sample
+    found = cls.from_pretrained(Path({str(tmp_path)!r}) / name)(i["x"], i["t"], i["labels"], i["eta"]).sample
     assert (found - i["expected"]).abs().max() <= 1e-4 * i["expected"].abs().max(), name
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
@@ -160,13 +159,12 @@ for name in {BACKBONES}:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_with_parameters_divided_over_processes(launch):
-    """FSDP2 over two processes gives the predictions and gradients of one."""
+def test_fsdp_gives_the_predictions_and_gradients_of_one_process(launch):
     process = launch(2, "tests/models/fsdp_backbones.py")
     assert process.wait(300) == 0, process.said()
 
 
-FORMER = {
+OLD_PREFIXES = {
     "mixture.identifier.": "identifier.",
     "mixture.noise_skip.": "hyper.draft.",
     "mixture.hypernetworks.": "hyper.",
@@ -175,22 +173,22 @@ FORMER = {
 }
 
 
-def former(name, backbone_name):
-    """The name of a weight as version 0.1 had it."""
+def old_name(name, backbone_name):
+    """Return the name of a weight in version 0.1."""
     shift = "hyper.embedding." if backbone_name == "unet2d" else "hyper.modulation."
-    for new, old in {**FORMER, "mixture.modulation.": shift}.items():
+    for new, old in {**OLD_PREFIXES, "mixture.modulation.": shift}.items():
         if name.startswith(new):
             return old + name.removeprefix(new)
     return name
 
 
 @pytest.fixture(params=BACKBONES)
-def former_folder(request, tmp_path):
-    """A mixture, and its folder with names of weights and settings as version 0.1 wrote them."""
-    model = moved(mixture(request.param))
+def old_folder(request, tmp_path):
+    """A backbone's name, its mixture, and a folder with the mixture as version 0.1 wrote it."""
+    model = perturbed(mixture(request.param))
     model.save_pretrained(tmp_path / "unet")
     path = tmp_path / "unet/diffusion_pytorch_model.safetensors"
-    weights = {former(name, request.param): value for name, value in load_file(path).items()}
+    weights = {old_name(name, request.param): value for name, value in load_file(path).items()}
     del weights["hyper.noise.norms"]
     assert not any(name.startswith("mixture.") for name in weights)
     save_file(weights, path, metadata={"format": "pt"})
@@ -200,8 +198,8 @@ def former_folder(request, tmp_path):
     return request.param, model, tmp_path / "unet"
 
 
-def test_a_folder_of_before_loads(former_folder):
-    name, model, folder = former_folder
+def test_a_folder_of_version_0_1_loads(old_folder):
+    name, model, folder = old_folder
     x, t, labels, eta = inputs(draws=2)
     expected = model(x, t, labels, eta).sample
     again = type(model).from_pretrained(folder).eval()
@@ -213,18 +211,18 @@ def test_a_folder_of_before_loads(former_folder):
 
 
 @every_backbone
-def test_an_optimizer_of_before_loads(name):
+def test_an_optimizer_of_version_0_1_loads(name):
     x, t, labels, eta = inputs(draws=2)
-    model = moved(mixture(name))
+    model = perturbed(mixture(name))
     trained = TrainedNetwork(model, torch.optim.AdamW(model.parameters()))
     model(x, t, labels, eta).sample.square().mean().backward()
     trained.descend(1e-3, gradient_clip=1.0)
     now = trained.optimizer_tensors()
     again = TrainedNetwork(model, torch.optim.AdamW(model.parameters()))
-    again.load_optimizer({former(key, name): tensor for key, tensor in now.items()})
+    again.load_optimizer({old_name(key, name): tensor for key, tensor in now.items()})
     loaded = again.optimizer_tensors()
     assert loaded.keys() == now.keys() and all(torch.equal(loaded[key], tensor) for key, tensor in now.items())
 
 
-def test_names_of_other_networks_stay():
+def test_weights_of_other_networks_keep_their_names():
     assert backbone.current_name("decoder.mid_block.hyper.weight") == "decoder.mid_block.hyper.weight"

@@ -26,7 +26,7 @@ def inputs(draws=1, side=8):
     return x, torch.tensor([900, 20]), torch.tensor([0, 3]), eta
 
 
-def test_starts_as_the_unet_it_extends(folder):
+def test_from_unet_adds_only_the_noise_at_first(folder):
     x, t, labels, eta = inputs(draws=3)
     model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE).eval()
     expected = repeat(gaussian()(x, t, labels).sample, 3) + model.mixture.noise(eta, x, t, labels)
@@ -34,7 +34,7 @@ def test_starts_as_the_unet_it_extends(folder):
     assert model.config.num_classes == 3 and model.is_mixture
 
 
-def test_round_trip(folder, tmp_path):
+def test_save_and_load_also_as_a_plain_unet(folder, tmp_path):
     model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE).eval()
     model.save_pretrained(tmp_path / "saved")
     again = ExtendedUNet2DModel.from_pretrained(tmp_path / "saved").eval()
@@ -45,7 +45,7 @@ def test_round_trip(folder, tmp_path):
     assert alike(plain(x, t, labels).sample, gaussian()(x, t, labels).sample)
 
 
-def test_what_cannot_be_extended_is_refused(tmp_path):
+def test_a_unet_with_another_time_embedding_is_refused(tmp_path):
     gaussian(time_embedding_type="fourier").save_pretrained(tmp_path / "fourier")
     with pytest.raises(ValueError, match="unet: expected positional time embedding"):
         ExtendedUNet2DModel.from_unet(tmp_path / "fourier", **MIXTURE)

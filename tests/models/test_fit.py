@@ -4,8 +4,8 @@ from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.models.fit import fit_shared
 
 
-def test_modes_of_one_covariance_are_found_again():
-    """EM finds the mixture the points are from, and its responsibilities are the exact ones."""
+def test_em_recovers_a_mixture_with_a_shared_covariance():
+    """Its weights, means and covariance, and the responsibilities of the exact mixture."""
     covariance = torch.tensor([[0.05, 0.03], [0.03, 0.04]], dtype=torch.float64)
     centres = torch.tensor([[0.0, 0.0], [1.5, 0.0], [0.0, 1.0]], dtype=torch.float64)
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)

@@ -7,15 +7,15 @@ from tests.rounding import alike
 from tests.tiny import diffusers_unet
 
 
-def ours():
+def smd_unet():
     return SMDUNet2DModel(4, 2, 2, (8, 16), num_classes=3, norm_num_groups=4, attention_head_dim=8, z_channels=0)
 
 
-def theirs():
+def plain_unet():
     return diffusers_unet(sample_size=4, in_channels=2, out_channels=2, num_class_embeds=4)
 
 
-@pytest.mark.parametrize("build", [ours, theirs])
+@pytest.mark.parametrize("build", [smd_unet, plain_unet])
 def test_one_pass_gives_the_prediction_and_two_moments(build):
     torch.manual_seed(0)
     unet = build()
@@ -26,13 +26,13 @@ def test_one_pass_gives_the_prediction_and_two_moments(build):
     output = heads.predict(unet, x, t, labels)
     assert len(calls) == 1 and output.shape == (3, 6, 4, 4)
     assert alike(output[:, :2], unet(x, t, labels).sample)
-    # Untrained: the variance of v for white data, and no skew.
+    # Untrained heads predict the variance of v for white data, and no skewness.
     assert torch.allclose(output[:, 2:4], torch.ones(3, 2, 4, 4)) and not output[:, 4:].any()
     assert not unet.conv_out._forward_pre_hooks
 
 
 def test_saves_and_loads(tmp_path):
-    heads = MomentHeads.for_unet(ours())
+    heads = MomentHeads.for_unet(smd_unet())
     torch.nn.init.normal_(heads.conv_out.weight)
     heads.save_pretrained(tmp_path)
     again = MomentHeads.from_pretrained(tmp_path)

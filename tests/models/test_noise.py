@@ -14,11 +14,11 @@ PROCESS = DiffusionProcess(ALPHAS_CUMPROD)
 
 
 def correlated(count, channels, side, dtype=torch.float64):
-    """Latents with a full covariance: white noise through a random matrix."""
+    """Return latents with a full covariance matrix: white noise times a random matrix."""
     generator = torch.Generator().manual_seed(0)
-    numbers = channels * side**2
-    mixing = torch.randn(numbers, numbers, generator=generator, dtype=dtype) / numbers**0.5
-    return (torch.randn(count, numbers, generator=generator, dtype=dtype) @ mixing).view(count, channels, side, side)
+    dimensions = channels * side**2
+    mixing = torch.randn(dimensions, dimensions, generator=generator, dtype=dtype) / dimensions**0.5
+    return (torch.randn(count, dimensions, generator=generator, dtype=dtype) @ mixing).view(count, channels, side, side)
 
 
 def unlabelled(latents):
@@ -32,27 +32,27 @@ def fitted(latents, rank, modes=1, num_classes=None, labels=None, path=PROCESS, 
 
 
 def as_matrix(noise, channels, side, t):
-    """The matrix B of e = B eta, which is linear where there is one component."""
+    """Return the matrix B of e = B eta. The noise is linear in eta if the mixture has one component."""
     units = torch.eye(channels * side**2).view(-1, channels, side, side)
     return noise(units, torch.zeros_like(units), torch.full((len(units),), t)).flatten(1).T.double()
 
 
 @pytest.mark.parametrize("t", [0, 1, 2])
 def test_one_mode_has_the_covariance_of_the_gaussian_posterior(t):
-    """s_t^2 B B^T = s_t^2 Sigma (a_t^2 Sigma + s_t^2)^-1 in the components taken, Sigma the covariance of the latents."""
+    """s_t^2 B B^T = s_t^2 Sigma (a_t^2 Sigma + s_t^2)^-1 in the kept principal components, for latents of covariance Sigma."""
     latents = correlated(5000, 2, 4)
     noise = fitted(latents, rank=31)
     variances, basis = torch.linalg.eigh(torch.cov(latents.flatten(1).T, correction=0))
     alphabar = float(ALPHAS_CUMPROD[t])
     variances += FLOOR * variances[1:].mean()
-    variances[0] = 0.0  # the one left out
+    variances[0] = 0.0  # the component that is not kept
     exact = basis @ torch.diag(variances / (alphabar * variances + 1 - alphabar)) @ basis.T
     b = as_matrix(noise, 2, 4, t)
     assert torch.allclose(b @ b.T, exact, atol=1e-3)
 
 
 def two_classes(count=4000):
-    """Latents (N, 1, 2, 2) about one of three centres; class 0 has the first two of them, class 1 the last."""
+    """Return latents (N, 1, 2, 2), each around one of three centres. Class 0 has the first two centres, class 1 the last."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.tensor([[2.0, 1, 0, 0], [-2, 1, 0, 0], [0, -2, 0, 0]]).double()
     which = torch.randint(3, (count,), generator=generator)
@@ -63,8 +63,8 @@ def two_classes(count=4000):
 
 @pytest.mark.parametrize("path, kind", [(PROCESS, "v_prediction"), (RectifiedFlow(4), "flow_prediction")])
 @pytest.mark.parametrize("t, label", [(1, 0), (2, 0), (2, 1), (1, None), (2, None)])
-def test_a_mixture_is_drawn_from_its_posterior(t, label, path, kind):
-    """Mean and covariance of c over eta, at an x_t that leaves more than one mode, are those of the exact posterior."""
+def test_fitted_noise_samples_the_posterior_of_the_mixture(t, label, path, kind):
+    """Over eta it has mean 0 and the standard deviation of the exact posterior, at an x_t with several possible modes."""
     latents, labels, centres, spread = two_classes()
     noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels, path=path, prediction_type=kind)
     weights = {None: [1 / 3] * 3, 0: [0.5, 0.5, 1e-9], 1: [1e-9, 1e-9, 1.0]}[label]
@@ -81,12 +81,12 @@ def test_a_mixture_is_drawn_from_its_posterior(t, label, path, kind):
     drawn = posterior.sample(40_000, torch.Generator().manual_seed(2))[0]
     assert e.mean(dim=0).abs().max() < 0.02 * drawn.std(dim=0).max() / s
     assert torch.allclose(s * e.std(dim=0)[:3], drawn.std(dim=0)[:3], rtol=0.05, atol=0.01)
-    # Not only its moments: the 1-Wasserstein distance along the axis on which the modes lie.
+    # The 1-Wasserstein distance along the axis of the modes shows more than the moments.
     centred = drawn[:, 0] - posterior.mean()[0, 0]
     assert (s * e[:, 0].sort().values - centred.sort().values).abs().mean() < 0.08
 
 
-def test_a_low_rank_takes_the_leading_components():
+def test_a_low_rank_keeps_the_leading_principal_components():
     latents = correlated(5000, 2, 4)
     noise = fitted(latents, rank=3)
     leading = torch.linalg.eigvalsh(torch.cov(latents.flatten(1).T, correction=0)).flip(0)[:3]
@@ -94,8 +94,9 @@ def test_a_low_rank_takes_the_leading_components():
     assert torch.linalg.matrix_rank(as_matrix(noise, 2, 4, 1), atol=1e-5) == 3
 
 
-def test_larger_latents_get_the_same_picture():
-    """The mean of 2 x 2 positions has the covariance that the latents averaged so have, in noise a quarter as large."""
+def test_larger_latents_get_the_same_layout():
+    """The mean over 2 x 2 positions has nearly the variance of the posterior of averaged latents, with a quarter of the noise
+    variance."""
     small = correlated(5000, 2, 8)
     noise = fitted(small, rank=127)
     eta = torch.randn(4000, 2, 16, 16)
@@ -103,18 +104,18 @@ def test_larger_latents_get_the_same_picture():
     assert e.shape == eta.shape
     sigma = torch.cov(small.flatten(1).T, correction=0)
     exact = sigma @ torch.linalg.inv(4 * 0.5 * sigma + 0.5 * torch.eye(128, dtype=torch.float64))
-    # Bilinear interpolation averages neighbours, which takes some of the variance; FLOOR adds a little.
+    # Bilinear interpolation averages neighbours and removes some of the variance. FLOOR adds a little.
     assert 0.3 * exact.trace() < torch.nn.functional.avg_pool2d(e, 2).flatten(1).var(dim=0).sum() < 1.05 * exact.trace()
 
 
-def test_draws_of_a_picture_are_in_consecutive_rows():
+def test_draws_of_an_image_are_in_consecutive_rows():
     latents, labels, _, _ = two_classes(500)
     noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels)
     eta, x_t, t, y = torch.randn(6, 1, 2, 2), torch.randn(2, 1, 2, 2), torch.tensor([0, 2]), torch.tensor([0, 1])
     assert alike(noise(eta, x_t, t, y)[3:], noise(eta[3:], x_t[1:], t[1:], y[1:]))
 
 
-def test_one_timestep_for_all_is_the_same_for_each():
+def test_one_timestep_applies_to_all_images():
     latents, labels, _, _ = two_classes(500)
     noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels)
     eta, x_t, y = torch.randn(6, 1, 2, 2), torch.randn(2, 1, 2, 2), torch.tensor([0, 1])
@@ -127,13 +128,13 @@ def test_one_timestep_for_all_is_the_same_for_each():
         assert alike(one, each)
 
 
-def test_rank_zero_is_white():
+def test_rank_zero_gives_white_noise():
     eta = torch.randn(4, 2, 4, 4)
     noise = PosteriorNoise(2, 4, 0, 1, None, timesteps=3)
     assert torch.equal(noise(eta, eta[:2], torch.zeros(2, dtype=torch.long)), eta)
 
 
-def test_a_model_keeps_what_was_fitted(tmp_path):
+def test_a_saved_model_contains_its_fitted_noise(tmp_path):
     model = SMDUNet2DModel(
         4, 2, 2, (8, 8), norm_num_groups=4, attention_head_dim=8, z_channels=4, noise_modes=2, noise_timesteps=3
     )
@@ -147,7 +148,7 @@ def test_a_model_keeps_what_was_fitted(tmp_path):
         assert torch.equal(dict(again.named_buffers())[name], buffer), name
 
 
-def test_half_precision():
+def test_float16_noise_is_close_to_float32():
     latents = correlated(100, 2, 4)
     noise = fitted(latents, 3, modes=2)
     eta, x_t, t = torch.randn(4, 2, 4, 4), torch.randn(2, 2, 4, 4), torch.tensor([1, 2])
@@ -157,8 +158,8 @@ def test_half_precision():
 
 
 @pytest.mark.parametrize("prediction_type", KINDS)
-def test_it_adds_the_same_to_x0_whatever_the_network_predicts(prediction_type):
-    """And under any path of the same signal-to-noise ratios, x_t being in its units."""
+def test_noise_adds_the_same_to_x0_for_every_prediction_type(prediction_type):
+    """And for every path with the same signal-to-noise ratios, with x_t scaled to its units."""
     latents = correlated(200, 2, 4)
     flow = RectifiedFlow(4)
     a, s = (value[1:4] for value in flow.signal_and_noise(torch.arange(5), torch.zeros(1)))
@@ -173,22 +174,22 @@ def test_it_adds_the_same_to_x0_whatever_the_network_predicts(prediction_type):
         assert alike(x0, wanted)
 
 
-def test_tables_of_a_process_are_its_own():
-    """No norm but 1, to the rounding, as the weights had it that were written before there was one."""
+def test_tables_of_a_variance_preserving_process():
+    """Its norms are 1 up to rounding. Older weights have no norms and rely on this."""
     noise = fitted(correlated(100, 2, 4), 3)
     assert torch.allclose(noise.norms, torch.ones(3), rtol=2e-7, atol=0.0)
     assert torch.allclose(noise.alphas_cumprod, ALPHAS_CUMPROD, rtol=2e-7, atol=0.0)
     assert torch.allclose(noise.scale, -torch.ones(3), rtol=2e-7, atol=0.0)
 
 
-def test_a_path_has_as_many_timesteps_as_the_noise():
+def test_a_path_with_other_timesteps_is_refused():
     noise = PosteriorNoise(2, 4, 3, 1, None, timesteps=4)
     with pytest.raises(ValueError, match="timesteps: expected 5, 0 to the last of the path, found 4"):
         fit_posterior_noise(noise, correlated(100, 2, 4), torch.full((100,), -1), RectifiedFlow(4), "flow_prediction")
 
 
-def test_timesteps_between_those_of_training():
-    """As schedulers have them that space their steps by sigma."""
+def test_fractional_timesteps_are_interpolated():
+    """Schedulers that space their steps by sigma use such timesteps."""
     assert torch.equal(
         between(torch.tensor([1.0, 3.0, 7.0]), torch.tensor([0.0, 0.5, 1.25, 2.0])), torch.tensor([1, 2, 4, 7.0])
     )
@@ -200,6 +201,6 @@ def test_timesteps_between_those_of_training():
     assert torch.allclose(e[0], e[1], atol=0.01) and not torch.allclose(e[0], e[2], atol=0.01)
 
 
-def test_fewer_latents_than_modes():
+def test_fewer_latents_than_modes_are_refused():
     with pytest.raises(ValueError, match="at least one for each of 5 modes, found 4"):
         fitted(correlated(4, 2, 4), 3, modes=5)

@@ -15,7 +15,7 @@ TINY = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_classes": 3,
 
 
 def model(**changes):
-    """A model with every weight moved, also those that start at zero."""
+    """Build a model and add noise to all weights, because some are initially zero."""
     torch.manual_seed(0)
     unet = SMDUNet2DModel(**{**TINY, **changes})
     with torch.no_grad():
@@ -33,25 +33,25 @@ def inputs(batch=2, draws=1, side=(8, 8)):
 
 @pytest.mark.parametrize("side", [(8, 8), (7, 9), (5, 5), (1, 3), (16, 12)])
 @pytest.mark.parametrize("z_channels", [0, 8])
-def test_any_size_goes_through(side, z_channels):
+def test_latents_of_any_size(side, z_channels):
     x, t, labels, eta = inputs(side=side)
     assert model(z_channels=z_channels)(x, t, labels, eta).sample.shape == x.shape
 
 
-def test_gaussian_model_does_not_read_eta():
+def test_a_gaussian_model_ignores_eta():
     unet = model(z_channels=0)
     x, t, labels, eta = inputs()
     assert not unet.is_mixture
     assert alike(unet(x, t, labels, eta).sample, unet(x, t, labels).sample)
 
 
-def test_an_unconditional_model_takes_no_labels():
+def test_an_unconditional_model_refuses_labels():
     x, t, labels, eta = inputs()
     with pytest.raises(ValueError, match="class_labels: expected None"):
         model(num_classes=None)(x, t, labels, eta)
 
 
-def test_wrong_shapes_are_named():
+def test_a_wrong_shape_of_eta_or_placement_is_refused():
     x, t, labels, eta = inputs()
     with pytest.raises(ValueError, match="eta: expected"):
         model()(x, t, labels, eta[:1])
@@ -59,8 +59,8 @@ def test_wrong_shapes_are_named():
         SMDUNet2DModel(**TINY, placement="middle")
 
 
-def test_hypernetwork_is_its_formula():
-    """The matrices W_l = v_l v_l^T / sqrt(width) + softplus(c_l) I, built and multiplied at one place."""
+def test_the_hypernetwork_computes_its_formula():
+    """At one position, with explicit matrices W_l = v_l v_l^T / sqrt(width) + softplus(c_l) I."""
     torch.manual_seed(0)
     network = HyperNetwork(channels=6, z_channels=5, width=4, groups=2).double()
     for parameter in network.parameters():
@@ -89,13 +89,13 @@ def reference(q, k, v):
     return torch.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def test_attention_is_its_formula():
+def test_attention_computes_its_formula():
     q, k, v = torch.randn(3, 2, 7, 4, 8).unbind(0)
     assert torch.allclose(attention(q, k, v), reference(q, k, v), atol=1e-5)
 
 
-def test_xformers_where_it_runs_else_torch(backend, caplog):
-    """Where xformers has kernels its result is torch's; where it has none, torch answers and one warning says so."""
+def test_xformers_falls_back_to_torch_with_one_warning(backend, caplog):
+    """Results are the same in both cases. There is no warning if xformers has kernels for this device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, v = torch.randn(3, 2, 7, 4, 8, device=device).unbind(0)
     backend("sdpa")
@@ -109,7 +109,7 @@ def test_xformers_where_it_runs_else_torch(backend, caplog):
 
 @pytest.fixture
 def xformers_operator(monkeypatch):
-    """An operator in the place of xformers', of its layout (B, M, H, K); returns the shapes it is given."""
+    """Replace xformers' attention by a reference of its layout (B, M, H, K). Returns the shapes that it is called with."""
     shapes = []
 
     def operator(q, k, v):
@@ -126,7 +126,7 @@ def xformers_operator(monkeypatch):
 @pytest.mark.parametrize("name", ["sdpa", "xformers"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_an_attention_block_attends_head_by_head(backend, xformers_operator, name, memory_format):
-    """Over the positions of an image that is no square: each head on its own channels, written out, by either backend."""
+    """Compared with a plain computation for each head on its channels, over the positions of an image that is not square."""
     backend(name)
     torch.manual_seed(0)
     block = AttentionBlock(channels=12, head_dim=4, groups=3)
@@ -144,8 +144,8 @@ def test_an_attention_block_attends_head_by_head(backend, xformers_operator, nam
     assert xformers_operator == ([(1, 4, 1, 4), (2, 15, 3, 4)] if name == "xformers" else [])
 
 
-def test_xformers_layout(backend, xformers_operator):
-    """The xformers branch hands over (B, M, H, K) as it is: an operator of that layout gives the same result."""
+def test_xformers_gets_its_own_layout(backend, xformers_operator):
+    """An operator with layout (B, M, H, K) gives the same result as torch."""
     backend("xformers")
     q, k, v = torch.randn(3, 2, 7, 4, 8).unbind(0)
     assert xformers_runs("cpu", q.dtype, 8)
@@ -154,6 +154,6 @@ def test_xformers_layout(backend, xformers_operator):
     assert torch.allclose(through, attention(q, k, v), atol=1e-5)
 
 
-def test_unknown_backend():
+def test_an_unknown_attention_backend_is_refused():
     with pytest.raises(ValueError, match="attention: expected one of auto, sdpa, xformers"):
         set_attention_backend("flash")

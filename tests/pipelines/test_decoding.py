@@ -1,4 +1,4 @@
-"""Latents to images and back: what is decoded, in which pieces, and that the autoencoder stays the user's."""
+"""Decoding and encoding of images, in slices and tiles, without changes to the user's autoencoder."""
 
 import logging
 
@@ -12,8 +12,8 @@ from tests.rounding import alike
 from tests.sampled import latents
 
 
-def test_the_autoencoder_stays_as_it_was(pipeline):
-    """A pipeline reads from it, and decodes with it, whatever the user does with it besides."""
+def test_the_users_autoencoder_is_not_changed(pipeline):
+    """The pipeline decodes with it in any dtype and mode."""
     pipeline.vae.half().train().requires_grad_(True)
     assert pipeline.latent_sides(None, 32) == (8, 16)
     assert latents(pipeline, [0], [1], output_type="pt").isfinite().all()
@@ -21,7 +21,7 @@ def test_the_autoencoder_stays_as_it_was(pipeline):
     assert all(weights.requires_grad for weights in pipeline.vae.parameters())
 
 
-def test_image_to_image_names_mistakes(pipeline):
+def test_wrong_arguments_for_image_to_image_are_refused(pipeline):
     with pytest.raises(ValueError, match="strength: expected a number above 0"):
         pipeline([0], image=torch.rand(1, 3, 16, 16), strength=0.0)
     with pytest.raises(ValueError, match="image: expected one image, or one for each of 3 samples, found 2"):
@@ -33,10 +33,10 @@ def test_image_to_image_names_mistakes(pipeline):
         pipeline([0], num_inference_steps=20, image=torch.rand(1, 3, 16, 16))
 
 
-def test_decoding_goes_picture_by_picture_and_in_tiles_above_a_budget(pipeline, monkeypatch, caplog):
-    whole = latents(pipeline, [0, 1, 0], [1, 2, 3], output_type="pt")
+def test_large_batches_are_decoded_image_by_image_and_large_images_in_tiles(pipeline, monkeypatch, caplog):
+    expected = latents(pipeline, [0, 1, 0], [1, 2, 3], output_type="pt")
     monkeypatch.setattr("ldm_smd.pipelines.decoding.SLICE_PIXELS", 256)
-    assert torch.allclose(latents(pipeline, [0, 1, 0], [1, 2, 3], output_type="pt"), whole, atol=1e-4)
+    assert torch.allclose(latents(pipeline, [0, 1, 0], [1, 2, 3], output_type="pt"), expected, atol=1e-4)
     monkeypatch.setattr("ldm_smd.pipelines.decoding.TILED_PIXELS", 255)
     logger = logging.getLogger("ldm_smd.pipelines.decoding")
     monkeypatch.setattr(logger, "propagate", True)
@@ -45,7 +45,7 @@ def test_decoding_goes_picture_by_picture_and_in_tiles_above_a_budget(pipeline, 
     assert not pipeline.vae.use_tiling
 
 
-def test_other_sizes(pipeline):
+def test_images_of_other_sizes(pipeline):
     images = latents(pipeline, [0, 1], [1, 2], height=24, width=32, output_type="pt")
     assert images.shape == (2, 3, 24, 32)
     for wrong in ({"height": 23}, {"width": 1}):
@@ -53,8 +53,8 @@ def test_other_sizes(pipeline):
             latents(pipeline, [0], [1], **wrong)
 
 
-def test_images_are_encoded_to_what_is_decoded_to_them(pipeline):
-    """The normalised mean; one image is for all samples."""
+def test_images_are_encoded_to_normalised_means(pipeline):
+    """One image applies to all samples."""
     image, autoencoder = torch.rand(1, 3, 16, 16), FrozenAutoencoder(pipeline.vae)
     expected = autoencoder.normalise(autoencoder.encode_moments((image * 255).round().to(torch.uint8))[:, 0])
     found = encode_images(pipeline.vae, image, (3, 4, 8, 8))

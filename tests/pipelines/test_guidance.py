@@ -1,4 +1,4 @@
-"""Conditions, and guidance by its formula."""
+"""Conditions and guidance."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from tests.sampled import latents
 from tests.tiny import diffusers_unet
 
 
-def test_guidance_is_its_formula(pipeline):
-    """One step of prediction x0-free algebra: guidance 1 is conditional, 0 unconditional, w linear in between."""
+def test_guidance_computes_its_formula(pipeline):
+    """A scale of 1 gives the conditional prediction, 0 the unconditional one, and the prediction is linear in the scale."""
     x, t = torch.randn(2, 4, 8, 8), torch.tensor(500)
     labels, eta = torch.tensor([0, 1]), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
@@ -21,8 +21,7 @@ def test_guidance_is_its_formula(pipeline):
     assert alike(guided, uncond + 3 * (cond - uncond))
 
 
-def test_guidance_only_between_two_noise_levels(pipeline):
-    """From 0 to infinity it is guidance; outside the interval it is none; and the scale of each step follows sigma."""
+def test_guidance_applies_only_inside_its_interval_of_noise_levels(pipeline):
     options = {"num_inference_steps": 4, "guidance_scale": 3.0}
     everywhere, nowhere = latents(pipeline, [0], [1], **options), latents(pipeline, [0], [1], num_inference_steps=4)
     inside = latents(pipeline, [0], [1], guidance_interval=(1e-9, 1e9), **options)
@@ -33,8 +32,8 @@ def test_guidance_only_between_two_noise_levels(pipeline):
     assert guided_steps(pipeline.scheduler, timesteps, (0.9 * sigma, 1.1 * sigma)) == [False, False, True, False]
 
 
-def test_a_weaker_network_guides(pipeline, model_folder, tmp_path):
-    """own + (w - 1) (own - other), also without classes; saved and loaded with the pipeline."""
+def test_guidance_by_a_weaker_network(pipeline, model_folder, tmp_path):
+    """The prediction is own + (w - 1) (own - guide), also without classes. The guide is saved and loaded with the pipeline."""
     guide = load_pipeline(model_folder).unet
     pipeline.register_modules(guide=guide)
     x, t, eta = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8)
@@ -51,7 +50,7 @@ def test_a_weaker_network_guides(pipeline, model_folder, tmp_path):
     assert alike(a, b)
 
 
-def test_guidance_moves_the_mean_and_leaves_the_moments(gaussian_folder, loud_pipeline):
+def test_guidance_changes_the_mean_but_not_the_moments(gaussian_folder, loud_pipeline):
     unet = loud_pipeline(gaussian_folder).unet
     moments, x, t = MomentHeads.for_unet(unet), torch.randn(2, 4, 8, 8), torch.tensor(500)
     conditions = Conditions(torch.tensor([0, 1]))
@@ -61,13 +60,13 @@ def test_guidance_moves_the_mean_and_leaves_the_moments(gaussian_folder, loud_pi
     assert alike(guided[:, :4], mean) and alike(guided[:, 4:], own[:, 4:]) and own.shape == (2, 12, 8, 8)
 
 
-def test_null_conditions_follow_the_given_ones(pipeline):
+def test_with_null_appends_the_null_conditions(pipeline):
     doubled = Conditions(torch.tensor([0, 1]), torch.ones(2, 16)).with_null(pipeline.unet)
     assert doubled.labels.tolist() == [0, 1, 2, 2] and doubled.image_embeds.sum(dim=1).tolist() == [16, 16, 0, 0]
     assert Conditions().with_null(pipeline.unet) == Conditions()
 
 
-def test_conditions_that_do_not_fit_are_named(pipeline):
+def test_invalid_conditions_are_refused(pipeline):
     cpu = torch.device("cpu")
     assert read_conditions(pipeline.unet, [1, 0], None, cpu).labels.tolist() == [1, 0]
     with pytest.raises(ValueError, match="class_labels: expected 0 to 2"):

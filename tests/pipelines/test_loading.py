@@ -1,4 +1,4 @@
-"""Pipelines saved, loaded and made of another's parts."""
+"""Pipelines are saved and loaded, and made from components of others."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ from tests.sampled import latents
 from tests.tiny import diffusers_condition, diffusers_dit, diffusers_unet
 
 
-def test_what_is_no_model_is_named(tmp_path, monkeypatch):
+def test_a_folder_or_id_without_a_model_gives_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model: expected a model folder .* or a hub id, found none of them at"):
         load_pipeline(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -33,7 +33,7 @@ def test_what_is_no_model_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_save_and_load_in_a_fresh_process(pipeline, tmp_path):
+def test_a_saved_pipeline_gives_the_same_images_in_another_process(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
     program = f"""
 import torch
@@ -48,17 +48,17 @@ torch.save(images, {str(tmp_path / "out.pt")!r})
     assert torch.allclose(torch.load(tmp_path / "out.pt", weights_only=True), here, atol=1e-4)
 
 
-def test_pipelines_are_handled_as_those_of_diffusers(pipeline, gaussian_folder, tmp_path):
-    """Made of another's parts, with all optional ones; saved as a variant and in shards."""
+def test_from_pipe_variants_and_sharded_weights_work_as_in_diffusers(pipeline, gaussian_folder, tmp_path):
+    """With all optional components."""
     gaussian = load_pipeline(gaussian_folder)
     gaussians = LatentGaussians(4, 8, 8, rank=2, count=3, num_classes=2)
-    parts = {
+    components = {
         "unet": gaussian.unet,
         "moments": MomentHeads.for_unet(gaussian.unet),
         "gaussian": gaussians,
         "guide": pipeline.unet,
     }
-    made = SMDPipeline.from_pipe(pipeline, **parts)
+    made = SMDPipeline.from_pipe(pipeline, **components)
     again = SMDPipeline.from_pipe(made)
     assert again.id2label == pipeline.id2label
     assert all(again.components[name] is component for name, component in made.components.items())
@@ -72,7 +72,7 @@ def test_pipelines_are_handled_as_those_of_diffusers(pipeline, gaussian_folder, 
 
 @pytest.fixture
 def dit_folder(vae_folder, tmp_path):
-    """The folder of a DiTPipeline of two classes with names."""
+    """The folder of a DiTPipeline with two named classes."""
     torch.manual_seed(0)
     dit = diffusers_dit(out_channels=8, num_embeds_ada_norm=2)
     for parameter in dit.parameters():
@@ -81,21 +81,21 @@ def dit_folder(vae_folder, tmp_path):
     DiTPipeline(transformer=dit, vae=vae, scheduler=scheduler).save_pretrained(tmp_path / "dit")
     index = tmp_path / "dit/model_index.json"
     names = {"id2label": {"0": "disc, circle", "1": "square, box"}}
-    index.write_text(json.dumps(json.loads(index.read_text()) | names))  # as in that of facebook/DiT-XL-2-256
+    index.write_text(json.dumps(json.loads(index.read_text()) | names))  # as in facebook/DiT-XL-2-256
     return tmp_path / "dit"
 
 
-def test_a_pipeline_of_diffusers_is_loaded(dit_folder):
-    """With its weights, schedule and class names; the same samples as from its parts."""
-    loaded, theirs = load_pipeline(dit_folder), DiTPipeline.from_pretrained(dit_folder)
-    made = SMDPipeline(theirs.transformer, theirs.vae, theirs.scheduler)
+def test_a_diffusers_pipeline_loads_with_its_schedule_and_class_names(dit_folder):
+    """It gives the same samples as a pipeline made from its components."""
+    loaded, original = load_pipeline(dit_folder), DiTPipeline.from_pretrained(dit_folder)
+    made = SMDPipeline(original.transformer, original.vae, original.scheduler)
     assert alike(latents(loaded, [0, 1], [1, 2]), latents(made, [0, 1], [1, 2]))
     assert loaded.id2label == {0: "disc, circle", 1: "square, box"}
     assert loaded.scheduler.config.beta_schedule == "linear"
 
 
-def test_a_pipeline_of_diffusers_is_fitted_and_sampled(dit_folder, shards, tmp_path, run):
-    """By its tools, as they would one of ours; what is written is one of ours."""
+def test_tools_fit_and_sample_a_diffusers_pipeline(dit_folder, shards, tmp_path, run):
+    """They write an SMDPipeline."""
     folder = model_folder(dit_folder)
     assert {path.parent.name for path in weight_files(folder, (*NETWORKS, "vae"))} == {"transformer", "vae"}
     fitted, samples = tmp_path / "fitted", tmp_path / "samples"
@@ -109,11 +109,11 @@ def test_a_pipeline_of_diffusers_is_fitted_and_sampled(dit_folder, shards, tmp_p
         assert len(list((samples / model.name).glob("class0001-*.png"))) == 2
 
 
-def test_shards_of_more_classes_than_the_model_are_refused(vae_folder, shards, tmp_path, run):
-    """As by a UNet that has an embedding for each class and none for the null class."""
+def test_shards_with_more_classes_than_the_model_are_refused(vae_folder, shards, tmp_path, run):
+    """Here the UNet has an embedding for each class but none for the null class."""
     vae = AutoencoderKL.from_pretrained(vae_folder)
-    for name, part in {"unet": diffusers_unet(num_class_embeds=2), "vae": vae, "scheduler": DDIMScheduler()}.items():
-        part.save_pretrained(tmp_path / "pipeline" / name)
+    for name, component in {"unet": diffusers_unet(num_class_embeds=2), "vae": vae, "scheduler": DDIMScheduler()}.items():
+        component.save_pretrained(tmp_path / "pipeline" / name)
     settings = [f"model={tmp_path / 'pipeline'}", f"shards={shards}", f"output={tmp_path / 'out'}"]
     for schema, tool in ((FitGaussianConfig, fit_gaussian), (TrainMomentsConfig, train_moments)):
         code, _, error = run(schema, tool, *settings)
@@ -121,14 +121,14 @@ def test_shards_of_more_classes_than_the_model_are_refused(vae_folder, shards, t
         assert error.endswith("model: expected a model of 2 classes and the null class, as in the shards, found 1")
 
 
-def test_a_folder_of_parts_without_an_index_is_loaded(vae_folder, tmp_path):
-    parts = {"unet": diffusers_unet(), "vae": AutoencoderKL.from_pretrained(vae_folder), "scheduler": DDIMScheduler()}
-    for name, part in parts.items():
-        part.save_pretrained(tmp_path / name)
+def test_a_folder_of_components_without_an_index_loads(vae_folder, tmp_path):
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    for name, component in {"unet": diffusers_unet(), "vae": vae, "scheduler": DDIMScheduler()}.items():
+        component.save_pretrained(tmp_path / name)
     assert latents(load_pipeline(tmp_path), [0, 1], [1, 2]).shape == (2, 4, 8, 8)
 
 
-def test_a_pipeline_whose_parts_do_not_fit_is_refused(dit_folder, tmp_path):
+def test_a_pipeline_with_other_components_is_refused(dit_folder, tmp_path):
     (dit_folder / "vae/config.json").write_text('{"_class_name": "VQModel"}')
     with pytest.raises(UserError, match=r"^model: expected .*, found DiTTransformer2DModel, VQModel, DDIMScheduler in .*dit$"):
         load_pipeline(dit_folder)
@@ -137,8 +137,8 @@ def test_a_pipeline_whose_parts_do_not_fit_is_refused(dit_folder, tmp_path):
         load_pipeline(tmp_path / "pixels")
 
 
-def test_denoisers_that_cannot_be_sampled_are_refused(vae_folder, tmp_path):
-    """One of other channels, as for inpainting, and one that needs more than a text, as that of SDXL."""
+def test_denoisers_with_other_inputs_are_refused(vae_folder, tmp_path):
+    """One has other channels, as for inpainting. The other needs more conditions than a text, like that of SDXL."""
     AutoencoderKL.from_pretrained(vae_folder).save_pretrained(tmp_path / "vae")
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     diffusers_condition(in_channels=9).save_pretrained(tmp_path / "unet")
@@ -151,7 +151,7 @@ def test_denoisers_that_cannot_be_sampled_are_refused(vae_folder, tmp_path):
 
 
 def test_diffusion_pipeline_finds_the_class(pipeline, tmp_path):
-    """diffusers looks a pipeline's class up in its own module, where importing SMDPipeline puts it."""
+    """diffusers looks for the class of a pipeline in its own module. Importing SMDPipeline adds it there."""
     pipeline.save_pretrained(tmp_path / "model")
     assert diffusers.SMDPipeline is SMDPipeline
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The sampling loop: any scheduler, from noise or from images, and what its callbacks see."""
+"""The sampling loop, with all schedulers, from noise or images, and its callbacks."""
 
 import diffusers
 import pytest
@@ -25,7 +25,7 @@ SCHEDULERS = [*SUPPORTED, "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsol
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_any_scheduler_and_the_same_picture_in_any_batch(pipeline, name):
+def test_samples_do_not_depend_on_the_batch_for_any_scheduler(pipeline, name):
     pipeline.scheduler = make_scheduler(name, pipeline.scheduler)
     together = latents(pipeline, [0, 1, 0], [5, 6, 7], guidance_scale=1.5)
     alone = latents(pipeline, [1], [6], guidance_scale=1.5)
@@ -37,7 +37,7 @@ def test_any_scheduler_and_the_same_picture_in_any_batch(pipeline, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_image_to_image(pipeline, name):
-    """Only the last steps are done, from the noised picture: less of it changes at little strength than at more."""
+    """Sampling starts from the noised image at one of the last steps. A low strength changes the image less."""
     pipeline.scheduler = make_scheduler(name, pipeline.scheduler)
     image = torch.rand(2, 3, 16, 16)
     autoencoder = FrozenAutoencoder(pipeline.vae)
@@ -46,62 +46,62 @@ def test_image_to_image(pipeline, name):
     pipeline.unet.register_forward_hook(lambda *_: evaluations.append(1))
     for strength in (0.2, 0.6, 1.0):
         evaluations.clear()
-        moved = latents(pipeline, [0, 1], [5, 6], num_inference_steps=5, image=image, strength=strength)
+        changed = latents(pipeline, [0, 1], [5, 6], num_inference_steps=5, image=image, strength=strength)
         alone = latents(pipeline, [1], [6], num_inference_steps=5, image=image[1:], strength=strength)
-        assert alike(moved[1], alone[0], 1e-3)
+        assert alike(changed[1], alone[0], 1e-3)
         assert len(evaluations) == 2 * pipeline.num_timesteps
         even = not pipeline.scheduler.config.get("use_karras_sigmas")
         assert pipeline.num_timesteps == timesteps_of(pipeline.scheduler, round(5 * strength)) or not even
-        distances.append(float((moved - start).square().mean()))
+        distances.append(float((changed - start).square().mean()))
     assert distances[0] < min(distances[1:])
 
 
-def test_noise_levels_so_near_that_two_timesteps_are_the_same(pipeline):
-    """A scheduler that looks its first timestep up takes the second, and ends beyond the last one."""
+def test_schedules_with_a_repeated_timestep(pipeline):
+    """A scheduler that looks up its first timestep would find the second, and run past the last one."""
     pipeline.scheduler = make_scheduler("KDPM2DiscreteScheduler", pipeline.scheduler)
     assert latents(pipeline, [0], [1], num_inference_steps=20).isfinite().all()
     assert pipeline.scheduler.timesteps[0] in pipeline.scheduler.timesteps[1:]
 
 
-def test_schedulers_that_do_not_fit_are_refused(pipeline):
-    said = "scheduler: expected a scheduler with a noise schedule .* found FlowMatchLCMScheduler: it needs a network distilled"
-    with pytest.raises(ValueError, match=said):
+def test_unsupported_schedulers_are_refused(pipeline):
+    message = "expected a scheduler with a noise schedule .* found FlowMatchLCMScheduler: it needs a network distilled"
+    with pytest.raises(ValueError, match=message):
         SMDPipeline(pipeline.unet, pipeline.vae, diffusers.FlowMatchLCMScheduler())
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         SMDPipeline(pipeline.unet, pipeline.vae, pipeline.scheduler, training_scheduler=diffusers.FlowMatchLCMScheduler())
     pipeline.scheduler = diffusers.FlowMatchLCMScheduler()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         pipeline([0])
 
 
 def timesteps_of(scheduler, steps):
-    """Evaluations of the network in so many steps."""
+    """Return the number of evaluations of the network in ``steps`` steps."""
     if isinstance(scheduler, diffusers.PNDMScheduler):
         return steps + (steps > 1)
     return steps * scheduler.order - (scheduler.order - 1)
 
 
-def test_unconditional_and_output_types(pipeline):
-    free = latents(pipeline, None, [1, 2], batch_size=2)
+def test_no_labels_are_the_null_class_and_output_types_have_their_shapes(pipeline):
+    unlabelled = latents(pipeline, None, [1, 2], batch_size=2)
     null = latents(pipeline, [2, 2], [1, 2])
-    assert alike(free, null)
+    assert alike(unlabelled, null)
     for kind, shape in (("np", (2, 16, 16, 3)), ("pt", (2, 3, 16, 16))):
         images = latents(pipeline, None, [1, 2], batch_size=2, output_type=kind)
         assert images.shape == shape and images.min() >= 0 and images.max() <= 1
     assert latents(pipeline, [0], [1], output_type="pil")[0].size == (16, 16)
 
 
-def test_eta_matters_to_a_mixture_and_given_noise_is_used(pipeline):
+def test_samples_depend_on_eta_and_on_the_given_noise(pipeline):
     start, other = torch.randn(2, 1, 4, 8, 8)
-    pipeline.scheduler = make_scheduler("DDIMScheduler", pipeline.scheduler)  # no noise but eta's
-    found, of_other_eta, of_other_noise, again = (
+    pipeline.scheduler = make_scheduler("DDIMScheduler", pipeline.scheduler)  # no randomness other than eta
+    found, other_eta, other_noise, again = (
         latents(pipeline, [0], [seed], latents=noise) for seed, noise in ((1, start), (2, start), (1, other), (1, start))
     )
     assert alike(again, found)
-    assert not torch.allclose(of_other_eta, found, atol=1e-2) and not torch.allclose(of_other_noise, found, atol=1e-2)
+    assert not torch.allclose(other_eta, found, atol=1e-2) and not torch.allclose(other_noise, found, atol=1e-2)
 
 
-def test_callback(pipeline):
+def test_a_callback_can_change_the_latents(pipeline):
     seen = []
 
     def zero(pipe, index, timestep, tensors):
@@ -113,8 +113,8 @@ def test_callback(pipeline):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_callbacks_see_what_the_network_saw_and_said(pipeline, name):
-    """At the last step, which has no noise left, most schedulers end where the network says."""
+def test_callbacks_get_the_input_and_prediction_of_the_network(pipeline, name):
+    """The last step has no noise left, so most schedulers return the last prediction."""
     pipeline.scheduler = make_scheduler(name, pipeline.scheduler)
     seen = []
 
@@ -133,8 +133,8 @@ def test_callbacks_see_what_the_network_saw_and_said(pipeline, name):
         latents(pipeline, [0], [1], callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["eta"])
 
 
-def test_one_step_is_the_first_of_a_sampling(pipeline):
-    """x_0 by the network for the noise that a sampling starts from: with the same eta what its callback sees."""
+def test_pred_original_sample_equals_the_prediction_of_the_first_step(pipeline):
+    """With the same noise and eta."""
     seen = []
 
     def keep(pipe, index, timestep, tensors):
@@ -151,7 +151,7 @@ def test_one_step_is_the_first_of_a_sampling(pipeline):
     assert not torch.allclose(found, pipeline.pred_original_sample(start, timestep, [0, 1], **options), atol=1e-2)
 
 
-def test_callbacks_of_diffusers_end_guidance_and_the_sampling(pipeline):
+def test_diffusers_callbacks_can_end_guidance_and_sampling(pipeline):
     class Cutoff(PipelineCallback):
         tensor_inputs = ["latents"]
 
@@ -177,7 +177,7 @@ def test_callbacks_of_diffusers_end_guidance_and_the_sampling(pipeline):
     assert rows == [1, 1, 1, 1]
 
 
-def test_progress_bar_as_diffusers_has_it(pipeline, capfd):
+def test_the_progress_bar_is_configured_as_in_diffusers(pipeline, capfd):
     pipeline.set_progress_bar_config(disable=False, desc="two")
     latents(pipeline, [0], [1], num_inference_steps=2)
     assert "two: 100%" in capfd.readouterr().err
@@ -186,23 +186,23 @@ def test_progress_bar_as_diffusers_has_it(pipeline, capfd):
     assert not capfd.readouterr().err
 
 
-def test_our_unet_in_a_diffusers_pipeline(model_folder):
-    """DDPMPipeline calls model(x, t).sample: what diffusers expects of a UNet."""
-    ours = load_pipeline(model_folder)
-    theirs = diffusers.DDPMPipeline(ours.unet, ours.scheduler)
-    theirs.set_progress_bar_config(disable=True)
-    assert theirs(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 4)
+def test_an_smd_unet_in_a_diffusers_pipeline(model_folder):
+    """DDPMPipeline calls model(x, t).sample, as for any UNet of diffusers."""
+    smd = load_pipeline(model_folder)
+    ddpm = diffusers.DDPMPipeline(smd.unet, smd.scheduler)
+    ddpm.set_progress_bar_config(disable=True)
+    assert ddpm(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 4)
 
 
 @pytest.mark.slow
-def test_a_plain_unet_of_diffusers_in_our_pipeline(model_folder, shards, tmp_path, run):
-    """From a UNet2DModel trained elsewhere to its moments, its Gaussians and pictures with both."""
-    ours = load_pipeline(model_folder)
+def test_a_plain_diffusers_unet_in_an_smd_pipeline(model_folder, shards, tmp_path, run):
+    """Moment heads and Gaussians are fitted to it, and it is sampled with both."""
+    smd = load_pipeline(model_folder)
     torch.manual_seed(0)
-    ours.register_modules(unet=diffusers_unet())
-    ours.save_pretrained(tmp_path / "plain")
+    smd.register_modules(unet=diffusers_unet())
+    smd.save_pretrained(tmp_path / "plain")
     plain = load_pipeline(tmp_path / "plain")
-    assert alike(latents(plain, None, [1]), latents(plain, [2], [1]))  # the last embedding is that of no class
+    assert alike(latents(plain, None, [1]), latents(plain, [2], [1]))  # the last embedding is the null class
     with pytest.raises(ValueError, match="class_labels: expected 0 to 2"):
         plain([3])
 
@@ -214,29 +214,29 @@ def test_a_plain_unet_of_diffusers_in_our_pipeline(model_folder, shards, tmp_pat
     code, _, error = run(FitGaussianConfig, fit_gaussian, *common, "rank=4", f"output={tmp_path / 'both'}")
     assert code == 0, error
     options = [f"model={tmp_path / 'both'}", "per_class=2", "steps=3", "guidance_scale=2", "scheduler=GMSScheduler"]
-    code, _, error = run(SampleConfig, sample, *options, f"output={tmp_path / 'pictures'}")
+    code, _, error = run(SampleConfig, sample, *options, f"output={tmp_path / 'images'}")
     assert code == 0, error
-    assert len(list((tmp_path / "pictures").glob("class*.png"))) == 4
+    assert len(list((tmp_path / "images").glob("class*.png"))) == 4
     both = load_pipeline(tmp_path / "both")
     assert isinstance(both.scheduler, TeleportScheduler)
     assert latents(both, [0, 1], [1, 2]).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(pipeline, dtype, tmp_path):
-    """Moved to it, or loaded in it; and close to float32."""
+def test_half_precision_is_close_to_float32(pipeline, dtype, tmp_path):
+    """For a pipeline that was converted, and for one that was loaded in this dtype."""
     pipeline.save_pretrained(tmp_path / "model")
     loaded = SMDPipeline.from_pretrained(tmp_path / "model", dtype=dtype)
     loaded.set_progress_bar_config(disable=True)
     assert loaded.unet.dtype == loaded.vae.dtype == dtype
     options = {"num_inference_steps": 2, "output_type": "pt"}
-    whole = pipeline([0, 1], generator=seeded_generators([1, 2]), **options).images
+    expected = pipeline([0, 1], generator=seeded_generators([1, 2]), **options).images
     for half in (pipeline.to(dtype), loaded):
         images = half([0, 1], generator=seeded_generators([1, 2]), **options).images
-        assert images.shape == (2, 3, 16, 16) and (images - whole).abs().mean() < 0.02
+        assert images.shape == (2, 3, 16, 16) and (images - expected).abs().mean() < 0.02
 
 
-def test_mistakes_are_named(pipeline):
+def test_invalid_arguments_are_refused(pipeline):
     with pytest.raises(ValueError, match="generator: expected one per image"):
         pipeline([0, 1], generator=seeded_generators([1]))
     with pytest.raises(UserError, match="classes: expected one of disc, square, found 'cat'"):
@@ -259,15 +259,15 @@ def test_classes_by_name(pipeline):
     assert alike(by_number, by_name)
 
 
-def test_synonyms_of_a_class_that_no_other_has(pipeline):
+def test_classes_are_found_by_unique_synonyms(pipeline):
     pipeline.id2label = {0: "crane, bird", 1: "crane, machine"}
     assert [pipeline.label_of(name) for name in ("bird", "machine", "crane, bird", "1")] == [0, 1, 0, 1]
     with pytest.raises(UserError, match="found 'crane'"):
         pipeline.label_of("crane")
 
 
-def test_several_images_per_prompt(pipeline):
-    """Those of a class follow each other, as in diffusers' pipelines."""
+def test_images_of_one_prompt_are_consecutive(pipeline):
+    """As in the pipelines of diffusers."""
     several = latents(pipeline, [1, 0], [1, 2, 3, 4], num_images_per_prompt=2)
     assert alike(several, latents(pipeline, [1, 1, 0, 0], [1, 2, 3, 4]))
     without = latents(pipeline, None, [1, 2, 3, 4, 5, 6], batch_size=3, num_images_per_prompt=2)
@@ -275,7 +275,7 @@ def test_several_images_per_prompt(pipeline):
 
 
 class FromTheMean(diffusers.DDIMScheduler):
-    """A scheduler of the user's own, which the pipeline has no branch for."""
+    """A user's scheduler, which the pipeline does not know."""
 
     start_part = "gaussian"
 
@@ -283,8 +283,8 @@ class FromTheMean(diffusers.DDIMScheduler):
         return noise + gaussians.means[class_labels].view_as(noise)
 
 
-def test_a_scheduler_says_which_parts_it_needs(pipeline, gaussian_folder):
-    """And those that are missing are named, also by one that goes on with another."""
+def test_a_missing_component_of_a_scheduler_gives_one_line(pipeline, gaussian_folder):
+    """Also if a scheduler inside another one needs it."""
     gaussians = LatentGaussians(4, 8, 8, rank=2, count=3, num_classes=2)
     gaussians.means.normal_()
     noise = torch.randn(2, 4, 8, 8)

@@ -1,4 +1,4 @@
-"""GMSScheduler on a Gaussian mixture, every moment known."""
+"""GMSScheduler on data from a Gaussian mixture, for which all moments are known."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def scheduler(**options):
 
 
 def exact_output(x_t, t, kind="v_prediction"):
-    """What a perfect network and its heads say of x_t (B, 1, 1, 1): (B, 3, 1, 1)."""
+    """Return the output (B, 3, 1, 1) of a perfect network with moment heads for x_t (B, 1, 1, 1)."""
     process = DiffusionProcess(SCHEDULER.alphas_cumprod.double())
     points = x_t.flatten(1).double()
     time = torch.as_tensor(t).reshape(1)
@@ -37,7 +37,7 @@ def exact_output(x_t, t, kind="v_prediction"):
 
 
 def kernel_error(steps, variance_of):
-    """Mean over a chain's steps and over x_t of the energy distance 2 integral (F - G)^2 between kernel and q(x_s | x_t)."""
+    """Return the energy distance 2 integral (F - G)^2 between kernel and q(x_s | x_t), averaged over the steps and over x_t."""
     process, grid = DiffusionProcess(SCHEDULER.alphas_cumprod.double()), torch.linspace(-5, 5, 2001).double()
     chain = scheduler()
     chain.set_timesteps(steps)
@@ -59,12 +59,12 @@ def kernel_error(steps, variance_of):
 
 
 def cdf(grid, weights, means, variances):
-    """Of Gaussian mixtures (N, K) on the grid, (N, points)."""
+    """Return the cumulative distribution functions of Gaussian mixtures (N, K) on the grid, (N, points)."""
     return (weights[..., None] * torch.special.ndtr((grid - means[..., None]) / variances[..., None].sqrt())).sum(dim=1)
 
 
 def one_gaussian(fraction):
-    """Kernels N(M, v + fraction (C - v)): 0 is DDPM's, 1 has the exact variance."""
+    """Return kernels N(M, v + fraction (C - v)). 0 gives DDPM's, 1 the exact variance."""
     return lambda moments, v: (torch.ones_like(moments.mean), moments.mean, v + fraction * (moments.variance - v))
 
 
@@ -78,17 +78,17 @@ def two_gaussians_above(floor):
 
 
 @pytest.mark.parametrize("steps", [5, 10, 25])
-def test_two_gaussians_are_nearer_the_exact_step_than_one(steps):
-    """And with the scheduler's floor nearer than with others; the paper's is worse than one Gaussian."""
+def test_two_gaussians_are_closer_to_the_exact_step_than_one(steps):
+    """The floor of the scheduler is better than others. The floor of the paper is worse than one Gaussian."""
     fraction = scheduler().config.within_component_fraction
     ours = kernel_error(steps, two_gaussians_above(lambda moments, v: v + fraction * (moments.variance - v)))
     least = kernel_error(steps, two_gaussians_above(lambda moments, v: v))
-    papers = kernel_error(steps, two_gaussians_above(lambda moments, v: 0.1 * v))
+    paper = kernel_error(steps, two_gaussians_above(lambda moments, v: 0.1 * v))
     exact_variance, ddpm = (kernel_error(steps, one_gaussian(s)) for s in (1.0, 0.0))
-    assert ours < least < exact_variance < papers < ddpm
+    assert ours < least < exact_variance < paper < ddpm
 
 
-def test_samples_are_nearer_the_data_than_ddpms():
+def test_samples_are_closer_to_the_data_than_those_of_ddpm():
     count = 20_000
     data = MIXTURE.sample(count, torch.Generator().manual_seed(1)).flatten()
     ancestral = sample(DDPMScheduler.from_config(SCHEDULER.config), 10, count, outputs=1)
@@ -107,7 +107,7 @@ def sample(chain, steps, count, outputs=3):
 
 
 def exact_step(x_t, t, s, count):
-    """Draws from q(x_s | x_t) of one x_t (1, 1, 1, 1)."""
+    """Draw samples of q(x_s | x_t) for one x_t (1, 1, 1, 1)."""
     process = DiffusionProcess(SCHEDULER.alphas_cumprod.double())
     both = (process.signal_and_noise(torch.tensor([time]), x_t.double()) for time in (t, s))
     at = (value.flatten()[0] for pair in both for value in pair)
@@ -115,7 +115,7 @@ def exact_step(x_t, t, s, count):
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
-def test_a_step_has_the_moments_for_every_prediction_type(kind):
+def test_a_step_has_the_exact_moments_for_every_prediction_type(kind):
     t, s, count = 900, 700, 400_000
     chain = GMSScheduler.from_config(SCHEDULER.config, prediction_type=kind, within_component_fraction=0.0)
     chain.set_timesteps(timesteps=[t, s])
@@ -130,7 +130,7 @@ def test_a_step_has_the_moments_for_every_prediction_type(kind):
         assert error.abs() < 8 * wanted.std() / count**0.5, power
 
 
-def test_a_picture_does_not_depend_on_its_batch():
+def test_a_sample_does_not_depend_on_its_batch():
     chain = scheduler()
     chain.set_timesteps(4)
     x_t, t = torch.randn(3, 2, 4, 4), chain.timesteps[1]
@@ -143,18 +143,18 @@ def test_a_picture_does_not_depend_on_its_batch():
     assert torch.equal(step([0, 1, 2])[1:], step([1, 2]))
 
 
-def test_choose_per_image_chooses_once():
-    """With two points as components and no noise, all numbers of a picture are on the same side of their means."""
+def test_choose_per_image_takes_one_component_for_all_elements():
+    """If the components are points and there is no noise, all elements of an image are on the same side of their means."""
     chain = scheduler(choose_per_image=True, within_component_fraction=0.0)
     chain.set_timesteps(timesteps=[999, 0])
     output = torch.cat((torch.zeros(64, 1, 4, 4), torch.full((64, 1, 4, 4), 0.5), torch.full((64, 1, 4, 4), 50.0)), dim=1)
     t = chain.timesteps[0]
     moved = chain.step(output, t, torch.zeros(64, 1, 4, 4), generator=torch.Generator().manual_seed(0)).prev_sample
-    alike = (moved > 0).flatten(1).double().mean(dim=1)
-    assert ((alike < 0.25) | (alike > 0.75)).double().mean() > 0.9
+    positive = (moved > 0).flatten(1).double().mean(dim=1)
+    assert ((positive < 0.25) | (positive > 0.75)).double().mean() > 0.9
 
 
-def test_the_papers_fit_is_farther_from_the_moments():
+def test_the_fit_of_the_paper_is_farther_from_the_moments():
     t, s, count = 900, 400, 100_000
     x_t = torch.full((count, 1, 1, 1), 0.35)
     output = exact_output(x_t[:1], t).expand(count, -1, -1, -1)
@@ -167,7 +167,7 @@ def test_the_papers_fit_is_farther_from_the_moments():
     assert max(errors[0]) < 0.01 < max(errors[1]) < 0.1, errors
 
 
-def test_saves_and_loads_and_names_mistakes(tmp_path):
+def test_saving_and_loading_and_invalid_settings(tmp_path):
     scheduler(num_moments=2).save_pretrained(tmp_path)
     again = GMSScheduler.from_pretrained(tmp_path)
     assert again.config.num_moments == 2 and torch.equal(again.alphas_cumprod, SCHEDULER.alphas_cumprod)
@@ -182,25 +182,25 @@ def test_saves_and_loads_and_names_mistakes(tmp_path):
         scheduler(within_component_fraction=2.0)
 
 
-def saved_before():
-    """A config as it was saved under the former names."""
-    return {name: value for name, value in scheduler().config.items() if name not in GMSScheduler.RENAMED.values()} | FORMER
+def old_config():
+    """Return a config with the old names of settings."""
+    return {name: value for name, value in scheduler().config.items() if name not in GMSScheduler.RENAMED.values()} | OLD_NAMES
 
 
-FORMER = {"picture_draws": True, "inside_share": 0.3}
+OLD_NAMES = {"picture_draws": True, "inside_share": 0.3}
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: GMSScheduler(**FORMER),
-        lambda: scheduler(**FORMER),
-        lambda: GMSScheduler.from_config(saved_before()),
+        lambda: GMSScheduler(**OLD_NAMES),
+        lambda: scheduler(**OLD_NAMES),
+        lambda: GMSScheduler.from_config(old_config()),
         lambda: make_scheduler("GMSScheduler:picture_draws=true,inside_share=0.3", SCHEDULER),
     ],
     ids=["constructor", "from_config", "saved config", "by name"],
 )
-def test_former_names_still_work(make):
+def test_old_names_of_settings_still_work(make):
     with pytest.warns(FutureWarning) as warned:
         config = make().config
     assert (config.choose_per_image, config.within_component_fraction) == (True, 0.3)
@@ -210,6 +210,6 @@ def test_former_names_still_work(make):
     ]
 
 
-def test_an_argument_given_by_both_of_its_names_is_refused():
+def test_a_setting_given_by_its_old_and_new_name_is_refused():
     with pytest.raises(TypeError, match="choose_per_image: expected one value, found its former name picture_draws too"):
         GMSScheduler(picture_draws=True, choose_per_image=True)

@@ -6,7 +6,8 @@ from ldm_smd.schedulers.kernel_fit import fit_two_gaussians
 
 
 @pytest.mark.slow
-def test_the_papers_fit_comes_close_with_separated_means_and_stays_one_gaussian_from_its_start():
+def test_the_fit_of_the_paper_needs_separated_initial_means():
+    """Otherwise both components stay equal, without skewness."""
     first, second = torch.tensor([1.0, -0.8, 0.5]), torch.tensor([-0.2, 0.4, 0.1])
     wanted = moments_of(first, second, torch.tensor(0.3))
     floor = torch.tensor(0.01)

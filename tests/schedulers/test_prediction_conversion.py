@@ -1,4 +1,4 @@
-"""A network of one process under the schedulers of another."""
+"""A network that was trained on one process is sampled by schedulers of another."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ MEAN, DEVIATION = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([0.6, 0.9, 1.2])
 
 
 def exact(process, x_t, t):
-    """The prediction for x_0 ~ N(MEAN, DEVIATION^2), number by number, at one t."""
+    """Return the exact prediction for independent x_0 ~ N(MEAN, DEVIATION^2) at one t."""
     t = torch.as_tensor(t).reshape(1)
     a, s = process.path.signal_and_noise(t, x_t)
     x0 = MEAN + a * DEVIATION**2 / (a**2 * DEVIATION**2 + s**2) * (x_t - a * MEAN)
@@ -31,7 +31,7 @@ def exact(process, x_t, t):
 @pytest.mark.parametrize("own_kind", PREDICTION_TYPES)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("own_path", PATHS)
-def test_what_a_network_of_another_process_says_is_the_same(own_path, path, own_kind, kind):
+def test_converted_predictions_are_exact_for_the_other_process(own_path, path, own_kind, kind):
     own, other = Process(own_path, own_kind), Process(path, kind)
     x_t = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([950, 700, 300, 50])
@@ -40,7 +40,7 @@ def test_what_a_network_of_another_process_says_is_the_same(own_path, path, own_
         assert torch.allclose(found, exact(other, x_t, t), rtol=2e-3, atol=2e-3)
 
 
-def test_a_network_of_the_same_process_is_asked_as_it_is():
+def test_nothing_is_converted_for_the_same_process():
     x_t = torch.randn(2, 3)
     for scheduler in (TABLE, FLOW):
         ddim = make_scheduler("DDIMScheduler", scheduler) if scheduler is TABLE else FLOW
@@ -49,7 +49,7 @@ def test_a_network_of_the_same_process_is_asked_as_it_is():
         assert network_x_t is x_t and t == 400 and conversion.to_scheduler(x_t, network_x_t) is x_t
 
 
-def test_processes_are_told_apart():
+def test_processes_are_compared_by_value():
     assert process_of(TABLE) == process_of(make_scheduler("UniPCMultistepScheduler", TABLE))
     assert process_of(FLOW) == process_of(FlowMatchHeunDiscreteScheduler()) != process_of(TABLE)
     assert process_of(TABLE) != process_of(DDIMScheduler())
@@ -57,20 +57,20 @@ def test_processes_are_told_apart():
     assert Process(PATHS[0], "epsilon") != Process(PATHS[0], "sample") and Process(PATHS[0], "epsilon") != "epsilon"
 
 
-def test_ratios_that_the_other_path_does_not_have():
-    """Pure noise is to a noise schedule its last timestep; what is all but clean its first."""
+def test_signal_to_noise_ratios_outside_the_noise_schedule():
+    """Pure noise gets the last timestep of a noise schedule. Nearly clean latents get the first."""
     first, last = prediction_conversions(process_of(TABLE), process_of(FLOW), torch.tensor([1000.0, 1e-3]), DEVICE)
     assert first.timestep == 999 and last.timestep == 0
     x_t = torch.randn(4, 3)
     assert torch.allclose(first.to_scheduler(exact(process_of(TABLE), *first.network_inputs(x_t)), x_t), x_t - MEAN, atol=5e-3)
 
 
-def test_moments_beside_a_prediction_stay():
+def test_moments_are_not_converted():
     [conversion] = prediction_conversions(process_of(FLOW), process_of(TABLE), torch.tensor([500]), DEVICE)
     x_t = torch.randn(2, 3)
-    said = torch.randn(2, 9)
-    found = conversion.to_scheduler(said, x_t)
-    assert torch.equal(found[:, 3:], said[:, 3:]) and not torch.allclose(found[:, :3], said[:, :3])
+    output = torch.randn(2, 9)
+    found = conversion.to_scheduler(output, x_t)
+    assert torch.equal(found[:, 3:], output[:, 3:]) and not torch.allclose(found[:, :3], output[:, :3])
 
 
 @pytest.mark.parametrize("start", ["noise", "data"])
@@ -79,7 +79,7 @@ def test_moments_beside_a_prediction_stay():
     "name",
     ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"],
 )
-def test_models_of_either_path_make_the_data_under_either(name, own, start):
+def test_models_of_either_path_sample_the_data_with_schedulers_of_either(name, own, start):
     scheduler = make_scheduler(name, own)
     timesteps = begin_run(scheduler, 40, None if start == "noise" else 0.5)
     generator = torch.Generator().manual_seed(0)
@@ -94,8 +94,8 @@ def test_models_of_either_path_make_the_data_under_either(name, own, start):
     assert (x.mean(dim=0) - MEAN).abs().max() < 0.06 and (x.std(dim=0) / DEVIATION - 1).abs().max() < 0.06
 
 
-def test_a_noise_schedule_for_a_flow_matching_model_is_that_of_our_trainings():
-    """A flow has none; 'linear', which diffusers takes where it is told nothing, is not for latents."""
+def test_flow_matching_models_get_our_default_noise_schedule():
+    """A flow has no noise schedule, and 'linear', the default of diffusers, does not suit latents."""
     for name in ("DDIMScheduler", "TeleportScheduler", "GMSScheduler", "EulerDiscreteScheduler"):
         made = make_scheduler(name, FLOW)
         assert torch.equal(made.alphas_cumprod, TABLE.alphas_cumprod) and made.config.prediction_type == "v_prediction"

@@ -1,4 +1,4 @@
-"""What the supported schedulers of diffusers make of noise where the answer is known, and that the others are refused."""
+"""Supported schedulers of diffusers sample a known distribution. The others are refused."""
 
 import inspect
 import logging
@@ -27,17 +27,17 @@ CHOSEN = [
     "HeunDiscreteScheduler:use_exponential_sigmas=true",
     "UniPCMultistepScheduler:use_karras_sigmas=true",
 ]
-"""Settings of the user's own."""
+"""Schedulers with settings of the user."""
 
 
 def standard(count, seed):
-    """Draws (count, 3) whose mean and standard deviation are 0 and 1 as they are."""
+    """Return draws (count, 3) with sample mean 0 and sample standard deviation 1."""
     noise = torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
     return (noise - noise.mean(dim=0)) / noise.std(dim=0)
 
 
 def perfect_network(x_t, t):
-    """v for x_0 ~ N(MEAN, DEVIATION^2), number by number; between two timesteps log(sigma) is linear, as diffusers has it."""
+    """Predict v for independent x_0 ~ N(MEAN, DEVIATION^2). Between timesteps log(sigma) is linear, as in diffusers."""
     t = torch.as_tensor(t, dtype=torch.float64).reshape(1)
     known = OURS.alphas_cumprod.double().logit()
     alphabar = torch.lerp(known[t.floor().long()], known[t.ceil().long()], t.frac()).sigmoid()
@@ -47,8 +47,8 @@ def perfect_network(x_t, t):
     return process.target(x0, (x_t - a * x0) / s, only, "v_prediction")
 
 
-def walk(scheduler, x, timesteps):
-    """As SMDPipeline does, with a network that was trained on the process of OURS."""
+def sample(scheduler, x, timesteps):
+    """Sample like SMDPipeline, with a network that was trained on the process of OURS."""
     conversions = prediction_conversions(process_of(OURS), process_of(scheduler), timesteps, x.device)
     accepted = inspect.signature(scheduler.step).parameters
     options = {"generator": torch.Generator().manual_seed(1)} if "generator" in accepted else {}
@@ -70,37 +70,37 @@ def assert_is_the_data(x, tolerance):
 def test_noise_becomes_the_data(name):
     scheduler = make_scheduler(name, OURS)
     timesteps = begin_run(scheduler, 50)
-    assert_is_the_data(walk(scheduler, first_sample(scheduler, standard(4000, 0)), timesteps), 0.06)
+    assert_is_the_data(sample(scheduler, first_sample(scheduler, standard(4000, 0)), timesteps), 0.06)
 
 
 @pytest.mark.parametrize("name", [*SUPPORTED, *CHOSEN])
-def test_a_noised_picture_becomes_the_data(name):
+def test_a_noised_image_becomes_the_data(name):
     scheduler = make_scheduler(name, OURS)
     scheduler.set_timesteps(50)
     timesteps = run_from(scheduler, 30)
     start = noised(scheduler, MEAN + DEVIATION * standard(4000, 2), standard(4000, 3), timesteps[0])
-    assert_is_the_data(walk(scheduler, start, timesteps), 0.06)
+    assert_is_the_data(sample(scheduler, start, timesteps), 0.06)
 
 
 @pytest.mark.parametrize("name", [name for name, settings in SUPPORTED.items() if "use_karras_sigmas" in settings])
-def test_steps_are_not_even_in_t_where_that_is_too_long(name):
-    """From sigma = 1,300 to 13 in one step; what remains is right at 20 steps, and what the user wants comes first."""
+def test_first_steps_are_short_in_sigma_unless_the_user_chooses_otherwise(name):
+    """Even timesteps would go from sigma = 1,300 to 13 in one step."""
     scheduler = make_scheduler(name, OURS)
     scheduler.set_timesteps(20)
     noise = standard(4000, 0) * scheduler.init_noise_sigma
     assert scheduler.sigmas[2] > 0.4 * scheduler.sigmas[0]
-    assert_is_the_data(walk(scheduler, noise, run_from(scheduler, 0)), 0.25)
+    assert_is_the_data(sample(scheduler, noise, run_from(scheduler, 0)), 0.25)
     for spacing in ("use_exponential_sigmas", "use_beta_sigmas"):
         config = make_scheduler(f"{name}:{spacing}=true", OURS).config
         assert config[spacing] and not config.use_karras_sigmas
     assert not make_scheduler(f"{name}:use_karras_sigmas=false", OURS).config.use_karras_sigmas
 
 
-def test_why_those_for_distilled_networks_are_refused():
-    """They take the mean of x_0 for a sample: of its standard deviation much is lost."""
+def test_schedulers_for_distilled_networks_lose_variance():
+    """They are refused because they use the mean of x_0 as a sample."""
     scheduler = diffusers.LCMScheduler.from_config(OURS.config)
     scheduler.set_timesteps(50)
-    x = walk(scheduler, standard(4000, 0), scheduler.timesteps)
+    x = sample(scheduler, standard(4000, 0), scheduler.timesteps)
     assert (x.std(dim=0) / DEVIATION < 0.8).all()
 
 
@@ -109,7 +109,7 @@ def test_every_scheduler_of_diffusers_is_supported_or_refused():
     assert exported == SUPPORTED.keys() | REFUSED.keys() and not SUPPORTED.keys() & REFUSED.keys()
 
 
-def test_the_help_names_the_supported_ones():
+def test_the_help_lists_the_supported_schedulers():
     [text] = [setting.text for setting in settings(SampleConfig) if setting.name == "scheduler"]
     named = " ".join(text.split()).split(":")[1].split(", each followed")[0].replace(" or ", ", ").split(",")
     names = {f"{' '.join(name.split())}Scheduler" for name in named}
@@ -117,17 +117,17 @@ def test_the_help_names_the_supported_ones():
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_the_others_are_refused_with_a_reason(name):
+def test_other_schedulers_are_refused_with_a_reason(name):
     with pytest.raises(UserError) as error:
         make_scheduler(name, OURS)
-    said = str(error.value)
-    assert said.startswith("scheduler: expected a scheduler with a noise schedule")
-    assert said.endswith(f"found {name}: {REFUSED[name]}")
-    assert "\n" not in said
+    message = str(error.value)
+    assert message.startswith("scheduler: expected a scheduler with a noise schedule")
+    assert message.endswith(f"found {name}: {REFUSED[name]}")
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
-    "scheduler, said",
+    "scheduler, message",
     [
         (diffusers.FlowMatchLCMScheduler(), "FlowMatchLCMScheduler: it needs a network distilled"),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "with use_dynamic_shifting: only flow"),
@@ -142,10 +142,9 @@ def test_the_others_are_refused_with_a_reason(name):
         (object(), "object: it has neither"),
     ],
 )
-def test_one_made_in_python_is_refused(scheduler, said):
-    with pytest.raises(
-        ValueError, match="scheduler: expected a scheduler with a noise schedule .*, such as DDIMScheduler.*, found .*" + said
-    ):
+def test_unsupported_scheduler_objects_are_refused(scheduler, message):
+    expected = "scheduler: expected a scheduler with a noise schedule .*, such as DDIMScheduler.*, found .*" + message
+    with pytest.raises(ValueError, match=expected):
         check_scheduler(scheduler)
 
 
@@ -158,17 +157,17 @@ def warnings_of(caplog, monkeypatch, call, *arguments):
     return [record.message for record in caplog.records]
 
 
-def test_settings_that_are_missing_are_warned_of_once(caplog, monkeypatch):
+def test_a_missing_setting_gives_one_warning(caplog, monkeypatch):
     even = diffusers.HeunDiscreteScheduler.from_config(OURS.config)
-    [said] = warnings_of(caplog, monkeypatch, check_scheduler, even)
+    [message] = warnings_of(caplog, monkeypatch, check_scheduler, even)
     expected = "scheduler: expected HeunDiscreteScheduler with use_karras_sigmas=True, as make_scheduler sets it, found False"
-    assert said == expected
+    assert message == expected
     for name in ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler:use_exponential_sigmas=true", "PNDMScheduler"):
         assert not warnings_of(caplog, monkeypatch, check_scheduler, make_scheduler(name, OURS))
 
 
-def test_settings_do_not_follow_from_one_scheduler_to_another():
-    """The noise schedule does; clipping, which these do not know, stays off, and spacing of sigmas is of the class."""
+def test_a_scheduler_made_from_another_takes_only_its_noise_schedule():
+    """Clipping stays off, and the spacing of sigmas is the default of the class."""
     between = make_scheduler("UniPCMultistepScheduler:use_karras_sigmas=true", OURS)
     ddim, deis = (make_scheduler(name, between) for name in ("DDIMScheduler", "DEISMultistepScheduler"))
     assert not ddim.config.clip_sample and ddim.config.timestep_spacing == "trailing" and not deis.config.use_karras_sigmas
@@ -176,7 +175,7 @@ def test_settings_do_not_follow_from_one_scheduler_to_another():
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, message",
     [
         (
             "DPMSolverMultistepScheduler:algorithm_type=nonsense",
@@ -192,13 +191,13 @@ def test_settings_do_not_follow_from_one_scheduler_to_another():
         ("TeleportScheduler:scheduler=LCMScheduler", "found LCMScheduler: it needs a network distilled"),
     ],
 )
-def test_wrong_settings_are_one_line(name, said):
+def test_wrong_settings_give_one_line(name, message):
     with pytest.raises(UserError) as error:
         make_scheduler(name, OURS)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_scheduler_takes_settings():
+def test_settings_of_a_scheduler_are_applied():
     name = "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,thresholding=true,solver_order=1"
     scheduler = make_scheduler(name, OURS)
     chosen = (scheduler.config.algorithm_type, scheduler.config.thresholding, scheduler.config.solver_order)

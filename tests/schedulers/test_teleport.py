@@ -1,4 +1,4 @@
-"""TeleportScheduler on Gaussian data, where the network and the whole way are known."""
+"""TeleportScheduler on Gaussian data, for which the perfect network and the probability flow are known."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ ODE = [
 SDE = ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++"]
 
 
-def part():
-    """One Gaussian in 4 dimensions."""
+def one_gaussian():
+    """Return a Gaussian in 4 dimensions."""
     generator = torch.Generator().manual_seed(0)
     gaussians = LatentGaussians(1, 2, 2, rank=3)
     vectors, _ = torch.linalg.qr(torch.randn(4, 4, generator=generator))
@@ -40,7 +40,7 @@ def covariance(gaussians):
 
 
 def perfect_network(gaussians, x_t, t):
-    """v for Gaussian data: from E[x_0 | x_t] = m + a S (a^2 S + s^2 I)^-1 (x_t - a m)."""
+    """Predict v for Gaussian data, from E[x_0 | x_t] = m + a S (a^2 S + s^2 I)^-1 (x_t - a m)."""
     process, x = DiffusionProcess(SCHEDULER.alphas_cumprod), x_t.flatten(1)
     time = torch.as_tensor(t).reshape(1).round().long()
     a, s = process.signal_and_noise(time, x)
@@ -59,9 +59,9 @@ def sample(scheduler, gaussians, noise, steps):
 
 
 @pytest.mark.parametrize("name", ODE)
-def test_any_ode_solver_goes_on_where_the_flow_ends(name):
-    """Flow and solver together reach what the flow alone does at no noise."""
-    gaussians, noise = part(), torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+def test_ode_solvers_continue_from_the_end_of_the_flow(name):
+    """Flow and solver together give the same result as the flow alone down to zero noise."""
+    gaussians, noise = one_gaussian(), torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(1))
     scheduler = TeleportScheduler.from_config(SCHEDULER.config, scheduler=name, sigma_skip=3.0)
     found = sample(scheduler, gaussians, noise, 60)
     assert float(scheduler.timesteps[0]) < 850
@@ -71,36 +71,36 @@ def test_any_ode_solver_goes_on_where_the_flow_ends(name):
 
 
 @pytest.mark.parametrize("name", SDE)
-def test_any_sde_solver_keeps_mean_and_covariance(name):
+def test_sde_solvers_give_the_mean_and_covariance_of_the_data(name):
     torch.manual_seed(0)
-    gaussians, noise = part(), torch.randn(20_000, 1, 2, 2)
+    gaussians, noise = one_gaussian(), torch.randn(20_000, 1, 2, 2)
     scheduler = TeleportScheduler.from_config(SCHEDULER.config, scheduler=name, sigma_skip=3.0)
     found = sample(scheduler, gaussians, noise, 100).flatten(1)
     assert torch.allclose(found.mean(dim=0), gaussians.means[0], atol=0.03)
     assert torch.allclose(torch.cov(found.T), covariance(gaussians), atol=0.06)
 
 
-def test_the_whole_schedule_is_no_jump():
-    """With sigma_skip at the start, the noise is only put into the scheduler's units."""
+def test_nothing_is_skipped_if_sigma_skip_is_above_the_schedule():
+    """The noise is then only scaled to the units of the scheduler."""
     scheduler = TeleportScheduler.from_config(SCHEDULER.config, scheduler="DDIMScheduler", sigma_skip=1e9)
     scheduler.set_timesteps(10)
     noise = torch.randn(2, 1, 2, 2)
     plain = make_scheduler("DDIMScheduler", SCHEDULER)
     plain.set_timesteps(10)
     assert torch.equal(scheduler.timesteps, plain.timesteps)
-    assert torch.allclose(scheduler.start(noise, part()), noise, atol=1e-5)
+    assert torch.allclose(scheduler.start(noise, one_gaussian()), noise, atol=1e-5)
 
 
 def test_runs_are_independent_and_fewer_timesteps_are_used():
     scheduler = make_scheduler("TeleportScheduler:scheduler=UniPCMultistepScheduler,sigma_skip=2.5", SCHEDULER)
-    gaussians, noise = part(), torch.randn(3, 1, 2, 2)
+    gaussians, noise = one_gaussian(), torch.randn(3, 1, 2, 2)
     first = sample(scheduler, gaussians, noise, 6)
     assert torch.equal(first, sample(scheduler, gaussians, noise, 6))
     sigma = ((1 - SCHEDULER.alphas_cumprod) / SCHEDULER.alphas_cumprod).sqrt()
     assert sigma[int(scheduler.timesteps[0])] <= 2.5 < sigma[int(scheduler.timesteps[0]) + 1]
 
 
-def test_saves_and_loads_and_names_mistakes(tmp_path):
+def test_saving_and_loading_and_invalid_settings(tmp_path):
     name = "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++"
     TeleportScheduler.from_config(SCHEDULER.config, scheduler=name, sigma_skip=4.0).save_pretrained(tmp_path)
     again = TeleportScheduler.from_pretrained(tmp_path)

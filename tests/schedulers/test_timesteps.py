@@ -1,4 +1,4 @@
-"""A run of any scheduler: its timesteps, the noise at them, and what its step takes."""
+"""Timesteps, noise levels and step arguments of any scheduler."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ OURS = build_scheduler(DiffusionConfig())
 TELEPORT = "TeleportScheduler:scheduler=LMSDiscreteScheduler"
 
 
-def test_a_run_has_its_steps_or_the_last_share_of_them():
+def test_a_run_has_all_steps_or_the_last_fraction_of_them():
     scheduler = make_scheduler("DDIMScheduler", OURS)
     assert begin_run(scheduler, 5).tolist() == [999, 799, 599, 399, 199]
     assert begin_run(scheduler, 5, strength=0.4).tolist() == [399, 199] == begin_run(scheduler, 5, strength=0.41).tolist()
@@ -28,8 +28,8 @@ def test_a_run_has_its_steps_or_the_last_share_of_them():
             begin_run(scheduler, steps)
 
 
-def test_a_scheduler_that_goes_on_with_another_has_its_timesteps_and_step():
-    """Whatever is asked of it but for the whole noise schedule; also of a copy."""
+def test_a_wrapping_scheduler_has_the_timesteps_and_step_of_the_wrapped_one():
+    """All attributes are forwarded except the noise schedule, also by a copy."""
     scheduler = make_scheduler(TELEPORT, OURS)
     kept = len(scheduler.rest.alphas_cumprod)
     assert kept < 1000 == len(scheduler) == len(scheduler.alphas_cumprod)
@@ -43,7 +43,7 @@ def test_a_scheduler_that_goes_on_with_another_has_its_timesteps_and_step():
     assert torch.equal(noise, rest)
 
 
-def test_numbers_of_steps_that_diffusers_rounds_badly(caplog, monkeypatch):
+def test_bad_rounding_of_timesteps_by_diffusers_is_refused_or_gives_one_warning(caplog, monkeypatch):
     with pytest.raises(ValueError, match=r"num_inference_steps: expected .* rounded to -1, found 61"):
         begin_run(make_scheduler("UniPCMultistepScheduler", OURS), 61)
     monkeypatch.setattr(logging.getLogger("ldm_smd.schedulers.support"), "propagate", True)
@@ -55,8 +55,8 @@ def test_numbers_of_steps_that_diffusers_rounds_badly(caplog, monkeypatch):
         assert len(caplog.records) == warned
 
 
-def test_x0_where_the_schedule_ends_without_signal():
-    """Training is without, and a scheduler's own arithmetic too: what callbacks are given stays finite."""
+def test_predicted_x0_is_finite_if_the_schedule_ends_without_signal():
+    """Callbacks receive it at the first step."""
     scheduler = make_scheduler("DDIMScheduler:rescale_betas_zero_snr=true,prediction_type=epsilon", OURS)
     x_t = torch.randn(2, 4, 8, 8)
     assert scheduler.alphas_cumprod[-1] == 0 and path_of(scheduler).signal_and_noise(torch.tensor([999]), x_t)[0] > 0
@@ -64,7 +64,7 @@ def test_x0_where_the_schedule_ends_without_signal():
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_x0_of_a_true_prediction(kind):
+def test_predicted_x0_is_exact_for_a_true_prediction(kind):
     scheduler, t = make_scheduler(f"DDIMScheduler:prediction_type={kind}", OURS), torch.tensor(400)
     process, (x0, eps) = DiffusionProcess(OURS.alphas_cumprod), torch.randn(2, 3, 4, 8, 8)
     x_t, prediction = process.noise(x0, eps, t[None]), process.target(x0, eps, t[None], kind)
@@ -72,7 +72,7 @@ def test_x0_of_a_true_prediction(kind):
     assert torch.allclose(predicted_x0(scheduler, with_moments, x_t, t), x0, atol=1e-3)
 
 
-def test_steps_differ_in_their_arguments():
+def test_step_options_follow_the_signature_of_the_step():
     generator = torch.Generator()
     for name, expected in (
         ("DDPMScheduler", {"generator": generator}),
