@@ -21,7 +21,7 @@ def test_conversion_end_to_end(train_config, gaussian_folder, yardstick_settings
     assert [point["images"] for point in curves["from scratch"]] == [0, 8, 16]
     runs = [tmp_path / "runs" / name / "model/unet" for name in ("from-scratch", "from-the-Gaussian-model")]
     scratch, converted = (load_file(run / "diffusion_pytorch_model.safetensors") for run in runs)
-    given = load_file(start / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
-    apart = [(weights["conv_in.weight"] - given).abs().max() for weights in (scratch, converted)]
-    assert apart[1] < 0.01 < apart[0]
+    initial = load_file(start / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    change = [(weights["conv_in.weight"] - initial).abs().max() for weights in (scratch, converted)]
+    assert change[1] < 0.01 < change[0]
     assert (tmp_path / "conversion-shapes.md").read_text().count("\n") == 7

@@ -1,4 +1,4 @@
-"""The benchmark of full-size networks, on tiny ones."""
+"""The benchmark of full-size networks, run with tiny ones."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def tiny(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_both_are_timed_and_written(tiny, monkeypatch, capsys):
+def test_training_and_sampling_are_timed_and_written(tiny, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["denoisers.py", "--rounds", "2"])
     denoisers.main()
     result = json.loads((tiny / "denoisers.json").read_text())
@@ -48,10 +48,10 @@ def test_both_are_timed_and_written(tiny, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", list(denoisers.NETWORKS))
-def test_the_gaussian_model_is_the_one_within(tiny, name):
+def test_the_gaussian_model_uses_no_weights_of_the_mixture(tiny, name):
     steps = denoisers.Steps(denoisers.NETWORKS[name], torch.device("cpu"), batch=2)
     steps.training_seconds(denoisers.GAUSSIAN)
-    touched = [key for key, parameter in steps.model.named_parameters() if parameter.grad is not None]
-    assert touched and not any(key.startswith("mixture.") for key in touched)
+    trained = [key for key, parameter in steps.model.named_parameters() if parameter.grad is not None]
+    assert trained and not any(key.startswith("mixture.") for key in trained)
     steps.training_seconds(denoisers.MIXTURE)
     assert any(p.grad is not None for key, p in steps.model.named_parameters() if key.startswith("mixture."))

@@ -20,7 +20,7 @@ def test_few_steps_end_to_end(model_folder, yardstick_settings, tmp_path, monkey
     assert "| smd, DDPM |" in (tmp_path / "few_steps-shapes.md").read_text()
     assert (tmp_path / "few_steps-shapes.jpg").stat().st_size > 1000
 
-    # Again with one more number of steps: the rest is taken from the file, where the pictures and weights are the same.
+    # With resume, results for the same images and weights are taken from the file.
     def again(*settings):
         settings = ("steps=[1,2]", "resume=true", "smd_schedulers=[DDPM]", "gaussian_schedulers=[DDIM]", *settings)
         code, _, error = run(FewStepsConfig, few_steps.few_steps, *common, *settings)
@@ -36,7 +36,7 @@ def test_few_steps_end_to_end(model_folder, yardstick_settings, tmp_path, monkey
     assert smd["1"]["frechet"] == 123.0 and smd["2"]["frechet"] != 123.0 and gaussian["1"]["frechet"] != 123.0
     assert again("sampling_seeds=4")[0]["1"]["frechet"] != 123.0
 
-    # A resumed run that is stopped early loses nothing of the earlier one.
+    # A resumed run that is interrupted keeps all earlier results.
     before = json.loads((tmp_path / "few_steps-shapes.json").read_text())
 
     def stopped(*_):

@@ -15,19 +15,22 @@ from ldm_smd.sampling.batches import SamplingOptions
 
 
 def colours(path):
-    """Of text and shapes."""
+    """Return the colours of text and shapes of an SVG."""
     return set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", path.read_text(encoding="utf-8")))
 
 
 def brightness(colour):
-    """Relative luminance as the web's accessibility guidelines have it."""
-    channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    """Return the relative luminance, as defined by the Web Content Accessibility Guidelines."""
+    channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def legible(path):
-    """Contrast of at least 2.5 with white and with the dark theme's background. Markers' default outline is never drawn."""
+def illegible(path):
+    """Return the colours with a contrast below 2.5 to white or to the background of the dark theme.
+
+    Black is left out: it is the default outline of markers, which is never drawn.
+    """
     dark = brightness("#1e2129")
     found = {each: brightness(each) for each in colours(path) - {"#000000"}}
     return {each for each, own in found.items() if 1.05 / (own + 0.05) < 2.5 or (own + 0.05) / (dark + 0.05) < 2.5}
@@ -43,15 +46,15 @@ def legible(path):
     ],
     ids=["ring", "architecture", "few steps"],
 )
-def test_a_figure_is_legible_on_white_and_on_dark(draw, texts, tmp_path):
+def test_a_figure_is_legible_on_white_and_dark_backgrounds(draw, texts, tmp_path):
     path = draw(tmp_path / "folder/figure.svg")
     text = path.read_text(encoding="utf-8")
     assert all(each in text for each in texts)
-    assert style.INK in colours(path) and not legible(path)
+    assert style.INK in colours(path) and not illegible(path)
     assert "<dc:date>" not in text
 
 
-def test_the_interval_is_that_of_seeds_where_they_differ_more_than_samples():
+def test_the_interval_is_over_seeds_if_they_differ_more_than_samples():
     def result(value):
         measured = {"features": {"network": {"frechet": value, "frechet_sd": 0.1}}}
         return {"method": "m", "settings": {}, "images": 1, "cost": 1.0, NOISE: {"2": measured}}
@@ -60,7 +63,7 @@ def test_the_interval_is_that_of_seeds_where_they_differ_more_than_samples():
     assert interval(Row([result(1.0), result(3.0)]), 2, "network") == pytest.approx((2.0, 1.96 * 2**0.5))
 
 
-def test_frames_are_the_noise_and_the_steps_asked_for(loud_pipeline, model_folder):
+def test_frames_are_the_noise_and_the_given_steps(loud_pipeline, model_folder):
     pipeline = loud_pipeline(model_folder)
     found = frames(pipeline, [0, 1], [5, 6], SamplingOptions(3, 1.0), (0, 2, 3))
     assert len(found) == 3 and all(each.shape == found[0].shape for each in found)
@@ -73,6 +76,6 @@ def test_frames_are_the_noise_and_the_steps_asked_for(loud_pipeline, model_folde
 
 def test_an_unknown_figure_is_refused(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["figures.py", "plot"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         figures.main()
-    assert ended.value.code == 2 and "expected some of ring, architecture" in capsys.readouterr().err
+    assert raised.value.code == 2 and "expected some of ring, architecture" in capsys.readouterr().err

@@ -34,12 +34,12 @@ class Oracle:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["ring of 8", "mixture in 16-D"])
-def test_the_exact_posterior_is_perfect_under_every_measure(data):
-    """Sampled by the exact kernel, and compared by it: no bias in the sampler, the distances or the spread."""
+def test_the_exact_posterior_is_perfect_in_every_measure(data):
+    """So neither the sampler nor the distances nor the spread are biased."""
     problem = Problem(data, 3)
-    distances, shares = kernel(problem, Oracle(problem))
+    distances, spread_shares = kernel(problem, Oracle(problem))
     assert max(map(abs, distances)) < 5e-3
-    assert shares == pytest.approx([1, 1], abs=0.02)
+    assert spread_shares == pytest.approx([1, 1], abs=0.02)
     generator = torch.Generator().manual_seed(0)
     samples = sample(problem, Oracle(problem), 4000, generator)[0]
     data = problem.mixture.sample(4000, generator)
@@ -50,8 +50,8 @@ def test_the_exact_posterior_is_perfect_under_every_measure(data):
 
 
 @pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
-def test_two_schedulers_of_diffusers_sample_the_data_from_exact_draws(scheduler):
-    """DDIM as DDPM: with x_0 a draw of q(x_0 | x_t), (x_t - a_t x_0) / s_t is independent noise. 3 steps of the ring."""
+def test_ddpm_and_ddim_sample_the_data_from_exact_draws(scheduler):
+    """DDIM does too: if x_0 is a draw of q(x_0 | x_t), (x_t - a_t x_0) / s_t is independent noise."""
     problem = Problem("ring of 8", 3)
     alphas = problem.process.alphas_cumprod
     betas = 1 - alphas / torch.cat((torch.ones(1), alphas[:-1]))
@@ -68,7 +68,7 @@ def test_two_schedulers_of_diffusers_sample_the_data_from_exact_draws(scheduler)
 
 
 def test_sliced_w2_of_a_shift():
-    """In two dimensions a shift of length 1 has mean squared projection 1/2."""
+    """In two dimensions, a shift of length 1 has a mean squared projection of 1/2."""
     x = torch.randn(500, 2, dtype=torch.float64)
     assert sliced_w2(x, x + torch.tensor([1.0, 0.0], dtype=torch.float64), 4000) == pytest.approx(0.5**0.5, rel=0.03)
 
@@ -107,7 +107,7 @@ def test_every_model_trains(model):
     ],
     ids=str,
 )
-def test_every_way_of_distillation_trains(options):
+def test_every_variant_of_distillation_trains(options):
     problem = Problem("ring of 8", 2)
     network = distil(problem, Distilled("tiny", first_updates=3, **options), Budget(3, batch=8), seeds=2)
     samples = sample(problem, network, 10, torch.Generator().manual_seed(0))
@@ -115,7 +115,7 @@ def test_every_way_of_distillation_trains(options):
 
 
 class Views:
-    """Draws of a student for one x_t of the ring, midway to noise, noised anew."""
+    """Second views of a student's draws, for one x_t of the ring at half the noise levels."""
 
     def __init__(self, student, count=20_000):
         self.problem, self.path, generator = Problem("ring of 8", 2), fine_process(), torch.Generator().manual_seed(0)
@@ -135,15 +135,15 @@ class Views:
         return self.x.grad
 
 
-def test_the_gradient_of_a_student_that_draws_from_the_posterior_vanishes():
-    """The critic by another way than the teacher: E[x | x_r] with q(x_0 | x_t), itself a mixture, as the prior."""
+def test_the_gradient_of_a_student_that_samples_the_posterior_vanishes():
+    """The critic is computed differently from the teacher: as E[x | x_r], with q(x_0 | x_t), a mixture, as the prior."""
     views = Views("posterior")
     a, s = (each.double() for each in views.path.signal_and_noise(views.seen.r, views.x))
     weights, means = views.posterior.weights[0], views.posterior.means[0]
     prior = GaussianMixture(weights, means, views.posterior.variances, views.posterior.bases)
     own = posterior_mean(prior, views.seen.x_r.double(), a, s).float()
     assert (own - views.true).abs().max() < 0.02 and views.gradient(own).abs().mean() < 2e-3
-    # Nor is there a mean gradient with the draws in the critic's place, whatever it is weighted by.
+    # If the draws replace the critic, the mean gradient is 0 too, for any weights.
     views = Views("posterior")
     noise = (views.x - views.true).detach()
     for weight in (torch.ones(len(noise)), views.seen.x_u[:, 0], views.true[:, 1]):
@@ -152,15 +152,15 @@ def test_the_gradient_of_a_student_that_draws_from_the_posterior_vanishes():
 
 
 @pytest.mark.parametrize("normalise", ["own", "level"])
-def test_the_gradient_of_a_point_off_the_posterior_leads_to_it(normalise):
+def test_the_gradient_of_a_collapsed_student_points_to_the_posterior_mean(normalise):
     views = Views("point")
     step = -views.gradient(views.x.detach(), normalise).mean(dim=0).double()
     wanted = views.posterior.mean()[0] - views.x[0].detach().double()
     assert torch.cosine_similarity(step, wanted, dim=0) > 0.9
 
 
-def test_draws_as_the_critic():
-    """Of many draws of a mixture, the mean given a noised one is the exact posterior's."""
+def test_the_mean_of_many_draws_replaces_the_critic():
+    """Given a noised draw, it is the mean of the exact posterior."""
     problem, generator = Problem("ring of 8", 2), torch.Generator().manual_seed(0)
     draws = problem.sample(2000, generator)[None]
     a, s = torch.tensor(0.8), torch.tensor(0.6)
@@ -172,7 +172,7 @@ def test_draws_as_the_critic():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part, second, steps", [("objectives", gmm_cells.SMD, 11), ("distill", gmm_cells.BOTH, 20)])
-def test_a_part_writes_its_results_and_a_resumed_one_keeps_them(part, second, steps, tmp_path, monkeypatch):
+def test_a_part_writes_results_and_keeps_them_on_resume(part, second, steps, tmp_path, monkeypatch):
     cells = [("ring of 8", steps, model, Budget(2, batch=8)) for model in (gmm_cells.GAUSSIAN, second)]
     for name, count in {"PAIRS": 2, "SETS": 1, "KERNEL_POINTS": 4, "KERNEL_DRAWS": 16}.items():
         monkeypatch.setattr(gmm_measures, name, count)
@@ -190,7 +190,7 @@ def test_a_part_writes_its_results_and_a_resumed_one_keeps_them(part, second, st
     assert path.with_suffix(".png").stat().st_size > 1000
 
 
-def test_the_targets_of_distillation_are_of_the_best_way_from_the_exact_teacher():
+def test_distillation_targets_use_the_best_variant_with_the_exact_teacher():
     def entry(model, ratio):
         measures = {"sliced_w2_over_floor": [ratio, ratio], "in_mode": [0.98, 1.0], "worst_mode": [0.1, 0.2]}
         return {"data": "ring of 8", "T": 2, "model": model, "measures": measures}
@@ -200,7 +200,7 @@ def test_the_targets_of_distillation_are_of_the_best_way_from_the_exact_teacher(
     assert all(each["name"].startswith(f"ring of 8, T = 2, {EXACT}, b") for each in found)
 
 
-def test_models_of_a_stack_are_independent():
+def test_stacked_models_are_independent():
     torch.manual_seed(0)
     network = PointDenoiser(3, 2, eta_dimensions=4)
     for parameter in network.parameters():

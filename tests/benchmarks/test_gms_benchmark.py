@@ -22,16 +22,16 @@ def test_gms_end_to_end(gaussian_folder, shards, yardstick_settings, tmp_path, m
     result = json.loads((tmp_path / "gms-shapes.json").read_text())
     cells = result["models"]["gaussian"]["distance"]
     assert cells["GMS"]["2"]["frechet"] != cells["DDPM"]["2"]["frechet"]
-    little, all_of_it = result["strokes"]["GMS"]
-    assert little["rms_to_stroke"] > 0 and all_of_it["frechet"] > 0
+    weak, full = result["strokes"]["GMS"]
+    assert weak["rms_to_stroke"] > 0 and full["frechet"] > 0
     assert "| GMS | " in (tmp_path / "gms-shapes.md").read_text()
     assert (tmp_path / "gms-shapes.png").stat().st_size > 1000
 
 
-def test_a_stroke_is_patches_of_few_colours():
-    pictures = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    found = strokes_of(pictures, side=4, colours=3)
+def test_strokes_are_patches_of_few_colours():
+    images = torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = strokes_of(images, side=4, colours=3)
     assert set(found.unique().tolist()) <= {0.0, 0.5, 1.0}
     patches = found.unfold(2, 4, 4).unfold(3, 4, 4)
     assert torch.equal(patches, patches[..., :1, :1].expand_as(patches))
-    assert (found - pictures.float() / 255).abs().mean() < 0.3
+    assert (found - images.float() / 255).abs().mean() < 0.3

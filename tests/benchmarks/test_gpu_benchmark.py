@@ -1,4 +1,4 @@
-"""The dress rehearsal of make gpu: all of it on a CPU, with tiny networks."""
+"""make gpu, run on a CPU with tiny networks."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ def tiny_unet(mixture, checkpointing):
 
 def test_everything_is_measured_and_written(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "RESULT", tmp_path / "gpu.json")
-    monkeypatch.setattr(gpu, "MODES", gpu.MODES[:2])  # to compile takes half a minute
+    monkeypatch.setattr(gpu, "MODES", gpu.MODES[:2])  # compiling takes half a minute
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     sizes = gpu.Sizes({"tiny": tiny_unet}, batch=2, encoded=1, resolutions=(32,), tokens=16)
     gpu.write_result(sizes, gpu.Run(torch.device("cpu"), seconds=0.01, teraflops=1.0))
@@ -34,15 +34,15 @@ def test_everything_is_measured_and_written(monkeypatch, tmp_path):
     assert "| tiny, mixture, bf16 |" in (tmp_path / "gpu.md").read_text()
 
 
-def test_full_sizes_are_what_the_title_says():
+def test_full_size_networks_have_the_stated_numbers_of_parameters():
     with torch.device("meta"):
         unet, dit = (build(False, False) for build in gpu.full_sizes().networks.values())
     assert 95e6 < unet.num_parameters() < 120e6 and 125e6 < dit.num_parameters() < 150e6
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_without_a_gpu_it_gives_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         gpu.main()
-    assert ended.value.code == 2 and "expected a GPU that torch can use, found none" in capsys.readouterr().err
+    assert raised.value.code == 2 and "expected a GPU that torch can use, found none" in capsys.readouterr().err

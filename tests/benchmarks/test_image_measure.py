@@ -27,7 +27,7 @@ def networks(tmp_path):
 
 @pytest.fixture
 def measure(pictures, networks, tmp_path):
-    """The held-out pictures are the training pictures upside down."""
+    """An ImageMeasure whose held-out images are the training images upside down."""
     images, held_out = (ImagesConfig(source=str(folder), resolution=16) for folder in (pictures, tmp_path / "held_out"))
     for path in pictures.rglob("*.png"):
         (tmp_path / "held_out" / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def measure(pictures, networks, tmp_path):
     return ImageMeasure(MeasureConfig(images, held_out, networks, resampled=40, bootstrap=3), "cpu")
 
 
-def test_both_networks_tell_noise_and_copies(measure, pictures):
+def test_both_networks_distinguish_noise_from_copies(measure, pictures):
     training, labels, _ = load_pixels(ImagesConfig(source=str(pictures), resolution=16))
     noise = torch.randint(256, training.shape, dtype=torch.uint8)
     copies, noisy = measure.measure(training), measure.measure(noise)
@@ -65,27 +65,27 @@ def test_copies_are_not_chosen(measure, pictures):
 @pytest.mark.parametrize("spread", [3, 60])
 def test_the_nearest_image_is_exact(spread):
     torch.manual_seed(0)
-    pictures = torch.randint(256, (60, 3, 8, 8), dtype=torch.uint8)
-    rows = (pictures[:30].float() + spread * torch.randn(30, 3, 8, 8)).clamp(0, 255).to(torch.uint8)
-    search = NearestImage(pictures, torch.device("cpu"))
-    for itself, given in ((False, rows), (True, pictures)):
-        all_distances = torch.cdist(given.flatten(1).double() / 255, pictures.flatten(1).double() / 255) / math.sqrt(192)
+    images = torch.randint(256, (60, 3, 8, 8), dtype=torch.uint8)
+    noisy = (images[:30].float() + spread * torch.randn(30, 3, 8, 8)).clamp(0, 255).to(torch.uint8)
+    search = NearestImage(images, torch.device("cpu"))
+    for itself, given in ((False, noisy), (True, images)):
+        all_distances = torch.cdist(given.flatten(1).double() / 255, images.flatten(1).double() / 255) / math.sqrt(192)
         expected = all_distances.kthvalue(2 if itself else 1, dim=1).values
         assert torch.allclose(search(given, itself).double(), expected, atol=1e-4)
 
 
-def test_kernel_deviation_is_the_bootstraps():
+def test_kernel_deviation_equals_the_bootstrap():
     a, b = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)), torch.randn(70, 6)
     expected = bootstrap_deviation(kernel_distance, a, FeatureSet(b), 7, 3)
     assert kernel_deviation(a, b, 7, 3) == pytest.approx(expected, rel=1e-6)
 
 
-def test_views():
+def test_random_views():
     torch.manual_seed(0)
     x = torch.rand(64, 3, 16, 16)
     same = ViewConfig(16, [1.0, 1.0], recoloured=0, grey=0, blurred=0)
     views = random_views(x, same)
-    # An aspect other than 1 would not fit in a whole picture, so only one side is cropped, and the middle may move.
+    # A crop of the full area with an aspect ratio other than 1 does not fit, so one side is cropped and the centre may move.
     assert views.shape == x.shape and (views - x).abs().mean() < 0.3
     grey = random_views(x, ViewConfig(12, grey=1.0, recoloured=0, blurred=0))
     assert grey.shape == (64, 3, 12, 12) and torch.allclose(grey[:, 0], grey[:, 1], atol=1e-5)
@@ -93,7 +93,7 @@ def test_views():
     assert full.min() >= 0 and full.max() <= 1 and not torch.equal(full, random_views(x, ViewConfig(12)))
 
 
-def test_colours_turn_around_grey_and_blur_keeps_the_mean():
+def test_hue_rotates_around_grey_and_blur_keeps_the_mean():
     turn = hue_turn(torch.tensor([0.0, 0.7, 2 * math.pi / 3]))
     assert torch.allclose(turn[0], torch.eye(3)) and torch.allclose(turn @ torch.ones(3), torch.ones(3), atol=1e-6)
     assert torch.allclose(turn @ turn.mT, torch.eye(3), atol=1e-6)
@@ -105,7 +105,7 @@ def test_colours_turn_around_grey_and_blur_keeps_the_mean():
     assert blurred[1, 0, 4, 4] < 0.3 and torch.allclose(blurred[1], blurred[1].mT)
 
 
-def test_contrastive_loss_and_measures():
+def test_contrastive_loss_effective_rank_and_nearest_neighbours():
     z = torch.eye(4).repeat(2, 1)
     assert contrastive_loss(z, 0.5) == pytest.approx(math.log(1 + 6 * math.exp(-2)), rel=1e-5)
     assert contrastive_loss(torch.ones(8, 3), 0.5) == pytest.approx(math.log(7), rel=1e-5)
@@ -118,7 +118,7 @@ def test_contrastive_loss_and_measures():
 
 
 @pytest.mark.slow
-def test_training_writes_a_network_that_evaluation_takes(pictures, networks, tmp_path):
+def test_training_writes_a_network_for_evaluation(pictures, networks, tmp_path):
     given = [f"{part}={{source: '{pictures}', resolution: 16}}" for part in ("images", "held_out")]
     entry = f"{{name: shapes, {', '.join(each.replace('=', ': ', 1) for each in given)}, batch_size: 8, views: {{side: 16}}}}"
     settings = [f"output={tmp_path / 'f'}", f"sets=[{entry}]", f"compared={networks[0]}", "images_total=40"]

@@ -18,7 +18,7 @@ def test_names_of_code_points():
     assert name_of("e0fff") == ""
 
 
-def test_ranks():
+def test_ranks_of_the_right_image():
     own = torch.eye(4)
     assert ranks(own.repeat_interleave(2, dim=0), own) == {"nearest": 1.0, "near": 1.0, "median_rank": 1.0}
     assert ranks(own.flip(0), own)["nearest"] == 0.0
@@ -27,8 +27,8 @@ def test_ranks():
 
 
 @pytest.mark.slow
-def test_both_run(train_config, embedded, clip, tmp_path, monkeypatch):
-    """The benchmark with a model that knows nothing, and a folder that OpenCLIP reads from a training of two steps."""
+def test_the_benchmark_and_train_clip_end_to_end(train_config, embedded, clip, tmp_path, monkeypatch):
+    """The benchmark runs with a hardly trained model, and OpenCLIP reads the folder of a training of two steps."""
     monkeypatch.setattr("image_prompts.RESULTS", tmp_path)
     model = train(train_config(f"shards={embedded}", "image_conditional=true", "class_conditional=false", "images_total=8"))
     held_out = ["held_out.source=data/emoji/heldout-*.tar", "held_out.resolution=16"]

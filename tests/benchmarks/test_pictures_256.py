@@ -16,7 +16,7 @@ def cell(model, steps, frechet, sd=0.1):
     return {"model": model, "steps": steps, "features": {"one": {"frechet": frechet, "frechet_sd": sd}}}
 
 
-def test_targets_compare_the_best_of_each():
+def test_targets_compare_the_best_cells_of_each_model():
     cells = [
         cell("mixture", 4, 1.0),
         cell("mixture", 4, 0.7),
@@ -38,7 +38,7 @@ def test_samples_are_resized_like_real_images(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_measures_what_is_missing(pictures, train_config, tmp_path, monkeypatch):
+def test_only_missing_cells_are_measured(pictures, train_config, tmp_path, monkeypatch):
     monkeypatch.setattr("pictures_256.RESULTS", tmp_path)
     for index in range(2):
         torch.manual_seed(index)
@@ -68,4 +68,4 @@ def test_it_measures_what_is_missing(pictures, train_config, tmp_path, monkeypat
     monkeypatch.setattr("pictures_256.resized_samples", None)
     config.sheet_pictures = 0
     again = json.loads(pictures_256(config).read_text())
-    assert again["cells"] == found["cells"], "what is there is not measured again"
+    assert again["cells"] == found["cells"], "existing cells are not measured again"

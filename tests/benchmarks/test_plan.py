@@ -14,8 +14,8 @@ def config(train_config, gaussian_folder):
     return train_config(f"init_from={gaussian_folder / 'unet'}", "objective.name=distillation", "objective.draws=1")
 
 
-def test_the_memory_of_a_distillation_is_what_it_has(config, monkeypatch):
-    """After a step: weights, gradients and optimizers of both networks, the teacher, and the average that the loop has."""
+def test_the_planned_memory_of_a_distillation_is_what_it_uses(config, monkeypatch):
+    """After a step: weights, gradients and optimizer states of both networks, the teacher, and the EMA of the loop."""
     monkeypatch.setattr(plan, "CLASSES", 2)
     monkeypatch.setattr(plan, "LATENT", (4, 8, 8))
     learner = Distillation(Run.open(config, Accelerator()))
@@ -32,8 +32,8 @@ def test_the_memory_of_a_distillation_is_what_it_has(config, monkeypatch):
     assert plan.Distilled(partial(plan.unet_of, config), config.objective.distillation).held == held
 
 
-def test_the_operations_of_a_distillation(config):
-    """Of a critic that learns from twice the pictures and is gone back through once more, and of one that learns twice."""
+def test_the_planned_operations_of_a_distillation(config):
+    """An adversarial critic learns from twice the images and needs one more backward pass. Another has two updates per step."""
     base, adversarial, twice = (
         plan.Distilled(partial(plan.unet_of, config), DistillationConfig(**changed))
         for changed in ({}, {"adversarial_weight": 0.3}, {"critic_updates": 2})
@@ -48,7 +48,7 @@ def test_the_operations_of_a_distillation(config):
     assert checkpointed.activations < 0.6 * adversarial.activations
 
 
-def test_options_leave_the_file_of_the_repository_alone(tmp_path):
+def test_with_other_options_the_file_of_the_repository_is_not_written(tmp_path):
     assert plan.arguments_of([]).output == plan.RESULT
     assert plan.arguments_of(["--gpus", "8"]).output is None
     assert plan.arguments_of(["--price", "2.5", "--output", str(tmp_path / "plan.md")]).output == tmp_path / "plan.md"

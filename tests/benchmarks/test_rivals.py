@@ -32,7 +32,7 @@ def tiny_unet(side=4, channels=3):
         norm_num_groups=4,
         z_channels=0,
     )
-    for parameter in unet.parameters():  # what starts at zero would hide much
+    for parameter in unet.parameters():  # weights that are initially zero would hide errors
         torch.nn.init.normal_(parameter, std=0.1)
     return unet
 
@@ -56,7 +56,7 @@ def batch(count=8):
     return torch.randn(count, 3, 4, 4, generator=generator), torch.arange(count) % 3
 
 
-def test_networks_start_as_the_gaussian_model(start):
+def test_networks_predict_as_the_gaussian_model_at_first(start):
     x, labels = batch()
     t = torch.tensor([0, 1, 10, 100, 300, 500, 800, 999])
     sigma = (1 / start.alphas_cumprod[t] - 1).sqrt()
@@ -82,7 +82,7 @@ def test_blurred_time_keeps_slow_features(start):
 
 
 def test_velocity_of_the_straight_path(start):
-    """With r = t the average velocity is eps - x_0 where the Gaussian model's v is a eps - s x_0."""
+    """With r = t, the average velocity is eps - x_0 if the v of the Gaussian model is a eps - s x_0."""
     x0, labels = batch()
     eps, t = torch.randn(x0.shape), torch.linspace(0.05, 0.95, 8)
     sigma = t / (1 - t)
@@ -98,7 +98,7 @@ def test_velocity_of_the_straight_path(start):
     torch.testing.assert_close(found, eps - x0, atol=1e-5, rtol=1e-5)
 
 
-def test_mean_flow_derivative_is_the_finite_difference(start):
+def test_mean_flow_derivative_agrees_with_finite_differences(start):
     method = Job("meanflow").make(start)
     model = method.networks["model"].double()
     torch.nn.init.normal_(model.unet.image_embedding.weight, std=0.1)
@@ -114,7 +114,7 @@ def test_mean_flow_derivative_is_the_finite_difference(start):
 
 
 @pytest.mark.parametrize("name", ["meanflow", "alphaflow", "shortcut"])
-def test_flow_maps_with_r_at_t_are_flow_matching(start, name):
+def test_flow_maps_with_r_equal_to_t_are_flow_matching(start, name):
     method = Job(name, {"share_equal": 1.0}).make(start)
     x0, labels = batch()
     eps, t = torch.randn(x0.shape), torch.linspace(0.1, 0.9, 8)
@@ -130,7 +130,7 @@ def test_flow_maps_with_r_at_t_are_flow_matching(start, name):
     torch.testing.assert_close(method.losses(z, v, t, t, labels, 8), expected)
 
 
-def test_alpha_goes_from_one_to_its_floor(start):
+def test_alpha_falls_from_one_to_its_minimum(start):
     method = Job("alphaflow").make(start)
     found = []
     for method.progress in (0.0, 0.5, 0.99):
@@ -138,9 +138,9 @@ def test_alpha_goes_from_one_to_its_floor(start):
     assert found == [1.0, 0.5, 0.02]
 
 
-def test_consistency_target_at_no_noise_is_the_picture(start):
+def test_consistency_target_without_noise_is_the_image(start):
     method = Job("ect", {"q": 2.0, "stages": 8}).make(start)
-    assert method.lower_level(torch.tensor([1e-3, 0.1]))[0] == 0  # it starts as denoising
+    assert method.lower_level(torch.tensor([1e-3, 0.1]))[0] == 0  # training begins with denoising
     x0, labels = batch()
     found = method.denoise(method.networks["model"], x0, torch.randn(x0.shape), torch.zeros(8), labels)
     torch.testing.assert_close(found, x0)
@@ -149,23 +149,22 @@ def test_consistency_target_at_no_noise_is_the_picture(start):
     assert (method.lower_level(t) / t > 0.95).all()
 
 
-def test_kernel_loss_is_zero_in_mean_for_equal_laws():
-    """Each draw also meets itself, which the V-statistic of M draws has on either side: only the cross term differs."""
+def test_kernel_loss_of_equal_distributions_is_the_bias_of_the_v_statistic():
+    """A V-statistic compares each of M draws with itself too, in both within terms but not in the cross term."""
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 4000, 8, 5, generator=generator)
     c = torch.ones(4000)
     own = kernel_loss(x, y, c).mean()
-    # Without the pairs of a draw with itself, whose kernel is 1: mean of all minus what those add.
-    between = kernel_loss(x, x, c)
-    torch.testing.assert_close(between, torch.zeros(4000), atol=1e-5, rtol=0)
+    same = kernel_loss(x, x, c)
+    torch.testing.assert_close(same, torch.zeros(4000), atol=1e-5, rtol=0)
     shifted = kernel_loss(x, y + 1, c).mean()
-    apart = (x[:, 0] - y[:, 0]).norm(dim=1)
-    bias = 2 * (1 - (-apart / 5).exp().mean()) / 8
+    distance = (x[:, 0] - y[:, 0]).norm(dim=1)
+    bias = 2 * (1 - (-distance / 5).exp().mean()) / 8  # the kernel of a draw with itself is 1
     torch.testing.assert_close(own, bias, atol=3e-3, rtol=0)
     assert shifted > own + 0.02
 
 
-def test_transition_is_the_step_of_ddim(start):
+def test_transition_is_a_ddim_step(start):
     x0, labels = batch()
     eps, t, s = torch.randn(x0.shape), torch.full((8,), 3.0), torch.full((8,), 0.5)
     (a_t, s_t), (a_s, s_s) = levels(t), levels(s)
@@ -179,7 +178,7 @@ def test_transition_is_the_step_of_ddim(start):
 
 
 @pytest.mark.parametrize("name", sorted(METHODS.keys() - {"folder"}))
-def test_step_and_sample(start, latents, name):
+def test_every_method_trains_and_samples(start, latents, name):
     job = Job(name)
     method = job.make(start)
     before = {key: [value.clone() for value in network.parameters()] for key, network in method.networks.items()}
@@ -204,7 +203,7 @@ def test_step_and_sample(start, latents, name):
     assert set(METHODS[name].SEARCH) <= set(vars(method.settings))
 
 
-def test_drafts_are_of_the_gaussians_at_their_sigma(start):
+def test_drafts_are_samples_of_the_gaussians_with_noise_of_their_sigma(start):
     start.gaussians = LatentGaussians(3, 4, 4, rank=1, count=1, shared=True, num_classes=2)
     start.gaussians.log_weights.zero_()
     start.gaussians.means.fill_(3.0)
@@ -217,7 +216,7 @@ def test_drafts_are_of_the_gaussians_at_their_sigma(start):
     assert drafts.std() == pytest.approx((4 + 0.01) ** 0.5 * a, abs=0.05)
 
 
-def test_training_stops_where_a_loss_is_no_number(start, latents):
+def test_training_stops_at_a_non_finite_loss(start, latents):
     method = Job("gaussian").make(start)
     torch.nn.init.constant_(method.networks["model"].unet.conv_out.bias, torch.nan)
     with pytest.raises(FloatingPointError, match="Gaussian: expected a finite loss"):
@@ -231,7 +230,7 @@ def test_batches_share_labels_in_groups(latents):
     assert set(labels.tolist()) == {0, 1, 2}
 
 
-def test_jobs():
+def test_settings_are_read_and_jobs_of_a_search_are_different():
     assert read_settings(["ect.q=16", "ddgan.steps=8"]) == {"ect": {"q": 16.0}, "ddgan": {"steps": 8}}
     with pytest.raises(UserError, match=r"expected METHOD\.setting=value"):
         read_settings(["ect.steps=8"])
@@ -239,7 +238,7 @@ def test_jobs():
     assert len({job.name for job in jobs}) == 20 and jobs[0].settings == {}
 
 
-def test_cost_of_a_step(start, latents, capsys):
+def test_step_costs_are_measured_once_for_each_cost_key(start, latents, capsys):
     costs = step_costs([Job("gaussian"), Job("ect"), Job("ect", {"q": 2.0})], start, latents, 8)
     assert len(costs) == 2 and all(0.2 < cost < 10 for cost in costs.values())
 
@@ -250,7 +249,7 @@ def test_known_answers_end_to_end(tmp_path, monkeypatch):
         monkeypatch.setattr(known, name, value)
     path = tmp_path / "rivals-known.json"
     known.check_known(path, ["ect"])
-    known.check_known(path, ["imm"])  # beside what is there
+    known.check_known(path, ["imm"])  # adds to the file
     content = json.loads(path.read_text())
     assert set(content) == {"ring of 8", "one Gaussian"}
     assert {"ect", "imm", "start, DDIM"} <= set(content["ring of 8"])
@@ -296,18 +295,18 @@ def test_rivals_end_to_end(shards, vae_folder, pictures, yardstick_settings, tmp
     assert "| distillation |" in (tmp_path / "rivals-shapes.md").read_text()
 
 
-def test_the_energy_score_comes_first(start):
-    """The critic learns only after it; the cost is another."""
+def test_the_critic_learns_only_after_training_with_the_energy_score(start):
+    """Such a job has its own cost."""
     method = Job("distillation", {"energy_first": 0.5}).make(start)
     x0, labels = batch()
 
-    def moved(progress):
+    def changed(progress):
         method.progress = progress
         before = {name: [p.clone() for p in network.parameters()] for name, network in method.networks.items()}
         method.step(x0, labels, torch.Generator().manual_seed(0), 1.0)
         after = {name: network.parameters() for name, network in method.networks.items()}
         return {name for name in before if not all(map(torch.equal, before[name], after[name]))}
 
-    assert moved(0.49) == {"model"}
-    assert "critic" in moved(0.5)
+    assert changed(0.49) == {"model"}
+    assert "critic" in changed(0.5)
     assert Job("distillation", {"energy_first": 0.5}).cost_key != Job("distillation").cost_key

@@ -32,6 +32,6 @@ def test_schedulers_end_to_end(model_folder, yardstick_settings, tmp_path, monke
     assert Image.open(tmp_path / "schedulers-shapes.jpg").width > 100
 
 
-def test_the_shipped_config_measures_all():
+def test_the_shipped_config_measures_all_supported_schedulers():
     path = Path(__file__).parents[2] / "configs" / "benchmarks" / "schedulers-emoji.yaml"
     assert set(load_config(SchedulersConfig, path, []).schedulers) == set(SUPPORTED)

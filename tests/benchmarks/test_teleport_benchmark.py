@@ -27,7 +27,7 @@ def test_teleport_end_to_end(gaussian_folder, model_folder, shards, yardstick_se
     assert set(models["many"]["distance"]) == {"UniPC from 2.5", "Heun from 2.5", "UniPC from 10"}
     assert models["control: plain noise"]["distance"]["UniPC from 2.5"]["2"]["frechet"] > 0
     assert set(models["SMD"]["distance"]) == {"SDE-DPM-Solver++", "SDE-DPM-Solver++ from 2.5", "SDE-DPM-Solver++ from 10"}
-    # The score of nearly all noise is -x_t / s, whatever the latents are.
+    # At almost pure noise the score is -x_t / s for any latents.
     assert result["score"]["score"]["one"][0] == pytest.approx(1.0, abs=0.01)
     assert set(result["nearest"]) == {f"{PLAIN}, 4 steps", "one, 2 steps", "many, 2 steps"}
     assert all(value > 0 for value in result["nearest"].values())
