@@ -1,4 +1,4 @@
-"""What several trainings are tested with."""
+"""Fixtures for the tests of training."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ from tests.tiny import TINY_AUTOENCODER
 
 @pytest.fixture
 def open_run(train_config):
-    """A function from overrides to the Run of the tiny training."""
+    """A function that opens the Run of the tiny training, with overrides."""
     return lambda *overrides: Run.open(train_config(*overrides), Accelerator())
 
 
 @pytest.fixture
 def distillation(gaussian_folder):
-    """Settings of a distillation from the Gaussian model."""
+    """Settings that distil a mixture from the Gaussian model."""
     return f"init_from={gaussian_folder / 'unet'}", "objective.name=distillation", "objective.draws=1"
 
 
@@ -29,37 +29,37 @@ def distil(train_config, distillation):
 
 @pytest.fixture
 def adamw_steps(monkeypatch):
-    """(loss, whether there were gradients before it, their norm after it) of every step of an AdamW."""
+    """For every step of AdamW: (loss, whether there were gradients before the backward pass, their norm after it)."""
     found, parameters = [], []
-    start, backward, step = torch.optim.AdamW.__init__, torch.Tensor.backward, torch.optim.AdamW.step
+    init, backward, step = torch.optim.AdamW.__init__, torch.Tensor.backward, torch.optim.AdamW.step
 
-    def starting(self, given, **options):
-        parameters[:] = list(given)
-        start(self, parameters, **options)
+    def recording_init(self, params, **options):
+        parameters[:] = list(params)
+        init(self, parameters, **options)
 
-    def going_back(self, *given, **options):
+    def recording_backward(self, *args, **options):
         found.append([self.item(), any(parameter.grad is not None for parameter in parameters)])
-        backward(self, *given, **options)
+        backward(self, *args, **options)
 
-    def stepping(self, *given, **options):
+    def recording_step(self, *args, **options):
         gradients = [parameter.grad.square().sum() for parameter in parameters if parameter.grad is not None]
         found[-1].append(torch.stack(gradients).sum().sqrt().item())
-        return step(self, *given, **options)
+        return step(self, *args, **options)
 
-    monkeypatch.setattr(torch.optim.AdamW, "__init__", starting)
-    monkeypatch.setattr(torch.Tensor, "backward", going_back)
-    monkeypatch.setattr(torch.optim.AdamW, "step", stepping)
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", recording_init)
+    monkeypatch.setattr(torch.Tensor, "backward", recording_backward)
+    monkeypatch.setattr(torch.optim.AdamW, "step", recording_step)
     return found
 
 
 @pytest.fixture
 def vae_config(pictures, tmp_path):
-    """A function from overrides to the settings of a training of four steps, into tmp_path/vae."""
+    """A function that returns settings of a training of four steps, with overrides. Its output is tmp_path/vae."""
 
     def build(*overrides):
         images = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={pictures}", "resolution=16")]
         counts = ["images_total=32", "batch_size=8", "warmup_images=16", "ema_halflife_images=8"]
-        places = [f"output={tmp_path / 'vae'}", f"work={tmp_path / 'work'}"]
-        return load_config(TrainAutoencoderConfig, None, [*images, *counts, *TINY_AUTOENCODER, *places, *overrides])
+        folders = [f"output={tmp_path / 'vae'}", f"work={tmp_path / 'work'}"]
+        return load_config(TrainAutoencoderConfig, None, [*images, *counts, *TINY_AUTOENCODER, *folders, *overrides])
 
     return build

@@ -1,4 +1,4 @@
-"""A learner of two networks, for tests: no `if` in the loop is needed for it, on any number of processes."""
+"""A learner with two networks, for tests. The training loop runs it without special cases, on any number of processes."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from ldm_smd.training.trained import TrainedNetwork
 
 
 class WithCritic:
-    """The denoiser, and a Gaussian one that learns twice a step what the first predicts."""
+    """Trains the denoiser, and a Gaussian one that learns its predictions, with two updates per step."""
 
     def __init__(self, run):
         self.denoising, self.accelerator = Denoising(run), run.accelerator

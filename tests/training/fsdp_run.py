@@ -1,7 +1,9 @@
-"""fsdp_run.py [critic] CONFIG...: tools/train.py, or the learner of critic.py, once for each config, with the parameters
-divided over the processes, on CPUs. Accelerate does that on GPUs alone, where configs/accelerate/eight-gpus-fsdp.yaml asks for
-it; here it is told what it would find there. A config called whole-* is trained with whole parameters (DDP): starting processes
-takes longer than a tiny run."""
+"""fsdp_run.py [critic] CONFIG...: run tools/train.py, or the learner of critic.py, with FSDP on CPUs, once for each config.
+
+Accelerate uses FSDP only on GPUs (configs/accelerate/eight-gpus-fsdp.yaml), so this script sets the state that it would have
+there. A config called ddp-* is trained with DDP instead. Several runs share the processes, because starting them takes longer
+than a tiny run.
+"""
 
 import sys
 import threading
@@ -23,15 +25,15 @@ if arguments[0] == "critic":
     arguments = arguments[1:]
 for path in arguments:
     config = load_config(TrainConfig, path)
-    AcceleratorState._reset_state()  # it keeps the precision and the kind of the run before
+    AcceleratorState._reset_state()  # otherwise it keeps the precision and distributed type of the previous run
     accelerator = Accelerator(cpu=True, mixed_precision="no" if config.precision == "auto" else config.precision)
-    whole = Path(path).name.startswith("whole-")
-    kind = DistributedType.MULTI_CPU if whole else DistributedType.FSDP
-    accelerator.state.distributed_type = PartialState().distributed_type = kind
-    if not whole:
+    ddp = Path(path).name.startswith("ddp-")
+    distributed_type = DistributedType.MULTI_CPU if ddp else DistributedType.FSDP
+    accelerator.state.distributed_type = PartialState().distributed_type = distributed_type
+    if not ddp:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )
     loop.training_loop(config, accelerator, threading.Event())
-    assert len(accelerator._models) > 0 and all(is_sharded(model) != whole for model in accelerator._models)
+    assert len(accelerator._models) > 0 and all(is_sharded(model) != ddp for model in accelerator._models)
 accelerator.end_training()

@@ -1,4 +1,4 @@
-"""What a run leaves behind, read back."""
+"""Read and compare the results of runs."""
 
 import pytest
 from safetensors.torch import load_file
@@ -17,13 +17,13 @@ def logged_losses(folder):
 
 
 def logged(folder):
-    """Every loss, by images and name."""
+    """Return all logged losses by (images seen, name)."""
     lines = read_metrics(folder / "metrics.jsonl")
     return {(line["images_seen"], name): line[name] for line in lines for name in line if name.endswith("loss")}
 
 
 def assert_same_losses(one, other, rel=1e-4):
-    """But for rounding, of a loss that is nothing too."""
+    """Assert that two runs logged the same losses up to rounding, also where a loss is 0."""
     first, second = logged(one), logged(other)
     assert first and first.keys() == second.keys()
     assert all(second[n] == pytest.approx(first[n], rel=rel, abs=1e-9) for n in first), (first, second)

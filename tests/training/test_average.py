@@ -12,23 +12,23 @@ from ldm_smd.training.loop import train
 from ldm_smd.training.settings import AverageConfig
 
 
-def test_gamma_gives_the_width():
-    """As in EDM2's paper: 0.05 and 0.1 are gamma 16.97 and 6.94."""
+def test_gamma_of_a_width():
+    """As in the EDM2 paper, widths of 0.05 and 0.1 have gamma 16.97 and 6.94."""
     for width, gamma in ((0.05, 16.97), (0.10, 6.94)):
         found = gamma_of(width)
         assert found == pytest.approx(gamma, abs=0.005)
         assert ((found + 1) / ((found + 2) ** 2 * (found + 3))) ** 0.5 == pytest.approx(width, rel=1e-9)
 
 
-def test_inner_product_is_the_integral():
+def test_inner_product_is_the_integral_of_the_profiles():
     tau = np.linspace(0, 1, 200_001)[1:]
     profiles = [np.where(tau <= t, (g + 1) * tau**g / t ** (g + 1), 0.0) for t, g in ((0.6, 3.0), (1.0, 7.0))]
     found = inner_product(np.array([0.6]), np.array([3.0]), np.array([1.0]), np.array([7.0]))
     assert found == pytest.approx(np.mean(profiles[0] * profiles[1]), rel=1e-3)
 
 
-def walk(widths, steps, batch=10):
-    """PowerEMAs of a weight that wanders."""
+def random_walk(widths, steps, batch=10):
+    """Yield images seen, the weight of a random walk, and its PowerEMAs by width, after each step."""
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.Linear(1, 50, bias=False)
     averages = {width: PowerEMA(model, width) for width in widths}
@@ -40,34 +40,34 @@ def walk(widths, steps, batch=10):
         yield batch * step, model.weight.detach().clone(), {w: each.model.weight.clone() for w, each in averages.items()}
 
 
-def test_the_average_is_of_its_profile():
-    """sum of tau^gamma weights, as sharp as steps are; the first weights are forgotten at once."""
+def test_the_average_has_its_power_function_profile():
+    """It is the integral of tau^gamma times the weights, up to the step size. The initial weights are forgotten."""
     gamma = gamma_of(0.1)
-    ends, weights, averages = zip(*walk([0.1], 300))
+    ends, weights, averages = zip(*random_walk([0.1], 300))
     profile = torch.tensor([end ** (gamma + 1) - (end - 10) ** (gamma + 1) for end in ends])
     expected = (torch.stack(weights) * (profile / profile.sum())[:, None, None]).sum(dim=0)
     assert torch.allclose(averages[-1][0.1], expected, atol=1e-4)
 
 
-def test_another_width_from_snapshots():
-    """Nearer to the average that had been kept all along than any of those that are combined."""
+def test_another_width_is_reconstructed_from_snapshots():
+    """The result is closer to the average kept during training than any of the combined averages."""
     kept, values = [], []
-    for end, _, averages in walk([0.05, 0.1, 0.07], 1000):
+    for end, _, averages in random_walk([0.05, 0.1, 0.07], 1000):
         if end % 1000 == 0:
             for width in (0.05, 0.1):
                 kept.append(Snapshot(None, end, width))
                 values.append(averages[width])
     found = coefficients(kept, 10_000, 0.07)
     assert found.sum() == pytest.approx(1, abs=0.01)
-    made = sum(float(share) * value for share, value in zip(found, values))
-    error, others = (made - averages[0.07]).norm(), [(averages[w] - averages[0.07]).norm() for w in (0.05, 0.1)]
+    combined = sum(float(coefficient) * value for coefficient, value in zip(found, values))
+    error, others = (combined - averages[0.07]).norm(), [(averages[w] - averages[0.07]).norm() for w in (0.05, 0.1)]
     assert error < 0.1 * min(others)
-    # And a width that was kept is that snapshot.
+    # A width that was kept gives its own snapshot.
     assert coefficients(kept, 10_000, 0.1) == pytest.approx([0.0] * 19 + [1.0], abs=1e-6)
 
 
 @pytest.mark.slow
-def test_a_run_keeps_snapshots_resumes_them_and_is_averaged(run, train_config, tmp_path):
+def test_a_run_saves_and_resumes_snapshots_and_can_be_averaged(run, train_config, tmp_path):
     widths = ("ema_widths=[0.05,0.1]", "checkpoint_every_images=16", "keep_checkpoints=1")
     train(train_config(f"output={tmp_path / 'straight'}", *widths))
     train(train_config(f"output={tmp_path / 'run'}", "images_total=32", *widths))
@@ -92,11 +92,11 @@ def test_a_run_keeps_snapshots_resumes_them_and_is_averaged(run, train_config, t
     assert code == 0 and "4 snapshots, 32 images" in out
 
 
-def test_mistakes_are_named(run, train_config, tmp_path):
+def test_wrong_widths_and_missing_snapshots_give_one_line(run, train_config, tmp_path):
     train(train_config("images_total=16", "checkpoint_every_images=16"))
     with pytest.raises(UserError, match="found: ema_widths was"):
         train(train_config("images_total=32", "ema_widths=[0.1]"))
-    with pytest.raises(UserError, match="ema_widths: expected a model folder"):  # that many images have no snapshot
+    with pytest.raises(UserError, match="ema_widths: expected a model folder"):  # there is no snapshot at that number of images
         train(train_config("images_total=32", "ema_widths=[0.1]", "resume_changed=true"))
     with pytest.raises(UserError, match=r"ema_widths: expected a number from 0\.001 to 0\.28, found 0\.5"):
         train_config("ema_widths=[0.5]")

@@ -1,4 +1,4 @@
-"""What a training starts from."""
+"""Initial weights of a training: init_from and its checks."""
 
 import json
 
@@ -13,8 +13,8 @@ from tests.tiny import diffusers_unet
 from tests.training.results import weights
 
 
-def test_init_from_starts_at_those_weights(train_config, model_folder, tmp_path):
-    """But with the noise of its own latents, here of fewer modes."""
+def test_init_from_loads_weights_but_fits_new_noise(train_config, model_folder, tmp_path):
+    """The noise is fitted to the latents of this run, here with fewer modes."""
     still = ("images_total=8", "learning_rate=1e-12", "weight_decay=0", "model.noise_modes=1")
     before = weights(model_folder / "unet")
     after = weights(train(train_config(f"init_from={model_folder / 'unet'}", *still)) / "unet")
@@ -27,19 +27,18 @@ def test_init_from_starts_at_those_weights(train_config, model_folder, tmp_path)
         train(train_config(f"init_from={model_folder / 'vae'}-not-there", f"output={tmp_path / 'other'}"))
 
 
-def test_init_from_takes_the_folder_of_a_pipeline(model_folder):
-    """As of a hub id: of one of ours or of diffusers, the network in it."""
+def test_init_from_accepts_the_folder_of_a_pipeline(model_folder):
     assert network_folder(model_folder, "init_from") == model_folder / "unet"
     assert network_folder(model_folder / "unet", "init_from") == model_folder / "unet"
 
 
-def test_weights_that_are_a_pickle_are_refused(train_config, tmp_path):
+def test_pickled_weights_are_refused(train_config, tmp_path):
     diffusers_unet().save_pretrained(tmp_path / "pipeline/unet", safe_serialization=False)
     with pytest.raises(UserError, match=r"^init_from: expected a network with safetensors weights in .*pipeline, found none"):
         train(train_config(f"init_from={tmp_path / 'pipeline'}"))
 
 
-def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
+def test_a_mixture_can_start_from_a_gaussian_model(train_config, tmp_path):
     gaussian = ("model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8")
     start = train(train_config(*gaussian)) / "unet"
     still = ("learning_rate=1e-12", "weight_decay=0", "images_total=8")
@@ -51,8 +50,8 @@ def test_a_gaussian_model_starts_a_mixture(train_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_diffusers_unet_starts_a_mixture(train_config, tmp_path):
-    """UNet2DModel -> mixture -> training, resumed -> a pipeline that samples -> training from that."""
+def test_a_mixture_can_start_from_a_diffusers_unet(train_config, tmp_path):
+    """It is trained, resumed and sampled, and another training starts from it."""
     diffusers_unet().save_pretrained(tmp_path / "unet")
     start = f"init_from={tmp_path / 'unet'}"
     train(train_config(start, "images_total=32"))
@@ -68,15 +67,16 @@ def test_a_diffusers_unet_starts_a_mixture(train_config, tmp_path):
 
 
 def test_a_unet_without_a_null_class_gets_one(train_config, tmp_path, caplog):
-    """As a start and as a teacher, which cannot teach what was never trained: predictions without a label."""
+    """Such a UNet can be the initial model and the teacher. As a teacher it has no predictions without labels."""
     unet = diffusers_unet(num_class_embeds=2)
     unet.save_pretrained(tmp_path / "unet")
     start, still = f"init_from={tmp_path / 'unet'}", ("images_total=8", "learning_rate=1e-12", "weight_decay=0")
     trained = weights(train(train_config(start, *still)) / "unet")["unet.class_embedding.weight"]
     classes = unet.class_embedding.weight.detach()
     assert torch.allclose(trained, torch.cat((classes, classes.mean(dim=0, keepdim=True))), atol=1e-6)
-    [said] = [record.message for record in caplog.records if "null class" in record.message]
-    assert said.startswith("the UNet2DModel has an embedding for each of the 2 classes and none for the null class: added one")
+    [warning] = [record.message for record in caplog.records if "null class" in record.message]
+    expected = "the UNet2DModel has an embedding for each of the 2 classes and none for the null class: added one"
+    assert warning.startswith(expected)
     distilled = (start, *still, "objective.name=distillation", "objective.draws=1", f"output={tmp_path / 'distilled'}")
     with pytest.raises(UserError, match=r"^label_dropout: expected 0, since the teacher in .* without labels, found 0\.1"):
         train(train_config(*distilled))
@@ -85,7 +85,7 @@ def test_a_unet_without_a_null_class_gets_one(train_config, tmp_path, caplog):
     assert load_pipeline(train(train_config(*distilled, "label_dropout=0"))).unet.config.num_classes == 2
 
 
-def test_other_numbers_of_classes_are_refused(train_config, tmp_path):
+def test_another_number_of_classes_is_refused(train_config, tmp_path):
     diffusers_unet(num_class_embeds=5).save_pretrained(tmp_path / "unet")
     with pytest.raises(UserError, match=r"^init_from: expected 3 class embeddings, for 2 classes and the null class, found 5"):
         train(train_config(f"init_from={tmp_path / 'unet'}"))

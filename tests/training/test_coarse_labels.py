@@ -1,4 +1,4 @@
-"""Coarse classes: parts of class names."""
+"""Coarse classes: each part of a class name, such as "noto" and "disc" of "noto, disc", is a class too."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ COARSE = "coarse_label_fraction=0.4"
 
 @pytest.fixture
 def named(shards, tmp_path):
-    """A function from names of the two classes to shards that have them."""
+    """A function that returns a setting of shards whose two classes have the given names."""
 
     def build(*names):
         folder = tmp_path / "named"
@@ -30,7 +30,7 @@ def named(shards, tmp_path):
     return build
 
 
-def test_a_label_is_replaced_as_often_as_said(named, open_run):
+def test_labels_are_replaced_at_the_given_rate(named, open_run):
     run = open_run(named("noto, disc", "noto, square"), COARSE, "label_dropout=0.2")
     assert run.coarse.tolist() == [[2, 3], [2, 4]], "noto, then disc and square"
     learner = Denoising(run)
@@ -41,12 +41,12 @@ def test_a_label_is_replaced_as_often_as_said(named, open_run):
     for number in range(500):
         found = model_conditions(run, batch, learner.draw(batch, number), null)["class_labels"]
         counts.index_put_((batch.labels, found), torch.ones(()), accumulate=True)
-    shares = counts / counts.sum(dim=1, keepdim=True)
+    fractions = counts / counts.sum(dim=1, keepdim=True)
     expected = torch.tensor([[0.48, 0, 0.16, 0.16, 0, 0.2], [0, 0.48, 0.16, 0, 0.16, 0.2]])
-    assert torch.allclose(shares, expected, atol=0.04)
+    assert torch.allclose(fractions, expected, atol=0.04)
 
 
-def test_without_it_the_same_numbers_are_drawn(named, open_run):
+def test_coarse_labels_do_not_change_the_other_random_numbers(named, open_run):
     shards = named("noto, disc", "noto, square")
     plain, coarse = (Denoising(open_run(shards, *more)) for more in ([], [COARSE]))
     batch = plain.run.batches().batch_at(0)
@@ -55,8 +55,8 @@ def test_without_it_the_same_numbers_are_drawn(named, open_run):
     assert plain.run.coarse is None and plain.model.network.config.num_classes == 2
 
 
-def test_the_noise_knows_wider_classes(named, open_run):
-    """A coarse class's weights are between those of the classes in it."""
+def test_the_fitted_noise_has_coarse_classes(named, open_run):
+    """The component weights of a coarse class are between those of its classes."""
     run = open_run(named("noto, disc", "noto, square"), COARSE)
     noise = build_model(run.config, run.manifest).mixture
     fit_noise(noise, run)
@@ -67,7 +67,7 @@ def test_the_noise_knows_wider_classes(named, open_run):
     assert ((noto >= low - 1e-5) & (noto <= high + 1e-5)).all()
 
 
-def test_a_model_has_them_by_name(named, train_config, tmp_path):
+def test_a_model_has_names_for_its_coarse_classes(named, train_config, tmp_path):
     train(train_config(named("noto, disc", "twemoji, square"), COARSE, "images_total=8", f"output={tmp_path / 'run'}"))
     pipeline = load_pipeline(tmp_path / "run/model")
     names = ["noto, disc", "twemoji, square", "noto", "twemoji", "disc", "square"]
@@ -76,11 +76,11 @@ def test_a_model_has_them_by_name(named, train_config, tmp_path):
 
 
 @pytest.mark.parametrize("names", [("disc", "square"), ("noto, disc", "square")])
-def test_names_have_as_many_parts(named, open_run, names):
+def test_class_names_with_different_numbers_of_parts_are_refused(named, open_run, names):
     with pytest.raises(UserError, match=r"coarse_label_fraction: expected .* the same number of parts.*, or 0, found"):
         open_run(named(*names), COARSE)
 
 
-def test_a_model_without_classes_has_none(open_run):
+def test_coarse_labels_without_classes_are_refused(open_run):
     with pytest.raises(UserError, match=r"coarse_label_fraction: expected .* found 'no classes'"):
         open_run(COARSE, "class_conditional=false")

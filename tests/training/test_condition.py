@@ -1,4 +1,4 @@
-"""A UNet of diffusers with cross-attention becomes a mixture without text."""
+"""Mixtures made from a diffusers UNet with cross-attention, without text."""
 
 import json
 
@@ -16,30 +16,30 @@ from tests.tiny import MIXTURE, diffusers_condition
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a UNet in Stable Diffusion's layout."""
+    """The folder of a UNet with the layout of Stable Diffusion."""
     torch.manual_seed(0)
     diffusers_condition().save_pretrained(tmp_path / "condition")
     return tmp_path / "condition"
 
 
-def test_it_attends_to_its_conditions(folder):
+def test_predictions_depend_on_classes_and_embeddings(folder):
     model = ExtendedUNet2DConditionModel.from_unet(folder, num_classes=2, embedding_dimensions=6, noise_rank=0, **MIXTURE)
     x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([900, 20]), torch.tensor([0, 2])
     plain = diffusers_condition().from_pretrained(folder)
     before = predict(plain, x, t)
     assert alike(before, plain(x, t, torch.zeros(2, 3, 12)).sample)
     embeds = torch.nn.functional.normalize(torch.randn(2, 6), dim=1)
-    assert alike(model(x, t, labels, image_embeds=embeds).sample, before), "tokens start at zero"
+    assert alike(model(x, t, labels, image_embeds=embeds).sample, before), "initially the tokens are zero"
     for token in (model.empty_states, model.class_states.weight, model.image_states.weight):
         torch.nn.init.normal_(token)
     found = [model(x, t, labels, image_embeds=given).sample for given in (embeds, None, torch.zeros(2, 6))]
     assert not alike(found[0], found[1]) and alike(found[1], found[2])
     assert not alike(model(x, t, labels).sample[0], model(x, t, None).sample[0])
-    assert alike(model(x, t, labels).sample[1], model(x, t, None).sample[1]), "label 2 is no class"
+    assert alike(model(x, t, labels).sample[1], model(x, t, None).sample[1]), "label 2 is the null class"
     assert model(torch.randn(1, 4, 5, 7), 10).sample.shape == (1, 4, 5, 7)
 
 
-def test_states_of_an_empty_text(folder):
+def test_empty_states_replace_the_text_states(folder):
     model = ExtendedUNet2DConditionModel.from_unet(folder, empty_tokens=5, noise_rank=0, **MIXTURE)
     states = torch.randn(5, 12)
     model.empty_states.data = states
@@ -52,8 +52,8 @@ def test_states_of_an_empty_text(folder):
 
 
 @pytest.mark.slow
-def test_it_starts_a_mixture(train_config, folder, tmp_path):
-    """With tokens for the classes -> training, resumed -> a pipeline that samples; and as a Gaussian model in a pipeline."""
+def test_a_mixture_can_start_from_a_unet_with_cross_attention(train_config, folder, tmp_path):
+    """It is trained, resumed and sampled. The plain UNet is sampled as a Gaussian model."""
     start = f"init_from={folder}"
     train(train_config(start, "images_total=32"))
     model = train(train_config(start))
@@ -69,13 +69,13 @@ def test_it_starts_a_mixture(train_config, folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["regression", "distillation"])
-def test_an_unconditional_one_is_a_teacher(train_config, folder, objective):
+def test_an_unconditional_unet_can_be_the_teacher(train_config, folder, objective):
     settings = ("model.noise_rank=0", "objective.teacher_steps=2", "class_conditional=false", "objective.draws=1")
     adversarial = "objective.distillation.adversarial_weight=0.3"
     assert train(train_config(f"init_from={folder}", f"objective.name={objective}", adversarial, *settings)).is_dir()
 
 
-def test_what_cannot_work_is_said(train_config, folder, tmp_path):
+def test_a_unet_with_other_embeddings_is_refused(train_config, folder, tmp_path):
     diffusers_condition(class_embed_type="timestep").save_pretrained(tmp_path / "more")
     with pytest.raises(UserError, match=r"init_from: unet: expected a UNet with cross-attention as.*'timestep'"):
         train(train_config(f"init_from={tmp_path / 'more'}"))

@@ -1,4 +1,4 @@
-"""Posterior distillation in the loop of tools/train.py."""
+"""Posterior distillation, with the training loop of tools/train.py."""
 
 import copy
 import dataclasses
@@ -18,8 +18,8 @@ from tests.training.results import assert_same_losses, logged_losses, weights
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
 
 
-def open_again(run, objective):
-    """The same run with another objective."""
+def with_objective(run, objective):
+    """Return the same run with another objective."""
     config = copy.deepcopy(run.config)
     config.objective.name = objective
     return dataclasses.replace(run, config=config)
@@ -32,8 +32,8 @@ def learner(open_run, distillation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL}"])
-def test_it_resumes_where_it_was(distil, tmp_path, views):
-    """All networks and optimizers, bit by bit; the teacher stays as it is."""
+def test_a_resumed_distillation_is_bit_identical(distil, tmp_path, views):
+    """All networks, optimizers and losses are."""
     chosen = f"objective.distillation.views={views}".split()
     train(distil(*chosen, f"output={tmp_path / 'straight'}"))
     train(distil(*chosen, f"output={tmp_path / 'stopped'}", "images_total=32"))
@@ -50,15 +50,16 @@ def test_it_resumes_where_it_was(distil, tmp_path, views):
 
 
 @pytest.mark.slow
-def test_parts_of_a_batch_add_up(distil, tmp_path):
-    for name, micro_batches in (("whole", 1), ("parts", 3)):
+def test_micro_batches_give_the_losses_of_the_batch(distil, tmp_path):
+    for name, micro_batches in (("batch", 1), ("micro-batches", 3)):
         train(distil(f"output={tmp_path / name}", f"micro_batches={micro_batches}"))
-    assert_same_losses(tmp_path / "whole", tmp_path / "parts")
+    assert_same_losses(tmp_path / "batch", tmp_path / "micro-batches")
 
 
 @pytest.mark.parametrize("views", ["conditional", "joined"])
-def test_a_critic_that_agrees_with_the_teacher_moves_nothing(learner, views):
-    """At the start they are one network, so the mixture has no reason to move; the critic has, from the mixture's draws."""
+def test_a_critic_equal_to_the_teacher_gives_no_loss(learner, views):
+    """Initially they have the same weights, so the loss of the mixture is 0. The critic learns from the draws of the mixture,
+    and the loss becomes positive. The teacher does not change."""
     learner = learner(f"objective.distillation.views={views}")
     batch = learner.run.batches().batch_at(0)
     losses = learner.losses(batch, learner.draw(batch, 0))
@@ -71,25 +72,25 @@ def test_a_critic_that_agrees_with_the_teacher_moves_nothing(learner, views):
     assert learner.losses(batch, learner.draw(batch, 3))["loss"].max() > 0
 
 
-def test_pure_noise_is_as_frequent_as_said(learner):
+def test_pure_noise_has_the_given_frequency(learner):
     found = {}
-    for share in (0.0, 1.0):
-        chosen = learner(f"objective.distillation.pure_noise_fraction={share}")
+    for fraction in (0.0, 1.0):
+        chosen = learner(f"objective.distillation.pure_noise_fraction={fraction}")
         draws = chosen.draw(chosen.run.batches().batch_at(0), 0)
-        found[share] = draws.t
+        found[fraction] = draws.t
         assert draws.r.min() >= 20 and draws.r.max() <= 979 and draws.second_eps.shape == draws.eps.shape
     assert (found[1.0] == 999).all() and (found[0.0] < 999).all()
 
 
-def test_the_critic_learns_at_its_own_rate(learner):
+def test_the_critic_has_its_own_learning_rate(learner):
     learner = learner("objective.distillation.critic_learning_rate=0.01", "learning_rate=1e-3")
     learner.step(learner.run.batches().batch_at(0), 0, learning_rate=5e-4)
     rates = {name: trained.optimizer.param_groups[0]["lr"] for name, trained in learner.networks.items()}
     assert rates == {"model": 5e-4, "critic": pytest.approx(5e-3)}
 
 
-def test_a_critic_of_more_updates(learner):
-    """It has learnt more by the model's first own update, which is of the same draws in either case."""
+def test_more_critic_updates_give_a_better_critic(learner):
+    """At the first update of the model. Its draws are the same for any number of critic updates."""
     found, steps = {}, {}
     for updates in (1, 8):
         torch.manual_seed(0)
@@ -102,8 +103,7 @@ def test_a_critic_of_more_updates(learner):
     assert found[8]["teacher_loss"] == found[1]["teacher_loss"] and found[8]["critic_loss"] < found[1]["critic_loss"]
 
 
-def test_a_guided_teacher(learner):
-    """The goal moves by what guidance adds to the teacher's prediction, and not where the label is left out."""
+def test_guidance_changes_the_target_only_for_labelled_samples(learner):
     losses, scale = {}, 3.0
     for guidance in (1.0, scale):
         torch.manual_seed(0)
@@ -121,25 +121,23 @@ def test_a_guided_teacher(learner):
     assert guided["loss"][4:].min() > 0
 
 
-def test_an_adversarial_term_starts_from_nothing(learner):
-    """With a logit that still says the same of all it pulls nowhere; the critic learns to tell."""
+def test_the_adversarial_loss_is_zero_until_the_logit_has_learnt(learner):
     learner = learner(ADVERSARIAL)
     batch = learner.run.batches().batch_at(0)
     noise = learner.draw(batch, 0)
     plain = learner.losses(batch, noise)
-    assert plain["loss"].abs().max() < 1e-10, "a logit that says nothing pulls nowhere"
+    assert plain["loss"].abs().max() < 1e-10, "a constant logit has no gradient"
     critic = learner.critic.network
     assert critic.conv_out.weight.shape[0] == learner.model.network.config.out_channels + 1
-    before = [torch.equal(value, torch.zeros_like(value)) for value in (critic.conv_out.weight[-1], critic.conv_out.bias[-1])]
-    assert before == [True, True]
+    assert not critic.conv_out.weight[-1].any() and not critic.conv_out.bias[-1].any()
     for number in range(3):
         learner.step(batch, number, learning_rate=1e-3)
     assert critic.conv_out.weight[-1].abs().max() > 0
     assert learner.losses(batch, noise)["loss"].max() > 0
 
 
-def test_an_energy_score_beside_it(learner):
-    """At the start, where distillation moves nothing, the loss is the weighted energy score of the draws."""
+def test_an_energy_score_is_added_to_the_loss(learner):
+    """Initially the loss of distillation is 0, so only the weighted energy score of the draws remains."""
     energy, draws = "objective.distillation.energy_weight=0.5", "objective.draws=3"
     chosen = learner(energy, draws)
     batch = chosen.run.batches().batch_at(0)
@@ -147,7 +145,7 @@ def test_an_energy_score_beside_it(learner):
     assert noise.eta.shape[1] == 3 and chosen.draw(batch, 0, 1).eta.shape[1] == 1
     losses = chosen.losses(batch, noise)
     assert losses["energy_score"].min() > 0 and torch.allclose(losses["loss"], 0.5 * losses["energy_score"])
-    denoising = Denoising(open_again(chosen.run, "energy"))
+    denoising = Denoising(with_objective(chosen.run, "energy"))
     denoising.model = chosen.model
     assert torch.allclose(denoising.losses(batch, noise), losses["energy_score"])
     only_critic = chosen.losses(batch, chosen.draw(batch, 0, 1), model_learns=False)
@@ -156,7 +154,7 @@ def test_an_energy_score_beside_it(learner):
         learner(energy, "objective.draws=1")
 
 
-def test_another_teacher_than_the_start(distil, train_config, gaussian_folder, model_folder, tmp_path):
+def test_the_teacher_can_differ_from_the_initial_model(distil, train_config, gaussian_folder, model_folder, tmp_path):
     plain = ("objective.name=distillation", "objective.draws=1")
     with pytest.raises(UserError, match=r"objective\.distillation\.teacher: expected .*, found None"):
         train(train_config(*plain))

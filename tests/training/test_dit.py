@@ -1,4 +1,4 @@
-"""A DiT of diffusers becomes a mixture, by every objective, and is sampled."""
+"""Mixtures made from a diffusers DiT, with every objective."""
 
 import json
 
@@ -26,7 +26,7 @@ TAIL = "model.tail_blocks=2"
 
 @pytest.fixture
 def dit(tmp_path):
-    """The folder of a DiT for two classes, with a learned variance in four more output channels, as ImageNet's have it."""
+    """The folder of a DiT for two classes. Four more output channels are a learned variance, as in the DiTs for ImageNet."""
     torch.manual_seed(0)
     model = diffusers_dit(out_channels=8, num_embeds_ada_norm=2)
     for parameter in model.parameters():
@@ -35,14 +35,14 @@ def dit(tmp_path):
     return tmp_path / "dit"
 
 
-def test_a_mixture_predicts_what_the_dit_does(dit):
-    """But for the variance; at other sizes than those trained too."""
+def test_a_new_mixture_predicts_as_the_dit(dit):
+    """Without the variance, and also for other sizes of latents."""
     plain = diffusers_dit(out_channels=8, num_embeds_ada_norm=2).from_pretrained(dit)
     model = ExtendedDiTTransformer2DModel.from_transformer(dit, tail_blocks=1, noise_rank=0, **MIXTURE).train()
     x, t, labels = torch.randn(3, 4, 8, 8), torch.tensor([999, 400, 3]), torch.tensor([0, 1, 2])
     expected = plain(x, t, labels).sample[:, :4]
     assert alike(model(x, t, labels).sample, expected)
-    assert alike(model(x, t, labels).sample, model(x, t, labels).sample), "it leaves out no labels by itself"
+    assert alike(model(x, t, labels).sample, model(x, t, labels).sample), "it drops no labels itself"
     assert alike(predict(plain, x, t, labels), expected)
     assert predict(plain, x, 400).shape == x.shape
     assert model(torch.randn(1, 4, 8, 12), 10).sample.shape == (1, 4, 8, 12)
@@ -51,8 +51,8 @@ def test_a_mixture_predicts_what_the_dit_does(dit):
 
 
 @pytest.mark.slow
-def test_a_dit_starts_a_mixture(train_config, dit, tmp_path):
-    """DiT -> mixture -> training, resumed -> a pipeline that samples -> training from that."""
+def test_a_mixture_can_start_from_a_dit(train_config, dit, tmp_path):
+    """It is trained, resumed and sampled, and another training starts from it."""
     start = (f"init_from={dit}", TAIL)
     train(train_config(*start, "images_total=32"))
     folder = train(train_config(*start, "images_total=64"))
@@ -62,8 +62,8 @@ def test_a_dit_starts_a_mixture(train_config, dit, tmp_path):
     assert all(torch.equal(straight[name], value) for name, value in weights(folder / "unet").items())
     assert load_pipeline(folder)([0, 1], num_inference_steps=2, output_type="pt").images.isfinite().all()
     train(train_config(f"init_from={folder / 'unet'}", f"output={tmp_path / 'again'}", "images_total=8"))
-    train(train_config(*start, "micro_batches=2", "gradient_checkpointing=true", f"output={tmp_path / 'parts'}"))
-    assert_same_losses(tmp_path / "straight", tmp_path / "parts")
+    train(train_config(*start, "micro_batches=2", "gradient_checkpointing=true", f"output={tmp_path / 'micro-batches'}"))
+    assert_same_losses(tmp_path / "straight", tmp_path / "micro-batches")
 
 
 @pytest.mark.slow
@@ -77,23 +77,22 @@ def test_a_dit_starts_a_mixture(train_config, dit, tmp_path):
     ],
     ids=["mixture_nll", "regression", "joined", "conditional"],
 )
-def test_every_objective(train_config, dit, objective):
+def test_every_objective_trains_a_dit(train_config, dit, objective):
     name, *settings = objective
     folder = train(train_config(f"init_from={dit}", TAIL, f"objective.name={name}", *settings))
     assert load_pipeline(folder)([1], num_inference_steps=2, output_type="pt").images.isfinite().all()
 
 
-def test_a_dit_in_a_pipeline(model_folder, dit, tmp_path):
-    """As it is, a Gaussian model, saved and loaded, with guidance."""
-    ours = load_pipeline(model_folder)
-    ours.register_modules(unet=diffusers_dit().from_pretrained(dit))
-    ours.save_pretrained(tmp_path / "plain")
+def test_a_plain_dit_is_sampled_in_a_pipeline(model_folder, dit, tmp_path):
+    pipeline = load_pipeline(model_folder)
+    pipeline.register_modules(unet=diffusers_dit().from_pretrained(dit))
+    pipeline.save_pretrained(tmp_path / "plain")
     plain = load_pipeline(tmp_path / "plain")
-    pictures = plain([0, 1], num_inference_steps=2, guidance_scale=2.0, output_type="pt").images
-    assert pictures.isfinite().all() and pictures.std() > 0
+    images = plain([0, 1], num_inference_steps=2, guidance_scale=2.0, output_type="pt").images
+    assert images.isfinite().all() and images.std() > 0
 
 
-def test_what_cannot_work_is_said(train_config, dit):
+def test_wrong_settings_for_a_dit_are_refused(train_config, dit):
     start = f"init_from={dit}"
     with pytest.raises(UserError, match="init_from: tail_blocks: expected 1 to 2, fewer than the network has, found 3"):
         train(train_config(start, "model.tail_blocks=3"))
@@ -101,10 +100,10 @@ def test_what_cannot_work_is_said(train_config, dit):
         train(train_config(start, "model.z_channels=0", "objective.name=mse"))
 
 
-def test_moments_need_a_unet(model_folder, shards, dit, tmp_path, run):
-    ours = load_pipeline(model_folder)
-    ours.register_modules(unet=diffusers_dit().from_pretrained(dit))
-    ours.save_pretrained(tmp_path / "plain")
+def test_moment_heads_need_a_unet(model_folder, shards, dit, tmp_path, run):
+    pipeline = load_pipeline(model_folder)
+    pipeline.register_modules(unet=diffusers_dit().from_pretrained(dit))
+    pipeline.save_pretrained(tmp_path / "plain")
     settings = [f"model={tmp_path / 'plain'}", f"shards={shards}", f"output={tmp_path / 'moments'}"]
     code, _, error = run(TrainMomentsConfig, train_moments, *settings)
     assert code == 2 and "model: unet: expected a UNet" in error and "DiTTransformer2DModel" in error
@@ -112,8 +111,8 @@ def test_moments_need_a_unet(model_folder, shards, dit, tmp_path, run):
 
 
 @pytest.mark.slow
-def test_the_recipe(run, pictures, vae_folder, dit, tmp_path):
-    """From a DiT to pictures in four steps: encode, train, fit the Gaussians, sample from them."""
+def test_the_recipe_for_a_dit(run, pictures, vae_folder, dit, tmp_path):
+    """Encode, train, fit Gaussians, and sample with four steps."""
     latents, mixture, drafts, samples = (tmp_path / name for name in ("latents", "mixture", "drafts", "samples"))
     images = [f"images.source={pictures}", "images.resolution=16", "num_workers=0"]
     assert run(EncodeConfig, encode, *images, f"autoencoder={vae_folder}", f"output={latents}")[0] == 0

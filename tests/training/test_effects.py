@@ -1,4 +1,4 @@
-"""Every setting of tools/train.py does something, and what it says."""
+"""Every setting of tools/train.py has the effect that its documentation states."""
 
 import dataclasses
 import functools
@@ -62,25 +62,25 @@ OTHERS = {
     "warmup_images": 64,
     "weight_decay": 0.5,
 }
-"""Other values than those of the tiny run, with which two steps end at other weights."""
+"""Values that differ from those of the tiny run. Each changes the weights after two steps."""
 NEEDS = {"model.up_layers_per_block": ["model.layers_per_block=2"], "objective.bandwidth": ["objective.name=mixture_nll"]}
 OTHERS["objective.bandwidth"] = 0.5
 ELSEWHERE = {
-    "micro_batches",  # test_step.py: parts of a batch
+    "micro_batches",  # test_step.py
     "attention",
-    "autoencoder",  # test_loop.py: another one is refused
+    "autoencoder",  # test_loop.py
     "checkpoint_every_images",
-    "compile",  # test_loop.py: in less time
+    "compile",  # test_loop.py
     "ema_halflife_images",
     "ema_widths",  # test_average.py
-    "gradient_checkpointing",  # test_loop.py: in less memory
+    "gradient_checkpointing",  # test_loop.py
     "image_conditional",
     "init_from",  # test_build.py
     "keep_checkpoints",
     "log_every_images",
     "model.tail_blocks",  # test_dit.py
     "num_workers",
-    "objective.distillation.critic_learning_rate",  # test_distillation.py, as those below
+    "objective.distillation.critic_learning_rate",  # test_distillation.py, like those below
     "objective.distillation.adversarial_weight",
     "objective.distillation.critic_updates",
     "objective.distillation.energy_weight",
@@ -95,12 +95,12 @@ ELSEWHERE = {
     "sample_steps",
     "shards",
     "coarse_label_fraction",  # test_coarse_labels.py
-    "diffusion.beta_start",  # test_same_process.py, as that below: with another beta_schedule
+    "diffusion.beta_start",  # test_same_process.py, like the next one
     "diffusion.beta_end",
-    "shards_cache.folder",  # test_remote_shards.py, as that below
+    "shards_cache.folder",  # test_remote_shards.py, like the next one
     "shards_cache.gigabytes",
 }
-"""Settings that change no weights, or have a test of their own, here where no other file is named."""
+"""Settings that change no weights, or have a separate test: in the named file, or else in this one."""
 
 
 def settings_of(schema, prefix=""):
@@ -112,20 +112,20 @@ def settings_of(schema, prefix=""):
             yield prefix + field.name
 
 
-def test_every_setting_has_its_test():
+def test_every_setting_has_a_test():
     assert set(settings_of(TrainConfig)) == OTHERS.keys() | ELSEWHERE
 
 
 @pytest.fixture
 def trained(train_config, tmp_path, monkeypatch):
-    """A function from settings to the weights after two steps, without the pictures of them."""
+    """A function that trains for two steps with the given settings and returns the weights."""
     monkeypatch.setattr(loop, "preview", lambda *_: None)
     monkeypatch.setattr(loop, "save_model_folder", lambda *_: None)
     runs = iter(range(100))
 
     def build(*settings):
         run = tmp_path / f"run-{next(runs)}"
-        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of a process
+        AcceleratorState._reset_state(reset_partial_state=True)  # otherwise it keeps the precision of earlier runs
         train(train_config("images_total=16", *settings, f"output={run}"))
         return load_file(checkpoints(run / "checkpoints")[-1] / "model" / WEIGHTS)
 
@@ -133,13 +133,13 @@ def trained(train_config, tmp_path, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def given(setting):
+def override(setting):
     return f"{setting}={str(OTHERS[setting]).replace('True', 'true').replace('False', 'false')}"
 
 
 @pytest.fixture
 def usual(trained):
-    """The weights of the tiny run as it is, for some settings; computed once in a session."""
+    """A function that returns the weights of the tiny run, with some settings. They are computed once per session."""
     return lambda *settings: usual_weights(trained, settings)
 
 
@@ -154,14 +154,14 @@ def usual_weights(trained, settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", OTHERS)
-def test_it_changes_what_is_learnt(trained, usual, setting):
+def test_a_setting_changes_the_weights(trained, usual, setting):
     needs = NEEDS.get(setting, [])
-    before, after = usual(*needs), trained(*needs, given(setting))
+    before, after = usual(*needs), trained(*needs, override(setting))
     assert before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.slow
-def test_the_optimizer_has_the_rates_and_the_clipped_gradients(trained, train_config, monkeypatch):
+def test_the_optimizer_gets_learning_rates_weight_decay_and_clipped_gradients(trained, train_config, monkeypatch):
     steps, real = [], torch.optim.AdamW.step
 
     def step(self, *arguments, **options):
@@ -182,8 +182,8 @@ def test_the_optimizer_has_the_rates_and_the_clipped_gradients(trained, train_co
     assert min(norm for *_, norm in steps) > 0.02
 
 
-def test_the_average_follows_its_halflife(train_config, model_folder, tmp_path, trained):
-    """From weights that are not random ones: EMA = start + (1 - 0.5^(batch / halflife)) (weights - start) after one step."""
+def test_the_ema_has_its_half_life(train_config, model_folder, tmp_path, trained):
+    """With init_from: EMA = start + (1 - 0.5^(batch / half-life)) (weights - start) after one step."""
     start = load_file(model_folder / "unet" / WEIGHTS)
     settings = [f"init_from={model_folder / 'unet'}", "images_total=8", "ema_halflife_images=16", "learning_rate=1e-2"]
     weights = trained(*settings)
@@ -197,7 +197,7 @@ def test_the_average_follows_its_halflife(train_config, model_folder, tmp_path, 
 
 @pytest.fixture
 def network_inputs(monkeypatch):
-    """What the network is called with in training: (arguments, keywords) of each call, and the type of its first features."""
+    """For every training call of the network: its arguments, its keyword arguments, and the dtype of its first features."""
     calls, real = [], Denoising.losses
 
     def losses(self, *arguments):
@@ -217,7 +217,7 @@ def network_inputs(monkeypatch):
 
 
 @pytest.mark.parametrize("dropout", [0, 1])
-def test_labels_and_embeddings_are_left_out_as_often_as_asked(trained, embedded, network_inputs, dropout):
+def test_labels_and_embeddings_are_dropped_at_the_given_rate(trained, embedded, network_inputs, dropout):
     trained(f"shards={embedded}", "image_conditional=true", f"label_dropout={dropout}")
     for *_, named, _ in network_inputs:
         assert set(named["class_labels"].tolist()) == ({2} if dropout else {0, 1})
@@ -226,7 +226,7 @@ def test_labels_and_embeddings_are_left_out_as_often_as_asked(trained, embedded,
     assert len(network_inputs) == 2
 
 
-def test_labels_and_embeddings_are_left_out_apart_from_each_other(trained, embedded, network_inputs):
+def test_labels_and_embeddings_are_dropped_independently(trained, embedded, network_inputs):
     trained(f"shards={embedded}", "image_conditional=true", "label_dropout=0.5", "images_total=64")
     without_label = torch.cat([call[-2]["class_labels"] == 2 for call in network_inputs])
     without_embedding = torch.cat([call[-2]["image_embeds"].norm(dim=1) < 0.5 for call in network_inputs])
@@ -235,19 +235,19 @@ def test_labels_and_embeddings_are_left_out_apart_from_each_other(trained, embed
 
 
 @pytest.mark.parametrize("setting, expected", [(["class_conditional=false"], None), (["class_conditional=true"], "labels")])
-def test_a_network_without_classes_gets_none(trained, network_inputs, setting, expected):
+def test_a_network_without_classes_gets_no_labels(trained, network_inputs, setting, expected):
     trained(*setting)
     assert all((call[-2]["class_labels"] is None) == (expected is None) for call in network_inputs) and len(network_inputs) == 2
 
 
 @pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
-def test_precision_is_that_of_the_network(trained, network_inputs, precision, dtype):
+def test_the_network_runs_in_the_given_precision(trained, network_inputs, precision, dtype):
     trained(f"precision={precision}")
     assert {call[-1] for call in network_inputs} == {dtype}
 
 
 @pytest.mark.parametrize("name", ["auto", "sdpa", "xformers"])
-def test_attention_is_chosen(trained, name, monkeypatch):
+def test_the_attention_backend_is_set(trained, name, monkeypatch):
     monkeypatch.setattr(attention, "_backend", "none")
     trained(f"attention={name}")
     assert attention._backend == name
@@ -255,7 +255,7 @@ def test_attention_is_chosen(trained, name, monkeypatch):
 
 @pytest.fixture
 def step_inputs(monkeypatch):
-    """(batch, draws, seed of what else is random) of every step."""
+    """(batch, draws, global random seed) of every step."""
     found, real = [], Denoising.losses
 
     def losses(self, batch, draws):
@@ -273,14 +273,14 @@ def test_every_step_and_seed_has_its_own_random_numbers(trained, step_inputs):
         assert len(numbers) == len(set(numbers)) == 4
 
 
-def test_a_seed_is_also_of_the_first_weights(trained):
+def test_the_seed_determines_the_initial_weights(trained):
     still = ("learning_rate=1e-12", "weight_decay=0", "images_total=8")
     a, b = (trained(f"seed={seed}", *still)["conv_in.weight"] for seed in (0, 1))
     assert (a - b).abs().max() > 0.01
 
 
 def test_a_weighting_has_the_power_of_the_objective(open_run, shards):
-    """The energy score is of power beta, the others are squares."""
+    """The energy score has power beta, the others power 2."""
     batch = LatentStream(Manifest.load(shards), 8, 8).batch_at(0)
     for objective, power in ((["objective.beta=0.5"], 0.5), (["objective.name=mse"], 2), (["objective.name=mixture_nll"], 2)):
         losses = []
@@ -293,7 +293,7 @@ def test_a_weighting_has_the_power_of_the_objective(open_run, shards):
         assert torch.allclose(losses[1], losses[0] * s**power, rtol=1e-4)
 
 
-def test_the_scheduler_is_that_of_the_training(train_config):
+def test_the_model_has_the_scheduler_of_the_training(train_config):
     folder = train(train_config("images_total=8", "diffusion.prediction_type=epsilon", "diffusion.num_train_timesteps=500"))
     found = load_pipeline(folder).scheduler
     assert (found.config.prediction_type, len(found.alphas_cumprod), found.config.num_train_timesteps) == ("epsilon", 500, 500)
@@ -302,7 +302,7 @@ def test_the_scheduler_is_that_of_the_training(train_config):
 
 
 @pytest.mark.parametrize("mirror", [False, True])
-def test_batches_are_those_of_the_stream(trained, shards, step_inputs, mirror):
+def test_training_uses_the_batches_of_the_stream(trained, shards, step_inputs, mirror):
     trained(f"mirror={mirror}".lower(), "seed=3")
     stream = LatentStream(Manifest.load(shards), 8, 16, seed=3, mirror=mirror)
     for position, (batch, _, _) in zip((0, 8), step_inputs, strict=True):
@@ -318,7 +318,7 @@ def test_batches_come_from_workers(trained, monkeypatch):
 
 
 @pytest.mark.slow
-def test_reports_pictures_and_checkpoints_come_as_often_as_asked(train_config, tmp_path, monkeypatch):
+def test_reports_samples_and_checkpoints_have_the_given_intervals(train_config, tmp_path, monkeypatch):
     steps, real = [], SMDPipeline.__call__
 
     @functools.wraps(real)

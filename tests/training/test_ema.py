@@ -17,8 +17,8 @@ def test_ema_follows_its_formula():
     assert torch.allclose(ema.model.weight, start + 0.875)
 
 
-def test_ema_of_random_weights_forgets_them_and_copies_buffers():
-    """At first the half-life is a twentieth of the images seen."""
+def test_ema_forgets_random_initial_weights_and_copies_buffers():
+    """Early in a training the half-life is a twentieth of the images seen."""
     model = torch.nn.BatchNorm1d(2)
     ema = EMA(model, halflife_images=1000)
     start = model.weight.detach().clone()

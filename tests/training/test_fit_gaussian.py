@@ -12,7 +12,8 @@ from ldm_smd.training.fit_gaussian import LatentSums, class_gaussians, fit_gauss
 from ldm_smd.training.settings import FitGaussianConfig
 
 
-def test_sums_are_the_moments_of_the_draws():
+def test_sums_give_the_moments_of_latents():
+    """Compared with many draws of the latents from their means and standard deviations."""
     generator = torch.Generator().manual_seed(0)
     means, spread = torch.randn(300, 6, generator=generator), torch.rand(300, 6, generator=generator)
     labels = torch.randint(-1, 2, (300,), generator=generator)
@@ -29,23 +30,23 @@ def test_sums_are_the_moments_of_the_draws():
     assert torch.allclose(sums.pooled().principal(0, 5)[0], means.double().mean(dim=0))
 
 
-def test_a_sketch_is_exact_where_the_covariance_has_few_directions_and_close_otherwise():
+def test_a_sketch_is_exact_for_a_covariance_of_low_rank_and_close_otherwise():
     generator = torch.Generator().manual_seed(0)
     few = torch.randn(500, 4, generator=generator).double() @ torch.randn(4, 40, generator=generator).double() + 1.0
     decay = torch.randn(2000, 40, generator=generator).double() * 0.7 ** torch.arange(40)
     for points, spread, tolerance in ((few, 0.0, 1e-8), (decay, 0.01, 0.05)):
-        whole, sketched = LatentSums.empty(1, 40), LatentSums.empty(1, 40, sketch=16)
-        for sums in (whole, sketched):
+        exact, sketched = LatentSums.empty(1, 40), LatentSums.empty(1, 40, sketch=16)
+        for sums in (exact, sketched):
             sums.add(points[:100], torch.full_like(points[:100], spread), torch.full((100,), -1))
             sums.add(points[100:], torch.full_like(points[100:], spread), torch.full((len(points) - 100,), -1))
-        (mean, vectors, variances, tail), found = whole.principal(0, 4), sketched.principal(0, 4)
+        (mean, vectors, variances, tail), found = exact.principal(0, 4), sketched.principal(0, 4)
         assert torch.allclose(found[0], mean)
         assert torch.allclose(found[2], variances, rtol=tolerance)
         assert (found[1] * vectors).sum(dim=1).abs().min() > 1 - tolerance
         assert found[3].item() == pytest.approx(tail.item(), rel=tolerance, abs=1e-9)
 
 
-def test_class_gaussians_keep_the_leading_directions():
+def test_class_gaussians_keep_the_leading_principal_components():
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(500, 8, generator=generator) * torch.tensor([3.0, 2, 1, 0.5, 0.4, 0.3, 0.2, 0.1])
     sums = LatentSums.empty(3, 8)
@@ -55,10 +56,10 @@ def test_class_gaussians_keep_the_leading_directions():
     exact = torch.linalg.eigvalsh(covariance).flip(0)
     assert torch.allclose(part.variances[0].double(), exact[:3], rtol=1e-4)
     assert part.tails[0].item() == pytest.approx(exact[3:].mean().item(), rel=1e-4)
-    assert torch.allclose(part.means[2], points.mean(dim=0), atol=1e-5)  # no class: all
+    assert torch.allclose(part.means[2], points.mean(dim=0), atol=1e-5)  # the null class: all images
 
 
-def test_a_mixture_of_latents_far_apart_is_found(shards, monkeypatch):
+def test_well_separated_clusters_of_latents_are_found(shards, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     centres = 3 * torch.randn(3, 256, generator=generator)
     counts = torch.tensor([10, 20, 34])
@@ -69,9 +70,9 @@ def test_a_mixture_of_latents_far_apart_is_found(shards, monkeypatch):
     monkeypatch.setattr(gaussian, "fitting_latents", lambda *_: (latents.view(-1, 4, 8, 8), labels))
     config = FitGaussianConfig(model="x", shards="x", output="x", components=3, rank=8)
     found = gaussian.shared_gaussians(config, sums, Manifest.load(shards), None, classes=0)
-    apart = torch.cdist(centres, found.means)
-    order = apart.argmin(dim=1)
-    assert apart.min(dim=1).values.max() < 1 < 20 < torch.cdist(centres, centres)[0, 1:].min()
+    distance = torch.cdist(centres, found.means)
+    order = distance.argmin(dim=1)
+    assert distance.min(dim=1).values.max() < 1 < 20 < torch.cdist(centres, centres)[0, 1:].min()
     assert torch.allclose(found.log_weights[0].exp()[order], counts / 64, atol=1e-3)
 
 
@@ -104,10 +105,10 @@ def test_fit_end_to_end(model_folder, shards, tmp_path, run, components):
 
 
 @pytest.mark.slow
-def test_latents_too_large_for_a_covariance_are_sketched(model_folder, shards, tmp_path, run, monkeypatch):
+def test_covariances_of_large_latents_are_sketched(model_folder, shards, tmp_path, run, monkeypatch):
     settings = [f"model={model_folder}", f"shards={shards}", "rank=16"]
     fitted = {}
-    for name, limit in (("whole", 2**30), ("sketch", 8 * 3 * 256 * 64), ("none", 1000)):
+    for name, limit in (("exact", 2**30), ("sketch", 8 * 3 * 256 * 64), ("none", 1000)):
         monkeypatch.setattr(gaussian, "MEMORY_LIMIT", limit)
         code, _, error = run(FitGaussianConfig, fit_gaussian, *settings, f"output={tmp_path / name}")
         if name == "none":
@@ -115,13 +116,13 @@ def test_latents_too_large_for_a_covariance_are_sketched(model_folder, shards, t
         else:
             assert code == 0, error
             fitted[name] = load_pipeline(tmp_path / name).gaussian
-    assert torch.allclose(fitted["whole"].means, fitted["sketch"].means, atol=1e-5)
-    # The encoder's variances are not the same everywhere, which the sketch takes them to be.
-    assert torch.allclose(fitted["whole"].variances[:, :2], fitted["sketch"].variances[:, :2], rtol=0.1)
+    assert torch.allclose(fitted["exact"].means, fitted["sketch"].means, atol=1e-5)
+    # The sketch assumes that the variances of the encoder are the same for all elements, which they are not.
+    assert torch.allclose(fitted["exact"].variances[:, :2], fitted["sketch"].variances[:, :2], rtol=0.1)
 
 
 @pytest.mark.distributed
-def test_two_processes_fit_what_one_does(model_folder, shards, tmp_path, run, launch):
+def test_two_processes_fit_the_same_gaussians_as_one(model_folder, shards, tmp_path, run, launch):
     settings = [f"model={model_folder}", f"shards={shards}", "batch_size=4", "rank=8"]
     code, _, error = run(FitGaussianConfig, fit_gaussian, *settings, f"output={tmp_path / '1'}")
     assert code == 0, error

@@ -28,11 +28,11 @@ from tests.training.results import assert_same_losses, logged_losses, weights
 
 
 @pytest.mark.slow
-def test_resume_is_bit_equal_to_no_stop(train_config, tmp_path):
-    """32 images, stop, 32 more, against 64 in one go: weights, EMA, optimizer and log."""
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(train_config, tmp_path):
+    """Training on 32 and then 32 more images is compared with training on 64: weights, EMA, optimizer and log."""
     straight = train_config(f"output={tmp_path / 'straight'}")
     train(straight)
-    # The schedule depends on images_total through the cool-down only, and there is none here.
+    # The learning rate depends on images_total only through the cooldown, and there is none here.
     train(train_config(f"output={tmp_path / 'stopped'}", "images_total=32"))
     train(train_config(f"output={tmp_path / 'stopped'}"))
     a, b = (checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("straight", "stopped"))
@@ -44,7 +44,7 @@ def test_resume_is_bit_equal_to_no_stop(train_config, tmp_path):
     assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
-def test_a_run_that_was_killed_before_its_model_folder_writes_it(train_config, tmp_path):
+def test_a_run_killed_before_it_wrote_its_model_folder_writes_it_later(train_config, tmp_path):
     folder = train(train_config("images_total=32"))
     before = weights(folder / "unet")
     shutil.rmtree(folder)
@@ -53,8 +53,8 @@ def test_a_run_that_was_killed_before_its_model_folder_writes_it(train_config, t
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_a_resumed_run_is_bit_equal(train_config, tmp_path, monkeypatch):
-    """Also in its log, although the signal comes between two reports."""
+def test_sigterm_saves_a_checkpoint_and_the_resumed_run_is_bit_identical(train_config, tmp_path, monkeypatch):
+    """Its log is too, although the signal comes between two reports."""
     train(train_config(f"output={tmp_path / 'straight'}"))
     real, steps = Denoising.step, []
 
@@ -80,19 +80,19 @@ def test_sigterm_saves_and_a_resumed_run_is_bit_equal(train_config, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_the_same_in_less_memory(train_config, tmp_path, monkeypatch):
-    """Blocks compute again on the way back, each of them."""
-    again = count_calls(monkeypatch, torch.utils.checkpoint, "checkpoint")
+def test_gradient_checkpointing_gives_the_same_losses(train_config, tmp_path, monkeypatch):
+    """And every block uses it."""
+    checkpointed = count_calls(monkeypatch, torch.utils.checkpoint, "checkpoint")
     train(train_config(f"output={tmp_path / 'plain'}", "images_total=32"))
-    assert not again
+    assert not checkpointed
     train(train_config(f"output={tmp_path / 'other'}", "images_total=32", "gradient_checkpointing=true"))
-    assert len(again) > 4 and len(again) % 4 == 0
+    assert len(checkpointed) > 4 and len(checkpointed) % 4 == 0
     assert_same_losses(tmp_path / "plain", tmp_path / "other")
 
 
 @pytest.mark.slow
-def test_the_same_in_less_time(train_config, tmp_path, monkeypatch):
-    # The graph that torch.compile makes, run as it is: compiling takes minutes on a CPU.
+def test_a_compiled_model_gives_the_same_losses(train_config, tmp_path, monkeypatch):
+    # The graphs of torch.compile are run without compiling them, which would take minutes on a CPU.
     graphs = []
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph)
@@ -105,23 +105,23 @@ def test_the_same_in_less_time(train_config, tmp_path, monkeypatch):
 
 
 def count_calls(monkeypatch, module, name):
-    """A list that grows by one with each call."""
+    """Return a list to which every call appends an element."""
     calls, real = [], getattr(module, name)
     monkeypatch.setattr(module, name, lambda *given, **options: calls.append(1) or real(*given, **options))
     return calls
 
 
 @pytest.mark.distributed
-def test_two_processes_learn_as_one_does(train_config, tmp_path):
-    """Same batches, same random numbers, same losses; and one process goes on from a checkpoint of two. By the launcher's own
-    command line; other tests fork its processes, which is faster."""
+def test_two_processes_give_the_losses_of_one(train_config, tmp_path):
+    """They use the same batches and random numbers. One process resumes from a checkpoint of two. This test uses the command
+    line of the launcher. Other tests fork its processes, which is faster."""
     one = train_config(f"output={tmp_path / 'one'}")
     train(one)
     two = dataclasses.replace(one, output=str(tmp_path / "two"), images_total=32)
     (tmp_path / "two.yaml").write_text(dump_config(two))
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
     command = [sys.executable, "-m", *launcher, str(ROOT / "tools/train.py"), "--config", str(tmp_path / "two.yaml")]
-    # As many threads as here, by which the fitted noise of few images rounds.
+    # The same number of threads as here, because the rounding of the fitted noise depends on it.
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 0 and checkpoints(tmp_path / "two/checkpoints"), done.stderr[-6000:]
@@ -130,8 +130,8 @@ def test_two_processes_learn_as_one_does(train_config, tmp_path):
 
 
 @pytest.mark.distributed
-def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config, tmp_path, launch_with):
-    """And one process goes on to the losses of a run that was never stopped."""
+def test_after_sigterm_to_the_launcher_four_processes_save_one_checkpoint(train_config, tmp_path, launch_with):
+    """One process resumes from it, with the losses of an uninterrupted run."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=480", "checkpoint_every_images=480")
     stopped = dataclasses.replace(one, output=str(tmp_path / "stopped"))
     process = launch_with(stopped, 4, "tools/train.py", "--config")
@@ -141,43 +141,43 @@ def test_sigterm_to_the_launcher_saves_what_four_processes_agree_on(train_config
     error = process.said()
     assert process.returncode and "stopped by SIGTERM after" in error, error[-6000:]
     (saved,) = checkpoints(tmp_path / "stopped/checkpoints")
-    assert int(saved.name.removeprefix("images-")) % 80 == 0  # of the 8 pictures of 10 steps
+    assert int(saved.name.removeprefix("images-")) % 80 == 0  # processes agree every 10 steps of 8 images
     train(one)
     train(stopped)
     assert_same_losses(tmp_path / "one", tmp_path / "stopped")
 
 
 @pytest.mark.distributed
-def test_divided_parameters_learn_as_whole_ones(train_config, tmp_path, launch_with):
-    """FSDP: checkpoints have whole tensors, those of one process but for rounding, and are gone on with."""
+def test_fsdp_gives_the_weights_of_one_process(train_config, tmp_path, launch_with):
+    """Its checkpoints have full tensors, equal to those of one process up to rounding, and it resumes from them."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=48", "checkpoint_every_images=16", "keep_checkpoints=3")
     train(one)
-    divided = dataclasses.replace(one, output=str(tmp_path / "divided"))
+    sharded = dataclasses.replace(one, output=str(tmp_path / "sharded"))
     for settings in ({"images_total": 16}, {"images_total": 32}, {"precision": "bf16"}):
-        process = launch_with(dataclasses.replace(divided, **settings), 2, "tests/training/fsdp_run.py")
+        process = launch_with(dataclasses.replace(sharded, **settings), 2, "tests/training/fsdp_run.py")
         error = process.said()
         assert process.returncode == 0, error[-6000:]
-    paths = [checkpoints(tmp_path / name / "checkpoints")[1] for name in ("one", "divided")]
+    paths = [checkpoints(tmp_path / name / "checkpoints")[1] for name in ("one", "sharded")]
     for part in ("model/diffusion_pytorch_model", "ema/diffusion_pytorch_model", "optimizer"):
         first, second = (load_file(path / f"{part}.safetensors") for path in paths)
         assert first.keys() == second.keys()
         assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-6) for name in first), part
-    assert weights(paths[0] / "model").keys() == load_pipeline(tmp_path / "divided/model").unet.state_dict().keys()
-    first, second = (logged_losses(tmp_path / name) for name in ("one", "divided"))
+    assert weights(paths[0] / "model").keys() == load_pipeline(tmp_path / "sharded/model").unet.state_dict().keys()
+    first, second = (logged_losses(tmp_path / name) for name in ("one", "sharded"))
     assert second[:2] == [(images, pytest.approx(loss, rel=1e-4)) for images, loss in first[:2]]
     assert second[2:] == [(images, pytest.approx(loss, rel=0.02)) for images, loss in first[2:]]
 
 
 @pytest.mark.distributed
-def test_two_divided_networks_learn_as_whole_ones(train_config, tmp_path, launch_with, monkeypatch):
-    """One of which last runs without gradients, after which FSDP would leave it whole."""
+def test_fsdp_with_two_networks_gives_the_weights_of_one_process(train_config, tmp_path, launch_with, monkeypatch):
+    """The last forward pass of one of them is without gradients, after which FSDP would leave it unsharded."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=16")
-    process = launch_with(dataclasses.replace(one, output=str(tmp_path / "divided")), 2, "tests/training/fsdp_run.py", "critic")
+    process = launch_with(dataclasses.replace(one, output=str(tmp_path / "sharded")), 2, "tests/training/fsdp_run.py", "critic")
     error = process.said()
     assert process.returncode == 0, error[-6000:]
     monkeypatch.setattr(loop, "learner_for", WithCritic)
     train(one)
-    paths = [checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("one", "divided")]
+    paths = [checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("one", "sharded")]
     for part in ("model/diffusion_pytorch_model", "critic/diffusion_pytorch_model", "optimizer", "critic-optimizer"):
         first, second = (load_file(path / f"{part}.safetensors") for path in paths)
         assert first.keys() == second.keys()
@@ -186,7 +186,7 @@ def test_two_divided_networks_learn_as_whole_ones(train_config, tmp_path, launch
 
 @pytest.fixture
 def launch_with(launch, tmp_path):
-    """As ``launch``, of a config, which comes last."""
+    """Like ``launch``, with a config whose path becomes the last argument."""
 
     def start(config, processes, script, *arguments):
         (tmp_path / "several.yaml").write_text(dump_config(config))
@@ -201,7 +201,7 @@ def assert_finite_losses(folder, reported):
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_last_checkpoint(train_config, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint(train_config, tmp_path, monkeypatch):
     train(train_config("images_total=32"))
 
     def full(*_):
@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(train_config, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_model_and_another_does_not(train_config, tmp_path):
+def test_a_seed_determines_the_model(train_config, tmp_path):
     folders = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         folders.append(train(train_config(f"output={tmp_path / name}", f"seed={seed}", "images_total=16")) / "unet")
@@ -224,7 +224,7 @@ def test_the_same_seed_gives_the_same_model_and_another_does_not(train_config, t
 
 
 @pytest.mark.slow
-def test_a_run_leaves_what_it_says(train_config, tmp_path):
+def test_a_run_writes_its_documented_files(train_config, tmp_path):
     train(train_config("sample_every_images=32", "keep_checkpoints=1"))
     run = tmp_path / "run"
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["images-000000000064"]
@@ -237,31 +237,31 @@ def test_a_run_leaves_what_it_says(train_config, tmp_path):
     card = (run / "model" / "README.md").read_text()
     assert "Classes: 0 disc, 1 square." in card and "license" not in card
     program = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1].replace("this folder", str(run / "model"))
-    made = {}
-    exec(program, made)
-    assert len(made["images"]) == 2
+    variables = {}
+    exec(program, variables)
+    assert len(variables["images"]) == 2
     lines = read_metrics(run / "metrics.jsonl")
     assert_finite_losses(run, [16, 32, 48, 64])
     assert {"spread/99", "spread/999"} <= {key for line in lines for key in line}
 
 
 @pytest.mark.parametrize("setting", ["objective.name=mixture_nll", "objective.weighting=min_snr", "objective.beta=0.5"])
-def test_objectives_train(train_config, tmp_path, setting):
+def test_objectives_give_finite_losses(train_config, tmp_path, setting):
     train(train_config(setting, "images_total=32"))
     assert_finite_losses(tmp_path / "run", [16, 32])
 
 
-def test_unlabelled_and_unconditional(train_config):
+def test_an_unconditional_model_has_no_class_embedding(train_config):
     folder = train(train_config("class_conditional=false", "images_total=16"))
     assert not any(name.startswith("class_embedding") for name in weights(folder / "unet"))
 
 
 @pytest.mark.slow
-def test_a_non_finite_loss_stops_with_the_keys_and_keeps_the_last_checkpoint(train_config, tmp_path, monkeypatch):
+def test_a_non_finite_loss_ends_the_run_with_the_keys_and_keeps_the_last_checkpoint(train_config, tmp_path, monkeypatch):
     train(train_config("images_total=32"))
-    monkeypatch.setattr(Denoising, "losses", lambda self, *_: poisoned(self.model.network))
+    monkeypatch.setattr(Denoising, "losses", lambda self, *_: nan_losses(self.model.network))
 
-    def poisoned(model):
+    def nan_losses(model):
         return sum(parameter.sum() for parameter in model.parameters()) * torch.full((8,), float("nan"))
 
     with pytest.raises(UserError, match=r"loss: expected a finite number, found nan at 48 images; last batch: (disc|square)/"):

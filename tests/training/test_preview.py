@@ -14,7 +14,7 @@ def last(folder, name):
     return [line[name] for line in read_metrics(folder / "metrics.jsonl") if name in line][-1]
 
 
-def test_a_collapsed_mixture_is_reported(train_config, tmp_path, caplog):
+def test_a_collapsed_mixture_gives_a_warning(train_config, tmp_path, caplog):
     train(train_config("objective.name=mse", "model.noise_rank=0", "images_total=16"))
     assert any("the mixture has collapsed" in record.message for record in caplog.records)
     assert last(tmp_path / "run", "nearest_neighbour_ratio") < 0.1
@@ -22,19 +22,19 @@ def test_a_collapsed_mixture_is_reported(train_config, tmp_path, caplog):
     assert last(tmp_path / "fitted", "nearest_neighbour_ratio") > 0.5
 
 
-def test_a_collapsed_distillation_is_reported(caplog):
-    """Of data N(0, 1), with the best teacher, and the best critic of a mixture that gives the data or one picture only."""
+def test_a_collapsed_distillation_gives_a_warning(caplog):
+    """For data N(0, 1), with a perfect teacher and a perfect critic, of a mixture that gives the data or only one sample."""
     torch.manual_seed(0)
     settings, path = DistillationConfig(), DiffusionProcess(build_scheduler(DiffusionConfig()).alphas_cumprod)
-    shape, picture = (256, 4, 4, 4), torch.randn(1, 4, 4, 4)
+    shape, sample = (256, 4, 4, 4), torch.randn(1, 4, 4, 4)
     t, r = torch.full(shape[:1], 700), torch.randint(20, 980, shape[:1])
 
-    def teacher(seen, u, *_, **__):
-        return (torch.zeros_like(seen[:, :4]),)  # v = 0 is x_0 = a x_u, the mean of N(0, 1) given x_u
+    def teacher(x_u, u, *_, **__):
+        return (torch.zeros_like(x_u[:, :4]),)  # v = 0 means x_0 = a x_u, the mean of N(0, 1) given x_u
 
-    def knows_picture(seen, u, *_, **__):
-        a, s = path.signal_and_noise(u, seen)
-        return ((a * seen[:, :4] - picture) / s,)
+    def critic_of_sample(x_u, u, *_, **__):
+        a, s = path.signal_and_noise(u, x_u)
+        return ((a * x_u[:, :4] - sample) / s,)
 
     def ratio(critic, draws):
         watch = CriticWatch()
@@ -47,14 +47,14 @@ def test_a_collapsed_distillation_is_reported(caplog):
         return found["critic_ratio"]
 
     assert ratio(teacher, lambda x0: torch.randn_like(x0)) == 1 and not caplog.records
-    assert ratio(knows_picture, lambda x0: picture.expand_as(x0)) < 0.01
+    assert ratio(critic_of_sample, lambda x0: sample.expand_as(x0)) < 0.01
     assert ["far from the teacher's" in record.message for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize("ratio, words", [(0.3, "far from the teacher's"), (3.0, "does not follow the draws"), (0.9, "")])
-def test_a_critic_apart_from_the_teacher_is_said_once(caplog, ratio, words):
+def test_a_critic_unlike_the_teacher_gives_one_warning(caplog, ratio, words):
     watch = CriticWatch()
-    watch.ratio({"critic_loss": 10.0, "teacher_loss": 1.0})  # one report, which says nothing
+    watch.ratio({"critic_loss": 10.0, "teacher_loss": 1.0})  # a single report gives no warning
     assert watch.ratio({"loss": 1.0}) == {}
     assert watch.ratio({"critic_loss": 1.0, "teacher_loss": 1.0}) == {"critic_ratio": 1.0}
     for _ in range(REPORTS - 1):

@@ -1,4 +1,4 @@
-"""A run goes on only as the run it was, or its card tells otherwise."""
+"""A run resumes only with the same settings and data. Allowed changes are listed on its card."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from tests.forked import ROOT, script
 
 @pytest.fixture
 def other_shards(pictures, vae_folder, tmp_path):
+    """Latent shards of the images upside down."""
     for path in pictures.rglob("*.png"):
         (tmp_path / "upside-down" / path.parent.name).mkdir(parents=True, exist_ok=True)
         with Image.open(path) as image:
@@ -46,7 +47,7 @@ def other_shards(pictures, vae_folder, tmp_path):
         ("mirror", "false", "true"),
     ],
 )
-def test_other_settings_are_refused(train_config, tmp_path, name, before, after):
+def test_resuming_with_other_settings_is_refused(train_config, tmp_path, name, before, after):
     train(train_config("images_total=32"))
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=rf"output: expected .*resume_changed=true.*found: {name} was {before} and is {after}"):
@@ -54,7 +55,7 @@ def test_other_settings_are_refused(train_config, tmp_path, name, before, after)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == files
 
 
-def test_other_data_are_refused_or_told(train_config, other_shards, tmp_path):
+def test_other_data_are_refused_or_listed_on_the_card(train_config, other_shards, tmp_path):
     train(train_config("images_total=32"))
     with pytest.raises(UserError, match=r"found: shards was .* and is "):
         train(train_config(f"shards={other_shards}"))
@@ -64,13 +65,13 @@ def test_other_data_are_refused_or_told(train_config, other_shards, tmp_path):
     assert "* until 32 images `learning_rate` was 0.0003, then 0.0001" in text
 
 
-def test_the_same_data_elsewhere_is_the_same_run(train_config, shards, tmp_path):
+def test_the_same_data_in_another_folder_are_accepted(train_config, shards, tmp_path):
     train(train_config("images_total=32"))
     (tmp_path / "moved").symlink_to(shards)
     train(train_config(f"shards={tmp_path / 'moved'}", "images_total=32"))
 
 
-def test_sensible_changes_are_logged_and_told(train_config, tmp_path, caplog):
+def test_allowed_changes_are_logged_and_listed_on_the_card(train_config, tmp_path, caplog):
     train(train_config("images_total=32"))
     text = (train(train_config("learning_rate=1e-4", "log_every_images=32")) / "README.md").read_text()
     assert "learning_rate: 0.0003 until 32 images, 0.0001 from now on" in caplog.messages
@@ -84,7 +85,7 @@ def test_sensible_changes_are_logged_and_told(train_config, tmp_path, caplog):
     ]
 
 
-def test_a_record_with_former_names_is_compared(train_config, tmp_path):
+def test_a_record_with_old_names_of_settings_is_compared(train_config, tmp_path):
     train(train_config("images_total=32"))
     record = tmp_path / "run/run.json"
     record.write_text(record.read_text().replace('"model.z_channels": 8', '"model.latent_channels": 7'))
@@ -92,7 +93,7 @@ def test_a_record_with_former_names_is_compared(train_config, tmp_path):
         train(train_config("images_total=64"))
 
 
-def test_a_run_of_before_records_goes_on_with_a_warning(train_config, tmp_path, caplog):
+def test_a_run_without_a_record_resumes_with_a_warning(train_config, tmp_path, caplog):
     train(train_config("images_total=32"))
     (tmp_path / "run/run.json").unlink()
     train(train_config())
@@ -102,15 +103,15 @@ def test_a_run_of_before_records_goes_on_with_a_warning(train_config, tmp_path, 
         train(train_config())
 
 
-def test_every_named_setting_is_there():
+def test_settings_with_other_rules_exist():
     names = flat(config_as_dict(TrainConfig(shards="x", autoencoder="x", output="x")))
     assert set(NOT_COMPARED) | set(MAY_CHANGE) <= names.keys()
     assert not set(NOT_COMPARED) & set(MAY_CHANGE)
 
 
 @pytest.mark.slow
-def test_two_runs_at_once_in_one_folder(train_config, tmp_path, fork):
-    """The second is told at once and breaks nothing; the first being killed, the next goes on."""
+def test_a_second_run_in_the_same_folder_is_refused(train_config, tmp_path, fork):
+    """It changes nothing. After the first run is killed, a new run resumes from its checkpoint."""
     config = train_config("images_total=100000", "checkpoint_every_images=64")
     (tmp_path / "config.yaml").write_text(dump_config(config))
     first = fork(script, ROOT / "tools/train.py", "--config", tmp_path / "config.yaml")
@@ -140,7 +141,7 @@ def autoencoder_config(pictures, tmp_path):
 
 
 def test_two_autoencoders_do_not_share_a_work_folder(autoencoder_config, pictures, tmp_path):
-    """By default each has its own; where one is named for both, the second is refused and not given the first's weights."""
+    """By default each has its own. If both name the same one, the second is refused, and gets no weights of the first."""
     train_autoencoder(autoencoder_config())
     others = f"images.source={pictures / 'disc'}"
     train_autoencoder(autoencoder_config(others, f"output={tmp_path / 'second'}"))
@@ -151,7 +152,7 @@ def test_two_autoencoders_do_not_share_a_work_folder(autoencoder_config, picture
     assert not (tmp_path / "third").exists()
 
 
-def test_an_autoencoder_goes_on_with_what_it_had(autoencoder_config, tmp_path):
+def test_an_autoencoder_resumes_only_with_the_same_settings(autoencoder_config, tmp_path):
     train_autoencoder(autoencoder_config())
     with pytest.raises(UserError, match=r"found: kl_weight was 1e-06 and is 0\.1"):
         train_autoencoder(autoencoder_config("images_total=64", "kl_weight=0.1"))
@@ -159,7 +160,7 @@ def test_an_autoencoder_goes_on_with_what_it_had(autoencoder_config, tmp_path):
     assert "* until 32 images `images_total` was 32, then 64" in text
 
 
-def test_an_autoencoder_in_use_is_refused(autoencoder_config, tmp_path):
+def test_a_work_folder_in_use_is_refused(autoencoder_config, tmp_path):
     with (
         claimed(tmp_path / "vae.run", inside=True),
         pytest.raises(UserError, match="work: expected no other run at"),

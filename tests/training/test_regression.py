@@ -1,4 +1,4 @@
-"""Regression on a Gaussian model's posterior flow, in the loop of tools/train.py."""
+"""Regression on the posterior flow of a Gaussian model, with the training loop of tools/train.py."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ from tests.training.results import assert_same_losses, logged_losses, weights
 
 @pytest.fixture
 def regression(gaussian_folder):
-    """Settings of a regression that starts from the Gaussian model."""
+    """Settings of a regression on the Gaussian model, which is also its initial model."""
     teacher = f"init_from={gaussian_folder / 'unet'}"
     return teacher, "objective.name=regression", "model.noise_rank=0", "objective.teacher_steps=3"
 
 
-def test_draws_come_to_depend_on_eta(open_run, regression):
-    """They start as one, and after some steps on one batch are nearer to the flow's and differ."""
+def test_draws_learn_to_depend_on_eta(open_run, regression):
+    """Initially they are equal. After some steps on one batch they differ, and are closer to the results of the flow."""
     learner = PosteriorRegression(open_run(*regression))
     batch = learner.run.batches().batch_at(0)
     noise = learner.draw(batch, 0)
@@ -38,7 +38,7 @@ def test_draws_come_to_depend_on_eta(open_run, regression):
     assert all(torch.equal(teacher[name], value) for name, value in learner.teacher.state_dict().items())
 
 
-def test_the_loss_of_draws_is_their_mean(open_run, regression):
+def test_the_loss_is_the_mean_over_draws(open_run, regression):
     learner = PosteriorRegression(open_run(*regression))
     batch = learner.run.batches().batch_at(0)
     noise = learner.draw(batch, 0)
@@ -51,24 +51,24 @@ def test_the_loss_of_draws_is_their_mean(open_run, regression):
     assert not torch.allclose(each[0], each[1], rtol=1e-2)
 
 
-def test_pure_noise(open_run, regression):
+def test_pure_noise_has_the_last_timestep(open_run, regression):
     learner = PosteriorRegression(open_run(*regression, "objective.distillation.pure_noise_fraction=1.0"))
     assert (learner.draw(learner.run.batches().batch_at(0), 0).t == learner.process.last).all()
 
 
 @pytest.mark.slow
-def test_it_resumes_and_parts_add_up(train_config, regression, tmp_path):
+def test_a_resumed_regression_is_bit_identical_and_micro_batches_give_the_same_losses(train_config, regression, tmp_path):
     train(train_config(*regression, f"output={tmp_path / 'straight'}"))
     train(train_config(*regression, f"output={tmp_path / 'stopped'}", "images_total=32"))
     train(train_config(*regression, f"output={tmp_path / 'stopped'}"))
-    train(train_config(*regression, f"output={tmp_path / 'parts'}", "micro_batches=3"))
+    train(train_config(*regression, f"output={tmp_path / 'micro-batches'}", "micro_batches=3"))
     found = [weights(checkpoints(tmp_path / name / "checkpoints")[-1] / "model") for name in ("straight", "stopped")]
     assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert logged_losses(tmp_path / "straight") == logged_losses(tmp_path / "stopped")
-    assert_same_losses(tmp_path / "straight", tmp_path / "parts")
+    assert_same_losses(tmp_path / "straight", tmp_path / "micro-batches")
 
 
-def test_what_it_cannot_train(open_run, regression):
+def test_fitted_noise_and_gaussian_models_are_refused(open_run, regression):
     with pytest.raises(UserError, match=r"model\.noise_rank: expected 0 \(white noise\) .* found 8"):
         PosteriorRegression(open_run(*regression, "model.noise_rank=8"))
     with pytest.raises(UserError, match=r"objective\.name: expected mse for a Gaussian model"):

@@ -1,4 +1,4 @@
-"""A flow-matching transformer of diffusers becomes a mixture without text."""
+"""Mixtures made from a diffusers flow matching transformer (SD3), without text."""
 
 import json
 
@@ -28,7 +28,7 @@ def folder(tmp_path):
     return tmp_path / "sd3"
 
 
-def test_a_mixture_predicts_what_the_transformer_does(folder):
+def test_a_new_mixture_predicts_as_the_transformer(folder):
     model = ExtendedSD3Transformer2DModel.from_transformer(
         folder, num_classes=2, embedding_dimensions=6, tail_blocks=2, noise_rank=0, **MIXTURE
     )
@@ -37,25 +37,25 @@ def test_a_mixture_predicts_what_the_transformer_does(folder):
     expected = plain(x, torch.zeros(2, 1, 12), torch.zeros(2, 10), t).sample
     assert alike(predict(plain, x, t), expected)
     embeds = torch.nn.functional.normalize(torch.randn(2, 6), dim=1)
-    assert alike(model(x, t, labels, image_embeds=embeds).sample, expected), "conditions start at zero"
+    assert alike(model(x, t, labels, image_embeds=embeds).sample, expected), "initially the conditions have no effect"
     assert model(torch.randn(1, 4, 4, 12), 10).sample.shape == (1, 4, 4, 12)
-    for part in (model.class_pooled.weight, model.image_pooled.weight):
-        torch.nn.init.normal_(part)
+    for weight in (model.class_pooled.weight, model.image_pooled.weight):
+        torch.nn.init.normal_(weight)
     found = [model(x, t, labels, image_embeds=given).sample for given in (embeds, None, torch.zeros(2, 6))]
     assert not alike(found[0], found[1]) and alike(found[1], found[2])
     assert not alike(found[1][0], model(x, t, None).sample[0]) and alike(found[1][1], model(x, t, None).sample[1])
     with pytest.raises(ValueError, match=r"sample: expected sides that are multiples of 2, found \(8, 7\)"):
         model(torch.randn(1, 4, 8, 7), 10)
-    free = ExtendedSD3Transformer2DModel.from_transformer(folder, tail_blocks=1, noise_rank=0, **MIXTURE)
+    unconditional = ExtendedSD3Transformer2DModel.from_transformer(folder, tail_blocks=1, noise_rank=0, **MIXTURE)
     with pytest.raises(ValueError, match="class_labels: expected None"):
-        free(x, t, labels)
+        unconditional(x, t, labels)
     with pytest.raises(ValueError, match="image_embeds: expected None"):
-        free(x, t, image_embeds=embeds)
+        unconditional(x, t, image_embeds=embeds)
 
 
 @pytest.mark.slow
-def test_it_starts_a_mixture(train_config, folder, tmp_path):
-    """With classes -> training, resumed -> a pipeline that samples by schedulers of either path."""
+def test_a_mixture_can_start_from_sd3(train_config, folder, tmp_path):
+    """It is trained, resumed, and sampled with schedulers of both paths."""
     start = (f"init_from={folder}", FLOW, TAIL)
     train(train_config(*start, "images_total=32"))
     model = train(train_config(*start))
@@ -72,17 +72,17 @@ def test_it_starts_a_mixture(train_config, folder, tmp_path):
     pipeline.save_pretrained(tmp_path / "plain")
     assert load_pipeline(tmp_path / "plain")(batch_size=2, num_inference_steps=2, output_type="pt").images.isfinite().all()
     train(train_config(f"init_from={model / 'unet'}", FLOW, f"output={tmp_path / 'again'}", "images_total=8"))
-    train(train_config(*start, "micro_batches=2", "gradient_checkpointing=true", f"output={tmp_path / 'parts'}"))
-    assert_same_losses(tmp_path / "straight", tmp_path / "parts")
+    train(train_config(*start, "micro_batches=2", "gradient_checkpointing=true", f"output={tmp_path / 'micro-batches'}"))
+    assert_same_losses(tmp_path / "straight", tmp_path / "micro-batches")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["regression", "distillation"])
-def test_it_is_a_teacher(train_config, folder, objective):
+def test_sd3_can_be_the_teacher(train_config, folder, objective):
     settings = ("model.noise_rank=0", "objective.teacher_steps=2", "class_conditional=false", "objective.draws=1")
     assert train(train_config(f"init_from={folder}", FLOW, TAIL, f"objective.name={objective}", *settings)).is_dir()
 
 
-def test_what_cannot_work_is_said(train_config, folder):
+def test_another_path_is_refused(train_config, folder):
     with pytest.raises(UserError, match=r"diffusion\.path: expected flow, as the SD3Transformer2DModel of init_from, found"):
         train(train_config(f"init_from={folder}", TAIL))

@@ -1,4 +1,4 @@
-"""Two nodes that share nothing but a store of latent shards: each has a folder, a cache and a checkpoint of its own."""
+"""Two nodes that share only a store of latent shards. Each has its own folder, cache and checkpoints."""
 
 import http.server
 import threading
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture
 def served(shards):
-    """The shards at a URL."""
+    """The URL of a web server with the shards."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -33,7 +33,7 @@ def served(shards):
 
 
 class Node:
-    """A launcher with two processes, in a folder of its own."""
+    """A launcher with two processes and its own folder."""
 
     def __init__(self, fork, folder, config, is_host):
         self.fork, self.folder, self.is_host = fork, folder, is_host
@@ -56,8 +56,8 @@ def start(nodes, port):
         node.start(port)
 
 
-def test_a_node_that_is_killed_comes_back_and_nothing_is_lost(train_config, served, tmp_path, free_port, fork):
-    """Four processes on two nodes, one node killed and started again, then one process alone: the losses of one process."""
+def test_a_run_on_two_nodes_resumes_after_one_is_killed(train_config, served, tmp_path, free_port, fork):
+    """Four processes on two nodes are started again, then one process resumes alone. Losses equal those of one process."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=96", "log_every_images=16", "checkpoint_every_images=16")
     train(one)
     settings = ["output=run", "log_every_images=16", "checkpoint_every_images=16"]
@@ -68,26 +68,26 @@ def test_a_node_that_is_killed_comes_back_and_nothing_is_lost(train_config, serv
     while not checkpoints(tmp_path / "first/run/checkpoints") and time.monotonic() < deadline:
         time.sleep(0.02)
     nodes[1].process.kill()
-    assert nodes[0].process.wait(120) != 0  # it cannot go on alone
+    assert nodes[0].process.wait(120) != 0  # it cannot continue alone
     start(nodes, free_port())
     for node in nodes:
         node.wait()
     assert list((tmp_path / "second/cache").glob("*.tar")) and list((tmp_path / "first/cache").glob("*.tar"))
     received = checkpoints(tmp_path / "second/run/checkpoints")
-    assert len(received) == 1  # what it went on from; only the main process saves
+    assert len(received) == 1  # the checkpoint that it resumed from; only the main process saves others
     alone = train_config(*settings, "images_total=96", f"output={tmp_path / 'first/run'}")
     train(alone)
     assert_same_losses(tmp_path / "one", tmp_path / "first/run")
 
 
-def test_the_order_goes_on_at_another_number_of_processes(shards):
-    """Whatever the world sizes before and after: the keys of each global batch, in order."""
+def test_the_order_of_samples_does_not_depend_on_the_number_of_processes(shards):
+    """Also if it changes on a resume."""
     manifest = Manifest.load(shards)
 
     def keys(world, start, stop):
         streams = [LatentStream(manifest, 8, 64, images_seen=start, rank=rank, world_size=world) for rank in range(world)]
         return [[key for stream in streams for key in stream.keys_at(at)] for at in range(start, stop, 8)]
 
-    whole = keys(1, 0, 64)
+    expected = keys(1, 0, 64)
     for before, after in ((2, 4), (4, 1), (1, 8)):
-        assert keys(before, 0, 24) + keys(after, 24, 64) == whole
+        assert keys(before, 0, 24) + keys(after, 24, 64) == expected

@@ -1,4 +1,4 @@
-"""Learners: that of the denoiser, and that the loop takes others."""
+"""The learner of the denoiser, and other learners in the training loop."""
 
 import pytest
 import torch
@@ -24,32 +24,32 @@ from tests.training.results import assert_same_losses, logged_losses
     ],
 )
 def test_one_batch_can_be_overfitted(open_run, overrides):
-    """Every kind of model and objective learns two pictures: the loss falls far below where it began."""
+    """Every kind of model and objective can learn two images: the loss falls to less than half of its initial value."""
     run = open_run(*overrides, "label_dropout=0")
     torch.manual_seed(0)
     learner = Denoising(run)
     two = run.batches().batch_at(0).rows(0, 2)
     moments = two.moments.repeat(4, 1, 1, 1, 1)
-    moments[:, 1] = -20.0  # no posterior noise: the two pictures and nothing else
+    moments[:, 1] = -20.0  # no posterior noise, so that there are only two latents
     batch = LatentBatch(moments, two.labels.repeat(4))
     losses = [learner.step(batch, number, learning_rate=5e-3)["loss"].item() for number in range(120)]
     first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
-    # Not to zero: at the noisiest timesteps two pictures remain two, whatever the model.
+    # It cannot fall to zero, because at the noisiest timesteps no model can tell which of the two images it was.
     assert last < 0.5 * first
 
 
 @pytest.mark.slow
-def test_parts_of_a_batch_add_up(train_config, tmp_path, monkeypatch):
-    """But for rounding: 3 parts of 3, 3 and 2 pictures."""
+def test_micro_batches_give_the_losses_of_the_batch(train_config, tmp_path, monkeypatch):
+    """Up to rounding, with micro-batches of 3, 3 and 2 images."""
     rows, real = [], Denoising.losses
     monkeypatch.setattr(
         Denoising, "losses", lambda self, batch, draws: rows.append(len(batch.labels)) or real(self, batch, draws)
     )
-    for name, micro_batches, parts in (("whole", 1, [8]), ("parts", 3, [3, 3, 2])):
+    for name, micro_batches, sizes in (("batch", 1, [8]), ("micro-batches", 3, [3, 3, 2])):
         rows.clear()
         train(train_config(f"output={tmp_path / name}", f"micro_batches={micro_batches}"))
-        assert rows == 8 * parts
-    assert_same_losses(tmp_path / "whole", tmp_path / "parts")
+        assert rows == 8 * sizes
+    assert_same_losses(tmp_path / "batch", tmp_path / "micro-batches")
 
 
 @pytest.mark.slow

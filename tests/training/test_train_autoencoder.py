@@ -1,4 +1,4 @@
-"""Training of the autoencoder: its formulas, and that settings have effects."""
+"""Training of the autoencoder: its formulas, and the effects of its settings."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def pixels(pictures):
     return load_pixels(ImagesConfig(source=str(pictures), resolution=16))[0]
 
 
-def test_the_loss_is_its_formula(vae_config):
+def test_the_loss_computes_its_formula(vae_config):
     generator = torch.Generator().manual_seed(0)
     x, found = torch.randn(2, 2, 3, 4, 5, generator=generator).double()
     mean, logvar = torch.randn(2, 2, 4, 2, 2, generator=generator).double()
@@ -42,43 +42,43 @@ def test_the_loss_is_its_formula(vae_config):
     assert {name: value.item() for name, value in terms.items()} == pytest.approx({n: v.item() for n, v in expected.items()})
 
 
-def test_batches_are_of_all_pictures_half_of_them_mirrored(vae_config):
+def test_batches_contain_all_images_and_half_are_mirrored(vae_config):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (22, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    whole = pixels / 127.5 - 1
+    scaled = pixels / 127.5 - 1
     seen, mirrored = set(), 0
     for mirror in ("true", "false"):
         settings = vae_config("images_total=200", "batch_size=200", f"mirror={mirror}")
-        for picture in autoencoder.random_batch(pixels, settings, generator):
-            same = [torch.allclose(picture, each, atol=1e-5) for each in whole]
-            turned = [torch.allclose(picture, each.flip(2), atol=1e-5) for each in whole]
-            assert any(same) or (mirror == "true" and any(turned))
-            seen.add((same if any(same) else turned).index(True))
+        for image in autoencoder.random_batch(pixels, settings, generator):
+            same = [torch.allclose(image, each, atol=1e-5) for each in scaled]
+            flipped = [torch.allclose(image, each.flip(2), atol=1e-5) for each in scaled]
+            assert any(same) or (mirror == "true" and any(flipped))
+            seen.add((same if any(same) else flipped).index(True))
             mirrored += mirror == "true" and not any(same)
     assert seen == set(range(22)) and 60 < mirrored < 140
 
 
-def test_pictures_stand_above_their_reconstructions(vae_folder, pixels, tmp_path):
+def test_the_sheet_shows_images_above_their_reconstructions(vae_folder, pixels, tmp_path):
     frozen = FrozenAutoencoder.from_pretrained(vae_folder)
     save_comparison(frozen, pixels[:10], tmp_path / "both.png")
     decoded = to_uint8(frozen.decode(frozen.normalise(frozen.encode_moments(pixels[:10])[:, 0])))
     sheet = torch.from_numpy(np.array(Image.open(tmp_path / "both.png"))).permute(2, 0, 1).int()
-    for row, (pictures, first) in enumerate(((pixels, 0), (decoded, 0), (pixels, 8), (decoded, 8))):
+    for row, (images, first) in enumerate(((pixels, 0), (decoded, 0), (pixels, 8), (decoded, 8))):
         for column in range(2 if first else 8):
-            # The last two and their reconstructions follow each other, as rows are of eight.
-            place = 8 * row + column if first == 0 else 16 + column + 2 * (row - 2)
-            top, left = (2 + 18 * part for part in divmod(place, 8))
-            apart = sheet[:, top : top + 16, left : left + 16] - pictures[first + column].int()
-            assert apart.abs().max() <= 1
+            # Rows have eight cells, so the last two images and their reconstructions share a row.
+            cell = 8 * row + column if first == 0 else 16 + column + 2 * (row - 2)
+            top, left = (2 + 18 * part for part in divmod(cell, 8))
+            difference = sheet[:, top : top + 16, left : left + 16] - images[first + column].int()
+            assert difference.abs().max() <= 1
 
 
-def test_a_step_of_the_autoencoder_has_the_gradients_of_its_batch_clipped(vae_config, adamw_steps):
+def test_every_step_uses_only_the_clipped_gradients_of_its_batch(vae_config, adamw_steps):
     train_autoencoder(vae_config("gradient_weight=100"))
     assert [before for _, before, _ in adamw_steps] == [False] * 4
     assert all(norm == pytest.approx(1, rel=1e-3) for *_, norm in adamw_steps)
 
 
-def test_reports_are_means_over_their_steps(vae_config, monkeypatch):
+def test_reports_are_means_over_steps(vae_config, monkeypatch):
     totals, real = [], autoencoder.autoencoder_loss
     monkeypatch.setattr(autoencoder, "autoencoder_loss", lambda *given: totals.append(real(*given)) or totals[-1])
     monkeypatch.setattr(autoencoder, "REPORT_EVERY_IMAGES", 16)
@@ -123,13 +123,13 @@ OTHERS = [
 
 @pytest.fixture(scope="module")
 def usual():
-    """The weights that the settings as they are end at, once they have been computed."""
+    """The weights of the default settings, after the first test has computed them."""
     return {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", OTHERS)
-def test_a_setting_changes_what_the_autoencoder_learns(vae_config, usual, tmp_path, setting):
+def test_a_setting_changes_the_weights(vae_config, usual, tmp_path, setting):
     if not usual:
         usual.update(
             load_file(train_autoencoder(vae_config(f"output={tmp_path / 'usual'}", f"work={tmp_path / 'first'}")) / WEIGHTS)
@@ -143,7 +143,7 @@ DEEP = ["model.kind=AutoencoderDC", "model.block_out_channels=[8,8,16]"]
 
 
 @pytest.mark.parametrize("setting", ["latent_noise=1", "model.decoder_layers_per_block=1"])
-def test_a_setting_of_a_deep_compression_autoencoder(vae_config, tmp_path, setting):
+def test_a_setting_changes_the_weights_of_a_deep_compression_autoencoder(vae_config, tmp_path, setting):
     usual = load_file(
         train_autoencoder(vae_config(*DEEP, f"output={tmp_path / 'usual'}", f"work={tmp_path / 'first'}")) / WEIGHTS
     )
@@ -152,7 +152,7 @@ def test_a_setting_of_a_deep_compression_autoencoder(vae_config, tmp_path, setti
 
 
 def test_a_deep_compression_autoencoder_has_normalised_latents(vae_config, pixels):
-    """By its weights, so that other programs need to know no constants; and decodes the same, away from the border."""
+    """They are normalised by the weights, so that other programs need no constants. Decoding is the same away from borders."""
     torch.manual_seed(0)
     model = autoencoder.build(vae_config(*DEEP)).eval()
     before = FrozenAutoencoder(model)
@@ -162,17 +162,17 @@ def test_a_deep_compression_autoencoder_has_normalised_latents(vae_config, pixel
     normalise_latents(model, pixels, batch_size=5)
     frozen = FrozenAutoencoder(model)
     found = frozen.encode_moments(pixels)[:, 0]
-    assert torch.equal(frozen.normalise(found), found), "no other constants"
+    assert torch.equal(frozen.normalise(found), found), "no other normalisation"
     assert torch.allclose(found.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4)
     assert torch.allclose(found.var(dim=(0, 2, 3), correction=0), torch.ones(4), atol=1e-3)
     with torch.no_grad():
         assert torch.allclose(model.decoder.conv_in(found)[..., 1:-1, 1:-1], features[..., 1:-1, 1:-1], atol=1e-4)
 
 
-def test_a_deep_compression_autoencoder_is_trained_in_two_parts(vae_config, pixels, tmp_path):
+def test_a_deep_compression_autoencoder_is_trained_in_two_stages(vae_config, pixels, tmp_path):
     first = train_autoencoder(vae_config(*DEEP, f"output={tmp_path / 'first'}", f"work={tmp_path / 'first-run'}"))
-    alone = [*DEEP, f"init_from={first}", "train_encoder=false", "learning_rate=1e-2"]
-    second = train_autoencoder(vae_config(*alone))
+    decoder_only = [*DEEP, f"init_from={first}", "train_encoder=false", "learning_rate=1e-2"]
+    second = train_autoencoder(vae_config(*decoder_only))
     models = [AutoencoderDC.from_pretrained(folder).state_dict() for folder in (first, second)]
     changed = {name.split(".")[0] for name in models[0] if not torch.equal(models[0][name], models[1][name])}
     assert changed == {"decoder"}
@@ -181,19 +181,19 @@ def test_a_deep_compression_autoencoder_is_trained_in_two_parts(vae_config, pixe
     assert "# A small AutoencoderDC" in (first / "README.md").read_text()
 
 
-def test_an_interrupted_training_in_channels_last_goes_on(vae_config, tmp_path, monkeypatch):
-    """As on a GPU: the optimizer's state is in channels last too, which safetensors does not take."""
+def test_a_training_in_channels_last_resumes(vae_config, tmp_path, monkeypatch):
+    """On a GPU, the state of the optimizer is in channels last too, which safetensors does not accept."""
     real = autoencoder.build
     monkeypatch.setattr(autoencoder, "build", lambda config: real(config).to(memory_format=torch.channels_last))
     straight = load_file(
         train_autoencoder(vae_config(*DEEP, f"output={tmp_path / 'a'}", f"work={tmp_path / 'a-run'}")) / WEIGHTS
     )
-    part = [*DEEP, "checkpoint_every_images=16", f"work={tmp_path / 'b-run'}"]
+    interrupted = [*DEEP, "checkpoint_every_images=16", f"work={tmp_path / 'b-run'}"]
     monkeypatch.setattr(autoencoder, "write_model_folder", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train_autoencoder(vae_config(*part, "images_total=16", f"output={tmp_path / 'b'}"))
+        train_autoencoder(vae_config(*interrupted, "images_total=16", f"output={tmp_path / 'b'}"))
     monkeypatch.undo()
-    again = load_file(train_autoencoder(vae_config(*part, f"output={tmp_path / 'c'}", "resume_changed=true")) / WEIGHTS)
+    again = load_file(train_autoencoder(vae_config(*interrupted, f"output={tmp_path / 'c'}", "resume_changed=true")) / WEIGHTS)
     assert straight.keys() == again.keys()
 
 
@@ -205,13 +205,13 @@ def test_an_interrupted_training_in_channels_last_goes_on(vae_config, tmp_path, 
         (["model.block_out_channels=[8,8,16]", "model.latent_channels=3"], "a multiple of latent_channels=3 at the end"),
     ],
 )
-def test_sizes_that_a_deep_compression_autoencoder_cannot_have(vae_config, settings, message):
+def test_invalid_sizes_of_a_deep_compression_autoencoder_are_refused(vae_config, settings, message):
     with pytest.raises(UserError, match=message):
         vae_config("model.kind=AutoencoderDC", *settings)
 
 
-def test_the_decoder_alone_is_trained_from_given_weights(vae_config, tmp_path):
-    """The encoder and the constants of its latents stay, so that shards do."""
+def test_only_the_decoder_is_trained_without_train_encoder(vae_config, tmp_path):
+    """The encoder and the normalisation of its latents do not change, so existing shards can still be used."""
     model = autoencoder.build(vae_config())
     model.register_to_config(latents_mean=[1.0, 2, 3, 4], latents_std=[2.0] * 4)
     model.save_pretrained(tmp_path / "start")

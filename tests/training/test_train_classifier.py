@@ -1,4 +1,4 @@
-"""Training of the classifier: its formulas."""
+"""Training of the classifier: augmentation, accuracy and seed."""
 
 import pytest
 import torch
@@ -12,26 +12,26 @@ from tests.training.results import WEIGHTS
 
 
 @pytest.mark.parametrize("mirror", [True, False])
-def test_pictures_of_the_classifier_are_shifted_and_some_mirrored(mirror):
-    """By up to an eighth of the side, the edge repeated, and all pictures of a class with its label."""
-    picture = torch.arange(16).expand(3, 16, 16).to(torch.uint8) * 8  # a ramp to the right
-    labelled = LabelledPictures(torch.stack([picture, picture // 2]), torch.tensor([4, 7]))
+def test_training_images_are_shifted_and_half_are_mirrored(mirror):
+    """By up to an eighth of the side, with repeated edges. Each image keeps its label."""
+    image = torch.arange(16).expand(3, 16, 16).to(torch.uint8) * 8  # a ramp to the right
+    labelled = LabelledPictures(torch.stack([image, image // 2]), torch.tensor([4, 7]))
     torch.manual_seed(0)
     settings = ClassifierSetConfig(name="x", batch_size=400, mirror=mirror)
     found, labels = augmented_batch(labelled, settings)
     assert found.shape == (400, 3, 16, 16) and set(labels.tolist()) == {4, 7}
-    shifts, turned = set(), 0
+    shifts, flipped = set(), 0
     for ramp, label in zip((found[:, 0, 8] + 1) * 127.5 / 8, labels):
         ramp = (ramp if label == 4 else 2 * ramp).round()
-        turned += int(ramp[0] > ramp[-1])
+        flipped += int(ramp[0] > ramp[-1])
         ramp = ramp.flip(0) if ramp[0] > ramp[-1] else ramp
         [shift] = [s for s in range(-4, 5) if (ramp - (torch.arange(16) + s).clamp(0, 15)).abs().max() < 0.5]
         shifts.add(shift)
     assert {-2, 2} <= shifts <= set(range(-2, 3))
-    assert 140 < turned < 260 if mirror else turned == 0
+    assert 140 < flipped < 260 if mirror else flipped == 0
 
 
-def test_accuracy_is_the_share_that_is_right():
+def test_accuracy_is_the_fraction_of_correct_predictions():
     torch.manual_seed(0)
     model = FeatureNetwork((4, 8), {"x": 3}).eval()
     pixels = torch.randint(0, 256, (300, 3, 16, 16), dtype=torch.uint8)
@@ -44,7 +44,7 @@ def test_accuracy_is_the_share_that_is_right():
     assert ranges == {(-1.0, 1.0)}
 
 
-def test_a_seed_gives_a_classifier(pictures, tmp_path):
+def test_a_seed_determines_the_classifier(pictures, tmp_path):
     def trained(name, seed):
         images = f"{{source: '{pictures}', resolution: 16}}"
         sets = f"sets=[{{name: a, batch_size: 8, images: {images}, held_out: {images}}}]"

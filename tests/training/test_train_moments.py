@@ -36,7 +36,7 @@ def test_moments_end_to_end(gaussian_folder, shards, tmp_path, run):
     assert code == 2 and "output: expected a new or empty folder" in error
 
 
-def test_mistakes_are_named(gaussian_folder, model_folder, shards, tmp_path):
+def test_a_mixture_or_missing_moment_heads_give_one_line(gaussian_folder, model_folder, shards, tmp_path):
     config = TrainMomentsConfig(model=str(model_folder), shards=str(shards), output=str(tmp_path / "gms"))
     with pytest.raises(UserError, match="model: expected a Gaussian UNet"):
         train_moments(config)
@@ -52,8 +52,8 @@ def errors(gaussian_folder):
     return PredictionErrors(pipeline, FrozenAutoencoder(pipeline.vae), label_dropout=0.0)
 
 
-def test_the_error_is_that_of_v(errors, shards):
-    """(prediction of x_0 - x_0) / s_t, whatever the network predicts; here it says 0."""
+def test_errors_are_errors_of_v(errors, shards):
+    """They are (predicted x_0 - x_0) / s_t for every prediction type. Here the network outputs 0."""
     unet = errors.pipeline.unet
     heads = MomentHeads.for_unet(unet)
     torch.nn.init.zeros_(unet.conv_out.weight)
@@ -69,7 +69,7 @@ def test_the_error_is_that_of_v(errors, shards):
         torch.manual_seed(0)
         variance, third, found = errors(heads, few, t)
         torch.manual_seed(0)
-        torch.randn_like(x0), torch.rand(8)  # of the posterior, and of the labels to leave out
+        torch.randn_like(x0), torch.rand(8)  # for the posterior, and for the labels to drop
         assert alike(found, expected(torch.randn_like(x0)), 1e-3)
         assert torch.allclose(variance, torch.ones_like(x0)) and not third.any()
     errors.pipeline.training_scheduler = FlowMatchEulerDiscreteScheduler()
@@ -77,11 +77,11 @@ def test_the_error_is_that_of_v(errors, shards):
     found = errors(heads, few, t)[2]
     torch.manual_seed(0)
     torch.randn_like(x0), torch.rand(8)
-    velocity = torch.randn_like(x0) - x0  # all of it an error; that of v is as much times the norm of x_t
+    velocity = torch.randn_like(x0) - x0  # the error of the flow prediction; times the norm of x_t, it is the error of v
     assert alike(found, (0.6**2 + 0.4**2) ** 0.5 * velocity, 1e-3)
 
 
-def test_calibration_is_the_predicted_variance_over_that_found(errors, shards):
+def test_calibration_is_the_ratio_of_predicted_variance_to_squared_error(errors, shards):
     heads = MomentHeads.for_unet(errors.pipeline.unet)
     few = LatentStream(Manifest.load(shards), 22, 22).batch_at(0)
     found = calibration(errors, heads, few)
@@ -89,13 +89,13 @@ def test_calibration_is_the_predicted_variance_over_that_found(errors, shards):
     torch.manual_seed(0)
     again = calibration(errors, heads, few)
     torch.manual_seed(0)
-    for t, share in again.items():
+    for t, ratio in again.items():
         variance, _, error = errors(heads, few, torch.full((22,), t))
-        assert share == pytest.approx(float((variance.mean() / (error**2).mean()).detach()), rel=1e-4)
+        assert ratio == pytest.approx(float((variance.mean() / (error**2).mean()).detach()), rel=1e-4)
 
 
 @pytest.mark.slow
-def test_settings_change_what_the_heads_learn(gaussian_folder, loud_pipeline, shards, tmp_path):
+def test_settings_change_the_weights_of_the_heads(gaussian_folder, loud_pipeline, shards, tmp_path):
     loud_pipeline(gaussian_folder).save_pretrained(tmp_path / "loud")
 
     def trained(name, *changes):
@@ -109,10 +109,10 @@ def test_settings_change_what_the_heads_learn(gaussian_folder, loud_pipeline, sh
         assert usual.keys() == found.keys() and not all(torch.equal(found[name], usual[name]) for name in found), setting
 
 
-def test_a_step_of_the_heads_has_its_loss_and_the_gradients_of_its_batch_clipped(
+def test_the_loss_of_the_heads_computes_its_formula_and_gradients_are_clipped(
     gaussian_folder, loud_pipeline, shards, tmp_path, adamw_steps, monkeypatch
 ):
-    """mean (variance - e^2)^2 + third_moment_weight mean (third - e^3)^2."""
+    """The loss is mean (variance - e^2)^2 + third_moment_weight mean (third - e^3)^2."""
     loud_pipeline(gaussian_folder).save_pretrained(tmp_path / "loud")
     outputs, real = [], PredictionErrors.__call__
     monkeypatch.setattr(PredictionErrors, "__call__", lambda *given: outputs.append(real(*given)) or outputs[-1])
