@@ -1,7 +1,7 @@
-"""Every setting of every tool, set to what no user means: what ``test_hostile_settings.py`` runs.
+"""Invalid and extreme values for every setting of every tool, for ``test_hostile_settings.py``.
 
-A case is a tool's working settings with one of them changed. It must end with exit code 2, one line that says what was expected
-and found, and nothing written; or with 0, where the tool could do what it was asked.
+A case is the working settings of a tool with one of them changed. It must end with exit code 2, one line that says what was
+expected and found, and no files; or with exit code 0 if the tool accepts the value.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ldm_smd.commands import BY_NAME
 from ldm_smd.config import Setting, settings
 
 SECONDS = 120
-"""A case that takes longer hangs."""
+"""Time limit of a case."""
 NUMBERS = (0, -1, 10**30, 1e30, math.nan, math.inf, -math.inf, "many", [], True)
 WRONG_NAMES = ("", "\0", "${nothing}", "x" * 5000)
 NAMES = (*WRONG_NAMES, "x" * 300, "nonsense", [1], {"a": 1})
@@ -35,10 +35,10 @@ PATHS = re.compile(
 
 @dataclass(frozen=True)
 class Case:
-    """One setting of a tool, changed.
+    """A changed setting of a tool.
 
     Attributes:
-        wrong: no value of the setting can be this one: it must be refused, and at once.
+        wrong: the value is always invalid and must be refused, before any work is done.
     """
 
     tool: str
@@ -51,18 +51,18 @@ class Case:
 
 
 def changed(base: dict, name: str, value: object) -> dict:
-    """``base`` with the setting of that full name, NAME[].KEY in the first entry of a list."""
+    """Return ``base`` with another value of the setting. NAME[].KEY is that of the first entry of a list."""
     content = copy.deepcopy(base)
-    place: dict = content
+    section: dict = content
     *outer, last = name.split(".")
-    for part in outer:
-        place = place[part[:-2]][0] if part.endswith("[]") else place.setdefault(part, {})
-    place[last] = value
+    for key in outer:
+        section = section[key[:-2]][0] if key.endswith("[]") else section.setdefault(key, {})
+    section[last] = value
     return content
 
 
 def values_for(setting: Setting, folder: Path) -> Iterator[tuple[object, bool]]:
-    """What a setting is tried with, by what it takes, numbers, names or paths; and whether that cannot be right."""
+    """Yield (value, whether it is always invalid) for a setting, depending on whether it is a number, a name or a path."""
     default = yaml.safe_load(setting.default) if setting.default and setting.default != "[...]" else None
     if setting.default == "[...]":
         yield from ((value, True) for value in ([{}], "nonsense", 7))
@@ -83,7 +83,7 @@ def values_for(setting: Setting, folder: Path) -> Iterator[tuple[object, bool]]:
             yield [], False
         if setting.name in OUTPUTS:
             for path in (folder / "a-file" / "below", "/proc/nothing", "/proc/nothing/below", "/dev/null/below"):
-                yield str(path), "." not in setting.name  # images.cache and its kin are for URLs alone
+                yield str(path), "." not in setting.name  # images.cache and the like are used for URLs only
             for path in (folder / "a-file", "/dev/null"):
                 yield str(path), False
         elif PATHS.fullmatch(setting.name):
@@ -93,14 +93,16 @@ def values_for(setting: Setting, folder: Path) -> Iterator[tuple[object, bool]]:
 
 
 def cases(tool: str, folder: Path) -> Iterator[Case]:
-    """All of a tool."""
+    """Yield all cases of a tool."""
     for setting in settings(BY_NAME[tool].schema):
         for value, wrong in values_for(setting, folder):
             yield Case(tool, setting.name, value, wrong)
 
 
 @contextmanager
-def no_longer_than(seconds: int) -> Iterator[None]:
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the block after ``seconds``."""
+
     def stop(*_: object) -> None:
         raise TimeoutError(f"still running after {seconds} s")
 
@@ -114,33 +116,33 @@ def no_longer_than(seconds: int) -> Iterator[None]:
 
 
 def run_case(case: Case, base: dict, folder: Path, read: object) -> str | None:
-    """What is wrong with how the case ends; None where nothing is.
+    """Run the case; returns what is wrong with its end, or None.
 
     Args:
-        base: working settings of the tool; its outputs lie in ``folder``/out.
+        base: working settings of the tool. Its outputs are in ``folder``/out.
         read: pytest's ``capfd.readouterr``.
     """
     (folder / "case.yaml").write_text(yaml.safe_dump(changed(base, case.name, case.value)))
     read()
     try:
-        with no_longer_than(SECONDS):
+        with time_limit(SECONDS):
             code = run_command(case.tool, ["--config", str(folder / "case.yaml")])
-    except BaseException as error:  # SystemExit too
+    except BaseException as error:  # includes SystemExit
         return f"{type(error).__name__}: {str(error)[:300]}"
-    _, said = read()
-    # A progress bar may stand before it.
-    lines = [line for line in said.replace("\r", "\n").splitlines() if "error: " in line]
-    there = sorted(path.relative_to(folder / "out").as_posix() for path in (folder / "out").rglob("*"))
+    _, printed = read()
+    # There may be a progress bar before it.
+    lines = [line for line in printed.replace("\r", "\n").splitlines() if "error: " in line]
+    files = sorted(path.relative_to(folder / "out").as_posix() for path in (folder / "out").rglob("*"))
     if code == 0:
         return "was not refused" if case.wrong else None
     if code != 2:
         return f"exit code {code}"
-    if len(lines) != 1 or said.rstrip().splitlines()[-1] not in lines[0]:
-        return f"not one line: {said[-300:]}"
-    if "Traceback" in said:
+    if len(lines) != 1 or printed.rstrip().splitlines()[-1] not in lines[0]:
+        return f"not one line: {printed[-300:]}"
+    if "Traceback" in printed:
         return "a traceback"
     if not re.search(r"error: (.{1,80}: )?(expected .*found|unknown key)", lines[0], flags=re.DOTALL):
         return f"does not say what was expected and found: {lines[0][:300]}"
     if len(lines[0]) > 1000:
         return f"a line of {len(lines[0])} characters"
-    return f"left {there[:5]}" if there else None
+    return f"left {files[:5]}" if files else None

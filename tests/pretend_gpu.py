@@ -1,8 +1,8 @@
-"""A GPU that is not there: a device whose tensors are kept and computed on the CPU.
+"""A simulated GPU: a device whose tensors are stored and computed on the CPU.
 
-What a GPU refuses is refused: tensors of two devices in one operation (but for CPU scalars), numpy, and, as by Apple's GPUs,
-float64. So device mistakes show where there is no GPU. Importing this makes it the device of the process, for torch, accelerate
-and ldm_smd.
+It refuses what a GPU refuses: tensors of two devices in one operation (except CPU scalars), numpy, and, like Apple's GPUs,
+float64. So tests find wrong devices without a GPU. Importing this module makes it the device of the process, for torch,
+accelerate and ldm_smd.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import ldm_smd.device
 
 NAME = "pretend"
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
-"""These may read one device and write another."""
+"""Operations that may read from one device and write to another."""
 
-OF_NO_SUBCLASS = {torch.Tensor.tolist, torch.Tensor.storage, torch.Tensor.untyped_storage, torch.Tensor.data_ptr}
-"""Which torch refuses of tensors that are wrapped."""
-
+NOT_FOR_SUBCLASSES = {torch.Tensor.tolist, torch.Tensor.storage, torch.Tensor.untyped_storage, torch.Tensor.data_ptr}
+"""Methods that torch refuses for wrapper subclasses."""
 
 DEPEND_ON_VALUES = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2"}
+"""Operations whose result depends on values, so that the host waits for the device."""
 waits: list[str] = []
-"""Operations for which the host would have waited for the device, in order."""
+"""Operations so far for which the host would have waited, in order."""
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that says it is on the device; ``held`` is what it has, on the CPU."""
+    """A tensor that reports to be on the device. ``held`` is its content, on the CPU."""
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> OnGpu:
@@ -54,75 +54,75 @@ class OnGpu(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function in OF_NO_SUBCLASS:
+        if function in NOT_FOR_SUBCLASSES:
             waits.append(function.__name__)
             return function(args[0].held)
         if function is torch.Tensor.__getitem__ and isinstance(args[1], list):
-            args = (args[0], torch.tensor(args[1]))  # torch would make it on the device, where no mode sees it
+            args = (args[0], torch.tensor(args[1]))  # torch would create it on the device, unseen by modes
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        return computed(operation, args, kwargs or {})
+        return compute(operation, args, kwargs or {})
 
 
-def computed(operation, args: tuple, kwargs: dict):
-    """On what the tensors hold; the result is on the device where they are, or where it is asked for there."""
+def compute(operation, args: tuple, kwargs: dict):
+    """Compute on the contents of tensors. The result is on their device, or on the one in ``kwargs``."""
     tensors = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, torch.Tensor)]
     on_gpu = [isinstance(each, OnGpu) for each in tensors]
     if operation is torch.ops.aten.index.Tensor:
         tensors, on_gpu = tensors[:1], on_gpu[:1]  # indices may be on the CPU
-    strangers = [tuple(each.shape) for each, there in zip(tensors, on_gpu) if not there and each.dim() > 0]
-    if any(on_gpu) and strangers and operation not in COPIES:
-        raise RuntimeError(f"{operation}: expected all tensors on the {NAME} device, found some on the CPU: {strangers}")
+    on_cpu = [tuple(each.shape) for each, is_on_gpu in zip(tensors, on_gpu) if not is_on_gpu and each.dim() > 0]
+    if any(on_gpu) and on_cpu and operation not in COPIES:
+        raise RuntimeError(f"{operation}: expected all tensors on the {NAME} device, found some on the CPU: {on_cpu}")
     device = kwargs.get("device")
     if device is not None:
-        there = torch.device(device).type == NAME
+        result_on_gpu = torch.device(device).type == NAME
     else:
-        there = on_gpu[0] if operation is torch.ops.aten.copy_.default else any(on_gpu)
+        result_on_gpu = on_gpu[0] if operation is torch.ops.aten.copy_.default else any(on_gpu)
     inside_args, inside_kwargs = tree_map_only(OnGpu, lambda each: each.held, (args, kwargs))
     if device is not None:
         inside_kwargs["device"] = torch.device("cpu")
     with _disable_current_modes():
         result = operation(*inside_args, **inside_kwargs)
-    if any(on_gpu) and (not there or operation._schema.name in DEPEND_ON_VALUES):
+    if any(on_gpu) and (not result_on_gpu or operation._schema.name in DEPEND_ON_VALUES):
         waits.append(str(operation))
-    if not there:
+    if not result_on_gpu:
         return result
     if operation._schema.name.endswith("_") and isinstance(args[0], OnGpu):
-        return args[0]  # written in place
+        return args[0]  # the operation was in place
     if any(each.dtype == torch.float64 for each in tree_flatten(result)[0] if isinstance(each, torch.Tensor)):
         raise RuntimeError(f"{operation}: expected no float64 on the {NAME} device")
     return tree_map_only(torch.Tensor, OnGpu, result)
 
 
 class Factories(TorchDispatchMode):
-    """Catches what makes tensors on the device from none, and what moves them there."""
+    """Intercepts operations that create tensors on the device or move them there."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         device = (kwargs or {}).get("device")
         if device is not None and torch.device(device).type == NAME:
-            return computed(operation, args, kwargs)
+            return compute(operation, args, kwargs)
         return operation(*args, **(kwargs or {}))
 
 
 class Generator(torch.Generator):
-    """The CPU's numbers for every device."""
+    """A generator that gives the random numbers of the CPU for every device."""
 
     def __new__(cls, device="cpu"):
         return super().__new__(cls, "cpu")
 
     def __init__(self, device="cpu") -> None:
-        self.asked = torch.device(device)
+        self.requested = torch.device(device)
 
     @property
     def device(self) -> torch.device:
-        return self.asked
+        return self.requested
 
 
 class Backend(_DummyBackendModule):
-    """What torch.cuda is to a GPU."""
+    """The module of the device, like torch.cuda."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
@@ -134,29 +134,29 @@ class Backend(_DummyBackendModule):
         pass
 
 
-def made_on_cpu(make):
-    """From Python's numbers torch makes tensors where no mode sees it."""
+def create_on_cpu(factory):
+    """Wrap ``torch.tensor`` to create tensors on the CPU and then move them, because modes do not see it create them."""
 
-    def made(*args, device=None, **kwargs):
-        found = make(*args, **kwargs)
+    def create(*args, device=None, **kwargs):
+        found = factory(*args, **kwargs)
         return found if device is None else found.to(device)
 
-    return made
+    return create
 
 
 def install() -> torch.device:
-    """From here on there is the device, which is returned."""
+    """Install the device in this process; returns it."""
     _setup_privateuseone_for_python_backend(rename=NAME, backend_module=Backend())
     torch.Generator = Generator
-    torch.tensor = made_on_cpu(torch.tensor)
+    torch.tensor = create_on_cpu(torch.tensor)
     Factories().__enter__()
-    work = _WorkItem.run
+    run = _WorkItem.run
 
-    def work_here_too(item) -> None:
-        with Factories():  # a mode is of one thread
-            work(item)
+    def run_with_mode(item) -> None:
+        with Factories():  # a mode applies to one thread only
+            run(item)
 
-    _WorkItem.run = work_here_too
+    _WorkItem.run = run_with_mode
     device = torch.device(NAME, 0)
     accelerate.state.PartialState.default_device = device
     ldm_smd.device.pick_device = lambda name: device

@@ -1,4 +1,4 @@
-"""Samples of a pipeline, as most tests of it take them."""
+"""Short sampling, for most tests of pipelines."""
 
 import torch
 
@@ -6,6 +6,6 @@ from ldm_smd.pipelines import SMDPipeline, seeded_generators
 
 
 def latents(pipeline: SMDPipeline, labels: list[int] | None, seeds: list[int], **options) -> torch.Tensor:
-    """Three steps to latents, one seed for each image."""
+    """Sample latents with three steps and one seed for each image."""
     options = {"num_inference_steps": 3, "output_type": "latent", **options}
     return pipeline(labels, generator=seeded_generators(seeds), **options).images

@@ -32,7 +32,7 @@ def dc():
 
 @pytest.mark.parametrize("make", [tiny, dc])
 def test_deterministic_autoencoders(make):
-    """The face says what the diffusers class says, in its own constants."""
+    """FrozenAutoencoder agrees with the diffusers class, and normalises latents by its scaling factor."""
     torch.manual_seed(0)
     model = make().eval()
     frozen = FrozenAutoencoder(model)
@@ -63,14 +63,14 @@ def test_kl_autoencoder(vae_folder):
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
-def test_sampled_latents_have_the_posteriors_moments():
+def test_sampled_latents_have_the_moments_of_the_posterior():
     moments = torch.stack((torch.full((4000, 1, 2, 2), 3.0), torch.full((4000, 1, 2, 2), -1.0)), dim=1)
     z = sample_latents(moments.half(), torch.Generator().manual_seed(0))
     assert z.dtype == torch.float32
     assert z.mean().item() == pytest.approx(3, abs=0.03) and z.var().item() == pytest.approx(0.3679, rel=0.05)
 
 
-def test_both_conventions_of_latent_constants():
+def test_latents_are_normalised_by_either_convention_of_constants():
     shift, scale = latent_affine({"scaling_factor": 0.5, "shift_factor": 0.2})
     assert (shift.item(), scale.item()) == (pytest.approx(0.2), 0.5)
     shift, scale = latent_affine({"scaling_factor": 2.0, "latents_mean": [1.0, 2.0], "latents_std": [4.0, 8.0]})
@@ -80,12 +80,12 @@ def test_both_conventions_of_latent_constants():
 
 
 @pytest.mark.parametrize("force_upcast", [True, False])
-def test_weights_that_overflow_in_half_precision_work_in_float32(vae_folder, force_upcast):
-    """And the user's autoencoder is afterwards as it was: dtype, training mode, gradients."""
+def test_force_upcast_makes_half_precision_weights_run_in_float32(vae_folder, force_upcast):
+    """Afterwards the user's autoencoder has its dtype, training mode and requires_grad again."""
     half = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float16, force_upcast=force_upcast).train()
     seen = []
-    for part in (half.encoder, half.decoder):
-        part.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].dtype, module.training)))
+    for network in (half.encoder, half.decoder):
+        network.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].dtype, module.training)))
     frozen = FrozenAutoencoder(half)
     latents = frozen.normalise(frozen.encode_moments(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))[:, 0])
     decoded = frozen.decode(latents)
@@ -103,14 +103,14 @@ def test_other_models_are_refused(tmp_path):
         FrozenAutoencoder.from_pretrained(tmp_path)
 
 
-def test_the_autoencoder_of_a_pipeline(model_folder):
-    """By the folder of the pipeline; the manifests of both say the same."""
+def test_the_autoencoder_of_a_pipeline_folder_is_loaded(model_folder):
+    """It has the same identity as the autoencoder in its own folder."""
     own, of_pipeline = (FrozenAutoencoder.from_pretrained(folder) for folder in (model_folder / "vae", model_folder))
     assert own.identity() == of_pipeline.identity()
     assert of_pipeline.name == str(model_folder)
 
 
-def test_a_mismatch_with_the_shards_names_the_field(shards, vae_folder):
+def test_a_mismatch_with_the_shards_gives_the_field(shards, vae_folder):
     manifest = Manifest.load(shards)
     model = AutoencoderKL.from_pretrained(vae_folder)
     manifest.check_autoencoder(FrozenAutoencoder(model, "same"))

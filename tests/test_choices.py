@@ -1,4 +1,4 @@
-"""Every name that a setting may take is known to the code behind it."""
+"""The code accepts every choice of a setting."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_placements(placement):
     assert SMDUNet2DModel(placement=placement, noise_rank=2, noise_modes=2, **sizes).is_mixture
 
 
-def test_a_name_that_is_not_among_them_is_refused():
+def test_other_names_are_refused():
     with pytest.raises(ValueError, match=r"objective: expected one of mse, energy, mixture_nll"):
         objective("likelihood")
     with pytest.raises(ValueError, match=r"placement: expected one of in_out, up, all"):

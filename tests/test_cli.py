@@ -1,4 +1,4 @@
-"""The console command, its two doors, what it imports, and the completion of shells."""
+"""The command line: the console command and the scripts in tools/, their imports, and shell completion."""
 
 import ast
 import importlib
@@ -34,26 +34,26 @@ HEAVY = {"torch", "torchvision", "diffusers", "accelerate", "sklearn", "matplotl
 
 @pytest.fixture
 def console(capsys):
-    """Call ldm-smd in this process: (exit code, standard output, standard error)."""
+    """A function that runs ldm-smd in this process and returns (exit code, standard output, standard error)."""
 
     def call(*arguments):
         try:
             code = main(arguments)
-        except SystemExit as ended:
-            code = ended.code
+        except SystemExit as exit:
+            code = exit.code
         return code, *capsys.readouterr()
 
     return call
 
 
 def python(program, **environment):
-    """What a fresh process with this program prints."""
+    """Run a program in another process; returns its standard output."""
     return subprocess.run(
         [sys.executable, "-c", program], env=os.environ | environment, cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
 
 
-def test_it_lists_its_commands_in_a_line_each(console):
+def test_help_lists_every_command_on_one_line(console):
     code, out, _ = console()
     assert (code, out) == console("--help")[:2] and code == 0
     listed = [line.split() for line in out.splitlines() if line.startswith("  ") and not line.strip().startswith("-")]
@@ -61,13 +61,13 @@ def test_it_lists_its_commands_in_a_line_each(console):
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_an_unknown_command_is_one_line(console):
+def test_an_unknown_command_gives_one_line(console):
     code, out, err = console("trian", "shards=x")
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("ldm-smd: error: ") and err.endswith("'trian'; the nearest known command is 'train'\n")
 
 
-def test_it_has_a_version(console):
+def test_version_is_printed(console):
     code, out, _ = console("--version")
     assert code == 0 and out.startswith("ldm-smd ") and out[8].isdigit()
 
@@ -81,27 +81,27 @@ def test_every_script_has_a_command_and_every_command_a_script():
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_a_command_names_a_function(command):
+def test_the_function_of_a_command_exists(command):
     module, _, name = command.function.partition(":")
     assert callable(getattr(importlib.import_module(module), name))
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_help_has_the_examples_of_the_door_it_was_called_by(name, console):
+def test_help_of_the_console_command_has_its_own_examples(name, console):
     code, out, _ = console(name, "--help")
     assert code == 0 and out.startswith(f"usage: ldm-smd {name} ")
     assert f"  ldm-smd {name} " in out and "tools/" not in out
     assert "".join(for_console(BY_NAME[name].description).split()) in "".join(out.split())
 
 
-def test_launchers_start_the_module():
+def test_examples_with_launchers_start_the_module():
     launch = "  accelerate launch --num_processes 8 tools/train.py --config my/train.yaml"
     assert for_console(launch) == "  accelerate launch --num_processes 8 -m ldm_smd train --config my/train.yaml"
     for text in ("python tools/make_demo_data.py package", "found no file /home/me/tools/train.py"):
         assert for_console(text) == text
 
 
-def test_mistakes_are_named_as_by_the_script(console, tmp_path):
+def test_errors_name_the_console_command(console, tmp_path):
     code, _, err = console("sample", "model=x", "output=y", "stpes=3")
     assert code == 2 and err == "ldm-smd sample: error: stpes=3: unknown key 'stpes'; the nearest known key is 'steps'\n"
     code, _, err = console("train", f"shards={tmp_path}", "autoencoder=x", f"output={tmp_path / 'run'}")
@@ -121,7 +121,7 @@ def test_mistakes_are_named_as_by_the_script(console, tmp_path):
         (["explore", "models.mixture=outputs/demo/smd/model"], "outputs/demo/smd/model"),
     ],
 )
-def test_outside_the_repository_it_says_what_is_missing(arguments, message, console, tmp_path, monkeypatch):
+def test_outside_the_repository_missing_files_give_one_line(arguments, message, console, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, _, err = console(*arguments)
     assert code == 2 and err.count("\n") == 1 and message in err
@@ -129,7 +129,7 @@ def test_outside_the_repository_it_says_what_is_missing(arguments, message, cons
 
 
 def test_help_and_dry_run_import_nothing_heavy():
-    """Of every command, in one fresh process."""
+    """For every command, in one new process."""
     program = f"""
 import contextlib, io, sys
 from ldm_smd.cli import main
@@ -165,14 +165,14 @@ print(json.dumps([light, known, networks, SMDPipeline.__module__, ldm_smd.__all_
     assert version
 
 
-def test_a_tree_that_is_not_installed_has_a_version(tmp_path):
-    """Without site-packages, and so without what the project needs too."""
+def test_a_source_tree_that_is_not_installed_has_a_version(tmp_path):
+    """It can be imported without site-packages, so without any dependency."""
     (tmp_path / "ldm_smd").symlink_to(ROOT / "ldm_smd")
     command = [sys.executable, "-E", "-S", "-c", "import ldm_smd; print(ldm_smd.__version__)"]
     assert subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout == "0+source\n"
 
 
-def test_a_name_it_does_not_have_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     import ldm_smd
 
     with pytest.raises(AttributeError, match="has no attribute 'SMDPipelines'"):
@@ -192,8 +192,8 @@ def test_a_name_it_does_not_have_is_an_attribute_error():
     ],
 )
 def test_completion(typed, expected, tmp_path):
-    """As argcomplete's shell function asks for it."""
-    asked = {
+    """With the variables that the shell function of argcomplete sets."""
+    variables = {
         "_ARGCOMPLETE": "1",
         "_ARGCOMPLETE_IFS": "\n",
         "_ARGCOMPLETE_COMP_WORDBREAKS": " \t\n\"'><=;|&(:",
@@ -201,5 +201,5 @@ def test_completion(typed, expected, tmp_path):
         "COMP_LINE": typed,
         "COMP_POINT": str(len(typed)),
     }
-    out = python("import sys; from ldm_smd.cli import main; sys.exit(main())", **asked)
+    out = python("import sys; from ldm_smd.cli import main; sys.exit(main())", **variables)
     assert out == "" and set((tmp_path / "answer").read_text().split("\n")) - {""} == expected

@@ -13,14 +13,14 @@ from ldm_smd.training.settings import TrainAutoencoderConfig, TrainConfig
 GIVEN = ["shards=a", "autoencoder=b", "output=c"]
 
 
-def test_file_and_overrides_are_merged_in_order(tmp_path):
+def test_overrides_take_precedence_over_the_file(tmp_path):
     file = tmp_path / "train.yaml"
     file.write_text("shards: a\nautoencoder: b\noutput: c\nbatch_size: 8\nmodel: {z_channels: 4}\n")
     config = load_config(TrainConfig, file, ["model.z_channels=6"])
     assert (config.batch_size, config.model.z_channels, config.model.placement) == (8, 6, "up")
 
 
-def test_dump_loads_back_to_the_same(tmp_path):
+def test_a_dumped_config_loads_again(tmp_path):
     config = load_config(TrainConfig, None, [*GIVEN, "objective.patch_sizes=[0,3]"])
     (tmp_path / "dump.yaml").write_text(dump_config(config))
     assert load_config(TrainConfig, tmp_path / "dump.yaml") == config
@@ -46,7 +46,7 @@ def test_dump_loads_back_to_the_same(tmp_path):
         (["batch_size"], "override: expected key=value, found 'batch_size'"),
     ],
 )
-def test_mistakes_are_named(overrides, message):
+def test_wrong_overrides_give_one_line(overrides, message):
     with pytest.raises(UserError) as error:
         load_config(TrainConfig, None, GIVEN + overrides)
     assert message in str(error.value)
@@ -67,15 +67,15 @@ class Renamed(Settings):
 
 
 @pytest.mark.parametrize("given", ["inner.length=2", "inner.size=2", "part.length=2", "part.size=2"])
-def test_former_names_still_work(given, caplog):
+def test_old_names_still_work(given, caplog):
     assert load_config(Renamed, None, [given]).inner.length == 2
     warnings = {"part": "part is deprecated, use inner", "size": "inner.size is deprecated, use inner.length"}
     assert [record.getMessage() for record in caplog.records] == [
-        f"{given}: {warning}" for former, warning in warnings.items() if former in given
+        f"{given}: {warning}" for old, warning in warnings.items() if old in given
     ]
 
 
-def test_former_names_still_work_in_the_entries_of_a_list(tmp_path, caplog):
+def test_old_names_still_work_in_the_entries_of_a_list(tmp_path, caplog):
     (tmp_path / "list.yaml").write_text("entries: [{length: 2}, {size: 3}]\n")
     assert [entry.length for entry in load_config(Renamed, tmp_path / "list.yaml").entries] == [2, 3]
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
@@ -83,25 +83,25 @@ def test_former_names_still_work_in_the_entries_of_a_list(tmp_path, caplog):
     ]
 
 
-def test_a_setting_given_by_both_of_its_names_is_refused(tmp_path):
+def test_a_setting_given_by_its_old_and_new_name_is_refused(tmp_path):
     (tmp_path / "both.yaml").write_text("inner: {length: 2, size: 3}\n")
     with pytest.raises(UserError, match=r"both\.yaml: expected inner\.length, found its former name inner\.size too$"):
         load_config(Renamed, tmp_path / "both.yaml")
 
 
-def test_an_override_by_a_former_name_wins_over_the_file(tmp_path):
+def test_an_override_by_an_old_name_takes_precedence_over_the_file(tmp_path):
     (tmp_path / "file.yaml").write_text("inner: {length: 2}\n")
     assert load_config(Renamed, tmp_path / "file.yaml", ["part.size=3"]).inner.length == 3
 
 
-def test_current_names():
+def test_current_name_of_an_old_name():
     assert current_name(TrainConfig, "model.latent_channels") == "model.z_channels"
     assert current_name(TrainAutoencoderConfig, "model.latent_channels") == "model.latent_channels"
     assert current_name(Renamed, "part.size") == "inner.length"
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_former_names_are_not_settings_of_today(command):
+def test_old_names_are_not_current_settings(command):
     def check(schema):
         assert set(schema.RENAMED.values()) <= {item.name for item in fields(schema)}
         assert not set(schema.RENAMED) & {item.name for item in fields(schema)}
@@ -112,30 +112,30 @@ def test_former_names_are_not_settings_of_today(command):
     check(command.schema)
 
 
-def test_the_mistake_is_named_by_its_full_name():
+def test_errors_give_the_full_name_of_a_setting():
     given = ["images.source=a", "held_out.source=a", "output=c", "held_out.resolution=1"]
     with pytest.raises(UserError, match=r"^held_out\.resolution: expected a number from 8 to 8,192, found 1$"):
         load_config(TrainAutoencoderConfig, None, given)
 
 
-def test_schemas_made_in_python_are_checked_too():
+def test_configs_created_in_python_are_checked_too():
     with pytest.raises(UserError, match="batch_size: expected a number from 1"):
         TrainConfig(shards="a", autoencoder="b", output="c", batch_size=0)
 
 
 def test_no_is_a_precision(tmp_path):
-    """Which YAML would read as false."""
+    """Although it is false in YAML."""
     (tmp_path / "train.yaml").write_text("precision: no\n")
     for file, overrides in ((tmp_path / "train.yaml", []), (None, ["precision=no"])):
         assert load_config(TrainConfig, file, [*GIVEN, *overrides]).precision == "no"
 
 
-def test_a_mandatory_value_that_is_missing_is_named():
+def test_a_missing_mandatory_value_gives_one_line():
     with pytest.raises(UserError, match="output: expected a value"):
         load_config(TrainConfig, None, GIVEN[:2])
 
 
-def test_unreadable_files_are_named(tmp_path):
+def test_unreadable_files_give_one_line(tmp_path):
     for content in ("a: [", "- a\n- b\n", "\x00"):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(UserError, match="--config: expected a YAML"):

@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/, as their tools read them."""
+"""Commands and links in README, CONTRIBUTING and docs/ work."""
 
 import re
 import runpy
@@ -25,23 +25,25 @@ def commands():
 
 
 @pytest.mark.parametrize("tool, arguments", list(commands()))
-def test_a_command_is_read_by_its_tool(tool, arguments, monkeypatch, capsys):
-    """But for the user's own config files."""
+def test_a_tool_accepts_the_settings_of_a_command(tool, arguments, monkeypatch, capsys):
+    """Config files of the user (my/*.yaml) are replaced by required settings."""
     own = [argument for argument in arguments if argument.startswith("my/") and argument.endswith(".yaml")]
     if own:
         position = arguments.index(own[0]) - 1
         assert arguments[position] == "--config"
-        given = {"tools/encode.py": ["images.source=x", "autoencoder=x"], "tools/train.py": ["shards=x", "autoencoder=x"]}[tool]
-        arguments = arguments[:position] + arguments[position + 2 :] + [*given, "output=x"]
+        required = {"tools/encode.py": ["images.source=x", "autoencoder=x"], "tools/train.py": ["shards=x", "autoencoder=x"]}[
+            tool
+        ]
+        arguments = arguments[:position] + arguments[position + 2 :] + [*required, "output=x"]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [tool, *arguments, "--dry-run"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         runpy.run_path(str(ROOT / tool), run_name="__main__")
-    assert ended.value.code in (0, None), capsys.readouterr().err
+    assert raised.value.code in (0, None), capsys.readouterr().err
 
 
 def anchors(page):
-    """The headings of a page as links name them: GitHub's rule for lower case, punctuation and spaces."""
+    """Return the anchors of the headings of a page, by GitHub's rules for lower case, punctuation and spaces."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     return {
         re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
@@ -49,7 +51,7 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
+def test_links_have_existing_targets(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             path, _, heading = target.partition("#")

@@ -1,6 +1,7 @@
-"""The Python of README and docs: blocks run with the shipped checkpoints; others are compiled and their names checked.
+"""Python blocks in README and docs run with the shipped checkpoints.
 
-A block that needs more than the repository has a comment before it: <!-- not run: needs ... -->
+A block that needs more than the repository has a comment before it: <!-- not run: needs ... --> Its names and arguments are
+checked instead.
 """
 
 import ast
@@ -20,7 +21,7 @@ OPENING = re.compile(r"^```python$", re.MULTILINE)
 
 
 def blocks(page):
-    """(what it needs or "", code) for each block of a page."""
+    """Return (what it needs or "", code) for each block of a page."""
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
@@ -30,7 +31,7 @@ NOT_RUN = [(page, number) for page in WITH_PYTHON for number, (needs, _) in enum
 
 
 class Instance(typing.NamedTuple):
-    """A value of which only the class is known."""
+    """A value whose class is known."""
 
     cls: object
 
@@ -39,7 +40,7 @@ UNKNOWN = Instance(object)
 
 
 class Names(ast.NodeVisitor):
-    """Follows the imports of a block, asserts that attributes of what it imports exist, and that calls fit signatures."""
+    """Executes the imports of a block, and asserts that attributes exist and that arguments of calls match signatures."""
 
     def __init__(self):
         self.known = dict(vars(builtins))
@@ -73,7 +74,7 @@ class Names(ast.NodeVisitor):
         signature.bind(*given, **{keyword.arg: None for keyword in node.keywords if keyword.arg})
 
     def value(self, node):
-        """What an expression is, where that can be told without running it."""
+        """Return the value of an expression as far as it is known without running it."""
         if isinstance(node, ast.Name):
             return self.known.get(node.id, UNKNOWN)
         if isinstance(node, ast.Attribute):
@@ -102,7 +103,7 @@ def test_every_block_is_found():
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
-    """In a folder with the checkpoints alone, with two steps in place of more; blocks of a page share their names."""
+    """In a folder with only the checkpoints, with two sampling steps. Blocks of a page share their variables."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     names = {}
@@ -133,6 +134,6 @@ def test_names_and_arguments_of_other_blocks_exist(page, number):
         "from ldm_smd import make_scheduler\nmake_scheduler()",
     ],
 )
-def test_a_wrong_name_or_argument_is_noticed(code):
+def test_wrong_names_and_arguments_are_found(code):
     with pytest.raises((ImportError, AssertionError, AttributeError, TypeError)):
         Names().visit(ast.parse(code))

@@ -1,4 +1,4 @@
-"""The tools one after another on pictures, as the README has them; and the demo, tiny."""
+"""The tools one after another on images, as in the README; and the demo with tiny models."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ from tests.tiny import TINY_AUTOENCODER, TINY_MODEL
 
 
 @pytest.mark.slow
-def test_pictures_in_pictures_out(run, pictures, tmp_path):
+def test_from_images_to_samples(run, pictures, tmp_path):
     vae, latents, training, samples = (tmp_path / name for name in ("vae", "latents", "training", "samples"))
     images = [f"images.source={pictures}", "images.resolution=16"]
     code, out, _ = run(
@@ -67,13 +67,13 @@ def test_pictures_in_pictures_out(run, pictures, tmp_path):
 
 @pytest.mark.slow
 def test_autoencoder_training_resumes(pictures, tmp_path, monkeypatch):
-    """Killed between two checkpoints, it goes on from the first, and ends where a run that was not stopped ends."""
+    """Interrupted between two checkpoints, it resumes from the first, with the weights of an uninterrupted run."""
 
     def train_in(name):
         images = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={pictures}", "resolution=16")]
         counts = ["images_total=64", "batch_size=8", "checkpoint_every_images=32", "warmup_images=16"]
-        places = [f"output={tmp_path / name}", f"work={tmp_path / f'work-{name}'}"]
-        return train_autoencoder(load_config(TrainAutoencoderConfig, None, [*images, *counts, *TINY_AUTOENCODER, *places]))
+        folders = [f"output={tmp_path / name}", f"work={tmp_path / f'work-{name}'}"]
+        return train_autoencoder(load_config(TrainAutoencoderConfig, None, [*images, *counts, *TINY_AUTOENCODER, *folders]))
 
     seen, real = [], EMA.update
 
@@ -97,7 +97,7 @@ def test_autoencoder_training_resumes(pictures, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["shards", "autoencoder"])
-def test_missing_parts_exit_with_two(run, train_config, tmp_path, missing):
+def test_missing_inputs_give_exit_code_2(run, train_config, tmp_path, missing):
     config = train_config()
     given = {name: getattr(config, name) for name in ("shards", "autoencoder", "output")}
     given[missing] = tmp_path / "none"
@@ -107,7 +107,7 @@ def test_missing_parts_exit_with_two(run, train_config, tmp_path, missing):
 
 @pytest.mark.slow
 def test_demo(pictures, vae_folder, train_config, tmp_path):
-    """The demo's own code on tiny parts: models as shipped, continued and distilled; every table and picture of the report."""
+    """With tiny models: one as shipped, one that continues its training, and one that is distilled. The report is complete."""
     runs = []
     for name, changes in (("smd", []), ("vanilla", ["model.z_channels=0", "objective.name=mse"])):
         config = train_config(*changes, f"output={tmp_path / 'shipped' / name}", "log_every_images=16")
@@ -170,14 +170,14 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
     assert f"{before:.2f} before, {after:.2f} after" in row["gains"] and ("did not lower" in row["gains"]) == (after >= before)
     assert row["gains"] in page and page.count("data:image/png;base64,") == 3 + 6 + 2
     assert page.count("data:image/jpeg;base64,") == 3
-    places = [page.index(f"<figcaption>{text}</figcaption>") for text in ("Gaussian, 2 steps, guidance 2", "mixture, 1 step")]
-    assert places == sorted(places) and places[-1] < page.index("Distance to the training images")
+    captions = [page.index(f"<figcaption>{text}</figcaption>") for text in ("Gaussian, 2 steps, guidance 2", "mixture, 1 step")]
+    assert captions == sorted(captions) and captions[-1] < page.index("Distance to the training images")
     assert Image.open(tmp_path / "demo/large.jpg").size == (3 * 18 + 2, 3 * 20)
     assert SMDPipeline.from_pretrained(tmp_path / "demo/b/model")([1], num_inference_steps=1).images
     with pytest.raises(UserError, match=r"showcase\.classes: expected some of disc, square, found ring"):
         Showcase(dataclasses.replace(config.showcase, classes=["disc", "ring"]))
 
-    # What is not trained is the shipped network, in a model folder; what is trained has its rate.
+    # A run without training has the weights of the shipped network. A distillation has the full learning rate.
     weights = [
         load_file(folder / "diffusion_pytorch_model.safetensors")
         for folder in (Path(vanilla["checkpoint"]), tmp_path / "demo/vanilla/model/unet")

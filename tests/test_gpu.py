@@ -1,4 +1,4 @@
-"""Where there is no GPU, one that is pretended: tensors left on the CPU are found as on a real one."""
+"""Tools run on a simulated GPU (pretend_gpu.py), which finds tensors that were left on the CPU."""
 
 import json
 import subprocess
@@ -38,17 +38,17 @@ CHECKS = [
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("gpu"),  # what all of them look at is made once
+    pytest.mark.xdist_group("gpu"),  # their common fixture runs once
     pytest.mark.skipif(
         not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-        reason="needs a torch with devices in Python",
+        reason="needs a torch that supports devices written in Python",
     ),
 ]
 
 
 @pytest.fixture(scope="module")
 def outcomes(model_folder, embedded, clip, shards, vae_folder, pictures, tmp_path_factory):
-    """What became of each check, all done in one process: nothing, or a traceback."""
+    """The result of each check: None, or a traceback. All checks run in one process."""
     output = tmp_path_factory.mktemp("gpu")
 
     def trained(name, data, *settings):
@@ -63,9 +63,9 @@ def outcomes(model_folder, embedded, clip, shards, vae_folder, pictures, tmp_pat
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_on_one_device(outcomes, check):
+def test_a_check_passes_on_the_simulated_gpu(outcomes, check):
     assert outcomes[check] is None, outcomes[check]
 
 
-def test_every_check_has_its_test(outcomes):
+def test_every_check_has_a_test(outcomes):
     assert list(outcomes) == CHECKS

@@ -7,8 +7,8 @@ from ldm_smd.training.settings import ClassifierSetConfig, TrainClassifierConfig
 ROOT = Path(__file__).parents[1]
 
 
-def test_docs_have_the_help_of_every_tool():
-    """As it is now; `python -m ldm_smd.cli > docs/tools.md` writes it anew."""
+def test_docs_have_the_current_help_of_every_tool():
+    """`python -m ldm_smd.cli > docs/tools.md` writes it."""
     found = all_help(ROOT / "tools")
     assert all(f"## {path.name}\n\n```\nusage: {path.name}" in found for path in (ROOT / "tools").glob("*.py"))
     assert found == (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")

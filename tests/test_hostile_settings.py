@@ -1,4 +1,4 @@
-"""Nothing that a setting can be set to ends in a traceback, in something half-written, or never (hostile.py says how)."""
+"""No value of a setting causes a traceback, an incomplete output or a hang (the cases are in hostile.py)."""
 
 import shutil
 from operator import attrgetter
@@ -14,15 +14,15 @@ from tests.tiny import TINY_MODEL
 
 
 def nested(overrides):
-    """Settings from their ``key=value``."""
+    """Return settings as nested dictionaries, from ``key=value`` overrides."""
     content = {}
     for override in overrides:
         key, _, value = override.partition("=")
         *outer, last = key.split(".")
-        place = content
-        for part in outer:
-            place = place.setdefault(part, {})
-        place[last] = yaml.safe_load(value)
+        section = content
+        for name in outer:
+            section = section.setdefault(name, {})
+        section[last] = yaml.safe_load(value)
     return content
 
 
@@ -31,7 +31,7 @@ def bases(pictures, vae_folder, shards, train_config, gaussian_folder, tmp_path)
     """Working settings of every tool."""
     folder = tmp_path / "hostile"
     (folder / "empty").mkdir(parents=True)
-    (folder / "a-file").write_text("not what is wanted\n")
+    (folder / "a-file").write_text("some text\n")
     out = folder / "out"
     model = train(train_config(f"output={tmp_path / 'averaged'}", "images_total=16", "ema_widths=[0.05,0.1]"))
     FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")
@@ -98,13 +98,13 @@ TOOLS = tuple(BY_NAME)
 
 
 def failures(tool, base, folder, capfd, chosen):
-    """One line for each of the chosen cases that ends otherwise than it should; and how many cases there were."""
+    """Run the chosen cases and print their number; returns a line for each that ends wrongly."""
     found, count = [], 0
     for case in filter(chosen, cases(tool, folder)):
         (folder / "out").mkdir()
-        what = run_case(case, base, folder, capfd.readouterr)
-        if what is not None:
-            found.append(f"{case}: {what}")
+        problem = run_case(case, base, folder, capfd.readouterr)
+        if problem is not None:
+            found.append(f"{case}: {problem}")
         shutil.rmtree(folder / "out", ignore_errors=True)
         count += 1
     with capfd.disabled():
@@ -114,21 +114,20 @@ def failures(tool, base, folder, capfd, chosen):
 
 @pytest.fixture
 def hostile_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("gradio.Blocks.block_thread", lambda self: self.close())  # the page would be served for ever
+    monkeypatch.setattr("gradio.Blocks.block_thread", lambda self: self.close())  # otherwise the page would be served forever
     monkeypatch.chdir(tmp_path / "hostile" / "empty")
     return tmp_path / "hostile"
 
 
 @pytest.mark.slow
-def test_what_cannot_be_right_is_refused(bases, hostile_folder, capfd):
-    """Before any work, but for reading what is there."""
+def test_invalid_values_are_refused(bases, hostile_folder, capfd):
     found = [line for tool in TOOLS for line in failures(tool, bases[tool], hostile_folder, capfd, WRONG)]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.slow  # so that -m "not slow", in the place of the default, leaves it out too
+@pytest.mark.slow  # so that -m "not slow", which replaces the default, leaves it out too
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("tool", TOOLS)
-def test_no_setting_ends_in_a_traceback(bases, hostile_folder, tool, capfd):
+def test_every_value_is_accepted_or_refused_with_one_line(bases, hostile_folder, tool, capfd):
     found = failures(tool, bases[tool], hostile_folder, capfd, lambda case: True)
     assert not found, "\n".join(found)

@@ -1,5 +1,4 @@
-"""Pictures like another one: OpenCLIP embeddings from the shards through training to sampling, also from words. The network is
-a real OpenCLIP model, built without pretrained weights."""
+"""Image and text prompts: OpenCLIP embeddings in shards, training and sampling. The OpenCLIP model is small and untrained."""
 
 import json
 import shutil
@@ -25,7 +24,7 @@ from tests.rounding import alike
 from tests.tiny import diffusers_unet
 
 
-def test_shards_hold_the_embeddings_and_all_else_as_without(embedded, shards, pictures, clip):
+def test_shards_contain_embeddings_and_are_otherwise_the_same(embedded, shards, pictures, clip):
     manifest, plain = Manifest.load(embedded), Manifest.load(shards)
     encoder = ClipEncoder.of(clip, torch.device("cpu"), "clip")
     assert manifest.embedding == {**encoder.identity(), "dimensions": 16} and plain.embedding is None
@@ -45,8 +44,8 @@ def test_shards_hold_the_embeddings_and_all_else_as_without(embedded, shards, pi
         LatentStream(plain, 22, 22, embeddings=True)
 
 
-def test_shards_without_their_embeddings_are_refused(embedded, tmp_path):
-    """Also where the record is gone, and with it the index."""
+def test_shards_without_the_promised_embeddings_are_refused(embedded, tmp_path):
+    """Also if the record with the index is missing."""
     folder = tmp_path / "copy"
     shutil.copytree(embedded, folder)
     record = json.loads((folder / "latents-00000.json").read_text())
@@ -62,7 +61,7 @@ def test_shards_without_their_embeddings_are_refused(embedded, tmp_path):
         LatentStream(Manifest.load(folder), 22, 22).batch_at(0)
 
 
-def test_the_embedding_matters_and_none_is_zeros(loud_pipeline, conditional_folder):
+def test_samples_depend_on_the_embedding_and_none_means_zeros(loud_pipeline, conditional_folder):
     pipeline = loud_pipeline(conditional_folder)
     embeds = torch.nn.functional.normalize(torch.randn(2, 16))
 
@@ -88,8 +87,8 @@ def test_the_embedding_matters_and_none_is_zeros(loud_pipeline, conditional_fold
 
 
 @pytest.mark.slow
-def test_a_model_without_embeddings_learns_them(train_config, embedded, model_folder):
-    """It starts as it was, whatever the embedding."""
+def test_a_model_without_embeddings_can_learn_them(train_config, embedded, model_folder):
+    """At first its predictions do not depend on the embedding."""
     config = train_config(f"shards={embedded}", "image_conditional=true", f"init_from={model_folder / 'unet'}")
     before, after = load_pipeline(model_folder).unet, build_model(config, Manifest.load(embedded))
     after.mixture.noise.load_state_dict(before.mixture.noise.state_dict())
@@ -102,31 +101,31 @@ def test_a_model_without_embeddings_learns_them(train_config, embedded, model_fo
 
 
 @pytest.mark.slow
-def test_compiled_as_diffusers_users_do(loud_pipeline, conditional_folder):
-    """`pipe.unet = torch.compile(pipe.unet)` changes the class of the unet, and nothing else."""
+def test_a_compiled_unet_gives_the_same_samples(loud_pipeline, conditional_folder):
+    """`pipe.unet = torch.compile(pipe.unet)` changes the class of the unet."""
     pipeline = loud_pipeline(conditional_folder)
     plain = diffusers_unet()
     embeds = torch.nn.functional.normalize(torch.randn(2, 16))
     for unet, options in ((pipeline.unet, {"image_embeds": embeds}), (plain, {})):
         options |= {"class_labels": [0, 1], "num_inference_steps": 2, "output_type": "latent"}
-        made = []
+        samples = []
         for each in (unet, torch.compile(unet, backend="eager")):
             pipeline.unet = each
-            made.append(pipeline(generator=seeded_generators([1, 2]), **options).images)
-        assert alike(*made)
+            samples.append(pipeline(generator=seeded_generators([1, 2]), **options).images)
+        assert alike(*samples)
 
 
-def test_half_precision_and_a_batch_of_one(conditional_folder):
+def test_bf16_samples_of_one_prompt_are_finite(conditional_folder):
     pipeline = load_pipeline(conditional_folder).to(torch.bfloat16)
     assert np.isfinite(pipeline(image_embeds=torch.ones(1, 16), num_inference_steps=1, output_type="np").images).all()
 
 
 @pytest.mark.slow
-def test_sample_tool_takes_either_prompt(run, conditional_folder, model_folder, pictures, clip, make_clip, tmp_path):
+def test_sample_accepts_image_and_text_prompts(run, conditional_folder, model_folder, pictures, clip, make_clip, tmp_path):
     options = [f"model={conditional_folder}", "per_class=2", "steps=2", "classes=[]"]
-    picture = next((pictures / "disc").iterdir())
-    for name, given in (("picture", f"image_prompt={picture}"), ("words", "prompt=a red disc")):
-        code, _, err = run(SampleConfig, sample, *options, f"clip={clip}", given, f"output={tmp_path / name}")
+    image = next((pictures / "disc").iterdir())
+    for name, prompt in (("image", f"image_prompt={image}"), ("text", "prompt=a red disc")):
+        code, _, err = run(SampleConfig, sample, *options, f"clip={clip}", prompt, f"output={tmp_path / name}")
         assert code == 0 and len(list((tmp_path / name).glob("picture-*.png"))) == 2, err
     (tmp_path / "empty").mkdir()
     shutil.copy(make_clip(2) / "open_clip_config.json", tmp_path / "empty")

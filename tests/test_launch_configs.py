@@ -1,4 +1,4 @@
-"""The files in configs/accelerate, as accelerate reads them; and the job of configs/slurm, as bash runs it."""
+"""accelerate reads the files of configs/accelerate, and bash runs the job of configs/slurm."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ FILES = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_accelerate_reads_it(path):
+def test_accelerate_reads_a_config(path):
     found = load_config_from_file(str(path))
     wanted = {
         "one-gpu": (1, 1),
@@ -30,35 +30,35 @@ def test_accelerate_reads_it(path):
 
 @pytest.fixture
 def job(tmp_path):
-    """The job as SLURM would start it, where its commands write down how they are called; srun runs until it gets a SIGTERM."""
-    asked = tmp_path / "asked"
+    """The running job and the log of its commands. SLURM's commands are replaced: srun runs until it receives SIGTERM."""
+    calls = tmp_path / "calls"
     programs = {
-        "scontrol": f'echo scontrol "$@" >>{asked}; echo node-a; echo node-b',
-        "srun": f'echo "$@" >>{asked}; trap "exit 143" TERM; echo $$ >{tmp_path / "pid"}; while :; do sleep 0.01; done',
-        "scancel": f'echo scancel "$@" >>{asked}; kill -TERM "$(cat {tmp_path / "pid"})"',
+        "scontrol": f'echo scontrol "$@" >>{calls}; echo node-a; echo node-b',
+        "srun": f'echo "$@" >>{calls}; trap "exit 143" TERM; echo $$ >{tmp_path / "pid"}; while :; do sleep 0.01; done',
+        "scancel": f'echo scancel "$@" >>{calls}; kill -TERM "$(cat {tmp_path / "pid"})"',
     }
     for name, program in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{program}\n")
         (tmp_path / name).chmod(0o755)
-    given = {
+    variables = {
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node-[a-b]",
         "SLURM_NNODES": "2",
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }
     script = [CONFIGS / "slurm/train.sbatch", "--config", "my/train.yaml"]
-    process = subprocess.Popen(["bash", *script], env=os.environ | given, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(["bash", *script], env=os.environ | variables, stdout=subprocess.DEVNULL)
     while not (tmp_path / "pid").exists() and process.poll() is None:
         time.sleep(0.01)
-    yield process, asked
+    yield process, calls
     process.kill()
 
 
-def test_a_slurm_job_starts_torchrun_and_goes_back_into_the_queue(job):
-    process, asked = job
+def test_a_slurm_job_starts_torchrun_and_is_requeued(job):
+    process, calls = job
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=30)
-    hosts, started, cancelled, requeued = asked.read_text().splitlines()
+    hosts, started, cancelled, requeued = calls.read_text().splitlines()
     assert hosts == "scontrol show hostnames node-[a-b]"
     assert (cancelled, requeued) == ("scancel --signal TERM 7", "scontrol requeue 7")
     program, *arguments = started.split()

@@ -1,4 +1,4 @@
-"""The notebook of the documentation, from top to bottom; and its outputs as they are stored."""
+"""The notebook of the documentation runs, and its stored outputs are complete."""
 
 from pathlib import Path
 
@@ -17,12 +17,12 @@ def outputs(notebook):
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def pictures(notebook):
+def images(notebook):
     return [output.data["image/jpeg"] for output in outputs(notebook) if "image/jpeg" in output.get("data", {})]
 
 
 def distances(notebook):
-    """What the evaluation printed, by the start of its line."""
+    """Return the printed distances, by the start of their lines."""
     lines = "".join(output.text for output in outputs(notebook) if output.output_type == "stream").splitlines()
     return {
         start: float(line.removeprefix(start).split()[0]) for line in lines for start in (GAUSSIAN, MIXTURE) if start in line
@@ -31,7 +31,7 @@ def distances(notebook):
 
 def check(notebook):
     assert not [output for output in outputs(notebook) if output.output_type == "error"]
-    assert len(pictures(notebook)) == SHEETS and all(len(picture) > 5000 for picture in pictures(notebook))
+    assert len(images(notebook)) == SHEETS and all(len(image) > 5000 for image in images(notebook))
     found = distances(notebook)
     assert found[MIXTURE] < 0.6 * found[GAUSSIAN]
 
@@ -41,12 +41,12 @@ def test_stored_outputs_are_small_and_complete():
     check(notebook)
     assert NOTEBOOK.stat().st_size < MOST_BYTES
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
-    assert not [output for output in outputs(notebook) if output.get("name") == "stderr"], "warnings, with paths of a machine"
+    assert not [output for output in outputs(notebook) if output.get("name") == "stderr"], "warnings contain local paths"
 
 
 @pytest.mark.slow
-def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    """In a folder that holds the repository's, so that what it writes is kept out of the repository."""
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """In another folder with links to the repository, so that it writes nothing there."""
     for name in ("checkpoints", "configs", "data", "tools"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

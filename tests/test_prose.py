@@ -1,6 +1,6 @@
-"""How the prose reads: the length of sentences in pages and docstrings, the size of the README, and the glossary.
+"""Length of sentences in pages and docstrings, size of the README, and terms of the glossary.
 
-Links and commands are checked in test_docs.py.
+test_docs.py checks links and commands.
 """
 
 import ast
@@ -16,10 +16,10 @@ DOCS = [
     path
     for folder in ("docs", "docs/tutorials")
     for path in sorted((ROOT / folder).glob("*.md"))
-    if path.stem not in ("tools", "index")  # what --help prints, and the front page of the site
+    if path.stem not in ("tools", "index")  # the output of --help, and the front page of the site
 ]
 MOST_WORDS = 18
-"""Of the median sentence."""
+"""Maximum number of words of the median sentence."""
 PACKAGES = [path.parent for path in sorted((ROOT / "ldm_smd").rglob("__init__.py"))]
 ARGUMENT = re.compile(r"^ +[*\w, ]+: ", re.MULTILINE)
 """Start of an item under "Args:" in a docstring."""
@@ -27,13 +27,13 @@ README_LINES = 150
 ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|et al|cf|vs|eq|no|fig)\.", re.IGNORECASE)
 WORD = re.compile(r"[A-Za-z0-9]")
 LONGEST = 45
-"""Words of any sentence."""
+"""Maximum number of words of a sentence."""
 
 
 def paragraphs(text):
-    """The prose of a Markdown page: its paragraphs and list items, each as one line.
+    """Yield the paragraphs and list items of a Markdown page, each as one line.
 
-    Headings, tables, code, pictures and formulas (paragraphs indented by four spaces) are left out.
+    Headings, tables, code, images and formulas (paragraphs indented by four spaces) are left out.
     """
     text = re.sub(r"^ *```.*?^ *```", "\n", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"\$\$.*?\$\$", "\n", text, flags=re.DOTALL)
@@ -49,7 +49,7 @@ def paragraphs(text):
 
 
 def plain(paragraph):
-    """A paragraph without its markup: a link is its text, a piece of code or a formula is one word."""
+    """Remove the markup of a paragraph. A link becomes its text, and code or a formula becomes one word."""
     paragraph = re.sub(r"`[^`]*`", "code", paragraph)
     paragraph = re.sub(r"\$[^$]*\$", "formula", paragraph)
     paragraph = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", paragraph)
@@ -57,7 +57,7 @@ def plain(paragraph):
 
 
 def sentences(text):
-    """The sentences of a page, of two words or more: they end in a full stop, a question mark, or with their paragraph."""
+    """Yield the words of each sentence of two or more words. It ends with a full stop, a question mark or its paragraph."""
     for paragraph in paragraphs(text):
         for sentence in re.split(r"(?<=[.!?])[)\"]?\s+(?=[\"(]?[A-Z0-9])", plain(paragraph)):
             words = [word for word in sentence.split() if WORD.search(word)]
@@ -70,7 +70,7 @@ def lengths(pages):
 
 
 def docstrings(package):
-    """(file, docstring) of the modules, classes, functions and values in a package, without its subpackages."""
+    """Yield (file, docstring) of modules, classes, functions and values in a package, without its subpackages."""
     for path in sorted(package.glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             body = getattr(node, "body", None)
@@ -99,7 +99,7 @@ no. Words here.
 """
 
 
-def test_sentences_are_found_as_a_reader_finds_them():
+def test_sentences_of_a_page_are_found():
     assert [" ".join(words) for words in sentences(PAGE)] == [
         "One sentence of code and 0.34 0.02.",
         "A second one goes on, e.g here.",
@@ -121,18 +121,18 @@ def test_the_median_sentence_of_docstrings_is_short(package):
     assert len(counts) >= len(texts) / 2 and statistics.median(counts) <= MOST_WORDS
 
 
-def test_docstrings_begin_with_what_they_describe():
+def test_no_docstring_begins_with_of():
     found = [(name, text) for package in PACKAGES for name, text in docstrings(package)]
     assert len(found) > 1000 and [name for name, text in found if text.startswith("Of ")] == []
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.stem)
-def test_no_sentence_is_a_paragraph(page):
+def test_no_sentence_is_too_long(page):
     assert max(lengths([page])) <= LONGEST
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
-def test_a_page_says_first_what_it_is_for_and_where_its_terms_are(page):
+def test_a_page_begins_with_its_purpose_and_a_link_to_the_glossary(page):
     text = page.read_text(encoding="utf-8")
     first = next(paragraphs(text))
     assert re.search(r"\b(page|tutorial|section|recipe|Look)\b", first)
@@ -143,7 +143,7 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= README_LINES
 
 
-def test_our_own_terms_are_used_on_other_pages():
+def test_terms_of_this_project_are_used_on_other_pages():
     ours = (ROOT / "docs/glossary.md").read_text(encoding="utf-8").split("## Terms of this project")[1]
     terms = [row.split("|")[1].strip() for row in re.findall(r"^\|.*\|$", ours, re.MULTILINE)[2:]]
     others = [path.read_text(encoding="utf-8") for path in DOCS if path.stem != "glossary"]

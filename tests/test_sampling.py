@@ -1,5 +1,3 @@
-"""tools/sample.py."""
-
 import pytest
 from PIL import Image
 
@@ -8,14 +6,14 @@ from ldm_smd.sampling.tool import sample
 
 
 @pytest.mark.slow
-def test_sample_tool(run, model_folder, tmp_path):
+def test_sample_writes_images_and_refuses_wrong_settings(run, model_folder, tmp_path):
     options = [f"model={model_folder}", "per_class=3", "steps=2"]
     code, out, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'a'}", "classes=[square,0]", "batch_size=2")
     assert code == 0 and "6 images" in out
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(names) == 7 and names[0] == "class0000-seed00000003.png" and names[-1] == "grid.png"
-    code, _, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'free'}", "classes=[]")
-    assert code == 0 and len(list((tmp_path / "free").glob("picture-*.png"))) == 3
+    code, _, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'unlabelled'}", "classes=[]")
+    assert code == 0 and len(list((tmp_path / "unlabelled").glob("picture-*.png"))) == 3
     sketch = [f"image={tmp_path / 'a' / names[0]}", "strength=0.5"]
     code, _, _ = run(SampleConfig, sample, *options, *sketch, f"output={tmp_path / 'sketch'}", "classes=[0]")
     assert code == 0 and len(list((tmp_path / "sketch").glob("class0000-*.png"))) == 3

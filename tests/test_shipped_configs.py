@@ -1,5 +1,7 @@
-"""Every file in configs/, as its tool reads it (those of accelerate and SLURM: test_launch_configs.py); and the networks of the
-large ones at full size, without their numbers."""
+"""Tools accept every file in configs/, and the networks of the large ones are built at full size, without weights.
+
+test_launch_configs.py tests the files for accelerate and SLURM.
+"""
 
 from pathlib import Path
 
@@ -54,11 +56,11 @@ FILES += [
 
 
 @pytest.mark.parametrize("path, schema, given", FILES, ids=lambda value: value.stem if isinstance(value, Path) else "")
-def test_it_is_read(path, schema, given):
+def test_a_config_is_valid(path, schema, given):
     load_config(schema, path, given)
 
 
-def test_every_file_has_its_test():
+def test_every_file_has_a_test():
     elsewhere = {"accelerate", "slurm"}
     found = {path for path in ROOT.rglob("*") if path.is_file() and path.parent.name not in elsewhere}
     assert found == {path for path, _, _ in FILES}
@@ -73,7 +75,7 @@ def test_every_file_has_its_test():
         ("pictures-1024", deep_compression, 1024, 32),
     ],
 )
-def test_networks_of_full_size_fit_together(name, build, pixels, factor):
+def test_full_size_unet_and_autoencoder_have_matching_latents(name, build, pixels, factor):
     config = load_config(TrainConfig, ROOT / "train" / f"{name}.yaml")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         autoencoder = FrozenAutoencoder(build())

@@ -1,4 +1,4 @@
-"""The pipelines in checkpoints/ are the shipped networks, the autoencoders and the schedules they were trained with."""
+"""The pipelines in checkpoints/ consist of the shipped networks, with the autoencoder and noise schedule of their training."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ SMALL, LARGE = "data/emoji/train-*.tar", "data/emoji-256/train.zip"
 
 
 def settings(scheduler):
-    """All but the numbers of the schedule, which were computed."""
+    """Return the config of a scheduler without its computed betas."""
     return {name: value for name, value in scheduler.config.items() if name[0] != "_" and name != "trained_betas"}
 
 
@@ -32,7 +32,7 @@ def settings(scheduler):
         ("emoji-256-gaussian", "unet-emoji-256-gaussian", "emoji-256-gaussian", LARGE, 256),
     ],
 )
-def test_a_shipped_pipeline_is_what_its_training_would_write(name, unet, training, source, pixels):
+def test_a_shipped_pipeline_agrees_with_its_training_config(name, unet, training, source, pixels):
     folder = ROOT / "checkpoints" / name
     config = load_config(TrainConfig, ROOT / f"configs/train/{training}.yaml")
     assert (folder / "unet").resolve() == ROOT / "checkpoints" / unet
@@ -47,7 +47,7 @@ def test_a_shipped_pipeline_is_what_its_training_would_write(name, unet, trainin
     assert is_mixture(pipeline.unet) == (config.model.z_channels > 0)
 
 
-def test_it_samples():
+def test_a_shipped_pipeline_samples():
     pipeline = SMDPipeline.from_pretrained(ROOT / "checkpoints/emoji-smd")
     pixels = pipeline([7, 3], num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert pixels.shape == (2, 3, 64, 64) and (pixels[0] - pixels[1]).abs().mean() > 0.05

@@ -1,4 +1,4 @@
-"""What docs/hooks.py adds to MkDocs, on a small site; make site builds the whole one."""
+"""docs/hooks.py, tested with a small site. make site builds the full one."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ HOOKS = ROOT / "docs/hooks.py"
 
 @pytest.fixture
 def site(tmp_path):
-    """Build a site of these files of a repository; returns a function from files to the folder of the site."""
+    """A function that builds a site from the given files of a repository and returns its folder."""
 
-    def made(files):
+    def build_site(files):
         for name, text in {"docs/index.md": "# Home", **files}.items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,10 +29,10 @@ def site(tmp_path):
         build(loaded)
         return tmp_path / "site"
 
-    return made
+    return build_site
 
 
-def test_links_out_of_docs_lead_to_pages_that_are_added(site):
+def test_files_outside_docs_get_pages_if_they_are_linked(site):
     built = site(
         {
             "docs/guide/page.md": "[a](../../configs/a.yaml) [r](../../results/r.md) [c](../../model)\n\n```\n[a](../x)\n```\n",
@@ -45,7 +45,7 @@ def test_links_out_of_docs_lead_to_pages_that_are_added(site):
     page = (built / "guide/page.html").read_text()
     for target in ("configs/a.yaml.html", "results/r.html", "model/index.html"):
         assert f'href="../repository/{target}"' in page and (built / "repository" / target).is_file()
-    assert "[a](../x)" in page, "code stays as it is"
+    assert "[a](../x)" in page, "links in code are not changed"
     assert "steps: 8" in (built / "repository/configs/a.yaml.html").read_text()
     result = (built / "repository/results/r.html").read_text()
     assert 'href="../../guide/page.html"' in result and 'src="plot.png"' in result
@@ -54,12 +54,12 @@ def test_links_out_of_docs_lead_to_pages_that_are_added(site):
 
 
 @pytest.mark.parametrize("link", ["nowhere.md", "../configs/nowhere.yaml", "index.md#nowhere"])
-def test_a_link_that_leads_nowhere_is_an_error(link, site):
+def test_a_broken_link_is_an_error(link, site):
     with pytest.raises(SystemExit):
         site({"docs/page.md": f"[x]({link})"})
 
 
-def test_the_first_page_has_the_head_of_the_readme(site):
+def test_the_front_page_has_the_beginning_of_the_readme(site):
     built = site(
         {
             "docs/index.md": "<!-- README -->\n\n## Here",
@@ -78,7 +78,7 @@ def test_formulas_are_mathml(site):
     assert "<msub><mi>a</mi><mi>t</mi></msub>" in page and 'display="block"' in page
 
 
-def test_notebooks_are_pages_with_their_pictures(site):
+def test_notebooks_become_pages_with_their_images(site):
     stored = (ROOT / "docs/notebook/first-steps.ipynb").read_text(encoding="utf-8")
     linked = {"docs/method.md": "# M", "docs/samplers.md": "# S", "docs/tools.md": "# T", "README.md": "# R"}
     built = site({"docs/notebook/first-steps.ipynb": stored, "docs/page.md": "[it](notebook/first-steps.ipynb)", **linked})

@@ -1,7 +1,7 @@
-"""The package as it is installed from its wheel, outside the repository: the console command, its files, its dependencies.
+"""The package installed from its wheel, outside the repository: console command, files and dependencies.
 
-LDM_SMD_WHEEL_PYTHON names the Python of an environment that has the wheel and all it needs (`make test-wheel`). Without it
-the wheel goes into an empty environment that borrows the dependencies of this one.
+LDM_SMD_WHEEL_PYTHON is the Python of an environment with the wheel and its dependencies (`make test-wheel`). Without it, the
+wheel is installed in a new environment that uses the dependencies of this one.
 """
 
 import ast
@@ -24,19 +24,19 @@ from .conftest import TINY_MODEL
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-"""Without a PYTHONPATH, on which the repository may be."""
+"""Without PYTHONPATH, which may contain the repository."""
 WITH_FALLBACK = {"xformers"}
-"""Optional packages that are done without where they are missing."""
+"""Optional packages for which there is a fallback."""
 
 
 @pytest.fixture(scope="module")
 def wheel_python(tmp_path_factory):
-    """The Python of an environment in which ldm_smd is what its wheel holds."""
+    """The Python of an environment in which ldm_smd was installed from its wheel."""
     if given := os.environ.get("LDM_SMD_WHEEL_PYTHON"):
         return Path(given)
     folder = tmp_path_factory.mktemp("wheel")
     source, environment = folder / "source", folder / "environment"
-    # A copy: what an earlier build left beside the original would go into the wheel.
+    # Files that an earlier build left in the repository would be added to the wheel, so it is built from a copy.
     shutil.copytree(ROOT / "ldm_smd", source / "ldm_smd", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -49,7 +49,7 @@ def wheel_python(tmp_path_factory):
     venv.create(environment, symlinks=True)
     python = environment / "bin" / "python"
     pip("--python", python, "install", "--no-deps", "--no-index", wheel)
-    # The .pth files in there are not read, so an editable install of ldm_smd stays behind.
+    # The .pth files of the other environment are not read, so an editable install of ldm_smd there has no effect.
     own = Path(sysconfig.get_path("purelib", "venv", {"base": str(environment), "platbase": str(environment)}))
     (own / "borrowed.pth").write_text("\n".join(sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})))
     return python
@@ -57,7 +57,7 @@ def wheel_python(tmp_path_factory):
 
 @pytest.fixture
 def outside(wheel_python, tmp_path):
-    """Run a program of that environment in a folder outside the repository; returns what it prints."""
+    """A function that runs a program of that environment outside the repository and returns its standard output."""
 
     def call(program, *arguments):
         command = [wheel_python.parent / program, *map(str, arguments)]
@@ -68,7 +68,7 @@ def outside(wheel_python, tmp_path):
     return call
 
 
-def test_the_wheel_has_what_is_no_python(outside):
+def test_the_wheel_contains_version_type_marker_and_template(outside):
     program = "import sys, json, ldm_smd; print(json.dumps([sys.prefix, ldm_smd.__file__, ldm_smd.__version__]))"
     prefix, file, version = json.loads(outside("python", "-c", program))
     package = Path(file).parent
@@ -78,7 +78,7 @@ def test_the_wheel_has_what_is_no_python(outside):
     assert outside("ldm-smd", "--version") == f"ldm-smd {version}\n"
 
 
-def test_encode_train_and_sample_by_the_console_command(outside, pictures, vae_folder, tmp_path):
+def test_encode_train_and_sample_with_the_console_command(outside, pictures, vae_folder, tmp_path):
     encoding = ["images.resolution=16", "shard_size=8", "batch_size=4", "num_workers=0", "output=latents"]
     outside("ldm-smd", "encode", f"images.source={pictures}", f"autoencoder={vae_folder}", *encoding)
     training = ["images_total=16", "batch_size=8", "objective.draws=2", "sample_steps=2", "output=run", *TINY_MODEL]
@@ -88,9 +88,9 @@ def test_encode_train_and_sample_by_the_console_command(outside, pictures, vae_f
 
 
 def imports():
-    """(package, file and line, whether it is optional) of every import of ldm_smd but for the standard library's.
+    """Yield (package, file and line, whether it is optional) of every import in ldm_smd outside the standard library.
 
-    An import is optional inside a ``try`` of a function that ends in a UserError where there is no such package.
+    An import is optional if it is in a ``try`` in a function, whose ``except ImportError`` raises a UserError.
     """
     for path in sorted((ROOT / "ldm_smd").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -120,8 +120,8 @@ def imports():
                     yield package, f"{path.relative_to(ROOT)}:{node.lineno}", id(node) in guarded
 
 
-def test_what_it_imports_is_declared():
-    """As a dependency; or in an extra, and then a UserError says what is missing."""
+def test_imported_packages_are_declared():
+    """As dependencies; or as extras, if a UserError says what is missing."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
     def names(requirements):

@@ -1,4 +1,4 @@
-"""The sizes of the tiny models that tests build."""
+"""Sizes and settings of the tiny models of the tests."""
 
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
@@ -11,17 +11,17 @@ SIZES = {
     "norm_num_groups": 4,
     **MIXTURE,
 }
-"""Of an SMDUNet2DModel, apart from its latents and classes."""
+"""Arguments of an SMDUNet2DModel, without those of latents and classes."""
 
 TINY_MODEL = [f"model.{name}={list(value) if isinstance(value, tuple) else value}" for name, value in SIZES.items()]
-"""The same as settings of tools/train.py."""
+"""SIZES as settings of tools/train.py."""
 
 TINY_AUTOENCODER = ["model.block_out_channels=[8,8]", "model.latent_channels=4", "model.norm_num_groups=4"]
 """Settings of tools/train_autoencoder.py, 16x16 pixels -> 4x8x8 latents."""
 
 
 def training(shards, autoencoder, output, *overrides):
-    """Settings of a run of tools/train.py: 8 steps, two checkpoints, four reports."""
+    """Return settings of tools/train.py for 8 steps with two checkpoints and four reports."""
     return [
         f"shards={shards}",
         f"autoencoder={autoencoder}",
@@ -41,7 +41,7 @@ def training(shards, autoencoder, output, *overrides):
 
 
 def diffusers_unet(**changes):
-    """An untrained UNet2DModel of diffusers for 4x8x8 latents of three classes, or two and none."""
+    """Build an untrained UNet2DModel of diffusers for 4x8x8 latents of three classes, or of two and the null class."""
     sizes = {
         "sample_size": 8,
         "in_channels": 4,
@@ -58,7 +58,7 @@ def diffusers_unet(**changes):
 
 
 def diffusers_dit(**changes):
-    """An untrained DiTTransformer2DModel of diffusers for 4x8x8 latents of three classes."""
+    """Build an untrained DiTTransformer2DModel of diffusers for 4x8x8 latents of three classes."""
     sizes = {
         "sample_size": 8,
         "in_channels": 4,
@@ -72,7 +72,7 @@ def diffusers_dit(**changes):
 
 
 def diffusers_condition(**changes):
-    """An untrained UNet2DConditionModel of diffusers for 4x8x8 latents, in the layout of Stable Diffusion's."""
+    """Build an untrained UNet2DConditionModel of diffusers for 4x8x8 latents, with the layout of Stable Diffusion."""
     sizes = {
         "sample_size": 8,
         "in_channels": 4,
@@ -89,7 +89,7 @@ def diffusers_condition(**changes):
 
 
 def diffusers_sd3(**changes):
-    """An untrained SD3Transformer2DModel of diffusers for 4x8x8 latents."""
+    """Build an untrained SD3Transformer2DModel of diffusers for 4x8x8 latents."""
     sizes = {
         "sample_size": 8,
         "in_channels": 4,

@@ -1,11 +1,14 @@
-"""With this folder in PYTHONPATH, the weights that safetensors reads lie 32 bytes after a multiple of 64, as they may elsewhere
-or in a file with another header: also in processes that tests start. For `make test-cpus`."""
+"""Changes the memory alignment of weights, for `make test-cpus`.
+
+With this folder in PYTHONPATH, weights read by safetensors are at 32 bytes after a multiple of 64, also in processes that tests
+start. On other machines, or with another file header, this may happen by itself.
+"""
 
 import safetensors
 
 
 def shifted(tensor):
-    import torch  # not above: some processes are not to import it
+    import torch  # not at the top, because some processes must not import it
 
     if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
         return tensor
@@ -16,7 +19,7 @@ def shifted(tensor):
 
 
 class SafeOpen:
-    """safetensors.safe_open, which cannot be inherited from."""
+    """Wraps safetensors.safe_open, which cannot be subclassed."""
 
     def __init__(self, *arguments, **options):
         self.file = original(*arguments, **options)
@@ -39,4 +42,4 @@ class SafeOpen:
 
 
 original = safetensors.safe_open
-safetensors.safe_open = SafeOpen  # from which safetensors.torch takes it
+safetensors.safe_open = SafeOpen  # safetensors.torch imports it from here
