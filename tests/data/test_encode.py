@@ -27,7 +27,7 @@ from tests.forked import ROOT, script
 
 @pytest.fixture
 def settings(pictures, vae_folder, tmp_path):
-    """The settings of the ``shards`` fixture, with output tmp_path/NAME."""
+    """A function that returns the settings of the ``shards`` fixture, with output tmp_path/NAME."""
     common = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}"]
     return lambda name: [*common, f"output={tmp_path / name}", "shard_size=8", "batch_size=4", "num_workers=0"]
 
@@ -39,7 +39,7 @@ def encode_to(settings):
 
 @pytest.fixture
 def evaluations(monkeypatch):
-    """The batch size of each call of the encoder."""
+    """The batch sizes of all calls of the encoder."""
     calls, real = [], FrozenAutoencoder.encode_moments
     monkeypatch.setattr(FrozenAutoencoder, "encode_moments", lambda self, x: calls.append(len(x)) or real(self, x))
     return calls
@@ -172,7 +172,7 @@ def test_a_restart_encodes_missing_and_damaged_shards(shards, encode_to, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_continued(shards, settings, encode_to, tmp_path, fork):
+def test_a_killed_run_is_resumed(shards, settings, encode_to, tmp_path, fork):
     process = fork(script, ROOT / "tools/encode.py", *settings("out"))
     while process.poll() is None and not list(tmp_path.glob("out/.latents-*")):
         time.sleep(0.001)
@@ -184,7 +184,7 @@ def test_a_killed_run_is_continued(shards, settings, encode_to, tmp_path, fork):
 
 
 def test_images_in_a_store_give_the_same_shards(shards, pictures, encode_to, tmp_path):
-    """A cache must hold the tars that are shuffled together. Otherwise they would be fetched repeatedly."""
+    """The cache must be large enough for the tars that are shuffled together, which would otherwise be fetched repeatedly."""
     files = sorted(pictures.rglob("*.png"))
     store = fsspec.filesystem("memory")
     for number in range(3):
@@ -216,12 +216,12 @@ def test_a_run_with_other_settings_is_refused(encode_to, tmp_path):
             encode_to("out", f"worker={worker}")
 
 
-def test_a_full_disk_gives_one_line_and_loses_one_shard(shards, encode_to, tmp_path, monkeypatch):
-    real, left = wds.TarWriter.write, [10]
+def test_a_full_disk_gives_one_line_and_finished_shards_are_kept(shards, encode_to, tmp_path, monkeypatch):
+    real, remaining = wds.TarWriter.write, [10]
 
     def write(self, sample):
-        left[0] -= 1
-        if left[0] < 0:
+        remaining[0] -= 1
+        if remaining[0] < 0:
             raise OSError(28, "No space left on device")
         return real(self, sample)
 
@@ -238,8 +238,8 @@ def test_a_full_disk_gives_one_line_and_loses_one_shard(shards, encode_to, tmp_p
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 50), st.integers(1, 9))
 def test_every_image_has_one_position_for_any_number_of_workers(images, shard_size, batch_size, workers):
     plan = Plan([Entry(str(number), None, "") for number in range(images)], {}, shard_size, batch_size)
-    shared = [plan.shards_of(worker, workers) for worker in range(workers)]
-    assert sorted(shard for part in shared for shard in part) == list(plan.shards)
+    by_worker = [plan.shards_of(worker, workers) for worker in range(workers)]
+    assert sorted(shard for shards in by_worker for shard in shards) == list(plan.shards)
     positions = [position for shard in plan.shards for batch in plan.batches(shard) for position in batch]
     assert positions == list(range(images))
     for shard in plan.shards:

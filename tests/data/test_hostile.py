@@ -83,6 +83,7 @@ def test_member_names_cannot_leave_the_folder(folder, name, tmp_path):
 
 
 def images_of_tar(folder, name):
+    """List the images of a tar with a member of this name; [] if it is refused."""
     with tarfile.open(folder / "images.tar", "w") as tar:
         add(tar, name.replace("moments.npy", "png"), b"not an image")
     try:
@@ -130,13 +131,13 @@ def test_links_duplicates_and_bad_labels_are_refused(folder):
 
 @pytest.mark.parametrize("with_record", [True, False])
 def test_a_shard_truncated_at_any_block_is_refused(shards, tmp_path, with_record):
-    """It is still read if only the zeros after the last sample are missing."""
+    """It can still be read if only the zeros after the last sample are missing."""
     folder = shutil.copytree(shards, tmp_path / "copy")
     path = folder / "latents-00002.tar"
     if not with_record:
         path.with_suffix(".json").unlink()
     data = path.read_bytes()
-    whole = LatentStream(Manifest.load(folder), 22, 22).batch_at(0).moments
+    expected = LatentStream(Manifest.load(folder), 22, 22).batch_at(0).moments
     with tarfile.open(path) as tar:
         end = max(member.offset_data + member.size for member in tar)
     for size in range(0, len(data), 512):
@@ -144,7 +145,7 @@ def test_a_shard_truncated_at_any_block_is_refused(shards, tmp_path, with_record
         if size < end:
             assert_refused(folder, "(shards|mirror): expected")
         else:
-            assert LatentStream(Manifest.load(folder), 22, 22).batch_at(0).moments.equal(whole)
+            assert LatentStream(Manifest.load(folder), 22, 22).batch_at(0).moments.equal(expected)
 
 
 @pytest.mark.parametrize(

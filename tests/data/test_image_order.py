@@ -11,12 +11,12 @@ counts = st.lists(st.integers(0, 20), min_size=1, max_size=12)
 @given(counts, st.integers(1, 5), st.booleans(), st.integers(1, 9))
 def test_every_image_has_one_position_for_any_ranges(counts, group_size, shuffle, step):
     order = ImageOrder(np.array(counts), group_size, shuffle)
-    everything = order.images(0, len(order))
-    assert sorted(everything.tolist()) == list(range(sum(counts)))
-    parts = [order.images(first, min(first + step, len(order))) for first in range(0, len(order), step)]
-    assert np.concatenate([everything[:0], *parts]).tolist() == everything.tolist()
+    all_images = order.images(0, len(order))
+    assert sorted(all_images.tolist()) == list(range(sum(counts)))
+    ranges = [order.images(first, min(first + step, len(order))) for first in range(0, len(order), step)]
+    assert np.concatenate([all_images[:0], *ranges]).tolist() == all_images.tolist()
     if not shuffle:
-        assert everything.tolist() == list(range(sum(counts)))
+        assert all_images.tolist() == list(range(sum(counts)))
 
 
 @given(counts, st.integers(1, 5), st.data())
@@ -29,7 +29,7 @@ def test_a_range_of_positions_reads_the_parts_of_its_groups(counts, group_size, 
     assert set(drawn.tolist()) <= set(parts.tolist())
 
 
-def test_images_are_shuffled_over_all_parts_but_few_are_read_at_once():
+def test_images_are_shuffled_over_all_parts_but_few_parts_are_read_at_once():
     order = ImageOrder(np.full(100, 1000), group_size=8)
     for first in range(0, 100_000, 1000):
         drawn = set((order.images(first, first + 1000) // 1000).tolist())

@@ -45,7 +45,7 @@ def test_alpha_is_composited():
     assert np.allclose(decode(encoded(half), 16, background="black")[:, 8, 8], [128, 0, 0], atol=1)
 
 
-def test_first_frame_of_an_animation():
+def test_an_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("blue", "red")]
     assert centre(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == [0, 0, 255]
 
@@ -54,7 +54,7 @@ def test_exif_rotation_is_applied():
     image = Image.new("RGB", (32, 16), "white")
     image.paste("red", (0, 0, 16, 16))  # the left half
     exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees clockwise": left goes up
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise: the left half becomes the upper half
     pixels = decode(encoded(image, exif=exif), 16, crop="pad")
     assert pixels[:, 2, 8].tolist() == [255, 0, 0]
     assert pixels[:, 13, 8].tolist() == [255, 255, 255]
@@ -68,9 +68,9 @@ def test_crop_and_pad():
 
 
 def test_unreadable_images_are_listed_or_raise(tmp_path):
-    whole = encoded(Image.effect_noise((64, 64), 50))
-    (tmp_path / "a.png").write_bytes(whole)
-    (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
+    intact = encoded(Image.effect_noise((64, 64), 50))
+    (tmp_path / "a.png").write_bytes(intact)
+    (tmp_path / "b.png").write_bytes(intact[: len(intact) // 2])
     (tmp_path / "c.png").write_bytes(b"not an image")
     (tmp_path / "d.png").write_bytes(b"")
     config = ImagesConfig(source=str(tmp_path), resolution=16)
@@ -86,7 +86,7 @@ def test_unreadable_images_are_listed_or_raise(tmp_path):
         list(read_images(entries, config, [range(4)]))
 
 
-def test_too_many_pixels_count_as_unreadable():
+def test_images_with_too_many_pixels_are_unreadable():
     image = encoded(Image.new("RGB", (16, 16)))
     assert decode(image, 16, max_pixels=256).shape == (3, 16, 16)
     with pytest.raises(ValueError, match="max_pixels=255"):

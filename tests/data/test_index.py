@@ -48,7 +48,7 @@ def tars(tmp_path):
 
 @pytest.fixture
 def listed(monkeypatch):
-    """Names of the parts that are listed."""
+    """The names of all parts that have been listed."""
     found, real = [], index_module.make_piece
     monkeypatch.setattr(index_module, "make_piece", lambda part: found.append(part.name) or real(part))
     return found
@@ -58,7 +58,7 @@ def config_of(tars):
     return ImagesConfig(source=f"{tars}/*.tar")
 
 
-def test_the_index_on_disk_equals_that_in_memory_and_is_reused(tars, tmp_path, listed):
+def test_the_index_on_disk_equals_the_one_in_memory_and_is_reused(tars, tmp_path, listed):
     config, folder = config_of(tars), tmp_path / "index"
     in_memory = list_images(config)
     assert len(in_memory) == 30 and in_memory.classes == ["0", "1", "2"]
@@ -98,11 +98,12 @@ def test_an_image_rewritten_in_place_is_detected(pictures, tmp_path):
 
 
 def list_in(folder, config, worker):
+    """List the 30 images of the tars, with the index in ``folder``."""
     index = list_images(config, folder, worker)
     assert len(list(index)) == 30
 
 
-def test_processes_share_the_work_and_begin_at_different_parts(tars, tmp_path, listed):
+def test_processes_share_the_work_and_start_with_different_parts(tars, tmp_path, listed):
     folder = tmp_path / "index"
     list_images(config_of(tars), folder, (1, 2))
     assert [os.path.basename(name) for name in listed] == ["3.tar", "4.tar", "5.tar", "0.tar", "1.tar", "2.tar"]
@@ -164,7 +165,7 @@ def test_keys_repeated_in_several_tars_are_renamed(tmp_path):
 
 
 class Keys:
-    """A source of keys in parts, like an index."""
+    """Keys in parts, with the methods of an index."""
 
     def __init__(self, parts):
         self.parts = [[key for key in part] for part in parts]

@@ -16,8 +16,8 @@ from ldm_smd.data.sources import list_images
 from ldm_smd.errors import UserError
 
 
-def test_shards_hold_the_output_of_the_encoder(shards, pictures, vae_folder):
-    """webdataset reads moments of each image and its mirrored version, and labels, shuffled over the shards."""
+def test_shards_contain_the_output_of_the_encoder(shards, pictures, vae_folder):
+    """webdataset reads the moments of each image and of its mirrored version, and the labels. Images are shuffled."""
     vae = FrozenAutoencoder.from_pretrained(vae_folder)
     config = ImagesConfig(source=str(pictures), resolution=16)
     pixels, labels, classes = load_pixels(config)
@@ -59,7 +59,7 @@ def test_manifest_describes_every_shard(shards):
     assert np.allclose(metadata["channel_std"], np.sqrt(second - moments[:, 0].mean(axis=(0, 2, 3)) ** 2))
 
 
-def test_latents_without_a_variance_have_the_variance_of_their_means():
+def test_without_encoder_variances_statistics_are_those_of_the_means():
     moments = np.random.default_rng(0).normal(2.0, 3.0, (50, 1, 2, 4, 4))
     statistics, merged = ChannelStatistics(), ChannelStatistics()
     for part in (moments[:20], moments[20:]):
@@ -73,7 +73,7 @@ def test_latents_without_a_variance_have_the_variance_of_their_means():
         assert np.allclose(found.std, moments[:, 0].std(axis=(0, 2, 3)))
 
 
-def test_bad_manifests_are_named(tmp_path):
+def test_missing_and_invalid_manifests_give_one_line(tmp_path):
     with pytest.raises(UserError, match=r"expected a folder with manifest\.json"):
         Manifest.load(tmp_path)
     for content in ("", "{}", '{"format": "other", "metadata": {}, "shards": []}'):

@@ -1,4 +1,4 @@
-"""Images and labels are the same from every kind of source."""
+"""Every kind of source gives the same images and labels."""
 
 import http.server
 import io
@@ -52,7 +52,7 @@ def test_keys_are_unique_and_without_dots(tmp_path):
     assert len(set(keys)) == 4 and not any("." in key for key in keys)
 
 
-def test_missing_and_empty_sources(tmp_path):
+def test_missing_and_empty_sources_give_one_line(tmp_path):
     for source, message in (
         (tmp_path / "none", "found nothing at"),
         (tmp_path / "none.zip", "found no file"),
@@ -62,7 +62,7 @@ def test_missing_and_empty_sources(tmp_path):
             list_images(ImagesConfig(source=str(source)))
 
 
-def test_labels_outside_the_classes(tmp_path):
+def test_labels_outside_the_classes_are_refused(tmp_path):
     with wds.TarWriter(str(tmp_path / "a.tar")) as tar:
         tar.write({"__key__": "one", "png": encoded(Image.new("RGB", (8, 8))), "cls": "7"})
     (tmp_path / "classes.json").write_text('["a", "b"]')
@@ -71,7 +71,7 @@ def test_labels_outside_the_classes(tmp_path):
 
 
 def labelled_tar(path, labels):
-    """Write a tar of one image for each label, all with the key "one", which TarWriter would not do."""
+    """Write a tar with an image for each label, all with the key "one", which TarWriter would refuse."""
     with tarfile.open(path, "w") as tar:
         for label in labels:
             for name, content in (("one.png", encoded(Image.new("RGB", (8, 8)))), ("one.cls", label)):
@@ -82,7 +82,7 @@ def labelled_tar(path, labels):
 
 
 @pytest.mark.parametrize("label", [b"999999999999999999999", b"-1", b"1e3", b"1_0", b"", b"\xff", b"9" * 70])
-def test_labels_that_are_not_class_numbers(tmp_path, label):
+def test_labels_that_are_not_class_numbers_are_refused(tmp_path, label):
     with pytest.raises(UserError, match=r"expected a label from 0 to 999999999 in .*a\.tar:one\.cls, found b'"):
         list_images(ImagesConfig(source=str(labelled_tar(tmp_path / "a.tar", [label]))))
 
@@ -109,8 +109,8 @@ def test_braces_for_too_many_tars_are_refused(tmp_path):
 
 @pytest.fixture
 def tar(tmp_path):
-    """A tar of three images, outside the cache."""
-    path = tmp_path / "there" / "train-0.tar"
+    """A tar with three images, outside the cache."""
+    path = tmp_path / "source" / "train-0.tar"
     path.parent.mkdir()
     with wds.TarWriter(str(path)) as writer:
         for name in "abc":
@@ -142,12 +142,13 @@ def test_tars_at_a_url_are_fetched_once(tar, tmp_path):
         with pytest.raises(UserError, match=r"images\.source: expected a tar at http.*train-1\.tar, found none"):
             keys(tmp_path, url.replace("0..0", "0..1"))
         server.shutdown()
-    assert requests.count("GET /train-0.tar") <= 2 and cached(tmp_path) == ["train-0.tar"]  # finding its size may take one more
+    # One request may be for the size of the tar.
+    assert requests.count("GET /train-0.tar") <= 2 and cached(tmp_path) == ["train-0.tar"]
 
 
 @pytest.fixture
 def bucket(tar):
-    """An in-memory store with the tar twice and another file."""
+    """An in-memory store with two copies of the tar and another file."""
     store = fsspec.filesystem("memory")
     for name in ("train-0.tar", "train-1.tar"):
         store.pipe_file(f"/bucket/some/{name}", tar.read_bytes())
@@ -190,7 +191,7 @@ def test_removed_copies_are_fetched_again(bucket, tmp_path):
     assert load_pixels(config)[0].shape == (6, 3, 8, 8)
 
 
-def test_a_missing_tar_is_an_error_and_not_unreadable_images(bucket, tmp_path):
+def test_a_missing_tar_is_an_error_instead_of_unreadable_images(bucket, tmp_path):
     config = ImagesConfig(source="memory://bucket/some/train-*.tar", cache=str(tmp_path / "cache"), resolution=8)
     entries = list_images(config)
     open_local_copy.cache_clear()

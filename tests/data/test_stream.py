@@ -22,7 +22,7 @@ def batches(manifest, **options):
     return list(latent_loader(LatentStream(manifest, **options), num_workers=0))
 
 
-def test_every_sample_once_per_epoch_in_a_new_order(manifest):
+def test_every_epoch_has_every_sample_once_in_a_new_order(manifest):
     stream = LatentStream(manifest, batch_size=4, images_total=44)
     keys = [key for position in range(0, 44, 4) for key in stream.keys_at(position)]
     first, second = keys[:22], keys[22:]
@@ -30,7 +30,7 @@ def test_every_sample_once_per_epoch_in_a_new_order(manifest):
     assert first != second
 
 
-def test_batches_hold_the_samples_of_their_keys(manifest):
+def test_batches_contain_the_samples_of_their_keys(manifest):
     stream = LatentStream(manifest, batch_size=22, images_total=22)
     batch, keys = stream.batch_at(0), stream.keys_at(0)
     paths = [str(manifest.folder / item["name"]) for item in manifest.shards]
@@ -69,7 +69,7 @@ def test_workers_do_not_change_the_order(manifest, workers):
         assert torch.equal(a.moments, b.moments)
 
 
-def test_mirror_takes_the_mirrored_encoding_for_half(manifest):
+def test_mirror_uses_the_mirrored_encoding_for_half_of_the_samples(manifest):
     plain = LatentStream(manifest, batch_size=22, images_total=22 * 20)
     mirrored = LatentStream(manifest, batch_size=22, images_total=22 * 20, mirror=True)
     count = 0
@@ -81,7 +81,7 @@ def test_mirror_takes_the_mirrored_encoding_for_half(manifest):
 
 
 @pytest.mark.parametrize("with_record", [True, False])
-def test_shards_without_mirrored_encodings(pictures, vae_folder, manifest, tmp_path, with_record):
+def test_shards_without_mirrored_encodings_contain_the_others(pictures, vae_folder, manifest, tmp_path, with_record):
     settings = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", "num_workers=0"]
     plain = encode(load_config(EncodeConfig, None, [*settings, f"output={tmp_path / 'plain'}", "mirror=false", "batch_size=4"]))
     if not with_record:
@@ -99,7 +99,7 @@ def test_a_batch_size_that_ranks_cannot_share_is_refused(manifest):
         LatentStream(manifest, batch_size=8, images_total=8, world_size=3)
 
 
-def test_damaged_shards_are_named(shards, tmp_path):
+def test_damaged_and_missing_shards_give_one_line(shards, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(shards, folder)
     path = folder / "latents-00000.tar"
@@ -117,7 +117,7 @@ def test_damaged_shards_are_named(shards, tmp_path):
         LatentStream(Manifest.load(folder), batch_size=2, images_total=2)
 
 
-def test_labels_outside_the_classes(shards, tmp_path):
+def test_labels_outside_the_classes_of_the_manifest_are_refused(shards, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(shards, folder)
     content = json.loads((folder / "manifest.json").read_text())

@@ -37,7 +37,7 @@ members = st.lists(st.tuples(paths, st.binary(max_size=1500), types), max_size=8
 
 @hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(members, st.sampled_from(FORMATS[1:]))
-def test_any_tar_is_listed_as_by_tarfile(tmp_path, members, tar_format):
+def test_any_tar_gives_the_members_of_tarfile(tmp_path, members, tar_format):
     members = [
         (name, data if header_type in tarfile.REGULAR_TYPES else b"", header_type) for name, data, header_type in members
     ]
@@ -62,12 +62,12 @@ def test_tars_with_global_headers_are_left_to_tarfile(tmp_path):
     assert [tuple(each) for each in tar_members(path)] == listed_by_tarfile(path)
 
 
-@pytest.mark.parametrize("place", [0, 100, 130, 150, 300])
-def test_a_damaged_header_is_refused(tmp_path, place):
-    """tarfile silently stops there, so the images after it would be lost."""
+@pytest.mark.parametrize("position", [0, 100, 130, 150, 300])
+def test_a_damaged_header_is_refused(tmp_path, position):
+    """tarfile would stop there without an error, so the images after it would be lost."""
     path = write(tmp_path / "a.tar", [(f"{each}.png", b"data", tarfile.REGTYPE) for each in "abc"])
     data = bytearray(path.read_bytes())
-    data[2 * 512 + place] ^= 0x41
+    data[2 * 512 + position] ^= 0x41
     path.write_bytes(data)
     with pytest.raises(tarfile.ReadError):
         tar_members(path)
@@ -78,7 +78,7 @@ def test_a_truncated_tar_is_refused_but_final_zeros_may_be_missing(tmp_path):
     data, members = path.read_bytes(), tar_members(path)
     for size in range(0, 3 * 3 * 512, 128):
         path.write_bytes(data[:size])
-        if size in (3 * 512, 6 * 512):  # between two members, nothing shows that another should follow
+        if size in (3 * 512, 6 * 512):  # between two members, nothing shows that another is missing
             assert tar_members(path) == members[: size // 3 // 512]
         else:
             with pytest.raises(tarfile.ReadError):

@@ -20,7 +20,7 @@ def copy(shards, tmp_path):
 
 
 def rewrite(folder, change):
-    """Rewrite the first shard with its samples changed by ``change``, and update its hash in the manifest."""
+    """Change the samples of the first shard by ``change(number, sample)``, and update its hash in the manifest."""
     path = folder / "latents-00000.tar"
     samples = [change(number, sample) for number, sample in enumerate(list(wds.WebDataset(str(path), shardshuffle=False)))]
     with wds.TarWriter(str(path), mtime=0) as tar:
@@ -31,7 +31,7 @@ def rewrite(folder, change):
     (folder / "manifest.json").write_text(json.dumps(content))
 
 
-def test_good_shards_pass_and_give_a_sheet(run, shards, tmp_path):
+def test_valid_shards_pass_and_a_sheet_is_written(run, shards, tmp_path):
     code, out, _ = run(VerifyConfig, verify, f"shards={shards}", f"sheet={tmp_path / 'sheet.png'}", "pictures=9")
     assert code == 0 and "22 samples in 3 shards match their manifest" in out
     assert Image.open(tmp_path / "sheet.png").size == (3 * 18 + 2, 3 * 18 + 2)
@@ -53,7 +53,7 @@ def test_the_sheet_shows_evenly_spaced_latents_in_order(shards, vae_folder, tmp_
     assert (sheet[0] == 255).all()
 
 
-def test_every_difference_is_named(run, copy):
+def test_every_difference_is_listed(run, copy):
     duplicate = json.loads((copy / "latents-00002.json").read_text())["index"]["keys"][0]
 
     def damage(number, sample):

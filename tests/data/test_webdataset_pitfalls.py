@@ -1,7 +1,7 @@
-"""Errors of a plain webdataset 1.0.2 pipeline, each measured, that LatentStream does not have.
+"""Problems of a plain webdataset 1.0.2 pipeline, all observed in experiments, that LatentStream does not have.
 
-Two more are tested in test_encode.py: a killed or failing writer leaves no tar under its final name, and the same images give
-the same bytes.
+test_encode.py tests two more: a killed or failing writer leaves no tar under its final name, and the same images give the same
+bytes.
 """
 
 import subprocess
@@ -26,7 +26,7 @@ def manifest(shards):
 
 
 def keys(manifest, epochs, world_size=1, rank=0, batch_size=2, **options):
-    """Return the keys of each epoch that one rank sees, in order."""
+    """Return the keys that a rank sees in each epoch, in order."""
     stream = LatentStream(manifest, batch_size, epochs * COUNT, rank=rank, world_size=world_size, **options)
     found = [key for position in range(0, epochs * COUNT, batch_size) for key in stream.keys_at(position)]
     per_epoch = COUNT // world_size
@@ -56,7 +56,7 @@ def test_epochs_differ_without_persistent_workers(manifest):
     assert labels[:COUNT] != labels[COUNT:] and sorted(labels[:COUNT]) == sorted(labels[COUNT:])
 
 
-def test_every_rank_sees_every_sample_in_time(manifest):
+def test_every_rank_sees_every_sample_over_several_epochs(manifest):
     """webdataset: split_by_node before the shuffle gives a rank the same shards in all epochs."""
     for rank in range(2):
         assert {key for epoch in keys(manifest, 20, world_size=2, rank=rank) for key in epoch} == set(shard_of(manifest))

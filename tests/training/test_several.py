@@ -52,7 +52,7 @@ def test_two_processes_give_the_losses_of_one(distil, tmp_path, launch):
     for path in first.rglob("*.safetensors"):
         one, fsdp = load_file(path), load_file(second / path.relative_to(first))
         assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in fsdp.items()}
-        # A weight whose gradient is only rounding may move either way, so all weights are compared together. One step moves them
+        # A weight whose gradient is only rounding may move either way, so all weights are compared together. A step moves them
         # by 0.05.
         difference = torch.stack([(one[name].float() - fsdp[name].float()).norm() for name in one]).norm()
         assert difference < 1e-3, path.name
