@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.callbacks import NoOpCallback
 from fsspec.registry import known_implementations
 
 from ..errors import UserError, one_line
@@ -263,13 +264,36 @@ def listed(folder: str, key: str, pattern: str = "*", retries: Retries | None = 
     ]
 
 
-def download(url: str, path: Path, key: str, size: int | None = None, retries: Retries | None = None) -> None:
+class Beginning(NoOpCallback):
+    """Calls ``begins`` with the size of a file, where the server says it, before the bytes come."""
+
+    def __init__(self, begins: Callable[[int], None]) -> None:
+        super().__init__()
+        self.begins = begins
+
+    def set_size(self, size: int | None) -> None:
+        if size is not None:
+            self.begins(size)
+
+
+def download(
+    url: str,
+    path: Path,
+    key: str,
+    size: int | None = None,
+    retries: Retries | None = None,
+    begins: Callable[[int], None] = lambda size: None,
+) -> None:
     """Copy a file to ``path``, which is not whole until this returns; UserError where it cannot be read or has another size,
-    FileNotFoundError where it is not there, OSError where the disk is full."""
+    FileNotFoundError where it is not there, OSError where the disk is full.
+
+    ``begins`` is called with the size before the bytes come, where the server says it: the answer does, and no request more is
+    needed. What it raises ends the download.
+    """
 
     def get() -> None:
         store, source = store_of(url, key)
-        store.get_file(source, str(path))
+        store.get_file(source, str(path), callback=Beginning(begins))
         found = path.stat().st_size
         if size is not None and found != size:
             raise ConnectionError(f"{found} bytes of {size}")
