@@ -41,8 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": self.server.commit, **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def missing(self, code):
         self.answer({"error": code}, 404, X_Error_Code=code, X_Error_Message=code)
@@ -54,10 +53,10 @@ class Handler(BaseHTTPRequestHandler):
         found = re.fullmatch(rf"(/api)?/datasets/{REPOSITORY}(?:/(\w+)/(\w+)/?(.*))?", path)
         if found is None or found[3] not in (None, "main", self.server.commit):
             return self.missing("RepoNotFound" if found is None else "RevisionNotFound")
-        action = getattr(self, f"{self.command.lower()}_{found[2] or 'revision'}".replace("head", "get"))
+        action = getattr(self, f"{self.command.lower()}_{found[2] or 'revision'}")
         return action(found[4] or "", body)
 
-    do_GET = do_HEAD = do_POST = serve
+    do_GET = do_POST = serve
 
     def get_revision(self, _path, _body):
         siblings = [{"rfilename": name} for name in sorted(self.server.files)]

@@ -66,7 +66,8 @@ def encode(config: EncodeConfig) -> Manifest | None:
     writer = f"worker-{worker}-of-{workers}-"
     output = output_at(config.output, writer)
     with output.claimed(writer):
-        check_unused(output)
+        there = output.sizes()
+        check_unused(output, there)
         device = pick_device(config.device)
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
         if config.images.resolution % autoencoder.factor:
@@ -76,9 +77,8 @@ def encode(config: EncodeConfig) -> Manifest | None:
             )
         clip = None if config.embedding is None else ClipEncoder.of(config.embedding, device, "embedding")
         plan = Plan.of(config, autoencoder, clip, (worker, workers))
-        claim(output, plan)
+        claim(output, plan, new=PLAN not in there)
         shards = plan.shards_of(worker, workers)
-        there = output.sizes()
         missing = [shard for shard in shards if not finished(output, plan, shard, there)]
         if len(missing) < len(shards):
             print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already", file=sys.stderr)
@@ -117,20 +117,20 @@ def record_name(plan: Plan, shard: int) -> str:
     return plan.path(Path(), shard).with_suffix(".json").name
 
 
-def check_unused(output: Output) -> None:
+def check_unused(output: Output, there: dict[str, int]) -> None:
     """Raise UserError where ``output`` holds files, but of no run."""
-    there = output.sizes()
     if PLAN not in there and there:
         raise UserError(f"output: expected a new or empty folder, or an unfinished run's, found other files in {output}")
 
 
-def claim(output: Output, plan: Plan) -> None:
-    """Write plan.json into a new place; in one that has it, check that it is this plan."""
-    if PLAN not in output.sizes():
+def claim(output: Output, plan: Plan, new: bool) -> None:
+    """Check that plan.json is this plan; write it into a ``new`` place, which had none, unless another worker did meanwhile."""
+    there = output.read(PLAN)
+    if new and not there:
         with output.write(PLAN) as temporary:
             temporary.write_text(json.dumps(plan.settings, indent=1), encoding="utf-8")
         output.flush()
-    there = output.read(PLAN)
+        there = output.read(PLAN)
     for name, value in json.loads(json.dumps(plan.settings)).items():
         if there.get(name) != value and name in OF_PICTURES:
             raise UserError(
@@ -145,7 +145,7 @@ def claim(output: Output, plan: Plan) -> None:
 
 
 def finished(output: Output, plan: Plan, shard: int, there: dict[str, int]) -> bool:
-    """Tell whether the shard is there as its record says; ``there`` are all files."""
+    """Tell whether the shard is there as its record says; ``there`` are the files that were there at the start."""
     if not there.keys() >= {shard_name(plan, shard), record_name(plan, shard)}:
         return False
     record = output.read(record_name(plan, shard))
