@@ -170,7 +170,13 @@ def main() -> None:
     parser.add_argument("--large-shards", default="outputs/object-store/default", type=Path, help="of 1000 images")
     parser.add_argument("--rounds", type=int, default=9, help="of the training of the tiny network")
     parser.add_argument("--demo-rounds", type=int, default=3, help="of the training of the demo's network")
+    parser.add_argument("--targets", action="store_true", help="measure nothing: judge the trainings of the result file again")
     arguments = parser.parse_args()
+    if arguments.targets:
+        result = json.loads(RESULT.read_text(encoding="utf-8"))
+        result["targets"] = result["targets"][:3] + training_targets(result["training"])
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return
     stores = StoreProcess()
     os.environ |= {"AWS_ENDPOINT_URL": stores.url, "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
@@ -200,7 +206,6 @@ def main() -> None:
             training_rounds(training, lambda rate: stores.ask("rate", rate), f"{bucket}/{training.shards.name}", folder)
             for training in trainings(arguments.shards, arguments.large_shards, arguments.rounds, arguments.demo_rounds)
         ]
-    faults = reading.total() + writing.total() + full_disks
     result = {
         "command": " ".join(["python", "benchmarks/object_store.py", *sys.argv[1:]]),
         "samples": local.count,
@@ -216,21 +221,26 @@ def main() -> None:
             "seconds": round(seconds, 1),
         },
         "training": trained,
-        "targets": [
-            target("faults injected", ">= 50", faults),
-            target("batches lost, repeated or changed", "<= 0", batches - same + abs(sum(map(len, found.values())) - batches)),
-            target("files that differ from a local encoding (0: none)", "<= 0", 0 if equal else 1),
-            *(
-                target(
-                    f"{name} from the store, over a local folder: {each['training']}", f">= {TARGET_SPEED}", each[key]["median"]
-                )
-                for key, name in (("store ratio", "images a second"), ("store cpu_ratio", "images a second of processor time"))
-                for each in trained
-            ),
-        ],
     }
+    lost_or_changed = batches - same + abs(sum(map(len, found.values())) - batches)
+    result["targets"] = [
+        target("faults injected", ">= 50", reading.total() + writing.total() + full_disks),
+        target("batches lost, repeated or changed", "<= 0", lost_or_changed),
+        target("files that differ from a local encoding (0: none)", "<= 0", 0 if equal else 1),
+        *training_targets(trained),
+    ]
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result["targets"], indent=1))
+
+
+def training_targets(trained: list[dict]) -> list[dict]:
+    """Held against the lower end of the interval, so that a noisy measurement shows nothing."""
+    names = {"store ratio": "images a second over a local folder", "store trains": "share of the processor time that trains"}
+    return [
+        target(f"from the store, {names[key]}: {each['training']}", f">= {TARGET_SPEED}", each[key]["interval"][0])
+        for key in names
+        for each in trained
+    ]
 
 
 def upload_all(bucket: str, *folders: Path) -> None:
