@@ -152,8 +152,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
         fault = self.owner.fault_for(self.command, self.path)
         if fault == "refuse":
             return self.reset()
-        if fault in ("500", "503"):
-            code = {"500": "InternalError", "503": "SlowDown"}[fault]
+        if fault in ("403", "500", "503"):
+            code = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}[fault]
             text = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>injected</Message></Error>'.encode()
             return self.answer(int(fault), [("Content-Type", "application/xml")], text)
         upstream = http.client.HTTPConnection(LOOPBACK, self.owner.server_port, timeout=60)

@@ -25,11 +25,20 @@ ABANDONED_SECONDS = 3600
 
 
 class Cached(NamedTuple):
-    """A file of the cache."""
+    """A file of the cache. Its path is text: there may be many thousands."""
 
     used: float
     size: int
-    path: Path
+    name: str
+    text_path: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.text_path)
+
+    @property
+    def temporary(self) -> bool:
+        return self.name.startswith(".")
 
 
 class FileCache:
@@ -125,16 +134,19 @@ class FileCache:
 
     def files(self) -> list[Cached]:
         """List the copies, the least recently used first."""
-        return sorted(cached for cached in self._all() if not cached.path.name.startswith("."))
+        return sorted(cached for cached in self._all() if not cached.temporary)
 
     def make_room(self, size: int) -> None:
         """Remove files of killed processes, and the least recently used copies until ``size`` more bytes fit."""
         with self._locked("room"):
-            now = time.time()
-            for cached in self._all():
-                if cached.path.name.startswith(".") and now - cached.used > ABANDONED_SECONDS:
+            now, found = time.time(), list(self._all())
+            for cached in found:
+                if cached.temporary and now - cached.used > ABANDONED_SECONDS:
                     cached.path.unlink(missing_ok=True)
-            self._remove(sum(cached.size for cached in self._all()) + size - self.limit_bytes)
+                    size -= cached.size
+            beyond = sum(cached.size for cached in found) + size - self.limit_bytes
+            if beyond > 0:
+                self._remove(beyond)
 
     def _remove(self, size: int) -> int:
         """Remove the least recently used copies, ``size`` bytes or more in total. Return the number of bytes removed."""
@@ -152,7 +164,7 @@ class FileCache:
                 with suppress(FileNotFoundError):
                     if entry.is_file(follow_symlinks=False):
                         status = entry.stat()
-                        yield Cached(status.st_mtime, status.st_size, Path(entry.path))
+                        yield Cached(status.st_mtime, status.st_size, entry.name, entry.path)
 
     def _is_there(self, path: Path, size: int | None) -> bool:
         """Tell whether the copy exists, and mark it as used."""
@@ -166,17 +178,9 @@ class FileCache:
 
     def _fetch(self, url: str, path: Path, sha256: str | None, size: int | None) -> None:
         """Download, check, and give the name."""
-        if size is None:
-            status = store.stat(url, self.key, self.retries)
-            size = None if status is None else status.size
-        if size is not None and size > self.limit_bytes:
-            raise UserError(
-                f"{self.key}: expected a cache for {store.shown(url)}, {size} bytes, found a limit of {self.limit_bytes}"
-            )
         temporary = path.with_name(f".{path.name}.{this_process()}{os.urandom(4).hex()}.tmp")
         found = ""
         for failures in range(1, WRONG_ATTEMPTS + 1):
-            self.make_room(size or 0)
             try:
                 self._download(url, temporary, size)
                 found = sha256_of(temporary) if sha256 else ""
@@ -195,9 +199,17 @@ class FileCache:
 
     def _download(self, url: str, temporary: Path, size: int | None) -> None:
         """Download; where the disk is full, remove other copies for it as long as there are any."""
+
+        def begins(coming: int) -> None:
+            if coming > self.limit_bytes:
+                raise UserError(
+                    f"{self.key}: expected a cache for {store.shown(url)}, {coming} bytes, found a limit of {self.limit_bytes}"
+                )
+            self.make_room(coming)
+
         while True:
             try:
-                return store.download(url, temporary, self.key, size, self.retries)
+                return store.download(url, temporary, self.key, size, self.retries, begins)
             except OSError as error:
                 temporary.unlink(missing_ok=True)
                 if error.errno not in DISK_FULL or not self._remove(size or 1):

@@ -72,7 +72,8 @@ def encode(config: EncodeConfig) -> Manifest | None:
     writer = f"worker-{worker}-of-{workers}-"
     output = output_at(config.output, writer)
     with output.claimed(writer):
-        check_unused(output)
+        sizes = output.sizes()
+        check_unused(output, sizes)
         device = pick_device(config.device)
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(device)
         if config.images.resolution % autoencoder.factor:
@@ -82,9 +83,8 @@ def encode(config: EncodeConfig) -> Manifest | None:
             )
         clip = None if config.embedding is None else ClipEncoder.of(config.embedding, device, "embedding")
         plan = Plan.from_config(config, autoencoder, clip, (worker, workers))
-        write_or_compare_plan(output, plan)
+        write_or_compare_plan(output, plan, new=PLAN not in sizes)
         shards = plan.shards_of(worker, workers)
-        sizes = output.sizes()
         missing = [shard for shard in shards if not is_complete(output, plan, shard, sizes)]
         if len(missing) < len(shards):
             print(f"{len(shards) - len(missing)} of {len(shards)} shards are already complete", file=sys.stderr)
@@ -123,20 +123,21 @@ def record_name(plan: Plan, shard: int) -> str:
     return plan.path(Path(), shard).with_suffix(".json").name
 
 
-def check_unused(output: Output) -> None:
+def check_unused(output: Output, sizes: dict[str, int]) -> None:
     """Raise UserError if ``output`` holds files but no plan, so that they are not from a run of this tool."""
-    sizes = output.sizes()
     if PLAN not in sizes and sizes:
         raise UserError(f"output: expected a new or empty folder, or one of an unfinished run, found other files in {output}")
 
 
-def write_or_compare_plan(output: Output, plan: Plan) -> None:
-    """Write plan.json if the output has none. Raises UserError if it has the plan of another run."""
-    if PLAN not in output.sizes():
+def write_or_compare_plan(output: Output, plan: Plan, new: bool) -> None:
+    """Write plan.json to a ``new`` output, unless another worker has done so. Raises UserError if the output has the plan
+    of another run."""
+    recorded = output.read(PLAN)
+    if new and not recorded:
         with output.write(PLAN) as temporary:
             temporary.write_text(json.dumps(plan.settings, indent=1), encoding="utf-8")
         output.flush()
-    recorded = output.read(PLAN)
+        recorded = output.read(PLAN)
     for name, value in json.loads(json.dumps(plan.settings)).items():
         if recorded.get(name) != value and name in IMAGE_SETTINGS:
             raise UserError(
@@ -151,7 +152,7 @@ def write_or_compare_plan(output: Output, plan: Plan) -> None:
 
 
 def is_complete(output: Output, plan: Plan, shard: int, sizes: dict[str, int]) -> bool:
-    """Tell whether a shard exists and matches its record. ``sizes`` are those of all files in the output."""
+    """Tell whether a shard exists and matches its record. ``sizes`` are those of all files at the start."""
     if not sizes.keys() >= {shard_name(plan, shard), record_name(plan, shard)}:
         return False
     record = output.read(record_name(plan, shard))

@@ -200,12 +200,14 @@ class PiecesOnDisk(Pieces):
         return found
 
     def _name(self, part: Part, stamp: str | None) -> str:
+        piece = None
         if stamp is None:
             piece = make_piece(part)
             stamp = piece.summary.pictures + piece.summary.files
-            if not (self.folder / self._name(part, stamp)).is_file():
-                piece.save(self.folder / self._name(part, stamp))
-        return f"piece-{joined_sha256([VERSION, type(part).__name__, part.name, stamp])[:32]}.safetensors"
+        name = f"piece-{joined_sha256([VERSION, type(part).__name__, part.name, stamp])[:32]}.safetensors"
+        if piece is not None and not (self.folder / name).is_file():
+            piece.save(self.folder / name)
+        return name
 
     def _make(self, parts: Sequence[Part]) -> None:
         worker, workers = self.worker

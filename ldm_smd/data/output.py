@@ -76,7 +76,8 @@ class Folder:
             yield temporary
 
     def holds(self, record: dict, size: int) -> bool:
-        return sha256(self.path / record["shard"]["name"]) == record["shard"]["sha256"]
+        path = self.path / record["shard"]["name"]
+        return path.is_file() and sha256(path) == record["shard"]["sha256"]
 
     def flush(self) -> None:
         pass

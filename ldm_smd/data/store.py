@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.callbacks import NoOpCallback
 from fsspec.registry import known_implementations
 
 from ..errors import UserError, one_line
@@ -53,6 +54,7 @@ PASSING_ERRORS = {
     "HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "FlexibleChecksumError",  # botocore
     "ClientConnectionError", "ClientPayloadError",  # aiohttp
     "TransportError", "ConnectionError", "Timeout",  # httpx, requests
+    "ChecksumError",  # gcsfs
     "TimeoutError", "IncompleteRead",
 }  # fmt: skip
 """Names of exceptions after which a request is repeated. They are names because their libraries may not be installed."""
@@ -134,6 +136,8 @@ def store_of(url: str, key: str) -> tuple[AbstractFileSystem, str]:
     try:
         if scheme in ("s3", "s3a"):
             options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "read_timeout": SECONDS_WITHOUT_A_BYTE}
+        elif scheme in ("gs", "gcs"):
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback for each attempt
         elif scheme in ("http", "https"):
             options["client_kwargs"] = {"timeout": time_limits(key)}
         return fsspec.url_to_fs(url, **options)
@@ -161,6 +165,8 @@ def package_missing(scheme: str, key: str, error: ImportError) -> str:
 def passing(error: BaseException) -> bool:
     """Tell whether the same request may succeed later: after lost connections, truncated bodies, timeouts and server errors."""
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)):
+        return False
+    if str(error).startswith("Forbidden"):  # an OSError of gcsfs
         return False
     if any(kind.__name__ in PASSING_ERRORS for kind in type(error).__mro__):
         return True
@@ -207,12 +213,24 @@ def tried(call: Callable[[], Result], url: str, key: str, expected: str, retries
     raise AssertionError("at least one attempt")
 
 
+def fresh(store: AbstractFileSystem, call: Callable[[], Result]) -> Result:
+    """Return what ``call`` returns; where it fails and the store remembers what it listed, forget that, and call again. hf://
+    does, in spite of ``use_listings_cache``, and each thread for itself: others may have written or replaced files since."""
+    try:
+        return call()
+    except Exception:
+        if not store.dircache:
+            raise
+        store.invalidate_cache()
+        return call()
+
+
 def read_bytes(url: str, key: str, retries: Retries | None = None) -> bytes:
     """Return the contents of a small file. Raises FileNotFoundError if it does not exist, UserError if it cannot be read."""
 
     def read() -> bytes:
         store, path = store_of(url, key)
-        return store.cat_file(path)
+        return fresh(store, lambda: store.cat_file(path))
 
     return tried(read, url, key, f"to read {shown(url)}", retries)
 
@@ -231,7 +249,7 @@ def stat(url: str, key: str, retries: Retries | None = None) -> Stat | None:
 
     def info() -> dict:
         store, path = store_of(url, key)
-        return store.info(path)
+        return fresh(store, lambda: store.info(path))
 
     try:
         found = tried(info, url, key, f"to find {shown(url)}", retries)
@@ -268,13 +286,36 @@ def listed(folder: str, key: str, pattern: str = "*", retries: Retries | None = 
     ]
 
 
-def download(url: str, path: Path, key: str, size: int | None = None, retries: Retries | None = None) -> None:
+class Beginning(NoOpCallback):
+    """Calls ``begins`` with the size of a file, where the server says it, before the bytes come."""
+
+    def __init__(self, begins: Callable[[int], None]) -> None:
+        super().__init__()
+        self.begins = begins
+
+    def set_size(self, size: int | None) -> None:
+        if size is not None:
+            self.begins(size)
+
+
+def download(
+    url: str,
+    path: Path,
+    key: str,
+    size: int | None = None,
+    retries: Retries | None = None,
+    begins: Callable[[int], None] = lambda size: None,
+) -> None:
     """Copy a file to ``path``, which is not whole until this returns; UserError where it cannot be read or has another size,
-    FileNotFoundError where it is not there, OSError where the disk is full."""
+    FileNotFoundError where it is not there, OSError where the disk is full.
+
+    ``begins`` is called with the size before the bytes come, where the server says it: the answer does, and no request more is
+    needed. What it raises ends the download.
+    """
 
     def get() -> None:
         store, source = store_of(url, key)
-        store.get_file(source, str(path))
+        fresh(store, lambda: store.get_file(source, str(path), callback=Beginning(begins)))
         found = path.stat().st_size
         if size is not None and found != size:
             raise ConnectionError(f"{found} bytes of {size}")

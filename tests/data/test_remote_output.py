@@ -42,6 +42,29 @@ def test_the_files_equal_those_in_a_folder(settings, bucket, expected):
     assert not any(b"a-very-secret-key" in content for content in expected.values())
 
 
+def test_a_run_lists_its_output_at_the_start_and_at_the_end(settings, monkeypatch):
+    """Each list is a request for each thousand files. Between the two, other workers write."""
+    listed, real = [], store.listed
+    monkeypatch.setattr(store, "listed", lambda folder, *given: listed.append(folder) or real(folder, *given))
+    for worker, lists in (("0/2", 2), ("1/2", 4), ("1/2", 6)):
+        encode(settings(f"worker={worker}"))
+        assert len(listed) == lists
+
+
+def test_another_plan_that_comes_meanwhile_is_refused(settings, bucket, monkeypatch):
+    """After the list, which has none."""
+    real = encode_module.check_unused
+
+    def check(*given):
+        real(*given)
+        store.store_of(bucket, "test")[0].pipe_file(f"{bucket}/latents/plan.json", b'{"shard_size": 5}')
+
+    monkeypatch.setattr(encode_module, "check_unused", check)
+    with pytest.raises(UserError, match=r"^output: expected a new folder, or one of the same .*, found s3://"):
+        encode(settings())
+    assert set(found(bucket)) == {"plan.json"}
+
+
 def test_faults_change_nothing(settings, bucket, expected, proxy):
     proxy.faults.extend(Fault(kind, ".tar", "PUT") for kind in ("refuse", "500", "503"))
     proxy.faults.extend(Fault(kind, ".json", "PUT") for kind in ("refuse", "500", "503"))

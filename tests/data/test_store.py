@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import shutil
 import sys
 import threading
 
@@ -10,6 +11,7 @@ from faulty_store import FAULTS, LOOPBACK, Fault
 
 from ldm_smd.data import store
 from ldm_smd.errors import UserError
+from tests.stores import batches_are_those_of_a_folder, pictures_are_those_of_a_folder, tars_of
 
 CONTENT = bytes(range(256)) * 1000
 
@@ -143,6 +145,15 @@ def test_web_servers(web, tmp_path):
     assert [each.name for each in store.listed(url, "shards", "*.tar")] == ["x.tar"]
     with pytest.raises(FileNotFoundError):
         store.read_bytes(f"{url}/y?signature=1", "shards")
+
+
+def test_shards_and_pictures_at_web_servers(web, shards, pictures, tmp_path):
+    folder, url = web
+    shutil.copytree(shards, folder / "latents")
+    (folder / "pictures").mkdir()
+    tars_of(pictures, folder / "pictures")
+    batches_are_those_of_a_folder(f"{url}/latents", shards, tmp_path / "cache")
+    pictures_are_those_of_a_folder(f"{url}/pictures", folder / "pictures", tmp_path / "cache")
 
 
 def test_the_memory_store(tmp_path):
