@@ -1,4 +1,4 @@
-"""A proxy in front of a local S3 server that injects the faults of real networks and servers."""
+"""A proxy in front of a local HTTP server that injects the faults of real networks and servers."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Latent shards in an S3 store on this machine: 50 faults while two nodes read and an encoder writes, and how fast a training
-is from there.
+"""Latent shards in a local S3 store: 50 faults while two processes read and an encoder writes, and the speed of training.
 
-Before the server is a proxy that refuses, answers with errors, cuts, shortens and changes bodies, and is away for 30 seconds.
-Two processes with one cache, which has room for a few shards, read all batches of some epochs, each its half; both end in the
-middle and go on in new processes. Every batch is compared with that of a local folder. Some downloads meet a full disk.
+A proxy in front of the server refuses connections, answers with errors, cuts, truncates and changes bodies, and is offline for
+30 seconds. Two ranks share a cache with room for a few shards and read all batches of several epochs. In the middle they end,
+and new processes resume. Every batch is compared with that from a local folder. Some downloads find a full disk.
 
-The speed of two trainings from there is then compared with that from a local folder (store_training.py).
+Then the speed of two trainings is compared with that from a local folder (store_training.py).
 
     python tools/encode.py --config configs/encode/emoji.yaml shard_size=250 output=outputs/object-store/local
     python tools/encode.py --config configs/encode/emoji.yaml output=outputs/object-store/default
@@ -95,13 +94,13 @@ def serve(pipe: Connection) -> None:
 
 def digests(shards: str, cache: CacheConfig | None, rank: int, begin: int, end: int, full_disks: int, results: Any) -> None:
     """Read one rank's slices of the batches in [begin, end), and put their hashes into the queue ``results``."""
-    real, left = store.download, full_disks
+    real, remaining = store.download, full_disks
 
     def download(url: str, path: Path, *others: Any) -> None:
-        nonlocal left
-        if left and url.endswith(".tar") and random.random() < 0.3:
-            left -= 1
-            path.write_bytes(b"as much as fits")
+        nonlocal remaining
+        if remaining and url.endswith(".tar") and random.random() < 0.3:
+            remaining -= 1
+            path.write_bytes(b"incomplete")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(url, path, *others)
 
@@ -112,15 +111,15 @@ def digests(shards: str, cache: CacheConfig | None, rank: int, begin: int, end: 
     for batch in latent_loader(stream, num_workers=0):
         found.append(hashlib.sha256(batch.moments.numpy().tobytes() + batch.labels.numpy().tobytes()).hexdigest())
         time.sleep(0.02 if cache else 0.0)  # time of a training step
-    results.put((rank, found, full_disks - left))
+    results.put((rank, found, full_disks - remaining))
 
 
 def read_by_two(
     shards: str, cache: CacheConfig | None, total: int, disks: int, stores: StoreProcess | None
 ) -> tuple[dict, int]:
-    """Read all batches with two processes that are replaced in the middle; returns hashes by rank, and full disks met."""
+    """Read all batches with two processes, replaced in the middle; returns hashes by rank, and the number of full disks."""
     found: dict[int, list[str]] = {0: [], 1: []}
-    met, middle = 0, total // 2 // BATCH_SIZE * BATCH_SIZE
+    full_disks, middle = 0, total // 2 // BATCH_SIZE * BATCH_SIZE
     faults = [kind for kind, count in READ_FAULTS.items() for _ in range(count)]
     random.Random(SEED).shuffle(faults)
     for part, (begin, end) in enumerate(((0, middle), (middle, total))):
@@ -134,16 +133,16 @@ def read_by_two(
         if stores is not None:
             inject(stores, faults[part::2], offline=part == 1)
         for _ in readers:
-            rank, hashes, disk = results.get(timeout=600)
+            rank, hashes, count = results.get(timeout=600)
             found[rank] += hashes
-            met += disk
+            full_disks += count
         for reader in readers:
             reader.join()
-    return found, met
+    return found, full_disks
 
 
 def inject(stores: StoreProcess, faults: list[str], offline: bool) -> None:
-    """Inject one fault after the other, each as soon as a request has met the one before."""
+    """Inject faults one after the other, each as soon as the previous one was applied to a request."""
     for index, kind in enumerate(faults):
         before = stores.injected().total()
         stores.ask("fault", kind, ".tar")
@@ -160,17 +159,19 @@ def encoded_under_faults(stores: StoreProcess, bucket: str, folder: Path) -> boo
         for index in range(count):
             stores.ask("fault", kind, (".tar", ".json", "manifest")[index], "PUT")
     encode(load_config(EncodeConfig, None, [*ENCODE, f"output={bucket}/encoded"]))
-    stored = {each.name: store.read_bytes(each.url, "test") for each in store.listed(f"{bucket}/encoded", "test")}
+    stored = {each.name: store.read_bytes(each.url, "test") for each in store.list_files(f"{bucket}/encoded", "test")}
     return stored == {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", default="outputs/object-store/local", type=Path, help="a dozen or more")
-    parser.add_argument("--large-shards", default="outputs/object-store/default", type=Path, help="of 1000 images")
-    parser.add_argument("--rounds", type=int, default=9, help="of the training of the tiny network")
-    parser.add_argument("--demo-rounds", type=int, default=3, help="of the training of the demo's network")
-    parser.add_argument("--targets", action="store_true", help="measure nothing: judge the trainings of the result file again")
+    parser.add_argument("--shards", default="outputs/object-store/local", type=Path, help="with a dozen shards or more")
+    parser.add_argument(
+        "--large-shards", default="outputs/object-store/default", type=Path, help="folder with shards of 1000 images"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="number of rounds with the tiny network")
+    parser.add_argument("--demo-rounds", type=int, default=3, help="number of rounds with the demo's network")
+    parser.add_argument("--targets", action="store_true", help="only compute the targets of the result file again")
     arguments = parser.parse_args()
     if arguments.targets:
         result = json.loads(RESULT.read_text(encoding="utf-8"))
@@ -183,9 +184,9 @@ def main() -> None:
     bucket = "s3://object-store-benchmark"
     local = Manifest.load(arguments.shards)
     total, largest = EPOCHS * local.count, max(path.stat().st_size for path in arguments.shards.glob("*.tar"))
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        # The libraries' threads start in processes of their own: the readers are forked.
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        # Uploads run in another process, because they start threads, and the readers are forked from this one.
         uploading = FORK.Process(target=upload_all, args=(bucket, arguments.shards, arguments.large_shards))
         uploading.start()
         uploading.join()
@@ -234,7 +235,7 @@ def main() -> None:
 
 
 def training_targets(trained: list[dict]) -> list[dict]:
-    """Held against the lower end of the interval, so that a noisy measurement shows nothing."""
+    """Return the targets. They are compared with the lower end of the interval, so a noisy measurement cannot meet them."""
     names = {"store ratio": "images a second over a local folder", "store trains": "share of the processor time that trains"}
     return [
         target(f"from the store, {names[key]}: {each['training']}", f">= {TARGET_SPEED}", each[key]["interval"][0])

@@ -1,16 +1,16 @@
-"""How fast a training is from an object store, over one from a local folder.
+"""Speed of training from an object store, relative to training from a local folder.
 
-Both read the same shards, the one from the store with an empty cache, in turn; the link gives twice the bytes a second that the
-fastest local round needed. One training is of a very small network on shards of 250 images, which is the most work for the
-store; the other of the demo's network, on shards as large as tools/encode.py makes them. Of each round there are:
+Both read the same shards in turn, from the store with an empty cache. The bandwidth is twice what the fastest local round
+needed. One training has a very small network and shards of 250 images, which is the hardest case for the store. The other has
+the demo's network, and shards of the default size of tools/encode.py. Every round gives:
 
-- ``ratio``: of the images a second, after the first batch.
-- ``cpu_ratio``: of the images for each second of the process's processor time. It is what remains of the first where the
-  server, the proxy and whatever else runs have cores of their own.
-- ``trains``: the share of that processor time which is the training thread's; the rest fetches. It varies less.
+- ``ratio``: ratio of images per second, after the first batch.
+- ``cpu_ratio``: ratio of images per second of CPU time of the process. It is the ratio to expect if the server, the proxy and
+  other programs run on other cores.
+- ``trains``: fraction of that CPU time in the training thread. The rest fetches shards. It varies less.
 
-The median over the rounds is the result, with a 95 % interval by bootstrap. ``store_and_worker`` reads with num_workers=1: a
-process of the loader fetches, and its processor time is not the training's.
+Results are medians over the rounds with 95 % bootstrap intervals. ``store_and_worker`` reads with num_workers=1, so another
+process fetches, whose CPU time is not counted.
 """
 
 from __future__ import annotations
@@ -42,12 +42,18 @@ TINY += ["autoencoder=checkpoints/autoencoder-emoji", "batch_size=64", "precisio
 DEMO = "configs/train/emoji-vanilla.yaml"
 LINK = 2.0
 THREADS = max(1, torch.get_num_threads() - 1)
-"""The server and the proxy have the rest; in life they are on another machine."""
+"""The rest is for the server and the proxy, which would otherwise be on another machine."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained: settings, the folder with the shards, the images and the number of rounds."""
+    """A training to measure.
+
+    Attributes:
+        shards: local folder with the shards.
+        images: number of images in each round.
+        places: where shards are read from: "local", "store" or "store_and_worker".
+    """
 
     name: str
     config: str | None
@@ -67,7 +73,7 @@ def trainings(small: Path, large: Path, rounds: int, demo_rounds: int) -> list[T
 
 
 class Trainee:
-    """A training, a step at a time."""
+    """Runs the steps of a training."""
 
     def __init__(self, training: Training, folder: Path) -> None:
         settings = [*training.settings, f"shards={training.shards}", f"output={folder / 'run'}"]
@@ -79,8 +85,8 @@ class Trainee:
         self.learner.model.prepare(accelerator)
 
     def speed(self, manifest: Manifest, seed: int, workers: int = 0) -> dict[str, float]:
-        """Images a second after the first batch, the share of the time spent waiting for data, and this process's processor
-        time an image in milliseconds, and how much of that is not of the thread that trains."""
+        """Train on the images of a round. Returns images per second after the first batch, the fraction of the time spent
+        waiting for data, and the CPU time per image in milliseconds, of the process and of its other threads."""
         stream, waits = LatentStream(manifest, self.batch_size, self.images, seed=seed), DataWaits()
         started, processor, trains = 0.0, 0.0, 0.0
         for batch in waits.timed(latent_loader(stream, workers)):
@@ -96,7 +102,7 @@ class Trainee:
 
 
 def training_rounds(training: Training, limit: Callable[[float | None], Any], url: str, folder: Path) -> dict:
-    """Speeds by round, from the folder, from the store, and from the store by a worker of the loader, in a random order."""
+    """Measure all rounds. In each, the places are in random order."""
     torch.set_num_threads(THREADS)
     trainee, local = Trainee(training, folder / training.shards.name), Manifest.load(training.shards)
     bytes_per_image = sum((training.shards / item["name"]).stat().st_size for item in local.shards) / local.count
@@ -129,7 +135,7 @@ def rounded(value: Any) -> Any:
 
 
 def median_and_interval(values: list[float]) -> dict[str, Any]:
-    """The median, and the 2.5 and 97.5 % points of medians of the values drawn again."""
+    """Return the median and its 95 % bootstrap interval."""
     drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
     return {"median": round(statistics.median(values), 4), "interval": [round(float(low), 4), round(float(high), 4)]}

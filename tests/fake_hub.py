@@ -1,6 +1,7 @@
-"""A Hugging Face hub of one dataset repository on loopback, as far as HfFileSystem needs it: https://huggingface.co/docs/hub/api.
+"""A Hugging Face hub with one dataset repository on loopback, with the part of its API that HfFileSystem uses.
 
-Small files alone: all are "regular", so that a commit has their contents; large ones would go to another store.
+The API is described at https://huggingface.co/docs/hub/api. All files are "regular" (small), so commits contain their contents.
+The real hub stores large files elsewhere.
 """
 
 import base64
@@ -15,7 +16,12 @@ REPOSITORY = "somebody/latents"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """``files``: contents by path. ``requests``: method and path of each."""
+    """The server.
+
+    Attributes:
+        files: contents by path.
+        requests: method and path of each request.
+    """
 
     daemon_threads = True
 

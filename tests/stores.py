@@ -1,4 +1,4 @@
-"""What every kind of object store must do, whatever its scheme: checks that tests of each call."""
+"""Checks for every kind of object store, called by the tests of each."""
 
 import webdataset as wds
 from torch import equal
@@ -13,50 +13,52 @@ from ldm_smd.data.stream import LatentStream
 
 
 def files_of(folder):
-    """Bytes of the files of a folder, by name."""
+    """Return the bytes of the files in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
 
 
-def batches_are_those_of_a_folder(url, shards, cache):
+def check_batches(url, shards, cache):
+    """Assert that shards at a URL give the batches of the local folder ``shards``."""
     found, expected = (
-        list(LatentStream(Manifest.load(place, CacheConfig(str(cache))), 4, 44, seed=3, mirror=True)) for place in (url, shards)
+        list(LatentStream(Manifest.load(folder, CacheConfig(str(cache))), 4, 44, seed=3, mirror=True))
+        for folder in (url, shards)
     )
     assert len(found) == len(expected) == 11
     for a, b in zip(found, expected):
         assert equal(a.moments, b.moments) and equal(a.labels, b.labels)
 
 
-def tars_of(pictures, folder):
-    """Write the pictures to two webdataset tars."""
+def write_image_tars(pictures, folder):
+    """Write the images to two webdataset tars in ``folder``."""
     for number, files in enumerate((sorted(pictures.rglob("*.png"))[:11], sorted(pictures.rglob("*.png"))[11:])):
         with wds.TarWriter(str(folder / f"train-{number}.tar")) as writer:
             for path in files:
                 writer.write({"__key__": path.stem, "png": path.read_bytes(), "cls": str(int(path.parent.name == "square"))})
 
 
-def pictures_are_those_of_a_folder(url, folder, cache):
-    """``url``, ``folder``: places of the tars that ``tars_of`` writes."""
+def check_images(url, folder, cache):
+    """Assert that the tars of ``write_image_tars`` give the same images at a URL as in a local folder."""
     for names in ("train-*.tar", "train-{0..1}.tar"):
         (pixels, labels, _), (expected, expected_labels, _) = (
-            load_pixels(ImagesConfig(source=f"{place}/{names}", cache=str(cache), resolution=16)) for place in (url, folder)
+            load_pixels(ImagesConfig(source=f"{base}/{names}", cache=str(cache), resolution=16)) for base in (url, folder)
         )
         assert equal(pixels, expected) and labels == expected_labels and len(pixels) == 22
 
 
-def encoding_goes_on(url, pictures, autoencoder, shards, contents, remove, monkeypatch):
-    """Encode to ``url`` what is in the folder ``shards``; again where a file is missing, and where none is.
+def check_encoding_and_resuming(url, pictures, autoencoder, shards, contents, remove, monkeypatch):
+    """Assert that encoding to ``url`` writes the files of the local folder ``shards``, and missing files on a restart.
 
     Args:
         contents: a function that returns the bytes of all files at ``url``, by name.
-        remove: one that removes a file there.
+        remove: a function that removes a file there.
     """
     given = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={autoencoder}", f"output={url}"]
     config = load_config(EncodeConfig, None, [*given, "shard_size=8", "batch_size=4", "num_workers=0"])
-    made, real = [], encode_module.write_shard
-    monkeypatch.setattr(encode_module, "write_shard", lambda *given: made.append(given[2]) or real(*given))
+    written, real = [], encode_module.write_shard
+    monkeypatch.setattr(encode_module, "write_shard", lambda *given: written.append(given[2]) or real(*given))
     assert encode(config).count == 22 and contents() == files_of(shards)
-    assert made == ["latents-00000.tar", "latents-00001.tar", "latents-00002.tar"]
-    for missing, again in (("latents-00001.json", ["latents-00001.tar"]), ("manifest.json", [])):
-        made.clear()
+    assert written == ["latents-00000.tar", "latents-00001.tar", "latents-00002.tar"]
+    for missing, expected in (("latents-00001.json", ["latents-00001.tar"]), ("manifest.json", [])):
+        written.clear()
         remove(missing)
-        assert encode(config).count == 22 and contents() == files_of(shards) and made == again
+        assert encode(config).count == 22 and contents() == files_of(shards) and written == expected

@@ -16,7 +16,7 @@ AHEAD = 3
 """Number of shards to fetch ahead of the reader."""
 
 
-class FetchedAhead:
+class Prefetcher:
     """A thread that fetches a limited number of shards ahead of a reader, which reports its position.
 
     Args:
@@ -32,7 +32,7 @@ class FetchedAhead:
         self._thread = threading.Thread(target=self._run, name="shards-ahead", daemon=True)
 
     @contextmanager
-    def running(self) -> Iterator[FetchedAhead]:
+    def running(self) -> Iterator[Prefetcher]:
         """Fetch until the block ends. A download that is running then continues in the background."""
         self._thread.start()
         try:
@@ -62,6 +62,6 @@ class FetchedAhead:
                     return
             try:
                 self._fetch(shard)
-            except UserError as error:  # the reader raises it, if it persists
+            except UserError as error:  # if it persists, the reader raises it
                 logger.info("%s", error)
             waiting.append(position)

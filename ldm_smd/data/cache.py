@@ -25,7 +25,7 @@ ABANDONED_SECONDS = 3600
 
 
 class Cached(NamedTuple):
-    """A file of the cache. Its path is text: there may be many thousands."""
+    """A file in the cache. Its path is a string, because there may be many thousands."""
 
     used: float
     size: int
@@ -76,11 +76,11 @@ class FileCache:
         assert path is not None
         return path
 
-    def fetch_unless_others_do(self, url: str, sha256: str | None = None, size: int | None = None, stamp: str = "") -> bool:
-        """Do as ``fetch``, but return False at once where another process or thread is fetching the file."""
+    def try_fetch(self, url: str, sha256: str | None = None, size: int | None = None, stamp: str = "") -> bool:
+        """Fetch the file, but return False at once if another process or thread is fetching it."""
         return self._fetched(url, sha256, size, stamp, waits=False) is not None
 
-    def forget(self, url: str, sha256: str | None = None, size: int | None = None, stamp: str = "") -> None:
+    def discard(self, url: str, sha256: str | None = None, size: int | None = None, stamp: str = "") -> None:
         """Remove a damaged copy."""
         (self.folder / self.name(url, sha256, size, stamp)).unlink(missing_ok=True)
 
@@ -89,17 +89,17 @@ class FileCache:
             return Path(url)
         path = self.folder / self.name(url, sha256, size, stamp)
         try:
-            if self._is_there(path, size):
+            if self._exists(path, size):
                 return path
-            with self._locked(path.name, waits) as mine:
-                if not mine:
+            with self._locked(path.name, waits) as held:
+                if not held:
                     return None
-                if not self._is_there(path, size):
+                if not self._exists(path, size):
                     self._fetch(url, path, sha256, size)
         except OSError as error:
             found = "a full disk" if error.errno in DISK_FULL else error.strerror or str(error)
             raise UserError(
-                f"{self.key}: expected room for {store.shown(url)} in the cache {self.folder}, found {found}"
+                f"{self.key}: expected room for {store.without_credentials(url)} in the cache {self.folder}, found {found}"
             ) from error
         return path
 
@@ -122,14 +122,14 @@ class FileCache:
                 time.sleep(0.01 * attempt)
         raise UserError(
             f"{self.key}: expected a cache for all files read at once, found {self.limit_bytes} bytes in {self.folder}: "
-            f"{store.shown(str(url))} was removed {OPEN_ATTEMPTS} times before it was opened"
+            f"{store.without_credentials(str(url))} was removed {OPEN_ATTEMPTS} times before it was opened"
         )
 
     @staticmethod
     def name(url: str, sha256: str | None, size: int | None, stamp: str) -> str:
         """Return the name of a file's copy. It begins with the hash of the contents, if that is known."""
         identity = sha256 or hashlib.sha256(repr((url, size, stamp)).encode()).hexdigest()
-        readable = re.sub(r"[^\w.-]+", "_", store.shown(url).rpartition("/")[2])[-64:]
+        readable = re.sub(r"[^\w.-]+", "_", store.without_credentials(url).rpartition("/")[2])[-64:]
         return f"{identity[:40]}-{readable}"
 
     def files(self) -> list[Cached]:
@@ -144,9 +144,9 @@ class FileCache:
                 if cached.temporary and now - cached.used > ABANDONED_SECONDS:
                     cached.path.unlink(missing_ok=True)
                     size -= cached.size
-            beyond = sum(cached.size for cached in found) + size - self.limit_bytes
-            if beyond > 0:
-                self._remove(beyond)
+            excess = sum(cached.size for cached in found) + size - self.limit_bytes
+            if excess > 0:
+                self._remove(excess)
 
     def _remove(self, size: int) -> int:
         """Remove the least recently used copies, ``size`` bytes or more in total. Return the number of bytes removed."""
@@ -166,7 +166,7 @@ class FileCache:
                         status = entry.stat()
                         yield Cached(status.st_mtime, status.st_size, entry.name, entry.path)
 
-    def _is_there(self, path: Path, size: int | None) -> bool:
+    def _exists(self, path: Path, size: int | None) -> bool:
         """Tell whether the copy exists, and mark it as used."""
         try:
             found = path.stat().st_size
@@ -177,7 +177,7 @@ class FileCache:
         return size is None or found == size
 
     def _fetch(self, url: str, path: Path, sha256: str | None, size: int | None) -> None:
-        """Download, check, and give the name."""
+        """Download a file, verify it and give it its name."""
         temporary = path.with_name(f".{path.name}.{this_process()}{os.urandom(4).hex()}.tmp")
         found = ""
         for failures in range(1, WRONG_ATTEMPTS + 1):
@@ -190,26 +190,29 @@ class FileCache:
                     temporary.rename(path)
                     return
             except FileNotFoundError as error:
-                raise UserError(f"{self.key}: expected a file at {store.shown(url)}, found none") from error
+                raise UserError(f"{self.key}: expected a file at {store.without_credentials(url)}, found none") from error
             finally:
                 temporary.unlink(missing_ok=True)
             if failures < WRONG_ATTEMPTS:
                 self.retries.pause(failures)
-        raise UserError(f"{self.key}: expected {store.shown(url)} with sha256 {sha256}, found {found}, {WRONG_ATTEMPTS} times")
+        raise UserError(
+            f"{self.key}: expected {store.without_credentials(url)} with sha256 {sha256}, found {found}, {WRONG_ATTEMPTS} times"
+        )
 
     def _download(self, url: str, temporary: Path, size: int | None) -> None:
-        """Download; where the disk is full, remove other copies for it as long as there are any."""
+        """Download a file. While the disk is full, remove other copies and try again."""
 
-        def begins(coming: int) -> None:
-            if coming > self.limit_bytes:
+        def on_size(found: int) -> None:
+            if found > self.limit_bytes:
                 raise UserError(
-                    f"{self.key}: expected a cache for {store.shown(url)}, {coming} bytes, found a limit of {self.limit_bytes}"
+                    f"{self.key}: expected a cache for {store.without_credentials(url)}, {found} bytes, found a limit of "
+                    f"{self.limit_bytes}"
                 )
-            self.make_room(coming)
+            self.make_room(found)
 
         while True:
             try:
-                return store.download(url, temporary, self.key, size, self.retries, begins)
+                return store.download(url, temporary, self.key, size, self.retries, on_size)
             except OSError as error:
                 temporary.unlink(missing_ok=True)
                 if error.errno not in DISK_FULL or not self._remove(size or 1):

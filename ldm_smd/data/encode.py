@@ -156,7 +156,7 @@ def is_complete(output: Output, plan: Plan, shard: int, sizes: dict[str, int]) -
     if not sizes.keys() >= {shard_name(plan, shard), record_name(plan, shard)}:
         return False
     record = output.read(record_name(plan, shard))
-    return record.get("plan") == plan.sha256 and output.holds(record, sizes[shard_name(plan, shard)])
+    return record.get("plan") == plan.sha256 and output.matches(record, sizes[shard_name(plan, shard)])
 
 
 def encoded_batches(

@@ -33,21 +33,21 @@ class Output(Protocol):
     def write(self, name: str) -> AbstractContextManager[Path]:
         """Yield a local path to write to. The file appears under its name after all files written before."""
 
-    def holds(self, record: dict, size: int) -> bool:
+    def matches(self, record: dict, size: int) -> bool:
         """Tell whether a shard of ``size`` bytes matches its record."""
 
     def flush(self) -> None:
         """Wait until all written files have appeared."""
 
 
-def output_at(place: str, worker: str) -> Output:
-    """Return the output at a path or URL. ``worker``: a name that no other process writing there has."""
-    if not store.is_remote(place):
-        return Folder(Path(place), worker)
-    store.require_no_credentials(place, "output")
-    if place.startswith("http"):
-        raise UserError(f"output: expected a folder, or a writable store (s3://, gs://, hf://), found {place}")
-    return InStore(place.rstrip("/"))
+def output_at(location: str, worker: str) -> Output:
+    """Return the output at a path or URL. ``worker`` must be unique among the processes that write there."""
+    if not store.is_remote(location):
+        return Folder(Path(location), worker)
+    store.require_no_credentials(location, "output")
+    if location.startswith("http"):
+        raise UserError(f"output: expected a folder, or a writable store (s3://, gs://, hf://), found {location}")
+    return StoreOutput(location.rstrip("/"))
 
 
 class Folder:
@@ -75,7 +75,7 @@ class Folder:
         with atomic_file(self.path / name, self.worker) as temporary:
             yield temporary
 
-    def holds(self, record: dict, size: int) -> bool:
+    def matches(self, record: dict, size: int) -> bool:
         path = self.path / record["shard"]["name"]
         return path.is_file() and sha256(path) == record["shard"]["sha256"]
 
@@ -83,12 +83,12 @@ class Folder:
         pass
 
 
-class InStore:
+class StoreOutput:
     """A URL in an object store. There are no locks: two workers of the same name do the same work and write the same bytes.
 
-    Files are made in a temporary folder. A thread uploads them one after the other while the next is made. After an error
-    nothing more is uploaded, so there is no record without its shard. Shards are verified by the size in their record, which
-    their writer uploads only after the shard.
+    Files are written to a temporary folder, and a thread uploads them one after the other while the next is written. After an
+    error nothing more is uploaded, so there is no record without its shard. Shards are verified by the size in their record,
+    which is uploaded after the shard.
     """
 
     def __init__(self, url: str) -> None:
@@ -110,10 +110,10 @@ class InStore:
                 self._thread.shutdown(cancel_futures=True)
 
     def sizes(self) -> dict[str, int]:
-        return {each.name: each.size or 0 for each in store.listed(self.url, "output") if not each.name.startswith(".")}
+        return {each.name: each.size or 0 for each in store.list_files(self.url, "output") if not each.name.startswith(".")}
 
     def read(self, name: str) -> dict:
-        return store.read_json(store.joined(self.url, name), "output")
+        return store.read_json(store.join(self.url, name), "output")
 
     @contextmanager
     def write(self, name: str) -> Iterator[Path]:
@@ -131,14 +131,14 @@ class InStore:
         try:
             if self._failed is not None:
                 raise self._failed
-            store.upload(temporary, store.joined(self.url, name), "output")
+            store.upload(temporary, store.join(self.url, name), "output")
         except Exception as error:
             self._failed = error
             raise
         finally:
             temporary.unlink(missing_ok=True)
 
-    def holds(self, record: dict, size: int) -> bool:
+    def matches(self, record: dict, size: int) -> bool:
         return record.get("bytes") == size
 
     def flush(self) -> None:

@@ -65,7 +65,7 @@ class Manifest:
         place: Path | str = str(folder).rstrip("/") if remote else Path(folder)
         if remote:
             store.require_no_credentials(str(place), "shards")
-        path = store.joined(str(place), MANIFEST) if remote else Path(place) / MANIFEST
+        path = store.join(str(place), MANIFEST) if remote else Path(place) / MANIFEST
         try:
             data = store.read_bytes(str(path), "shards") if remote else Path(path).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -90,7 +90,7 @@ class Manifest:
 
     def place(self, name: str) -> str | Path:
         """Return the path or URL of a file beside the manifest."""
-        return Path(self.folder) / name if self.cache is None else store.joined(str(self.folder), name)
+        return Path(self.folder) / name if self.cache is None else store.join(str(self.folder), name)
 
     def with_shard(self, item: dict, function: Callable[[Path], Result]) -> Result:
         """Return ``function(path)`` for a shard or its verified local copy. An open copy stays readable if it is removed."""
@@ -100,7 +100,7 @@ class Manifest:
     def fetch(self, item: dict) -> None:
         """Copy a shard and its record to the cache, unless another process is copying the shard."""
         assert self.cache is not None
-        if self.cache.fetch_unless_others_do(str(self.place(item["name"])), item["sha256"]):
+        if self.cache.try_fetch(str(self.place(item["name"])), item["sha256"]):
             self.record(item)
 
     def record(self, item: dict) -> dict:
@@ -114,7 +114,7 @@ class Manifest:
             return {}
         if record.get("shard") == item and record.get("index_sha256") == index_sha256(record.get("index")):
             return record
-        self.cache.forget(str(place), stamp=item["sha256"])
+        self.cache.discard(str(place), stamp=item["sha256"])
         return {}
 
     def missing(self) -> str | None:
@@ -131,7 +131,7 @@ class Manifest:
             return [path.name for path in Path(self.folder).glob("*.tar")]
         if str(self.folder).startswith("http"):
             return []
-        return [each.name for each in store.listed(str(self.folder), "shards", "*.tar")]
+        return [each.name for each in store.list_files(str(self.folder), "shards", "*.tar")]
 
     @property
     def count(self) -> int:

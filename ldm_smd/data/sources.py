@@ -120,21 +120,21 @@ def find_remote_tars(urls: list[str]) -> list[store.Stat]:
     for folder, names in folders.items():
         patterns = [name for name in names if PATTERN.search(name)]
         if patterns or (len(names) > 1 and not folder.startswith("http")):  # few web servers list a folder
-            existing = store.listed(folder, "images.source")
+            existing = store.list_files(folder, "images.source")
             matching = {name: [each for each in existing if fnmatch.fnmatchcase(each.name, name)] for name in patterns}
             known = {each.name: each for each in existing}
             for name in names:
                 found += matching[name] if name in matching else [known[name]] if name in known else _missing(folder, name)
         else:
             with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-                wanted = [store.joined(folder, name) for name in names]
+                wanted = [store.join(folder, name) for name in names]
                 for name, each in zip(names, pool.map(lambda url: store.stat(url, "images.source"), wanted)):
                     found += [each] if each is not None else _missing(folder, name)
     return found
 
 
 def _missing(folder: str, name: str) -> list[store.Stat]:
-    raise UserError(f"images.source: expected a tar at {store.shown(store.joined(folder, name))}, found none")
+    raise UserError(f"images.source: expected a tar at {store.without_credentials(store.join(folder, name))}, found none")
 
 
 def _expand_braces(pattern: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Files in object stores and at URLs, through fsspec: s3://, gs://, https://, hf:// and its other protocols.
 
-Credentials come from the environment and the files that the store's own library reads, never from a setting. URLs are printed
-without user, password and signature. Failed requests are repeated, after longer and longer pauses.
+Credentials come from the environment and from files that the library of the store reads, never from a setting. URLs are printed
+without user, password and signature. Failed requests are repeated after increasing pauses.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ STAMPS = (
     "mtime",
     "created",
 )
-TOO_BUSY = {408, 425, 429}
-PASSING_ERRNOS = {
+TRANSIENT_STATUS = {408, 425, 429}
+TRANSIENT_ERRNOS = {
     errno.EIO, errno.EBUSY, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED,
     errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EAGAIN, None,
 }  # fmt: skip
-PASSING_ERRORS = {
+TRANSIENT_ERRORS = {
     "HTTPClientError", "IncompleteReadError", "ResponseStreamingError", "FlexibleChecksumError",  # botocore
     "ClientConnectionError", "ClientPayloadError",  # aiohttp
     "TransportError", "ConnectionError", "Timeout",  # httpx, requests
@@ -58,12 +58,13 @@ PASSING_ERRORS = {
     "TimeoutError", "IncompleteRead",
 }  # fmt: skip
 """Names of exceptions after which a request is repeated. They are names because their libraries may not be installed."""
-SECONDS_TO_CONNECT, SECONDS_WITHOUT_A_BYTE = 10, 60
+CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60
+"""In seconds. The second is the longest time without a byte."""
 
 
 @dataclass(frozen=True)
 class Retries:
-    """How often a request is made, and how long to wait between attempts.
+    """The number of attempts for a request, and the pauses between them.
 
     The first pause is ``first`` seconds long, and each further one is twice as long, up to ``longest``. Each is shortened by a
     random fraction of up to one half, so that many processes do not return at the same time.
@@ -79,7 +80,7 @@ class Retries:
 
 
 RETRIES = Retries()
-"""Default, which bridges an outage of a minute."""
+"""Default. It survives an outage of a minute."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def is_remote(path: str | Path) -> bool:
     return found is not None and found[1] in known_implementations and found[1] not in NOT_STORES
 
 
-def shown(text: str) -> str:
+def without_credentials(text: str) -> str:
     """Remove users, passwords and query strings, which may be signatures, from a URL or from all URLs in a text."""
     text = re.sub(r"(\w://)[^/\s'\"@]*@", r"\1", text)
     return re.sub(r"(\w://[^\s'\"?]*)\?[^\s'\")]*", r"\1", text)
@@ -115,14 +116,14 @@ def shown(text: str) -> str:
 
 def require_no_credentials(url: str, key: str) -> None:
     """Raise UserError if a URL has a user, password or query string, because settings are written to files."""
-    if shown(url) != url:
+    if without_credentials(url) != url:
         raise UserError(
             f"{key}: expected a URL without user, password or query string (credentials come from the environment, as the "
-            f"store's own tools take them), found one at {shown(url)}"
+            f"store's own tools take them), found one at {without_credentials(url)}"
         )
 
 
-def joined(folder: str, name: str) -> str:
+def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}"
 
 
@@ -135,7 +136,7 @@ def store_of(url: str, key: str) -> tuple[AbstractFileSystem, str]:
     options: dict[str, Any] = {"use_listings_cache": False}
     try:
         if scheme in ("s3", "s3a"):
-            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "read_timeout": SECONDS_WITHOUT_A_BYTE}
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}, "read_timeout": READ_TIMEOUT}
         elif scheme in ("gs", "gcs"):
             logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback for each attempt
         elif scheme in ("http", "https"):
@@ -144,16 +145,18 @@ def store_of(url: str, key: str) -> tuple[AbstractFileSystem, str]:
     except ImportError as error:
         raise UserError(package_missing(scheme, key, error)) from error
     except ValueError as error:
-        raise UserError(f"{key}: expected a URL, found {shown(url)}: {shown(one_line(error))}") from error
+        raise UserError(
+            f"{key}: expected a URL, found {without_credentials(url)}: {without_credentials(one_line(error))}"
+        ) from error
 
 
 def time_limits(key: str) -> Any:
-    """Return time limits of aiohttp that allow large files any time, as long as bytes arrive."""
+    """Return timeouts of aiohttp without a limit on the total time, because large files take long."""
     try:
         import aiohttp
     except ImportError as error:
         raise UserError(package_missing("https", key, error)) from error
-    return aiohttp.ClientTimeout(total=None, sock_connect=SECONDS_TO_CONNECT, sock_read=SECONDS_WITHOUT_A_BYTE)
+    return aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
 
 
 def package_missing(scheme: str, key: str, error: ImportError) -> str:
@@ -162,18 +165,18 @@ def package_missing(scheme: str, key: str, error: ImportError) -> str:
     return f"{key}: expected the package that reads {scheme}:// ({needed}), found it missing"
 
 
-def passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Tell whether the same request may succeed later: after lost connections, truncated bodies, timeouts and server errors."""
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)):
         return False
     if str(error).startswith("Forbidden"):  # an OSError of gcsfs
         return False
-    if any(kind.__name__ in PASSING_ERRORS for kind in type(error).__mro__):
+    if any(cls.__name__ in TRANSIENT_ERRORS for cls in type(error).__mro__):
         return True
     status = status_of(error) or status_of(error.__cause__)
     if status is not None:
-        return status >= 500 or status in TOO_BUSY
-    return isinstance(error, OSError) and error.errno in PASSING_ERRNOS
+        return status >= 500 or status in TRANSIENT_STATUS
+    return isinstance(error, OSError) and error.errno in TRANSIENT_ERRNOS
 
 
 def status_of(error: BaseException | None) -> int | None:
@@ -186,7 +189,7 @@ def status_of(error: BaseException | None) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def tried(call: Callable[[], Result], url: str, key: str, expected: str, retries: Retries | None = None) -> Result:
+def with_retries(call: Callable[[], Result], url: str, key: str, expected: str, retries: Retries | None = None) -> Result:
     """Return the result of ``call``, which is repeated after transient errors.
 
     Raises:
@@ -203,19 +206,22 @@ def tried(call: Callable[[], Result], url: str, key: str, expected: str, retries
         except Exception as error:
             if isinstance(error, OSError) and (error.errno in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None):
                 raise
-            told = shown(one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)) or type(error).__name__
-            if not passing(error):
-                raise UserError(f"{key}: expected {expected}, found: {told}") from error
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            reason = without_credentials(one_line(cause)) or type(error).__name__
+            if not is_transient(error):
+                raise UserError(f"{key}: expected {expected}, found: {reason}") from error
             if failures == retries.attempts:
-                raise UserError(f"{key}: expected {expected}, found after {failures} attempts: {told}") from error
-            logger.info("%s: attempt %d failed: %s", shown(url), failures, told)
+                raise UserError(f"{key}: expected {expected}, found after {failures} attempts: {reason}") from error
+            logger.info("%s: attempt %d failed: %s", without_credentials(url), failures, reason)
             retries.pause(failures)
     raise AssertionError("at least one attempt")
 
 
-def fresh(store: AbstractFileSystem, call: Callable[[], Result]) -> Result:
-    """Return what ``call`` returns; where it fails and the store remembers what it listed, forget that, and call again. hf://
-    does, in spite of ``use_listings_cache``, and each thread for itself: others may have written or replaced files since."""
+def without_stale_listings(store: AbstractFileSystem, call: Callable[[], Result]) -> Result:
+    """Return the result of ``call``. If it fails and the file system has cached listings, clear them and call again.
+
+    hf:// caches listings in each thread, in spite of ``use_listings_cache``, and files may have been written or replaced since.
+    """
     try:
         return call()
     except Exception:
@@ -230,13 +236,13 @@ def read_bytes(url: str, key: str, retries: Retries | None = None) -> bytes:
 
     def read() -> bytes:
         store, path = store_of(url, key)
-        return fresh(store, lambda: store.cat_file(path))
+        return without_stale_listings(store, lambda: store.cat_file(path))
 
-    return tried(read, url, key, f"to read {shown(url)}", retries)
+    return with_retries(read, url, key, f"to read {without_credentials(url)}", retries)
 
 
 def read_json(url: str, key: str, retries: Retries | None = None) -> dict:
-    """Read a JSON mapping; empty if the file is missing or is not a JSON mapping."""
+    """Read a JSON mapping. Returns an empty one if the file is missing or contains something else."""
     try:
         content = json.loads(read_bytes(url, key, retries))
     except (FileNotFoundError, ValueError):
@@ -249,10 +255,10 @@ def stat(url: str, key: str, retries: Retries | None = None) -> Stat | None:
 
     def info() -> dict:
         store, path = store_of(url, key)
-        return fresh(store, lambda: store.info(path))
+        return without_stale_listings(store, lambda: store.info(path))
 
     try:
-        found = tried(info, url, key, f"to find {shown(url)}", retries)
+        found = with_retries(info, url, key, f"to find {without_credentials(url)}", retries)
     except FileNotFoundError:
         return None
     return stat_of(url, found)
@@ -263,10 +269,10 @@ def stat_of(url: str, info: dict) -> Stat:
     return Stat(url, info.get("size"), stamp)
 
 
-def listed(folder: str, key: str, pattern: str = "*", retries: Retries | None = None) -> list[Stat]:
-    """List the files directly in a folder whose names match ``pattern``, sorted; [] if there is no such folder.
+def list_files(folder: str, key: str, pattern: str = "*", retries: Retries | None = None) -> list[Stat]:
+    """List the files directly in a folder whose names match ``pattern``, sorted. Returns [] if there is no such folder.
 
-    Takes one request for each thousand files in the folder. A web server must have an index page.
+    Makes one request for each thousand files in the folder. A web server must have an index page.
     """
 
     def entries() -> list[dict]:
@@ -275,27 +281,27 @@ def listed(folder: str, key: str, pattern: str = "*", retries: Retries | None = 
         return store.ls(path.rstrip("/") + ("/" if folder.startswith("http") else ""), detail=True)
 
     try:
-        found = tried(entries, folder, key, f"to list {shown(folder)}", retries)
+        found = with_retries(entries, folder, key, f"to list {without_credentials(folder)}", retries)
     except FileNotFoundError:
         return []
     files = {str(entry["name"]).rpartition("/")[2]: entry for entry in found if entry["type"] == "file"}
     return [
-        stat_of(joined(folder, name), entry)
+        stat_of(join(folder, name), entry)
         for name, entry in sorted(files.items())
         if name and fnmatch.fnmatchcase(name, pattern)
     ]
 
 
-class Beginning(NoOpCallback):
-    """Calls ``begins`` with the size of a file, where the server says it, before the bytes come."""
+class SizeCallback(NoOpCallback):
+    """Calls ``on_size`` with the size of a file before its bytes arrive, if the server reports it."""
 
-    def __init__(self, begins: Callable[[int], None]) -> None:
+    def __init__(self, on_size: Callable[[int], None]) -> None:
         super().__init__()
-        self.begins = begins
+        self.on_size = on_size
 
     def set_size(self, size: int | None) -> None:
         if size is not None:
-            self.begins(size)
+            self.on_size(size)
 
 
 def download(
@@ -304,23 +310,28 @@ def download(
     key: str,
     size: int | None = None,
     retries: Retries | None = None,
-    begins: Callable[[int], None] = lambda size: None,
+    on_size: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Copy a file to ``path``, which is not whole until this returns; UserError where it cannot be read or has another size,
-    FileNotFoundError where it is not there, OSError where the disk is full.
+    """Copy a file to ``path``, which is complete only when this returns.
 
-    ``begins`` is called with the size before the bytes come, where the server says it: the answer does, and no request more is
-    needed. What it raises ends the download.
+    Args:
+        on_size: called with the size before the bytes arrive, if the server reports it. The response to the download has the
+            size, so no other request is needed. Its exceptions end the download.
+
+    Raises:
+        UserError: the file cannot be read, or has another size.
+        FileNotFoundError: it does not exist.
+        OSError: the disk is full.
     """
 
     def get() -> None:
         store, source = store_of(url, key)
-        fresh(store, lambda: store.get_file(source, str(path), callback=Beginning(begins)))
+        without_stale_listings(store, lambda: store.get_file(source, str(path), callback=SizeCallback(on_size)))
         found = path.stat().st_size
         if size is not None and found != size:
             raise ConnectionError(f"{found} bytes of {size}")
 
-    tried(get, url, key, f"to read {shown(url)}", retries)
+    with_retries(get, url, key, f"to read {without_credentials(url)}", retries)
 
 
 def upload(path: Path, url: str, key: str, retries: Retries | None = None) -> None:
@@ -333,10 +344,10 @@ def upload(path: Path, url: str, key: str, retries: Retries | None = None) -> No
         store.put_file(str(path), target)
         found = store.info(target)["size"]
         if found != size:
-            raise ConnectionError(f"{found} bytes there of {size}")
+            raise ConnectionError(f"{found} bytes of {size} stored")
 
     try:
-        tried(put, url, key, f"to write {shown(url)}", retries)
+        with_retries(put, url, key, f"to write {without_credentials(url)}", retries)
     except FileNotFoundError as error:
-        found = shown(one_line(error))
-        raise UserError(f"{key}: expected a place that can be written, found {shown(url)}: {found}") from error
+        reason = without_credentials(one_line(error))
+        raise UserError(f"{key}: expected a writable URL, found {without_credentials(url)}: {reason}") from error

@@ -22,7 +22,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..errors import UserError
-from .ahead import FetchedAhead
+from .ahead import Prefetcher
 from .shards import FIELDS, Manifest
 from .tar_index import index_tar
 
@@ -166,7 +166,7 @@ class LatentStream(IterableDataset):
             yield from map(self.batch_at, positions)
             return
         positions = list(positions) if not isinstance(positions, range) else positions
-        fetched = FetchedAhead(self._visits(positions), lambda shard: self.manifest.fetch(self.manifest.shards[shard]))
+        fetched = Prefetcher(self._visits(positions), lambda shard: self.manifest.fetch(self.manifest.shards[shard]))
         with fetched.running():
             for position in positions:
                 fetched.reached(position)

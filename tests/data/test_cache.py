@@ -1,4 +1,4 @@
-"""FileCache, with an S3 server on loopback behind a proxy that injects faults."""
+"""FileCache, tested with an S3 server on loopback behind a proxy that injects faults."""
 
 import errno
 import hashlib
@@ -60,7 +60,7 @@ def test_a_file_with_another_stamp_gets_another_copy(files, cache, bucket, tmp_p
 def test_the_least_recently_used_copies_are_removed(files, cache):
     for index, (url, digest, _) in enumerate(files[:3]):
         os.utime(cache.fetch(url, digest, SIZE), (index, index))
-    cache.fetch(*files[0][:2], SIZE)  # used again
+    cache.fetch(*files[0][:2], SIZE)  # marks it as used
     mapped = np.memmap(cache.fetch(*files[1][:2], SIZE), mode="r")
     os.utime(cache.fetch(*files[1][:2], SIZE), (1, 1))
     cache.fetch(*files[3][:2], SIZE)
@@ -86,18 +86,18 @@ def test_wrong_contents_give_one_line(files, cache):
     assert cache.files() == [] == temporary_files(cache)
 
 
-def test_missing_files_and_too_small_a_limit_give_one_line(files, cache, bucket):
+def test_missing_files_and_a_limit_that_is_too_small_give_one_line(files, cache, bucket):
     with pytest.raises(UserError, match=rf"^shards: expected a file at {bucket}/none.tar, found none$"):
         cache.fetch(f"{bucket}/none.tar")
     with pytest.raises(UserError, match=r"^images.cache: expected a cache for s3://.*, 100000 bytes, found a limit of 99999$"):
         FileCache(cache.folder, SIZE - 1, key="images.cache").fetch(files[0][0])
 
 
-@pytest.mark.parametrize("place", ["a-file", "a-file/below"])
-def test_an_unwritable_folder_gives_one_line(files, tmp_path, place):
+@pytest.mark.parametrize("folder", ["a-file", "a-file/below"])
+def test_an_unwritable_folder_gives_one_line(files, tmp_path, folder):
     (tmp_path / "a-file").write_text("x")
     with pytest.raises(UserError, match=r"^shards: expected room for s3://.* in the cache .*a-file.*, found .+"):
-        FileCache(tmp_path / place, SIZE).fetch(files[0][0])
+        FileCache(tmp_path / folder, SIZE).fetch(files[0][0])
 
 
 def full_after(monkeypatch, cache, most):
@@ -106,7 +106,7 @@ def full_after(monkeypatch, cache, most):
 
     def download(url, path, *others):
         if sum(cached.size for cached in cache.files()) + SIZE > most:
-            path.write_bytes(b"a part")
+            path.write_bytes(b"incomplete")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(url, path, *others)
 
@@ -153,24 +153,25 @@ def test_a_copy_removed_before_it_is_opened_is_fetched_again(files, cache):
         cache.use(url, lambda path: path.unlink() or path.read_bytes(), digest, SIZE)
 
 
-def read_all(folder, files, rounds, seed, told):
+def read_all(folder, files, rounds, seed, results):
+    """Read random files through the cache, and put the number of correct ones into the queue ``results``."""
     cache = FileCache(folder, 2 * SIZE + SIZE // 2)
-    right = 0
+    correct = 0
     for index in np.random.default_rng(seed).integers(len(files), size=rounds):
         url, digest, content = files[index]
-        right += cache.use(url, lambda path: path.read_bytes(), digest, SIZE) == content
-    told.put(right)
+        correct += cache.use(url, lambda path: path.read_bytes(), digest, SIZE) == content
+    results.put(correct)
 
 
 def test_two_processes_share_a_cache_that_is_too_small(files, cache, proxy):
-    """Each removes copies that the other is about to open, and the server has faults."""
+    """Each removes copies that the other is about to open, and the proxy injects faults."""
     context = multiprocessing.get_context("fork")
-    told = context.Queue()
+    results = context.Queue()
     proxy.faults.extend(Fault(kind) for kind in FAULTS for _ in range(2))
-    processes = [context.Process(target=read_all, args=(cache.folder, files, 40, seed, told)) for seed in (1, 2)]
+    processes = [context.Process(target=read_all, args=(cache.folder, files, 40, seed, results)) for seed in (1, 2)]
     for process in processes:
         process.start()
-    assert [told.get(timeout=60) for _ in processes] == [40, 40]
+    assert [results.get(timeout=60) for _ in processes] == [40, 40]
     for process in processes:
         process.join(timeout=10)
     assert not proxy.faults and temporary_files(cache) == []

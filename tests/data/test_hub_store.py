@@ -1,4 +1,4 @@
-"""hf:// URLs, before a hub of one repository on loopback, with a proxy that has bad days."""
+"""hf:// URLs, with a hub of one repository on loopback behind a proxy that injects faults."""
 
 import fsspec
 import huggingface_hub.utils._http as hub_http
@@ -9,15 +9,15 @@ from huggingface_hub import HfFileSystem
 from ldm_smd.data import store
 from ldm_smd.errors import UserError
 from tests.fake_hub import REPOSITORY, FakeHub
-from tests.stores import batches_are_those_of_a_folder, encoding_goes_on, files_of, pictures_are_those_of_a_folder, tars_of
+from tests.stores import check_batches, check_encoding_and_resuming, check_images, files_of, write_image_tars
 
 CONTENT = bytes(range(256)) * 1000
-PLACE = f"hf://datasets/{REPOSITORY}/latents"
+URL = f"hf://datasets/{REPOSITORY}/latents"
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """An empty repository; requests are tried again at once."""
+    """A hub with an empty repository. Requests are repeated at once."""
     hub = FakeHub(LOOPBACK)
     hub.proxy = FaultyProxy(hub.server_port)
     monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": hub.proxy.url, "token": False})
@@ -30,64 +30,67 @@ def hub(monkeypatch):
     hub.server_close()
 
 
-def test_files(hub, tmp_path):
+def test_files_are_uploaded_listed_read_and_replaced(hub, tmp_path):
     hub.files["latents/x"] = CONTENT
-    assert [(each.name, each.size) for each in store.listed(PLACE, "shards")] == [("x", len(CONTENT))]
-    assert store.read_bytes(f"{PLACE}/x", "shards") == CONTENT and store.stat(f"{PLACE}/y", "shards") is None
-    before = store.stat(f"{PLACE}/x", "shards")
+    assert [(each.name, each.size) for each in store.list_files(URL, "shards")] == [("x", len(CONTENT))]
+    assert store.read_bytes(f"{URL}/x", "shards") == CONTENT and store.stat(f"{URL}/y", "shards") is None
+    before = store.stat(f"{URL}/x", "shards")
     (tmp_path / "x").write_bytes(CONTENT[::-1])
-    store.upload(tmp_path / "x", f"{PLACE}/x", "output")
-    after = store.stat(f"{PLACE}/x", "shards")
+    store.upload(tmp_path / "x", f"{URL}/x", "output")
+    after = store.stat(f"{URL}/x", "shards")
     assert before.size == after.size and before.stamp and after.stamp and before.stamp != after.stamp
     with pytest.raises(FileNotFoundError):
-        store.read_bytes(f"{PLACE}/y", "shards")
+        store.read_bytes(f"{URL}/y", "shards")
     with pytest.raises(
-        UserError, match=r"^output: expected a place that can be written, found hf://datasets/no/such/x: .*repository not found"
+        UserError, match=r"^output: expected a writable URL, found hf://datasets/no/such/x: .*repository not found"
     ):
         store.upload(tmp_path / "x", "hf://datasets/no/such/x", "output")
 
 
-def test_a_file_that_was_replaced_meanwhile_is_read(hub, tmp_path):
+def test_a_file_replaced_after_it_was_listed_is_read(hub, tmp_path):
     hub.files["latents/x"] = CONTENT
-    store.download(f"{PLACE}/x", tmp_path / "copy", "shards")
+    store.download(f"{URL}/x", tmp_path / "copy", "shards")
     hub.files["latents/x"] = b"shorter"
-    store.download(f"{PLACE}/x", tmp_path / "copy", "shards")
+    store.download(f"{URL}/x", tmp_path / "copy", "shards")
     assert (tmp_path / "copy").read_bytes() == b"shorter"
 
 
 @pytest.mark.parametrize("kind", ["refuse", "500", "503", "cut"])
-def test_faults_pass(hub, tmp_path, kind):
+def test_transient_faults_are_survived(hub, tmp_path, kind):
     hub.files["latents/x"] = CONTENT
     hub.proxy.faults.extend([Fault(kind, "/resolve/"), Fault(kind, "/tree/")])
-    store.download(f"{PLACE}/x", tmp_path / "copy", "shards", len(CONTENT))
+    store.download(f"{URL}/x", tmp_path / "copy", "shards", len(CONTENT))
     assert (tmp_path / "copy").read_bytes() == CONTENT and not hub.proxy.faults
 
 
 def test_it_gives_up_with_one_line(hub):
     hub.proxy.faults.extend([Fault("500")] * 1000)
     with pytest.raises(UserError, match=r"^shards: expected to read hf://\S+/x, found after 3 attempts: [^\n]+$"):
-        store.read_bytes(f"{PLACE}/x", "shards")
+        store.read_bytes(f"{URL}/x", "shards")
 
 
-def test_batches_are_those_of_a_folder(hub, shards, tmp_path):
+def test_batches_equal_those_from_a_folder(hub, shards, tmp_path):
     hub.files.update({f"latents/{name}": content for name, content in files_of(shards).items()})
     hub.proxy.faults.extend([Fault("cut", ".tar"), Fault("wrong", ".tar"), Fault("500", ".json")])
-    batches_are_those_of_a_folder(PLACE, shards, tmp_path / "cache")
+    check_batches(URL, shards, tmp_path / "cache")
     assert not hub.proxy.faults
 
 
-def test_pictures_are_those_of_a_folder(hub, pictures, tmp_path):
-    tars_of(pictures, tmp_path)
-    hub.files.update({f"pictures/{name}": content for name, content in files_of(tmp_path).items()})
-    pictures_are_those_of_a_folder(f"hf://datasets/{REPOSITORY}/pictures", tmp_path, tmp_path / "cache")
+def test_images_equal_those_from_a_folder(hub, pictures, tmp_path):
+    write_image_tars(pictures, tmp_path)
+    hub.files.update({f"images/{name}": content for name, content in files_of(tmp_path).items()})
+    check_images(f"hf://datasets/{REPOSITORY}/images", tmp_path, tmp_path / "cache")
 
 
-def test_encoding_goes_on(hub, pictures, vae_folder, shards, monkeypatch):
-    """Each file is a commit."""
+def test_encoding_is_resumed(hub, pictures, vae_folder, shards, monkeypatch):
+    """Every file is one commit."""
     hub.files["README.md"] = b""
 
     def contents():
         return {name.partition("/")[2]: content for name, content in hub.files.items() if name.startswith("latents/")}
 
-    encoding_goes_on(PLACE, pictures, vae_folder, shards, contents, lambda name: hub.files.pop(f"latents/{name}"), monkeypatch)
+    def remove(name):
+        del hub.files[f"latents/{name}"]
+
+    check_encoding_and_resuming(URL, pictures, vae_folder, shards, contents, remove, monkeypatch)
     assert sum(request.startswith("POST") and "/commit/" in request for request in hub.requests) == 8 + 3 + 1

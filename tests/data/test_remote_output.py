@@ -32,7 +32,7 @@ def settings(pictures, vae_folder, bucket):
 
 
 def found(bucket):
-    return {each.name: store.read_bytes(each.url, "test") for each in store.listed(f"{bucket}/latents", "test")}
+    return {each.name: store.read_bytes(each.url, "test") for each in store.list_files(f"{bucket}/latents", "test")}
 
 
 def test_the_files_equal_those_in_a_folder(settings, bucket, expected):
@@ -43,16 +43,16 @@ def test_the_files_equal_those_in_a_folder(settings, bucket, expected):
 
 
 def test_a_run_lists_its_output_at_the_start_and_at_the_end(settings, monkeypatch):
-    """Each list is a request for each thousand files. Between the two, other workers write."""
-    listed, real = [], store.listed
-    monkeypatch.setattr(store, "listed", lambda folder, *given: listed.append(folder) or real(folder, *given))
-    for worker, lists in (("0/2", 2), ("1/2", 4), ("1/2", 6)):
+    """Listing takes one request for each thousand files. Other workers may write files between the two."""
+    listed, real = [], store.list_files
+    monkeypatch.setattr(store, "list_files", lambda folder, *given: listed.append(folder) or real(folder, *given))
+    for worker, count in (("0/2", 2), ("1/2", 4), ("1/2", 6)):
         encode(settings(f"worker={worker}"))
-        assert len(listed) == lists
+        assert len(listed) == count
 
 
-def test_another_plan_that_comes_meanwhile_is_refused(settings, bucket, monkeypatch):
-    """After the list, which has none."""
+def test_another_plan_written_at_the_same_time_is_refused(settings, bucket, monkeypatch):
+    """Here it is written after the output was listed."""
     real = encode_module.check_unused
 
     def check(*given):
@@ -72,8 +72,8 @@ def test_faults_change_nothing(settings, bucket, expected, proxy):
     assert found(bucket) == expected and not proxy.faults
 
 
-def test_a_failed_run_is_continued(settings, bucket, expected, proxy, monkeypatch):
-    """After a failed upload nothing more is uploaded, and the next run writes only what is missing."""
+def test_a_failed_run_is_resumed(settings, bucket, expected, proxy, monkeypatch):
+    """After a failed upload nothing more is uploaded, and the next run writes only the missing files."""
     monkeypatch.setattr(store, "RETRIES", store.Retries(attempts=2, first=0.01))
     proxy.faults.extend([Fault("500", "latents-00001.tar", "PUT")] * 4)
     with pytest.raises(
@@ -85,14 +85,14 @@ def test_a_failed_run_is_continued(settings, bucket, expected, proxy, monkeypatc
     before = proxy.requests["PUT"]
     encode(settings())
     assert proxy.requests["PUT"] - before == 5 and found(bucket) == expected
-    made, real = [], encode_module.write_shard
-    monkeypatch.setattr(encode_module, "write_shard", lambda *given: made.append(given[2]) or real(*given))
+    written, real = [], encode_module.write_shard
+    monkeypatch.setattr(encode_module, "write_shard", lambda *given: written.append(given[2]) or real(*given))
     encode(settings())
-    assert made == []
+    assert written == []
     for name, content in (("latents-00000.tar", b"other bytes"), ("latents-00002.json", b"{}")):
         store.store_of(bucket, "test")[0].pipe_file(f"{bucket}/latents/{name}", content)
     encode(settings())
-    assert made == ["latents-00000.tar", "latents-00002.tar"] and found(bucket) == expected
+    assert written == ["latents-00000.tar", "latents-00002.tar"] and found(bucket) == expected
 
 
 def test_workers_split_the_shards(settings, bucket, expected):
@@ -122,7 +122,7 @@ def test_the_output_of_another_run_is_refused(settings, bucket):
     [
         (
             "s3://no-such-bucket/x",
-            r"output: expected a place that can be written, found s3://no-such-bucket/x/plan.json: .*bucket",
+            r"output: expected a writable URL, found s3://no-such-bucket/x/plan.json: .*bucket",
         ),
         (
             "https://host/x",

@@ -1,4 +1,4 @@
-"""Latent shards in an object store give the same batches as from a folder, also when the server has faults."""
+"""Latent shards in an object store give the same batches as in a folder, also with faults of the server."""
 
 import json
 import multiprocessing
@@ -12,7 +12,7 @@ from faulty_store import FAULTS, Fault
 
 from ldm_smd.config import load_config
 from ldm_smd.data import store
-from ldm_smd.data.ahead import AHEAD, FetchedAhead
+from ldm_smd.data.ahead import AHEAD, Prefetcher
 from ldm_smd.data.encode import encode
 from ldm_smd.data.settings import CacheConfig, EncodeConfig, VerifyConfig
 from ldm_smd.data.shards import Manifest
@@ -39,7 +39,7 @@ def many_shards(tmp_path_factory, pictures, vae_folder):
 
 @pytest.fixture
 def remote(many_shards, bucket):
-    """URL of a copy of ``many_shards``."""
+    """The URL of a copy of ``many_shards``."""
     for path in many_shards.iterdir():
         if not path.name.startswith("."):
             store.upload(path, f"{bucket}/latents/{path.name}", "test")
@@ -61,7 +61,7 @@ def batches(manifest, total=44, workers=0, **options):
     return list(latent_loader(LatentStream(manifest, 4, total, **{**READ, **options}), workers))
 
 
-def same(found, expected):
+def assert_equal(found, expected):
     assert len(found) == len(expected) > 0
     for a, b in zip(found, expected):
         assert torch.equal(a.moments, b.moments) and torch.equal(a.labels, b.labels)
@@ -71,10 +71,10 @@ def same(found, expected):
 def test_batches_equal_those_from_a_folder(many_shards, remote, small_cache, workers):
     local, manifest = Manifest.load(many_shards), Manifest.load(remote, small_cache)
     assert manifest.sha256 == local.sha256 and manifest.count == local.count
-    same(batches(manifest, workers=workers), batches(local))
-    same(batches(manifest, images_seen=28), batches(local)[7:])
-    held = sum(cached.size for cached in manifest.cache.files())
-    assert 0 < held <= manifest.cache.limit_bytes
+    assert_equal(batches(manifest, workers=workers), batches(local))
+    assert_equal(batches(manifest, images_seen=28), batches(local)[7:])
+    cached_bytes = sum(cached.size for cached in manifest.cache.files())
+    assert 0 < cached_bytes <= manifest.cache.limit_bytes
 
 
 def test_ranks_together_give_the_batches_of_one_process(many_shards, remote, cache):
@@ -87,30 +87,30 @@ def test_ranks_together_give_the_batches_of_one_process(many_shards, remote, cac
 def test_a_shard_is_fetched_once(remote, cache, proxy):
     manifest = Manifest.load(remote, cache)
     stream = LatentStream(manifest, 1, 22, **READ)
-    before = proxy.requests.total()  # after the list of what is there
+    before = proxy.requests.total()  # after the files were listed
     found = list(stream)
-    assert proxy.requests.total() - before == 2 * 8 and len(found) == 22  # shards and records, a request each
+    assert proxy.requests.total() - before == 2 * 8 and len(found) == 22  # one request for each shard and record
     assert len(manifest.cache.files()) == 16
     list(LatentStream(manifest, 1, 44, **READ))
-    assert proxy.requests.total() - before == 2 * 8 + 1  # another list
+    assert proxy.requests.total() - before == 2 * 8 + 1  # the files are listed again
 
 
-def test_the_thread_keeps_its_distance_and_the_order():
+def test_shards_are_prefetched_in_order_up_to_a_limit():
     fetched, visits = [], [(10 * index, index) for index in range(8)]
-    came = threading.Condition()
+    changed = threading.Condition()
 
     def fetch(shard):
-        with came:
+        with changed:
             fetched.append(shard)
-            came.notify()
+            changed.notify()
         if shard == 2:
             raise UserError("raised again by the reader")
 
     def wait_for(count):
-        with came:
-            assert came.wait_for(lambda: len(fetched) >= count, timeout=10)
+        with changed:
+            assert changed.wait_for(lambda: len(fetched) >= count, timeout=10)
 
-    with FetchedAhead(iter(visits), fetch).running() as ahead:
+    with Prefetcher(iter(visits), fetch).running() as ahead:
         wait_for(AHEAD)
         assert fetched == [0, 1, 2][:AHEAD]
         ahead.reached(0)
@@ -125,7 +125,7 @@ def test_the_thread_keeps_its_distance_and_the_order():
 def test_faults_change_no_batch(many_shards, remote, small_cache, proxy, kind):
     manifest = Manifest.load(remote, small_cache)
     proxy.faults.extend([Fault(kind, ".tar"), Fault(kind, ".json"), Fault(kind, ".tar")])
-    same(batches(manifest), batches(Manifest.load(many_shards)))
+    assert_equal(batches(manifest), batches(Manifest.load(many_shards)))
     assert proxy.injected[kind] == 3
 
 
@@ -139,7 +139,7 @@ def test_an_outage_of_the_server_is_survived(many_shards, remote, small_cache, p
         if len(found) == 5:
             back = proxy.go_offline(1.0)
     back.join()
-    same(found, expected)
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -153,19 +153,19 @@ def test_it_gives_up_with_one_line(remote, cache, proxy, workers, monkeypatch):
         batches(manifest, workers=workers)
 
 
-def read_all(remote, cache, seed, told):
+def read_all(remote, cache, seed, results):
     manifest = Manifest.load(remote, cache)
-    told.put((seed, [batch.moments.numpy() for batch in LatentStream(manifest, 4, 44, seed=seed)]))
+    results.put((seed, [batch.moments.numpy() for batch in LatentStream(manifest, 4, 44, seed=seed)]))
 
 
 def test_two_processes_share_a_cache(many_shards, remote, small_cache, proxy):
-    """They read in different orders, and the cache is smaller than both need."""
+    """They read in different orders, and the cache is smaller than what they need together."""
     context = multiprocessing.get_context("fork")
-    told = context.Queue()
-    processes = [context.Process(target=read_all, args=(remote, small_cache, seed, told)) for seed in (1, 2)]
+    results = context.Queue()
+    processes = [context.Process(target=read_all, args=(remote, small_cache, seed, results)) for seed in (1, 2)]
     for process in processes:
         process.start()
-    found = dict(told.get(timeout=100) for _ in processes)
+    found = dict(results.get(timeout=100) for _ in processes)
     for process in processes:
         process.join(timeout=10)
     for seed, moments in found.items():
@@ -174,7 +174,7 @@ def test_two_processes_share_a_cache(many_shards, remote, small_cache, proxy):
 
 
 def test_missing_and_damaged_records_are_not_used(many_shards, remote, cache):
-    """The index is then made from the tar."""
+    """The tar is indexed instead."""
     record = json.loads((many_shards / "latents-00000.json").read_text())
     record["index"]["labels"][0] ^= 1
     damaged = many_shards.parent / "damaged.json"
@@ -182,7 +182,7 @@ def test_missing_and_damaged_records_are_not_used(many_shards, remote, cache):
     store.upload(damaged, f"{remote}/latents-00000.json", "test")
     file_system, path = store.store_of(f"{remote}/latents-00001.json", "test")
     file_system.rm_file(path)
-    same(batches(Manifest.load(remote, cache)), batches(Manifest.load(many_shards)))
+    assert_equal(batches(Manifest.load(remote, cache)), batches(Manifest.load(many_shards)))
 
 
 def test_missing_and_invalid_manifests_give_one_line(remote, bucket, cache, tmp_path):
@@ -234,7 +234,7 @@ def test_other_tools_read_remote_shards(run, remote, many_shards, gaussian_folde
         assert path.read_bytes() == (tmp_path / "remote" / path.relative_to(tmp_path / "local")).read_bytes()
 
 
-def test_verify_names_the_differences(run, remote, many_shards, cache, tmp_path):
+def test_verify_lists_the_differences(run, remote, many_shards, cache, tmp_path):
     shutil.copy(many_shards / "latents-00001.tar", tmp_path / "other.tar")
     store.upload(tmp_path / "other.tar", f"{remote}/latents-00000.tar", "test")
     store.upload(tmp_path / "other.tar", f"{remote}/latents-00009.tar", "test")

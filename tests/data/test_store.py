@@ -11,7 +11,7 @@ from faulty_store import FAULTS, LOOPBACK, Fault
 
 from ldm_smd.data import store
 from ldm_smd.errors import UserError
-from tests.stores import batches_are_those_of_a_folder, pictures_are_those_of_a_folder, tars_of
+from tests.stores import check_batches, check_images, write_image_tars
 
 CONTENT = bytes(range(256)) * 1000
 
@@ -45,9 +45,11 @@ def test_other_names_are_not_remote(path):
     assert not store.is_remote(path)
 
 
-def test_shown_urls_contain_no_secrets():
-    told = store.shown("GET https://me:secret@host/a/b.tar?X-Amz-Signature=abc&x=1 failed, 's3://key:other@bucket/x?y=z'")
-    assert told == "GET https://host/a/b.tar failed, 's3://bucket/x'"
+def test_printed_urls_contain_no_secrets():
+    text = store.without_credentials(
+        "GET https://me:secret@host/a/b.tar?X-Amz-Signature=abc&x=1 failed, 's3://key:other@bucket/x?y=z'"
+    )
+    assert text == "GET https://host/a/b.tar failed, 's3://bucket/x'"
     with pytest.raises(UserError, match=r"^shards: expected a URL without .*, found one at https://host/x$"):
         store.require_no_credentials("https://host/x?X-Amz-Signature=abc", "shards")
 
@@ -65,18 +67,18 @@ def test_upload_and_download(bucket, tmp_path):
     source.write_bytes(b"[1")
     store.upload(source, f"{bucket}/folder/b.json", "shards")
     assert store.read_json(f"{bucket}/folder/b.json", "shards") == {} == store.read_json(f"{bucket}/none.json", "shards")
-    assert [each.name for each in store.listed(f"{bucket}/folder", "shards")] == ["a.bin", "b.json"]
-    assert store.listed(f"{bucket}/folder", "shards", "*.bin") == [found]
+    assert [each.name for each in store.list_files(f"{bucket}/folder", "shards")] == ["a.bin", "b.json"]
+    assert store.list_files(f"{bucket}/folder", "shards", "*.bin") == [found]
     source.write_bytes(b"another")
     store.upload(source, url, "shards")
     assert store.stat(url, "shards").stamp != found.stamp
 
 
 def test_a_multipart_upload_appears_when_complete(bucket, proxy, tmp_path, monkeypatch):
-    """First, one part fails in all attempts. Then, none fails."""
+    """The first upload fails, because a part fails in all attempts. The second succeeds."""
     source = tmp_path / "source"
     with open(source, "wb") as file:
-        file.truncate(110 * 2**20)  # more than two of s3fs's parts of 50 MB
+        file.truncate(110 * 2**20)  # more than two parts of 50 MB, the size of s3fs
     url = f"{bucket}/large.bin"
     monkeypatch.setattr(store, "RETRIES", store.Retries(attempts=1))
     proxy.faults.extend([Fault("500", "partNumber=2", "PUT")] * 10)
@@ -95,7 +97,7 @@ def test_failed_requests_are_repeated(bucket, proxy, tmp_path, kind):
     proxy.faults.extend([Fault(kind)] * 3)
     store.download(f"{bucket}/x", tmp_path / "copy", "shards", len(CONTENT))
     assert (tmp_path / "copy").read_bytes() == CONTENT and proxy.injected[kind] == 3
-    if kind != "cut":  # a server does not take a truncated body as a request
+    if kind != "cut":  # the server does not accept a request with an incomplete body
         proxy.faults.extend([Fault(kind, method="PUT")] * 3)
         store.upload(tmp_path / "source", f"{bucket}/y", "output")
         assert store.read_bytes(f"{bucket}/y", "shards") == CONTENT
@@ -119,9 +121,7 @@ def test_it_gives_up_with_one_line(bucket, proxy, kind):
 
 def test_missing_buckets_credentials_and_packages_give_one_line(bucket, tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(b"x")
-    with pytest.raises(
-        UserError, match=r"^output: expected a place that can be written, found s3://no-such-bucket/x: .*bucket"
-    ):
+    with pytest.raises(UserError, match=r"^output: expected a writable URL, found s3://no-such-bucket/x: .*bucket"):
         store.upload(tmp_path / "x", "s3://no-such-bucket/x", "output")
     assert store.stat("s3://no-such-bucket/x", "shards") is None
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -136,28 +136,28 @@ def test_missing_buckets_credentials_and_packages_give_one_line(bucket, tmp_path
         store.read_bytes("gs://bucket/x", "shards")
 
 
-def test_web_servers(web, tmp_path):
+def test_files_at_web_servers(web, tmp_path):
     folder, url = web
     (folder / "x.tar").write_bytes(CONTENT)
     assert store.stat(f"{url}/x.tar", "shards").size == len(CONTENT) and store.stat(f"{url}/y", "shards") is None
     store.download(f"{url}/x.tar", tmp_path / "copy", "shards", len(CONTENT))
     assert (tmp_path / "copy").read_bytes() == CONTENT
-    assert [each.name for each in store.listed(url, "shards", "*.tar")] == ["x.tar"]
+    assert [each.name for each in store.list_files(url, "shards", "*.tar")] == ["x.tar"]
     with pytest.raises(FileNotFoundError):
         store.read_bytes(f"{url}/y?signature=1", "shards")
 
 
-def test_shards_and_pictures_at_web_servers(web, shards, pictures, tmp_path):
+def test_shards_and_images_at_web_servers(web, shards, pictures, tmp_path):
     folder, url = web
     shutil.copytree(shards, folder / "latents")
-    (folder / "pictures").mkdir()
-    tars_of(pictures, folder / "pictures")
-    batches_are_those_of_a_folder(f"{url}/latents", shards, tmp_path / "cache")
-    pictures_are_those_of_a_folder(f"{url}/pictures", folder / "pictures", tmp_path / "cache")
+    (folder / "images").mkdir()
+    write_image_tars(pictures, folder / "images")
+    check_batches(f"{url}/latents", shards, tmp_path / "cache")
+    check_images(f"{url}/images", folder / "images", tmp_path / "cache")
 
 
 def test_the_memory_store(tmp_path):
     (tmp_path / "x").write_bytes(CONTENT)
     store.upload(tmp_path / "x", "memory://store/x", "output")
     assert store.read_bytes("memory://store/x", "shards") == CONTENT
-    assert [each.name for each in store.listed("memory://store", "shards")] == ["x"]
+    assert [each.name for each in store.list_files("memory://store", "shards")] == ["x"]
