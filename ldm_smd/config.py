@@ -8,7 +8,9 @@ Former names of settings are accepted with a warning. Ranges are checked after m
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
+import functools
 import inspect
 import itertools
 import logging
@@ -37,7 +39,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
     Raises UserError for an unreadable file, an unknown key, a value of the wrong type or out of range, and a missing required
     value.
     """
-    merged = OmegaConf.structured(schema)
+    merged = copy.deepcopy(_defaults(schema))
     layers = [] if path is None else [(str(path), _read_yaml(path))]
     for override in overrides:
         if "=" not in override:
@@ -52,7 +54,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
         layer = OmegaConf.create(_with_current_names(schema, given, origin))
         _refuse_unknown_keys(schema, layer, origin)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged.merge_with(layer)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in place of a mapping
             key = getattr(error, "full_key", None) or origin
             raise UserError(f"{key}: expected a value of the right type, found: {_first_line(error)}") from error
@@ -65,6 +67,12 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
         return typing.cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:  # in an interpolation, ${...}
         raise UserError(f"settings: expected values that can be resolved, found: {_first_line(error)}") from error
+
+
+@functools.cache
+def _defaults(schema: type) -> DictConfig:
+    """The defaults of a schema, made once: it takes longer than all that is merged into them. Not to be changed."""
+    return OmegaConf.structured(schema)
 
 
 def dump_config(config: object) -> str:
@@ -205,13 +213,15 @@ def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
             check_field(item, prefix + item.name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
 
 
-def _fields(schema: type) -> typing.Iterator[tuple[Field, type | None, type | None]]:
-    """Yield each field with its nested schema, and the schema of its list entries; None if there is none."""
-    hints = typing.get_type_hints(schema)
+@functools.cache
+def _fields(schema: type) -> tuple[tuple[Field, type | None, type | None], ...]:
+    """Return each field with its nested schema, and the schema of its list entries; None if there is none."""
+    hints, found = typing.get_type_hints(schema), []
     for item in fields(schema):
         types = (hints[item.name], next(iter(typing.get_args(hints[item.name])), None))
         inner, entries = (cls if isinstance(cls, type) and is_dataclass(cls) else None for cls in types)
-        yield item, inner, entries
+        found.append((item, inner, entries))
+    return tuple(found)
 
 
 def _first_line(error: Exception) -> str:

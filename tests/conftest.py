@@ -33,6 +33,14 @@ if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(threads)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """All that fork processes go to one of several workers: what they are forked from (forked.py) is made once."""
+    for item in items:
+        if "fork" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("fork"))
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of 22 pictures in two classes: discs and squares of different colours and sizes."""

@@ -27,7 +27,7 @@ CONTEXT.set_forkserver_preload(
 
 
 class Forked:
-    """A process that runs ``function(*arguments)``, in ``folder``; its standard error goes to ``log``.
+    """A process that runs ``function(*arguments)``, in ``folder``; what it prints goes to ``log``.
 
     Attributes:
         pid: its process id.
@@ -35,6 +35,7 @@ class Forked:
 
     def __init__(self, function, arguments, log, folder=None, environment=None) -> None:
         self.log = Path(log)
+        self.log.touch()
         # The server is started by the first process, and finds ``tests`` by it.
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with mock.patch.dict(os.environ, {"PYTHONPATH": path}):
@@ -69,15 +70,16 @@ class Forked:
         self.process.join()
 
     def said(self) -> str:
-        """What it wrote to standard error, which ends first."""
+        """What it printed, when it has ended."""
         self.wait()
         return self.log.read_text()
 
 
 def inside(function, arguments, log, folder, environment) -> None:
     """What the process does."""
-    error = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(error, 2)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -130,8 +130,11 @@ def samples_the_same(folder, **options):
     """As on the CPU, also with components that wait there."""
     expected = pictures(folder, "cpu", **options)
     same(pictures(folder, DEVICE, offload=True, **options), expected)
-    same(pictures(folder, DEVICE, **options), expected)
-    assert_no_waits_for_more_steps(lambda steps: pictures(folder, DEVICE, **options, num_inference_steps=steps), 3, 7)
+    found = {}
+    assert_no_waits_for_more_steps(
+        lambda steps: found.update({steps: pictures(folder, DEVICE, **options, num_inference_steps=steps)}), 3, 5
+    )
+    same(found[3], expected)
 
 
 @check
@@ -185,14 +188,14 @@ def trains_resumes_and_averages():
 @check
 def trains_without_waiting():
     rare = ["log_every_images=1000", "sample_every_images=1000", "checkpoint_every_images=1000"]
-    assert_no_waits_for_more_steps(lambda images: run(f"{images}", *rare, f"images_total={images}"), 16, 64)
+    assert_no_waits_for_more_steps(lambda images: run(f"{images}", *rare, f"images_total={images}"), 16, 32)
 
 
 @check
 def distils_without_waiting():
     rare = ["log_every_images=1000", "sample_every_images=1000", "checkpoint_every_images=1000"]
     settings = [f"init_from={GAUSSIAN}/unet", "objective.name=distillation", *rare]
-    assert_no_waits_for_more_steps(lambda images: run(f"distil-{images}", *settings, f"images_total={images}"), 16, 64)
+    assert_no_waits_for_more_steps(lambda images: run(f"distil-{images}", *settings, f"images_total={images}"), 16, 32)
 
 
 @check

@@ -4,10 +4,8 @@ import io
 import re
 import shutil
 import socket
-import subprocess
-import sys
+import time
 import urllib.parse
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from ldm_smd.apps.explore import DRAWS, FILMSTRIP_FRAMES, Explorer, Frame, Reque
 from ldm_smd.apps.settings import ExploreConfig
 from ldm_smd.config import load_config
 from ldm_smd.pipelines import load_pipeline, seeded_generators
+from tests.forked import ROOT, script
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # No sandbox: as root there is none. No services of the browser's own: they look for hosts elsewhere.
@@ -119,25 +118,22 @@ def test_mistakes_are_named(run, model_folder, tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_in_a_browser(model_folder, gaussian_folder, free_port):
+def test_in_a_browser(model_folder, gaussian_folder, free_port, fork):
     port = free_port()
-    tool = Path(__file__).parents[1] / "tools" / "explore.py"
-    command = [sys.executable, tool, f"models.smd={model_folder}", f"models.plain={gaussian_folder}", f"port={port}"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout.readline().startswith(f"open http://127.0.0.1:{port}")
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=BROWSER, args=BROWSER_ARGUMENTS)
-            page = browser.new_page()
-            asked_for: set[str] = set()
-            page.on("request", lambda request: asked_for.add(urllib.parse.urlsplit(request.url).netloc))
-            page.goto(f"http://127.0.0.1:{port}")
-            walk(page, model_folder)
-            browser.close()
-        assert asked_for - {""} == {f"127.0.0.1:{port}"}
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
+    models = [f"models.smd={model_folder}", f"models.plain={gaussian_folder}"]
+    server = fork(script, ROOT / "tools/explore.py", *models, f"port={port}")
+    while server.poll() is None and f"open http://127.0.0.1:{port}" not in server.log.read_text():
+        time.sleep(0.05)
+    assert server.poll() is None, server.said()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=BROWSER_ARGUMENTS)
+        page = browser.new_page()
+        asked_for: set[str] = set()
+        page.on("request", lambda request: asked_for.add(urllib.parse.urlsplit(request.url).netloc))
+        page.goto(f"http://127.0.0.1:{port}")
+        walk(page, model_folder)
+        browser.close()
+    assert asked_for - {""} == {f"127.0.0.1:{port}"}
 
 
 def walk(page, model_folder):

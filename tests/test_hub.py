@@ -18,6 +18,8 @@ from ldm_smd.pipelines import load_pipeline, seeded_generators
 from tests.tiny import diffusers_dit, training
 
 REPOSITORY, COMMIT = "someone/emoji", "0123456789abcdef0123456789abcdef01234567"
+OTHER = "someone/other"
+"""The hub has the same files under any name."""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -122,19 +124,21 @@ def test_a_network_of_the_hub_becomes_a_mixture(hub, shards, vae_folder, tmp_pat
     settings = training(
         shards, REPOSITORY, tmp_path / "run", f"init_from={REPOSITORY}", "model.tail_blocks=1", "images_total=8"
     )
-    command = [sys.executable, "tools/train.py", *settings]
-    subprocess.run(command, check=True, timeout=120, env=environment)
-    assert load_pipeline(tmp_path / "run/model").unet.config.num_classes == 2
-    weights = hub.folder / "transformer/diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
-    environment["HF_HOME"] = str(tmp_path / "other")
-    refused = subprocess.run(
-        [*command, f"output={tmp_path / 'refused'}"], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert refused.returncode == 2 and not (tmp_path / "refused").exists()
-    assert refused.stderr.strip().endswith(
-        f"init_from: expected a network with safetensors weights in {REPOSITORY}, found none"
-    )
+    program = f"""
+import sys
+from pathlib import Path
+from ldm_smd.cli import run_command
+if run_command("train", {settings}):
+    sys.exit("not trained")
+weights = Path({str(hub.folder)!r}) / "transformer/diffusion_pytorch_model.safetensors"
+weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
+sys.exit(run_command("train", {settings} + ["init_from={OTHER}", "output={tmp_path / "refused"}"]))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert load_pipeline(tmp_path / "run/model").unet.config.num_classes == 2, done.stderr
+    assert done.returncode == 2 and not (tmp_path / "refused").exists()
+    assert done.stderr.strip().endswith(f"init_from: expected a network with safetensors weights in {OTHER}, found none")
 
 
 @pytest.mark.slow
