@@ -13,6 +13,7 @@ from ldm_smd.models.blocks import repeat
 from ldm_smd.models.denoiser import predict
 from ldm_smd.training.checkpoint import load_weights
 from ldm_smd.training.trained import TrainedNetwork
+from tests.forked import launched
 from tests.models.backbones import BACKBONES, gaussian, inputs, mixture, moved
 from tests.rounding import alike
 
@@ -160,10 +161,10 @@ for name in {BACKBONES}:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_with_parameters_divided_over_processes(launch):
+def test_with_parameters_divided_over_processes():
     """FSDP2 over two processes gives the predictions and gradients of one."""
-    process = launch(2, "tests/models/fsdp_backbones.py")
-    assert process.wait(300) == 0, process.said()
+    done = launched(2, "tests/models/fsdp_backbones.py")
+    assert done.returncode == 0, done.stderr[-6000:]
 
 
 FORMER = {
