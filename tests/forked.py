@@ -10,6 +10,7 @@ import os
 import random
 import runpy
 import signal
+import subprocess
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -98,6 +99,15 @@ def script(path, *arguments) -> None:
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(str(path), run_name="__main__")
+
+
+def launched(processes, path, *arguments) -> subprocess.CompletedProcess[str]:
+    """A script under the launcher's own command line, all of whose processes are started and not forked."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += [f"--nproc-per-node={processes}", str(ROOT / path), *map(str, arguments)]
+    threads = os.environ.get("OMP_NUM_THREADS", "1")  # as many as here, by which the fitted noise of few images rounds
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
 
 
 def launcher(*arguments) -> None:
