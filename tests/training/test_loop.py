@@ -138,7 +138,7 @@ def test_after_sigterm_to_the_launcher_four_processes_save_one_checkpoint(train_
     while process.poll() is None and not read_metrics(tmp_path / "stopped/metrics.jsonl"):
         time.sleep(0.01)
     process.terminate()
-    error = process.said()
+    error = process.output()
     assert process.returncode and "stopped by SIGTERM after" in error, error[-6000:]
     (saved,) = checkpoints(tmp_path / "stopped/checkpoints")
     assert int(saved.name.removeprefix("images-")) % 80 == 0  # processes agree every 10 steps of 8 images
@@ -155,7 +155,7 @@ def test_fsdp_gives_the_weights_of_one_process(train_config, tmp_path, launch_wi
     sharded = dataclasses.replace(one, output=str(tmp_path / "sharded"))
     for settings in ({"images_total": 16}, {"images_total": 32}, {"precision": "bf16"}):
         process = launch_with(dataclasses.replace(sharded, **settings), 2, "tests/training/fsdp_run.py")
-        error = process.said()
+        error = process.output()
         assert process.returncode == 0, error[-6000:]
     paths = [checkpoints(tmp_path / name / "checkpoints")[1] for name in ("one", "sharded")]
     for part in ("model/diffusion_pytorch_model", "ema/diffusion_pytorch_model", "optimizer"):
@@ -173,7 +173,7 @@ def test_fsdp_with_two_networks_gives_the_weights_of_one_process(train_config, t
     """The last forward pass of one of them is without gradients, after which FSDP would leave it unsharded."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=16")
     process = launch_with(dataclasses.replace(one, output=str(tmp_path / "sharded")), 2, "tests/training/fsdp_run.py", "critic")
-    error = process.said()
+    error = process.output()
     assert process.returncode == 0, error[-6000:]
     monkeypatch.setattr(loop, "learner_for", WithCritic)
     train(one)
