@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 from autoencoders import stable_diffusion
 from denoisers import dit_xl
+from einops import reduce
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,7 +114,8 @@ class Model:
 
 
 class Distilled:
-    """The same mixture, trained by distillation of a Gaussian model of its shape: one draw per image, with critic and teacher.
+    """The same mixture, trained by distillation of a Gaussian model of its shape, with critic and teacher: one draw per image,
+    or ``draws`` with the energy score.
 
     Operations of forward and backward passes are counted in the training code itself
     (ldm_smd/training/distillation_losses.py).
@@ -123,10 +125,10 @@ class Distilled:
         activations: bytes per image that autograd keeps for mixture and critic, in bf16.
         held: bytes of the weights with gradients, optimizer and average: all for the mixture, without average for the critic,
             weights alone for the teacher.
-        sharded: the part of them that FSDP shards, which is all but the teacher.
+        sharded: the part of them that FSDP shards, which is all but teacher and anchor.
     """
 
-    def __init__(self, build: Build, settings: DistillationConfig, checkpointing: bool = False) -> None:
+    def __init__(self, build: Build, settings: DistillationConfig, checkpointing: bool = False, draws: int = 4) -> None:
         path = DiffusionProcess(build_scheduler(DiffusionConfig()).alphas_cumprod)
         distillation_losses = DistillationLosses(path, "v_prediction", settings)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
@@ -138,10 +140,17 @@ class Distilled:
                 critic.enable_gradient_checkpointing()
             labels = {"class_labels": torch.zeros(ACTIVATION_BATCH, dtype=torch.long)}
             (x_t, t), noise = latents_and_t(), torch.empty(ACTIVATION_BATCH, *LATENT)
+            anchor = build(True, False) if settings.anchor_weight > 0 else None
 
             def losses(model_learns: bool = True) -> dict[str, torch.Tensor]:
+                repeats = draws if settings.energy_weight > 0 and model_learns else 1
+                eta = torch.empty(ACTIVATION_BATCH * repeats, *LATENT)
                 with torch.set_grad_enabled(model_learns):
-                    x = model(x_t, t, eta=noise, return_dict=False, **labels)[0].float()
+                    x = model(x_t, t, eta=eta, return_dict=False, **labels)[0].float()
+                    x = reduce(x, "(b m) ... -> b ...", "mean", m=repeats)  # gradients for all draws
+                if anchor is not None and model_learns:
+                    with torch.no_grad():
+                        anchor(x_t, t, eta=noise, return_dict=False, **labels)
                 return distillation_losses.losses(teacher, critic, x, noise, x_t, t, t, noise, labels)
 
             with FlopCounterMode(display=False) as counter:
@@ -157,7 +166,7 @@ class Distilled:
         sizes = (network.num_parameters() for network in (model, critic, teacher))
         mixture, of_critic, of_teacher = (FLOAT32 * size for size in sizes)
         self.sharded = WEIGHTS_HELD * mixture + (WEIGHTS_HELD - 1) * of_critic
-        self.held = self.sharded + of_teacher
+        self.held = self.sharded + of_teacher + (mixture if anchor is not None else 0)
 
 
 def unet_of(config: TrainConfig, mixture: bool, checkpointing: bool) -> SMDUNet2DModel:

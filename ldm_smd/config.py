@@ -39,7 +39,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
     Raises UserError for an unreadable file, an unknown key, a value of the wrong type or out of range, and a missing required
     value.
     """
-    merged = copy.deepcopy(_defaults(schema))
+    merged = copy.deepcopy(_defaults(typing.cast(type, schema)))
     layers = [] if path is None else [(str(path), _read_yaml(path))]
     for override in overrides:
         if "=" not in override:

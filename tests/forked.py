@@ -10,6 +10,7 @@ import os
 import random
 import runpy
 import signal
+import subprocess
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -95,6 +96,16 @@ def script(path, *arguments) -> None:
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(str(path), run_name="__main__")
+
+
+def run_launcher(processes, path, *arguments) -> subprocess.CompletedProcess[str]:
+    """Run a script with the command line of torch's launcher, which starts new processes instead of forks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += [f"--nproc-per-node={processes}", str(ROOT / path), *map(str, arguments)]
+    # The same number of threads as here, because the rounding of the fitted noise depends on it.
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
 
 
 def launcher(*arguments) -> None:

@@ -5,12 +5,14 @@ This is noise-conditional variational score distillation (NCVSD, Cheng et al., I
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
 from einops import rearrange
 
 from ..autoencoder import sample_latents
@@ -51,6 +53,13 @@ class Distillation:
 
     With an ``energy_weight``, the energy score of several draws is added. It is proper, so it has the same optimum,
     and it keeps the draws from becoming alike when the critic cannot follow them.
+
+    With an ``anchor_weight``, draws stay near those of the initial mixture for the same eta at low resolution:
+
+        | pool(v) - pool(v_initial) |^2,    pool: means over patches
+
+    So eta keeps choosing the layout, and distillation adds the detail. (DMD, arXiv 2311.18828, keeps its modes by a regression
+    on samples of the teacher.)
     """
 
     def __init__(self, run: Run) -> None:
@@ -62,6 +71,9 @@ class Distillation:
         if config.compile and settings.adversarial_weight > 0:
             # Two backward passes use the critic's graph. A compiled graph may free its memory after the first.
             torch._functorch.config.donated_buffer = False
+        self.anchor = None
+        if settings.anchor_weight > 0:
+            self.anchor = copy.deepcopy(self.model.network).requires_grad_(False).to(run.accelerator.device)
         critic = make_critic(self.teacher, settings)
         rate = settings.critic_learning_rate
         self.critic = TrainedNetwork(critic, adamw(critic, rate, momentum=MOMENTUM))
@@ -113,11 +125,17 @@ class Distillation:
         with run.accelerator.autocast():
             networks, second = (self.teacher, self.critic.network), (noise.r, noise.second_eps)
             losses = self.distillation_losses.losses(*networks, x, x0, x_t, t, *second, conditions, self.critic.forward)
-        weight = run.config.objective.distillation.energy_weight
-        if weight > 0 and model_learns:
-            target = path.target(x0, noise.eps, t, prediction_type)
-            score = compare_draws("energy", run.config, path, predictions, target, t)
-            losses |= {"loss": losses["loss"] + weight * score, "energy_score": score}
+        if model_learns:
+            settings = run.config.objective.distillation
+            if settings.energy_weight > 0:
+                target = path.target(x0, noise.eps, t, prediction_type)
+                score = compare_draws("energy", run.config, path, predictions, target, t)
+                losses |= {"loss": losses["loss"] + settings.energy_weight * score, "energy_score": score}
+            if self.anchor is not None:
+                with torch.no_grad(), run.accelerator.autocast():
+                    anchor = self.anchor(x_t, t, eta=noise.eta[:, 0], return_dict=False, **conditions)[0].float()
+                distance = coarse_distance(predictions[:, 0], anchor, settings.anchor_patch)
+                losses |= {"loss": losses["loss"] + settings.anchor_weight * distance, "anchor_distance": distance}
         return losses
 
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:
@@ -131,3 +149,9 @@ class Distillation:
         r = torch.empty(count, device=generator.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator)
         eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=generator.device)
         return TwoViews(**vars(noise), r=r.round().long()[rows], second_eps=eps[rows])
+
+
+def coarse_distance(prediction: torch.Tensor, other: torch.Tensor, patch: int) -> torch.Tensor:
+    """Return the mean squared distance of two (B, C, h, w), both averaged over patches of ``patch`` x ``patch``: (B,)."""
+    sides = [min(patch, side) for side in prediction.shape[2:]]
+    return F.avg_pool2d(prediction - other, sides, ceil_mode=True).square().flatten(1).mean(dim=1)

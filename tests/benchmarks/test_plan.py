@@ -48,6 +48,18 @@ def test_the_planned_operations_of_a_distillation(config):
     assert checkpointed.activations < 0.6 * adversarial.activations
 
 
+def test_the_planned_operations_of_the_added_losses(config):
+    """The anchor needs one more forward pass of the mixture, and its weights. The energy score needs more draws."""
+    build = partial(plan.unet_of, config)
+    base, anchored = (plan.Distilled(build, DistillationConfig(anchor_weight=weight)) for weight in (0.0, 1.0))
+    one, four = (plan.Model(build, draws) for draws in (1, 4))
+    assert anchored.flops == pytest.approx(base.flops + one.flops / 3, rel=0.02)
+    assert anchored.held == base.held + 4 * one.parameters and anchored.sharded == base.sharded
+    scored = plan.Distilled(build, DistillationConfig(energy_weight=0.3), draws=4)
+    assert scored.flops == pytest.approx(base.flops + four.flops - one.flops, rel=0.02)
+    assert scored.held == base.held
+
+
 def test_with_other_options_the_file_of_the_repository_is_not_written(tmp_path):
     assert plan.arguments_of([]).output == plan.RESULT
     assert plan.arguments_of(["--gpus", "8"]).output is None

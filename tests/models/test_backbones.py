@@ -13,6 +13,7 @@ from ldm_smd.models.blocks import repeat
 from ldm_smd.models.denoiser import predict
 from ldm_smd.training.checkpoint import load_weights
 from ldm_smd.training.trained import TrainedNetwork
+from tests.forked import run_launcher
 from tests.models.backbones import BACKBONES, gaussian, inputs, mixture, perturbed
 from tests.rounding import nearly_equal
 
@@ -159,9 +160,9 @@ for name in {BACKBONES}:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_fsdp_gives_the_predictions_and_gradients_of_one_process(launch):
-    process = launch(2, "tests/models/fsdp_backbones.py")
-    assert process.wait(300) == 0, process.output()
+def test_fsdp_gives_the_predictions_and_gradients_of_one_process():
+    done = run_launcher(2, "tests/models/fsdp_backbones.py")
+    assert done.returncode == 0, done.stderr[-6000:]
 
 
 OLD_PREFIXES = {

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -22,7 +20,7 @@ from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
-from tests.forked import ROOT
+from tests.forked import run_launcher
 from tests.training.critic import WithCritic
 from tests.training.results import assert_same_losses, logged_losses, weights
 
@@ -119,11 +117,7 @@ def test_two_processes_give_the_losses_of_one(train_config, tmp_path):
     train(one)
     two = dataclasses.replace(one, output=str(tmp_path / "two"), images_total=32)
     (tmp_path / "two.yaml").write_text(dump_config(two))
-    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
-    command = [sys.executable, "-m", *launcher, str(ROOT / "tools/train.py"), "--config", str(tmp_path / "two.yaml")]
-    # The same number of threads as here, because the rounding of the fitted noise depends on it.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    done = run_launcher(2, "tools/train.py", "--config", tmp_path / "two.yaml")
     assert done.returncode == 0 and checkpoints(tmp_path / "two/checkpoints"), done.stderr[-6000:]
     train(dataclasses.replace(two, images_total=64))
     assert_same_losses(tmp_path / "one", tmp_path / "two")
