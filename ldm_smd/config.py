@@ -71,7 +71,7 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
 
 @functools.cache
 def _defaults(schema: type) -> DictConfig:
-    """The defaults of a schema, made once: it takes longer than all that is merged into them. Not to be changed."""
+    """Return the defaults of a schema. They are cached, because building them takes longest, and must not be modified."""
     return OmegaConf.structured(schema)
 
 

@@ -1,4 +1,4 @@
-"""Tiny real parts, made once: pictures, an autoencoder, latent shards and a trained run."""
+"""Shared fixtures: tiny images, an autoencoder, latent shards, trained models, processes and an object store."""
 
 import json
 import logging
@@ -29,13 +29,13 @@ from tests.tiny import TINY_MODEL, training
 
 if "OMP_NUM_THREADS" not in os.environ:
     threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start, which are to round as this one
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # processes started by tests must round as this one
     torch.set_num_threads(threads)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """All that fork processes go to one of several workers: what they are forked from (forked.py) is made once."""
+    """Run all tests that fork processes in the same worker, so that it starts the fork server (forked.py) only once."""
     for item in items:
         if "fork" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("fork"))
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """A folder of 22 pictures in two classes: discs and squares of different colours and sizes."""
+    """A folder with 22 images in two classes: discs and squares of different colours and sizes."""
     folder = tmp_path_factory.mktemp("pictures")
     for index in range(22):
         name = "disc" if index % 2 else "square"
@@ -77,7 +77,7 @@ def vae_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, pictures, vae_folder):
-    """Latent shards of the pictures, with mirrored encodings; the last shard is shorter."""
+    """Latent shards of the images, with mirrored encodings. The last of the three shards is smaller."""
     output = tmp_path_factory.mktemp("latents") / "shards"
     encode(
         load_config(
@@ -99,7 +99,10 @@ def shards(tmp_path_factory, pictures, vae_folder):
 
 @pytest.fixture(scope="session")
 def make_clip(tmp_path_factory):
-    """A function from a seed to the folder of a tiny untrained OpenCLIP model, as OpenCLIP saves one for the hub."""
+    """A function that saves a tiny untrained OpenCLIP model, initialised with a seed, in OpenCLIP's format for the hub.
+
+    It returns the folder.
+    """
 
     def make(seed):
         folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
@@ -118,13 +121,13 @@ def make_clip(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def clip(make_clip):
-    """That of seed 0, as settings name it."""
+    """The OpenCLIP model of seed 0, as the value of a setting."""
     return f"open_clip:{make_clip(0)}"
 
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory, pictures, vae_folder, clip):
-    """Shards as those of ``shards``, with embeddings."""
+    """The same shards as ``shards``, with embeddings."""
     output = tmp_path_factory.mktemp("embedded") / "shards"
     settings = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={output}"]
     encode(load_config(EncodeConfig, None, [*settings, "shard_size=8", "batch_size=4", "num_workers=0", f"embedding={clip}"]))
@@ -133,13 +136,13 @@ def embedded(tmp_path_factory, pictures, vae_folder, clip):
 
 @pytest.fixture
 def conditional_folder(train_config, embedded):
-    """The pipeline folder of a model conditioned on embeddings after two steps."""
+    """The pipeline folder of a model that is conditioned on embeddings, after two training steps."""
     return train(train_config(f"shards={embedded}", "image_conditional=true", "images_total=16"))
 
 
 @pytest.fixture
 def train_config(shards, vae_folder, tmp_path):
-    """A function from overrides to the TrainConfig of a tiny run in tmp_path/run."""
+    """A function that returns the TrainConfig of a tiny run in tmp_path/run, with overrides."""
 
     def build(*overrides):
         return load_config(TrainConfig, None, training(shards, vae_folder, tmp_path / "run", *overrides))
@@ -149,7 +152,7 @@ def train_config(shards, vae_folder, tmp_path):
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory, shards, vae_folder):
-    """The pipeline folder of a short real run."""
+    """The pipeline folder of a mixture after a short training."""
     settings = [
         f"shards={shards}",
         f"autoencoder={vae_folder}",
@@ -164,15 +167,17 @@ def model_folder(tmp_path_factory, shards, vae_folder):
 
 @pytest.fixture
 def gaussian_folder(train_config, tmp_path):
-    """The pipeline folder of a Gaussian model after one step."""
+    """The pipeline folder of a Gaussian model after one training step."""
     gaussian = ("model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}", "images_total=8", "seed=1")
     return train(train_config(*gaussian))
 
 
 @pytest.fixture
 def loud_pipeline():
-    """A function from a model folder to its pipeline with the weights moved: a short run's output is close to zero, and labels,
-    noise and eta would hardly show."""
+    """A function that loads the pipeline of a model folder and adds noise to its weights.
+
+    The output of a short training is close to zero, so labels, noise and eta would have little effect on it.
+    """
 
     def load(folder):
         pipeline = load_pipeline(folder)
@@ -188,27 +193,27 @@ def loud_pipeline():
 
 @pytest.fixture
 def free_port():
-    """A function that finds a port of this machine that nobody listens at, nor will be given before the test listens there."""
+    """A function that finds a free port, below those that the operating system assigns to other programs."""
 
     def find():
-        below_those_given = random.SystemRandom().randrange(15_000, 32_000)
+        port = random.SystemRandom().randrange(15_000, 32_000)
         with socket.socket() as probe:
             try:
-                probe.bind(("localhost", below_those_given))
+                probe.bind(("localhost", port))
             except OSError:
                 return find()
-        return below_those_given
+        return port
 
     return find
 
 
 @pytest.fixture
 def fork(tmp_path):
-    """Start a function in a process of its own (forked.py), with its arguments; it does not outlive the test."""
+    """A function that runs another function in a new process (forked.py). The process is killed at the end of the test."""
     started = []
 
     def start(function, *arguments, **options):
-        # As many threads as here: the principal components of few pictures, where they have no variance, are up to rounding.
+        # The same number of threads as here, because rounding decides the principal components without variance.
         environment = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         log = options.pop("log", tmp_path / f"forked-{len(started)}.log")
         started.append(Forked(function, list(map(str, arguments)), log, environment=environment, **options))
@@ -221,7 +226,7 @@ def fork(tmp_path):
 
 @pytest.fixture
 def launch(fork):
-    """Start a script of the repository on several processes of this machine, with its arguments."""
+    """A function that runs a script of the repository with torch's launcher, in several processes on this machine."""
 
     def start(processes, script, *arguments):
         options = [f"--nproc-per-node={processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-id=run"]
@@ -232,7 +237,7 @@ def launch(fork):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a tool in this process as its command line would: (exit code, standard output, last line of standard error)."""
+    """A function that runs a tool in this process and returns (exit code, standard output, last line of standard error)."""
 
     def call(schema, main, *arguments):
         monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
@@ -247,7 +252,7 @@ def run(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def s3_port():
     """The port of an S3 server."""
-    from moto.server import ThreadedMotoServer  # a second, for those tests alone
+    from moto.server import ThreadedMotoServer  # here, because it takes a second to import
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address=LOOPBACK, port=0, verbose=False)
@@ -258,7 +263,7 @@ def s3_port():
 
 @pytest.fixture
 def proxy(s3_port, monkeypatch):
-    """A proxy before the server, which s3:// URLs go to; attempts come quickly after each other."""
+    """A proxy in front of the S3 server, used for s3:// URLs. Requests are repeated after short pauses."""
     proxy = FaultyProxy(s3_port)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
@@ -266,7 +271,7 @@ def proxy(s3_port, monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    s3fs.S3FileSystem.clear_instance_cache()  # those of another port
+    s3fs.S3FileSystem.clear_instance_cache()  # they may have another port
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)
     monkeypatch.setattr(store, "RETRIES", store.Retries(attempts=9, first=0.01, longest=0.5))
     yield proxy

@@ -1,6 +1,6 @@
-"""Scripts of the repository in processes of their own, forked from one that has imported torch and ldm_smd.
+"""Run scripts of the repository in processes that are forked from one that has imported torch and ldm_smd.
 
-To import them takes six seconds of each process, and most runs of tests less than one.
+The imports take six seconds, and most of these scripts run for less than one.
 """
 
 from __future__ import annotations
@@ -28,27 +28,24 @@ CONTEXT.set_forkserver_preload(
 
 
 class Forked:
-    """A process that runs ``function(*arguments)``, in ``folder``; what it prints goes to ``log``.
-
-    Attributes:
-        pid: its process id.
-    """
+    """A process that runs ``function(*arguments)`` in ``folder``. Its output is written to the file ``log``."""
 
     def __init__(self, function, arguments, log, folder=None, environment=None) -> None:
         self.log = Path(log)
         self.log.touch()
-        # The server is started by the first process, and finds ``tests`` by it.
+        # The first process starts the fork server, which finds ``tests`` through PYTHONPATH.
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with mock.patch.dict(os.environ, {"PYTHONPATH": path}):
             forkserver.ensure_running()
-            given = dict(os.environ) | (environment or {})
-        self.process = CONTEXT.Process(target=inside, args=(function, arguments, str(log), str(folder or Path.cwd()), given))
+            variables = dict(os.environ) | (environment or {})
+        given = (function, arguments, str(log), str(folder or Path.cwd()), variables)
+        self.process = CONTEXT.Process(target=run_forked, args=given)
         self.process.start()
         self.pid = self.process.pid
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; minus the signal that ended it."""
+        """None while the process runs, and minus the signal if one ended it."""
         return self.process.exitcode
 
     def poll(self) -> int | None:
@@ -64,20 +61,20 @@ class Forked:
         self.process.terminate()
 
     def kill(self) -> None:
-        """With all that it started."""
+        """Kill the process and its children."""
         if self.process.is_alive():
             for process in (*psutil.Process(self.pid).children(recursive=True), self.process):
                 process.kill()
         self.process.join()
 
-    def said(self) -> str:
-        """What it printed, when it has ended."""
+    def output(self) -> str:
+        """Wait until the process has ended; returns what it printed."""
         self.wait()
         return self.log.read_text()
 
 
-def inside(function, arguments, log, folder, environment) -> None:
-    """What the process does."""
+def run_forked(function, arguments, log, folder, environment) -> None:
+    """Set up the forked process and run the function."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -88,11 +85,11 @@ def inside(function, arguments, log, folder, environment) -> None:
 
 
 def script(path, *arguments) -> None:
-    """Run a script as Python does, in this process."""
+    """Run a script in this process, as its main program."""
     import torch
 
     for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-        signal.signal(number, handler)  # not those of the process that this one was forked from
+        signal.signal(number, handler)  # the parent process may have others
     random.seed()
     np.random.seed()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -101,24 +98,25 @@ def script(path, *arguments) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
-def launched(processes, path, *arguments) -> subprocess.CompletedProcess[str]:
-    """A script under the launcher's own command line, all of whose processes are started and not forked."""
+def run_launcher(processes, path, *arguments) -> subprocess.CompletedProcess[str]:
+    """Run a script with the command line of torch's launcher, which starts new processes instead of forks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     command += [f"--nproc-per-node={processes}", str(ROOT / path), *map(str, arguments)]
-    threads = os.environ.get("OMP_NUM_THREADS", "1")  # as many as here, by which the fitted noise of few images rounds
+    # The same number of threads as here, because the rounding of the fitted noise depends on it.
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
     environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
 
 
 def launcher(*arguments) -> None:
-    """What ``python -m torch.distributed.run`` does with these arguments, but that its workers are forks of this process."""
+    """Run ``python -m torch.distributed.run`` with these arguments, with forks of this process as its workers."""
     from torch.distributed import run
     from torch.distributed.launcher.api import elastic_launch
 
-    def forking(config, entrypoint):
+    def launch_forks(config, entrypoint):
         assert entrypoint == sys.executable
         config.start_method = "fork"
         return lambda unbuffered, path, *rest: elastic_launch(config, script)(path, *rest)
 
-    run.elastic_launch = forking
+    run.elastic_launch = launch_forks
     run.main(list(arguments))

@@ -1,7 +1,7 @@
-"""What runs on a GPU, on one that is not there (pretend_gpu.py), and that it comes to the same as on the CPU.
+"""Run the tools on a simulated GPU (pretend_gpu.py) and compare results with those on the CPU.
 
-python tests/gpu_run.py MODEL GAUSSIAN CONDITIONAL CLIP SHARDS VAE PICTURES OUTPUT, started by test_gpu.py: all checks in one
-process, and what became of each in OUTPUT/outcomes.json.
+test_gpu.py runs python tests/gpu_run.py MODEL GAUSSIAN CONDITIONAL CLIP SHARDS VAE IMAGES OUTPUT. All checks run in one
+process, and their results are written to OUTPUT/outcomes.json.
 """
 
 import functools
@@ -44,19 +44,19 @@ from ldm_smd.training.train_autoencoder import train_autoencoder
 from ldm_smd.training.train_classifier import train_classifier
 from ldm_smd.training.train_moments import train_moments
 
-MODEL, GAUSSIAN, CONDITIONAL, CLIP, SHARDS, VAE, PICTURES, OUTPUT = sys.argv[1:]
+MODEL, GAUSSIAN, CONDITIONAL, CLIP, SHARDS, VAE, IMAGES, OUTPUT = sys.argv[1:]
 OUTPUT = Path(OUTPUT)
-IMAGES = [f"images.source={PICTURES}", "images.resolution=16"]
+SOURCE = [f"images.source={IMAGES}", "images.resolution=16"]
 CHECKS = {}
 
 
 def check(function):
-    """Make it one of the checks, under its name."""
+    """Add a function to the checks, under its name."""
     CHECKS[function.__name__] = function
     return function
 
 
-def pictures(folder, device, scheduler=None, offload=False, guide=None, **options):
+def sample_images(folder, device, scheduler=None, offload=False, guide=None, **options):
     pipeline = load_pipeline(folder)
     pipeline.set_progress_bar_config(disable=True)
     if guide is not None:
@@ -75,45 +75,47 @@ def pictures(folder, device, scheduler=None, offload=False, guide=None, **option
     return found.cpu()
 
 
-def same(a, b, tolerance=1e-3):
+def assert_close(a, b, tolerance=1e-3):
     assert a.shape == b.shape and torch.allclose(a, b, atol=tolerance), float((a - b).abs().max())
 
 
-def tool(schema, main, *settings):
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process of its own
+def run_tool(schema, main, *settings):
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in a new process
     return main(load_config(schema, None, list(map(str, settings))))
 
 
-def run(output, *more):
-    """A training of four steps, with all that a run does beside them."""
+def run_training(output, *more):
+    """Train for four steps, with samples, checkpoints and reports."""
     often = ["images_total=32", "sample_every_images=16", "checkpoint_every_images=16", "log_every_images=8", "num_workers=0"]
-    tool(TrainConfig, train, *tiny.training(SHARDS, VAE, OUTPUT / output, *often, *more))
+    run_tool(TrainConfig, train, *tiny.training(SHARDS, VAE, OUTPUT / output, *often, *more))
 
 
 def assert_no_waits_for_more_steps(act, few, many):
-    """The host waits for the device no more often for many steps than for few."""
+    """Assert that the host waits for the device equally often in ``act(few)`` and in ``act(many)``, which takes more steps."""
     waits = []
     for steps in (few, many):
         pretend_gpu.waits.clear()
         act(steps)
         waits.append(Counter(pretend_gpu.waits))
     assert waits[0], "nothing was done on the device"
-    assert waits[0].total() == waits[1].total(), f"the host waits for the device in the steps: {waits[1] - waits[0]}"
+    assert waits[0].total() == waits[1].total(), f"the host waits for the device in each step: {waits[1] - waits[0]}"
 
 
 @functools.cache
 def fitted():
-    """The Gaussian model with Gaussians of the latents."""
-    return tool(
+    """Fit Gaussians of the latents to the Gaussian model."""
+    return run_tool(
         FitGaussianConfig, fit_gaussian, f"model={GAUSSIAN}", f"shards={SHARDS}", "rank=4", f"output={OUTPUT / 'fitted'}"
     )
 
 
 @functools.cache
-def both():
-    """And with heads for the moments of a step."""
+def fitted_with_moments():
+    """Train moment heads for the model of ``fitted``."""
     few = ["images_total=16", "batch_size=8"]
-    return tool(TrainMomentsConfig, train_moments, f"model={fitted()}", f"shards={SHARDS}", *few, f"output={OUTPUT / 'both'}")
+    return run_tool(
+        TrainMomentsConfig, train_moments, f"model={fitted()}", f"shards={SHARDS}", *few, f"output={OUTPUT / 'both'}"
+    )
 
 
 @check
@@ -123,18 +125,18 @@ def fits_gaussians():
 
 @check
 def trains_moments():
-    assert both().is_dir()
+    assert fitted_with_moments().is_dir()
 
 
 def samples_the_same(folder, **options):
-    """As on the CPU, also with components that wait there."""
-    expected = pictures(folder, "cpu", **options)
-    same(pictures(folder, DEVICE, offload=True, **options), expected)
+    """Compare samples with those on the CPU, also with CPU offload."""
+    expected = sample_images(folder, "cpu", **options)
+    assert_close(sample_images(folder, DEVICE, offload=True, **options), expected)
     found = {}
     assert_no_waits_for_more_steps(
-        lambda steps: found.update({steps: pictures(folder, DEVICE, **options, num_inference_steps=steps)}), 3, 5
+        lambda steps: found.update({steps: sample_images(folder, DEVICE, **options, num_inference_steps=steps)}), 3, 5
     )
-    same(found[3], expected)
+    assert_close(found[3], expected)
 
 
 @check
@@ -153,7 +155,7 @@ def samples_guided_at_some_noise_levels():
 
 
 @check
-def samples_from_a_picture():
+def samples_from_an_image():
     samples_the_same(MODEL, scheduler="HeunDiscreteScheduler", image=torch.rand(2, 3, 16, 16))
 
 
@@ -164,84 +166,88 @@ def samples_guided_by_another_network():
 
 @check
 def samples_by_teleport():
-    samples_the_same(both())
+    samples_the_same(fitted_with_moments())
 
 
 @check
 def samples_by_gms():
-    samples_the_same(both(), scheduler="GMSScheduler")
+    samples_the_same(fitted_with_moments(), scheduler="GMSScheduler")
 
 
 @check
-def samples_by_teleport_and_gms_from_a_picture():
-    samples_the_same(both(), scheduler="TeleportScheduler:scheduler=GMSScheduler", image=torch.rand(2, 3, 16, 16))
+def samples_by_teleport_and_gms_from_an_image():
+    samples_the_same(
+        fitted_with_moments(), scheduler="TeleportScheduler:scheduler=GMSScheduler", image=torch.rand(2, 3, 16, 16)
+    )
 
 
 @check
 def trains_resumes_and_averages():
-    parts = ["ema_widths=[0.05,0.1]", "gradient_checkpointing=true", "micro_batches=2", "cooldown_images=8"]
+    settings = ["ema_widths=[0.05,0.1]", "gradient_checkpointing=true", "micro_batches=2", "cooldown_images=8"]
     for images in (16, 32):
-        run("trained", *parts, f"images_total={images}")
-    tool(AverageConfig, average, f"run={OUTPUT / 'trained'}", "sigma_rel=0.07", f"output={OUTPUT / 'average'}")
+        run_training("trained", *settings, f"images_total={images}")
+    run_tool(AverageConfig, average, f"run={OUTPUT / 'trained'}", "sigma_rel=0.07", f"output={OUTPUT / 'average'}")
 
 
 @check
 def trains_without_waiting():
     rare = ["log_every_images=1000", "sample_every_images=1000", "checkpoint_every_images=1000"]
-    assert_no_waits_for_more_steps(lambda images: run(f"{images}", *rare, f"images_total={images}"), 16, 32)
+    assert_no_waits_for_more_steps(lambda images: run_training(f"{images}", *rare, f"images_total={images}"), 16, 32)
 
 
 @check
 def distils_without_waiting():
     rare = ["log_every_images=1000", "sample_every_images=1000", "checkpoint_every_images=1000"]
     settings = [f"init_from={GAUSSIAN}/unet", "objective.name=distillation", *rare]
-    assert_no_waits_for_more_steps(lambda images: run(f"distil-{images}", *settings, f"images_total={images}"), 16, 32)
+    assert_no_waits_for_more_steps(lambda images: run_training(f"distil-{images}", *settings, f"images_total={images}"), 16, 32)
 
 
 @check
 def encodes():
     few = ["shard_size=8", "batch_size=4", "num_workers=0", f"embedding={CLIP}", f"output={OUTPUT / 'shards'}"]
-    again = tool(EncodeConfig, encode, *IMAGES, f"autoencoder={VAE}", *few)
-    same(*(torch.tensor([shard["mean"] for shard in each.shards]) for each in (again, Manifest.load(SHARDS))))
+    again = run_tool(EncodeConfig, encode, *SOURCE, f"autoencoder={VAE}", *few)
+    assert_close(*(torch.tensor([shard["mean"] for shard in each.shards]) for each in (again, Manifest.load(SHARDS))))
 
 
 @check
-def samples_by_words():
-    request = ["prompt=a disc", f"clip={CLIP}", "per_class=2", "steps=2", f"output={OUTPUT / 'pictures'}"]
-    tool(SampleConfig, sample, f"model={CONDITIONAL}", *request)
+def samples_from_a_text_prompt():
+    request = ["prompt=a disc", f"clip={CLIP}", "per_class=2", "steps=2", f"output={OUTPUT / 'samples'}"]
+    run_tool(SampleConfig, sample, f"model={CONDITIONAL}", *request)
 
 
 @check
 def explores():
-    explorer = tool(ExploreConfig, Explorer, f"models.a={CONDITIONAL}", f"models.b={CONDITIONAL}", f"clip={CLIP}")
+    explorer = run_tool(ExploreConfig, Explorer, f"models.a={CONDITIONAL}", f"models.b={CONDITIONAL}", f"clip={CLIP}")
     request = Request(steps=2, embedding=explorer.embedding(None, "a square"))
-    [outcome, _] = explorer.sample(request, lambda share: None).values()
-    explorer.filmstrip("a", outcome.frames)
-    explorer.draws(outcome.frames[0], request)
+    [samples, _] = explorer.sample(request, lambda fraction: None).values()
+    explorer.filmstrip("a", samples.frames)
+    explorer.draws(samples.frames[0], request)
 
 
 @check
 def evaluates():
-    real = [f"reference.source={PICTURES}", "reference.resolution=16", f"held_out={PICTURES}"]
-    tool(EvaluateConfig, evaluate, *real, f"model={MODEL}", "num_samples=12", "steps=2", f"output={OUTPUT / 'evaluation.json'}")
+    real = [f"reference.source={IMAGES}", "reference.resolution=16", f"held_out={IMAGES}"]
+    run_tool(
+        EvaluateConfig, evaluate, *real, f"model={MODEL}", "num_samples=12", "steps=2", f"output={OUTPUT / 'evaluation.json'}"
+    )
 
 
 @check
 def trains_a_classifier():
-    both = f"{{source: '{PICTURES}', resolution: 16}}"
-    one_set = f"sets=[{{name: a, batch_size: 8, images: {both}, held_out: {both}}}]"
-    tool(TrainClassifierConfig, train_classifier, one_set, "images_total=16", f"output={OUTPUT / 'classifier'}")
+    images = f"{{source: '{IMAGES}', resolution: 16}}"
+    one_set = f"sets=[{{name: a, batch_size: 8, images: {images}, held_out: {images}}}]"
+    run_tool(TrainClassifierConfig, train_classifier, one_set, "images_total=16", f"output={OUTPUT / 'classifier'}")
 
 
 @check
 def trains_an_autoencoder():
-    held_out = [f"held_out.source={PICTURES}", "held_out.resolution=16", f"work={OUTPUT / 'work'}", f"output={OUTPUT / 'vae'}"]
+    held_out = [f"held_out.source={IMAGES}", "held_out.resolution=16", f"work={OUTPUT / 'work'}", f"output={OUTPUT / 'vae'}"]
     few = ["images_total=16", "batch_size=8"]
-    tool(TrainAutoencoderConfig, train_autoencoder, *IMAGES, *held_out, *tiny.TINY_AUTOENCODER, *few)
+    run_tool(TrainAutoencoderConfig, train_autoencoder, *SOURCE, *held_out, *tiny.TINY_AUTOENCODER, *few)
 
 
 def outcome(function):
-    """None, or the traceback of what went wrong."""
+    """Run a check; returns None or its traceback."""
     try:
         function()
     except Exception:

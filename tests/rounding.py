@@ -3,7 +3,7 @@
 import torch
 
 
-def alike(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:
+def nearly_equal(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:
     """Return whether no element differs by more than ``tolerance`` times the largest absolute value.
 
     With other kernels, one evaluation of a tiny network differs by 1e-6 of it, and a sampling of several steps by up to 1e-5.

@@ -1,4 +1,4 @@
-"""The page of tools/explore.py: what it shows is what the pipelines make; and in a real browser."""
+"""The page of tools/explore.py shows the samples of the pipelines, also in a real browser."""
 
 import io
 import re
@@ -21,7 +21,7 @@ from ldm_smd.pipelines import load_pipeline, seeded_generators
 from tests.forked import ROOT, script
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# No sandbox: as root there is none. No services of the browser's own: they look for hosts elsewhere.
+# The root user has no sandbox. The browser's own services would connect to other hosts.
 BROWSER_ARGUMENTS = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
@@ -30,81 +30,81 @@ def explorer(model_folder, gaussian_folder):
     return Explorer(load_config(ExploreConfig, None, [f"models.smd={model_folder}", f"models.plain={gaussian_folder}"]))
 
 
-def alike(a, b):
-    """But for rounding to eight bits."""
+def nearly_equal(a, b):
+    """Return whether images are equal up to rounding to eight bits."""
     return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() <= 1
 
 
-def quiet(share):
-    assert 0 < share <= 1
+def check_progress(fraction):
+    assert 0 < fraction <= 1
 
 
-def test_pictures_are_those_of_the_pipeline(explorer, model_folder, gaussian_folder):
+def test_images_equal_those_of_the_pipeline(explorer, model_folder, gaussian_folder):
     request = Request(label=1, count=2, steps=3, seed=5, guidance_scale=2.0, interval=(0.5, 1000.0), scheduler="DDIMScheduler")
-    outcomes = explorer.sample(request, quiet)
-    assert list(outcomes) == ["smd", "plain"]
-    for name, outcome in outcomes.items():
-        assert [frame.number for frame in outcome.frames] == [1, 2, 3] and outcome.frames[0].sample.shape == (1, 4, 8, 8)
-        assert explorer.filmstrip(name, outcome.frames).height == 2 * (16 + 2)
+    by_model = explorer.sample(request, check_progress)
+    assert list(by_model) == ["smd", "plain"]
+    for name, samples in by_model.items():
+        assert [frame.number for frame in samples.frames] == [1, 2, 3] and samples.frames[0].sample.shape == (1, 4, 8, 8)
+        assert explorer.filmstrip(name, samples.frames).height == 2 * (16 + 2)
     options = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.5, 1000.0)}
     for name, folder in (("smd", model_folder), ("plain", gaussian_folder)):
         pipeline = load_pipeline(folder)
         pipeline.scheduler = explorer.pipelines[name].scheduler
-        pictures = pipeline([1, 1], generator=seeded_generators([5, 6]), **options).images
-        assert all(alike(a, b) for a, b in zip(outcomes[name].pictures, pictures))
-    own = Request(label=None, count=1, steps=1)
-    explorer.sample(own, quiet)
+        images = pipeline([1, 1], generator=seeded_generators([5, 6]), **options).images
+        assert all(nearly_equal(a, b) for a, b in zip(by_model[name].pictures, images))
+    # Without a scheduler in the request, the model's own is used again.
+    explorer.sample(Request(label=None, count=1, steps=1), check_progress)
     assert type(explorer.first.scheduler).__name__ == "DDPMScheduler"
 
 
 def test_draws_differ_for_a_mixture_and_a_gaussian_model_has_one(explorer, loud_pipeline, model_folder, monkeypatch):
     monkeypatch.setitem(explorer.pipelines, "smd", loud_pipeline(model_folder))
     request = Request(steps=2)
-    frames = explorer.sample(request, quiet)["smd"].frames
+    frames = explorer.sample(request, check_progress)["smd"].frames
     drawn = np.array(explorer.draws(frames[0], request))
     side, margin = 16 + 2, drawn.shape[1] - DRAWS * (16 + 2)
     rows = drawn[:, margin:].reshape(2, side, DRAWS, side, 3).swapaxes(1, 2)[:, :, :16, :16]
-    assert len({picture.tobytes() for picture in rows[0]}) == DRAWS
+    assert len({image.tobytes() for image in rows[0]}) == DRAWS
     assert (rows[1, 1:] == 255).all() and (rows[1, 0] != 255).any()
 
 
-def test_thumbnails_of_large_pictures_are_decoded_small(explorer, monkeypatch):
+def test_thumbnails_of_large_latents_are_decoded_at_a_lower_resolution(explorer, monkeypatch):
     decoded = []
     decode = explorer.first.decode_latents
     monkeypatch.setattr(explorer.first, "decode_latents", lambda latents: decoded.append(latents.shape[2:]) or decode(latents))
     monkeypatch.setattr("ldm_smd.apps.explore.DECODED", 64)
-    [picture] = thumbnails(explorer.first, torch.randn(1, 4, 64, 48))
-    assert decoded == [(32, 24)] and picture.size == (48, 64)
+    [image] = thumbnails(explorer.first, torch.randn(1, 4, 64, 48))
+    assert decoded == [(32, 24)] and image.size == (48, 64)
 
 
-def test_it_can_be_stopped(explorer):
-    shares = []
+def test_sampling_can_be_stopped(explorer):
+    fractions = []
 
-    def stop_at_third(share):
-        shares.append(share)
-        if len(shares) == 3:
+    def stop_at_third(fraction):
+        fractions.append(fraction)
+        if len(fractions) == 3:
             explorer.stop()
 
-    outcomes = explorer.sample(Request(count=1, steps=20), stop_at_third)
-    assert [len(outcome.frames) for outcome in outcomes.values()] == [3, 1]
-    assert len(explorer.sample(Request(count=1, steps=4), quiet)["plain"].frames) == 4
+    by_model = explorer.sample(Request(count=1, steps=20), stop_at_third)
+    assert [len(samples.frames) for samples in by_model.values()] == [3, 1]
+    assert len(explorer.sample(Request(count=1, steps=4), check_progress)["plain"].frames) == 4
 
 
-def test_a_film_has_its_ends():
+def test_a_filmstrip_contains_the_first_and_last_frames():
     frames = [Frame(number, None, None, None) for number in range(1, 98)]
     numbers = [frame.number for frame in spaced(frames, FILMSTRIP_FRAMES)]
     assert numbers[0] == 1 and numbers[-1] == 97 and len(numbers) == FILMSTRIP_FRAMES == len(set(numbers))
 
 
 @pytest.mark.slow
-def test_mistakes_are_named(run, model_folder, tmp_path):
+def test_wrong_settings_give_one_line(run, model_folder, tmp_path):
     other = load_pipeline(model_folder)
     other.register_modules(vae=AutoencoderKL.from_config(other.vae.config))
     other.save_pretrained(tmp_path / "other")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        port = occupied.getsockname()[1]
         for settings, message in (
             ([], "models: expected at least one, models.NAME=FOLDER, found 'none'"),
             (["models.a=nowhere"], "model: expected a model folder"),
@@ -118,26 +118,26 @@ def test_mistakes_are_named(run, model_folder, tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_in_a_browser(model_folder, gaussian_folder, free_port, fork):
+def test_the_page_works_in_a_browser(model_folder, gaussian_folder, free_port, fork):
     port = free_port()
     models = [f"models.smd={model_folder}", f"models.plain={gaussian_folder}"]
     server = fork(script, ROOT / "tools/explore.py", *models, f"port={port}")
     while server.poll() is None and f"open http://127.0.0.1:{port}" not in server.log.read_text():
         time.sleep(0.05)
-    assert server.poll() is None, server.said()
+    assert server.poll() is None, server.output()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=BROWSER_ARGUMENTS)
         page = browser.new_page()
-        asked_for: set[str] = set()
-        page.on("request", lambda request: asked_for.add(urllib.parse.urlsplit(request.url).netloc))
+        hosts: set[str] = set()
+        page.on("request", lambda request: hosts.add(urllib.parse.urlsplit(request.url).netloc))
         page.goto(f"http://127.0.0.1:{port}")
-        walk(page, model_folder)
+        use_page(page, model_folder)
         browser.close()
-    assert asked_for - {""} == {f"127.0.0.1:{port}"}
+    assert hosts - {""} == {f"127.0.0.1:{port}"}
 
 
-def walk(page, model_folder):
-    """As a user: choose, sample, look at the draws of another step, mistake a scheduler's name."""
+def use_page(page, model_folder):
+    """Choose settings, sample, show the draws of another step, and enter a wrong scheduler."""
     page.get_by_label("Class").click()
     page.get_by_role("option", name="square").click()
     for name, value in (("number input for Images", "2"), ("number input for Steps", "3"), ("Seed of the first", "5")):
@@ -148,10 +148,10 @@ def walk(page, model_folder):
 
     shown = page.locator("button.thumbnail-item img")
     expect(shown).to_have_count(4)
-    pictures = load_pipeline(model_folder)([1, 1], num_inference_steps=3, generator=seeded_generators([5, 6])).images
-    for index, picture in enumerate(pictures):
+    images = load_pipeline(model_folder)([1, 1], num_inference_steps=3, generator=seeded_generators([5, 6])).images
+    for index, image in enumerate(images):
         found = Image.open(io.BytesIO(page.request.get(shown.nth(index).get_attribute("src")).body()))
-        assert alike(found.convert("RGB"), picture)
+        assert nearly_equal(found.convert("RGB"), image)
 
     strips = page.locator(".image-frame img")
     expect(strips).to_have_count(3)

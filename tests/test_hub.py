@@ -1,4 +1,4 @@
-"""To the hub and back: diffusers' and huggingface_hub's own code, against a small hub on this machine."""
+"""Push models to a hub and load them, with diffusers and huggingface_hub and a small hub on this machine."""
 
 import base64
 import json
@@ -19,11 +19,11 @@ from tests.tiny import diffusers_dit, training
 
 REPOSITORY, COMMIT = "someone/emoji", "0123456789abcdef0123456789abcdef01234567"
 OTHER = "someone/other"
-"""The hub has the same files under any name."""
+"""Another repository. This hub has the same files in all."""
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A repository in a folder: created, committed to in one request, listed, and its files fetched."""
+    """Serves a repository from a folder: creates it, commits files in one request, lists them, and serves them."""
 
     def log_message(self, *_):
         pass
@@ -59,7 +59,7 @@ class Hub(BaseHTTPRequestHandler):
                     path.parent.mkdir(exist_ok=True)
                     path.write_bytes(base64.b64decode(entry["value"]["content"]))
             self.json({"success": True, "commitOid": COMMIT, "commitUrl": f"{self.server.url}/{REPOSITORY}/commit/{COMMIT}"})
-        else:  # create, and checks of the card
+        else:  # creates the repository, or checks the card
             self.json({"url": f"{self.server.url}/{REPOSITORY}", "errors": [], "warnings": []})
 
     def json(self, content):
@@ -86,7 +86,7 @@ def hub(tmp_path):
 
 @pytest.mark.slow
 def test_a_pushed_pipeline_is_loaded_from_the_hub(model_folder, hub, tmp_path):
-    """push_to_hub in one process, from_pretrained by the name alone in another."""
+    """push_to_hub runs in one process, and from_pretrained with the repository's name in another."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": "hf_none",
@@ -101,7 +101,7 @@ images = pipeline([0, 1], num_inference_steps=2, generator=seeded_generators([1,
 torch.save(images, {str(tmp_path / "out.pt")!r})
 """
     imports = "import torch\nfrom ldm_smd.pipelines import SMDPipeline, load_pipeline, seeded_generators\n"
-    for name, program in (("there", push), ("back", load)):
+    for name, program in (("push", push), ("load", load)):
         home = {"HF_HOME": str(tmp_path / name)}
         subprocess.run([sys.executable, "-c", imports + program], check=True, timeout=120, env=environment | home)
         assert (hub.folder / "README.md").is_file() and (hub.folder / "unet/diffusion_pytorch_model.safetensors").is_file()
@@ -111,8 +111,8 @@ torch.save(images, {str(tmp_path / "out.pt")!r})
 
 
 @pytest.mark.slow
-def test_a_network_of_the_hub_becomes_a_mixture(hub, shards, vae_folder, tmp_path):
-    """By the name of its pipeline's repository, which has the autoencoder too; weights that are a pickle are refused."""
+def test_a_mixture_can_start_from_a_network_on_the_hub(hub, shards, vae_folder, tmp_path):
+    """With the name of the repository of a pipeline, which also has the autoencoder. Pickled weights are refused."""
     diffusers_dit(num_embeds_ada_norm=2).save_pretrained(hub.folder / "transformer")
     shutil.copytree(vae_folder, hub.folder / "vae")
     environment = os.environ | {
@@ -142,8 +142,8 @@ sys.exit(run_command("train", {settings} + ["init_from={OTHER}", "output={tmp_pa
 
 
 @pytest.mark.slow
-def test_a_pipeline_of_diffusers_is_sampled_from_the_hub(hub, vae_folder, tmp_path):
-    """Parts that are not used are not downloaded."""
+def test_a_diffusers_pipeline_is_sampled_from_the_hub(hub, vae_folder, tmp_path):
+    """Unused components are not downloaded."""
     vae = AutoencoderKL.from_pretrained(vae_folder)
     DiTPipeline(transformer=diffusers_dit(), vae=vae, scheduler=DDIMScheduler()).save_pretrained(hub.folder)
     (hub.folder / "text_encoder").mkdir()

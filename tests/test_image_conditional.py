@@ -20,7 +20,7 @@ from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
 from ldm_smd.training.build import build_model
 from ldm_smd.training.loop import train
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.tiny import diffusers_unet
 
 
@@ -71,7 +71,7 @@ def test_samples_depend_on_the_embedding_and_none_means_zeros(loud_pipeline, con
 
     one, other = latents(embeds), latents(embeds.flip(0))
     assert not torch.allclose(one, other, atol=1e-2)
-    assert alike(latents(None), latents(torch.zeros(2, 16)))
+    assert nearly_equal(latents(None), latents(torch.zeros(2, 16)))
     x, t, eta = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8)
     for labels in (torch.tensor([0, 1]), None):
         with torch.no_grad():
@@ -79,7 +79,7 @@ def test_samples_depend_on_the_embedding_and_none_means_zeros(loud_pipeline, con
                 pipeline.unet(x, t, given, eta, image_embeds=e).sample for given, e in ((labels, embeds), (None, None))
             )
             guided = guided_prediction(pipeline.unet, x, t, Conditions(labels, embeds), eta, 3.0)
-        assert alike(guided, without + 3 * (own - without))
+        assert nearly_equal(guided, without + 3 * (own - without))
     assert latents(embeds, labels=None).shape == (2, 4, 8, 8)
     for wrong in (embeds[:1], embeds[:, :7]):
         with pytest.raises(ValueError, match=r"image_embeds: expected \(2, 16\), found"):
@@ -96,7 +96,7 @@ def test_a_model_without_embeddings_can_learn_them(train_config, embedded, model
     labels = torch.tensor([0, 1])
     with torch.no_grad():
         found = after(x, t, labels, eta, image_embeds=embeds).sample
-    assert alike(found, before(x, t, labels, eta).sample)
+    assert nearly_equal(found, before(x, t, labels, eta).sample)
     assert load_pipeline(train(config)).unet.image_embedding.weight.any()
 
 
@@ -112,7 +112,7 @@ def test_a_compiled_unet_gives_the_same_samples(loud_pipeline, conditional_folde
         for each in (unet, torch.compile(unet, backend="eager")):
             pipeline.unet = each
             samples.append(pipeline(generator=seeded_generators([1, 2]), **options).images)
-        assert alike(*samples)
+        assert nearly_equal(*samples)
 
 
 def test_bf16_samples_of_one_prompt_are_finite(conditional_folder):

@@ -49,7 +49,7 @@ def test_the_planned_operations_of_a_distillation(config):
 
 
 def test_the_planned_operations_of_the_added_losses(config):
-    """The anchor is one more forward pass of the mixture, and its weights. The energy score needs the other draws."""
+    """The anchor needs one more forward pass of the mixture, and its weights. The energy score needs more draws."""
     build = partial(plan.unet_of, config)
     base, anchored = (plan.Distilled(build, DistillationConfig(anchor_weight=weight)) for weight in (0.0, 1.0))
     one, four = (plan.Model(build, draws) for draws in (1, 4))

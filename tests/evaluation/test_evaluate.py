@@ -81,7 +81,7 @@ def test_neither_batches_nor_processes_change_the_result(settings, tmp_path, lau
     one = {"precision": 1 / 9, "recall": 1 / 22, "density": 1 / 45, "coverage": 1 / 22}
     single, batches = measured(settings, "single"), measured(settings, "batches", "batch_size=4")
     process = launch(2, "tools/evaluate.py", *settings("two", "batch_size=4"))
-    error = process.said()
+    error = process.output()
     assert process.returncode == 0, error[-3000:]
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["processes"] == 2 and single["processes"] == 1

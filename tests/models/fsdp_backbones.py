@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ldm_smd.training.sharding import full_tensor, is_sharded
 from tests.models.backbones import BACKBONES, inputs, mixture, perturbed
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 
 distributed.init_process_group("gloo")
 mesh = distributed.device_mesh.init_device_mesh("cpu", (2,))
@@ -24,9 +24,9 @@ for name in BACKBONES:
     fully_shard(model, mesh=mesh)
     assert is_sharded(model)
     found = model(x, t, labels, eta).sample
-    assert alike(found, expected), name
+    assert nearly_equal(found, expected), name
     found.square().mean().backward()
     for key, parameter in model.named_parameters():
-        assert alike(full_tensor(parameter.grad), gradients[key]), (name, key)
+        assert nearly_equal(full_tensor(parameter.grad), gradients[key]), (name, key)
 distributed.barrier()  # otherwise one process may exit while the other still waits for it
 os._exit(0)  # a normal exit may abort, because a thread of gloo may still be running

@@ -13,9 +13,9 @@ from ldm_smd.models.blocks import repeat
 from ldm_smd.models.denoiser import predict
 from ldm_smd.training.checkpoint import load_weights
 from ldm_smd.training.trained import TrainedNetwork
-from tests.forked import launched
+from tests.forked import run_launcher
 from tests.models.backbones import BACKBONES, gaussian, inputs, mixture, perturbed
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 
 every_backbone = pytest.mark.parametrize("name", BACKBONES)
 
@@ -29,7 +29,7 @@ def test_a_new_mixture_predicts_as_its_gaussian_model(name, noise_rank):
     expected = repeat(predict(gaussian(name), x, t, labels), 3)
     if noise_rank:
         expected = expected + model.mixture.noise(eta, x, t, labels)
-    assert alike(model(x, t, labels, eta).sample, expected)
+    assert nearly_equal(model(x, t, labels, eta).sample, expected)
     assert model.is_mixture and model.config.num_classes == 3
 
 
@@ -41,7 +41,7 @@ def test_draws_share_the_trunk(name):
     together = model(x, t, labels, eta).sample
     one_by_one = model(repeat(x, 3), repeat(t, 3), repeat(labels, 3), eta).sample
     assert together.shape == (6, 4, 8, 8)
-    assert alike(together, one_by_one)
+    assert nearly_equal(together, one_by_one)
     assert (together[0] - together[1]).abs().max() > 1e-3
     assert len(model.trunk(x, t, labels, None).features) == 2
 
@@ -55,7 +55,7 @@ def test_the_tail_can_run_several_times_on_one_trunk(name):
     for one_eta in (eta[::2], eta[1::2]):
         draws = model.mixture.draw(one_eta, x, t, labels, trunk.features, trunk.embedding)
         predictions.append(model.mixture.gated(model.tail(trunk, draws), draws, trunk.embedding))
-    assert alike(torch.stack(predictions, dim=1).flatten(0, 1), model(x, t, labels, eta).sample)
+    assert nearly_equal(torch.stack(predictions, dim=1).flatten(0, 1), model(x, t, labels, eta).sample)
 
 
 @every_backbone
@@ -63,10 +63,10 @@ def test_no_label_is_the_null_class_and_labels_change_the_prediction(name):
     model = perturbed(mixture(name))
     x, t, labels, eta = inputs()
     null = torch.full_like(labels, 3)
-    assert alike(model(x, t, null, eta).sample, model(x, t, None, eta).sample)
+    assert nearly_equal(model(x, t, null, eta).sample, model(x, t, None, eta).sample)
     assert not torch.allclose(model(x, t, labels, eta).sample, model(x, t, None, eta).sample)
     one_t = model(x, 20, labels, eta).sample
-    assert alike(one_t, model(x, torch.tensor([20, 20]), labels, eta).sample)
+    assert nearly_equal(one_t, model(x, torch.tensor([20, 20]), labels, eta).sample)
 
 
 @every_backbone
@@ -96,7 +96,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, monkeypatch):
         model(x, t, labels, eta).sample.square().mean().backward()
         gradients.append({key: p.grad for key, p in model.named_parameters()})
     assert entered
-    assert all(alike(gradients[1][key], value) for key, value in gradients[0].items())
+    assert all(nearly_equal(gradients[1][key], value) for key, value in gradients[0].items())
 
 
 @every_backbone
@@ -131,7 +131,7 @@ def test_a_compiled_model_predicts_the_same(name):
     x, t, labels, eta = inputs(draws=2)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=name not in ("unet2d", "condition"))
-    assert alike(compiled(x, t, labels, eta).sample, model(x, t, labels, eta).sample)
+    assert nearly_equal(compiled(x, t, labels, eta).sample, model(x, t, labels, eta).sample)
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ for name in {BACKBONES}:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_fsdp_gives_the_predictions_and_gradients_of_one_process():
-    done = launched(2, "tests/models/fsdp_backbones.py")
+    done = run_launcher(2, "tests/models/fsdp_backbones.py")
     assert done.returncode == 0, done.stderr[-6000:]
 
 

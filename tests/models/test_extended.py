@@ -4,7 +4,7 @@ from diffusers import UNet2DModel
 
 from ldm_smd.models.blocks import repeat
 from ldm_smd.models.extended import ExtendedUNet2DModel
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.tiny import MIXTURE, diffusers_unet
 
 
@@ -30,7 +30,7 @@ def test_from_unet_adds_only_the_noise_at_first(folder):
     x, t, labels, eta = inputs(draws=3)
     model = ExtendedUNet2DModel.from_unet(folder, **MIXTURE).eval()
     expected = repeat(gaussian()(x, t, labels).sample, 3) + model.mixture.noise(eta, x, t, labels)
-    assert alike(model(x, t, labels, eta).sample, expected)
+    assert nearly_equal(model(x, t, labels, eta).sample, expected)
     assert model.config.num_classes == 3 and model.is_mixture
 
 
@@ -39,10 +39,10 @@ def test_save_and_load_also_as_a_plain_unet(folder, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     again = ExtendedUNet2DModel.from_pretrained(tmp_path / "saved").eval()
     x, t, labels, eta = inputs()
-    assert alike(again(x, t, labels, eta).sample, model(x, t, labels, eta).sample)
+    assert nearly_equal(again(x, t, labels, eta).sample, model(x, t, labels, eta).sample)
     again.unet.save_pretrained(tmp_path / "plain")
     plain = UNet2DModel.from_pretrained(tmp_path / "plain").eval()
-    assert alike(plain(x, t, labels).sample, gaussian()(x, t, labels).sample)
+    assert nearly_equal(plain(x, t, labels).sample, gaussian()(x, t, labels).sample)
 
 
 def test_a_unet_with_another_time_embedding_is_refused(tmp_path):

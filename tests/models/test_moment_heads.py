@@ -3,7 +3,7 @@ import torch
 
 from ldm_smd.models.moments import MomentHeads
 from ldm_smd.models.unet import SMDUNet2DModel
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.tiny import diffusers_unet
 
 
@@ -25,7 +25,7 @@ def test_one_pass_gives_the_prediction_and_two_moments(build):
     unet.conv_out.register_forward_hook(lambda *_: calls.append(1))
     output = heads.predict(unet, x, t, labels)
     assert len(calls) == 1 and output.shape == (3, 6, 4, 4)
-    assert alike(output[:, :2], unet(x, t, labels).sample)
+    assert nearly_equal(output[:, :2], unet(x, t, labels).sample)
     # Untrained heads predict the variance of v for white data, and no skewness.
     assert torch.allclose(output[:, 2:4], torch.ones(3, 2, 4, 4)) and not output[:, 4:].any()
     assert not unet.conv_out._forward_pre_hooks
@@ -37,7 +37,7 @@ def test_saves_and_loads(tmp_path):
     heads.save_pretrained(tmp_path)
     again = MomentHeads.from_pretrained(tmp_path)
     features, t = torch.randn(2, 8, 4, 4), torch.tensor([3, 700])
-    assert all(map(alike, heads(features, t), again(features, t)))
+    assert all(map(nearly_equal, heads(features, t), again(features, t)))
     other = SMDUNet2DModel(4, 2, 2, (16, 16), norm_num_groups=4, attention_head_dim=8, z_channels=0)
     with pytest.raises(
         ValueError, match=r"of \(8, 2\) channels, found \(16, 2\); train heads for another with tools/train_moments\.py"

@@ -7,7 +7,7 @@ from ldm_smd.models.fit import FLOOR, fit_posterior_noise
 from ldm_smd.models.noise import PosteriorNoise, between
 from ldm_smd.models.unet import SMDUNet2DModel
 from tests.diffusion.paths import KINDS
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 
 ALPHAS_CUMPROD = torch.tensor([0.99, 0.5, 0.01])
 PROCESS = DiffusionProcess(ALPHAS_CUMPROD)
@@ -112,20 +112,20 @@ def test_draws_of_an_image_are_in_consecutive_rows():
     latents, labels, _, _ = two_classes(500)
     noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels)
     eta, x_t, t, y = torch.randn(6, 1, 2, 2), torch.randn(2, 1, 2, 2), torch.tensor([0, 2]), torch.tensor([0, 1])
-    assert alike(noise(eta, x_t, t, y)[3:], noise(eta[3:], x_t[1:], t[1:], y[1:]))
+    assert nearly_equal(noise(eta, x_t, t, y)[3:], noise(eta[3:], x_t[1:], t[1:], y[1:]))
 
 
 def test_one_timestep_applies_to_all_images():
     latents, labels, _, _ = two_classes(500)
     noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels)
     eta, x_t, y = torch.randn(6, 1, 2, 2), torch.randn(2, 1, 2, 2), torch.tensor([0, 1])
-    assert alike(noise(eta, x_t, torch.tensor([1]), y), noise(eta, x_t, torch.tensor([1, 1]), y))
+    assert nearly_equal(noise(eta, x_t, torch.tensor([1]), y), noise(eta, x_t, torch.tensor([1, 1]), y))
     for classes in (None, 2):
         torch.manual_seed(0)
         model = SMDUNet2DModel(4, 2, 2, (8, 8), num_classes=classes, norm_num_groups=4, attention_head_dim=8, noise_modes=2)
         eta, x_t, labels = torch.randn(6, 2, 4, 4), torch.randn(2, 2, 4, 4), None if classes is None else y
         one, each = model(x_t, 500, labels, eta).sample, model(x_t, torch.tensor([500, 500]), labels, eta).sample
-        assert alike(one, each)
+        assert nearly_equal(one, each)
 
 
 def test_rank_zero_gives_white_noise():
@@ -171,7 +171,7 @@ def test_noise_adds_the_same_to_x0_for_every_prediction_type(prediction_type):
     for path, x, step in ((preserving, x_t, t), (flow, norm * x_t, t + 1)):
         e = fitted(latents, 3, modes=2, path=path, prediction_type=prediction_type)(eta, x, step)
         x0 = path.to_x0(e, x, step, prediction_type) - path.to_x0(torch.zeros_like(e), x, step, prediction_type)
-        assert alike(x0, wanted)
+        assert nearly_equal(x0, wanted)
 
 
 def test_tables_of_a_variance_preserving_process():

@@ -8,7 +8,7 @@ import torch
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.pipelines.decoding import decode_latents, encode_images
 from ldm_smd.schedulers import make_scheduler
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.sampled import latents
 
 
@@ -59,4 +59,4 @@ def test_images_are_encoded_to_normalised_means(pipeline):
     expected = autoencoder.normalise(autoencoder.encode_moments((image * 255).round().to(torch.uint8))[:, 0])
     found = encode_images(pipeline.vae, image, (3, 4, 8, 8))
     assert found.shape == (3, 4, 8, 8) and all(torch.equal(each, expected[0]) for each in found)
-    assert alike(decode_latents(pipeline.vae, expected), autoencoder.decode(expected))
+    assert nearly_equal(decode_latents(pipeline.vae, expected), autoencoder.decode(expected))

@@ -6,7 +6,7 @@ import torch
 from ldm_smd.models.moments import MomentHeads
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.pipelines.guidance import Conditions, guided_prediction, guided_steps, read_conditions
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.sampled import latents
 from tests.tiny import diffusers_unet
 
@@ -17,8 +17,8 @@ def test_guidance_computes_its_formula(pipeline):
     labels, eta = torch.tensor([0, 1]), torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         cond, uncond, guided = (guided_prediction(pipeline.unet, x, t, Conditions(labels), eta, w) for w in (1.0, 0.0, 3.0))
-        assert alike(uncond, pipeline.unet(x, t, None, eta).sample)
-    assert alike(guided, uncond + 3 * (cond - uncond))
+        assert nearly_equal(uncond, pipeline.unet(x, t, None, eta).sample)
+    assert nearly_equal(guided, uncond + 3 * (cond - uncond))
 
 
 def test_guidance_applies_only_inside_its_interval_of_noise_levels(pipeline):
@@ -26,7 +26,9 @@ def test_guidance_applies_only_inside_its_interval_of_noise_levels(pipeline):
     everywhere, nowhere = latents(pipeline, [0], [1], **options), latents(pipeline, [0], [1], num_inference_steps=4)
     inside = latents(pipeline, [0], [1], guidance_interval=(1e-9, 1e9), **options)
     outside = latents(pipeline, [0], [1], guidance_interval=(1e8, 1e9), **options)
-    assert alike(inside, everywhere) and alike(outside, nowhere) and not torch.allclose(inside, outside, atol=1e-2)
+    assert (
+        nearly_equal(inside, everywhere) and nearly_equal(outside, nowhere) and not torch.allclose(inside, outside, atol=1e-2)
+    )
     timesteps, alphabar = torch.tensor([999, 600.5, 300, 10]), pipeline.scheduler.alphas_cumprod
     sigma = float(((1 - alphabar[300]) / alphabar[300]).sqrt())
     assert guided_steps(pipeline.scheduler, timesteps, (0.9 * sigma, 1.1 * sigma)) == [False, False, True, False]
@@ -42,12 +44,12 @@ def test_guidance_by_a_weaker_network(pipeline, model_folder, tmp_path):
             own, other = (unet(x, t, labels, eta).sample for unet in (pipeline.unet, guide))
             guided, unguided = (guided_prediction(pipeline.unet, x, t, Conditions(labels), eta, w, guide) for w in (2.0, 1.0))
         assert torch.allclose(guided, own + (own - other), atol=1e-3)
-        assert alike(unguided, own)
+        assert nearly_equal(unguided, own)
     pipeline.save_pretrained(tmp_path / "guided")
     again = load_pipeline(tmp_path / "guided")
     again.set_progress_bar_config(disable=True)
     a, b = (latents(each, [0, 1], [1, 2], guidance_scale=2.0) for each in (pipeline, again))
-    assert alike(a, b)
+    assert nearly_equal(a, b)
 
 
 def test_guidance_changes_the_mean_but_not_the_moments(gaussian_folder, loud_pipeline):
@@ -57,7 +59,7 @@ def test_guidance_changes_the_mean_but_not_the_moments(gaussian_folder, loud_pip
     with torch.no_grad():
         own, guided = (guided_prediction(unet, x, t, conditions, None, w, moments=moments) for w in (1.0, 3.0))
         mean = guided_prediction(unet, x, t, conditions, None, 3.0)
-    assert alike(guided[:, :4], mean) and alike(guided[:, 4:], own[:, 4:]) and own.shape == (2, 12, 8, 8)
+    assert nearly_equal(guided[:, :4], mean) and nearly_equal(guided[:, 4:], own[:, 4:]) and own.shape == (2, 12, 8, 8)
 
 
 def test_with_null_appends_the_null_conditions(pipeline):

@@ -19,7 +19,7 @@ from ldm_smd.sampling.tool import sample
 from ldm_smd.training.fit_gaussian import fit_gaussian
 from ldm_smd.training.settings import FitGaussianConfig, TrainMomentsConfig
 from ldm_smd.training.train_moments import train_moments
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.sampled import latents
 from tests.tiny import diffusers_condition, diffusers_dit, diffusers_unet
 
@@ -66,7 +66,7 @@ def test_from_pipe_variants_and_sharded_weights_work_as_in_diffusers(pipeline, g
     for name, options in (("variant", {"variant": "fp16"}), ("shards", {"max_shard_size": "40KB"})):
         pipeline.save_pretrained(tmp_path / name, **options)
         loaded = SMDPipeline.from_pretrained(tmp_path / name, variant=options.get("variant"))
-        assert alike(latents(loaded, [0, 1], [1, 2]), expected)
+        assert nearly_equal(latents(loaded, [0, 1], [1, 2]), expected)
     assert len(list((tmp_path / "shards" / "unet").glob("*.safetensors"))) > 1
 
 
@@ -89,7 +89,7 @@ def test_a_diffusers_pipeline_loads_with_its_schedule_and_class_names(dit_folder
     """It gives the same samples as a pipeline made from its components."""
     loaded, original = load_pipeline(dit_folder), DiTPipeline.from_pretrained(dit_folder)
     made = SMDPipeline(original.transformer, original.vae, original.scheduler)
-    assert alike(latents(loaded, [0, 1], [1, 2]), latents(made, [0, 1], [1, 2]))
+    assert nearly_equal(latents(loaded, [0, 1], [1, 2]), latents(made, [0, 1], [1, 2]))
     assert loaded.id2label == {0: "disc, circle", 1: "square, box"}
     assert loaded.scheduler.config.beta_schedule == "linear"
 
@@ -156,4 +156,4 @@ def test_diffusion_pipeline_finds_the_class(pipeline, tmp_path):
     assert diffusers.SMDPipeline is SMDPipeline
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "model")
     assert type(loaded) is SMDPipeline
-    assert alike(latents(loaded, [0, 1], [1, 2]), latents(pipeline, [0, 1], [1, 2]))
+    assert nearly_equal(latents(loaded, [0, 1], [1, 2]), latents(pipeline, [0, 1], [1, 2]))

@@ -17,7 +17,7 @@ from ldm_smd.schedulers.support import SUPPORTED
 from ldm_smd.training.fit_gaussian import fit_gaussian
 from ldm_smd.training.settings import FitGaussianConfig, TrainMomentsConfig
 from ldm_smd.training.train_moments import train_moments
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.sampled import latents
 from tests.tiny import diffusers_unet
 
@@ -30,7 +30,7 @@ def test_samples_do_not_depend_on_the_batch_for_any_scheduler(pipeline, name):
     together = latents(pipeline, [0, 1, 0], [5, 6, 7], guidance_scale=1.5)
     alone = latents(pipeline, [1], [6], guidance_scale=1.5)
     assert together.shape == (3, 4, 8, 8) and together.isfinite().all()
-    assert alike(together[1], alone[0], 1e-3)
+    assert nearly_equal(together[1], alone[0], 1e-3)
     assert not torch.allclose(together[0], together[2], atol=1e-2)
 
 
@@ -48,7 +48,7 @@ def test_image_to_image(pipeline, name):
         evaluations.clear()
         changed = latents(pipeline, [0, 1], [5, 6], num_inference_steps=5, image=image, strength=strength)
         alone = latents(pipeline, [1], [6], num_inference_steps=5, image=image[1:], strength=strength)
-        assert alike(changed[1], alone[0], 1e-3)
+        assert nearly_equal(changed[1], alone[0], 1e-3)
         assert len(evaluations) == 2 * pipeline.num_timesteps
         even = not pipeline.scheduler.config.get("use_karras_sigmas")
         assert pipeline.num_timesteps == timesteps_of(pipeline.scheduler, round(5 * strength)) or not even
@@ -84,7 +84,7 @@ def timesteps_of(scheduler, steps):
 def test_no_labels_are_the_null_class_and_output_types_have_their_shapes(pipeline):
     unlabelled = latents(pipeline, None, [1, 2], batch_size=2)
     null = latents(pipeline, [2, 2], [1, 2])
-    assert alike(unlabelled, null)
+    assert nearly_equal(unlabelled, null)
     for kind, shape in (("np", (2, 16, 16, 3)), ("pt", (2, 3, 16, 16))):
         images = latents(pipeline, None, [1, 2], batch_size=2, output_type=kind)
         assert images.shape == shape and images.min() >= 0 and images.max() <= 1
@@ -97,7 +97,7 @@ def test_samples_depend_on_eta_and_on_the_given_noise(pipeline):
     found, other_eta, other_noise, again = (
         latents(pipeline, [0], [seed], latents=noise) for seed, noise in ((1, start), (2, start), (1, other), (1, start))
     )
-    assert alike(again, found)
+    assert nearly_equal(again, found)
     assert not torch.allclose(other_eta, found, atol=1e-2) and not torch.allclose(other_noise, found, atol=1e-2)
 
 
@@ -147,7 +147,7 @@ def test_pred_original_sample_equals_the_prediction_of_the_first_step(pipeline):
     latents(pipeline, [0, 1], [1, 2], latents=start, **options, **callback)
     timestep, tensors = seen[0]
     found = pipeline.pred_original_sample(start, timestep, [0, 1], generator=seeded_generators([1, 2]), **options)
-    assert torch.equal(tensors["sample"], start) and alike(tensors["pred_original_sample"], found)
+    assert torch.equal(tensors["sample"], start) and nearly_equal(tensors["pred_original_sample"], found)
     assert not torch.allclose(found, pipeline.pred_original_sample(start, timestep, [0, 1], **options), atol=1e-2)
 
 
@@ -202,7 +202,7 @@ def test_a_plain_diffusers_unet_in_an_smd_pipeline(model_folder, shards, tmp_pat
     smd.register_modules(unet=diffusers_unet())
     smd.save_pretrained(tmp_path / "plain")
     plain = load_pipeline(tmp_path / "plain")
-    assert alike(latents(plain, None, [1]), latents(plain, [2], [1]))  # the last embedding is the null class
+    assert nearly_equal(latents(plain, None, [1]), latents(plain, [2], [1]))  # the last embedding is the null class
     with pytest.raises(ValueError, match="class_labels: expected 0 to 2"):
         plain([3])
 
@@ -249,14 +249,14 @@ def test_invalid_arguments_are_refused(pipeline):
 
 def test_classes_by_name(pipeline):
     expected = latents(pipeline, [1, 0], [1, 2])
-    assert alike(latents(pipeline, ["square", 0], [1, 2]), expected)
-    assert alike(latents(pipeline, "square", [1]), expected[:1])
+    assert nearly_equal(latents(pipeline, ["square", 0], [1, 2]), expected)
+    assert nearly_equal(latents(pipeline, "square", [1]), expected[:1])
     t, square = torch.tensor(500), torch.tensor([1])
     by_number, by_name = (
         pipeline.pred_original_sample(expected[:1], t, labels, generator=seeded_generators([3]))
         for labels in (square, ["square"])
     )
-    assert alike(by_number, by_name)
+    assert nearly_equal(by_number, by_name)
 
 
 def test_classes_are_found_by_unique_synonyms(pipeline):
@@ -269,9 +269,9 @@ def test_classes_are_found_by_unique_synonyms(pipeline):
 def test_images_of_one_prompt_are_consecutive(pipeline):
     """As in the pipelines of diffusers."""
     several = latents(pipeline, [1, 0], [1, 2, 3, 4], num_images_per_prompt=2)
-    assert alike(several, latents(pipeline, [1, 1, 0, 0], [1, 2, 3, 4]))
+    assert nearly_equal(several, latents(pipeline, [1, 1, 0, 0], [1, 2, 3, 4]))
     without = latents(pipeline, None, [1, 2, 3, 4, 5, 6], batch_size=3, num_images_per_prompt=2)
-    assert alike(without, latents(pipeline, None, [1, 2, 3, 4, 5, 6], batch_size=6))
+    assert nearly_equal(without, latents(pipeline, None, [1, 2, 3, 4, 5, 6], batch_size=6))
 
 
 class FromTheMean(diffusers.DDIMScheduler):

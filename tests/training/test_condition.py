@@ -10,7 +10,7 @@ from ldm_smd.errors import UserError
 from ldm_smd.models.denoiser import predict
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training.loop import train
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.tiny import MIXTURE, diffusers_condition
 
 
@@ -27,15 +27,15 @@ def test_predictions_depend_on_classes_and_embeddings(folder):
     x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([900, 20]), torch.tensor([0, 2])
     plain = diffusers_condition().from_pretrained(folder)
     before = predict(plain, x, t)
-    assert alike(before, plain(x, t, torch.zeros(2, 3, 12)).sample)
+    assert nearly_equal(before, plain(x, t, torch.zeros(2, 3, 12)).sample)
     embeds = torch.nn.functional.normalize(torch.randn(2, 6), dim=1)
-    assert alike(model(x, t, labels, image_embeds=embeds).sample, before), "initially the tokens are zero"
+    assert nearly_equal(model(x, t, labels, image_embeds=embeds).sample, before), "initially the tokens are zero"
     for token in (model.empty_states, model.class_states.weight, model.image_states.weight):
         torch.nn.init.normal_(token)
     found = [model(x, t, labels, image_embeds=given).sample for given in (embeds, None, torch.zeros(2, 6))]
-    assert not alike(found[0], found[1]) and alike(found[1], found[2])
-    assert not alike(model(x, t, labels).sample[0], model(x, t, None).sample[0])
-    assert alike(model(x, t, labels).sample[1], model(x, t, None).sample[1]), "label 2 is the null class"
+    assert not nearly_equal(found[0], found[1]) and nearly_equal(found[1], found[2])
+    assert not nearly_equal(model(x, t, labels).sample[0], model(x, t, None).sample[0])
+    assert nearly_equal(model(x, t, labels).sample[1], model(x, t, None).sample[1]), "label 2 is the null class"
     assert model(torch.randn(1, 4, 5, 7), 10).sample.shape == (1, 4, 5, 7)
 
 
@@ -44,7 +44,7 @@ def test_empty_states_replace_the_text_states(folder):
     states = torch.randn(5, 12)
     model.empty_states.data = states
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([900, 20])
-    assert alike(model(x, t).sample, model.unet(x, t, states.expand(2, -1, -1)).sample)
+    assert nearly_equal(model(x, t).sample, model.unet(x, t, states.expand(2, -1, -1)).sample)
     with pytest.raises(ValueError, match="class_labels: expected None"):
         model(x, t, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="image_embeds: expected None"):

@@ -166,16 +166,16 @@ def test_an_anchor_keeps_the_layout_of_the_initial_draws(learner):
         anchored.model.network.conv_out.bias.add_(0.5)  # shifts each prediction by 0.5
     shifted = anchored.losses(batch, noise)
     assert torch.allclose(shifted["anchor_distance"], torch.full((8,), 0.25), rtol=1e-3)
-    free = learner("objective.draws=1")
-    free.model.network.load_state_dict(anchored.model.network.state_dict())
-    expected = free.losses(batch, noise)["loss"] + 2 * shifted["anchor_distance"]
+    plain = learner("objective.draws=1")
+    plain.model.network.load_state_dict(anchored.model.network.state_dict())
+    expected = plain.losses(batch, noise)["loss"] + 2 * shifted["anchor_distance"]
     assert torch.allclose(shifted["loss"], expected, rtol=1e-4)
     anchored.step(batch, 0, learning_rate=1e-3)
     assert all(torch.equal(before[name], value) for name, value in anchored.anchor.state_dict().items())
 
 
-def test_the_distance_at_low_resolution():
-    """A pattern with zero mean in every patch has no distance; patches larger than the image are the image."""
+def test_coarse_distance_compares_means_of_patches():
+    """A pattern with zero mean in every patch does not count. Patches larger than the latents are reduced to their size."""
     x = torch.randn(3, 2, 4, 6)
     pattern = torch.tensor([1.0, -1.0]).repeat(2, 3).repeat(2, 1)[:4] * torch.ones(3, 2, 4, 6)
     assert coarse_distance(x + pattern, x, 2).max() < 1e-10 and coarse_distance(x + pattern, x, 1).min() > 0.99

@@ -127,7 +127,7 @@ def test_two_processes_fit_the_same_gaussians_as_one(model_folder, shards, tmp_p
     code, _, error = run(FitGaussianConfig, fit_gaussian, *settings, f"output={tmp_path / '1'}")
     assert code == 0, error
     process = launch(2, "tools/fit_gaussian.py", *settings, f"output={tmp_path / '2'}")
-    error = process.said()
+    error = process.output()
     assert process.returncode == 0, error[-3000:]
     one, two = (load_pipeline(tmp_path / name).gaussian for name in ("1", "2"))
     assert torch.allclose(one.means, two.means, atol=1e-5)

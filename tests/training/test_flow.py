@@ -12,7 +12,7 @@ from ldm_smd.training.fit_gaussian import fit_gaussian
 from ldm_smd.training.loop import train
 from ldm_smd.training.settings import FitGaussianConfig, TrainMomentsConfig
 from ldm_smd.training.train_moments import train_moments
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.training.results import logged_losses, weights
 
 FLOW = "diffusion.path=flow"
@@ -71,7 +71,7 @@ def test_a_flow_model_is_sampled_with_any_scheduler(flow_model, name, tmp_path):
     again = load_pipeline(tmp_path / "saved")
     assert type(again.scheduler) is type(pipeline.scheduler)
     assert isinstance(again.training_scheduler, diffusers.FlowMatchEulerDiscreteScheduler)
-    assert alike(sample(again, num_inference_steps=4), found)
+    assert nearly_equal(sample(again, num_inference_steps=4), found)
     image = torch.rand(2, 3, 16, 16)
     assert torch.isfinite(sample(again, num_inference_steps=4, image=image, strength=0.5)).all()
 
@@ -122,7 +122,7 @@ def test_pred_original_sample_equals_that_of_callbacks(flow_model):
         callback_on_step_end_tensor_inputs=names,
     )
     for t, tensors in seen:
-        assert alike(pipeline.pred_original_sample(tensors["sample"], t, [0, 1]), tensors["pred_original_sample"])
+        assert nearly_equal(pipeline.pred_original_sample(tensors["sample"], t, [0, 1]), tensors["pred_original_sample"])
 
 
 def test_without_a_training_scheduler_the_scheduler_is_used(model_folder, tmp_path):

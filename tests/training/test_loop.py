@@ -20,7 +20,7 @@ from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
-from tests.forked import launched
+from tests.forked import run_launcher
 from tests.training.critic import WithCritic
 from tests.training.results import assert_same_losses, logged_losses, weights
 
@@ -117,7 +117,7 @@ def test_two_processes_give_the_losses_of_one(train_config, tmp_path):
     train(one)
     two = dataclasses.replace(one, output=str(tmp_path / "two"), images_total=32)
     (tmp_path / "two.yaml").write_text(dump_config(two))
-    done = launched(2, "tools/train.py", "--config", tmp_path / "two.yaml")
+    done = run_launcher(2, "tools/train.py", "--config", tmp_path / "two.yaml")
     assert done.returncode == 0 and checkpoints(tmp_path / "two/checkpoints"), done.stderr[-6000:]
     train(dataclasses.replace(two, images_total=64))
     assert_same_losses(tmp_path / "one", tmp_path / "two")
@@ -132,7 +132,7 @@ def test_after_sigterm_to_the_launcher_four_processes_save_one_checkpoint(train_
     while process.poll() is None and not read_metrics(tmp_path / "stopped/metrics.jsonl"):
         time.sleep(0.01)
     process.terminate()
-    error = process.said()
+    error = process.output()
     assert process.returncode and "stopped by SIGTERM after" in error, error[-6000:]
     (saved,) = checkpoints(tmp_path / "stopped/checkpoints")
     assert int(saved.name.removeprefix("images-")) % 80 == 0  # processes agree every 10 steps of 8 images
@@ -149,7 +149,7 @@ def test_fsdp_gives_the_weights_of_one_process(train_config, tmp_path, launch_wi
     sharded = dataclasses.replace(one, output=str(tmp_path / "sharded"))
     for settings in ({"images_total": 16}, {"images_total": 32}, {"precision": "bf16"}):
         process = launch_with(dataclasses.replace(sharded, **settings), 2, "tests/training/fsdp_run.py")
-        error = process.said()
+        error = process.output()
         assert process.returncode == 0, error[-6000:]
     paths = [checkpoints(tmp_path / name / "checkpoints")[1] for name in ("one", "sharded")]
     for part in ("model/diffusion_pytorch_model", "ema/diffusion_pytorch_model", "optimizer"):
@@ -167,7 +167,7 @@ def test_fsdp_with_two_networks_gives_the_weights_of_one_process(train_config, t
     """The last forward pass of one of them is without gradients, after which FSDP would leave it unsharded."""
     one = train_config(f"output={tmp_path / 'one'}", "images_total=16")
     process = launch_with(dataclasses.replace(one, output=str(tmp_path / "sharded")), 2, "tests/training/fsdp_run.py", "critic")
-    error = process.said()
+    error = process.output()
     assert process.returncode == 0, error[-6000:]
     monkeypatch.setattr(loop, "learner_for", WithCritic)
     train(one)

@@ -11,7 +11,7 @@ from ldm_smd.models.denoiser import predict
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.training.loop import train
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.tiny import MIXTURE, diffusers_sd3
 from tests.training.results import assert_same_losses, weights
 
@@ -35,15 +35,15 @@ def test_a_new_mixture_predicts_as_the_transformer(folder):
     plain = diffusers_sd3().from_pretrained(folder)
     x, t, labels = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 20.5]), torch.tensor([0, 2])
     expected = plain(x, torch.zeros(2, 1, 12), torch.zeros(2, 10), t).sample
-    assert alike(predict(plain, x, t), expected)
+    assert nearly_equal(predict(plain, x, t), expected)
     embeds = torch.nn.functional.normalize(torch.randn(2, 6), dim=1)
-    assert alike(model(x, t, labels, image_embeds=embeds).sample, expected), "initially the conditions have no effect"
+    assert nearly_equal(model(x, t, labels, image_embeds=embeds).sample, expected), "initially the conditions have no effect"
     assert model(torch.randn(1, 4, 4, 12), 10).sample.shape == (1, 4, 4, 12)
     for weight in (model.class_pooled.weight, model.image_pooled.weight):
         torch.nn.init.normal_(weight)
     found = [model(x, t, labels, image_embeds=given).sample for given in (embeds, None, torch.zeros(2, 6))]
-    assert not alike(found[0], found[1]) and alike(found[1], found[2])
-    assert not alike(found[1][0], model(x, t, None).sample[0]) and alike(found[1][1], model(x, t, None).sample[1])
+    assert not nearly_equal(found[0], found[1]) and nearly_equal(found[1], found[2])
+    assert not nearly_equal(found[1][0], model(x, t, None).sample[0]) and nearly_equal(found[1][1], model(x, t, None).sample[1])
     with pytest.raises(ValueError, match=r"sample: expected sides that are multiples of 2, found \(8, 7\)"):
         model(torch.randn(1, 4, 8, 7), 10)
     unconditional = ExtendedSD3Transformer2DModel.from_transformer(folder, tail_blocks=1, noise_rank=0, **MIXTURE)

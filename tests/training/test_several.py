@@ -38,7 +38,7 @@ def test_two_processes_give_the_losses_of_one(distil, tmp_path, launch):
     process = launch(2, "tests/training/fsdp_run.py", *paths)
     for name in runs[:2]:
         train(distil(*settings("one", name)))
-    error = process.said()
+    error = process.output()
     assert process.returncode == 0, error[-6000:]
     for kind in ("ddp", "fsdp"):
         for name in runs[:2]:

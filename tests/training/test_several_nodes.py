@@ -48,7 +48,7 @@ class Node:
 
     def wait(self):
         code = self.process.wait(240)
-        assert code == 0, self.process.said()[-6000:]
+        assert code == 0, self.process.output()[-6000:]
 
 
 def start(nodes, port):

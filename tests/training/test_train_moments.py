@@ -13,7 +13,7 @@ from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.training.settings import TrainMomentsConfig
 from ldm_smd.training.train_moments import PredictionErrors, calibration, train_moments
-from tests.rounding import alike
+from tests.rounding import nearly_equal
 from tests.training.results import WEIGHTS
 
 
@@ -31,7 +31,7 @@ def test_moments_end_to_end(gaussian_folder, shards, tmp_path, run):
     assert pipeline.moments.conv_out.weight.any()
     images = pipeline([0, 1], 2, 3, guidance_scale=2.0, generator=seeded_generators([0, 1]), output_type="pt").images
     alone = pipeline([1], 1, 3, guidance_scale=2.0, generator=seeded_generators([1]), output_type="pt").images
-    assert alike(images[1:], alone)
+    assert nearly_equal(images[1:], alone)
     code, _, error = run(TrainMomentsConfig, train_moments, *settings, f"output={tmp_path / 'gms'}")
     assert code == 2 and "output: expected a new or empty folder" in error
 
@@ -70,7 +70,7 @@ def test_errors_are_errors_of_v(errors, shards):
         variance, third, found = errors(heads, few, t)
         torch.manual_seed(0)
         torch.randn_like(x0), torch.rand(8)  # for the posterior, and for the labels to drop
-        assert alike(found, expected(torch.randn_like(x0)), 1e-3)
+        assert nearly_equal(found, expected(torch.randn_like(x0)), 1e-3)
         assert torch.allclose(variance, torch.ones_like(x0)) and not third.any()
     errors.pipeline.training_scheduler = FlowMatchEulerDiscreteScheduler()
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def test_errors_are_errors_of_v(errors, shards):
     torch.manual_seed(0)
     torch.randn_like(x0), torch.rand(8)
     velocity = torch.randn_like(x0) - x0  # the error of the flow prediction; times the norm of x_t, it is the error of v
-    assert alike(found, (0.6**2 + 0.4**2) ** 0.5 * velocity, 1e-3)
+    assert nearly_equal(found, (0.6**2 + 0.4**2) ** 0.5 * velocity, 1e-3)
 
 
 def test_calibration_is_the_ratio_of_predicted_variance_to_squared_error(errors, shards):
