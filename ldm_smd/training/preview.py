@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 SPREAD_IMAGES = 16
 PREVIEW_PICTURES = 40
+ALIKE = 0.5
+"""Warn below this spread of the draws at the noisiest timestep, relative to the posterior's."""
 
 
 def preview(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> None:
@@ -58,4 +60,11 @@ def log_spread(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> N
             "the mixture has collapsed: the spread of its draws is below %.0f %% of the posterior's at every timestep%s",
             100 * COLLAPSED,
             "; the mse objective causes this, use objective.name=energy" if run.config.objective.name == "mse" else "",
+        )
+    elif run.config.objective.name == "distillation" and spread[steps[-1]].ratio < ALIKE:
+        logger.warning(
+            "the draws from noise are alike: their spread at t = %d is %.0f %% of the posterior's, and samples may repeat; "
+            "train with objective.name=energy before, set objective.distillation.anchor_weight, or stop earlier",
+            steps[-1],
+            100 * spread[steps[-1]].ratio,
         )

@@ -3,10 +3,13 @@ import torch
 
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DiffusionConfig, DistillationConfig
+from ldm_smd.evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS, Spread
 from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.training import preview
+from ldm_smd.training.distillation import Distillation
 from ldm_smd.training.distillation_losses import DistillationLosses
 from ldm_smd.training.loop import train
-from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.metrics_log import MetricsLog, read_metrics
 from ldm_smd.training.watch import REPORTS, CriticWatch
 
 
@@ -20,6 +23,16 @@ def test_a_collapsed_mixture_gives_a_warning(train_config, tmp_path, caplog):
     assert last(tmp_path / "run", "nearest_neighbour_ratio") < 0.1
     train(train_config("images_total=16", f"output={tmp_path / 'fitted'}"))
     assert last(tmp_path / "fitted", "nearest_neighbour_ratio") > 0.5
+
+
+@pytest.mark.parametrize("ratio, warned", [(0.4, True), (0.6, False)])
+def test_draws_that_are_alike_give_a_warning(open_run, distillation, monkeypatch, caplog, tmp_path, ratio, warned):
+    run = open_run(*distillation)
+    found = {t: Spread(1.0, ratio if t == 999 else 0.9) for t in DIAGNOSTIC_TIMESTEPS}
+    monkeypatch.setattr(preview, "spread_over_eta", lambda *_: found)
+    preview.log_spread(run, Distillation(run).model.network, 0, MetricsLog(tmp_path))
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("spread at t = 999 is 40 % of the posterior's" in message for message in messages) == warned
 
 
 def test_a_collapsed_distillation_gives_a_warning(caplog):
