@@ -42,9 +42,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
+def image_folder(tmp_path_factory):
     """A folder with 22 images in two classes: discs and squares of different colours and sizes."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for index in range(22):
         name = "disc" if index % 2 else "square"
         image = Image.new("RGB", (40 + index, 48), "white")
@@ -76,7 +76,7 @@ def vae_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory, pictures, vae_folder):
+def shards(tmp_path_factory, image_folder, vae_folder):
     """Latent shards of the images, with mirrored encodings. The last of the three shards is smaller."""
     output = tmp_path_factory.mktemp("latents") / "shards"
     encode(
@@ -84,7 +84,7 @@ def shards(tmp_path_factory, pictures, vae_folder):
             EncodeConfig,
             None,
             [
-                f"images.source={pictures}",
+                f"images.source={image_folder}",
                 "images.resolution=16",
                 f"autoencoder={vae_folder}",
                 f"output={output}",
@@ -126,10 +126,10 @@ def clip(make_clip):
 
 
 @pytest.fixture(scope="session")
-def embedded(tmp_path_factory, pictures, vae_folder, clip):
+def embedded(tmp_path_factory, image_folder, vae_folder, clip):
     """The same shards as ``shards``, with embeddings."""
     output = tmp_path_factory.mktemp("embedded") / "shards"
-    settings = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={output}"]
+    settings = [f"images.source={image_folder}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={output}"]
     encode(load_config(EncodeConfig, None, [*settings, "shard_size=8", "batch_size=4", "num_workers=0", f"embedding={clip}"]))
     return output
 

@@ -28,9 +28,9 @@ def check_batches(url, shards, cache):
         assert equal(a.moments, b.moments) and equal(a.labels, b.labels)
 
 
-def write_image_tars(pictures, folder):
+def write_image_tars(image_folder, folder):
     """Write the images to two webdataset tars in ``folder``."""
-    for number, files in enumerate((sorted(pictures.rglob("*.png"))[:11], sorted(pictures.rglob("*.png"))[11:])):
+    for number, files in enumerate((sorted(image_folder.rglob("*.png"))[:11], sorted(image_folder.rglob("*.png"))[11:])):
         with wds.TarWriter(str(folder / f"train-{number}.tar")) as writer:
             for path in files:
                 writer.write({"__key__": path.stem, "png": path.read_bytes(), "cls": str(int(path.parent.name == "square"))})
@@ -45,14 +45,14 @@ def check_images(url, folder, cache):
         assert equal(pixels, expected) and labels == expected_labels and len(pixels) == 22
 
 
-def check_encoding_and_resuming(url, pictures, autoencoder, shards, contents, remove, monkeypatch):
+def check_encoding_and_resuming(url, image_folder, autoencoder, shards, contents, remove, monkeypatch):
     """Assert that encoding to ``url`` writes the files of the local folder ``shards``, and missing files on a restart.
 
     Args:
         contents: a function that returns the bytes of all files at ``url``, by name.
         remove: a function that removes a file there.
     """
-    given = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={autoencoder}", f"output={url}"]
+    given = [f"images.source={image_folder}", "images.resolution=16", f"autoencoder={autoencoder}", f"output={url}"]
     config = load_config(EncodeConfig, None, [*given, "shard_size=8", "batch_size=4", "num_workers=0"])
     written, real = [], encode_module.write_shard
     monkeypatch.setattr(encode_module, "write_shard", lambda *given: written.append(given[2]) or real(*given))

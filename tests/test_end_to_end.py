@@ -31,14 +31,14 @@ from tests.tiny import TINY_AUTOENCODER, TINY_MODEL
 
 
 @pytest.mark.slow
-def test_from_images_to_samples(run, pictures, tmp_path):
+def test_from_images_to_samples(run, image_folder, tmp_path):
     vae, latents, training, samples = (tmp_path / name for name in ("vae", "latents", "training", "samples"))
-    images = [f"images.source={pictures}", "images.resolution=16"]
+    images = [f"images.source={image_folder}", "images.resolution=16"]
     code, out, _ = run(
         TrainAutoencoderConfig,
         train_autoencoder,
         *images,
-        f"held_out.source={pictures}",
+        f"held_out.source={image_folder}",
         "held_out.resolution=16",
         f"output={vae}",
         f"work={tmp_path / 'work'}",
@@ -66,11 +66,11 @@ def test_from_images_to_samples(run, pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_autoencoder_training_resumes(pictures, tmp_path, monkeypatch):
+def test_autoencoder_training_resumes(image_folder, tmp_path, monkeypatch):
     """Interrupted between two checkpoints, it resumes from the first, with the weights of an uninterrupted run."""
 
     def train_in(name):
-        images = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={pictures}", "resolution=16")]
+        images = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={image_folder}", "resolution=16")]
         counts = ["images_total=64", "batch_size=8", "checkpoint_every_images=32", "warmup_images=16"]
         folders = [f"output={tmp_path / name}", f"work={tmp_path / f'work-{name}'}"]
         return train_autoencoder(load_config(TrainAutoencoderConfig, None, [*images, *counts, *TINY_AUTOENCODER, *folders]))
@@ -106,7 +106,7 @@ def test_missing_inputs_give_exit_code_2(run, train_config, tmp_path, missing):
 
 
 @pytest.mark.slow
-def test_demo(pictures, vae_folder, train_config, tmp_path):
+def test_demo(image_folder, vae_folder, train_config, tmp_path):
     """With tiny models: one as shipped, one that continues its training, and one that is distilled. The report is complete."""
     runs = []
     for name, changes in (("smd", []), ("vanilla", ["model.z_channels=0", "objective.name=mse"])):
@@ -129,7 +129,7 @@ def test_demo(pictures, vae_folder, train_config, tmp_path):
     (tmp_path / "showcase.yaml").write_text(yaml.safe_dump(showing))
     distilled = vanilla | {"name": "distilled", "config": str(tmp_path / "distilled.yaml"), "learning_rate_factor": 1}
     runs = [vanilla | {"learning_rate_factor": 0}, distilled, smd]
-    encoding = {"images": {"source": str(pictures), "resolution": 16}, "autoencoder": str(vae_folder), "num_workers": 0}
+    encoding = {"images": {"source": str(image_folder), "resolution": 16}, "autoencoder": str(vae_folder), "num_workers": 0}
     (tmp_path / "encode.yaml").write_text(yaml.safe_dump({**encoding, "output": "unused"}))
     FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")
     content = {

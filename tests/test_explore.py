@@ -51,7 +51,7 @@ def test_images_equal_those_of_the_pipeline(explorer, model_folder, gaussian_fol
         pipeline = load_pipeline(folder)
         pipeline.scheduler = explorer.pipelines[name].scheduler
         images = pipeline([1, 1], generator=seeded_generators([5, 6]), **options).images
-        assert all(nearly_equal(a, b) for a, b in zip(by_model[name].pictures, images))
+        assert all(nearly_equal(a, b) for a, b in zip(by_model[name].images, images))
     # Without a scheduler in the request, the model's own is used again.
     explorer.sample(Request(label=None, count=1, steps=1), check_progress)
     assert type(explorer.first.scheduler).__name__ == "DDPMScheduler"

@@ -47,7 +47,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(model_folder, embedded, clip, shards, vae_folder, pictures, tmp_path_factory):
+def outcomes(model_folder, embedded, clip, shards, vae_folder, image_folder, tmp_path_factory):
     """The result of each check: None, or a traceback. All checks run in one process."""
     output = tmp_path_factory.mktemp("gpu")
 
@@ -57,7 +57,7 @@ def outcomes(model_folder, embedded, clip, shards, vae_folder, pictures, tmp_pat
 
     gaussian = trained("gaussian", shards, "model.z_channels=0", "objective.name=mse", "seed=1")
     conditional = trained("conditional", embedded, "image_conditional=true")
-    folders = [model_folder, gaussian, conditional, clip, shards, vae_folder, pictures, output]
+    folders = [model_folder, gaussian, conditional, clip, shards, vae_folder, image_folder, output]
     subprocess.run([sys.executable, SCRIPT, *folders], check=True, timeout=1800)
     return json.loads((output / "outcomes.json").read_text())
 

@@ -27,7 +27,7 @@ def nested(overrides):
 
 
 @pytest.fixture
-def bases(pictures, vae_folder, shards, train_config, gaussian_folder, tmp_path):
+def bases(image_folder, vae_folder, shards, train_config, gaussian_folder, tmp_path):
     """Working settings of every tool."""
     folder = tmp_path / "hostile"
     (folder / "empty").mkdir(parents=True)
@@ -35,7 +35,7 @@ def bases(pictures, vae_folder, shards, train_config, gaussian_folder, tmp_path)
     out = folder / "out"
     model = train(train_config(f"output={tmp_path / 'averaged'}", "images_total=16", "ema_widths=[0.05,0.1]"))
     FeatureNetwork((8, 16), {"shapes": 2}).save_pretrained(tmp_path / "features")
-    images = {"source": str(pictures), "resolution": 16}
+    images = {"source": str(image_folder), "resolution": 16}
     encoding = {"images": images, "autoencoder": str(vae_folder), "batch_size": 8, "num_workers": 0}
     training = nested([*TINY_MODEL, "objective.draws=2", "images_total=8", "batch_size=8", "sample_steps=1"])
     (tmp_path / "encode.yaml").write_text(yaml.safe_dump(encoding | {"output": "unused"}))

@@ -24,7 +24,7 @@ from tests.rounding import nearly_equal
 from tests.tiny import diffusers_unet
 
 
-def test_shards_contain_embeddings_and_are_otherwise_the_same(embedded, shards, pictures, clip):
+def test_shards_contain_embeddings_and_are_otherwise_the_same(embedded, shards, image_folder, clip):
     manifest, plain = Manifest.load(embedded), Manifest.load(shards)
     encoder = ClipEncoder.of(clip, torch.device("cpu"), "clip")
     assert manifest.embedding == {**encoder.identity(), "dimensions": 16} and plain.embedding is None
@@ -33,7 +33,7 @@ def test_shards_contain_embeddings_and_are_otherwise_the_same(embedded, shards, 
     assert torch.equal(batch.moments, without.batch_at(0).moments) and without.batch_at(0).embeddings is None
     assert batch.embeddings.shape == (22, 16) and batch.embeddings.dtype == torch.float16
     assert torch.allclose(batch.embeddings.float().norm(dim=1), torch.ones(22), atol=1e-3)
-    pixels, _, _ = load_pixels(ImagesConfig(source=str(pictures), resolution=16))
+    pixels, _, _ = load_pixels(ImagesConfig(source=str(image_folder), resolution=16))
     by_key = dict(zip(sorted(stream.keys_at(0)), encoder.images(pixels)))
     expected = torch.stack([by_key[key] for key in stream.keys_at(0)])
     assert torch.allclose(batch.embeddings.float(), expected, atol=2e-3)
@@ -121,9 +121,9 @@ def test_bf16_samples_of_one_prompt_are_finite(conditional_folder):
 
 
 @pytest.mark.slow
-def test_sample_accepts_image_and_text_prompts(run, conditional_folder, model_folder, pictures, clip, make_clip, tmp_path):
+def test_sample_accepts_image_and_text_prompts(run, conditional_folder, model_folder, image_folder, clip, make_clip, tmp_path):
     options = [f"model={conditional_folder}", "per_class=2", "steps=2", "classes=[]"]
-    image = next((pictures / "disc").iterdir())
+    image = next((image_folder / "disc").iterdir())
     for name, prompt in (("image", f"image_prompt={image}"), ("text", "prompt=a red disc")):
         code, _, err = run(SampleConfig, sample, *options, f"clip={clip}", prompt, f"output={tmp_path / name}")
         assert code == 0 and len(list((tmp_path / name).glob("picture-*.png"))) == 2, err

@@ -78,9 +78,9 @@ def test_the_wheel_contains_version_type_marker_and_template(outside):
     assert outside("ldm-smd", "--version") == f"ldm-smd {version}\n"
 
 
-def test_encode_train_and_sample_with_the_console_command(outside, pictures, vae_folder, tmp_path):
+def test_encode_train_and_sample_with_the_console_command(outside, image_folder, vae_folder, tmp_path):
     encoding = ["images.resolution=16", "shard_size=8", "batch_size=4", "num_workers=0", "output=latents"]
-    outside("ldm-smd", "encode", f"images.source={pictures}", f"autoencoder={vae_folder}", *encoding)
+    outside("ldm-smd", "encode", f"images.source={image_folder}", f"autoencoder={vae_folder}", *encoding)
     training = ["images_total=16", "batch_size=8", "objective.draws=2", "sample_steps=2", "output=run", *TINY_MODEL]
     outside("ldm-smd", "train", "shards=latents", f"autoencoder={vae_folder}", *training)
     outside("ldm-smd", "sample", "model=run/model", "per_class=2", "steps=2", "output=samples")

@@ -45,7 +45,7 @@ from .showcase import Showcase, load_unet, write_shipped
 GRID_COLUMNS, GRID_ROWS = 6, 6
 FEW_STEPS = 4
 """The report compares the models side by side at the number in ``steps`` closest to this."""
-SPREAD_PICTURES = 64
+SPREAD_IMAGES = 64
 LATENTS = "latents"
 LONGEST_NAME = 100
 
@@ -259,7 +259,7 @@ def sample_title(run: DemoRunConfig, scheduler: str) -> str:
 
 def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest) -> dict[int, float]:
     """Measure spread_over_eta on training latents."""
-    batch = LatentStream(manifest, SPREAD_PICTURES, SPREAD_PICTURES, seed=config.seed).batch_at(0)
+    batch = LatentStream(manifest, SPREAD_IMAGES, SPREAD_IMAGES, seed=config.seed).batch_at(0)
     generator = torch.Generator().manual_seed(config.seed)
     latents = FrozenAutoencoder(pipeline.vae).normalise(sample_latents(batch.moments, generator))
     process = process_of(pipeline.training_scheduler)

@@ -28,7 +28,7 @@ from .settings import ExploreConfig
 if TYPE_CHECKING:
     import gradio
 
-MOST_PICTURES, MOST_STEPS = 16, 100
+MOST_IMAGES, MOST_STEPS = 16, 100
 MOST_SIGMA = 1000.0
 """Above the largest sigma of any schedule."""
 FILMSTRIP_FRAMES = 10
@@ -105,7 +105,7 @@ class Frame:
 class ModelSamples:
     """Samples of one model: images, up to FILMSTRIP_FRAMES frames of the first one, and the time taken."""
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     frames: list[Frame]
     seconds: float
 
@@ -160,14 +160,14 @@ class Explorer:
             pipe._interrupt = self.stopping
             return {}
 
-        pictures = pipeline(
+        images = pipeline(
             num_inference_steps=request.steps,
             batch_size=request.count,
             callback_on_step_end=keep,
             callback_on_step_end_tensor_inputs=("sample", "pred_original_sample"),
             **request.options(request.count),
         ).images
-        return ModelSamples(pictures, spaced(frames, FILMSTRIP_FRAMES), time.perf_counter() - started)
+        return ModelSamples(images, spaced(frames, FILMSTRIP_FRAMES), time.perf_counter() - started)
 
     def stop(self) -> None:
         """Stop sampling after the current step. Models that have not started take one step."""
@@ -195,10 +195,10 @@ def thumbnails(pipeline: SMDPipeline, latents: torch.Tensor) -> list[Image.Image
     scale = DECODED / (spatial_factor(pipeline.vae) * max(latents.shape[2:]))
     if scale < 1:
         latents = F.interpolate(latents, scale_factor=scale, mode="nearest-exact")
-    pictures = VaeImageProcessor().postprocess(pipeline.decode_latents(latents), output_type="pil")
-    for picture in pictures:
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return pictures
+    images = VaeImageProcessor().postprocess(pipeline.decode_latents(latents), output_type="pil")
+    for image in images:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return images
 
 
 def class_names(pipeline: SMDPipeline) -> list[str]:
@@ -217,7 +217,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
     """Build the page."""
     gr = import_gradio()
     names, classes = list(explorer.pipelines), class_names(explorer.first)
-    picture = {"format": "png", "type": "pil", "show_label": False, "buttons": ["download", "fullscreen"]}
+    image_options = {"format": "png", "type": "pil", "show_label": False, "buttons": ["download", "fullscreen"]}
 
     with gr.Blocks(title="ldm_smd", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(ABOUT)
@@ -229,7 +229,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
                 prompted = explorer.clip is not None
                 image_prompt = gr.Image(type="filepath", label="Image prompt", sources=["upload"], visible=prompted)
                 prompt = gr.Textbox(label="Prompt (overrides the image prompt)", visible=prompted)
-                count = gr.Slider(1, MOST_PICTURES, value=8, step=1, label="Images")
+                count = gr.Slider(1, MOST_IMAGES, value=8, step=1, label="Images")
                 steps = gr.Slider(1, MOST_STEPS, value=4, step=1, label="Steps")
                 scheduler = gr.Dropdown(SCHEDULERS, value=OWN, label="Scheduler", allow_custom_value=True)
                 seed = gr.Number(0, label="Seed of the first image", precision=0, minimum=0)
@@ -249,9 +249,9 @@ def page(explorer: Explorer) -> gradio.Blocks:
                             gr.Markdown(f"### {name}\n{pipeline.unet.num_parameters() / 1e6:.1f} M parameters")
                             galleries.append(gr.Gallery(show_label=False, columns=4, height="auto", format="png"))
                             gr.Markdown("First image, step by step")
-                            filmstrips.append(gr.Image(**picture))
+                            filmstrips.append(gr.Image(**image_options))
                 step = gr.Radio([], label="Predictions for x_t of the first model at step")
-                draws = gr.Image(**picture)
+                draws = gr.Image(**image_options)
 
         def sample(
             label,
@@ -278,7 +278,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
             frames = by_model[names[0]].frames
             steps_shown = [(f"{frame.number} (t = {float(frame.timestep):.0f})", index) for index, frame in enumerate(frames)]
             return [
-                *(samples.pictures for samples in by_model.values()),
+                *(samples.images for samples in by_model.values()),
                 *(explorer.filmstrip(name, samples.frames) for name, samples in by_model.items()),
                 gr.Radio(steps_shown, value=0),
                 explorer.draws(frames[0], request),

@@ -43,7 +43,7 @@ def write_report(
         report=report,
         steps=sorted({n for by_steps in grids.values() for n in by_steps}),
         grids={name: {n: grid_uri(grid) for n, grid in by_steps.items()} for name, by_steps in grids.items()},
-        rows=[(row.caption, grid_uri(row.pictures, "jpeg")) for row in rows],
+        rows=[(row.caption, grid_uri(row.images, "jpeg")) for row in rows],
         curve=data_uri(figure_png(curve_figure(curves))),
         spread=data_uri(figure_png(spread_figure(report["spread"]))),
     )
@@ -51,7 +51,7 @@ def write_report(
         path.write_bytes(figure_png(comparison_figure(grids)))
     if rows:
         with atomic_file(folder / "large.jpg") as path:
-            to_pil_image(torch.cat([row.pictures for row in rows], dim=1).clamp(0, 1)).save(path, format="jpeg", quality=90)
+            to_pil_image(torch.cat([row.images for row in rows], dim=1).clamp(0, 1)).save(path, format="jpeg", quality=90)
     with atomic_file(folder / "report.html") as path:
         path.write_text(page, encoding="utf-8")
     return folder / "report.html"

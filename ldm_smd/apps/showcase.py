@@ -27,7 +27,7 @@ class Row:
     """A row of images, (3, H, W) in [0, 1], and its caption in the report."""
 
     caption: str
-    pictures: torch.Tensor
+    images: torch.Tensor
 
 
 class Showcase:

@@ -33,18 +33,10 @@ NOT_STORES = {"file", "local", "pipe", "datasets"}
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 """Extra of ldm_smd that installs the package for each scheme."""
 STAMPS = (
-    "ETag",
-    "etag",
-    "md5Hash",
-    "blob_id",
-    "Content-MD5",
-    "Digest",
-    "Last-Modified",
-    "LastModified",
-    "updated",
-    "mtime",
-    "created",
-)
+    "ETag", "etag", "md5Hash", "blob_id", "Content-MD5", "Digest", "Last-Modified",
+    "LastModified", "updated", "mtime", "created",
+)  # fmt: skip
+"""Fields of a file's information that change with its contents, in order of preference."""
 TRANSIENT_STATUS = {408, 425, 429}
 TRANSIENT_ERRNOS = {
     errno.EIO, errno.EBUSY, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED,

@@ -56,7 +56,7 @@ def sample_batches(
             if embeds is not None:
                 embeds = embeds.expand(stop - start, -1) if len(embeds) == 1 else embeds[start:stop]
             try:
-                pictures = pipeline(
+                images = pipeline(
                     None if labels is None else labels[start:stop],
                     batch_size=stop - start,
                     num_inference_steps=options.steps,
@@ -72,5 +72,5 @@ def sample_batches(
                 )[0]
             except ValueError as error:  # an argument that this model or scheduler does not support
                 raise UserError(str(error)) from error
-            yield pictures.cpu()
+            yield images.cpu()
             bar.update(stop - start)

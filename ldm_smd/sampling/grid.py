@@ -18,9 +18,9 @@ def labelled_grid(rows: list[list[Image.Image]], names: list[str]) -> Image.Imag
     margin, gap = max((int(font.getlength(name)) + 12 for name in names if name), default=0), 2
     grid = Image.new("RGB", (margin + max(map(len, rows)) * (width + gap), len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(grid)
-    for row, (pictures, name) in enumerate(zip(rows, names)):
+    for row, (images, name) in enumerate(zip(rows, names)):
         top = row * (height + gap)
         draw.text((6, top + height // 2), name, fill="black", font=font, anchor="lm")
-        for column, picture in enumerate(pictures):
-            grid.paste(picture, (margin + column * (width + gap), top))
+        for column, image in enumerate(images):
+            grid.paste(image, (margin + column * (width + gap), top))
     return grid

@@ -39,10 +39,10 @@ def prompt_embedding(clip: ClipEncoder, pipeline: SMDPipeline, image_prompt: str
     if image_prompt is None:
         raise ValueError("image_prompt: expected an image file where there is no prompt, found none")
     # Resized to the training resolution first, like the training images.
-    return clip.images(read_picture("image_prompt", image_prompt, training_side(pipeline))[None])
+    return clip.images(read_image("image_prompt", image_prompt, training_side(pipeline))[None])
 
 
-def read_picture(key: str, path: str, side: int) -> torch.Tensor:
+def read_image(key: str, path: str, side: int) -> torch.Tensor:
     """Read an image as uint8 (3, side, side)."""
     try:
         return decode(Path(path).read_bytes(), side)

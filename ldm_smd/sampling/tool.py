@@ -19,7 +19,7 @@ from ..pipelines import SMDPipeline, load_pipeline
 from ..schedulers import make_scheduler
 from .batches import SamplingOptions, sample_pixels
 from .grid import class_name, labelled_grid
-from .inputs import load_clip, prompt_embedding, read_picture, training_side
+from .inputs import load_clip, prompt_embedding, read_image, training_side
 from .settings import SampleConfig
 
 
@@ -34,7 +34,7 @@ def sample(config: SampleConfig) -> Path:
     count = config.per_class if labels is None else len(labels)
     image = None
     if config.image is not None:
-        image = to_pil_image(read_picture("image", config.image, training_side(pipeline)))
+        image = to_pil_image(read_image("image", config.image, training_side(pipeline)))
     if config.guide is not None:
         pipeline.register_modules(guide=load_guide(config.guide, pipeline).to(pipeline.device))
     embedding = None
@@ -55,12 +55,12 @@ def sample(config: SampleConfig) -> Path:
         image_embeds=embedding,
     )
     pixels = sample_pixels(pipeline, labels, count, options, "sample")
-    pictures = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
+    images = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
     with atomic_folder(output) as folder:
-        for index, picture in enumerate(pictures):
+        for index, sampled in enumerate(images):
             name = "picture" if labels is None else f"class{labels[index]:04d}"
-            picture.save(folder / f"{name}-seed{config.seed + index:08d}.png")
-        rows = [pictures[start : start + config.per_class] for start in range(0, count, config.per_class)]
+            sampled.save(folder / f"{name}-seed{config.seed + index:08d}.png")
+        rows = [images[start : start + config.per_class] for start in range(0, count, config.per_class)]
         names = [""] if labels is None else [class_name(pipeline, number) for number in labels[:: config.per_class]]
         labelled_grid(rows, names).save(folder / "grid.png")
     print(f"wrote {count} images to {output}")

@@ -16,7 +16,7 @@ from .run import Run
 
 logger = logging.getLogger(__name__)
 
-SPREAD_PICTURES = 16
+SPREAD_IMAGES = 16
 PREVIEW_PICTURES = 40
 ALIKE = 0.5
 """Warn below this spread of the draws at the noisiest timestep, relative to the posterior's."""
@@ -43,7 +43,7 @@ def preview(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> None
 
 def log_spread(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> None:
     """Log the spread of the draws of the mixture, for one x_t and from pure noise; warn if it has collapsed."""
-    batch, process = run.batches().batch_at(0).rows(0, SPREAD_PICTURES).to(run.accelerator.device), run.process()
+    batch, process = run.batches().batch_at(0).rows(0, SPREAD_IMAGES).to(run.accelerator.device), run.process()
     latents = run.autoencoder.normalise(batch.moments[:, 0].float())
     known = model_labels(batch.labels, unet.config.num_classes)
     steps = [t for t in DIAGNOSTIC_TIMESTEPS if t <= process.last]

@@ -220,14 +220,14 @@ def save_comparison(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, path: 
 
 
 def autoencoder_card(
-    config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, pictures: int, record: RunRecord
+    config: TrainAutoencoderConfig, autoencoder: FrozenAutoencoder, measured: dict, count: int, record: RunRecord
 ) -> str:
     """Return the README.md of the model folder."""
     how = "by `latents_mean` and `latents_std` in `config.json`" if config.model.kind == "AutoencoderKL" else "by the weights"
     part = "" if config.train_encoder else " (decoder only)"
     start = f"{part}, starting from `{config.init_from}`" if config.init_from else ""
     text = f"""\
-Trained by `tools/train_autoencoder.py` on {pictures:,} images of `{config.images.source}` at \
+Trained by `tools/train_autoencoder.py` on {count:,} images of `{config.images.source}` at \
 {config.images.resolution}x{config.images.resolution}, for {config.images_total:,} images{start}; \
 {autoencoder.model.num_parameters() / 1e6:.2f} million parameters. {record.history()}
 

@@ -23,14 +23,14 @@ WARMUP = 0.15
 
 
 @dataclass
-class LabelledPictures:
+class LabelledImages:
     """Images, uint8 (N, 3, R, R), and class numbers (N,), in memory."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
 
     @classmethod
-    def load(cls, config: ClassifierSetConfig, part: str) -> tuple[LabelledPictures, list[str]]:
+    def load(cls, config: ClassifierSetConfig, part: str) -> tuple[LabelledImages, list[str]]:
         """Load the "images" or "held_out" part, and the class names."""
         pixels, labels, classes = load_pixels(getattr(config, part))
         if any(label is None for label in labels):
@@ -38,7 +38,7 @@ class LabelledPictures:
         return cls(pixels, torch.tensor(labels)), classes
 
 
-Sets = dict[str, LabelledPictures]
+Sets = dict[str, LabelledImages]
 
 
 @makes_folder
@@ -49,8 +49,8 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
     torch.manual_seed(config.seed)
     training, held_out, classes = {}, {}, {}
     for entry in config.sets:
-        training[entry.name], classes[entry.name] = LabelledPictures.load(entry, "images")
-        held_out[entry.name], _ = LabelledPictures.load(entry, "held_out")
+        training[entry.name], classes[entry.name] = LabelledImages.load(entry, "images")
+        held_out[entry.name], _ = LabelledImages.load(entry, "held_out")
     counts = {name: len(names) for name, names in classes.items()}
     model = FeatureNetwork(tuple(config.block_out_channels), counts).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)
@@ -75,16 +75,16 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
     bar.close()
 
     model.eval()
-    measured = {name: accuracy(model, name, pictures, device) for name, pictures in held_out.items()}
+    measured = {name: accuracy(model, name, images, device) for name, images in held_out.items()}
     write_model_folder(output, model, classifier_card(config, model, training, held_out, measured))
     print("held-out accuracy: " + ", ".join(f"{name} {right:.1%}" for name, right in measured.items()))
     return output
 
 
-def augmented_batch(pictures: LabelledPictures, config: ClassifierSetConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def augmented_batch(images: LabelledImages, config: ClassifierSetConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw a random batch in [-1, 1], shifted by up to an eighth of the side, half of it mirrored if ``mirror`` is set."""
-    index = torch.randint(len(pictures.labels), (config.batch_size,))
-    x = pictures.pixels[index].float() / 127.5 - 1.0
+    index = torch.randint(len(images.labels), (config.batch_size,))
+    x = images.pixels[index].float() / 127.5 - 1.0
     if config.mirror:
         x = torch.where((torch.rand(len(x)) < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
     side = x.shape[-1]
@@ -94,17 +94,17 @@ def augmented_batch(pictures: LabelledPictures, config: ClassifierSetConfig) -> 
     rows, columns = top + torch.arange(side), left + torch.arange(side)
     # One gather for the whole batch, with a shift for every image.
     shifted = padded[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return shifted.permute(0, 3, 1, 2), pictures.labels[index]
+    return shifted.permute(0, 3, 1, 2), images.labels[index]
 
 
 @torch.no_grad()
-def accuracy(model: FeatureNetwork, name: str, pictures: LabelledPictures, device: torch.device) -> float:
+def accuracy(model: FeatureNetwork, name: str, images: LabelledImages, device: torch.device) -> float:
     """Return the top-1 accuracy."""
     right = 0
-    for pixels, labels in zip(pictures.pixels.split(256), pictures.labels.split(256)):
+    for pixels, labels in zip(images.pixels.split(256), images.labels.split(256)):
         logits = model.heads[name](model(pixels.to(device).float() / 127.5 - 1.0))
         right += int((logits.argmax(dim=1).cpu() == labels).sum())
-    return right / len(pictures.labels)
+    return right / len(images.labels)
 
 
 def classifier_card(

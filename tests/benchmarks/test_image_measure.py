@@ -26,17 +26,17 @@ def networks(tmp_path):
 
 
 @pytest.fixture
-def measure(pictures, networks, tmp_path):
+def measure(image_folder, networks, tmp_path):
     """An ImageMeasure whose held-out images are the training images upside down."""
-    images, held_out = (ImagesConfig(source=str(folder), resolution=16) for folder in (pictures, tmp_path / "held_out"))
-    for path in pictures.rglob("*.png"):
+    images, held_out = (ImagesConfig(source=str(folder), resolution=16) for folder in (image_folder, tmp_path / "held_out"))
+    for path in image_folder.rglob("*.png"):
         (tmp_path / "held_out" / path.parent.name).mkdir(parents=True, exist_ok=True)
         Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "held_out" / path.parent.name / path.name)
     return ImageMeasure(MeasureConfig(images, held_out, networks, resampled=40, bootstrap=3), "cpu")
 
 
-def test_both_networks_distinguish_noise_from_copies(measure, pictures):
-    training, labels, _ = load_pixels(ImagesConfig(source=str(pictures), resolution=16))
+def test_both_networks_distinguish_noise_from_copies(measure, image_folder):
+    training, labels, _ = load_pixels(ImagesConfig(source=str(image_folder), resolution=16))
     noise = torch.randint(256, training.shape, dtype=torch.uint8)
     copies, noisy = measure.measure(training), measure.measure(noise)
     assert copies["pictures"] == 22 and copies["copies"] == 1 and copies["nearest_pixels"] == 0 and noisy["copies"] == 0
@@ -51,8 +51,8 @@ def test_both_networks_distinguish_noise_from_copies(measure, pictures):
     assert sorted(measure.labels(44)) == sorted(labels * 2)
 
 
-def test_copies_are_not_chosen(measure, pictures):
-    training, _, _ = load_pixels(ImagesConfig(source=str(pictures), resolution=16))
+def test_copies_are_not_chosen(measure, image_folder):
+    training, _, _ = load_pixels(ImagesConfig(source=str(image_folder), resolution=16))
     measure._copies_among_training = 0.1
     assert measure.choice(training) == math.inf
     noise = torch.randint(256, training.shape, dtype=torch.uint8)
@@ -118,8 +118,8 @@ def test_contrastive_loss_effective_rank_and_nearest_neighbours():
 
 
 @pytest.mark.slow
-def test_training_writes_a_network_for_evaluation(pictures, networks, tmp_path):
-    given = [f"{part}={{source: '{pictures}', resolution: 16}}" for part in ("images", "held_out")]
+def test_training_writes_a_network_for_evaluation(image_folder, networks, tmp_path):
+    given = [f"{part}={{source: '{image_folder}', resolution: 16}}" for part in ("images", "held_out")]
     entry = f"{{name: shapes, {', '.join(each.replace('=', ': ', 1) for each in given)}, batch_size: 8, views: {{side: 16}}}}"
     settings = [f"output={tmp_path / 'f'}", f"sets=[{entry}]", f"compared={networks[0]}", "images_total=40"]
     sizes = ["block_out_channels=[8,16]", "head_channels=8"]

@@ -32,9 +32,9 @@ def test_the_benchmark_and_train_clip_end_to_end(train_config, embedded, clip, t
     monkeypatch.setattr("image_prompts.RESULTS", tmp_path)
     model = train(train_config(f"shards={embedded}", "image_conditional=true", "class_conditional=false", "images_total=8"))
     held_out = ["held_out.source=data/emoji/heldout-*.tar", "held_out.resolution=16"]
-    pictures = ["images.source=data/emoji/heldout-*.tar", "images.resolution=16"]
+    images = ["images.source=data/emoji/heldout-*.tar", "images.resolution=16"]
     options = ["name=tiny", f"model={model}", f"clip={clip}", "per_picture=1", "steps=1", "guidance_scales=[2]"]
-    path = image_prompts(load_config(ImagePromptsConfig, None, [*options, *held_out, *pictures]))
+    path = image_prompts(load_config(ImagePromptsConfig, None, [*options, *held_out, *images]))
     result = json.loads(path.read_text())
     assert [row["by"] for row in result["rows"]] == ["a picture", "words"]
     assert result["held_out_pictures"] == result["samples"] > 300 and abs(result["floor_frechet"]) < 1

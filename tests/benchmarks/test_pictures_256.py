@@ -38,7 +38,7 @@ def test_samples_are_resized_like_real_images(tmp_path):
 
 
 @pytest.mark.slow
-def test_only_missing_cells_are_measured(pictures, train_config, tmp_path, monkeypatch):
+def test_only_missing_cells_are_measured(image_folder, train_config, tmp_path, monkeypatch):
     monkeypatch.setattr("pictures_256.RESULTS", tmp_path)
     for index in range(2):
         torch.manual_seed(index)
@@ -47,7 +47,7 @@ def test_only_missing_cells_are_measured(pictures, train_config, tmp_path, monke
     gaussian = train(
         train_config("images_total=8", "model.z_channels=0", "objective.name=mse", f"output={tmp_path / 'gaussian'}")
     )
-    images = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={pictures}", "resolution=8")]
+    images = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={image_folder}", "resolution=8")]
     models = [
         f"models.mixture={{model: {smd}, steps: [4]}}",
         f"models.gaussian={{model: {gaussian}, steps: [2], guidance: [1.0, 2.0]}}",

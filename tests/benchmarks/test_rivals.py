@@ -257,7 +257,7 @@ def test_known_answers_end_to_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_rivals_end_to_end(shards, vae_folder, pictures, yardstick_settings, tmp_path, monkeypatch, run):
+def test_rivals_end_to_end(shards, vae_folder, image_folder, yardstick_settings, tmp_path, monkeypatch, run):
     monkeypatch.setattr(rivals, "RESULTS", tmp_path)
     monkeypatch.setattr(few_step.contest, "SHEET_STEPS", (1, 2))
     (features,) = (setting.partition("=")[2] for setting in yardstick_settings if setting.startswith("features"))

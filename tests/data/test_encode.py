@@ -26,9 +26,9 @@ from tests.forked import ROOT, script
 
 
 @pytest.fixture
-def settings(pictures, vae_folder, tmp_path):
+def settings(image_folder, vae_folder, tmp_path):
     """A function that returns the settings of the ``shards`` fixture, with output tmp_path/NAME."""
-    common = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}"]
+    common = [f"images.source={image_folder}", "images.resolution=16", f"autoencoder={vae_folder}"]
     return lambda name: [*common, f"output={tmp_path / name}", "shard_size=8", "batch_size=4", "num_workers=0"]
 
 
@@ -107,9 +107,9 @@ def test_a_resolution_that_the_autoencoder_would_crop_is_refused(encode_to, tmp_
 
 
 @pytest.mark.parametrize("contents", [False, True])
-def test_a_replaced_image_is_detected(pictures, encode_to, tmp_path, contents):
+def test_a_replaced_image_is_detected(image_folder, encode_to, tmp_path, contents):
     """By its modification time, or by its contents if ``compare_contents`` is set."""
-    folder = shutil.copytree(pictures, tmp_path / "copy")
+    folder = shutil.copytree(image_folder, tmp_path / "copy")
     options = (f"images.source={folder}", f"compare_contents={str(contents).lower()}")
     encode_to("out", *options)
     manifest = (tmp_path / "out/manifest.json").read_bytes()
@@ -183,9 +183,9 @@ def test_a_killed_run_is_resumed(shards, settings, encode_to, tmp_path, fork):
     assert_same(tmp_path / "out", shards)
 
 
-def test_images_in_a_store_give_the_same_shards(shards, pictures, encode_to, tmp_path):
+def test_images_in_a_store_give_the_same_shards(shards, image_folder, encode_to, tmp_path):
     """The cache must be large enough for the tars that are shuffled together, which would otherwise be fetched repeatedly."""
-    files = sorted(pictures.rglob("*.png"))
+    files = sorted(image_folder.rglob("*.png"))
     store = fsspec.filesystem("memory")
     for number in range(3):
         with wds.TarWriter(str(tmp_path / "part.tar")) as tar:

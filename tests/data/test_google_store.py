@@ -96,13 +96,13 @@ def test_batches_equal_those_from_a_folder(google, shards, tmp_path):
     assert not google.faults
 
 
-def test_images_equal_those_from_a_folder(google, pictures, tmp_path):
-    write_image_tars(pictures, tmp_path)
+def test_images_equal_those_from_a_folder(google, image_folder, tmp_path):
+    write_image_tars(image_folder, tmp_path)
     upload(tmp_path, "gs://bucket/images")
     check_images("gs://bucket/images", tmp_path, tmp_path / "cache")
 
 
-def test_encoding_is_resumed(google, pictures, vae_folder, shards, monkeypatch):
+def test_encoding_is_resumed(google, image_folder, vae_folder, shards, monkeypatch):
     def contents():
         return {each.name: store.read_bytes(each.url, "test") for each in store.list_files(URL, "test")}
 
@@ -110,5 +110,5 @@ def test_encoding_is_resumed(google, pictures, vae_folder, shards, monkeypatch):
         store.store_of(URL, "test")[0].rm_file(f"bucket/latents/{name}")
 
     google.faults.extend([Fault("503", method="POST"), Fault("refuse", method="POST")])
-    check_encoding_and_resuming(URL, pictures, vae_folder, shards, contents, remove, monkeypatch)
+    check_encoding_and_resuming(URL, image_folder, vae_folder, shards, contents, remove, monkeypatch)
     assert not google.faults

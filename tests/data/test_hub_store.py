@@ -76,13 +76,13 @@ def test_batches_equal_those_from_a_folder(hub, shards, tmp_path):
     assert not hub.proxy.faults
 
 
-def test_images_equal_those_from_a_folder(hub, pictures, tmp_path):
-    write_image_tars(pictures, tmp_path)
+def test_images_equal_those_from_a_folder(hub, image_folder, tmp_path):
+    write_image_tars(image_folder, tmp_path)
     hub.files.update({f"images/{name}": content for name, content in files_of(tmp_path).items()})
     check_images(f"hf://datasets/{REPOSITORY}/images", tmp_path, tmp_path / "cache")
 
 
-def test_encoding_is_resumed(hub, pictures, vae_folder, shards, monkeypatch):
+def test_encoding_is_resumed(hub, image_folder, vae_folder, shards, monkeypatch):
     """Every file is one commit."""
     hub.files["README.md"] = b""
 
@@ -92,5 +92,5 @@ def test_encoding_is_resumed(hub, pictures, vae_folder, shards, monkeypatch):
     def remove(name):
         del hub.files[f"latents/{name}"]
 
-    check_encoding_and_resuming(URL, pictures, vae_folder, shards, contents, remove, monkeypatch)
+    check_encoding_and_resuming(URL, image_folder, vae_folder, shards, contents, remove, monkeypatch)
     assert sum(request.startswith("POST") and "/commit/" in request for request in hub.requests) == 8 + 3 + 1

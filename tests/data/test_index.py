@@ -85,11 +85,11 @@ def test_only_changed_parts_are_listed_again(tars, tmp_path, listed):
     assert touched.files_sha256() != after.files_sha256() and touched.images_sha256 == after.images_sha256
 
 
-def test_an_image_rewritten_in_place_is_detected(pictures, tmp_path):
-    config = ImagesConfig(source=str(pictures))
+def test_an_image_rewritten_in_place_is_detected(image_folder, tmp_path):
+    config = ImagesConfig(source=str(image_folder))
     before = list_images(config, tmp_path / "index")
     assert list(before) == list(list_images(config)) == list(list_images(config, tmp_path / "index"))
-    file = next(pictures.rglob("*.png"))
+    file = next(image_folder.rglob("*.png"))
     status = file.stat()
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**6))
     after = list_images(config, tmp_path / "index")

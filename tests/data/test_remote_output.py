@@ -21,11 +21,16 @@ def expected(shards):
 
 
 @pytest.fixture
-def settings(pictures, vae_folder, bucket):
+def settings(image_folder, vae_folder, bucket):
     """A function that returns the settings of the same encoding to the bucket, with overrides."""
 
     def build(*overrides):
-        given = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={bucket}/latents"]
+        given = [
+            f"images.source={image_folder}",
+            "images.resolution=16",
+            f"autoencoder={vae_folder}",
+            f"output={bucket}/latents",
+        ]
         return load_config(EncodeConfig, None, [*given, "shard_size=8", "batch_size=4", "num_workers=0", *overrides])
 
     return build

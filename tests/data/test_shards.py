@@ -16,10 +16,10 @@ from ldm_smd.data.sources import list_images
 from ldm_smd.errors import UserError
 
 
-def test_shards_contain_the_output_of_the_encoder(shards, pictures, vae_folder):
+def test_shards_contain_the_output_of_the_encoder(shards, image_folder, vae_folder):
     """webdataset reads the moments of each image and of its mirrored version, and the labels. Images are shuffled."""
     vae = FrozenAutoencoder.from_pretrained(vae_folder)
-    config = ImagesConfig(source=str(pictures), resolution=16)
+    config = ImagesConfig(source=str(image_folder), resolution=16)
     pixels, labels, classes = load_pixels(config)
     in_order = [entry.key for entry in list_images(config)]
     paths = sorted(str(path) for path in shards.glob("*.tar"))

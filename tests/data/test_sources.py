@@ -22,11 +22,11 @@ from ldm_smd.data.sources import list_images
 from ldm_smd.errors import UserError
 
 
-def test_every_kind_of_source_gives_the_same_images(pictures, tmp_path):
-    files = sorted(pictures.rglob("*.png"))
+def test_every_kind_of_source_gives_the_same_images(image_folder, tmp_path):
+    files = sorted(image_folder.rglob("*.png"))
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         for file in files:
-            archive.write(file, file.relative_to(pictures).as_posix())
+            archive.write(file, file.relative_to(image_folder).as_posix())
     with wds.TarWriter(str(tmp_path / "part-0.tar")) as tar:
         for file in files:
             label = ("disc", "square").index(file.parent.name)
@@ -38,7 +38,7 @@ def test_every_kind_of_source_gives_the_same_images(pictures, tmp_path):
     Dataset.from_dict(columns, features=Features(features)).save_to_disk(tmp_path / "saved")
     results = [
         load_pixels(ImagesConfig(source=str(source), resolution=16))
-        for source in (pictures, tmp_path / "all.zip", tmp_path / "part-*.tar", f"datasets:{tmp_path / 'saved'}")
+        for source in (image_folder, tmp_path / "all.zip", tmp_path / "part-*.tar", f"datasets:{tmp_path / 'saved'}")
     ]
     for pixels, labels, classes in results:
         assert torch.equal(pixels, results[0][0])

@@ -147,11 +147,11 @@ def test_files_at_web_servers(web, tmp_path):
         store.read_bytes(f"{url}/y?signature=1", "shards")
 
 
-def test_shards_and_images_at_web_servers(web, shards, pictures, tmp_path):
+def test_shards_and_images_at_web_servers(web, shards, image_folder, tmp_path):
     folder, url = web
     shutil.copytree(shards, folder / "latents")
     (folder / "images").mkdir()
-    write_image_tars(pictures, folder / "images")
+    write_image_tars(image_folder, folder / "images")
     check_batches(f"{url}/latents", shards, tmp_path / "cache")
     check_images(f"{url}/images", folder / "images", tmp_path / "cache")
 

@@ -81,8 +81,8 @@ def test_mirror_uses_the_mirrored_encoding_for_half_of_the_samples(manifest):
 
 
 @pytest.mark.parametrize("with_record", [True, False])
-def test_shards_without_mirrored_encodings_contain_the_others(pictures, vae_folder, manifest, tmp_path, with_record):
-    settings = [f"images.source={pictures}", "images.resolution=16", f"autoencoder={vae_folder}", "num_workers=0"]
+def test_shards_without_mirrored_encodings_contain_the_others(image_folder, vae_folder, manifest, tmp_path, with_record):
+    settings = [f"images.source={image_folder}", "images.resolution=16", f"autoencoder={vae_folder}", "num_workers=0"]
     plain = encode(load_config(EncodeConfig, None, [*settings, f"output={tmp_path / 'plain'}", "mirror=false", "batch_size=4"]))
     if not with_record:
         (tmp_path / "plain/latents-00000.json").unlink()

@@ -25,13 +25,13 @@ def network(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(pictures, network, model_folder, tmp_path):
+def settings(image_folder, network, model_folder, tmp_path):
     """A function that returns settings to compare samples of the tiny model with the images, written to tmp_path/NAME.json."""
 
     def build(name, *overrides):
-        common = [f"reference.source={pictures}", "reference.resolution=16", f"features=[{network}]", "num_workers=0"]
+        common = [f"reference.source={image_folder}", "reference.resolution=16", f"features=[{network}]", "num_workers=0"]
         common += [f"output={tmp_path / name}.json", "num_samples=9", "steps=2", "bootstrap=3", "device=cpu"]
-        return [*common, f"model={model_folder}", f"held_out={pictures}", *overrides]
+        return [*common, f"model={model_folder}", f"held_out={image_folder}", *overrides]
 
     return build
 
@@ -41,9 +41,9 @@ def measured(settings, *arguments):
     return json.loads(path.read_text())
 
 
-def test_the_result_records_everything_it_depends_on(settings, pictures, network, tmp_path):
+def test_the_result_records_everything_it_depends_on(settings, image_folder, network, tmp_path):
     result = measured(settings, "result", "labels=balanced", "seed=5", "scheduler=DDIMScheduler")
-    assert result["reference"] == result["reference"] | {"source": str(pictures), "resolution": 16, "count": 22}
+    assert result["reference"] == result["reference"] | {"source": str(image_folder), "resolution": 16, "count": 22}
     assert result["samples"] == result["samples"] | {
         "scheduler": "DDIMScheduler",
         "steps": 2,
@@ -62,13 +62,13 @@ def test_the_result_records_everything_it_depends_on(settings, pictures, network
     assert "| small | samples |" in (tmp_path / "result.md").read_text()
 
 
-def test_images_get_the_distances_of_the_functions(settings, pictures, network):
-    result = measured(settings, "discs", "model=null", f"pictures={pictures / 'disc'}")["features"]["small"]["pictures"]
+def test_images_get_the_distances_of_the_functions(settings, image_folder, network):
+    result = measured(settings, "discs", "model=null", f"pictures={image_folder / 'disc'}")["features"]["small"]["pictures"]
     model = FeatureNetwork.from_pretrained(network).eval()
     with torch.no_grad():
         discs, everything = (
             model(2 * load_pixels(ImagesConfig(source=str(source), resolution=16))[0].float() / 255 - 1)
-            for source in (pictures / "disc", pictures)
+            for source in (image_folder / "disc", image_folder)
         )
     assert result["frechet"] == pytest.approx(frechet_distance(discs, everything), rel=1e-4)
     assert result["kid"] == pytest.approx(kernel_distance(discs, everything), rel=1e-4)
@@ -93,10 +93,10 @@ def test_neither_batches_nor_processes_change_the_result(settings, tmp_path, lau
             assert other["features"]["small"]["samples"][name] == within, name
 
 
-def test_features_of_real_images_are_cached(settings, pictures, tmp_path, monkeypatch):
+def test_features_of_real_images_are_cached(settings, image_folder, tmp_path, monkeypatch):
     """They are computed again after an image has changed."""
     copied = tmp_path / "copied"
-    shutil.copytree(pictures, copied)
+    shutil.copytree(image_folder, copied)
     options = (f"cache={tmp_path / 'cache'}", f"reference.source={copied}", "held_out=null")
     extracted = []
     real = Extractor.__call__

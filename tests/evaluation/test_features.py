@@ -11,15 +11,15 @@ from ldm_smd.training.train_classifier import train_classifier
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory, pictures):
+def classifier(tmp_path_factory, image_folder):
     """The folder of a classifier that was trained on the two shapes at 16 pixels."""
     folder = tmp_path_factory.mktemp("classifier")
     text = f"""\
 output: {folder / "model"}
 sets:
   - name: shapes
-    images: {{source: {pictures}, resolution: 16}}
-    held_out: {{source: {pictures}, resolution: 16}}
+    images: {{source: {image_folder}, resolution: 16}}
+    held_out: {{source: {image_folder}, resolution: 16}}
     batch_size: 16
 block_out_channels: [8, 16, 16]
 images_total: 800
@@ -98,11 +98,11 @@ def test_wrong_feature_networks_give_one_line(weights, message):
         load_extractor(weights)
 
 
-def test_images_without_a_class_are_refused(tmp_path, pictures):
+def test_images_without_a_class_are_refused(tmp_path, image_folder):
     (tmp_path / "c.yaml").write_text(
         f"output: {tmp_path / 'out'}\nsets:\n- name: x\n  batch_size: 4\n"
-        f"  images: {{source: {pictures / 'disc'}, resolution: 16}}\n"
-        f"  held_out: {{source: {pictures / 'disc'}, resolution: 16}}\n"
+        f"  images: {{source: {image_folder / 'disc'}, resolution: 16}}\n"
+        f"  held_out: {{source: {image_folder / 'disc'}, resolution: 16}}\n"
     )
     with pytest.raises(UserError, match=r"sets.x.images: expected a class for every image"):
         train_classifier(load_config(TrainClassifierConfig, tmp_path / "c.yaml", []))

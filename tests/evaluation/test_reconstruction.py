@@ -7,8 +7,8 @@ from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.evaluation.reconstruction import reconstruction_psnr, to_uint8
 
 
-def test_psnr_computes_its_formula(vae_folder, pictures):
-    pixels, _, _ = load_pixels(ImagesConfig(source=str(pictures), resolution=16))
+def test_psnr_computes_its_formula(vae_folder, image_folder):
+    pixels, _, _ = load_pixels(ImagesConfig(source=str(image_folder), resolution=16))
     frozen = FrozenAutoencoder.from_pretrained(vae_folder)
     decoded = frozen.decode(frozen.normalise(frozen.encode_moments(pixels)[:, 0]))
     errors = (((decoded + 1) * 127.5).round().clamp(0, 255) - pixels.float()).square().mean(dim=(1, 2, 3))

@@ -53,11 +53,11 @@ def adamw_steps(monkeypatch):
 
 
 @pytest.fixture
-def vae_config(pictures, tmp_path):
+def vae_config(image_folder, tmp_path):
     """A function that returns settings of a training of four steps, with overrides. Its output is tmp_path/vae."""
 
     def build(*overrides):
-        images = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={pictures}", "resolution=16")]
+        images = [f"{part}.{key}" for part in ("images", "held_out") for key in (f"source={image_folder}", "resolution=16")]
         counts = ["images_total=32", "batch_size=8", "warmup_images=16", "ema_halflife_images=8"]
         folders = [f"output={tmp_path / 'vae'}", f"work={tmp_path / 'work'}"]
         return load_config(TrainAutoencoderConfig, None, [*images, *counts, *TINY_AUTOENCODER, *folders, *overrides])

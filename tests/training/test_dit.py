@@ -111,10 +111,10 @@ def test_moment_heads_need_a_unet(model_folder, shards, dit, tmp_path, run):
 
 
 @pytest.mark.slow
-def test_the_recipe_for_a_dit(run, pictures, vae_folder, dit, tmp_path):
+def test_the_recipe_for_a_dit(run, image_folder, vae_folder, dit, tmp_path):
     """Encode, train, fit Gaussians, and sample with four steps."""
     latents, mixture, drafts, samples = (tmp_path / name for name in ("latents", "mixture", "drafts", "samples"))
-    images = [f"images.source={pictures}", "images.resolution=16", "num_workers=0"]
+    images = [f"images.source={image_folder}", "images.resolution=16", "num_workers=0"]
     assert run(EncodeConfig, encode, *images, f"autoencoder={vae_folder}", f"output={latents}")[0] == 0
     process = ["diffusion.prediction_type=epsilon", "diffusion.beta_schedule=linear"]
     settings = [f"shards={latents}", f"autoencoder={vae_folder}", f"init_from={dit}", TAIL, "images_total=32", "batch_size=8"]

@@ -26,7 +26,7 @@ def test_a_collapsed_mixture_gives_a_warning(train_config, tmp_path, caplog):
 
 
 @pytest.mark.parametrize("ratio, warned", [(0.4, True), (0.6, False)])
-def test_draws_that_are_alike_give_a_warning(open_run, distillation, monkeypatch, caplog, tmp_path, ratio, warned):
+def test_draws_with_a_small_spread_give_a_warning(open_run, distillation, monkeypatch, caplog, tmp_path, ratio, warned):
     run = open_run(*distillation)
     found = {t: Spread(1.0, ratio if t == 999 else 0.9) for t in DIAGNOSTIC_TIMESTEPS}
     monkeypatch.setattr(preview, "spread_over_eta", lambda *_: found)

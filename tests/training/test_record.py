@@ -23,12 +23,12 @@ from tests.forked import ROOT, script
 
 
 @pytest.fixture
-def other_shards(pictures, vae_folder, tmp_path):
+def other_shards(image_folder, vae_folder, tmp_path):
     """Latent shards of the images upside down."""
-    for path in pictures.rglob("*.png"):
+    for path in image_folder.rglob("*.png"):
         (tmp_path / "upside-down" / path.parent.name).mkdir(parents=True, exist_ok=True)
         with Image.open(path) as image:
-            image.rotate(180).save(tmp_path / "upside-down" / path.relative_to(pictures))
+            image.rotate(180).save(tmp_path / "upside-down" / path.relative_to(image_folder))
     common = ["images.resolution=16", f"autoencoder={vae_folder}", "num_workers=0"]
     settings = [f"images.source={tmp_path / 'upside-down'}", *common]
     encode(load_config(EncodeConfig, None, [*settings, f"output={tmp_path / 'other'}"]))
@@ -129,9 +129,9 @@ def test_a_second_run_in_the_same_folder_is_refused(train_config, tmp_path, fork
 
 
 @pytest.fixture
-def autoencoder_config(pictures, tmp_path):
+def autoencoder_config(image_folder, tmp_path):
     shape = ["model.block_out_channels=[8,8]", "model.norm_num_groups=4", "model.latent_channels=4"]
-    both = [f"{part}.{setting}" for part in ("images", "held_out") for setting in (f"source={pictures}", "resolution=16")]
+    both = [f"{part}.{setting}" for part in ("images", "held_out") for setting in (f"source={image_folder}", "resolution=16")]
     length = ["images_total=32", "batch_size=8", "checkpoint_every_images=16"]
 
     def build(*overrides):
@@ -140,10 +140,10 @@ def autoencoder_config(pictures, tmp_path):
     return build
 
 
-def test_two_autoencoders_do_not_share_a_work_folder(autoencoder_config, pictures, tmp_path):
+def test_two_autoencoders_do_not_share_a_work_folder(autoencoder_config, image_folder, tmp_path):
     """By default each has its own. If both name the same one, the second is refused, and gets no weights of the first."""
     train_autoencoder(autoencoder_config())
-    others = f"images.source={pictures / 'disc'}"
+    others = f"images.source={image_folder / 'disc'}"
     train_autoencoder(autoencoder_config(others, f"output={tmp_path / 'second'}"))
     first, second = (tmp_path / name / "diffusion_pytorch_model.safetensors" for name in ("vae", "second"))
     assert first.read_bytes() != second.read_bytes()

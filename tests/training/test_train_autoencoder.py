@@ -21,8 +21,8 @@ from tests.training.results import WEIGHTS
 
 
 @pytest.fixture(scope="module")
-def pixels(pictures):
-    return load_pixels(ImagesConfig(source=str(pictures), resolution=16))[0]
+def pixels(image_folder):
+    return load_pixels(ImagesConfig(source=str(image_folder), resolution=16))[0]
 
 
 def test_the_loss_computes_its_formula(vae_config):

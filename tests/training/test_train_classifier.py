@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from ldm_smd.config import load_config
 from ldm_smd.models.feature_network import FeatureNetwork
 from ldm_smd.training.settings import ClassifierSetConfig, TrainClassifierConfig
-from ldm_smd.training.train_classifier import LabelledPictures, accuracy, augmented_batch, train_classifier
+from ldm_smd.training.train_classifier import LabelledImages, accuracy, augmented_batch, train_classifier
 from tests.training.results import WEIGHTS
 
 
@@ -15,7 +15,7 @@ from tests.training.results import WEIGHTS
 def test_training_images_are_shifted_and_half_are_mirrored(mirror):
     """By up to an eighth of the side, with repeated edges. Each image keeps its label."""
     image = torch.arange(16).expand(3, 16, 16).to(torch.uint8) * 8  # a ramp to the right
-    labelled = LabelledPictures(torch.stack([image, image // 2]), torch.tensor([4, 7]))
+    labelled = LabelledImages(torch.stack([image, image // 2]), torch.tensor([4, 7]))
     torch.manual_seed(0)
     settings = ClassifierSetConfig(name="x", batch_size=400, mirror=mirror)
     found, labels = augmented_batch(labelled, settings)
@@ -40,13 +40,13 @@ def test_accuracy_is_the_fraction_of_correct_predictions():
     labels = torch.where(torch.arange(300) < 75, (likely + 1) % 3, likely)
     ranges = set()
     model.register_forward_pre_hook(lambda _, given: ranges.add((given[0].min().item(), given[0].max().item())))
-    assert accuracy(model, "x", LabelledPictures(pixels, labels), torch.device("cpu")) == pytest.approx(0.75, abs=0.01)
+    assert accuracy(model, "x", LabelledImages(pixels, labels), torch.device("cpu")) == pytest.approx(0.75, abs=0.01)
     assert ranges == {(-1.0, 1.0)}
 
 
-def test_a_seed_determines_the_classifier(pictures, tmp_path):
+def test_a_seed_determines_the_classifier(image_folder, tmp_path):
     def trained(name, seed):
-        images = f"{{source: '{pictures}', resolution: 16}}"
+        images = f"{{source: '{image_folder}', resolution: 16}}"
         sets = f"sets=[{{name: a, batch_size: 8, images: {images}, held_out: {images}}}]"
         settings = [sets, "images_total=8", f"output={tmp_path / name}", f"seed={seed}", "block_out_channels=[4,8]"]
         return load_file(train_classifier(load_config(TrainClassifierConfig, None, settings)) / WEIGHTS)
