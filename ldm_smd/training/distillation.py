@@ -73,7 +73,7 @@ class Distillation:
             torch._functorch.config.donated_buffer = False
         self.anchor = None
         if settings.anchor_weight > 0:
-            self.anchor = copy.deepcopy(self.model.network).requires_grad_(False).to(run.accelerator.device)
+            self.anchor = copy.deepcopy(self.model.network).eval().requires_grad_(False).to(run.accelerator.device)
         critic = make_critic(self.teacher, settings)
         rate = settings.critic_learning_rate
         self.critic = TrainedNetwork(critic, adamw(critic, rate, momentum=MOMENTUM))

@@ -16,6 +16,7 @@ from ldm_smd.training.step import Denoising
 from tests.training.results import assert_same_losses, logged_losses, weights
 
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
+ADDED = "objective.distillation.energy_weight=0.3 objective.distillation.anchor_weight=1 objective.draws=2"
 
 
 def with_objective(run, objective):
@@ -31,7 +32,7 @@ def learner(open_run, distillation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL}"])
+@pytest.mark.parametrize("views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL}", f"joined {ADDED}"])
 def test_a_resumed_distillation_is_bit_identical(distil, tmp_path, views):
     """All networks, optimizers and losses are."""
     chosen = f"objective.distillation.views={views}".split()
