@@ -5,7 +5,6 @@ This is noise-conditional variational score distillation (NCVSD, Cheng et al., I
 
 from __future__ import annotations
 
-import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
 from .step import compare_draws, global_batch, micro_batches, model_conditions, trained_model
 from .step_noise import StepNoise
-from .teacher import draw_with_pure_noise, load_teacher
+from .teacher import draw_with_pure_noise, frozen_start, load_teacher
 from .trained import TrainedNetwork, adamw
 
 NEAREST, FARTHEST = 0.02, 0.98
@@ -71,9 +70,7 @@ class Distillation:
         if config.compile and settings.adversarial_weight > 0:
             # Two backward passes use the critic's graph. A compiled graph may free its memory after the first.
             torch._functorch.config.donated_buffer = False
-        self.anchor = None
-        if settings.anchor_weight > 0:
-            self.anchor = copy.deepcopy(self.model.network).eval().requires_grad_(False).to(run.accelerator.device)
+        self.anchor = frozen_start(run, self.model.network) if settings.anchor_weight > 0 else None
         critic = make_critic(self.teacher, settings)
         rate = settings.critic_learning_rate
         self.critic = TrainedNetwork(critic, adamw(critic, rate, momentum=MOMENTUM))

@@ -19,6 +19,12 @@ ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
 ADDED = "objective.distillation.energy_weight=0.3 objective.distillation.anchor_weight=1 objective.draws=2"
 
 
+@pytest.fixture
+def from_mixture(model_folder, gaussian_folder):
+    """Settings that distil a trained mixture."""
+    return f"init_from={model_folder / 'unet'}", f"objective.distillation.teacher={gaussian_folder / 'unet'}"
+
+
 def with_objective(run, objective):
     """Return the same run with another objective."""
     config = copy.deepcopy(run.config)
@@ -33,9 +39,11 @@ def learner(open_run, distillation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL}", f"joined {ADDED}"])
-def test_a_resumed_distillation_is_bit_identical(distil, tmp_path, views):
+def test_a_resumed_distillation_is_bit_identical(distil, from_mixture, tmp_path, views):
     """All networks, optimizers and losses are."""
     chosen = f"objective.distillation.views={views}".split()
+    if ADDED in views:
+        chosen += from_mixture
     train(distil(*chosen, f"output={tmp_path / 'straight'}"))
     train(distil(*chosen, f"output={tmp_path / 'stopped'}", "images_total=32"))
     train(distil(*chosen, f"output={tmp_path / 'stopped'}"))
@@ -155,9 +163,12 @@ def test_an_energy_score_is_added_to_the_loss(learner):
         learner(energy, "objective.draws=1")
 
 
-def test_an_anchor_keeps_the_layout_of_the_initial_draws(learner):
+def test_an_anchor_keeps_the_layout_of_the_initial_draws(learner, from_mixture):
     """The anchor is the initial mixture, and only differences at low resolution count."""
-    anchored = learner("objective.distillation.anchor_weight=2", "objective.distillation.anchor_patch=2", "objective.draws=1")
+    settings = ("objective.distillation.anchor_weight=2", "objective.distillation.anchor_patch=2")
+    with pytest.raises(UserError, match=r"anchor_weight: expected 0, or a mixture as init_from, found 'a Gaussian model in"):
+        learner(*settings)
+    anchored = learner(*settings, *from_mixture)
     batch = anchored.run.batches().batch_at(0)
     noise = anchored.draw(batch, 0)
     losses = anchored.losses(batch, noise)
@@ -167,7 +178,7 @@ def test_an_anchor_keeps_the_layout_of_the_initial_draws(learner):
         anchored.model.network.conv_out.bias.add_(0.5)  # shifts each prediction by 0.5
     shifted = anchored.losses(batch, noise)
     assert torch.allclose(shifted["anchor_distance"], torch.full((8,), 0.25), rtol=1e-3)
-    plain = learner("objective.draws=1")
+    plain = learner(*from_mixture)
     plain.model.network.load_state_dict(anchored.model.network.state_dict())
     expected = plain.losses(batch, noise)["loss"] + 2 * shifted["anchor_distance"]
     assert torch.allclose(shifted["loss"], expected, rtol=1e-4)
