@@ -125,7 +125,7 @@ class Distilled:
         activations: bytes per image that autograd keeps for mixture and critic, in bf16.
         held: bytes of the weights with gradients, optimizer and average: all for the mixture, without average for the critic,
             weights alone for the teacher.
-        sharded: the part of them that FSDP shards, which is all but teacher and anchor.
+        sharded: the part of them that FSDP shards, which is all but the teacher.
     """
 
     def __init__(self, build: Build, settings: DistillationConfig, checkpointing: bool = False, draws: int = 4) -> None:
@@ -140,7 +140,6 @@ class Distilled:
                 critic.enable_gradient_checkpointing()
             labels = {"class_labels": torch.zeros(ACTIVATION_BATCH, dtype=torch.long)}
             (x_t, t), noise = latents_and_t(), torch.empty(ACTIVATION_BATCH, *LATENT)
-            anchor = build(True, False) if settings.anchor_weight > 0 else None
 
             def losses(model_learns: bool = True) -> dict[str, torch.Tensor]:
                 repeats = draws if settings.energy_weight > 0 and model_learns else 1
@@ -148,9 +147,6 @@ class Distilled:
                 with torch.set_grad_enabled(model_learns):
                     x = model(x_t, t, eta=eta, return_dict=False, **labels)[0].float()
                     x = reduce(x, "(b m) ... -> b ...", "mean", m=repeats)  # gradients for all draws
-                if anchor is not None and model_learns:
-                    with torch.no_grad():
-                        anchor(x_t, t, eta=noise, return_dict=False, **labels)
                 return distillation_losses.losses(teacher, critic, x, noise, x_t, t, t, noise, labels)
 
             with FlopCounterMode(display=False) as counter:
@@ -166,7 +162,7 @@ class Distilled:
         sizes = (network.num_parameters() for network in (model, critic, teacher))
         mixture, of_critic, of_teacher = (FLOAT32 * size for size in sizes)
         self.sharded = WEIGHTS_HELD * mixture + (WEIGHTS_HELD - 1) * of_critic
-        self.held = self.sharded + of_teacher + (mixture if anchor is not None else 0)
+        self.held = self.sharded + of_teacher
 
 
 def unet_of(config: TrainConfig, mixture: bool, checkpointing: bool) -> SMDUNet2DModel:

@@ -35,7 +35,6 @@ COSTLY = (
     "fitted",
     "energy_first",
     "energy_weight",
-    "anchor",
 )
 """Settings that change the cost of a step."""
 ROUNDS = 3

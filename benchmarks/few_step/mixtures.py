@@ -19,7 +19,7 @@ from ldm_smd.diffusion.settings import DistillationConfig
 from ldm_smd.models.fit import fit_posterior_noise
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.training.critics import make_critic
-from ldm_smd.training.distillation import FARTHEST, MOMENTUM, NEAREST, coarse_distance
+from ldm_smd.training.distillation import FARTHEST, MOMENTUM, NEAREST
 from ldm_smd.training.distillation_losses import DistillationLosses, critic_objective
 from ldm_smd.training.fit_gaussian import LATENTS_PER_COMPONENT
 from ldm_smd.training.trained import adamw
@@ -34,7 +34,7 @@ MIXTURE_SETTINGS = {"z_channels": 32, "identifier_channels": 32, "hypernetwork_w
 """Settings of the mixture, as in configs/train/emoji-smd.yaml."""
 PATCHES = [0, 4, 2, 1]
 FIRST_DRAWS, FIRST_BETA = 4, 0.5
-ENERGY_DRAWS, ANCHOR_PATCH = 2, 4
+ENERGY_DRAWS = 2
 
 
 class Mixture(Method):
@@ -159,8 +159,6 @@ class DistillationSettings:
     adversarial: float = 0.0
     energy_weight: float = 0.0
     """Weight of the energy score of ENERGY_DRAWS draws, in addition."""
-    anchor: float = 0.0
-    """Weight of the distance from the draws of the mixture as it was before distillation, at low resolution (ANCHOR_PATCH)."""
     energy_first: float = 0.0
     """Fraction of the images, at the start, that are used for training with the energy score (FIRST_DRAWS draws, exponent
     FIRST_BETA)."""
@@ -184,7 +182,6 @@ class PosteriorDistillation(Mixture):
     def __init__(self, start: Start, settings: DistillationSettings) -> None:
         super().__init__(start, settings)
         about = DistillationConfig(views=settings.views, adversarial_weight=settings.adversarial)
-        self.anchor: SMDUNet2DModel | None = None
         self.teacher = copy.deepcopy(start.unet).eval().requires_grad_(False)
         self.critic = make_critic(self.teacher, about).train()
         self.distillation_losses = DistillationLosses(self.process, "v_prediction", about)
@@ -194,8 +191,6 @@ class PosteriorDistillation(Mixture):
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         if self.progress < self.settings.energy_first:
             return self.energy_step(x0, labels, generator, rate, FIRST_DRAWS, FIRST_BETA)
-        if self.settings.anchor > 0 and self.anchor is None:
-            self.anchor = copy.deepcopy(self.model).eval().requires_grad_(False)
         for _ in range(self.settings.critic_updates - 1):
             self.descend("critic", critic_objective(self.losses(x0, labels, generator, False)).mean(), rate)
         losses = self.losses(x0, labels, generator, True)
@@ -212,19 +207,13 @@ class PosteriorDistillation(Mixture):
         eps, weight = torch.randn(x0.shape, **options), self.settings.energy_weight if model_learns else 0.0
         x_t, draws = self.process.noise(x0, eps, t), ENERGY_DRAWS if weight > 0 else 1
         with torch.set_grad_enabled(model_learns):
-            eta = torch.randn(len(x0) * draws, *x0.shape[1:], **options)
-            velocities = self.model(x_t, t, labels, eta=eta, return_dict=False)[0]
+            velocities = self.velocity(self.model, x_t, t, labels, draws, generator)
             x = self.process.to_x0(velocities[::draws], x_t, t, "v_prediction")
         r = torch.empty(len(x0), device=x0.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator).round().long()
         second = torch.randn(x0.shape, **options)
         losses = self.distillation_losses.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
         if weight > 0:
             losses["loss"] = losses["loss"] + weight * self.energy_score(velocities, x0, eps, t, 1.0)
-        if self.anchor is not None and model_learns:
-            with torch.no_grad():
-                anchor = self.anchor(x_t, t, labels, eta=eta[::draws], return_dict=False)[0]
-            distance = coarse_distance(velocities[::draws], anchor, ANCHOR_PATCH)
-            losses["loss"] = losses["loss"] + self.settings.anchor * distance
         return losses
 
 

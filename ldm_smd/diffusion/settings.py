@@ -59,11 +59,6 @@ class DistillationConfig(Settings):
     """Weight of the adversarial loss: the critic also learns to tell draws from true latents of the same x_t. 0: none."""
     energy_weight: float = number(0.0, 0, 100)
     """Weight of the energy score of objective.draws draws, in addition. Keeps the draws from becoming alike. 0: none."""
-    anchor_weight: float = number(0.0, 0, 100)
-    """Weight of the distance of draws from those of the mixture in init_from for the same eta, at low resolution. Keeps the
-    variety that the energy score has learned, while details become sharp. 0: none."""
-    anchor_patch: int = number(4, 1, 1024)
-    """Side of the patches that are averaged for this distance, in latent positions."""
     critic_updates: int = number(1, 1, 100)
     """Critic updates per model update. Raise it if the critic cannot follow the model."""
     guidance_scale: float = number(1.0, 0, 100)

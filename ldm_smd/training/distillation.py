@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 import torch._functorch.config
-import torch.nn.functional as F
 from einops import rearrange
 
 from ..autoencoder import sample_latents
@@ -21,7 +20,7 @@ from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
 from .step import compare_draws, global_batch, micro_batches, model_conditions, trained_model
 from .step_noise import StepNoise
-from .teacher import draw_with_pure_noise, frozen_start, load_teacher
+from .teacher import draw_with_pure_noise, load_teacher
 from .trained import TrainedNetwork, adamw
 
 NEAREST, FARTHEST = 0.02, 0.98
@@ -52,13 +51,6 @@ class Distillation:
 
     With an ``energy_weight``, the energy score of several draws is added. It is proper, so it has the same optimum,
     and it keeps the draws from becoming alike when the critic cannot follow them.
-
-    With an ``anchor_weight``, draws stay near those of the initial mixture for the same eta at low resolution:
-
-        | pool(v) - pool(v_initial) |^2,    pool: means over patches
-
-    So eta keeps choosing the layout, and distillation adds the detail. (DMD, arXiv 2311.18828, keeps its modes by a regression
-    on samples of the teacher.)
     """
 
     def __init__(self, run: Run) -> None:
@@ -70,7 +62,6 @@ class Distillation:
         if config.compile and settings.adversarial_weight > 0:
             # Two backward passes use the critic's graph. A compiled graph may free its memory after the first.
             torch._functorch.config.donated_buffer = False
-        self.anchor = frozen_start(run, self.model.network) if settings.anchor_weight > 0 else None
         critic = make_critic(self.teacher, settings)
         rate = settings.critic_learning_rate
         self.critic = TrainedNetwork(critic, adamw(critic, rate, momentum=MOMENTUM))
@@ -122,17 +113,11 @@ class Distillation:
         with run.accelerator.autocast():
             networks, second = (self.teacher, self.critic.network), (noise.r, noise.second_eps)
             losses = self.distillation_losses.losses(*networks, x, x0, x_t, t, *second, conditions, self.critic.forward)
-        if model_learns:
-            settings = run.config.objective.distillation
-            if settings.energy_weight > 0:
-                target = path.target(x0, noise.eps, t, prediction_type)
-                score = compare_draws("energy", run.config, path, predictions, target, t)
-                losses |= {"loss": losses["loss"] + settings.energy_weight * score, "energy_score": score}
-            if self.anchor is not None:
-                with torch.no_grad(), run.accelerator.autocast():
-                    anchor = self.anchor(x_t, t, eta=noise.eta[:, 0], return_dict=False, **conditions)[0].float()
-                distance = coarse_distance(predictions[:, 0], anchor, settings.anchor_patch)
-                losses |= {"loss": losses["loss"] + settings.anchor_weight * distance, "anchor_distance": distance}
+        weight = run.config.objective.distillation.energy_weight
+        if weight > 0 and model_learns:
+            target = path.target(x0, noise.eps, t, prediction_type)
+            score = compare_draws("energy", run.config, path, predictions, target, t)
+            losses |= {"loss": losses["loss"] + weight * score, "energy_score": score}
         return losses
 
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:
@@ -146,9 +131,3 @@ class Distillation:
         r = torch.empty(count, device=generator.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator)
         eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=generator.device)
         return TwoViews(**vars(noise), r=r.round().long()[rows], second_eps=eps[rows])
-
-
-def coarse_distance(prediction: torch.Tensor, other: torch.Tensor, patch: int) -> torch.Tensor:
-    """Return the mean squared distance of two (B, C, h, w), both averaged over patches of ``patch`` x ``patch``: (B,)."""
-    sides = [min(patch, side) for side in prediction.shape[2:]]
-    return F.avg_pool2d(prediction - other, sides, ceil_mode=True).square().flatten(1).mean(dim=1)

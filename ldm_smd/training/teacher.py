@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from diffusers import ModelMixin, UNet2DModel
 
@@ -14,8 +12,7 @@ from ..models.backbone import Backbone
 from ..models.denoiser import is_mixture, num_classes
 from ..models.extended import class_of
 from ..models.hub import network_folder
-from ..models.registry import DENOISERS, EXTENDED
-from ..models.unet import SMDUNet2DModel
+from ..models.registry import DENOISERS
 from ..models.widened import with_null_class
 from ..schema import check
 from .run import Run
@@ -52,24 +49,6 @@ def load_teacher(run: Run, mixture: Backbone) -> ModelMixin:
     ):
         check(found == wanted, KEY, f"{name} {wanted}, like the model", found)
     return teacher.to(run.accelerator.device).requires_grad_(False)
-
-
-def frozen_start(run: Run, mixture: Backbone) -> Backbone:
-    """Copy the initial ``mixture`` for the anchor of distillation, frozen. Raises UserError unless ``init_from`` is a mixture.
-
-    The copy shares the fitted noise, which training does not change and a resumed run reads from the checkpoint.
-    """
-    key, source = "objective.distillation.anchor_weight", run.config.init_from
-    if source is None:
-        raise UserError(f"{key}: expected 0, or the folder of a mixture as init_from, found None")
-    folder = network_folder(source, "init_from")
-    kind = class_of(folder)
-    starts_as_mixture = kind in EXTENDED or SMDUNet2DModel.load_config(folder).get("z_channels", 0) > 0
-    check(starts_as_mixture, key, "0, or a mixture as init_from", f"a Gaussian model in {folder}")
-    start = copy.deepcopy(mixture).eval().requires_grad_(False)
-    assert start.mixture is not None and mixture.mixture is not None
-    start.mixture.noise = mixture.mixture.noise
-    return start
 
 
 def draw_with_pure_noise(

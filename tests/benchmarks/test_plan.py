@@ -48,13 +48,9 @@ def test_the_planned_operations_of_a_distillation(config):
     assert checkpointed.activations < 0.6 * adversarial.activations
 
 
-def test_the_planned_operations_of_the_added_losses(config):
-    """The anchor needs one more forward pass of the mixture, and its weights. The energy score needs more draws."""
+def test_the_energy_score_beside_a_distillation_needs_its_draws(config):
     build = partial(plan.unet_of, config)
-    base, anchored = (plan.Distilled(build, DistillationConfig(anchor_weight=weight)) for weight in (0.0, 1.0))
-    one, four = (plan.Model(build, draws) for draws in (1, 4))
-    assert anchored.flops == pytest.approx(base.flops + one.flops / 3, rel=0.02)
-    assert anchored.held == base.held + 4 * one.parameters and anchored.sharded == base.sharded
+    base, one, four = plan.Distilled(build, DistillationConfig()), plan.Model(build, 1), plan.Model(build, 4)
     scored = plan.Distilled(build, DistillationConfig(energy_weight=0.3), draws=4)
     assert scored.flops == pytest.approx(base.flops + four.flops - one.flops, rel=0.02)
     assert scored.held == base.held

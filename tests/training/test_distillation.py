@@ -9,20 +9,14 @@ from safetensors.torch import load_file
 
 from ldm_smd.errors import UserError
 from ldm_smd.training.checkpoint import checkpoints
-from ldm_smd.training.distillation import Distillation, coarse_distance
+from ldm_smd.training.distillation import Distillation
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
 from tests.training.results import assert_same_losses, logged_losses, weights
 
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
-ADDED = "objective.distillation.energy_weight=0.3 objective.distillation.anchor_weight=1 objective.draws=2"
-
-
-@pytest.fixture
-def from_mixture(model_folder, gaussian_folder):
-    """Settings that distil a trained mixture."""
-    return f"init_from={model_folder / 'unet'}", f"objective.distillation.teacher={gaussian_folder / 'unet'}"
+ENERGY = "objective.distillation.energy_weight=0.3 objective.draws=2"
 
 
 def with_objective(run, objective):
@@ -38,12 +32,10 @@ def learner(open_run, distillation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL}", f"joined {ADDED}"])
-def test_a_resumed_distillation_is_bit_identical(distil, from_mixture, tmp_path, views):
+@pytest.mark.parametrize("views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL}", f"joined {ENERGY}"])
+def test_a_resumed_distillation_is_bit_identical(distil, tmp_path, views):
     """All networks, optimizers and losses are."""
     chosen = f"objective.distillation.views={views}".split()
-    if ADDED in views:
-        chosen += from_mixture
     train(distil(*chosen, f"output={tmp_path / 'straight'}"))
     train(distil(*chosen, f"output={tmp_path / 'stopped'}", "images_total=32"))
     train(distil(*chosen, f"output={tmp_path / 'stopped'}"))
@@ -161,37 +153,6 @@ def test_an_energy_score_is_added_to_the_loss(learner):
     assert "energy_score" not in only_critic
     with pytest.raises(UserError, match=r"objective\.draws: expected at least 2 for the energy score, found 1"):
         learner(energy, "objective.draws=1")
-
-
-def test_an_anchor_keeps_the_layout_of_the_initial_draws(learner, from_mixture):
-    """The anchor is the initial mixture, and only differences at low resolution count."""
-    settings = ("objective.distillation.anchor_weight=2", "objective.distillation.anchor_patch=2")
-    with pytest.raises(UserError, match=r"anchor_weight: expected 0, or a mixture as init_from, found 'a Gaussian model in"):
-        learner(*settings)
-    anchored = learner(*settings, *from_mixture)
-    batch = anchored.run.batches().batch_at(0)
-    noise = anchored.draw(batch, 0)
-    losses = anchored.losses(batch, noise)
-    assert losses["anchor_distance"].shape == (8,) and losses["loss"].abs().max() < 1e-10
-    before = {name: value.clone() for name, value in anchored.anchor.state_dict().items()}
-    with torch.no_grad():
-        anchored.model.network.conv_out.bias.add_(0.5)  # shifts each prediction by 0.5
-    shifted = anchored.losses(batch, noise)
-    assert torch.allclose(shifted["anchor_distance"], torch.full((8,), 0.25), rtol=1e-3)
-    plain = learner(*from_mixture)
-    plain.model.network.load_state_dict(anchored.model.network.state_dict())
-    expected = plain.losses(batch, noise)["loss"] + 2 * shifted["anchor_distance"]
-    assert torch.allclose(shifted["loss"], expected, rtol=1e-4)
-    anchored.step(batch, 0, learning_rate=1e-3)
-    assert all(torch.equal(before[name], value) for name, value in anchored.anchor.state_dict().items())
-
-
-def test_coarse_distance_compares_means_of_patches():
-    """A pattern with zero mean in every patch does not count. Patches larger than the latents are reduced to their size."""
-    x = torch.randn(3, 2, 4, 6)
-    pattern = torch.tensor([1.0, -1.0]).repeat(2, 3).repeat(2, 1)[:4] * torch.ones(3, 2, 4, 6)
-    assert coarse_distance(x + pattern, x, 2).max() < 1e-10 and coarse_distance(x + pattern, x, 1).min() > 0.99
-    assert torch.allclose(coarse_distance(x, 0 * x, 64), x.mean(dim=(2, 3)).square().mean(dim=1))
 
 
 def test_the_teacher_can_differ_from_the_initial_model(distil, train_config, gaussian_folder, model_folder, tmp_path):

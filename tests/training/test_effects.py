@@ -84,8 +84,6 @@ ELSEWHERE = {
     "objective.distillation.adversarial_weight",
     "objective.distillation.critic_updates",
     "objective.distillation.energy_weight",
-    "objective.distillation.anchor_weight",
-    "objective.distillation.anchor_patch",
     "objective.distillation.guidance_scale",
     "objective.distillation.pure_noise_fraction",
     "objective.distillation.teacher",
