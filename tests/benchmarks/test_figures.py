@@ -42,7 +42,7 @@ def illegible(path):
     [
         (lambda path: ring(path, updates=2), ["exact posterior", "after step 3"]),
         (architecture, ["UNet encoder", "Gaussian mixture"]),
-        (lambda path: contest(RESULTS / "rivals-emoji.json", path), ["imm (2 seeds)", "Gaussian model, best scheduler"]),
+        (lambda path: contest(RESULTS / "rivals-emoji.json", path), ["imm (3 seeds)", "Gaussian model, best scheduler"]),
     ],
     ids=["ring", "architecture", "few steps"],
 )
