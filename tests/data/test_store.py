@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from faulty_store import FAULTS, LOOPBACK, Fault
+from fsspec.registry import _registry
 
 from ldm_smd.data import store
 from ldm_smd.errors import UserError
@@ -130,6 +131,7 @@ def test_missing_buckets_credentials_and_packages_give_one_line(bucket, tmp_path
     with pytest.raises(UserError, match=r"^shards: expected to read s3://.*, found: Unable to locate credentials"):
         store.read_bytes(f"{bucket}/x", "shards")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.delitem(_registry, "gs", raising=False)  # in case another test has imported it
     with pytest.raises(
         UserError, match=r"expected the package that reads gs:// \(pip install 'ldm_smd\[gcs\]'\), found it missing"
     ):
