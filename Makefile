@@ -8,9 +8,9 @@
 # make figures        draw the figures of README and docs
 # make notebook       run the notebook of the documentation
 PYTHON ?= python3.11
-WORKERS ?= 2
+WORKERS ?= 0
 BIN := .venv/bin
-# Several processes, each with one thread (tests/conftest.py). For tiny networks this is much faster than several threads.
+# WORKERS=2: that many processes with one thread each (tests/conftest.py). 0: one process with two threads.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 INSTALLED := .venv/.installed
 
