@@ -41,9 +41,9 @@ test-wheel: $(INSTALLED)
 	build/venv/bin/python -I -m pip install --quiet --constraint constraints.txt build/*.whl
 	LDM_SMD_WHEEL_PYTHON=$(CURDIR)/build/venv/bin/python $(BIN)/python -m pytest tests/test_wheel.py
 
-# All tests as on other processors: kernels for other instruction sets, two threads, weights at other memory alignments.
+# All tests as on other processors: kernels for other instruction sets, one thread, weights at other memory alignments.
 VARIANTS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 \
-	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 PYTHONPATH=$(CURDIR)/tests/shifted
+	MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/tests/shifted
 
 test-cpus: $(INSTALLED)
 	@log=$$(mktemp); failed=0; for variant in $(VARIANTS); do \

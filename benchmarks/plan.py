@@ -224,8 +224,11 @@ def plan(arguments: argparse.Namespace) -> str:
     encoder = 2 * encoder_flops(256)  # the image and its mirror image
     build, draws = partial(unet_of, config), config.objective.draws
     mixture, gaussian, checkpointed = Model(build, draws), Model(build, 0), Model(build, draws, checkpointing=True)
-    settings = load_config(TrainConfig, DISTILLATION_CONFIG).objective.distillation
-    distilled, distilled_checkpointed = (Distilled(build, settings, checkpointing) for checkpointing in (False, True))
+    objective = load_config(TrainConfig, DISTILLATION_CONFIG).objective
+    settings = objective.distillation
+    distilled, distilled_checkpointed = (
+        Distilled(build, settings, checkpointing, objective.draws) for checkpointing in (False, True)
+    )
     per_gpu = config.batch_size // arguments.gpus
     steps_per_second = arguments.gpus * arguments.teraflops * 1e12 * arguments.utilisation / mixture.flops / config.batch_size
     lines = [
@@ -292,7 +295,7 @@ def plan_of_dit(arguments: argparse.Namespace, settings: DistillationConfig, dra
             Model(dit_of, 1),
             Model(dit_of, 1, checkpointing=True),
         ),
-        "distillation": tuple(Distilled(dit_of, settings, checkpointing) for checkpointing in (False, True)),
+        "distillation": tuple(Distilled(dit_of, settings, checkpointing, draws) for checkpointing in (False, True)),
     }
     parameters, teacher = trainings[next(iter(trainings))][0].parameters, Model(dit_of, 0)
     lines = [

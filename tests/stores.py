@@ -1,10 +1,12 @@
 """Checks for every kind of object store, called by the tests of each."""
 
+import pytest
 import webdataset as wds
 from torch import equal
 
 from ldm_smd.config import load_config
 from ldm_smd.data import encode as encode_module
+from ldm_smd.data import store
 from ldm_smd.data.encode import encode
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import CacheConfig, EncodeConfig, ImagesConfig
@@ -15,6 +17,18 @@ from ldm_smd.data.stream import LatentStream
 def files_of(folder):
     """Return the bytes of the files in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def check_replacing(url, content, path):
+    """Assert that ``url``/x has this content, and another stamp once ``path`` has replaced it. ``url``/y must be missing."""
+    assert store.read_bytes(f"{url}/x", "shards") == content and store.stat(f"{url}/y", "shards") is None
+    before = store.stat(f"{url}/x", "shards")
+    path.write_bytes(content[::-1])
+    store.upload(path, f"{url}/x", "output")
+    after = store.stat(f"{url}/x", "shards")
+    assert before.size == after.size and before.stamp and after.stamp and before.stamp != after.stamp
+    with pytest.raises(FileNotFoundError):
+        store.read_bytes(f"{url}/y", "shards")
 
 
 def check_batches(url, shards, cache):

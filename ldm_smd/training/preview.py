@@ -17,7 +17,7 @@ from .run import Run
 logger = logging.getLogger(__name__)
 
 SPREAD_IMAGES = 16
-PREVIEW_PICTURES = 40
+PREVIEW_IMAGES = 40
 ALIKE = 0.5
 """Warn below this spread of the draws at the noisiest timestep, relative to the posterior's."""
 
@@ -28,9 +28,9 @@ def preview(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> None
     pipeline = build_pipeline(run, unet.to(run.accelerator.device))
     pipeline.set_progress_bar_config(disable=True)
     classes = unet.config.num_classes
-    labels = None if classes is None else [index % classes for index in range(PREVIEW_PICTURES)]
-    generators = seeded_generators(range(PREVIEW_PICTURES))
-    images = pipeline(labels, PREVIEW_PICTURES, run.config.sample_steps, generator=generators, output_type="pt")[0]
+    labels = None if classes is None else [index % classes for index in range(PREVIEW_IMAGES)]
+    generators = seeded_generators(range(PREVIEW_IMAGES))
+    images = pipeline(labels, PREVIEW_IMAGES, run.config.sample_steps, generator=generators, output_type="pt")[0]
     grid = make_grid(images.cpu(), nrow=10, padding=2, pad_value=0.7)
     path = run.output / "samples" / f"{images_seen:012d}.png"
     path.parent.mkdir(exist_ok=True)

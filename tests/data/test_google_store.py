@@ -10,7 +10,7 @@ from gcp_storage_emulator.server import create_server
 
 from ldm_smd.data import store
 from ldm_smd.errors import UserError
-from tests.stores import check_batches, check_encoding_and_resuming, check_images, write_image_tars
+from tests.stores import check_batches, check_encoding_and_resuming, check_images, check_replacing, write_image_tars
 
 CONTENT = bytes(range(256)) * 1000
 URL = "gs://bucket/latents"
@@ -54,14 +54,7 @@ def test_files_are_uploaded_listed_read_and_replaced(google, tmp_path):
     (tmp_path / "x").write_bytes(b"")
     store.upload(tmp_path / "x", f"{URL}/empty", "output")
     assert [(each.name, each.size) for each in store.list_files(URL, "shards")] == [("empty", 0), ("x", len(CONTENT))]
-    assert store.read_bytes(f"{URL}/x", "shards") == CONTENT and store.stat(f"{URL}/y", "shards") is None
-    before = store.stat(f"{URL}/x", "shards")
-    (tmp_path / "x").write_bytes(CONTENT[::-1])
-    store.upload(tmp_path / "x", f"{URL}/x", "output")
-    after = store.stat(f"{URL}/x", "shards")
-    assert before.size == after.size and before.stamp and after.stamp and before.stamp != after.stamp
-    with pytest.raises(FileNotFoundError):
-        store.read_bytes(f"{URL}/y", "shards")
+    check_replacing(URL, CONTENT, tmp_path / "x")
     with pytest.raises(UserError, match=r"^output: expected a writable URL, found gs://no-such-bucket/x: "):
         store.upload(tmp_path / "x", "gs://no-such-bucket/x", "output")
 

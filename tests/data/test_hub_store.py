@@ -9,7 +9,7 @@ from huggingface_hub import HfFileSystem
 from ldm_smd.data import store
 from ldm_smd.errors import UserError
 from tests.fake_hub import REPOSITORY, FakeHub
-from tests.stores import check_batches, check_encoding_and_resuming, check_images, files_of, write_image_tars
+from tests.stores import check_batches, check_encoding_and_resuming, check_images, check_replacing, files_of, write_image_tars
 
 CONTENT = bytes(range(256)) * 1000
 URL = f"hf://datasets/{REPOSITORY}/latents"
@@ -33,14 +33,7 @@ def hub(monkeypatch):
 def test_files_are_uploaded_listed_read_and_replaced(hub, tmp_path):
     hub.files["latents/x"] = CONTENT
     assert [(each.name, each.size) for each in store.list_files(URL, "shards")] == [("x", len(CONTENT))]
-    assert store.read_bytes(f"{URL}/x", "shards") == CONTENT and store.stat(f"{URL}/y", "shards") is None
-    before = store.stat(f"{URL}/x", "shards")
-    (tmp_path / "x").write_bytes(CONTENT[::-1])
-    store.upload(tmp_path / "x", f"{URL}/x", "output")
-    after = store.stat(f"{URL}/x", "shards")
-    assert before.size == after.size and before.stamp and after.stamp and before.stamp != after.stamp
-    with pytest.raises(FileNotFoundError):
-        store.read_bytes(f"{URL}/y", "shards")
+    check_replacing(URL, CONTENT, tmp_path / "x")
     with pytest.raises(
         UserError, match=r"^output: expected a writable URL, found hf://datasets/no/such/x: .*repository not found"
     ):
