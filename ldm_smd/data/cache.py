@@ -49,7 +49,8 @@ class FileCache:
 
     Args:
         folder: folder of the copies, created for the first file.
-        limit_bytes: maximum size of all files, including those being downloaded.
+        limit_bytes: maximum size of all files, including those being downloaded. Processes that download at the same time may
+            exceed it until one of them is done.
         retries: how often requests are repeated.
         key: the setting that names the files, for messages.
     """
@@ -188,6 +189,7 @@ class FileCache:
                     with open(temporary, "rb") as file:
                         os.fsync(file.fileno())
                     temporary.rename(path)
+                    self.make_room(0)  # others may have fetched files at the same time
                     return
             except FileNotFoundError as error:
                 raise UserError(f"{self.key}: expected a file at {store.without_credentials(url)}, found none") from error

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -187,6 +188,20 @@ def test_concurrent_requests_for_a_file_fetch_it_once(files, cache, proxy):
     for thread in threads:
         thread.join()
     assert proxy.requests["GET"] == before + 1
+
+
+def test_downloads_at_the_same_time_end_within_the_limit(files, cache, monkeypatch):
+    all_made_room, download = threading.Barrier(len(files)), store.download
+
+    def download_together(url, path, key, size, retries, on_size):
+        on_size(size)
+        all_made_room.wait(60)
+        download(url, path, key, size, retries)
+
+    monkeypatch.setattr(store, "download", download_together)
+    with ThreadPoolExecutor(len(files)) as threads:
+        list(threads.map(lambda file: cache.fetch(file[0], file[1], SIZE), files))
+    assert sum(cached.size for cached in cache.files()) == 3 * SIZE and temporary_files(cache) == []
 
 
 def test_names_of_copies_contain_no_secrets(cache):
