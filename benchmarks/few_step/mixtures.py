@@ -16,10 +16,11 @@ from torch import nn
 from ldm_smd.diffusion.objectives import objective
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DistillationConfig
+from ldm_smd.diffusion.two_views import draw_second_timesteps
 from ldm_smd.models.fit import fit_posterior_noise
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.training.critics import make_critic
-from ldm_smd.training.distillation import FARTHEST, MOMENTUM, NEAREST
+from ldm_smd.training.distillation import MOMENTUM
 from ldm_smd.training.distillation_losses import DistillationLosses, critic_objective
 from ldm_smd.training.fit_gaussian import LATENTS_PER_COMPONENT
 from ldm_smd.training.trained import adamw
@@ -155,6 +156,7 @@ class DistillationSettings:
     fitted: bool = False
     views: str = "conditional"
     pure_noise: float = 0.3
+    second_view_shift: float = 1.0
     critic_updates: int = 1
     adversarial: float = 0.0
     energy_weight: float = 0.0
@@ -209,7 +211,7 @@ class PosteriorDistillation(Mixture):
         with torch.set_grad_enabled(model_learns):
             velocities = self.velocity(self.model, x_t, t, labels, draws, generator)
             x = self.process.to_x0(velocities[::draws], x_t, t, "v_prediction")
-        r = torch.empty(len(x0), device=x0.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator).round().long()
+        r = draw_second_timesteps(self.process, len(x0), self.settings.second_view_shift, generator)
         second = torch.randn(x0.shape, **options)
         losses = self.distillation_losses.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
         if weight > 0:

@@ -1,4 +1,4 @@
-"""Two noisy views of one x_0: their combination to a single view, and the posterior flow given one of them."""
+"""Two noisy views of one x_0: the noise of the second, their combination to one view, and the posterior flow given one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,20 @@ LEAST_RATIO = 1e-12
 """Lower bound of the signal-to-noise ratio of the second view, before taking its logarithm."""
 LEAST_STEP = 1e-4
 """Lower bound of the step length in lambda, as a divisor."""
+NEAREST, FARTHEST = 0.02, 0.98
+"""Range of the second view's timestep before it is shifted, as fractions of the last one."""
 Levels = tuple[torch.Tensor, torch.Tensor]
+
+
+def draw_second_timesteps(path: GaussianPath, count: int, shift: float, generator: torch.Generator) -> torch.Tensor:
+    """Draw integer timesteps r of second views, (count,), on the generator's device.
+
+    They are uniform, and then shifted to noise: the signal-to-noise ratio of r is that of a uniform timestep over ``shift``^2.
+    Timesteps are shifted in the same way for larger images (arXiv 2301.11093, 2403.03206).
+    """
+    uniform = torch.empty(count, device=generator.device).uniform_(NEAREST * path.last, FARTHEST * path.last, generator=generator)
+    a, s = path.signal_and_noise(uniform, uniform)
+    return path.timestep_of((a / s / shift) ** 2).round().long()
 
 
 def joined_view(

@@ -15,6 +15,7 @@ from einops import rearrange
 
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
+from ..diffusion.two_views import draw_second_timesteps
 from .critics import make_critic
 from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
@@ -23,8 +24,6 @@ from .step_noise import StepNoise
 from .teacher import draw_with_pure_noise, load_teacher
 from .trained import TrainedNetwork, adamw
 
-NEAREST, FARTHEST = 0.02, 0.98
-"""Range of the second view's timestep, as fractions of the last one."""
 MOMENTUM = 0.0
 """First beta of AdamW. Mixture and critic follow each other, so old gradients mislead (docs/mixtures.md)."""
 
@@ -123,11 +122,10 @@ class Distillation:
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:
         """Draw the random numbers for this process. ``number`` gives an independent set for every critic update; 0 is for the
         update of the mixture, which needs several draws for the energy score."""
-        run, last = self.run, self.process.last
-        score = run.config.objective
+        run, score = self.run, self.run.config.objective
         draws = score.draws if score.distillation.energy_weight > 0 and number == 0 else 1
         noise = draw_with_pure_noise(run, self.process, batch, images_seen, draws, number)
         generator, count, rows = global_batch(run, batch, images_seen, number, 1)
-        r = torch.empty(count, device=generator.device).uniform_(NEAREST * last, FARTHEST * last, generator=generator)
+        r = draw_second_timesteps(self.process, count, score.distillation.second_view_shift, generator)
         eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=generator.device)
-        return TwoViews(**vars(noise), r=r.round().long()[rows], second_eps=eps[rows])
+        return TwoViews(**vars(noise), r=r[rows], second_eps=eps[rows])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ldm_smd.diffusion.two_views import joined_view, posterior_flow
+from ldm_smd.diffusion.two_views import draw_second_timesteps, joined_view, posterior_flow
 from tests.diffusion.paths import PATHS
 
 
@@ -47,6 +47,16 @@ def test_timestep_of_inverts_the_signal_to_noise_ratio(path):
     a, s = path.signal_and_noise(t, t)
     assert torch.allclose(path.timestep_of((a / s) ** 2).double(), t, atol=1e-2)
     assert path.timestep_of(torch.tensor([1e12], dtype=torch.float64)).item() == pytest.approx(0.0, abs=1e-2)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_shift_divides_the_signal_to_noise_ratio_of_the_second_view(path):
+    drawn = {k: draw_second_timesteps(path, 10_000, k, torch.Generator().manual_seed(0)) for k in (1.0, 4.0)}
+    assert drawn[1.0].dtype == torch.long and drawn[1.0].min() == 20 and drawn[1.0].max() == round(0.98 * path.last)
+    assert drawn[1.0].double().mean().item() == pytest.approx(0.5 * path.last, rel=0.02)
+    clean, noisy = (torch.quantile(found.double(), 0.5).reshape(1) for found in drawn.values())
+    (a, s), (a_noisy, s_noisy) = (path.signal_and_noise(t, t) for t in (clean, noisy))
+    assert (a / s / (a_noisy / s_noisy)).item() == pytest.approx(4.0, rel=0.02) and drawn[4.0].max() <= path.last
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -83,6 +83,14 @@ def test_pure_noise_has_the_given_frequency(learner):
     assert (found[1.0] == 999).all() and (found[0.0] < 999).all()
 
 
+def test_a_shift_makes_the_second_view_noisier_and_changes_nothing_else(learner):
+    same, shifted = (learner(f"objective.distillation.second_view_shift={shift}") for shift in (1, 4))
+    batch = same.run.batches().batch_at(0)
+    before, after = same.draw(batch, 0), shifted.draw(batch, 0)
+    assert (after.r > before.r).all() and torch.equal(before.t, after.t)
+    assert torch.equal(before.second_eps, after.second_eps)
+
+
 def test_the_critic_has_its_own_learning_rate(learner):
     learner = learner("objective.distillation.critic_learning_rate=0.01", "learning_rate=1e-3")
     learner.step(learner.run.batches().batch_at(0), 0, learning_rate=5e-4)
