@@ -1,7 +1,7 @@
 """Measures the 256-pixel models: distances to training and held-out images, copies of training images, and sheets of samples.
 
 Images are compared at ``images.resolution``; samples are resized to it in the same way as real images. Every cell of the table
-(model, number of steps, guidance scale) is saved when it is measured, and not measured again.
+(model, number of steps, guidance scale, shift) is saved when it is measured, and not measured again.
 
 examples:
   python benchmarks/pictures_256.py --config configs/benchmarks/pictures-256.yaml
@@ -12,6 +12,7 @@ Writes benchmarks/results/pictures-256.json and .md, and pictures-256-NAME.jpg f
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass, field
@@ -40,13 +41,14 @@ COLUMNS = ("frechet", "frechet_held_out", "precision", "recall", "coverage", "ne
 
 @dataclass
 class Cells:
-    """One model, measured with every number of steps and every guidance scale."""
+    """One model, measured with every number of steps, guidance scale and shift of the timesteps."""
 
     model: str = MISSING
     """Model folder (RUN/model)."""
     steps: list[int] = field(default_factory=list)
     guidance: list[float] = field(default_factory=lambda: [1.0])
     scheduler: str = "DDPMScheduler"
+    shifts: list[float] = field(default_factory=lambda: [1.0])
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Pictures256Config(MeasureConfig):
     sheet_pictures: int = 48
     """Samples per class on the sheets. 0: no sheets."""
     sheets: dict[str, Cells] = field(default_factory=dict)
-    """Models by name of the sheet. The first number of steps and guidance scale are used."""
+    """Models by name of the sheet. The first number of steps, guidance scale and shift are used."""
 
 
 def pictures_256(config: Pictures256Config) -> Path:
@@ -73,17 +75,18 @@ def pictures_256(config: Pictures256Config) -> Path:
     for name, cells in config.models.items():
         pipeline = pipeline_of(cells)
         digest = [sha256(file) for file in weight_files(Path(cells.model), (*NETWORKS, "vae"))]
-        for steps in cells.steps:
-            for guidance in cells.guidance:
-                key = f"{name}, {cells.scheduler}, {steps} steps, guidance {guidance:g}"
-                origin = {"samples": config.samples, "weights": digest}
-                if {name: content["cells"].get(key, {}).get(name) for name in origin} == origin:
-                    continue
-                options = SamplingOptions(steps, guidance, seed=0, batch_size=16)
-                pixels = resized_samples(pipeline, labels, options, config.images.resolution, key)
-                found = {"model": name, "steps": steps, "guidance": guidance} | origin | measure.measure(pixels)
-                content["cells"][key] = found
-                write(path, content, config)
+        for steps, guidance, shift in itertools.product(cells.steps, cells.guidance, cells.shifts):
+            key = f"{name}, {cells.scheduler}, {steps} steps, guidance {guidance:g}" + (
+                f", shift {shift:g}" if shift != 1 else ""
+            )
+            origin = {"samples": config.samples, "weights": digest}
+            if {name: content["cells"].get(key, {}).get(name) for name in origin} == origin:
+                continue
+            options = SamplingOptions(steps, guidance, seed=0, batch_size=16, timestep_shift=shift)
+            pixels = resized_samples(pipeline, labels, options, config.images.resolution, key)
+            settings = {"model": name, "steps": steps, "guidance": guidance, "timestep_shift": shift}
+            content["cells"][key] = settings | origin | measure.measure(pixels)
+            write(path, content, config)
     for name, cells in config.sheets.items() if config.sheet_pictures else ():
         sheet(name, cells, config)
     write(path, content, config)
@@ -114,7 +117,8 @@ def sheet(name: str, cells: Cells, config: Pictures256Config) -> None:
     pipeline = pipeline_of(cells)
     classes = range(len(pipeline.config.id2label))
     labels = [label for label in classes for _ in range(config.sheet_pictures)]
-    options = SamplingOptions(cells.steps[0], cells.guidance[0], seed=0, batch_size=16)
+    steps, guidance, shift = cells.steps[0], cells.guidance[0], cells.shifts[0]
+    options = SamplingOptions(steps, guidance, seed=0, batch_size=16, timestep_shift=shift)
     pixels = resized_samples(pipeline, labels, options, SHEET_SIDE, f"sheet {name}")
     grid = make_grid(pixels, nrow=config.sheet_pictures, padding=1)
     to_pil_image(grid).save(RESULTS / f"pictures-{config.name}-{name}.jpg", quality=85)

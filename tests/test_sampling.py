@@ -5,6 +5,10 @@ from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
 
 
+def pixels(path):
+    return Image.open(path).tobytes()
+
+
 @pytest.mark.slow
 def test_sample_writes_images_and_refuses_wrong_settings(run, model_folder, tmp_path):
     options = [f"model={model_folder}", "per_class=3", "steps=2"]
@@ -20,7 +24,10 @@ def test_sample_writes_images_and_refuses_wrong_settings(run, model_folder, tmp_
     guided = [f"guide={model_folder / 'unet'}", "guidance_scale=2", "guidance_interval=[0.1,10]", "height=24", "width=16"]
     code, _, _ = run(SampleConfig, sample, *options, *guided, f"output={tmp_path / 'guided'}", "classes=[0]")
     assert code == 0 and Image.open(tmp_path / "guided/class0000-seed00000000.png").size == (16, 24)
+    code, _, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'noisier'}", "classes=[square,0]", "timestep_shift=4")
+    assert code == 0 and pixels(tmp_path / "noisier" / names[0]) != pixels(tmp_path / "a" / names[0])
     for setting, message in (
+        ("timestep_shift=2 scheduler=DDIMScheduler", "timestep_shift: expected 1 for DDIMScheduler, which takes no timesteps"),
         ("guide=nowhere", "guide: expected the folder of a denoiser"),
         ("steps=1001", "num_inference_steps: expected 1 to 1000, found 1001"),
         ("steps=61", "num_inference_steps: expected a number at which no timestep is rounded to -1, found 61"),
@@ -29,7 +36,7 @@ def test_sample_writes_images_and_refuses_wrong_settings(run, model_folder, tmp_
         ("height=23", "height: expected a multiple of 2, found 23"),
         ("guidance_interval=[1]", "guidance_interval: expected [low, high]"),
     ):
-        code, _, err = run(SampleConfig, sample, *options, setting, f"output={tmp_path / 'b'}")
+        code, _, err = run(SampleConfig, sample, *options, *setting.split(), f"output={tmp_path / 'b'}")
         assert code == 2 and message in err
     code, _, err = run(SampleConfig, sample, *options, f"image={tmp_path / 'none.png'}", f"output={tmp_path / 'b'}")
     assert code == 2 and "image: expected an image file, found" in err

@@ -42,6 +42,12 @@ class GaussianPath(ABC):
     def timestep_of(self, ratio: torch.Tensor) -> torch.Tensor:
         """Return the real t with signal-to-noise ratio a_t^2 / s_t^2 = ``ratio``, (B,); 0 if it is never that large."""
 
+    def shifted(self, t: torch.Tensor, shift: float) -> torch.Tensor:
+        """Return the real timesteps with the signal-to-noise ratios of t divided by ``shift``^2, (B,). A shift above 1 is usual
+        for larger images (arXiv 2301.11093, 2403.03206)."""
+        a, s = self.signal_and_noise(t, t)
+        return self.timestep_of((a / s / shift) ** 2)
+
     def random_t(self, count: int, **options: Any) -> torch.Tensor:
         """Draw timesteps for training, (count,), real and above 0. ``options``: those of torch.rand."""
         return self.last * (1.0 - torch.rand(count, **options))

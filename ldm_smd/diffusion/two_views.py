@@ -18,14 +18,10 @@ Levels = tuple[torch.Tensor, torch.Tensor]
 
 
 def draw_second_timesteps(path: GaussianPath, count: int, shift: float, generator: torch.Generator) -> torch.Tensor:
-    """Draw integer timesteps r of second views, (count,), on the generator's device.
-
-    They are uniform, and then shifted to noise: the signal-to-noise ratio of r is that of a uniform timestep over ``shift``^2.
-    Timesteps are shifted in the same way for larger images (arXiv 2301.11093, 2403.03206).
-    """
-    uniform = torch.empty(count, device=generator.device).uniform_(NEAREST * path.last, FARTHEST * path.last, generator=generator)
-    a, s = path.signal_and_noise(uniform, uniform)
-    return path.timestep_of((a / s / shift) ** 2).round().long()
+    """Draw integer timesteps r of second views, (count,), uniform and then shifted to noise, on the generator's device."""
+    low, high = NEAREST * path.last, FARTHEST * path.last
+    uniform = torch.empty(count, device=generator.device).uniform_(low, high, generator=generator)
+    return path.shifted(uniform, shift).round().long()
 
 
 def joined_view(

@@ -100,6 +100,7 @@ class SMDPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_prompt: int = 1,
+        timestep_shift: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         """Sample images.
 
@@ -124,6 +125,8 @@ class SMDPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: some of "latents" (after the step), "sample" (x_t before the step) and
                 "pred_original_sample" (the predicted x_0).
             num_images_per_prompt: number of images per label or embedding, next to each other; or times ``batch_size``.
+            timestep_shift: above 1, take more of the steps at high noise: the signal-to-noise ratio of each of the evenly
+                spaced timesteps is divided by its square. Large images of few steps gain from it.
 
         Returns:
             ImagePipelineOutput with ``images``, or a tuple with the images if ``return_dict`` is False.
@@ -142,7 +145,7 @@ class SMDPipeline(DiffusionPipeline):
             raise ValueError(f"generator: expected one per image, {batch_size}, found {len(generator)}")
 
         shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
-        timesteps = begin_run(self.scheduler, num_inference_steps, None if image is None else strength)
+        timesteps = begin_run(self.scheduler, num_inference_steps, None if image is None else strength, timestep_shift)
         guided = guided_steps(self.scheduler, timesteps, guidance_interval)
         conversions = self._conversions(timesteps)
         if latents is None:

@@ -22,7 +22,7 @@ class SamplingOptions:
         seed: seed of the first image. Image i has seed ``seed + i``, whatever the batch size.
         image: image to start from, one for all, or a tensor (N, 3, H, W) with one per sample.
         image_embeds: embedding of a prompt for all samples, (1, D), or one per sample, (N, D).
-        steps, guidance_scale, guidance_interval, height, width, strength: see the pipeline.
+        steps, guidance_scale, guidance_interval, height, width, strength, timestep_shift: see the pipeline.
     """
 
     steps: int
@@ -35,6 +35,7 @@ class SamplingOptions:
     image: Image.Image | torch.Tensor | None = None
     strength: float = 1.0
     image_embeds: torch.Tensor | None = None
+    timestep_shift: float = 1.0
 
 
 def sample_pixels(
@@ -69,6 +70,7 @@ def sample_batches(
                     image=image[start:stop] if isinstance(image, torch.Tensor) else image,
                     strength=options.strength,
                     image_embeds=embeds,
+                    timestep_shift=options.timestep_shift,
                 )[0]
             except ValueError as error:  # an argument that this model or scheduler does not support
                 raise UserError(str(error)) from error

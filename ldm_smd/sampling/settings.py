@@ -22,6 +22,9 @@ class SampleConfig(Settings):
     per_class: int = number(8, 1, 10**6)
     """Images per class; total number of images for unconditional sampling."""
     steps: int = number(8, 1, 10**5)
+    timestep_shift: float = number(1.0, above=0, maximum=1e3)
+    """Above 1: more of the steps at high noise. The signal-to-noise ratio of each of the evenly spaced timesteps is divided by
+    the square of this. For schedulers that take timesteps, as DDPM, DPMSolverMultistep and EulerDiscrete."""
     scheduler: Optional[str] = None
     """Class of diffusers or ldm_smd: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
     DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete, GMS,

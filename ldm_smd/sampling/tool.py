@@ -53,6 +53,7 @@ def sample(config: SampleConfig) -> Path:
         image=image,
         strength=config.strength,
         image_embeds=embedding,
+        timestep_shift=config.timestep_shift,
     )
     pixels = sample_pixels(pipeline, labels, count, options, "sample")
     images = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())

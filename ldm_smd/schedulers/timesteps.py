@@ -11,11 +11,12 @@ SMDPipeline reads these attributes of a scheduler, in addition to those of diffu
 from __future__ import annotations
 
 import inspect
+import math
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler, SchedulerMixin
 
-from .conversion import is_flow
+from .conversion import is_flow, path_of
 from .support import SPACINGS, warn_once
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -27,39 +28,63 @@ SKIPPED_FRACTION = 0.02
 """Warn if the rounding skips more than this fraction of the noise schedule."""
 
 
-def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = None) -> torch.Tensor:
+def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = None, shift: float = 1.0) -> torch.Tensor:
     """Prepare a scheduler for ``steps`` steps and return its timesteps, on the CPU.
 
     Args:
         strength: for a run from a noised image, keep only this last fraction of the timesteps.
+        shift: shift evenly spaced timesteps to noise: the signal-to-noise ratio of each is divided by ``shift``^2.
 
-    Raises ValueError for a number of steps that the scheduler does not support.
+    Raises ValueError for a number of steps or a shift that the scheduler does not support.
     """
     solver = getattr(scheduler, "rest", scheduler)
     known = solver.config.num_train_timesteps
     if not 1 <= steps <= known:
         raise ValueError(f"num_inference_steps: expected 1 to {known}, found {steps}")
+    if not 0.0 < shift < math.inf:
+        raise ValueError(f"timestep_shift: expected a number above 0, found {shift}")
     # On the CPU: schedulers look up their timesteps, which would synchronise with the device in every step.
     if isinstance(solver, FlowMatchEulerDiscreteScheduler):
         # Its own spacing wastes the last step on the smallest noise level.
-        solver.set_timesteps(sigmas=[1.0 - done / steps for done in range(steps)], device="cpu")
-    else:
+        levels = [1.0 - done / steps for done in range(steps)]
+        solver.set_timesteps(sigmas=[shift * level / (1.0 + (shift - 1.0) * level) for level in levels], device="cpu")
+    elif shift == 1.0:
         solver.set_timesteps(steps, device="cpu")
+    else:
+        solver.set_timesteps(timesteps=shifted_timesteps(solver, steps, shift), device="cpu")
     if int(solver.timesteps.min()) < 0:
         raise ValueError(f"num_inference_steps: expected a number at which no timestep is rounded to -1, found {steps}")
     name = type(solver).__name__
-    if name in FLOORED_STRIDES and known % steps / known > SKIPPED_FRACTION:
+    if shift == 1.0 and name in FLOORED_STRIDES and known % steps / known > SKIPPED_FRACTION:
         warn_once(
             f"scheduler: {name} takes {steps} steps of {known // steps} timesteps, {known // steps * steps} of {known} in all; "
             "EulerDiscreteScheduler is the same solver as DDIMScheduler and covers them all"
         )
-    return run_from(solver, 0 if strength is None else steps_before(solver, steps, strength))
+    return run_from(solver, 0 if strength is None else steps_before(solver, steps, strength, shift))
 
 
-def steps_before(scheduler: SchedulerMixin, steps: int, strength: float) -> int:
+def shifted_timesteps(scheduler: SchedulerMixin, steps: int, shift: float) -> list[int]:
+    """Return evenly spaced timesteps, from the last one down, shifted to noise. Raises ValueError for schedulers that space
+    their timesteps themselves."""
+    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(
+            f"timestep_shift: expected 1 for {type(scheduler).__name__}, which takes no timesteps, found {shift}; "
+            "DDPMScheduler, DPMSolverMultistepScheduler and EulerDiscreteScheduler take them"
+        )
+    known = scheduler.config.num_train_timesteps
+    even = (known - torch.arange(steps) * known / steps).round().long() - 1
+    shifted = path_of(scheduler).shifted(even, shift).round().long()
+    if (shifted.diff() >= 0).any():
+        raise ValueError(
+            f"num_inference_steps: expected fewer than {steps} with timestep_shift={shift:g}, found equal timesteps"
+        )
+    return [int(t) for t in shifted]
+
+
+def steps_before(scheduler: SchedulerMixin, steps: int, strength: float, shift: float = 1.0) -> int:
     """Return the number of steps to skip when a run starts from an image: all but the last fraction ``strength``. If the steps
     are not evenly spaced in t, skip those before that fraction of the timesteps."""
-    if not any(scheduler.config.get(spacing) for spacing in SPACINGS):
+    if shift == 1.0 and not any(scheduler.config.get(spacing) for spacing in SPACINGS):
         return steps - max(1, round(steps * strength))
     begins = scheduler.timesteps[:: scheduler.order]
     return int((begins + 1 - strength * scheduler.config.num_train_timesteps).abs().argmin())

@@ -47,6 +47,7 @@ def test_the_result_records_everything_it_depends_on(settings, image_folder, net
     assert result["samples"] == result["samples"] | {
         "scheduler": "DDIMScheduler",
         "steps": 2,
+        "timestep_shift": 1.0,
         "guidance_scale": 1.0,
         "labels": "balanced",
         "seeds": [5, 13],
@@ -60,6 +61,11 @@ def test_the_result_records_everything_it_depends_on(settings, image_folder, net
     assert of_network["held_out"]["frechet"] == pytest.approx(0, abs=1e-6)
     assert (of_network["held_out"]["precision"], of_network["held_out"]["coverage"]) == (1, 1)
     assert "| small | samples |" in (tmp_path / "result.md").read_text()
+
+
+def test_a_timestep_shift_changes_the_samples(settings):
+    found = [measured(settings, f"shift{shift}", f"timestep_shift={shift}")["samples"] for shift in (1, 4)]
+    assert [samples["timestep_shift"] for samples in found] == [1, 4] and found[0]["sha256"] != found[1]["sha256"]
 
 
 def test_images_get_the_distances_of_the_functions(settings, image_folder, network):

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DiffusionConfig
@@ -26,6 +27,40 @@ def test_a_run_has_all_steps_or_the_last_fraction_of_them():
     for steps in (0, 1001):
         with pytest.raises(ValueError, match=f"num_inference_steps: expected 1 to 1000, found {steps}"):
             begin_run(scheduler, steps)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_a_shift_divides_the_signal_to_noise_ratio_of_each_timestep(name):
+    scheduler = make_scheduler(name, OURS)
+    even, shifted = (begin_run(scheduler, 4, shift=shift) for shift in (1.0, 3.0))
+    levels = []
+    for timesteps in (even, shifted):
+        a, s = path_of(scheduler).signal_and_noise(timesteps.long(), timesteps)
+        levels.append(a / s)
+    assert even.tolist() == [999, 749, 499, 249] and shifted[0] == 999 and len(shifted) == 4
+    assert torch.allclose(levels[1][1:], levels[0][1:] / 3, rtol=0.02)
+    assert begin_run(scheduler, 4).tolist() == even.tolist()
+    assert begin_run(scheduler, 4, strength=0.6, shift=3.0).tolist() == shifted[3:].tolist()  # from t = 600 on
+
+
+def test_a_shift_of_flow_matching_moves_the_noise_levels_as_its_scheduler_does():
+    ours = begin_run(FlowMatchEulerDiscreteScheduler(), 4, shift=3.0)
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert torch.allclose(ours, theirs.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "shift", "message"),
+    [
+        ("DDIMScheduler", 4, 2.0, "timestep_shift: expected 1 for DDIMScheduler, which takes no timesteps, found 2.0"),
+        ("DDPMScheduler", 500, 8.0, "num_inference_steps: expected fewer than 500 with timestep_shift=8"),
+        ("DDPMScheduler", 4, 0.0, "timestep_shift: expected a number above 0, found 0.0"),
+    ],
+)
+def test_shifts_that_a_run_does_not_support(name, steps, shift, message):
+    with pytest.raises(ValueError, match=message):
+        begin_run(make_scheduler(name, OURS), steps, shift=shift)
 
 
 def test_a_wrapping_scheduler_has_the_timesteps_and_step_of_the_wrapped_one():
