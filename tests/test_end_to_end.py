@@ -145,7 +145,14 @@ def test_demo(image_folder, vae_folder, train_config, tmp_path):
             "images": encoding["images"],
             "classes": ["square", "disc", "disc"],
             "models": [
-                {"name": "a", "caption": "Gaussian", "checkpoint": vanilla["checkpoint"], "steps": [2], "guidance_scale": 2},
+                {
+                    "name": "a",
+                    "caption": "Gaussian",
+                    "checkpoint": vanilla["checkpoint"],
+                    "steps": [2],
+                    "guidance_scale": 2,
+                    "timestep_shift": 2,
+                },
                 {"name": "b", "caption": "mixture", "checkpoint": smd["checkpoint"], "steps": [1, 2]},
             ],
         },

@@ -40,13 +40,13 @@ def check_progress(fraction):
 
 
 def test_images_equal_those_of_the_pipeline(explorer, model_folder, gaussian_folder):
-    request = Request(label=1, count=2, steps=3, seed=5, guidance_scale=2.0, interval=(0.5, 1000.0), scheduler="DDIMScheduler")
+    request = Request(1, 2, 3, "EulerDiscreteScheduler", 5, guidance_scale=2.0, interval=(0.5, 1000.0), timestep_shift=2.0)
     by_model = explorer.sample(request, check_progress)
     assert list(by_model) == ["smd", "plain"]
     for name, samples in by_model.items():
         assert [frame.number for frame in samples.frames] == [1, 2, 3] and samples.frames[0].sample.shape == (1, 4, 8, 8)
         assert explorer.filmstrip(name, samples.frames).height == 2 * (16 + 2)
-    options = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.5, 1000.0)}
+    options = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.5, 1000.0), "timestep_shift": 2.0}
     for name, folder in (("smd", model_folder), ("plain", gaussian_folder)):
         pipeline = load_pipeline(folder)
         pipeline.scheduler = explorer.pipelines[name].scheduler
@@ -140,15 +140,18 @@ def use_page(page, model_folder):
     """Choose settings, sample, show the draws of another step, and enter a wrong scheduler."""
     page.get_by_label("Class").click()
     page.get_by_role("option", name="square").click()
-    for name, value in (("number input for Images", "2"), ("number input for Steps", "3"), ("Seed of the first", "5")):
-        page.get_by_label(name).fill(value)
+    settings = {"number input for Images": 2, "number input for Steps": 3, "number input for Shift": 2, "Seed of the first": 5}
+    for name, value in settings.items():
+        page.get_by_label(name).fill(str(value))
         page.get_by_label(name).press("Tab")
     page.get_by_role("button", name="Sample").click()
     expect(page.get_by_text(re.compile(r"^smd \d+\.\d s, plain \d+\.\d s$"))).to_be_visible(timeout=60_000)
 
     shown = page.locator("button.thumbnail-item img")
     expect(shown).to_have_count(4)
-    images = load_pipeline(model_folder)([1, 1], num_inference_steps=3, generator=seeded_generators([5, 6])).images
+    images = load_pipeline(model_folder)(
+        [1, 1], num_inference_steps=3, timestep_shift=2, generator=seeded_generators([5, 6])
+    ).images
     for index, image in enumerate(images):
         found = Image.open(io.BytesIO(page.request.get(shown.nth(index).get_attribute("src")).body()))
         assert nearly_equal(found.convert("RGB"), image)

@@ -23,7 +23,7 @@ README_LABELS = (7, 6, 1, 4, 5, 9, 0, 3, 7, 6, 8, 3)
 STRIP_COLUMNS, LARGE_STRIP_COLUMNS = (0, 1, 11), (0, 1, 3)
 """Columns of the README's image that the strip shows."""
 STRIP_STEPS = 4
-LARGE_STRIP_SHOWN = (0, 20, 32, 40, 50)
+LARGE_STRIP_SHOWN = (0, 4, 8, 12, 16)
 
 
 class LargeRow:
@@ -33,7 +33,8 @@ class LargeRow:
         settings = load_config(DemoConfig, "configs/demo.yaml").showcase
         self.pipeline, model = load_pipeline(SHIPPED / "emoji-256-gaussian"), settings.models[0]
         self.labels = [self.pipeline.label_of(name) for name in settings.classes]
-        self.options = SamplingOptions(model.steps[0], model.guidance_scale, seed=0, batch_size=16)
+        shift = model.timestep_shift
+        self.options = SamplingOptions(model.steps[0], model.guidance_scale, seed=0, batch_size=16, timestep_shift=shift)
 
 
 def readme(path: Path) -> Path:
@@ -52,7 +53,7 @@ def readme(path: Path) -> Path:
 def strip(path: Path) -> Path:
     """Make the strip: x_t decoded after each step, for some of the README's images. Rows are images and columns steps.
 
-    On the left are four steps of the mixture at 64 pixels, on the right some of the fifty steps of the Gaussian model at 256.
+    On the left are four steps of the mixture at 64 pixels, on the right some of the sixteen steps of the Gaussian model at 256.
     """
     shown = range(STRIP_STEPS + 1)
     labels = [README_LABELS[column] for column in STRIP_COLUMNS]
@@ -88,6 +89,7 @@ def frames(
         list(labels),
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
+        timestep_shift=options.timestep_shift,
         generator=seeded_generators(seeds),
         output_type="latent",
         callback_on_step_end=keep,

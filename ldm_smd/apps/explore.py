@@ -28,7 +28,7 @@ from .settings import ExploreConfig
 if TYPE_CHECKING:
     import gradio
 
-MOST_IMAGES, MOST_STEPS = 16, 100
+MOST_IMAGES, MOST_STEPS, MOST_SHIFT = 16, 100, 8
 MOST_SIGMA = 1000.0
 """Above the largest sigma of any schedule."""
 FILMSTRIP_FRAMES = 10
@@ -68,6 +68,7 @@ class Request:
         seed: seed of the first image; image i has ``seed + i``.
         scheduler: as in tools/sample.py, or OWN.
         interval: range of noise levels sigma with guidance.
+        timestep_shift: see ``SMDPipeline``.
         embedding: OpenCLIP embedding of an image or text prompt, (1, D), or None.
     """
 
@@ -78,6 +79,7 @@ class Request:
     seed: int = 0
     guidance_scale: float = 1.0
     interval: tuple[float, float] = (0.0, MOST_SIGMA)
+    timestep_shift: float = 1.0
     embedding: torch.Tensor | None = None
 
     def options(self, count: int) -> dict:
@@ -162,6 +164,7 @@ class Explorer:
 
         images = pipeline(
             num_inference_steps=request.steps,
+            timestep_shift=request.timestep_shift,
             batch_size=request.count,
             callback_on_step_end=keep,
             callback_on_step_end_tensor_inputs=("sample", "pred_original_sample"),
@@ -231,6 +234,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
                 prompt = gr.Textbox(label="Prompt (overrides the image prompt)", visible=prompted)
                 count = gr.Slider(1, MOST_IMAGES, value=8, step=1, label="Images")
                 steps = gr.Slider(1, MOST_STEPS, value=4, step=1, label="Steps")
+                shift = gr.Slider(1, MOST_SHIFT, value=1, step=0.5, label="Shift of the steps to noise")
                 scheduler = gr.Dropdown(SCHEDULERS, value=OWN, label="Scheduler", allow_custom_value=True)
                 seed = gr.Number(0, label="Seed of the first image", precision=0, minimum=0)
                 scale = gr.Slider(0, 8, value=1, step=0.1, label="Guidance scale (1: none)")
@@ -257,6 +261,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
             label,
             count,
             steps,
+            shift,
             scheduler,
             seed,
             scale,
@@ -271,7 +276,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
             try:
                 number = label if label < len(classes) else None
                 embedding = explorer.embedding(image_prompt, prompt)
-                request = Request(number, count, steps, scheduler, seed, scale, (low, high), embedding)
+                request = Request(number, count, steps, scheduler, seed, scale, (low, high), shift, embedding)
                 by_model = explorer.sample(request, progress)
             except (UserError, ValueError) as error:
                 raise gr.Error(str(error)) from error
@@ -290,7 +295,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
             frames, request = shown
             return explorer.draws(frames[index], request)
 
-        inputs = [label, count, steps, scheduler, seed, scale, low, high, image_prompt, prompt]
+        inputs = [label, count, steps, shift, scheduler, seed, scale, low, high, image_prompt, prompt]
         # The two share the models, so only one runs at a time.
         start.click(sample, inputs, [*galleries, *filmstrips, step, draws, message, shown], concurrency_id="models")
         step.input(draw, [step, shown], draws, concurrency_id="models")

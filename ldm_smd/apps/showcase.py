@@ -56,7 +56,9 @@ class Showcase:
             labels = [self.classes.index(name) for name in self.config.classes]
             guidance = f", guidance {model.guidance_scale:g}" if model.guidance_scale != 1 else ""
             for steps in model.steps:
-                options = SamplingOptions(steps, model.guidance_scale, seed=seed, batch_size=16)
+                options = SamplingOptions(
+                    steps, model.guidance_scale, seed=seed, batch_size=16, timestep_shift=model.timestep_shift
+                )
                 caption = f"{model.caption}, {steps} step{'s' if steps > 1 else ''}{guidance}"
                 pixels = sample_pixels(pipeline, labels, len(labels), options, caption)
                 found.append(Row(caption, make_grid(pixels, nrow=len(labels), padding=2, pad_value=0.8)))

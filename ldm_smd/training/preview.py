@@ -64,7 +64,7 @@ def log_spread(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> N
     elif run.config.objective.name == "distillation" and spread[steps[-1]].ratio < ALIKE:
         logger.warning(
             "the draws from noise are alike: their spread at t = %d is %.0f %% of the posterior's, and samples may repeat; "
-            "train with objective.name=energy before, or stop earlier",
+            "raise objective.distillation.second_view_shift, train with objective.name=energy before, or stop earlier",
             steps[-1],
             100 * spread[steps[-1]].ratio,
         )
