@@ -23,7 +23,7 @@ README_LABELS = (7, 6, 1, 4, 5, 9, 0, 3, 7, 6, 8, 3)
 STRIP_COLUMNS, LARGE_STRIP_COLUMNS = (0, 1, 11), (0, 1, 3)
 """Columns of the README's image that the strip shows."""
 STRIP_STEPS = 4
-LARGE_STRIP_SHOWN = (0, 4, 8, 12, 16)
+LARGE_STRIP_SHOWN = (0, 9, 12, 15, 16)
 
 
 class LargeRow:
