@@ -48,6 +48,7 @@ FILES += [
     (ROOT / "benchmarks/gms-emoji.yaml", GMSConfig, []),
     (ROOT / "benchmarks/image-prompts-emoji.yaml", ImagePromptsConfig, []),
     (ROOT / "benchmarks/pictures-256.yaml", Pictures256Config, []),
+    (ROOT / "benchmarks/shift-emoji.yaml", Pictures256Config, []),
     (ROOT / "benchmarks/rivals-cifar10.yaml", RivalsConfig, []),
     (ROOT / "benchmarks/rivals-emoji.yaml", RivalsConfig, []),
     (ROOT / "benchmarks/schedulers-emoji.yaml", SchedulersConfig, []),

@@ -48,9 +48,13 @@ class GaussianPath(ABC):
         a, s = self.signal_and_noise(t, t)
         return self.timestep_of((a / s / shift) ** 2)
 
-    def random_t(self, count: int, **options: Any) -> torch.Tensor:
-        """Draw timesteps for training, (count,), real and above 0. ``options``: those of torch.rand."""
-        return self.last * (1.0 - torch.rand(count, **options))
+    def random_t(self, count: int, shift: float = 1.0, **options: Any) -> torch.Tensor:
+        """Draw timesteps for training, (count,), uniform and then ``shifted``. ``options``: those of torch.rand.
+
+        They are real and above 0. Those of a noise schedule are integers from 0 on.
+        """
+        t = self.last * (1.0 - torch.rand(count, **options))
+        return t if shift == 1.0 else self.shifted(t, shift)
 
     def to(self, device: torch.device) -> GaussianPath:
         return self
@@ -108,8 +112,9 @@ class DiffusionProcess(GaussianPath):
     def to(self, device: torch.device) -> DiffusionProcess:
         return DiffusionProcess(self.alphas_cumprod.to(device))
 
-    def random_t(self, count: int, **options: Any) -> torch.Tensor:
-        return torch.randint(self.last + 1, (count,), **options)
+    def random_t(self, count: int, shift: float = 1.0, **options: Any) -> torch.Tensor:
+        t = torch.randint(self.last + 1, (count,), **options)
+        return t if shift == 1.0 else self.shifted(t, shift).round().long()
 
     def signal_and_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         known = self._between(t) if t.is_floating_point() else self.alphas_cumprod[t.clamp_min(0)]

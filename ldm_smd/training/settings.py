@@ -53,6 +53,9 @@ class TrainConfig(Settings):
     ema_widths: list[float] = number([], 0.001, 0.28)
     """Also track power-function EMAs of these relative widths, such as [0.05, 0.1], with a snapshot at every checkpoint.
     tools/average.py makes an EMA of any width from them."""
+    timestep_shift: float = number(1.0, above=0, maximum=1e3)
+    """Above 1: more of the training at high noise. The signal-to-noise ratio of each of the uniform timesteps is divided by the
+    square of this, as in Stable Diffusion 3. In large latents, high noise decides what an image shows."""
     label_dropout: float = number(0.1, 0, 1)
     """Fraction of labels replaced by the null class, for classifier-free guidance."""
     coarse_label_fraction: float = number(0.0, 0, 1)

@@ -105,7 +105,7 @@ def draw_step(run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int
     """
     generator, count, rows = global_batch(run, batch, images_seen, *([number] if number else []))
     shape = (count, *batch.moments.shape[2:])
-    noise = draw_step_noise(generator, shape, draws, path, run.config.label_dropout)
+    noise = draw_step_noise(generator, shape, draws, path, run.config.label_dropout, run.config.timestep_shift)
     torch.manual_seed(step_seed(run.config.seed, images_seen, run.accelerator.process_index))  # for dropout inside the network
     return noise.rows(rows.start, rows.stop)
 

@@ -39,13 +39,18 @@ class StepNoise:
 
 
 def draw_step_noise(
-    generator: torch.Generator, shape: tuple[int, ...], draws: int, path: GaussianPath, label_dropout: float
+    generator: torch.Generator,
+    shape: tuple[int, ...],
+    draws: int,
+    path: GaussianPath,
+    label_dropout: float,
+    timestep_shift: float = 1.0,
 ) -> StepNoise:
     """Draw the random numbers for a batch of latents of ``shape`` (B, C, h, w), on the generator's device."""
     options: dict[str, Any] = {"generator": generator, "device": generator.device}
     return StepNoise(
         posterior=torch.randn(shape, **options),
-        t=path.random_t(shape[0], **options),
+        t=path.random_t(shape[0], timestep_shift, **options),
         eps=torch.randn(shape, **options),
         eta=torch.randn((shape[0], draws, *shape[1:]), **options),
         drop_label=torch.rand(shape[:1], **options) < label_dropout,

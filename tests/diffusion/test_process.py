@@ -120,6 +120,15 @@ def test_random_timesteps_are_uniform(path):
     assert (s > 0).all() and a.isfinite().all()
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_shift_divides_the_signal_to_noise_ratios_of_random_timesteps(path):
+    even, shifted = (path.random_t(20_000, shift, generator=torch.Generator().manual_seed(0)) for shift in (1.0, 3.0))
+    assert shifted.dtype == even.dtype and shifted.min() >= 0 and shifted.max() <= path.last
+    inner = (even > 50) & (even < 900)
+    (a, s), (a_shifted, s_shifted) = (path.signal_and_noise(t[inner], t[inner]) for t in (even, shifted))
+    assert torch.allclose(a_shifted / s_shifted, a / s / 3, rtol=0.02)
+
+
 def test_the_flow_is_a_scaled_variance_preserving_process():
     """At the same signal-to-noise ratio, x_t divided by its norm and the posterior of x_0 are the same."""
     flow, t = RectifiedFlow(10), torch.arange(1, 10)

@@ -59,6 +59,7 @@ OTHERS = {
     "objective.weighting": "epsilon",
     "precision": "bf16",
     "seed": 1,
+    "timestep_shift": 4.0,
     "warmup_images": 64,
     "weight_decay": 0.5,
 }
