@@ -1,4 +1,4 @@
-"""Measures the 256-pixel models: distances to training and held-out images, copies of training images, and sheets of samples.
+"""Measures models, as those of 256 pixels: distances to training and held-out images, copies of training images, and sheets of samples.
 
 Images are compared at ``images.resolution``; samples are resized to it in the same way as real images. Every cell of the table
 (model, number of steps, guidance scale, shift) is saved when it is measured, and not measured again.
@@ -166,7 +166,7 @@ def table(content: dict, config: Pictures256Config) -> list[str]:
         texts = [SEPARATOR.join(f"{each.get(column, float('nan')):.2f}" for each in measured) for column in COLUMNS]
         texts[0] += " ± " + SEPARATOR.join(f"{1.96 * each['frechet_sd']:.2f}" for each in measured)
         lines.append(f"| {name} | {' | '.join(texts)} | {cell['copies']:.2f} |")
-    return lines + target_table(content["targets"])
+    return lines + (target_table(content["targets"]) if content["targets"] else [])
 
 
 if __name__ == "__main__":
