@@ -1,4 +1,4 @@
-"""Measures models, as those of 256 pixels: distances to training and held-out images, copies of training images, and sheets of samples.
+"""Measures models such as the 256-pixel ones: distances to training and held-out images, copies, and sheets of samples.
 
 Images are compared at ``images.resolution``; samples are resized to it in the same way as real images. Every cell of the table
 (model, number of steps, guidance scale, shift) is saved when it is measured, and not measured again.
