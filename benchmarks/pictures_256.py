@@ -76,9 +76,8 @@ def pictures_256(config: Pictures256Config) -> Path:
         pipeline = pipeline_of(cells)
         digest = [sha256(file) for file in weight_files(Path(cells.model), (*NETWORKS, "vae"))]
         for steps, guidance, shift in itertools.product(cells.steps, cells.guidance, cells.shifts):
-            key = f"{name}, {cells.scheduler}, {steps} steps, guidance {guidance:g}" + (
-                f", shift {shift:g}" if shift != 1 else ""
-            )
+            shifted = f", shift {shift:g}" if shift != 1 else ""
+            key = f"{name}, {cells.scheduler}, {steps} steps, guidance {guidance:g}{shifted}"
             origin = {"samples": config.samples, "weights": digest}
             if {name: content["cells"].get(key, {}).get(name) for name in origin} == origin:
                 continue
@@ -166,7 +165,7 @@ def table(content: dict, config: Pictures256Config) -> list[str]:
         texts = [SEPARATOR.join(f"{each.get(column, float('nan')):.2f}" for each in measured) for column in COLUMNS]
         texts[0] += " ± " + SEPARATOR.join(f"{1.96 * each['frechet_sd']:.2f}" for each in measured)
         lines.append(f"| {name} | {' | '.join(texts)} | {cell['copies']:.2f} |")
-    return lines + (target_table(content["targets"]) if content["targets"] else [])
+    return lines + target_table(content["targets"])
 
 
 if __name__ == "__main__":

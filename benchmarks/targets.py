@@ -11,6 +11,8 @@ def target(name: str, wanted: str, measured: float, digits: int = 3) -> dict:
 
 
 def target_table(targets: list[dict]) -> list[str]:
-    """Format the targets as Markdown, after an empty line."""
+    """Format the targets as Markdown, after an empty line; nothing without targets."""
+    if not targets:
+        return []
     rows = [f"| {each['name']} | {each['target']} | {each['measured']} |" for each in targets]
     return ["", "| target | wanted | measured |", "|---|---|---|", *rows]

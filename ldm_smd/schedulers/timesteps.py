@@ -55,7 +55,7 @@ def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = No
     if int(solver.timesteps.min()) < 0:
         raise ValueError(f"num_inference_steps: expected a number at which no timestep is rounded to -1, found {steps}")
     name = type(solver).__name__
-    if shift == 1.0 and name in FLOORED_STRIDES and known % steps / known > SKIPPED_FRACTION:
+    if name in FLOORED_STRIDES and known % steps / known > SKIPPED_FRACTION:
         warn_once(
             f"scheduler: {name} takes {steps} steps of {known // steps} timesteps, {known // steps * steps} of {known} in all; "
             "EulerDiscreteScheduler is the same solver as DDIMScheduler and covers them all"
