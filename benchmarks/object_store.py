@@ -170,7 +170,7 @@ def main() -> None:
         "--large-shards", default="outputs/object-store/default", type=Path, help="folder with shards of 1000 images"
     )
     parser.add_argument("--rounds", type=int, default=9, help="number of rounds with the tiny network")
-    parser.add_argument("--demo-rounds", type=int, default=3, help="number of rounds with the demo's network")
+    parser.add_argument("--demo-rounds", type=int, default=5, help="number of rounds with the demo's network")
     parser.add_argument("--targets", action="store_true", help="only compute the targets of the result file again")
     arguments = parser.parse_args()
     if arguments.targets:

@@ -2,9 +2,10 @@
 
 Both read the same shards in turn, from the store with an empty cache. The bandwidth is twice what the fastest local round
 needed. One training has a very small network and shards of 250 images, which is the hardest case for the store. The other has
-the demo's network, and shards of the default size of tools/encode.py. Every round gives:
+the demo's network, and shards of the default size of tools/encode.py. Time is measured after as many images as a full shard
+has, because the first shard is downloaded while nothing can be trained. Every round gives:
 
-- ``ratio``: ratio of images per second, after the first batch.
+- ``ratio``: ratio of images per second.
 - ``cpu_ratio``: ratio of images per second of CPU time of the process. It is the ratio to expect if the server, the proxy and
   other programs run on other cores.
 - ``trains``: fraction of that CPU time in the training thread. The rest fetches shards. It varies less.
@@ -15,6 +16,7 @@ process fetches, whose CPU time is not counted.
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import statistics
@@ -51,7 +53,7 @@ class Training:
 
     Attributes:
         shards: local folder with the shards.
-        images: number of images in each round.
+        images: number of images in each round, those of the first shard included.
         places: where shards are read from: "local", "store" or "store_and_worker".
     """
 
@@ -68,7 +70,7 @@ def trainings(small: Path, large: Path, rounds: int, demo_rounds: int) -> list[T
     tiny, demo = "a tiny network, 250 images a shard", f"{DEMO}, 1000 images a shard"
     return [
         Training(tiny, None, TINY, small, 3401, rounds, ("local", "store", "store_and_worker")),
-        Training(demo, DEMO, ["precision=no"], large, 2048, demo_rounds, ("local", "store")),
+        Training(demo, DEMO, ["precision=no"], large, 3401, demo_rounds, ("local", "store")),
     ]
 
 
@@ -85,20 +87,22 @@ class Trainee:
         self.learner.model.prepare(accelerator)
 
     def speed(self, manifest: Manifest, seed: int, workers: int = 0) -> dict[str, float]:
-        """Train on the images of a round. Returns images per second after the first batch, the fraction of the time spent
-        waiting for data, and the CPU time per image in milliseconds, of the process and of its other threads."""
+        """Train on the images of a round. Returns, for the images after the first shard, images per second, the fraction of the
+        time spent waiting for data, and the CPU time per image in milliseconds, of the process and of its other threads."""
         stream, waits = LatentStream(manifest, self.batch_size, self.images, seed=seed), DataWaits()
+        first = math.ceil(max(shard["count"] for shard in manifest.shards) / self.batch_size)
         started, processor, trains = 0.0, 0.0, 0.0
-        for batch in waits.timed(latent_loader(stream, workers)):
-            if not started:
+        for index, batch in enumerate(waits.timed(latent_loader(stream, workers))):
+            if index == first:
                 waits.share()
                 started, processor, trains = time.perf_counter(), time.process_time(), time.thread_time()
             self.learner.step(batch.to(self.device), self.images_seen, learning_rate=1e-4)
             self.images_seen += self.batch_size
-        seconds, each = time.perf_counter() - started, 1e3 / self.images
+        measured = self.images - first * self.batch_size
+        seconds, each = time.perf_counter() - started, 1e3 / measured
         processor, trains = time.process_time() - processor, time.thread_time() - trains
         of_time = {"cpu_ms": processor * each, "cpu_ms_of_other_threads": (processor - trains) * each}
-        return {"images_per_second": self.images / seconds, "waits": waits.share(), **of_time}
+        return {"images_per_second": measured / seconds, "waits": waits.share(), **of_time}
 
 
 def training_rounds(training: Training, limit: Callable[[float | None], Any], url: str, folder: Path) -> dict:
