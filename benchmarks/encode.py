@@ -52,7 +52,7 @@ def tool_seconds(config: EncodeConfig) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="data/emoji/train-*.tar")
+    parser.add_argument("--source", default="data/emoji/train.zip")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--autoencoder", default="checkpoints/autoencoder-emoji")
     parser.add_argument("--rounds", type=int, default=5)

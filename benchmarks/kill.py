@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "kill.json"
 TIMINGS = ("images_per_second", "data_wait_share")
-ENCODE = ["images.source=data/emoji/heldout-*.tar", "images.resolution=64", "autoencoder=checkpoints/autoencoder-emoji"]
+ENCODE = ["images.source=data/emoji/heldout.zip", "images.resolution=64", "autoencoder=checkpoints/autoencoder-emoji"]
 ENCODE += ["shard_size=16", "batch_size=8"]
 TRAIN = ["model.block_out_channels=[16,32]", "model.attention_head_dim=8", "model.norm_num_groups=4", "model.noise_modes=4"]
 TRAIN += ["autoencoder=checkpoints/autoencoder-emoji", "images_total=12800", "batch_size=16", "objective.draws=2"]

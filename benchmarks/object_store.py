@@ -50,7 +50,7 @@ WRITE_FAULTS = {"refuse": 3, "500": 3, "503": 3}
 FULL_DISKS, OFFLINE_TIME = 2, 30.0
 EPOCHS, BATCH_SIZE, SEED = 6, 64, 5
 CACHED_SHARDS = 4.5
-ENCODE = ["images.source=data/emoji/heldout-*.tar", "images.resolution=64", "autoencoder=checkpoints/autoencoder-emoji"]
+ENCODE = ["images.source=data/emoji/heldout.zip", "images.resolution=64", "autoencoder=checkpoints/autoencoder-emoji"]
 ENCODE += ["shard_size=32", "batch_size=16", "num_workers=0"]
 TARGET_SPEED = 0.97
 FORK = multiprocessing.get_context("fork")

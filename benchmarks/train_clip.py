@@ -55,7 +55,7 @@ class TrainClipConfig:
     """benchmarks/train_clip.py"""
 
     output: str = MISSING
-    images: ImagesConfig = field(default_factory=lambda: ImagesConfig(source="data/emoji/train-*.tar", resolution=64))
+    images: ImagesConfig = field(default_factory=lambda: ImagesConfig(source="data/emoji/train.zip", resolution=64))
     images_total: int = 100_000
     batch_size: int = 256
     learning_rate: float = 1e-3
@@ -69,9 +69,9 @@ class TrainClipConfig:
 
 
 def name_of(key: str) -> str:
-    """Return the Unicode names of the code points in a key like 1f468-200d-1f692, or "" if Python knows none of them."""
+    """Return the Unicode names of the code points in a key like People & Body/1f468-200d-1f692, or "" if Python knows none."""
     words, flag = [], ""
-    for code in (int(part, 16) for part in key.split("-")):
+    for code in (int(part, 16) for part in key.rpartition("/")[2].split("-")):
         if 0 <= code - REGIONAL_A < 26:
             flag += chr(ord("a") + code - REGIONAL_A)
         elif code in SKIN_TONES:

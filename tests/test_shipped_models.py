@@ -16,7 +16,7 @@ from ldm_smd.training.coarse_labels import class_names
 from ldm_smd.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-SMALL, LARGE = "data/emoji/train-*.tar", "data/emoji-256/train.zip"
+SMALL, LARGE = "data/emoji/train.zip", "data/emoji-256/train.zip"
 
 
 def settings(scheduler):

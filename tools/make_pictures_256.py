@@ -25,12 +25,11 @@ import io
 import json
 import shutil
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from make_demo_data import on_white, split
+from make_demo_data import on_white, split, write_zip
 from PIL import Image
 
 SIDE, QUALITY = 256, 75
@@ -94,16 +93,6 @@ def pictures(emoji: list[dict], designs: dict[str, dict]) -> Iterator[tuple[str,
         buffer = io.BytesIO()
         picture(found[name]).save(buffer, format="WEBP", quality=QUALITY, method=6)
         yield name, buffer.getvalue()
-
-
-def write_zip(found: Iterator[tuple[str, bytes]], path: Path) -> int:
-    """Write an uncompressed zip, since WebP does not compress further; returns the number of images."""
-    count = 0
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in found:
-            archive.writestr(zipfile.ZipInfo(name), data)  # dated 1980-01-01, so that the file is reproducible
-            count += 1
-    return count
 
 
 def main() -> int:
