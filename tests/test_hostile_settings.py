@@ -84,10 +84,17 @@ def bases(image_folder, vae_folder, shards, train_config, gaussian_folder, tmp_p
             "images": 8,
             "steps": [1],
             "showcase": {
-                "config": str(tmp_path / "showcase.yaml"),
                 "images": images,
                 "classes": ["disc"],
-                "models": [{"name": "large", "caption": "large", "checkpoint": str(model / "unet"), "steps": [1]}],
+                "models": [
+                    {
+                        "name": "large",
+                        "caption": "large",
+                        "config": str(tmp_path / "showcase.yaml"),
+                        "checkpoint": str(model / "unet"),
+                        "steps": [1],
+                    }
+                ],
             },
         },
     }

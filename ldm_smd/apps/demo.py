@@ -169,7 +169,7 @@ def check_inputs(config: DemoConfig) -> None:
         parts |= {f"runs[{index}].checkpoint": str(Path(run.checkpoint) / SAFETENSORS_WEIGHTS_NAME)}
     for index, model in enumerate(config.showcase.models):
         check_name("showcase.models", model.name)
-        parts |= {"showcase.config": config.showcase.config}
+        parts |= {f"showcase.models[{index}].config": model.config}
         parts |= {f"showcase.models[{index}].checkpoint": str(Path(model.checkpoint) / SAFETENSORS_WEIGHTS_NAME)}
     for key, part in parts.items():
         if not Path(part).exists():

@@ -57,6 +57,8 @@ class ShownModelConfig(Settings):
     name: str = MISSING
     caption: str = MISSING
     """Caption in the report."""
+    config: str = MISSING
+    """Config of its training, for the autoencoder, schedule and classes."""
     checkpoint: str = MISSING
     """UNet folder."""
     steps: list[int] = number([1, 2, 4, 8], 1, 10**5, min_length=1)
@@ -72,8 +74,6 @@ class ShowcaseConfig(Settings):
 
     models: list[ShownModelConfig] = field(default_factory=list)
     """Empty: no such images."""
-    config: str = "configs/train/emoji-256-gaussian.yaml"
-    """Training config of the models, for their autoencoder, schedule and classes."""
     images: ImagesConfig = field(default_factory=ImagesConfig)
     """The training images. Only the names of their classes are used."""
     classes: list[str] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..schedulers.schedule import build_scheduler
 from ..training.coarse_labels import class_names
 from ..training.model_folder import model_card, write_model_folder
 from ..training.settings import TrainConfig
-from .settings import ShowcaseConfig
+from .settings import ShowcaseConfig, ShownModelConfig
 
 
 @dataclass(frozen=True)
@@ -30,39 +31,44 @@ class Row:
     images: torch.Tensor
 
 
+class ShownModel:
+    """A shipped model of the showcase."""
+
+    def __init__(self, settings: ShownModelConfig, showcase: ShowcaseConfig, classes: list[str]) -> None:
+        """``classes`` are the names of the classes of the images."""
+        self.settings, self.training = settings, load_config(TrainConfig, settings.config)
+        self.classes = class_names(self.training, classes)
+        unknown = [name for name in showcase.classes if name not in self.classes]
+        if unknown or not showcase.classes:
+            known = ", ".join(self.classes)
+            raise UserError(f"showcase.classes: expected some of {known}, found {unknown[0] if unknown else 'none'}")
+        self.labels = [self.classes.index(name) for name in showcase.classes]
+        self.autoencoder = FrozenAutoencoder.from_pretrained(self.training.autoencoder)
+        self.unet = load_unet("showcase.models[].checkpoint", settings.checkpoint)
+
+    def rows(self, folder: Path, seed: int) -> Iterator[Row]:
+        """Write the model folder, for use by other tools, and sample from it."""
+        write_shipped(folder, self.settings.checkpoint, self.unet, self.autoencoder, self.classes, self.training)
+        pipeline = load_pipeline(folder)
+        guidance, shift = self.settings.guidance_scale, self.settings.timestep_shift
+        for steps in self.settings.steps:
+            caption = f"{self.settings.caption}, {steps} step{'s' if steps > 1 else ''}"
+            caption += f", guidance {guidance:g}" if guidance != 1 else ""
+            options = SamplingOptions(steps, guidance, seed=seed, batch_size=16, timestep_shift=shift)
+            pixels = sample_pixels(pipeline, self.labels, len(self.labels), options, caption)
+            yield Row(caption, make_grid(pixels, nrow=len(self.labels), padding=2, pad_value=0.8))
+
+
 class Showcase:
     """Samples of shipped models. All inputs are read at once, so that a missing one is reported before anything is written."""
 
     def __init__(self, config: ShowcaseConfig) -> None:
-        self.config = config
-        if not config.models:
-            return
-        self.training = load_config(TrainConfig, config.config)
-        self.classes = class_names(self.training, list_images(config.images).classes)
-        unknown = [name for name in config.classes if name not in self.classes]
-        if unknown or not config.classes:
-            known = ", ".join(self.classes)
-            raise UserError(f"showcase.classes: expected some of {known}, found {unknown[0] if unknown else 'none'}")
-        self.autoencoder = FrozenAutoencoder.from_pretrained(self.training.autoencoder)
-        self.unets = {model.name: load_unet("showcase.models[].checkpoint", model.checkpoint) for model in config.models}
+        classes = list_images(config.images).classes if config.models else []
+        self.models = [ShownModel(model, config, classes) for model in config.models]
 
     def rows(self, output: Path, seed: int) -> list[Row]:
-        """Write the model folders OUTPUT/NAME/model, for use by other tools, and sample from them."""
-        found = []
-        for model in self.config.models:
-            folder = output / model.name / "model"
-            write_shipped(folder, model.checkpoint, self.unets[model.name], self.autoencoder, self.classes, self.training)
-            pipeline = load_pipeline(folder)
-            labels = [self.classes.index(name) for name in self.config.classes]
-            guidance = f", guidance {model.guidance_scale:g}" if model.guidance_scale != 1 else ""
-            for steps in model.steps:
-                options = SamplingOptions(
-                    steps, model.guidance_scale, seed=seed, batch_size=16, timestep_shift=model.timestep_shift
-                )
-                caption = f"{model.caption}, {steps} step{'s' if steps > 1 else ''}{guidance}"
-                pixels = sample_pixels(pipeline, labels, len(labels), options, caption)
-                found.append(Row(caption, make_grid(pixels, nrow=len(labels), padding=2, pad_value=0.8)))
-        return found
+        """Sample from the models, whose folders are OUTPUT/NAME/model."""
+        return [row for model in self.models for row in model.rows(output / model.settings.name / "model", seed)]
 
 
 def load_unet(key: str, folder: str) -> SMDUNet2DModel:
