@@ -57,7 +57,7 @@ class Pictures256Config(MeasureConfig):
 
     name: str = "256"
     models: dict[str, Cells] = field(default_factory=dict)
-    """"mixture" and "gaussian" are compared in the targets."""
+    """"mixture" is compared with those whose name starts with "gaussian" in the targets."""
     samples: int = 2000
     sheet_pictures: int = 48
     """Samples per class on the sheets. 0: no sheets."""
@@ -133,7 +133,7 @@ def write(path: Path, content: dict, config: Pictures256Config) -> None:
 def targets(cells: dict) -> list[dict]:
     """Compare four steps of the mixture with the best result of the Gaussian model at any number of steps, in each network."""
     mixture = [cell for cell in cells.values() if cell["model"] == "mixture" and cell["steps"] == 4]
-    gaussian = [cell for cell in cells.values() if cell["model"] == "gaussian"]
+    gaussian = [cell for cell in cells.values() if cell["model"].startswith("gaussian")]
     found = []
     for network in mixture[0]["features"] if mixture and gaussian else ():
         ours, theirs = (best(some, network) for some in (mixture, gaussian))

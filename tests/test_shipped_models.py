@@ -29,6 +29,7 @@ def settings(scheduler):
     [
         ("emoji-smd", "unet-emoji-smd", "emoji-smd", SMALL, 64),
         ("emoji-gaussian", "unet-emoji-vanilla", "emoji-vanilla", SMALL, 64),
+        ("emoji-256-smd", "unet-emoji-256-smd", "emoji-256-smd", LARGE, 256),
         ("emoji-256-gaussian", "unet-emoji-256-gaussian", "emoji-256-gaussian", LARGE, 256),
     ],
 )

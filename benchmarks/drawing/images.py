@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,49 +20,47 @@ from ldm_smd.sampling.batches import SamplingOptions, sample_pixels
 SHIPPED = Path("checkpoints")
 QUALITY = 88
 SIDE, GAP = 128, 16
-README_LABELS = (7, 6, 1, 4, 5, 9, 0, 3, 7, 6, 8, 3)
-STRIP_COLUMNS, LARGE_STRIP_COLUMNS = (0, 1, 11), (0, 1, 3)
+FEW_STEPS = 4
+STRIP_COLUMNS = (1, 3, 7)
 """Columns of the README's image that the strip shows."""
-STRIP_STEPS = 4
-LARGE_STRIP_SHOWN = (0, 9, 12, 15, 16)
+FEW_SHOWN, SHOWN = range(FEW_STEPS + 1), (0, 4, 6, 7, 8)
 
 
-class LargeRow:
-    """Model, labels and settings of the first row of large images in the report of the demo."""
+class DemoRow:
+    """Mixture, labels and settings of the first row of large images in the report of the demo."""
 
     def __init__(self) -> None:
         settings = load_config(DemoConfig, "configs/demo.yaml").showcase
-        self.pipeline, model = load_pipeline(SHIPPED / "emoji-256-gaussian"), settings.models[0]
+        self.pipeline, model = load_pipeline(SHIPPED / "emoji-256-smd"), settings.models[0]
         self.labels = [self.pipeline.label_of(name) for name in settings.classes]
         shift = model.timestep_shift
         self.options = SamplingOptions(model.steps[0], model.guidance_scale, seed=0, batch_size=16, timestep_shift=shift)
+        self.few_steps = replace(self.options, steps=FEW_STEPS, guidance_scale=1.0)
 
 
 def readme(path: Path) -> Path:
-    """Make the README's image: the first row of the demo's large images at half size, then four steps of the Gaussian model and
-    of the mixture at double size, with the same labels and seeds."""
-    large = LargeRow()
-    rows = [row(sample_pixels(large.pipeline, large.labels, len(large.labels), large.options, "256 pixels"))]
-    rows.append(torch.ones(3, GAP, rows[0].shape[2]))
-    for name in ("emoji-gaussian", "emoji-smd"):
-        options = SamplingOptions(STRIP_STEPS, 1.0, seed=0, batch_size=16)
-        labels = list(README_LABELS)
-        rows.append(row(sample_pixels(load_pipeline(SHIPPED / name), labels, len(labels), options, name)))
+    """Make the README's image: the demo's first row of large images, then few steps of the Gaussian model and of the mixture
+    without guidance, with the same labels and seeds."""
+    demo = DemoRow()
+    gaussian = load_pipeline(SHIPPED / "emoji-256-gaussian")
+    samples = [(demo.pipeline, demo.options), (gaussian, demo.few_steps), (demo.pipeline, demo.few_steps)]
+    rows = [row(sample_pixels(model, demo.labels, len(demo.labels), options, "README")) for model, options in samples]
+    rows.insert(1, torch.ones(3, GAP, rows[0].shape[2]))
     return write(torch.cat(rows, dim=1), path)
 
 
 def strip(path: Path) -> Path:
     """Make the strip: x_t decoded after each step, for some of the README's images. Rows are images and columns steps.
 
-    On the left are four steps of the mixture at 64 pixels, on the right some of the sixteen steps of the Gaussian model at 256.
+    On the left are few steps of the mixture without guidance, on the right some of the steps of the demo's first row.
     """
-    shown = range(STRIP_STEPS + 1)
-    labels = [README_LABELS[column] for column in STRIP_COLUMNS]
-    small = frames(load_pipeline(SHIPPED / "emoji-smd"), labels, STRIP_COLUMNS, SamplingOptions(STRIP_STEPS, 1.0), shown)
-    large = LargeRow()
-    labels = [large.labels[column] for column in LARGE_STRIP_COLUMNS]
-    big = frames(large.pipeline, labels, LARGE_STRIP_COLUMNS, large.options, LARGE_STRIP_SHOWN)
-    left, right = (torch.cat([row(pixels) for pixels in torch.stack(columns, dim=1)], dim=1) for columns in (small, big))
+    demo = DemoRow()
+    labels = [demo.labels[column] for column in STRIP_COLUMNS]
+    both = [
+        frames(demo.pipeline, labels, STRIP_COLUMNS, options, shown)
+        for options, shown in ((demo.few_steps, FEW_SHOWN), (demo.options, SHOWN))
+    ]
+    left, right = (torch.cat([row(pixels) for pixels in torch.stack(columns, dim=1)], dim=1) for columns in both)
     return write(torch.cat((left, torch.ones(3, left.shape[1], GAP), right), dim=2), path)
 
 

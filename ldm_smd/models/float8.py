@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 MIN_NUMBER = 4096
 MAX_ERROR = 0.05
@@ -24,7 +24,7 @@ def save_float8(model: ModelMixin, folder: str | Path) -> None:
     path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     large = {name for name, value in model.named_parameters() if value.ndim > 1 and value.numel() >= MIN_NUMBER}
     stored = {name: rounded(value, name in large) for name, value in load_file(path).items()}
-    save_file(stored, path, metadata={"format": "pt"})
+    path.write_bytes(save(stored, metadata={"format": "pt"}))
 
 
 def rounded(value: torch.Tensor, large: bool) -> torch.Tensor:
