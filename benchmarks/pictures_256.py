@@ -57,7 +57,7 @@ class Pictures256Config(MeasureConfig):
 
     name: str = "256"
     models: dict[str, Cells] = field(default_factory=dict)
-    """"mixture" is compared with those whose name starts with "gaussian" in the targets."""
+    """The targets compare "mixture" with all whose names start with "gaussian"."""
     samples: int = 2000
     sheet_pictures: int = 48
     """Samples per class on the sheets. 0: no sheets."""
@@ -131,7 +131,8 @@ def write(path: Path, content: dict, config: Pictures256Config) -> None:
 
 
 def targets(cells: dict) -> list[dict]:
-    """Compare four steps of the mixture with the best result of the Gaussian model at any number of steps, in each network."""
+    """Compare four steps of the mixture with the best result of the Gaussian model, at any number of steps and any guidance, in
+    each network."""
     mixture = [cell for cell in cells.values() if cell["model"] == "mixture" and cell["steps"] == 4]
     gaussian = [cell for cell in cells.values() if cell["model"].startswith("gaussian")]
     found = []

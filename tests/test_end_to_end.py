@@ -127,7 +127,6 @@ def test_demo(image_folder, vae_folder, train_config, tmp_path):
     (tmp_path / "distilled.yaml").write_text(yaml.safe_dump(distilling))
     showing = yaml.safe_load(Path(smd["config"]).read_text()) | {"autoencoder": str(vae_folder)}
     (tmp_path / "showcase.yaml").write_text(yaml.safe_dump(showing))
-    showing = str(tmp_path / "showcase.yaml")
     distilled = vanilla | {"name": "distilled", "config": str(tmp_path / "distilled.yaml"), "learning_rate_factor": 1}
     runs = [vanilla | {"learning_rate_factor": 0}, distilled, smd]
     encoding = {"images": {"source": str(image_folder), "resolution": 16}, "autoencoder": str(vae_folder), "num_workers": 0}
@@ -148,13 +147,19 @@ def test_demo(image_folder, vae_folder, train_config, tmp_path):
                 {
                     "name": "a",
                     "caption": "Gaussian",
-                    "config": showing,
+                    "config": str(tmp_path / "showcase.yaml"),
                     "checkpoint": vanilla["checkpoint"],
                     "steps": [2],
                     "guidance_scale": 2,
                     "timestep_shift": 2,
                 },
-                {"name": "b", "caption": "mixture", "config": showing, "checkpoint": smd["checkpoint"], "steps": [1, 2]},
+                {
+                    "name": "b",
+                    "caption": "mixture",
+                    "config": str(tmp_path / "showcase.yaml"),
+                    "checkpoint": smd["checkpoint"],
+                    "steps": [1, 2],
+                },
             ],
         },
     }

@@ -24,6 +24,7 @@ FEW_STEPS = 4
 STRIP_COLUMNS = (1, 3, 7)
 """Columns of the README's image that the strip shows."""
 FEW_SHOWN, SHOWN = range(FEW_STEPS + 1), (0, 4, 6, 7, 8)
+"""Numbers of steps after which the strip shows x_t: left, right."""
 
 
 class DemoRow:
