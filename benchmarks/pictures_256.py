@@ -17,6 +17,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from yardstick import RESULTS
 
 from ldm_smd.cli import run_tool
 from ldm_smd.files import atomic_file, sha256
+from ldm_smd.models.guide import load_guide
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.pipelines.loading import NETWORKS, weight_files
 from ldm_smd.sampling.batches import SamplingOptions, sample_batches
@@ -47,6 +49,8 @@ class Cells:
     """Model folder (RUN/model)."""
     steps: list[int] = field(default_factory=list)
     guidance: list[float] = field(default_factory=lambda: [1.0])
+    guide: Optional[str] = None
+    """Folder of a weaker model to guide away from. null: classifier-free guidance."""
     scheduler: str = "DDPMScheduler"
     shifts: list[float] = field(default_factory=lambda: [1.0])
 
@@ -75,6 +79,7 @@ def pictures_256(config: Pictures256Config) -> Path:
     for name, cells in config.models.items():
         pipeline = pipeline_of(cells)
         digest = [sha256(file) for file in weight_files(Path(cells.model), (*NETWORKS, "vae"))]
+        digest += [] if cells.guide is None else [sha256(file) for file in Path(cells.guide).glob("*.safetensors")]
         for steps, guidance, shift in itertools.product(cells.steps, cells.guidance, cells.shifts):
             shifted = f", shift {shift:g}" if shift != 1 else ""
             key = f"{name}, {cells.scheduler}, {steps} steps, guidance {guidance:g}{shifted}"
@@ -96,6 +101,8 @@ def pipeline_of(cells: Cells) -> SMDPipeline:
     """Load a model with the scheduler to measure it with."""
     pipeline = load_pipeline(cells.model)
     pipeline.scheduler = make_scheduler(cells.scheduler, pipeline.scheduler)
+    if cells.guide is not None:
+        pipeline.register_modules(guide=load_guide(cells.guide, "guide", pipeline.unet))
     return pipeline
 
 

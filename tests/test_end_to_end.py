@@ -151,6 +151,7 @@ def test_demo(image_folder, vae_folder, train_config, tmp_path):
                     "checkpoint": vanilla["checkpoint"],
                     "steps": [2],
                     "guidance_scale": 2,
+                    "guide": smd["checkpoint"],
                     "timestep_shift": 2,
                 },
                 {
@@ -186,6 +187,7 @@ def test_demo(image_folder, vae_folder, train_config, tmp_path):
     captions = [page.index(f"<figcaption>{text}</figcaption>") for text in ("Gaussian, 2 steps, guidance 2", "mixture, 1 step")]
     assert captions == sorted(captions) and captions[-1] < page.index("Distance to the training images")
     assert Image.open(tmp_path / "demo/large.jpg").size == (3 * 18 + 2, 3 * 20)
+    assert SMDPipeline.from_pretrained(tmp_path / "demo/a/model").guide.num_parameters() > 0
     assert SMDPipeline.from_pretrained(tmp_path / "demo/b/model")([1], num_inference_steps=1).images
     with pytest.raises(UserError, match=r"showcase\.classes: expected some of disc, square, found ring"):
         Showcase(dataclasses.replace(config.showcase, classes=["disc", "ring"]))

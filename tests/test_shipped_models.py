@@ -10,6 +10,8 @@ from ldm_smd.config import load_config
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.sources import list_images
 from ldm_smd.models.denoiser import is_mixture
+from ldm_smd.models.guide import load_guide
+from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.pipelines import load_pipeline
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training.coarse_labels import class_names
@@ -46,6 +48,12 @@ def test_a_shipped_pipeline_agrees_with_its_training_config(name, unet, training
     torch.testing.assert_close(pipeline.scheduler.betas, trained.betas)
     assert pipeline.training_scheduler is pipeline.scheduler
     assert is_mixture(pipeline.unet) == (config.model.z_channels > 0)
+
+
+def test_the_shipped_guide_is_a_weaker_model_of_the_same_latents_and_classes():
+    unet = SMDUNet2DModel.from_pretrained(ROOT / "checkpoints/unet-emoji-256-gaussian")
+    guide = load_guide(str(ROOT / "checkpoints/unet-emoji-256-guide"), "guide", unet)
+    assert guide.num_parameters() < unet.num_parameters() / 3 and not is_mixture(guide)
 
 
 def test_a_shipped_pipeline_samples():

@@ -64,6 +64,8 @@ class ShownModelConfig(Settings):
     steps: list[int] = number([1, 2, 4, 8], 1, 10**5, min_length=1)
     """Numbers of steps, a row of images for each."""
     guidance_scale: float = number(1.0, 0, 1000)
+    guide: Optional[str] = None
+    """UNet folder of a weaker model to guide away from. null: classifier-free guidance."""
     timestep_shift: float = number(1.0, above=0, maximum=1e3)
     """Above 1: more of the steps at high noise, as in tools/sample.py."""
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from torchvision.utils import make_grid
 
 from ..autoencoder import FrozenAutoencoder
 from ..config import load_config
 from ..data.sources import list_images
 from ..errors import UserError, one_line
+from ..models.guide import load_guide
 from ..models.unet import SMDUNet2DModel
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
@@ -45,10 +47,12 @@ class ShownModel:
         self.labels = [self.classes.index(name) for name in showcase.classes]
         self.autoencoder = FrozenAutoencoder.from_pretrained(self.training.autoencoder)
         self.unet = load_unet("showcase.models[].checkpoint", settings.checkpoint)
+        self.guide = load_guide(settings.guide, "showcase.models[].guide", self.unet) if settings.guide else None
 
     def rows(self, folder: Path, seed: int) -> Iterator[Row]:
         """Write the model folder, for use by other tools, and sample from it."""
-        write_shipped(folder, self.settings.checkpoint, self.unet, self.autoencoder, self.classes, self.training)
+        parts = (self.unet, self.autoencoder, self.classes, self.training, self.guide)
+        write_shipped(folder, self.settings.checkpoint, *parts)
         pipeline = load_pipeline(folder)
         guidance, shift = self.settings.guidance_scale, self.settings.timestep_shift
         for steps in self.settings.steps:
@@ -86,9 +90,10 @@ def write_shipped(
     autoencoder: FrozenAutoencoder,
     classes: list[str],
     config: TrainConfig,
+    guide: ModelMixin | None = None,
 ) -> None:
-    """Write the model folder of a shipped network, where a training run would write it."""
+    """Write the model folder of a shipped network and its guide, where a training run would write it."""
     labels = {str(number): name for number, name in enumerate(classes)} if unet.config.num_classes else None
-    pipeline = SMDPipeline(unet, autoencoder.model, build_scheduler(config.diffusion), labels)
+    pipeline = SMDPipeline(unet, autoencoder.model, build_scheduler(config.diffusion), labels, guide=guide)
     card = model_card(folder.parent.name, f"The shipped weights of `{checkpoint}`.", config)
     write_model_folder(folder, pipeline, card, "unet")

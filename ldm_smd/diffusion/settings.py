@@ -66,9 +66,18 @@ class DistillationConfig(Settings):
     critic_updates: int = number(1, 1, 100)
     """Critic updates per model update. Raise it if the critic cannot follow the model."""
     guidance_scale: float = number(1.0, 0, 100)
-    """Classifier-free guidance of the teacher. The mixture learns the guided distribution and needs no guidance itself."""
+    """Guidance of the teacher, classifier-free or away from ``guide``. The mixture learns the guided distribution and needs no
+    guidance itself."""
+    guide: Optional[str] = None
+    """Autoguidance of the teacher: folder (RUN/model/unet) or hub id of a weaker Gaussian model, smaller or less trained. null:
+    classifier-free guidance."""
     pure_noise_fraction: float = number(0.3, 0, 1)
     """Fraction of the images with t at the last timestep, where sampling starts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scale = self.guidance_scale
+        check(self.guide is None or scale != 1, "objective.distillation.guidance_scale", "a scale above 1 for the guide", scale)
 
 
 @dataclass

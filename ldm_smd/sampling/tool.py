@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from torchvision.transforms.functional import to_pil_image
 
@@ -13,8 +12,7 @@ from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
 from ..models.denoiser import num_classes
-from ..models.extended import class_of
-from ..models.registry import DENOISERS
+from ..models.guide import load_guide
 from ..pipelines import SMDPipeline, load_pipeline
 from ..schedulers import make_scheduler
 from .batches import SamplingOptions, sample_pixels
@@ -36,7 +34,7 @@ def sample(config: SampleConfig) -> Path:
     if config.image is not None:
         image = to_pil_image(read_image("image", config.image, training_side(pipeline)))
     if config.guide is not None:
-        pipeline.register_modules(guide=load_guide(config.guide, pipeline).to(pipeline.device))
+        pipeline.register_modules(guide=load_guide(config.guide, "guide", pipeline.unet))
     embedding = None
     if config.clip is not None:
         clip = load_clip(config.clip, {config.model: pipeline})
@@ -79,18 +77,3 @@ def choose_labels(config: SampleConfig, pipeline: SMDPipeline) -> list[int] | No
         return None
     chosen = list(range(classes)) if config.classes is None else [pipeline.label_of(name) for name in config.classes]
     return [number for number in chosen for _ in range(config.per_class)]
-
-
-def load_guide(folder: str, pipeline: SMDPipeline) -> ModelMixin:
-    """Load a denoiser to guide away from. Raises UserError unless it has the latents and classes of ``pipeline``."""
-    name = class_of(folder)
-    if name not in DENOISERS:
-        raise UserError(f"guide: expected the folder of a denoiser (RUN/checkpoints/images-N/ema), found {folder}")
-    guide = DENOISERS[name].from_pretrained(folder, use_safetensors=True)
-    for what, found, wanted in (
-        ("channels", guide.config.in_channels, pipeline.unet.config.in_channels),
-        ("classes", num_classes(guide), num_classes(pipeline.unet)),
-    ):
-        if found != wanted:
-            raise UserError(f"guide: expected {wanted} {what}, like the model, found {found} in {folder}")
-    return guide

@@ -21,7 +21,7 @@ from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
 from .step import compare_draws, global_batch, micro_batches, model_conditions, trained_model
 from .step_noise import StepNoise
-from .teacher import draw_with_pure_noise, load_teacher
+from .teacher import draw_with_pure_noise, load_teacher, load_teacher_guide
 from .trained import TrainedNetwork, adamw
 
 MOMENTUM = 0.0
@@ -57,7 +57,9 @@ class Distillation:
         self.run, self.process, self.model = run, run.process(), trained_model(run, MOMENTUM)
         self.teacher = load_teacher(run, self.model.network)
         mean_over_processes = partial(run.accelerator.reduce, reduction="mean")
-        self.distillation_losses = DistillationLosses(self.process, config.diffusion.predicts, settings, mean_over_processes)
+        self.distillation_losses = DistillationLosses(
+            self.process, config.diffusion.predicts, settings, mean_over_processes, load_teacher_guide(run, self.teacher)
+        )
         if config.compile and settings.adversarial_weight > 0:
             # Two backward passes use the critic's graph. A compiled graph may free its memory after the first.
             torch._functorch.config.donated_buffer = False

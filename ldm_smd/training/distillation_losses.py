@@ -31,7 +31,7 @@ class DistillationLosses:
         goal = x - (D_critic(x_u, u) - D_teacher(x_u, u)) / mean |x - D_teacher(x_u, u)|,    loss = |x - goal|^2 / (2 s_t)
 
     The critic also sees x_t. Otherwise draws could be good images that do not match x_t (docs/mixtures.md). With a
-    ``guidance_scale`` the teacher is guided, and the mixture learns its distribution.
+    ``guidance_scale`` the teacher is guided, away from ``guide`` if there is one, and the mixture learns its distribution.
 
     With an adversarial weight w, the critic has one more output channel. Its mean is the logit c(x) for telling draws from true
     x_0 of the same x_t. This adds a term of normalised size to the goal:
@@ -46,6 +46,7 @@ class DistillationLosses:
     prediction_type: str
     settings: DistillationConfig
     mean_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda mean: mean
+    guide: ModelMixin | None = None
 
     def losses(
         self,
@@ -88,8 +89,8 @@ class DistillationLosses:
         output = predict_all(critic, inputs, levels, labels, image_embeds=embeds, forward=forward).float()
         with torch.no_grad():
             given = Given(conditions.get("class_labels"), conditions.get("image_embeds"))
-            prediction = guided_prediction(teacher, view, u, given, None, self.settings.guidance_scale).float()
-            true = path.to_x0(prediction, view.detach(), u, self.prediction_type)
+            prediction = guided_prediction(teacher, view, u, given, None, self.settings.guidance_scale, self.guide)
+            true = path.to_x0(prediction.float(), view.detach(), u, self.prediction_type)
         own = path.to_x0(output[: len(x), :channels], view, u, self.prediction_type)
 
         scale = (drawn.detach() - true).abs().flatten(1).mean(dim=1).clamp_min(SMALLEST).view(-1, 1, 1, 1)

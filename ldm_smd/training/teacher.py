@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..models.backbone import Backbone
 from ..models.denoiser import is_mixture, num_classes
 from ..models.extended import class_of
+from ..models.guide import load_guide
 from ..models.hub import network_folder
 from ..models.registry import DENOISERS
 from ..models.widened import with_null_class
@@ -21,6 +22,7 @@ from .step import draw_step, global_batch
 from .step_noise import StepNoise
 
 KEY = "objective.distillation.teacher"
+GUIDE_KEY = "objective.distillation.guide"
 
 
 def load_teacher(run: Run, mixture: Backbone) -> ModelMixin:
@@ -39,16 +41,31 @@ def load_teacher(run: Run, mixture: Backbone) -> ModelMixin:
     check(not is_mixture(teacher), KEY, "a Gaussian model", f"a mixture in {folder}")
     classes = mixture.config.num_classes
     if isinstance(teacher, UNet2DModel) and classes and (extended := with_null_class(teacher, classes)) is not teacher:
-        teacher, dropout, guidance = extended, run.config.label_dropout, run.config.objective.distillation.guidance_scale
+        teacher, dropout, settings = extended, run.config.label_dropout, run.config.objective.distillation
         reason = f"since the teacher in {folder} was not trained without labels"
         check(dropout == 0, "label_dropout", f"0, {reason}", dropout)
-        check(guidance == 1, "objective.distillation.guidance_scale", f"1, {reason}", guidance)
+        unguided = settings.guidance_scale == 1 or settings.guide is not None
+        check(unguided, "objective.distillation.guidance_scale", f"1, {reason}", settings.guidance_scale)
     for name, found, wanted in (
         ("in_channels", teacher.config.in_channels, mixture.config.in_channels),
         ("num_classes", num_classes(teacher), classes),
     ):
         check(found == wanted, KEY, f"{name} {wanted}, like the model", found)
     return teacher.to(run.accelerator.device).requires_grad_(False)
+
+
+def load_teacher_guide(run: Run, teacher: ModelMixin) -> ModelMixin | None:
+    """Load the weaker Gaussian model that the teacher is guided away from; None if none is configured.
+
+    Raises UserError unless it has the latents, classes and forward process of the teacher.
+    """
+    source = run.config.objective.distillation.guide
+    if source is None:
+        return None
+    guide = load_guide(source, GUIDE_KEY, teacher)
+    check_process(run.config.diffusion, network_folder(source, GUIDE_KEY), GUIDE_KEY)
+    check(not is_mixture(guide), GUIDE_KEY, "a Gaussian model", f"a mixture in {source}")
+    return guide
 
 
 def draw_with_pure_noise(

@@ -51,6 +51,7 @@ def test_only_missing_cells_are_measured(image_folder, train_config, tmp_path, m
     models = [
         f"models.mixture={{model: {smd}, steps: [4]}}",
         f"models.gaussian={{model: {gaussian}, steps: [2], guidance: [1.0, 2.0]}}",
+        f"models.gaussian-weaker={{model: {gaussian}, guide: {smd / 'unet'}, steps: [2], guidance: [2.0]}}",
     ]
     features = f"features=[{tmp_path / 'features0'},{tmp_path / 'features1'}]"
     sheets = ["sheet_pictures=2", f"sheets.few={{model: {smd}, steps: [1]}}"]
@@ -62,9 +63,12 @@ def test_only_missing_cells_are_measured(image_folder, train_config, tmp_path, m
         ("mixture", 4, 1),
         ("gaussian", 2, 1),
         ("gaussian", 2, 2),
+        ("gaussian-weaker", 2, 2),
     ]
+    free, weaker = list(found["cells"].values())[2:]
+    assert len(weaker["weights"]) == len(free["weights"]) + 1 and weaker["features"] != free["features"]
     assert len(found["targets"]) == 4 and Image.open(tmp_path / "pictures-tiny-few.jpg").size == (131, 131)
-    assert (tmp_path / "pictures-tiny.md").read_text().count("guidance") == 3
+    assert (tmp_path / "pictures-tiny.md").read_text().count(", guidance ") == 4
     monkeypatch.setattr("pictures_256.resized_samples", None)
     config.sheet_pictures = 0
     again = json.loads(pictures_256(config).read_text())

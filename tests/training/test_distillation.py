@@ -130,6 +130,21 @@ def test_guidance_changes_the_target_only_for_labelled_samples(learner):
     assert guided["loss"][4:].min() > 0
 
 
+def test_a_guide_moves_the_teacher_away_from_it(learner, gaussian_folder):
+    """A guide with the weights of the teacher changes nothing. Another one does, for every label and for none."""
+    scale, guide = "objective.distillation.guidance_scale=3", f"objective.distillation.guide={gaussian_folder / 'unet'}"
+    learner = learner(scale, guide, "objective.distillation.views=joined")
+    batch = learner.run.batches().batch_at(0)
+    noise = learner.draw(batch, 0)
+    noise.drop_label = torch.arange(8) < 4
+    same = learner.losses(batch, noise)
+    for parameter in learner.distillation_losses.guide.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    away = learner.losses(batch, noise)
+    assert torch.allclose(same["critic_loss"], same["teacher_loss"]) and same["loss"].max() < 1e-10
+    assert torch.equal(same["critic_loss"], away["critic_loss"]) and away["loss"].min() > 0
+
+
 def test_the_adversarial_loss_is_zero_until_the_logit_has_learnt(learner):
     learner = learner(ADVERSARIAL)
     batch = learner.run.batches().batch_at(0)
@@ -174,6 +189,13 @@ def test_the_teacher_can_differ_from_the_initial_model(distil, train_config, gau
     teacher = f"objective.distillation.teacher={gaussian_folder / 'unet'}"
     with pytest.raises(UserError, match=r"teacher: expected num_classes None, like the model, found 2"):
         train(train_config(*plain, teacher, "class_conditional=false"))
+    scale = "objective.distillation.guidance_scale=2"
+    with pytest.raises(UserError, match=r"distillation\.guide: expected a Gaussian model, found 'a mixture in"):
+        train(train_config(*plain, teacher, scale, f"objective.distillation.guide={model_folder / 'unet'}"))
+    with pytest.raises(UserError, match=r"distillation\.guide: expected the folder of a denoiser .*, found 'none in"):
+        train(train_config(*plain, teacher, scale, f"objective.distillation.guide={tmp_path / 'nowhere'}"))
+    with pytest.raises(UserError, match=r"guidance_scale: expected a scale above 1 for the guide, found 1"):
+        train(train_config(*plain, teacher, f"objective.distillation.guide={gaussian_folder / 'unet'}"))
     folder = train(train_config(*plain, teacher, f"init_from={model_folder / 'unet'}", "images_total=16"))
     assert any(name.startswith("mixture.") for name in weights(folder / "unet"))
     with pytest.raises(UserError, match=r"objective\.name: expected mse for a Gaussian model"):

@@ -86,6 +86,7 @@ ELSEWHERE = {
     "objective.distillation.critic_updates",
     "objective.distillation.energy_weight",
     "objective.distillation.guidance_scale",
+    "objective.distillation.guide",
     "objective.distillation.pure_noise_fraction",
     "objective.distillation.second_view_shift",
     "objective.distillation.teacher",
