@@ -170,7 +170,9 @@ def check_inputs(config: DemoConfig) -> None:
     for index, model in enumerate(config.showcase.models):
         check_name("showcase.models", model.name)
         parts |= {f"showcase.models[{index}].config": model.config}
-        parts |= {f"showcase.models[{index}].checkpoint": str(Path(model.checkpoint) / SAFETENSORS_WEIGHTS_NAME)}
+        for name, folder in {"checkpoint": model.checkpoint, "guide": model.guide}.items():
+            if folder is not None:
+                parts |= {f"showcase.models[{index}].{name}": str(Path(folder) / SAFETENSORS_WEIGHTS_NAME)}
     for key, part in parts.items():
         if not Path(part).exists():
             raise UserError(f"{key}: expected an existing path (run the demo from the root of the repository), found no {part}")

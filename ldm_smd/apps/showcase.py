@@ -51,8 +51,8 @@ class ShownModel:
 
     def rows(self, folder: Path, seed: int) -> Iterator[Row]:
         """Write the model folder, for use by other tools, and sample from it."""
-        parts = (self.unet, self.autoencoder, self.classes, self.training, self.guide)
-        write_shipped(folder, self.settings.checkpoint, *parts)
+        checkpoint = self.settings.checkpoint
+        write_shipped(folder, checkpoint, self.unet, self.autoencoder, self.classes, self.training, self.guide)
         pipeline = load_pipeline(folder)
         guidance, shift = self.settings.guidance_scale, self.settings.timestep_shift
         for steps in self.settings.steps:

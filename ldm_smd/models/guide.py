@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from diffusers import ModelMixin
 
 from ..schema import check
@@ -11,7 +13,7 @@ from .hub import network_folder
 from .registry import DENOISERS
 
 
-def load_guide(source: str, key: str, guided: ModelMixin) -> ModelMixin:
+def load_guide(source: str | Path, key: str, guided: ModelMixin) -> ModelMixin:
     """Load a denoiser to guide ``guided`` with, on its device.
 
     Args:

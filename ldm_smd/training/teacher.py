@@ -62,8 +62,9 @@ def load_teacher_guide(run: Run, teacher: ModelMixin) -> ModelMixin | None:
     source = run.config.objective.distillation.guide
     if source is None:
         return None
-    guide = load_guide(source, GUIDE_KEY, teacher)
-    check_process(run.config.diffusion, network_folder(source, GUIDE_KEY), GUIDE_KEY)
+    folder = network_folder(source, GUIDE_KEY)
+    guide = load_guide(folder, GUIDE_KEY, teacher)
+    check_process(run.config.diffusion, folder, GUIDE_KEY)
     check(not is_mixture(guide), GUIDE_KEY, "a Gaussian model", f"a mixture in {source}")
     return guide
 
