@@ -1,5 +1,5 @@
 # make demo           train and sample, with a report, in a few minutes
-# make gpu            benchmark a GPU, in eight minutes
+# make gpu            benchmark a GPU
 # make test           run the tests
 # make test-cpus      run them with the kernels of other CPUs
 # make test-settings  run every tool with invalid and extreme values of every setting

@@ -1,9 +1,12 @@
-"""Measures speed and memory on a GPU in under eight minutes, with torch and wheels only: make gpu
+"""Measures speed and memory on a GPU, with torch and wheels only: make gpu
 
 It measures training images per second of the ImageNet UNet and of DiT-B/2 on 32x32x4 latents, as Gaussian model and as mixture,
 in float32 (TF32), bf16 and compiled bf16, as a fraction of the GPU's peak; peak memory, compared with plan.py; images per
 second of Stable Diffusion's encoder at 256 and 512 pixels; and xformers' attention, compared with torch's. Weights and inputs
 are random.
+
+Every number is saved when it is measured, so a stopped run leaves a result. Compiled networks come last, because compiling one
+can take minutes; the rest takes about a minute.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --teraflops 312 --seconds 3    # an A100
@@ -18,11 +21,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -178,24 +182,26 @@ def attention(sizes: Sizes, run: Run) -> dict | None:
     return {"seconds_over_torch": rates["torch"] / rates["xformers"], "largest_difference": difference, "shape": list(shape)}
 
 
-def measure(sizes: Sizes, run: Run) -> dict:
+def measure(sizes: Sizes, run: Run) -> Iterator[dict]:
+    """Yield everything measured so far, after each measurement."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     cells: dict[str, dict] = {}
-    for name, build in sizes.networks.items():
-        for mode in MODES:
-            for model in (GAUSSIAN, MIXTURE):
-                began = time.perf_counter()
-                cell = f"{name}, {model}, {mode}"
-                cells[cell] = training(build, mode, model, sizes, run)
-                print(f"{cell}: {cells[cell]} ({time.perf_counter() - began:.0f} s)", flush=True)
-                torch.compiler.reset()
-    return {"training": cells, "encoding": encoding(sizes, run), "attention": attention(sizes, run)}
+    found = {"encoding": encoding(sizes, run), "attention": attention(sizes, run), "training": cells}
+    for mode, (name, build), model in product(MODES, sizes.networks.items(), (GAUSSIAN, MIXTURE)):
+        began = time.perf_counter()
+        cell = f"{name}, {model}, {mode}"
+        cells[cell] = training(build, mode, model, sizes, run)
+        print(f"{cell}: {cells[cell]} ({time.perf_counter() - began:.0f} s)", flush=True)
+        torch.compiler.reset()
+        yield found
 
 
 def targets(result: dict, sizes: Sizes) -> list[dict]:
     found = []
     for name in sizes.networks:
-        gaussian, mixture = (result["training"][f"{name}, {model}, bf16"] for model in (GAUSSIAN, MIXTURE))
+        gaussian, mixture = (result["training"].get(f"{name}, {model}, bf16") for model in (GAUSSIAN, MIXTURE))
+        if gaussian is None or mixture is None:
+            continue
         ratio = gaussian["images_per_second"] / mixture["images_per_second"]
         step = f"{name}: training step, {DRAWS} draws, relative to the Gaussian model"
         found.append(target(step, f"<= {WANTED_RATIO}", ratio))
@@ -239,17 +245,18 @@ def table(result: dict) -> str:
 
 
 def write_result(sizes: Sizes, run: Run) -> None:
-    result = {
+    about = {
         "command": " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else run.device.type,
         "teraflops": run.teraflops,
         "versions": versions(),
         "batch": sizes.batch,
-        **measure(sizes, run),
     }
-    result["targets"] = targets(result, sizes)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    RESULT.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    for found in measure(sizes, run):
+        result = about | found
+        result["targets"] = targets(result, sizes)
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        RESULT.with_suffix(".md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
 

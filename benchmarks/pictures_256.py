@@ -30,6 +30,7 @@ from torchvision.utils import make_grid
 from yardstick import RESULTS
 
 from ldm_smd.cli import run_tool
+from ldm_smd.device import pick_device
 from ldm_smd.files import atomic_file, sha256
 from ldm_smd.models.guide import load_guide
 from ldm_smd.pipelines import SMDPipeline, load_pipeline
@@ -77,7 +78,7 @@ def pictures_256(config: Pictures256Config) -> Path:
     content |= {"floor": measure.floor, "training": measure.training, "command": " ".join(["python", *sys.argv])}
     labels = [label for label in measure.labels(config.samples) if label is not None]
     for name, cells in config.models.items():
-        pipeline = pipeline_of(cells)
+        pipeline = pipeline_of(cells).to(measure.device)
         digest = [sha256(file) for file in weight_files(Path(cells.model), (*NETWORKS, "vae"))]
         digest += [] if cells.guide is None else [sha256(file) for file in Path(cells.guide).glob("*.safetensors")]
         for steps, guidance, shift in itertools.product(cells.steps, cells.guidance, cells.shifts):
@@ -120,7 +121,7 @@ def resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 def sheet(name: str, cells: Cells, config: Pictures256Config) -> None:
     """Write a sheet with a row for every class, with consecutive seeds from 0 (no selection)."""
-    pipeline = pipeline_of(cells)
+    pipeline = pipeline_of(cells).to(pick_device("auto"))
     classes = range(len(pipeline.config.id2label))
     labels = [label for label in classes for _ in range(config.sheet_pictures)]
     steps, guidance, shift = cells.steps[0], cells.guidance[0], cells.shifts[0]

@@ -34,6 +34,24 @@ def test_everything_is_measured_and_written(monkeypatch, tmp_path):
     assert "| tiny, mixture, bf16 |" in (tmp_path / "gpu.md").read_text()
 
 
+def test_a_stopped_run_leaves_what_was_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "RESULT", tmp_path / "gpu.json")
+    measured, stopped = gpu.training, f"tiny, {gpu.MIXTURE}, {gpu.MODES[0]}"
+
+    def training(build, mode, model, sizes, run):
+        if f"tiny, {model}, {mode}" == stopped:
+            raise KeyboardInterrupt
+        return measured(build, mode, model, sizes, run)
+
+    monkeypatch.setattr(gpu, "training", training)
+    sizes = gpu.Sizes({"tiny": tiny_unet}, batch=2, encoded=1, resolutions=(32,), tokens=16)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.write_result(sizes, gpu.Run(torch.device("cpu"), seconds=0.01, teraflops=1.0))
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(result["training"]) == [f"tiny, {gpu.GAUSSIAN}, {gpu.MODES[0]}"] and result["targets"] == []
+    assert result["encoding"]["32"] > 0
+
+
 def test_full_size_networks_have_the_stated_numbers_of_parameters():
     with torch.device("meta"):
         unet, dit = (build(False, False) for build in gpu.full_sizes().networks.values())
