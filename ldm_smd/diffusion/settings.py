@@ -77,7 +77,7 @@ class DistillationConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         scale = self.guidance_scale
-        check(self.guide is None or scale != 1, "objective.distillation.guidance_scale", "a scale above 1 for the guide", scale)
+        check(self.guide is None or scale > 1, "objective.distillation.guidance_scale", "a scale above 1 for the guide", scale)
 
 
 @dataclass

@@ -194,8 +194,10 @@ def test_the_teacher_can_differ_from_the_initial_model(distil, train_config, gau
         train(train_config(*plain, teacher, scale, f"objective.distillation.guide={model_folder / 'unet'}"))
     with pytest.raises(UserError, match=r"distillation\.guide: expected the folder of a denoiser .*, found 'none in"):
         train(train_config(*plain, teacher, scale, f"objective.distillation.guide={tmp_path / 'nowhere'}"))
-    with pytest.raises(UserError, match=r"guidance_scale: expected a scale above 1 for the guide, found 1"):
-        train(train_config(*plain, teacher, f"objective.distillation.guide={gaussian_folder / 'unet'}"))
+    for low in (1, 0.5):
+        settings = f"objective.distillation.guidance_scale={low}", f"objective.distillation.guide={gaussian_folder / 'unet'}"
+        with pytest.raises(UserError, match=rf"guidance_scale: expected a scale above 1 for the guide, found {low}"):
+            train(train_config(*plain, teacher, *settings))
     folder = train(train_config(*plain, teacher, f"init_from={model_folder / 'unet'}", "images_total=16"))
     assert any(name.startswith("mixture.") for name in weights(folder / "unet"))
     with pytest.raises(UserError, match=r"objective\.name: expected mse for a Gaussian model"):
