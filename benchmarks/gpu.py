@@ -6,7 +6,7 @@ second of Stable Diffusion's encoder at 256 and 512 pixels; and xformers' attent
 are random.
 
 Every number is saved when it is measured, so a stopped run leaves a result. Compiled networks come last, because compiling one
-can take minutes; the rest takes about a minute.
+can take minutes.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --teraflops 312 --seconds 3    # an A100
@@ -187,6 +187,7 @@ def measure(sizes: Sizes, run: Run) -> Iterator[dict]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     cells: dict[str, dict] = {}
     found = {"encoding": encoding(sizes, run), "attention": attention(sizes, run), "training": cells}
+    yield found
     for mode, (name, build), model in product(MODES, sizes.networks.items(), (GAUSSIAN, MIXTURE)):
         began = time.perf_counter()
         cell = f"{name}, {model}, {mode}"

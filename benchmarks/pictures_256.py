@@ -78,7 +78,7 @@ def pictures_256(config: Pictures256Config) -> Path:
     content |= {"floor": measure.floor, "training": measure.training, "command": " ".join(["python", *sys.argv])}
     labels = [label for label in measure.labels(config.samples) if label is not None]
     for name, cells in config.models.items():
-        pipeline = pipeline_of(cells).to(measure.device)
+        pipeline = pipeline_of(cells)
         digest = [sha256(file) for file in weight_files(Path(cells.model), (*NETWORKS, "vae"))]
         digest += [] if cells.guide is None else [sha256(file) for file in Path(cells.guide).glob("*.safetensors")]
         for steps, guidance, shift in itertools.product(cells.steps, cells.guidance, cells.shifts):
@@ -104,7 +104,7 @@ def pipeline_of(cells: Cells) -> SMDPipeline:
     pipeline.scheduler = make_scheduler(cells.scheduler, pipeline.scheduler)
     if cells.guide is not None:
         pipeline.register_modules(guide=load_guide(cells.guide, "guide", pipeline.unet))
-    return pipeline
+    return pipeline.to(pick_device("auto"))
 
 
 def resized_samples(pipeline: SMDPipeline, labels: list[int], options: SamplingOptions, side: int, title: str) -> torch.Tensor:
@@ -121,7 +121,7 @@ def resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 def sheet(name: str, cells: Cells, config: Pictures256Config) -> None:
     """Write a sheet with a row for every class, with consecutive seeds from 0 (no selection)."""
-    pipeline = pipeline_of(cells).to(pick_device("auto"))
+    pipeline = pipeline_of(cells)
     classes = range(len(pipeline.config.id2label))
     labels = [label for label in classes for _ in range(config.sheet_pictures)]
     steps, guidance, shift = cells.steps[0], cells.guidance[0], cells.shifts[0]

@@ -16,12 +16,15 @@ def tiny_unet(mixture, checkpointing):
     return SMDUNet2DModel(sample_size=32, in_channels=4, out_channels=4, num_classes=10, **shape)
 
 
+TINY = gpu.Sizes({"tiny": tiny_unet}, batch=2, encoded=1, resolutions=(32,), tokens=16)
+RUN = gpu.Run(torch.device("cpu"), seconds=0.01, teraflops=1.0)
+
+
 def test_everything_is_measured_and_written(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "RESULT", tmp_path / "gpu.json")
     monkeypatch.setattr(gpu, "MODES", gpu.MODES[:2])  # compiling takes half a minute
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
-    sizes = gpu.Sizes({"tiny": tiny_unet}, batch=2, encoded=1, resolutions=(32,), tokens=16)
-    gpu.write_result(sizes, gpu.Run(torch.device("cpu"), seconds=0.01, teraflops=1.0))
+    gpu.write_result(TINY, RUN)
     result = json.loads((tmp_path / "gpu.json").read_text())
     models = (gpu.GAUSSIAN, gpu.MIXTURE)
     assert list(result["training"]) == [f"tiny, {model}, {mode}" for mode in gpu.MODES for model in models]
@@ -44,9 +47,8 @@ def test_a_stopped_run_leaves_what_was_measured(monkeypatch, tmp_path):
         return measured(build, mode, model, sizes, run)
 
     monkeypatch.setattr(gpu, "training", training)
-    sizes = gpu.Sizes({"tiny": tiny_unet}, batch=2, encoded=1, resolutions=(32,), tokens=16)
     with pytest.raises(KeyboardInterrupt):
-        gpu.write_result(sizes, gpu.Run(torch.device("cpu"), seconds=0.01, teraflops=1.0))
+        gpu.write_result(TINY, RUN)
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert list(result["training"]) == [f"tiny, {gpu.GAUSSIAN}, {gpu.MODES[0]}"] and result["targets"] == []
     assert result["encoding"]["32"] > 0
