@@ -10,7 +10,7 @@ import os
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path, PurePosixPath
@@ -96,22 +96,27 @@ class TarPart(Part):
         return webdataset_key(name)[0].replace(".", "_")
 
     def listing(self) -> Listing:
-        return self._list(Path(self.path))
-
-    def _list(self, path: Path) -> Listing:
-        images: dict[str, list[tuple[str, int, int]]] = {}
-        labels: dict[str, list[int]] = {}
         try:
-            with open(path, "rb") as file:
-                for member in tar_members(path):
-                    key, extension = webdataset_key(member.name)
-                    if extension == "cls":
-                        data = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset)
-                        labels.setdefault(key, []).append(self._label(data.strip(), member.name))
-                    elif f".{extension.lower()}" in EXTENSIONS:
-                        images.setdefault(key, []).append(member)
+            return self._use(self._list)
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"images.source: expected an uncompressed tar, found {self.path}: {error}") from error
+
+    def _use(self, function: Callable[[Path], Listing]) -> Listing:
+        """Return ``function(path)`` for the path of the tar or its local copy."""
+        return function(Path(self.path))
+
+    def _list(self, path: Path) -> Listing:
+        """List the images. Raises tarfile.TarError or OSError if the file cannot be read."""
+        images: dict[str, list[tuple[str, int, int]]] = {}
+        labels: dict[str, list[int]] = {}
+        with open(path, "rb") as file:
+            for member in tar_members(path):
+                key, extension = webdataset_key(member.name)
+                if extension == "cls":
+                    data = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset)
+                    labels.setdefault(key, []).append(self._label(data.strip(), member.name))
+                elif f".{extension.lower()}" in EXTENSIONS:
+                    images.setdefault(key, []).append(member)
         names, labels_of_images, offsets, sizes = [], [], [], []
         for key, same_key in images.items():
             found = labels.get(key, [UNLABELLED])
@@ -143,8 +148,8 @@ class RemoteTarPart(TarPart):
     def stamp(self) -> str | None:
         return f"{self.tar.size}-{self.tar.stamp}"
 
-    def listing(self) -> Listing:
-        return self.tar.use(self._list)
+    def _use(self, function: Callable[[Path], Listing]) -> Listing:
+        return self.tar.use(function)
 
     def entry(self, key: str, name: str, label: int | None, offset: int, size: int) -> Entry:
         return RemoteEntry(key, label, self.path, name, offset, size, self.tar)

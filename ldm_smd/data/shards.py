@@ -93,9 +93,18 @@ class Manifest:
         return Path(self.folder) / name if self.cache is None else store.join(str(self.folder), name)
 
     def with_shard(self, item: dict, function: Callable[[Path], Result]) -> Result:
-        """Return ``function(path)`` for a shard or its verified local copy. An open copy stays readable if it is removed."""
+        """Return ``function(path)`` for a shard or its verified local copy. An open copy stays readable if it is removed.
+
+        If a copy is removed before it is opened, ``function`` must raise FileNotFoundError, and is called again.
+        """
         place = self.place(item["name"])
-        return function(Path(place)) if self.cache is None else self.cache.use(place, function, item["sha256"])
+        if self.cache is not None:
+            return self.cache.use(place, function, item["sha256"])
+        try:
+            return function(Path(place))
+        except FileNotFoundError as error:
+            expected = f"{item['name']} in {self.folder}, as its manifest says"
+            raise UserError(f"shards: expected {expected}, found no such file") from error
 
     def fetch(self, item: dict) -> None:
         """Copy a shard and its record to the cache, unless another process is copying the shard."""
@@ -109,7 +118,7 @@ class Manifest:
         if self.cache is None:
             return read_json(Path(place))
         try:
-            record = self.cache.use(place, read_json, stamp=item["sha256"])
+            record = self.cache.use(place, read_existing_json, stamp=item["sha256"])
         except UserError:
             return {}
         if record.get("shard") == item and record.get("index_sha256") == index_sha256(record.get("index")):
@@ -240,7 +249,17 @@ def index_sha256(index: dict | None) -> str:
 def read_json(path: Path) -> dict:
     """Read a JSON mapping; empty if there is no readable one."""
     try:
+        return read_existing_json(path)
+    except FileNotFoundError:
+        return {}
+
+
+def read_existing_json(path: Path) -> dict:
+    """Read a JSON mapping; empty if it is not readable. Raises FileNotFoundError if there is no file."""
+    try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -22,7 +22,11 @@ def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: i
     "embeddings", their offsets, if ``dimensions`` is given.
 
     Reads every header, which takes 0.1 ms per sample. tools/encode.py does this once and stores the index in the shard's
-    record. Raises UserError unless the file is a tar of unique samples of this shape and dtype.
+    record.
+
+    Raises:
+        UserError: the file is not a tar of unique samples of this shape and dtype.
+        FileNotFoundError: there is no file. ``FileCache.use`` then fetches it again.
     """
     shapes = dict.fromkeys(FIELDS, shape) | ({EMBEDDING: (dimensions,)} if dimensions else {})
     offsets: dict[str, dict[str, int]] = {name: {} for name in shapes}
@@ -48,6 +52,8 @@ def index_tar(path: Path, shape: tuple[int, ...], dtype: np.dtype, dimensions: i
         for name, found in offsets.items():
             if found.keys() != moments.keys() and (found or found is not mirrored):
                 raise ValueError(f"{len(found)} {name} of {len(moments)} samples")
+    except FileNotFoundError:
+        raise
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"shards: expected a tar of moments {shape} {dtype}, found {path}: {error}") from error
     views = [moments, mirrored] if mirrored else [moments]
