@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -41,8 +42,12 @@ def atomic_file(final: Path, writer: str = "") -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f".{final.name}.{writer}tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    temporary.unlink()
     try:
         yield temporary
+        _allow_readers(temporary, mode)
         _fsync(temporary)
         temporary.rename(final)
         _fsync(final.parent)
@@ -181,6 +186,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in filter(Path.is_file, temporary.rglob("*")):
+            _allow_readers(path, temporary.stat().st_mode)
             _fsync(path)
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
@@ -190,6 +196,18 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _allow_readers(path: Path, mode: int) -> None:
+    """Let those read and write ``path`` whom ``mode``, of a new file or folder, allows to read and write.
+
+    Only their owner can read the files that safetensors writes (https://github.com/safetensors/safetensors/issues/782).
+    """
+    found = stat.S_IMODE(path.stat().st_mode)
+    wanted = found | stat.S_IMODE(mode) & 0o666
+    if found != wanted:
+        with suppress(PermissionError):  # a file system without permissions
+            path.chmod(wanted)
 
 
 def _fsync(path: Path) -> None:

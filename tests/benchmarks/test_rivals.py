@@ -11,6 +11,7 @@ from few_step.method import Latents, Training, train
 from few_step.mixtures import mixture
 from few_step.moment_matching import kernel_loss, transition
 from few_step.network import Critic, denoiser, levels, start_from
+from few_step.report import targets
 from rivals import RivalsConfig
 
 from ldm_smd.errors import UserError
@@ -321,3 +322,23 @@ def test_the_energy_score_beside_a_distillation(start):
     )
     assert loss.abs().max() < 1e-8 and with_score.min() > 0
     assert plain.cost_key != scored.cost_key
+
+
+def test_a_method_must_be_well_ahead_at_three_of_four_numbers_of_steps():
+    """A target of the contest: at most 0.9 of the best rival at three of four, which is the third lowest ratio."""
+
+    def result(method, *distances, images=10):
+        cells = {
+            str(steps): {"features": {"one": {"frechet": distance, "recall": 0.5, "coverage": 0.5}}}
+            for steps, distance in zip((1, 2, 4, 8, 16), distances)
+        }
+        return {"method": method, "settings": {}, "images": images, "cost": 2.0, "seed": 0, "steps": cells}
+
+    start = result("gaussian", 9.0, 8.0, 4.0, 2.0, 2.0, images=0)
+    ours = result("energy-distillation", 2.0, 0.8, 0.8, 0.89, 0.8)
+    rivals = [result("dmd2", 1.0, 2.0, 1.0, 1.0, 1.0), result("imm", 3.0, 1.0, 2.0, 1.0, 1.0)]
+    found = {each["name"]: each for each in targets({"contest": [start, ours, *rivals]})}
+    at_one = found["energy-distillation, 1 steps / best rival, `one`, noise"]
+    three = found["energy-distillation / best rival, third lowest of the four ratios, `one`, noise"]
+    assert at_one["measured"] == 2.0 and not at_one["holds"]
+    assert three["measured"] == 0.89 and three["target"] == "<= 0.9" and three["holds"]
