@@ -48,6 +48,7 @@ def test_a_shipped_pipeline_agrees_with_its_training_config(name, unet, training
     torch.testing.assert_close(pipeline.scheduler.betas, trained.betas)
     assert pipeline.training_scheduler is pipeline.scheduler
     assert is_mixture(pipeline.unet) == (config.model.z_channels > 0)
+    assert pipeline.config.timestep_shift == (4.0 if pixels == 256 else 1.0)
 
 
 def test_the_shipped_guide_is_a_weaker_model_of_the_same_latents_and_classes():

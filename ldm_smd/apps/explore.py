@@ -68,7 +68,7 @@ class Request:
         seed: seed of the first image; image i has ``seed + i``.
         scheduler: as in tools/sample.py, or OWN.
         interval: range of noise levels sigma with guidance.
-        timestep_shift: see ``SMDPipeline``.
+        timestep_shift: see ``SMDPipeline``; None for that of each model.
         embedding: OpenCLIP embedding of an image or text prompt, (1, D), or None.
     """
 
@@ -79,7 +79,7 @@ class Request:
     seed: int = 0
     guidance_scale: float = 1.0
     interval: tuple[float, float] = (0.0, MOST_SIGMA)
-    timestep_shift: float = 1.0
+    timestep_shift: float | None = None
     embedding: torch.Tensor | None = None
 
     def options(self, count: int) -> dict:
@@ -234,7 +234,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
                 prompt = gr.Textbox(label="Prompt (overrides the image prompt)", visible=prompted)
                 count = gr.Slider(1, MOST_IMAGES, value=8, step=1, label="Images")
                 steps = gr.Slider(1, MOST_STEPS, value=4, step=1, label="Steps")
-                shift = gr.Slider(1, MOST_SHIFT, value=1, step=0.5, label="Shift of the steps to noise")
+                shift = gr.Slider(0, MOST_SHIFT, value=0, step=0.5, label="Shift of the steps to noise (0: that of the model)")
                 scheduler = gr.Dropdown(SCHEDULERS, value=OWN, label="Scheduler", allow_custom_value=True)
                 seed = gr.Number(0, label="Seed of the first image", precision=0, minimum=0)
                 scale = gr.Slider(0, 8, value=1, step=0.1, label="Guidance scale (1: none)")
@@ -276,7 +276,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
             try:
                 number = label if label < len(classes) else None
                 embedding = explorer.embedding(image_prompt, prompt)
-                request = Request(number, count, steps, scheduler, seed, scale, (low, high), shift, embedding)
+                request = Request(number, count, steps, scheduler, seed, scale, (low, high), shift or None, embedding)
                 by_model = explorer.sample(request, progress)
             except (UserError, ValueError) as error:
                 raise gr.Error(str(error)) from error

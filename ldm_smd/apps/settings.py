@@ -66,8 +66,9 @@ class ShownModelConfig(Settings):
     guidance_scale: float = number(1.0, 0, 1000)
     guide: Optional[str] = None
     """UNet folder of a weaker model to guide away from. null: classifier-free guidance."""
-    timestep_shift: float = number(1.0, above=0, maximum=1e3)
-    """Above 1: more of the steps at high noise, as in tools/sample.py."""
+    timestep_shift: Optional[float] = number(None, above=0, maximum=1e3)
+    """Above 1: more of the steps at high noise, as in tools/sample.py. It becomes the default of the model folder. null: that
+    of ``config``."""
 
 
 @dataclass

@@ -52,13 +52,13 @@ class ShownModel:
     def rows(self, folder: Path, seed: int) -> Iterator[Row]:
         """Write the model folder, for use by other tools, and sample from it."""
         checkpoint = self.settings.checkpoint
-        write_shipped(folder, checkpoint, self.unet, self.autoencoder, self.classes, self.training, self.guide)
-        pipeline = load_pipeline(folder)
         guidance, shift = self.settings.guidance_scale, self.settings.timestep_shift
+        write_shipped(folder, checkpoint, self.unet, self.autoencoder, self.classes, self.training, self.guide, shift)
+        pipeline = load_pipeline(folder)
         for steps in self.settings.steps:
             caption = f"{self.settings.caption}, {steps} step{'s' if steps > 1 else ''}"
             caption += f", guidance {guidance:g}" if guidance != 1 else ""
-            options = SamplingOptions(steps, guidance, seed=seed, batch_size=16, timestep_shift=shift)
+            options = SamplingOptions(steps, guidance, seed=seed, batch_size=16)
             pixels = sample_pixels(pipeline, self.labels, len(self.labels), options, caption)
             yield Row(caption, make_grid(pixels, nrow=len(self.labels), padding=2, pad_value=0.8))
 
@@ -91,9 +91,15 @@ def write_shipped(
     classes: list[str],
     config: TrainConfig,
     guide: ModelMixin | None = None,
+    timestep_shift: float | None = None,
 ) -> None:
-    """Write the model folder of a shipped network and its guide, where a training run would write it."""
+    """Write the model folder of a shipped network and its guide, where a training run would write it.
+
+    Args:
+        timestep_shift: default of the model folder. None: that of the training.
+    """
     labels = {str(number): name for number, name in enumerate(classes)} if unet.config.num_classes else None
-    pipeline = SMDPipeline(unet, autoencoder.model, build_scheduler(config.diffusion), labels, guide=guide)
+    scheduler, shift = build_scheduler(config.diffusion), timestep_shift or config.timestep_shift
+    pipeline = SMDPipeline(unet, autoencoder.model, scheduler, labels, guide=guide, timestep_shift=shift)
     card = model_card(folder.parent.name, f"The shipped weights of `{checkpoint}`.", config)
     write_model_folder(folder, pipeline, card, "unet")

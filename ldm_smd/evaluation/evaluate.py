@@ -184,7 +184,7 @@ def sample_features(
         config.guidance_scale,
         seed=config.seed,
         batch_size=config.batch_size,
-        timestep_shift=config.timestep_shift,
+        timestep_shift=pipeline.shift_of_steps(config.timestep_shift),
     )
     batches = sample_batches(pipeline, labels, rank_slice(config.num_samples, state), options, "samples")
     found = extract_features("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
@@ -194,7 +194,7 @@ def sample_features(
         "weights_sha256": {f"{path.parent.name}/{path.name}": sha256(path) for path in files},
         "scheduler": config.scheduler or type(pipeline.scheduler).__name__,
         "steps": config.steps,
-        "timestep_shift": config.timestep_shift,
+        "timestep_shift": options.timestep_shift,
         "guidance_scale": config.guidance_scale,
         "labels": "none" if labels is None else config.labels,
         "seeds": [config.seed, config.seed + config.num_samples - 1],

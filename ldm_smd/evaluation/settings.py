@@ -31,8 +31,8 @@ class EvaluateConfig(Settings):
     """Classes of the samples. reference: in the same proportions as in the reference. balanced: equally many of each. random:
     uniformly random."""
     steps: int = number(8, 1, 10**5)
-    timestep_shift: float = number(1.0, above=0, maximum=1e3)
-    """Above 1: more of the steps at high noise, as in tools/sample.py."""
+    timestep_shift: Optional[float] = number(None, above=0, maximum=1e3)
+    """Above 1: more of the steps at high noise, as in tools/sample.py. null: that of the model."""
     scheduler: Optional[str] = None
     """As in tools/sample.py."""
     guidance_scale: float = number(1.0, 0, 1000)

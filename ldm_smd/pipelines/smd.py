@@ -20,7 +20,7 @@ from ..models.moments import MomentHeads
 from ..models.registry import Denoiser
 from ..schedulers.conversion import PredictionConversion, predicted_x0, prediction_conversions, process_of
 from ..schedulers.support import check_scheduler
-from ..schedulers.timesteps import Generators, begin_run, first_sample, network_input, noised, step_options
+from ..schedulers.timesteps import Generators, begin_run, first_sample, network_input, noised, step_options, usable_shift
 from .decoding import decode_latents, encode_images
 from .guidance import Conditions, guided_prediction, guided_steps, read_conditions
 
@@ -52,6 +52,7 @@ class SMDPipeline(DiffusionPipeline):
         embedding: description of the OpenCLIP network of the unet's image embeddings, from the manifest of its shards.
         guide: a weaker denoiser of the same latents, smaller or less trained, to guide away from (autoguidance, arXiv
             2406.02507). Without it, guidance is classifier-free.
+        timestep_shift: default of ``timestep_shift`` when sampling. tools/train.py sets that of the training.
     """
 
     # The other networks run between evaluations of the unet and stay on the device until sampling ends.
@@ -70,6 +71,7 @@ class SMDPipeline(DiffusionPipeline):
         guide: Denoiser | None = None,
         embedding: dict | None = None,
         training_scheduler: SchedulerMixin | None = None,
+        timestep_shift: float = 1.0,
     ) -> None:
         super().__init__()
         check_scheduler(scheduler)
@@ -77,7 +79,7 @@ class SMDPipeline(DiffusionPipeline):
         check_scheduler(training_scheduler)
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, training_scheduler=training_scheduler)
         self.register_modules(moments=moments, gaussian=gaussian, guide=guide)
-        self.register_to_config(id2label=id2label, embedding=embedding)
+        self.register_to_config(id2label=id2label, embedding=embedding, timestep_shift=timestep_shift)
         self.id2label = {int(number): name for number, name in (id2label or {}).items()}
 
     @torch.no_grad()
@@ -100,7 +102,7 @@ class SMDPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         num_images_per_prompt: int = 1,
-        timestep_shift: float = 1.0,
+        timestep_shift: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Sample images.
 
@@ -126,7 +128,8 @@ class SMDPipeline(DiffusionPipeline):
                 "pred_original_sample" (the predicted x_0).
             num_images_per_prompt: number of images per label or embedding, next to each other; or times ``batch_size``.
             timestep_shift: above 1, take more of the steps at high noise: the signal-to-noise ratio of each of the evenly
-                spaced timesteps is divided by its square. Large images of few steps gain from it.
+                spaced timesteps is divided by its square. Large images of few steps gain from it. None: that of the model,
+                or 1 for a scheduler that takes no timesteps.
 
         Returns:
             ImagePipelineOutput with ``images``, or a tuple with the images if ``return_dict`` is False.
@@ -145,7 +148,8 @@ class SMDPipeline(DiffusionPipeline):
             raise ValueError(f"generator: expected one per image, {batch_size}, found {len(generator)}")
 
         shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
-        timesteps = begin_run(self.scheduler, num_inference_steps, None if image is None else strength, timestep_shift)
+        shift = self.shift_of_steps(timestep_shift)
+        timesteps = begin_run(self.scheduler, num_inference_steps, None if image is None else strength, shift)
         guided = guided_steps(self.scheduler, timesteps, guidance_interval)
         conversions = self._conversions(timesteps)
         if latents is None:
@@ -232,6 +236,10 @@ class SMDPipeline(DiffusionPipeline):
             return synonymous[0]
         known = shortened(", ".join(self.id2label.values())) or "none"
         raise UserError(f"{key}: expected one of {known}, found {name!r}")
+
+    def shift_of_steps(self, given: float | None = None) -> float:
+        """Return the ``timestep_shift`` that ``__call__`` uses if it is ``given`` this one."""
+        return usable_shift(self.scheduler, self.config.timestep_shift) if given is None else given
 
     def latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width of the latents of images of this size in pixels; None for the training resolution.

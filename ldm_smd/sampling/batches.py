@@ -35,7 +35,7 @@ class SamplingOptions:
     image: Image.Image | torch.Tensor | None = None
     strength: float = 1.0
     image_embeds: torch.Tensor | None = None
-    timestep_shift: float = 1.0
+    timestep_shift: float | None = None
 
 
 def sample_pixels(

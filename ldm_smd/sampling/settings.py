@@ -22,9 +22,10 @@ class SampleConfig(Settings):
     per_class: int = number(8, 1, 10**6)
     """Images per class; total number of images for unconditional sampling."""
     steps: int = number(8, 1, 10**5)
-    timestep_shift: float = number(1.0, above=0, maximum=1e3)
+    timestep_shift: Optional[float] = number(None, above=0, maximum=1e3)
     """Above 1: more of the steps at high noise. The signal-to-noise ratio of each of the evenly spaced timesteps is divided by
-    the square of this. For schedulers that take timesteps, as DDPM, DPMSolverMultistep and EulerDiscrete."""
+    the square of this. For schedulers that take timesteps, as DDPM, DPMSolverMultistep and EulerDiscrete. null: that of
+    the model, which is the timestep_shift of its training unless it says otherwise."""
     scheduler: Optional[str] = None
     """Class of diffusers or ldm_smd: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
     DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete, GMS,

@@ -63,10 +63,25 @@ def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = No
     return run_from(solver, 0 if strength is None else steps_before(solver, steps, strength, shift))
 
 
+def usable_shift(scheduler: SchedulerMixin, shift: float) -> float:
+    """Return ``shift``, the default of a model, or 1 with a warning for a scheduler that spaces its timesteps itself."""
+    solver = getattr(scheduler, "rest", scheduler)
+    if shift == 1.0 or takes_timesteps(solver):
+        return shift
+    warn_once(f"scheduler: {type(solver).__name__} takes no timesteps, so the model's timestep_shift={shift:g} is not used")
+    return 1.0
+
+
+def takes_timesteps(scheduler: SchedulerMixin) -> bool:
+    """Return whether the timesteps of ``begin_run`` can be shifted."""
+    parameters = inspect.signature(scheduler.set_timesteps).parameters
+    return "timesteps" in parameters or isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
 def shifted_timesteps(scheduler: SchedulerMixin, steps: int, shift: float) -> list[int]:
     """Return evenly spaced timesteps, from the last one down, shifted to noise. Raises ValueError for schedulers that space
     their timesteps themselves."""
-    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+    if not takes_timesteps(scheduler):
         raise ValueError(
             f"timestep_shift: expected 1 for {type(scheduler).__name__}, which takes no timesteps, found {shift}; "
             "DDPMScheduler, DPMSolverMultistepScheduler and EulerDiscreteScheduler take them"

@@ -56,6 +56,25 @@ def test_image_to_image(pipeline, name):
     assert distances[0] < min(distances[1:])
 
 
+def test_the_shift_of_the_steps_has_a_default_in_the_model_folder(pipeline, tmp_path, caplog):
+    """Schedulers that take no timesteps do without it, and say so."""
+    pipeline.register_to_config(timestep_shift=3.0)
+    pipeline.save_pretrained(tmp_path)
+    loaded = load_pipeline(tmp_path)
+
+    def sampled(**options):
+        generator = seeded_generators([0, 1])
+        return loaded([0, 1], num_inference_steps=4, generator=generator, output_type="pt", **options).images
+
+    assert loaded.config.timestep_shift == 3.0
+    assert torch.equal(sampled(), sampled(timestep_shift=3.0)) and not torch.equal(sampled(), sampled(timestep_shift=1.0))
+    loaded.scheduler = make_scheduler("DDIMScheduler", loaded.scheduler)
+    assert not caplog.messages and torch.equal(sampled(), sampled(timestep_shift=1.0))
+    assert "DDIMScheduler takes no timesteps, so the model's timestep_shift=3 is not used" in caplog.text
+    with pytest.raises(ValueError, match="timestep_shift: expected 1 for DDIMScheduler"):
+        sampled(timestep_shift=3.0)
+
+
 def test_schedules_with_a_repeated_timestep(pipeline):
     """A scheduler that looks up its first timestep would find the second, and run past the last one."""
     pipeline.scheduler = make_scheduler("KDPM2DiscreteScheduler", pipeline.scheduler)
