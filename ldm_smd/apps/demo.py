@@ -81,6 +81,7 @@ def demo(config: DemoConfig) -> Path:
 
         with timed(seconds, "encode"):
             manifest = encode(encode_config)
+            while_encoding = peak_memory_gb(with_workers=True)
         if manifest is None:
             raise UserError(f"worker: expected null in {config.encode} for the demo, found {encode_config.worker}")
         with timed(seconds, "measure the autoencoder"):
@@ -127,7 +128,7 @@ def demo(config: DemoConfig) -> Path:
 
         parameters = {name: pipeline.unet.num_parameters() for name, pipeline in pipelines.items()}
         total = sum(seconds.values())
-        memory = peak_memory_gb()
+        memory = max(while_encoding, peak_memory_gb())
         weights = sum(path.stat().st_size for path in Path(encode_config.autoencoder).glob("*.safetensors")) / 2**20
         latent_elements = int(torch.tensor(manifest.latent_shape).prod())
         difference = max(parameters.values()) / min(parameters.values()) - 1
@@ -285,7 +286,11 @@ def training_curve(output: Path, run: DemoRunConfig) -> list[tuple[int, float]]:
     return shipped + [(start + images, loss) for images, loss in continued]
 
 
-def peak_memory_gb() -> float:
-    """Return the peak resident memory of this process plus that of its largest finished child."""
-    kilobytes = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return kilobytes / 2**20
+def peak_memory_gb(with_workers: bool = False) -> float:
+    """Return the peak resident memory of this process so far, or the sum of it and that of the largest finished worker.
+
+    Only encoding has workers. Later children are small programs that libraries start, and Linux counts the memory of this
+    process as theirs.
+    """
+    counted = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN) if with_workers else (resource.RUSAGE_SELF,)
+    return sum(resource.getrusage(who).ru_maxrss for who in counted) / 2**20
