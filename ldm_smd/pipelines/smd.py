@@ -129,7 +129,7 @@ class SMDPipeline(DiffusionPipeline):
             num_images_per_prompt: number of images per label or embedding, next to each other; or times ``batch_size``.
             timestep_shift: above 1, take more of the steps at high noise: the signal-to-noise ratio of each of the evenly
                 spaced timesteps is divided by its square. Large images of few steps gain from it. None: that of the model,
-                or 1 for a scheduler that takes no timesteps.
+                or 1 for a scheduler that spaces its timesteps itself.
 
         Returns:
             ImagePipelineOutput with ``images``, or a tuple with the images if ``return_dict`` is False.

@@ -66,10 +66,16 @@ def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = No
 def usable_shift(scheduler: SchedulerMixin, shift: float) -> float:
     """Return ``shift``, the default of a model, or 1 with a warning for a scheduler that spaces its timesteps itself."""
     solver = getattr(scheduler, "rest", scheduler)
-    if shift == 1.0 or takes_timesteps(solver):
+    if shift == 1.0 or (takes_timesteps(solver) and not has_other_spacing(solver)):
         return shift
-    warn_once(f"scheduler: {type(solver).__name__} takes no timesteps, so the model's timestep_shift={shift:g} is not used")
+    name = type(solver).__name__
+    warn_once(f"scheduler: {name} spaces its timesteps itself, so the model's timestep_shift={shift:g} is not used")
     return 1.0
+
+
+def has_other_spacing(scheduler: SchedulerMixin) -> bool:
+    """Return whether the steps are spaced in noise levels, as by Karras et al., and not in t."""
+    return any(scheduler.config.get(spacing) for spacing in SPACINGS)
 
 
 def takes_timesteps(scheduler: SchedulerMixin) -> bool:
@@ -99,7 +105,7 @@ def shifted_timesteps(scheduler: SchedulerMixin, steps: int, shift: float) -> li
 def steps_before(scheduler: SchedulerMixin, steps: int, strength: float, shift: float = 1.0) -> int:
     """Return the number of steps to skip when a run starts from an image: all but the last fraction ``strength``. If the steps
     are not evenly spaced in t, skip those before that fraction of the timesteps."""
-    if shift == 1.0 and not any(scheduler.config.get(spacing) for spacing in SPACINGS):
+    if shift == 1.0 and not has_other_spacing(scheduler):
         return steps - max(1, round(steps * strength))
     begins = scheduler.timesteps[:: scheduler.order]
     return int((begins + 1 - strength * scheduler.config.num_train_timesteps).abs().argmin())

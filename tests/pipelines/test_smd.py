@@ -70,7 +70,7 @@ def test_the_shift_of_the_steps_has_a_default_in_the_model_folder(pipeline, tmp_
     assert torch.equal(sampled(), sampled(timestep_shift=3.0)) and not torch.equal(sampled(), sampled(timestep_shift=1.0))
     loaded.scheduler = make_scheduler("DDIMScheduler", loaded.scheduler)
     assert not caplog.messages and torch.equal(sampled(), sampled(timestep_shift=1.0))
-    assert "DDIMScheduler takes no timesteps, so the model's timestep_shift=3 is not used" in caplog.text
+    assert "DDIMScheduler spaces its timesteps itself, so the model's timestep_shift=3 is not used" in caplog.text
     with pytest.raises(ValueError, match="timestep_shift: expected 1 for DDIMScheduler"):
         sampled(timestep_shift=3.0)
 

@@ -13,8 +13,8 @@ from ldm_smd.diffusion.settings import DiffusionConfig
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.schedulers.conversion import path_of, predicted_x0
 from ldm_smd.schedulers.schedule import build_scheduler
-from ldm_smd.schedulers.support import warn_once
-from ldm_smd.schedulers.timesteps import begin_run, step_options
+from ldm_smd.schedulers.support import SUPPORTED, warn_once
+from ldm_smd.schedulers.timesteps import begin_run, step_options, usable_shift
 
 OURS = build_scheduler(DiffusionConfig())
 TELEPORT = "TeleportScheduler:scheduler=LMSDiscreteScheduler"
@@ -61,6 +61,17 @@ def test_a_shift_of_flow_matching_moves_the_noise_levels_as_its_scheduler_does()
 def test_shifts_that_a_run_does_not_support(name, steps, shift, message):
     with pytest.raises(ValueError, match=message):
         begin_run(make_scheduler(name, OURS), steps, shift=shift)
+
+
+@pytest.mark.parametrize("name", [*SUPPORTED, "DPMSolverMultistepScheduler:use_karras_sigmas=true", "GMSScheduler", TELEPORT])
+def test_every_scheduler_runs_with_the_shift_of_a_model(name):
+    """It is used by the schedulers that can, and by no other."""
+    scheduler = make_scheduler(name, OURS)
+    shift = usable_shift(scheduler, 4.0)
+    begin_run(scheduler, 4, shift=shift)
+    if shift == 1.0:
+        with pytest.raises(ValueError):
+            begin_run(scheduler, 4, shift=4.0)
 
 
 def test_a_wrapping_scheduler_has_the_timesteps_and_step_of_the_wrapped_one():
