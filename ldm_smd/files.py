@@ -185,8 +185,9 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        mode = temporary.stat().st_mode
         for path in filter(Path.is_file, temporary.rglob("*")):
-            _allow_readers(path, temporary.stat().st_mode)
+            _allow_readers(path, mode)
             _fsync(path)
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
