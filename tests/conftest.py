@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from ldm_smd.cli import run_tool
 from ldm_smd.config import load_config
 from ldm_smd.data import store
+from ldm_smd.data.cache import FileCache
 from ldm_smd.data.encode import encode
 from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.pipelines import load_pipeline
@@ -284,3 +285,19 @@ def bucket(proxy, request):
     name = f"bucket-{abs(hash(request.node.nodeid))}"
     store.store_of(f"s3://{name}", "test")[0].mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def removed_copies(monkeypatch):
+    """Names of removed copies: every copy in a cache is removed once before it is opened, as if others needed the room."""
+    fetch, removed = FileCache.fetch, set()
+
+    def fetch_and_remove(self, *args, **options):
+        path = fetch(self, *args, **options)
+        if path.name not in removed:
+            removed.add(path.name)
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(FileCache, "fetch", fetch_and_remove)
+    return removed

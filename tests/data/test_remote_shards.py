@@ -13,7 +13,6 @@ from faulty_store import FAULTS, Fault
 from ldm_smd.config import load_config
 from ldm_smd.data import store, stream
 from ldm_smd.data.ahead import AHEAD, Prefetcher
-from ldm_smd.data.cache import FileCache
 from ldm_smd.data.encode import encode
 from ldm_smd.data.settings import CacheConfig, EncodeConfig, VerifyConfig
 from ldm_smd.data.shards import Manifest
@@ -176,16 +175,11 @@ def test_two_processes_share_a_cache(many_shards, remote, small_cache, proxy):
 
 
 @pytest.mark.parametrize("records", [True, False])
-def test_copies_removed_before_they_are_opened_are_fetched_again(many_shards, remote, cache, monkeypatch, records):
+def test_copies_removed_before_they_are_opened_are_fetched_again(
+    many_shards, remote, cache, removed_copies, monkeypatch, records
+):
     """As by another process that needs the room: every copy is removed once, tars also if they are indexed."""
-    fetch, removed, indexed = FileCache.fetch, set(), []
-
-    def fetch_and_remove(self, url, *args, **options):
-        path = fetch(self, url, *args, **options)
-        if path.name not in removed:
-            removed.add(path.name)
-            path.unlink()
-        return path
+    indexed = []
 
     def counted(path, *args):
         indexed.append(path)
@@ -195,12 +189,11 @@ def test_copies_removed_before_they_are_opened_are_fetched_again(many_shards, re
         for record in many_shards.glob("latents-*.json"):
             file_system, path = store.store_of(f"{remote}/{record.name}", "test")
             file_system.rm_file(path)
-    monkeypatch.setattr(FileCache, "fetch", fetch_and_remove)
     monkeypatch.setattr(stream, "index_tar", counted)
     manifest = Manifest.load(remote, cache)
     found = list(LatentStream(manifest, 4, 44, **READ).batches_at(range(0, 44, 4)))
-    assert {name.rpartition(".")[2] for name in removed} == ({"tar", "json"} if records else {"tar"})
-    assert len([name for name in removed if name.endswith(".tar")]) == len(manifest.shards)
+    assert {name.rpartition(".")[2] for name in removed_copies} == ({"tar", "json"} if records else {"tar"})
+    assert len([name for name in removed_copies if name.endswith(".tar")]) == len(manifest.shards)
     assert not indexed if records else len(indexed) >= 2 * len(manifest.shards)
     assert_equal(found, batches(Manifest.load(many_shards)))
 

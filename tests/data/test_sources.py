@@ -15,7 +15,6 @@ import webdataset as wds
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
-from ldm_smd.data.cache import FileCache
 from ldm_smd.data.entries import open_local_copy
 from ldm_smd.data.images import load_pixels, read_images
 from ldm_smd.data.settings import ImagesConfig
@@ -192,18 +191,10 @@ def test_removed_copies_are_fetched_again(bucket, tmp_path):
     assert load_pixels(config)[0].shape == (6, 3, 8, 8)
 
 
-def test_a_copy_removed_before_it_is_listed_is_fetched_again(bucket, tmp_path, monkeypatch):
-    fetch, removed = FileCache.fetch, []
-
-    def fetch_and_remove_once(self, url, *args, **options):
-        path = fetch(self, url, *args, **options)
-        if url not in removed:
-            removed.append(url)
-            path.unlink()
-        return path
-
-    monkeypatch.setattr(FileCache, "fetch", fetch_and_remove_once)
-    assert keys(tmp_path, "memory://bucket/some/train-*.tar") == ["a", "b", "c", "a-2", "b-2", "c-2"] and len(removed) == 2
+def test_a_copy_removed_before_it_is_listed_is_fetched_again(bucket, tmp_path, removed_copies):
+    assert (
+        keys(tmp_path, "memory://bucket/some/train-*.tar") == ["a", "b", "c", "a-2", "b-2", "c-2"] and len(removed_copies) == 2
+    )
 
 
 def test_a_missing_tar_is_an_error_instead_of_unreadable_images(bucket, tmp_path):
