@@ -12,7 +12,7 @@ from gmm_cells import EXACT, GAUSSIAN, SMD
 from gmm_data import DATA, Problem
 from gmm_measures import sample
 from gmm_models import PointDenoiser
-from targets import target
+from targets import target, target_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -98,13 +98,7 @@ def table(result: dict) -> str:
     head = "| " + " | ".join([*names, "spread share", "s"]) + " |"
     lines = [f"`{result['command']}`, {result['seeds']} seeds: mean ± standard deviation.", "", head, "|---" * 11 + "|"]
     lines += [line(entry) for entry in result["cells"]]
-    if result["targets"]:
-        lines += ["", "| target | wanted | measured | |", "|---|---|---|---|"]
-        lines += [
-            f"| {entry['name']} | {entry['target']} | {entry['measured']:.3f} | {'yes' if entry['holds'] else 'no'} |"
-            for entry in result["targets"]
-        ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + target_table(result["targets"])) + "\n"
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from omegaconf import MISSING
 from PIL import Image
-from targets import target
+from targets import target, target_table
 from torchvision.transforms.functional import to_pil_image
 from yardstick import Results, ResultsConfig
 
@@ -133,11 +133,7 @@ def table(config: SchedulersConfig, result: dict) -> list[str]:
             row.append(f"{cell['frechet']:.2f} ± {1.96 * cell['frechet_sd']:.2f}")
             row += [f"{cell['frechet'] / cells[REFERENCE]['frechet']:.2f}", f"{cell['brightness']:.3f}"]
         lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "| target | wanted | measured | holds |", "|---|---|---|---|"]
-    return lines + [
-        f"| {entry['name']} | {entry['target']} | {entry['measured']} | {'yes' if entry['holds'] else 'no'} |"
-        for entry in result["targets"]
-    ]
+    return lines + target_table(result["targets"])
 
 
 if __name__ == "__main__":

@@ -14,5 +14,7 @@ def target_table(targets: list[dict]) -> list[str]:
     """Format the targets as Markdown, after an empty line; nothing without targets."""
     if not targets:
         return []
-    rows = [f"| {each['name']} | {each['target']} | {each['measured']} |" for each in targets]
-    return ["", "| target | wanted | measured |", "|---|---|---|", *rows]
+    rows = [
+        f"| {each['name']} | {each['target']} | {each['measured']} | {'yes' if each['holds'] else 'no'} |" for each in targets
+    ]
+    return ["", "| target | wanted | measured | holds |", "|---|---|---|---|", *rows]
