@@ -9,4 +9,4 @@ from targets import target, target_table
 def test_a_target_is_compared_before_rounding(wanted, measured, holds):
     found = target("a ratio", wanted, measured)
     assert found == {"name": "a ratio", "target": wanted, "measured": round(measured, 3), "holds": holds}
-    assert target_table([found])[-1] == f"| a ratio | {wanted} | {round(measured, 3)} |"
+    assert target_table([found])[-1] == f"| a ratio | {wanted} | {round(measured, 3)} | {'yes' if holds else 'no'} |"
