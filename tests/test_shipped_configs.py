@@ -50,6 +50,7 @@ FILES += [
     (ROOT / "benchmarks/pictures-256.yaml", Pictures256Config, []),
     (ROOT / "benchmarks/shift-emoji.yaml", Pictures256Config, []),
     (ROOT / "benchmarks/rivals-cifar10.yaml", RivalsConfig, []),
+    (ROOT / "benchmarks/rivals-cifar10-hour.yaml", RivalsConfig, []),
     (ROOT / "benchmarks/rivals-emoji.yaml", RivalsConfig, []),
     (ROOT / "benchmarks/schedulers-emoji.yaml", SchedulersConfig, []),
     (ROOT / "benchmarks/teleport-emoji.yaml", TeleportBenchmarkConfig, []),

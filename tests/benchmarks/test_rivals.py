@@ -313,6 +313,21 @@ def test_the_critic_learns_only_after_training_with_the_energy_score(start):
     assert Job("distillation", {"energy_first": 0.5}).cost_key != Job("distillation").cost_key
 
 
+def test_each_part_of_a_training_can_have_its_own_schedule(start):
+    """At a progress of 0.75 the second part is in its middle, before its cool-down."""
+    seen = []
+
+    def rate(progress, **settings):
+        method = Job("energy-distillation", {"energy_first": 0.5} | settings).make(start)
+        method.descend, method.progress = lambda name, loss, rate: seen.append(rate), progress
+        method.step(*batch(), torch.Generator().manual_seed(0), 0.3)
+        return seen[-1]
+
+    assert rate(0.75) == 0.3
+    found = [rate(progress, separate_schedules=True) for progress in (0.0, 0.25, 0.375, 0.4999, 0.5, 0.75, 0.9999)]
+    assert found == pytest.approx([0, 1, 0.5, 0, 0, 1, 0], abs=1e-3)
+
+
 def test_the_energy_score_beside_a_distillation(start):
     """Before the first update nothing else contributes to the loss. Such a job has its own cost."""
     x0, labels = batch()
