@@ -22,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from targets import target
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.data.encode import encode
@@ -76,7 +77,7 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": version("torch"),
         "pictures_per_second": rows,
-        "targets": [{"name": SPEED, "target": f">= {WANTED}", "measured": round(ratio, 3), "holds": ratio >= WANTED}],
+        "targets": [target(SPEED, f">= {WANTED}", ratio)],
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{SPEED}: {ratio:.3f} (>= {WANTED})")

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from targets import target
 
 from ldm_smd.diffusion.central_moments import CentralMoments, moments_of, two_gaussians
 from ldm_smd.schedulers.kernel_fit import PAPER_ITERATIONS, fit_two_gaussians
@@ -71,7 +72,7 @@ def main() -> None:
             "measured": rows["solved"]["residual"],
             "holds": rows["solved"]["residual"] <= best,
         },
-        {"name": "speed relative to the fit", "target": ">= 100", "measured": round(speedup, 1), "holds": speedup >= 100},
+        target("speed relative to the fit", ">= 100", speedup, digits=1),
     ]
     result = {
         "command": "python benchmarks/gms_fit.py",
@@ -86,8 +87,8 @@ def main() -> None:
     RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, row in rows.items():
         print(f"{name}: residual {row['residual']:.2e}, {1e3 * statistics.median(row['seconds']):.2f} ms")
-    for target in targets:
-        print(f"{target['name']}: {target['measured']:.3g} ({target['target']})")
+    for each in targets:
+        print(f"{each['name']}: {each['measured']:.3g} ({each['target']})")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ class Method:
         self.progress = 0.0
         self.count = 0
 
+    @property
+    def part(self) -> tuple[float, float]:
+        """Start and end of the current part of the training, as fractions. Each part has its own learning rate schedule."""
+        return 0.0, 1.0
+
     def add(self, name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.networks[name], self.optimizers[name] = network, optimizer
         self.rates[name] = optimizer.param_groups[0]["lr"]
@@ -93,10 +98,12 @@ class Training:
         self.warmup_images = self.warmup_images or max(2000, 50 * self.batch)
         self.ema_halflife_images = self.ema_halflife_images or max(2000, self.images // 50)
 
-    def factor(self, seen: int) -> float:
-        """Return the factor of the learning rate: linear warm-up, constant, then linear cool-down over the last half."""
-        warm = (seen + self.batch) / max(self.warmup_images, self.batch)
-        cool = (self.images - seen) / max(0.5 * self.images, self.batch)
+    def factor(self, seen: int, part: tuple[float, float] = (0.0, 1.0)) -> float:
+        """Return the factor of the learning rate: linear warm-up, constant, then linear cool-down over the last half of the
+        ``part``, given by its start and end as fractions of the training."""
+        start, end = (fraction * self.images for fraction in part)
+        warm = (seen - start + self.batch) / max(self.warmup_images, self.batch)
+        cool = (end - seen) / max(0.5 * (end - start), self.batch)
         return min(1.0, warm, cool)
 
 
@@ -141,7 +148,7 @@ def train(method: Method, latents: Latents, training: Training) -> nn.Module:
     for step, seen in enumerate(range(0, training.images, size)):
         method.progress, method.count = seen / training.images, step
         x0, labels = latents.batch(size, method.group, training.label_dropout, generator)
-        losses = method.step(x0, labels, generator, training.factor(seen))
+        losses = method.step(x0, labels, generator, training.factor(seen, method.part))
         ema.update(model, size, seen + size)
         if step % CHECK_EVERY == 0 or seen + size >= training.images:
             for name, value in losses.items():

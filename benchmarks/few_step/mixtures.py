@@ -36,8 +36,6 @@ MIXTURE_SETTINGS = {"z_channels": 32, "identifier_channels": 32, "hypernetwork_w
 PATCHES = [0, 4, 2, 1]
 FIRST_DRAWS, FIRST_BETA = 4, 0.5
 ENERGY_DRAWS = 2
-WARMUP = 0.05
-"""Fraction of a part with ``separate_schedules`` in which the learning rate warms up."""
 
 
 class Mixture(Method):
@@ -194,9 +192,14 @@ class PosteriorDistillation(Mixture):
         self.add("model", self.model, adamw(self.model, settings.learning_rate, 0.01, MOMENTUM))
         self.add("critic", self.critic, adamw(self.critic, settings.critic_rate, momentum=MOMENTUM))
 
+    @property
+    def part(self) -> tuple[float, float]:
+        first = self.settings.energy_first
+        if not self.settings.separate_schedules:
+            return super().part
+        return (0.0, first) if self.progress < first else (first, 1.0)
+
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
-        if self.settings.separate_schedules:
-            rate = part_factor(self.progress, self.settings.energy_first)
         if self.progress < self.settings.energy_first:
             return self.energy_step(x0, labels, generator, rate, FIRST_DRAWS, FIRST_BETA)
         for _ in range(self.settings.critic_updates - 1):
@@ -223,19 +226,6 @@ class PosteriorDistillation(Mixture):
         if weight > 0:
             losses["loss"] = losses["loss"] + weight * self.energy_score(velocities, x0, eps, t, 1.0)
         return losses
-
-
-def part_factor(progress: float, first: float) -> float:
-    """Return the factor of the learning rate: linear warm-up, constant, then linear cool-down over the last half, in the first
-    part of a training and again in the second.
-
-    Args:
-        progress: fraction of the training that is done.
-        first: fraction that is the first part.
-    """
-    start, end = (0.0, first) if progress < first else (first, 1.0)
-    done = (progress - start) / (end - start)
-    return min(1.0, done / WARMUP, 2.0 * (1.0 - done))
 
 
 class WhiteNoiseDistillation(PosteriorDistillation):

@@ -315,17 +315,27 @@ def test_the_critic_learns_only_after_training_with_the_energy_score(start):
 
 def test_each_part_of_a_training_can_have_its_own_schedule(start):
     """At a progress of 0.75 the second part is in its middle, before its cool-down."""
-    seen = []
+    training, used = Training(1_000_000, warmup_images=50_000), []
 
     def rate(progress, **settings):
         method = Job("energy-distillation", {"energy_first": 0.5} | settings).make(start)
-        method.descend, method.progress = lambda name, loss, rate: seen.append(rate), progress
-        method.step(*batch(), torch.Generator().manual_seed(0), 0.3)
-        return seen[-1]
+        method.descend, method.progress = lambda name, loss, rate: used.append(rate), progress
+        factor = training.factor(round(progress * training.images), method.part)
+        method.step(*batch(), torch.Generator().manual_seed(0), factor)
+        assert used[-1] == factor
+        return factor
 
-    assert rate(0.75) == 0.3
+    assert rate(0.75) == 0.5
     found = [rate(progress, separate_schedules=True) for progress in (0.0, 0.25, 0.375, 0.4999, 0.5, 0.75, 0.9999)]
     assert found == pytest.approx([0, 1, 0.5, 0, 0, 1, 0], abs=1e-3)
+
+
+def test_a_training_uses_the_schedule_of_the_current_part(start, latents):
+    method = Job("energy-distillation", {"energy_first": 0.5, "separate_schedules": True}).make(start)
+    rates, step = [], method.step
+    method.step = lambda x0, labels, generator, rate: rates.append(rate) or step(x0, labels, generator, rate)
+    train(method, latents, Training(64, batch=8, warmup_images=8))
+    assert rates == [1.0, 1.0, 1.0, 0.5] * 2
 
 
 def test_the_energy_score_beside_a_distillation(start):
