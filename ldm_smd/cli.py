@@ -23,6 +23,7 @@ import ldm_smd
 from .commands import BY_NAME, COMMANDS, for_console
 from .config import Setting, dump_config, load_config, settings
 from .errors import UserError, shortened
+from .memory import keep_freed_memory
 
 Config = TypeVar("Config")
 CONSOLE = "ldm-smd"
@@ -104,6 +105,7 @@ def run_tool(
         if options.dry_run:
             print(dump_config(config), end="")
             return 0
+        keep_freed_memory()
         main(config)
     except UserError as error:
         code, message = 2, f"error: {wording(str(error))}"
