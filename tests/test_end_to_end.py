@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from ldm_smd.apps.demo import demo, run_config
+from ldm_smd.apps.demo import demo, remove_earlier, run_config
 from ldm_smd.apps.settings import DemoConfig
 from ldm_smd.apps.showcase import Showcase
 from ldm_smd.config import load_config
@@ -198,6 +198,14 @@ def test_demo(image_folder, vae_folder, train_config, tmp_path):
         for folder in (Path(vanilla["checkpoint"]), tmp_path / "demo/vanilla/model/unet")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    # It replaces its own results only.
+    (tmp_path / "own/latents").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"output: expected a new folder or that of an earlier demo.* found latents"):
+        demo(dataclasses.replace(config, output=str(tmp_path / "own")))
+    assert (tmp_path / "own/latents").exists()
+    remove_earlier(config, tmp_path / "demo")
+    assert not (tmp_path / "demo/latents").exists()
     assert not (tmp_path / "demo/vanilla/metrics.jsonl").exists() and "train vanilla" not in report["seconds"]
     configs = {run.name: run_config(config, run, str(vae_folder)) for run in config.runs}
     assert configs["distilled"].learning_rate == pytest.approx(10 * configs["smd"].learning_rate)

@@ -17,7 +17,8 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torchvision.utils import make_grid
 
 from ..autoencoder import FrozenAutoencoder, sample_latents
-from ..config import load_config
+from ..config import dump_config, load_config
+from ..data.classes import renumbered
 from ..data.encode import encode
 from ..data.images import load_pixels
 from ..data.settings import EncodeConfig
@@ -28,7 +29,7 @@ from ..evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS, spread_over_eta
 from ..evaluation.distances import frechet_distance
 from ..evaluation.features import load_extractor
 from ..evaluation.reconstruction import reconstruction_psnr
-from ..files import claimed
+from ..files import atomic_file, claimed
 from ..models.denoiser import model_labels
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
@@ -46,7 +47,7 @@ GRID_COLUMNS, GRID_ROWS = 6, 6
 FEW_STEPS = 4
 """The report compares the models side by side at the number in ``steps`` closest to this."""
 SPREAD_IMAGES = 64
-LATENTS = "latents"
+LATENTS, SETTINGS = "latents", "demo.yaml"
 LONGEST_NAME = 100
 
 
@@ -59,8 +60,9 @@ def demo(config: DemoConfig) -> Path:
         # All inputs are read first, so that a missing one is reported before earlier results are removed.
         with timed(seconds, "read"):
             encode_config = load_config(EncodeConfig, config.encode, [f"output={output / LATENTS}"])
-            held_out, labels, _ = load_pixels(config.held_out)
+            held_out, held_out_labels, held_out_classes = load_pixels(config.held_out)
             training_pixels, _, classes = load_pixels(encode_config.images)
+            labels = renumbered(held_out_labels, held_out_classes, classes, "held_out.source")
             unknown = [label for label in labels if classes and (label is None or label >= len(classes))]
             if unknown:
                 raise UserError(f"held_out.source: expected labels of the {len(classes)} training classes, found {unknown[0]}")
@@ -74,10 +76,7 @@ def demo(config: DemoConfig) -> Path:
             for run in config.runs:
                 for scheduler in run.schedulers:
                     make_scheduler(scheduler, DDPMScheduler())
-        names = [*(run.name for run in config.runs), *(model.name for model in config.showcase.models)]
-        for name in (LATENTS, *names):
-            shutil.rmtree(output / name, ignore_errors=True)
-        output.mkdir(parents=True, exist_ok=True)
+        remove_earlier(config, output)
 
         with timed(seconds, "encode"):
             manifest = encode(encode_config)
@@ -284,6 +283,23 @@ def training_curve(output: Path, run: DemoRunConfig) -> list[tuple[int, float]]:
         return continued
     start = shipped[-1][0] if shipped else 0
     return shipped + [(start + images, loss) for images, loss in continued]
+
+
+def remove_earlier(config: DemoConfig, output: Path) -> None:
+    """Remove the models and latents of an earlier demo, and write the settings of this one.
+
+    Raises:
+        UserError: ``output`` has files, but no settings of a demo. Its folder ``latents`` may be anything.
+    """
+    names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    if names and SETTINGS not in names:
+        raise UserError(
+            f"output: expected a new folder or that of an earlier demo, with {SETTINGS}, found {min(names)} in {output}"
+        )
+    for name in (LATENTS, *(run.name for run in config.runs), *(model.name for model in config.showcase.models)):
+        shutil.rmtree(output / name, ignore_errors=True)
+    with atomic_file(output / SETTINGS) as path:
+        path.write_text(dump_config(config), encoding="utf-8")
 
 
 def peak_memory_gb(with_workers: bool = False) -> float:

@@ -176,7 +176,8 @@ class FolderPart(Part):
             names.append(os.path.relpath(found.path, self.path).replace(os.sep, "/"))
             digest.update(f"{names[-1]} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
         labels = np.full(len(names), 0 if self.top else UNLABELLED)
-        return Listing(names, labels.tolist(), classes=[self.top] if self.top else [], stamp=digest.hexdigest())
+        classes = [self.top] if self.top and names else []
+        return Listing(names, labels.tolist(), classes=classes, stamp=digest.hexdigest())
 
     def _files(self) -> Iterator[os.DirEntry]:
         if self.top:
@@ -199,6 +200,7 @@ class ZipPart(Part):
             if not member.is_dir()
             and PurePosixPath(member.filename).suffix.lower() in EXTENSIONS
             and not member.filename.startswith("__MACOSX/")
+            and not any(part.startswith(".") for part in PurePosixPath(member.filename).parts)
         )
         tops = [name.partition("/")[0] if "/" in name else None for name in names]
         classes = sorted({top for top in tops if top is not None})
@@ -236,8 +238,8 @@ class DatasetPart(Part):
 
 
 def folder_parts(folder: Path) -> list[Part]:
-    """Split a folder into its first-level folders."""
-    tops = [found.name for found in sorted_folder(str(folder)) if found.is_dir(follow_symlinks=False)]
+    """Split a folder into its first-level folders, which may be links."""
+    tops = [found.name for found in sorted_folder(str(folder)) if found.is_dir()]
     return [FolderPart(str(folder), top) for top in ("", *tops)]
 
 
@@ -267,8 +269,9 @@ def walk(folder: str) -> Iterator[os.DirEntry]:
 
 
 def sorted_folder(folder: str) -> list[os.DirEntry]:
+    """List a folder without hidden files and folders."""
     with os.scandir(folder) as found:
-        return sorted(found, key=lambda each: each.name)
+        return sorted((each for each in found if not each.name.startswith(".")), key=lambda each: each.name)
 
 
 def is_image(found: os.DirEntry) -> bool:

@@ -1,4 +1,8 @@
-"""Distances between sets of images in feature space, in float64. Large N x N matrices are computed in blocks."""
+"""Distances between sets of images in feature space, in float64.
+
+Frechet distances use all images. All other measures compare every image with every other, so they use at most MAX_PAIRED
+images of each set, drawn at random. Their N x N matrices are computed in blocks.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +12,45 @@ from functools import cached_property
 import torch
 
 BLOCK = 2048
+MAX_PAIRED = 50_000
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
 """k as in the papers."""
 CMMD_BANDWIDTH, CMMD_SCALE = 10.0, 1000.0
 
 
 class FeatureSet:
-    """Features (N, D) of one set of images, with cached statistics for distances to it."""
+    """Features (N, D) of one set of images, with cached statistics for distances to it.
+
+    Attributes:
+        features: all rows, in the precision they are given in.
+        paired: all rows, or MAX_PAIRED of them drawn at random, float64.
+    """
 
     def __init__(self, features: torch.Tensor) -> None:
-        self.features = features.double()
+        self.features = features
         self._radii: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.features)
 
     @cached_property
+    def paired(self) -> torch.Tensor:
+        if len(self) <= MAX_PAIRED:
+            return self.features.double()
+        drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:MAX_PAIRED]
+        return self.features[drawn.sort().values].double()
+
+    @cached_property
     def mean(self) -> torch.Tensor:
-        return self.features.mean(dim=0)
+        return self.features.mean(dim=0, dtype=torch.float64)
 
     @cached_property
     def covariance(self) -> torch.Tensor:
-        return torch.cov(self.features.T)
+        total = torch.zeros(2 * self.features.shape[1:], dtype=torch.float64)
+        for rows in self.features.split(BLOCK):
+            centred = rows.double() - self.mean
+            total += centred.T @ centred
+        return total / (len(self) - 1)
 
     @cached_property
     def covariance_root(self) -> torch.Tensor:
@@ -39,14 +60,14 @@ class FeatureSet:
     @cached_property
     def kernel_within(self) -> torch.Tensor:
         """Mean of KID's kernel over pairs of different rows."""
-        x = self.features
+        x = self.paired
         return (kernel_sum(x, x) - ((x * x).mean(dim=1) + 1.0).pow(3).sum()) / (len(x) * (len(x) - 1))
 
     def radii(self, neighbour: int) -> torch.Tensor:
-        """Return the distance from each row to its k-th nearest neighbour, k = ``neighbour``, (N,)."""
+        """Return the distance from each row of ``paired`` to its k-th nearest neighbour there, k = ``neighbour``."""
         if neighbour not in self._radii:
-            k = min(neighbour + 1, len(self))  # the nearest one is the row itself
-            parts = [torch.cdist(rows, self.features).kthvalue(k, dim=1).values for rows in self.features.split(BLOCK)]
+            k = min(neighbour + 1, len(self.paired))  # the nearest one is the row itself
+            parts = [torch.cdist(rows, self.paired).kthvalue(k, dim=1).values for rows in self.paired.split(BLOCK)]
             self._radii[neighbour] = torch.cat(parts)
         return self._radii[neighbour]
 
@@ -80,7 +101,7 @@ def kernel_distance(a: Features, b: Features) -> float:
     Over all pairs instead of random subsets. Unbiased at any sample size, so it may be negative for equal distributions.
     """
     a, b = feature_set(a), feature_set(b)
-    return float(a.kernel_within + b.kernel_within - 2 * kernel_sum(a.features, b.features) / (len(a) * len(b)))
+    return float(a.kernel_within + b.kernel_within - 2 * kernel_sum(a.paired, b.paired) / (len(a.paired) * len(b.paired)))
 
 
 def kernel_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -91,7 +112,7 @@ def kernel_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def cmmd(a: Features, b: Features) -> float:
     """CMMD (arXiv 2401.09603) of CLIP image embeddings of unit length: 1000 times the squared MMD with a Gaussian kernel of
     bandwidth 10. Includes pairs of a row with itself, as in the paper's code."""
-    a, b = feature_set(a).features, feature_set(b).features
+    a, b = feature_set(a).paired, feature_set(b).paired
 
     def mean(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         sums = [(-torch.cdist(rows, y).square() / (2 * CMMD_BANDWIDTH**2)).exp().sum() for rows in x.split(BLOCK)]
@@ -111,17 +132,17 @@ def fidelity_and_diversity(samples: Features, reference: Features) -> dict[str, 
     samples, reference = feature_set(samples), feature_set(reference)
     near, wide = reference.radii(PRECISION_NEIGHBOURS), reference.radii(DENSITY_NEIGHBOURS)
     precise = ball_count = torch.zeros((), dtype=torch.float64)
-    recalled, nearest = torch.zeros(len(reference), dtype=torch.bool), torch.full((len(reference),), torch.inf).double()
-    for rows, radii in zip(samples.features.split(BLOCK), samples.radii(PRECISION_NEIGHBOURS).split(BLOCK)):
-        distances = torch.cdist(rows, reference.features)
+    recalled, nearest = torch.zeros(len(near), dtype=torch.bool), torch.full((len(near),), torch.inf).double()
+    for rows, radii in zip(samples.paired.split(BLOCK), samples.radii(PRECISION_NEIGHBOURS).split(BLOCK)):
+        distances = torch.cdist(rows, reference.paired)
         precise = precise + (distances <= near).any(dim=1).sum()
         ball_count = ball_count + (distances < wide).sum()
         recalled |= (distances <= radii[:, None]).any(dim=0)
         nearest = torch.minimum(nearest, distances.min(dim=0).values)
     return {
-        "precision": float(precise / len(samples)),
+        "precision": float(precise / len(samples.paired)),
         "recall": float(recalled.double().mean()),
-        "density": float(ball_count / (DENSITY_NEIGHBOURS * len(samples))),
+        "density": float(ball_count / (DENSITY_NEIGHBOURS * len(samples.paired))),
         "coverage": float((nearest < wide).double().mean()),
     }
 
@@ -166,13 +187,13 @@ def kernel_deviation(a: Features, b: Features, rounds: int = 50, seed: int = 0) 
     are the sums over pairs of drawn rows.
     """
     a, b = feature_set(a), feature_set(b)
-    x, dimensions = a.features, a.features.shape[1]
-    drawn = bootstrap_indices(len(a), rounds, seed)
-    times = torch.stack([chosen.bincount(minlength=len(a)) for chosen in drawn], dim=1).double()
+    x, y, dimensions = a.paired, b.paired, a.features.shape[1]
+    drawn = bootstrap_indices(len(x), rounds, seed)
+    times = torch.stack([chosen.bincount(minlength=len(x)) for chosen in drawn], dim=1).double()
     within = -(((x * x).mean(dim=1) + 1.0).pow(3) @ times)
     across = torch.zeros(rounds, dtype=torch.float64)
     for rows, own in zip(x.split(BLOCK), times.split(BLOCK)):
         within += (own * ((rows @ x.T / dimensions + 1.0) ** 3 @ times)).sum(dim=0)
-        across += ((rows @ b.features.T / dimensions + 1.0) ** 3).sum(dim=1) @ own
-    values = within / (len(a) * (len(a) - 1)) + b.kernel_within - 2 * across / (len(a) * len(b))
+        across += ((rows @ y.T / dimensions + 1.0) ** 3).sum(dim=1) @ own
+    values = within / (len(x) * (len(x) - 1)) + b.kernel_within - 2 * across / (len(x) * len(y))
     return float(values.std())

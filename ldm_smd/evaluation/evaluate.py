@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ..data.classes import renumbered
 from ..data.images import read_images
 from ..data.index import ImageIndex
 from ..data.settings import ImagesConfig
@@ -49,14 +50,16 @@ class ImageFeatures:
     """Features of one set of images.
 
     Attributes:
-        features: one float32 (N, D) per network, in the order of the images. Complete on the main process only.
+        features: one float32 (N, D) per network, in the order of the images. On the main process only.
         sha256: hash of all images, independent of their order.
         labels: labels of the images that have one, in order.
+        classes: names of the classes, if known.
     """
 
     features: list[torch.Tensor]
     sha256: str
     labels: list[int]
+    classes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.features[0])
@@ -143,7 +146,7 @@ def real_features(
         # The main process decides, because another one might see a file that has just been written.
         [there] = broadcast_object_list([cached.is_file()])
         if there:
-            return ImageFeatures.load(cached, len(extractors))
+            return dataclasses.replace(ImageFeatures.load(cached, len(extractors)), classes=entries.classes)
     indices = rank_slice(len(entries), state)
     batches = [indices[start : start + config.batch_size] for start in range(0, len(indices), config.batch_size)]
     labels: list[int] = []
@@ -159,7 +162,7 @@ def real_features(
         found = extract_features(name, pixels(bar), labels, extractors)
     if cached is not None and state.is_main_process:
         found.save(cached)
-    return found
+    return dataclasses.replace(found, classes=entries.classes)
 
 
 def digest_of(entries: ImageIndex, images: ImagesConfig, extractors: list[Extractor]) -> str:
@@ -178,7 +181,11 @@ def sample_features(
     pipeline = load_pipeline(folder).to(pick_device(config.device))
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
-    labels = choose_labels(config, reference.labels, num_classes(pipeline.unet))
+    real, classes = reference.labels, num_classes(pipeline.unet)
+    if classes is not None and config.labels == "reference":
+        known = [pipeline.id2label[number] for number in sorted(pipeline.id2label)]
+        real = renumbered(real, reference.classes, known, "reference.source")
+    labels = choose_labels(config, real, classes)
     options = SamplingOptions(
         config.steps,
         config.guidance_scale,
@@ -233,13 +240,24 @@ def extract_features(
         hashes += sum(int.from_bytes(hashlib.sha256(image.contiguous().numpy()).digest(), "big") for image in pixels)
         for part, extractor in zip(parts, extractors):
             part.append(extractor(pixels).float())
-    gathered = gather_object([([torch.cat(part) for part in parts if part], hashes, labels)])
-    nonempty = [features for features, _, _ in gathered if features]
-    if not nonempty:
+    own = [torch.cat(part) for part in parts if part]
+    gathered = gather_object([(len(own[0]) if own else 0, hashes, labels)])
+    if not sum(count for count, _, _ in gathered):
         raise UserError(f"{name}: expected readable images, found none")
     total = sum(value for _, value, _ in gathered) % 2**256
-    all_labels = [label for *_, own in gathered for label in own]
+    all_labels = [label for *_, of_process in gathered for label in of_process]
+    nonempty = [features for features in gathered_by_first(own) if features]
     return ImageFeatures([torch.cat(of_network) for of_network in zip(*nonempty)], f"{total:064x}", all_labels)
+
+
+def gathered_by_first(own: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Gather the features of all processes on the first one, whose memory alone they take; the others return []."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return [own]
+    found: list | None = [None] * state.num_processes if state.is_main_process else None
+    torch.distributed.gather_object(own, found)
+    return found or []
 
 
 def table(result: dict) -> str:

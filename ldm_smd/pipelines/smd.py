@@ -227,10 +227,12 @@ class SMDPipeline(DiffusionPipeline):
 
     def label_of(self, name: str, key: str = "classes") -> int:
         """Return the number of a class that is given by its name, its number, or a synonym that no other class has ("tench" for
-        "tench, Tinca tinca"). Raises UserError for an unknown one, blamed on ``key``."""
+        "tench, Tinca tinca"). A name goes before a number. Raises UserError for an unknown one, blamed on ``key``."""
         for number, label in self.id2label.items():
-            if name == label or name == str(number):
+            if name == label:
                 return number
+        if name in map(str, self.id2label):
+            return int(name)
         synonymous = [number for number, label in self.id2label.items() if name in label.split(", ")]
         if len(synonymous) == 1:
             return synonymous[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from diffusers import ModelMixin
 
 from ..config import config_as_dict
-from ..files import atomic_folder
+from ..errors import UserError
+from ..files import atomic_folder, require_folder
 from ..models.backbone import Backbone
 from ..models.denoiser import embedding_dimensions
 from ..pipelines import SMDPipeline
@@ -16,6 +18,17 @@ from .coarse_labels import class_names
 from .run import Run
 
 CARD_CLASSES = 20
+CARD = "README.md"
+
+
+def require_replaceable(path: Path, parts: Collection[str]) -> None:
+    """Raise UserError if ``path`` is a file, or has anything that is not one of ``parts``, the files of a model."""
+    require_folder(path)
+    foreign = sorted({each.name for each in path.iterdir()} - {*parts, CARD}) if path.exists() else []
+    if foreign:
+        raise UserError(
+            f"output: expected a new folder or one with a model alone, which is replaced, found {foreign[0]!r} in {path}"
+        )
 
 
 def write_model_folder(path: Path, model: ModelMixin | SMDPipeline, card: str, *parts: str) -> None:
@@ -23,7 +36,7 @@ def write_model_folder(path: Path, model: ModelMixin | SMDPipeline, card: str, *
     with atomic_folder(path) as folder:
         model.save_pretrained(folder)
         for part in ("", *parts):
-            (folder / part / "README.md").write_text(card, encoding="utf-8")
+            (folder / part / CARD).write_text(card, encoding="utf-8")
 
 
 def model_card(title: str, text: str, config: object) -> str:

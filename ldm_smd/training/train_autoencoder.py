@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from torchvision.utils import make_grid, save_image
 
@@ -18,13 +19,13 @@ from ..data.shards import ChannelStatistics
 from ..device import pick_device, pick_precision
 from ..errors import UserError
 from ..evaluation.reconstruction import reconstruction_psnr
-from ..files import claimed, require_folder
+from ..files import claimed
 from ..models.settings import AutoencoderModelConfig
 from ..progress import progress
 from .checkpoint import load_weights, resume, resume_optimizers, save_checkpoint
 from .ema import EMA
 from .metrics_log import MetricsLog, RunningMeans, crossed
-from .model_folder import model_card, write_model_folder
+from .model_folder import model_card, require_replaceable, write_model_folder
 from .rates import warmup_times_cosine
 from .record import RunRecord, open_record
 from .settings import TrainAutoencoderConfig
@@ -104,8 +105,10 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
     """Train, measure the PSNR on held-out images, write the model folder; returns its path."""
     output = Path(config.output)
     work = Path(config.work) if config.work else output.with_name(f"{output.name}.run")
+    if work.absolute().is_relative_to(output.absolute()):
+        raise UserError(f"work: expected a folder outside of output, which is replaced at the end, found {work}")
     with claimed(output), claimed(work, "work", inside=True):
-        require_folder(output)
+        require_replaceable(output, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
         device = pick_device("auto")
         torch.manual_seed(config.seed)
         pixels, _, _ = load_pixels(config.images, config.num_workers)

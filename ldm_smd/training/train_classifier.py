@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from ..data.classes import renumbered
 from ..data.images import load_pixels
 from ..device import pick_device
 from ..errors import UserError
@@ -30,18 +32,18 @@ class LabelledImages:
     labels: torch.Tensor
 
     @classmethod
-    def load(cls, config: ClassifierSetConfig, part: str) -> tuple[LabelledImages, list[str]]:
-        """Load the "images" or "held_out" part, and the class names."""
+    def load(cls, config: ClassifierSetConfig, part: str, known: Sequence[str] = ()) -> tuple[LabelledImages, list[str]]:
+        """Load the "images" or "held_out" part, with the numbers of the classes in ``known``, and the class names."""
         pixels, labels, classes = load_pixels(getattr(config, part))
         if any(label is None for label in labels):
             raise UserError(f"sets.{config.name}.{part}: expected a class for every image, found images without one")
-        return cls(pixels, torch.tensor(labels)), classes
+        return cls(pixels, torch.tensor(renumbered(labels, classes, known, f"sets.{config.name}.{part}"))), classes
 
 
 Sets = dict[str, LabelledImages]
 
 
-@makes_folder
+@makes_folder()
 def train_classifier(config: TrainClassifierConfig) -> Path:
     """Train on all sets, measure the accuracy on the held-out parts, write the model folder; returns its path."""
     output = Path(config.output)
@@ -50,7 +52,7 @@ def train_classifier(config: TrainClassifierConfig) -> Path:
     training, held_out, classes = {}, {}, {}
     for entry in config.sets:
         training[entry.name], classes[entry.name] = LabelledImages.load(entry, "images")
-        held_out[entry.name], _ = LabelledImages.load(entry, "held_out")
+        held_out[entry.name], _ = LabelledImages.load(entry, "held_out", classes[entry.name])
     counts = {name: len(names) for name, names in classes.items()}
     model = FeatureNetwork(tuple(config.block_out_channels), counts).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)

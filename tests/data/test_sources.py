@@ -45,6 +45,23 @@ def test_every_kind_of_source_gives_the_same_images(image_folder, tmp_path):
         assert labels == results[0][1] and classes == ["disc", "square"]
 
 
+def test_hidden_and_empty_folders_are_no_classes_but_linked_ones_are(image_folder, tmp_path):
+    tree = tmp_path / "tree"
+    for name in (".cache", "disc", "empty"):
+        (tree / name).mkdir(parents=True)
+    for hidden in (tree / ".cache/hidden.png", tree / "disc/._shown.png"):
+        Image.new("RGB", (16, 16)).save(hidden)
+    Image.new("RGB", (16, 16)).save(tree / "disc/shown.png")
+    (tree / "square").symlink_to(image_folder / "square")
+    with zipfile.ZipFile(tmp_path / "tree.zip", "w") as archive:
+        for file in sorted([*tree.rglob("*.png"), *(tree / "square").glob("*.png")]):
+            archive.write(file, file.relative_to(tree).as_posix())
+    for source in (tree, tmp_path / "tree.zip"):
+        entries = list_images(ImagesConfig(source=str(source)))
+        assert entries.classes == ["disc", "square"]
+        assert [entry.label for entry in entries] == [0] + 11 * [1]
+
+
 def test_keys_are_unique_and_without_dots(tmp_path):
     for name in ("a.b.png", "a_b.png", "c.png", "c.jpg"):
         Image.new("RGB", (16, 16)).save(tmp_path / name)

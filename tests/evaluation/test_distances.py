@@ -33,6 +33,18 @@ def test_frechet_distance_of_commuting_gaussians():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
+def test_of_many_images_some_are_compared_in_pairs(monkeypatch):
+    """And all enter the Frechet distance."""
+    a, b = (torch.randn(60, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    expected = distances(a, b, unit_length=True)
+    monkeypatch.setattr(metrics, "MAX_PAIRED", 40)
+    chosen = [FeatureSet(features).paired.float() for features in (a, b)]
+    assert all(len(rows) == 40 == len({tuple(row) for row in rows.tolist()}) for rows in chosen)
+    found, of_chosen = distances(a, b, unit_length=True), distances(*chosen, unit_length=True)
+    for name, value in found.items():
+        assert value == pytest.approx((expected if name.startswith("frechet") else of_chosen)[name], rel=1e-9), name
+
+
 def test_frechet_distance_is_symmetric_also_with_singular_covariances():
     a, b = torch.randn(10, 30).double(), torch.randn(12, 30).double() * 2
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6)

@@ -9,6 +9,7 @@ from ldm_smd.config import load_config
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.errors import UserError
+from ldm_smd.evaluation import evaluate as evaluation
 from ldm_smd.evaluation.distances import frechet_distance, kernel_distance
 from ldm_smd.evaluation.evaluate import choose_labels, evaluate
 from ldm_smd.evaluation.features import Extractor
@@ -132,6 +133,18 @@ def test_labels_of_the_samples(settings):
         choose_labels(config("reference"), [], 3)
     with pytest.raises(UserError, match="labels: expected labels below the model's 2 classes, found 2"):
         choose_labels(config("reference"), [2], 2)
+
+
+def test_classes_of_the_reference_are_found_by_name(settings, image_folder, tmp_path, monkeypatch):
+    """The model has the classes disc and square. In a reference of squares alone, they have number 0."""
+    shutil.copytree(image_folder / "square", tmp_path / "reference/square")
+    sampled, real = [], evaluation.sample_batches
+    monkeypatch.setattr(evaluation, "sample_batches", lambda *given: sampled.append(given[1]) or real(*given))
+    measured(settings, "squares", f"reference.source={tmp_path / 'reference'}")
+    assert sampled == [9 * [1]]
+    (tmp_path / "reference/square").rename(tmp_path / "reference/ring")
+    with pytest.raises(UserError, match=r"reference\.source: expected classes among disc, square, found 'ring'"):
+        measured(settings, "rings", f"reference.source={tmp_path / 'reference'}")
 
 
 def test_wrong_settings_give_one_line(settings, network, tmp_path):

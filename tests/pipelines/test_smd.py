@@ -278,11 +278,13 @@ def test_classes_by_name(pipeline):
     assert nearly_equal(by_number, by_name)
 
 
-def test_classes_are_found_by_unique_synonyms(pipeline):
+def test_classes_are_found_by_names_then_numbers_then_unique_synonyms(pipeline):
     pipeline.id2label = {0: "crane, bird", 1: "crane, machine"}
     assert [pipeline.label_of(name) for name in ("bird", "machine", "crane, bird", "1")] == [0, 1, 0, 1]
     with pytest.raises(UserError, match="found 'crane'"):
         pipeline.label_of("crane")
+    pipeline.id2label = dict(enumerate(["0", "1", "10", "2"]))
+    assert [pipeline.label_of(name) for name in ("2", "10", "3")] == [3, 2, 3]
 
 
 def test_images_of_one_prompt_are_consecutive(pipeline):

@@ -138,6 +138,17 @@ def test_a_setting_changes_the_weights(vae_config, usual, tmp_path, setting):
     assert found.keys() != usual.keys() or not all(torch.equal(found[name], usual[name]) for name in found)
 
 
+def test_a_folder_with_other_files_is_not_replaced(vae_config, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "photo.png").touch()
+    with pytest.raises(UserError, match=r"output: expected a new folder or one with a model alone.* found 'photo.png'"):
+        train_autoencoder(vae_config(f"output={own}"))
+    assert [path.name for path in own.iterdir()] == ["photo.png"]
+    with pytest.raises(UserError, match="work: expected a folder outside of output"):
+        train_autoencoder(vae_config(f"output={own}", f"work={own / 'run'}"))
+
+
 DEEP = ["model.kind=AutoencoderDC", "model.block_out_channels=[8,8,16]"]
 """16 pixels to 4 latents."""
 
