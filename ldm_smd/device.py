@@ -17,9 +17,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
+    if device.type == "cuda" and device.index is not None and torch.cuda.is_available():
+        torch.cuda.set_device(device)  # otherwise pinned memory of loaders takes half a gigabyte of GPU 0
+    return device
 
 
 def pick_precision(name: str) -> str:
@@ -35,7 +38,10 @@ def process_group() -> Iterator[PartialState]:
 
     A process that exits while in a group may abort, and the launcher then kills the others.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())
+    gpus = torch.cuda.is_available()
+    # NCCL alone cannot reduce and gather what is on the CPU.
+    backend = {"backend": "cuda:nccl,cpu:gloo"} if gpus and "LOCAL_RANK" in os.environ else {}
+    state = PartialState(cpu=not gpus, **backend)
     try:
         yield state
     finally:

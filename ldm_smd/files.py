@@ -148,17 +148,28 @@ def claimed_by_first(output: Path, inside: bool = False) -> AbstractContextManag
     return nullcontext() if int(os.environ.get("RANK", 0)) > 0 else claimed(output, inside=inside)
 
 
-def makes_folder(tool: Callable[[Config], Result]) -> Callable[[Config], Result]:
-    """Decorate a tool that makes the folder ``config.output``. It must be new or empty, and is locked during the run."""
+def makes_folder(distributed: bool = False) -> Callable[[Callable[[Config], Result]], Callable[[Config], Result]]:
+    """Decorate a tool that makes the folder ``config.output``. It must be new or empty, and is locked during the run.
 
-    @functools.wraps(tool)
-    def run(config: Config) -> Result:
-        output = Path(config.output)
-        with claimed_by_first(output):
-            require_unused(output)
-            return tool(config)
+    Args:
+        distributed: whether several processes of a launcher share the work. Otherwise they are refused, as each would do all
+            of it.
+    """
 
-    return run
+    def decorated(tool: Callable[[Config], Result]) -> Callable[[Config], Result]:
+        @functools.wraps(tool)
+        def run(config: Config) -> Result:
+            processes = int(os.environ.get("WORLD_SIZE", 1))
+            if processes > 1 and not distributed:
+                raise UserError(f"WORLD_SIZE: expected one process, found {processes}; start this tool without a launcher")
+            output = Path(config.output)
+            with claimed_by_first(output):
+                require_unused(output)
+                return tool(config)
+
+        return run
+
+    return decorated
 
 
 def require_folder(output: Path, key: str = "output") -> None:

@@ -2,12 +2,14 @@
 
 import os
 import stat
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ldm_smd.files import atomic_file, atomic_folder
+from ldm_smd.errors import UserError
+from ldm_smd.files import atomic_file, atomic_folder, makes_folder
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o007, 0o077], ids=oct)
@@ -44,3 +46,16 @@ def test_a_file_that_was_not_written_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "nothing"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_tools_that_do_not_share_their_work_refuse_several_processes(distributed, tmp_path, monkeypatch):
+    tool = makes_folder(distributed)(lambda config: "done")
+    config = SimpleNamespace(output=tmp_path / "output")
+    assert tool(config) == "done"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if distributed:
+        assert tool(config) == "done"
+        return
+    with pytest.raises(UserError, match="expected one process, found 2"):
+        tool(config)

@@ -34,7 +34,8 @@ def job(tmp_path):
     calls = tmp_path / "calls"
     programs = {
         "scontrol": f'echo scontrol "$@" >>{calls}; echo node-a; echo node-b',
-        "srun": f'echo "$@" >>{calls}; trap "exit 143" TERM; echo $$ >{tmp_path / "pid"}; while :; do sleep 0.01; done',
+        "srun": f'echo "$SRUN_CPUS_PER_TASK $@" >>{calls}; trap "exit 143" TERM; echo $$ >{tmp_path / "pid"};'
+        " while :; do sleep 0.01; done",
         "scancel": f'echo scancel "$@" >>{calls}; kill -TERM "$(cat {tmp_path / "pid"})"',
     }
     for name, program in programs.items():
@@ -44,6 +45,7 @@ def job(tmp_path):
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node-[a-b]",
         "SLURM_NNODES": "2",
+        "SLURM_CPUS_PER_TASK": "64",
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }
     script = [CONFIGS / "slurm/train.sbatch", "--config", "my/train.yaml"]
@@ -61,7 +63,8 @@ def test_a_slurm_job_starts_torchrun_and_is_requeued(job):
     hosts, started, cancelled, requeued = calls.read_text().splitlines()
     assert hosts == "scontrol show hostnames node-[a-b]"
     assert (cancelled, requeued) == ("scancel --signal TERM 7", "scontrol requeue 7")
-    program, *arguments = started.split()
+    cpus, program, *arguments = started.split()
     found = parse_args(arguments)
-    assert program == "torchrun" and (found.nnodes, found.nproc_per_node, found.rdzv_endpoint) == ("2", "8", "node-a:29500")
+    assert (cpus, program) == ("64", "torchrun")
+    assert (found.nnodes, found.nproc_per_node, found.rdzv_endpoint) == ("2", "8", "node-a:29500")
     assert [found.training_script, *found.training_script_args] == ["tools/train.py", "--config", "my/train.yaml"]

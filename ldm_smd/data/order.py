@@ -21,16 +21,16 @@ class ImageOrder:
     Args:
         counts: number of images in each part, in the order of the source.
         group_size: number of parts that are shuffled together.
-        shuffle: False keeps the order of the source.
+        shuffle: False keeps the order of the source, and each part is a group.
     """
 
     def __init__(self, counts: np.ndarray, group_size: int, shuffle: bool = True) -> None:
         self.counts, self.shuffle = np.asarray(counts, dtype=np.int64), shuffle
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         parts = np.random.default_rng(SEED).permutation(len(self.counts)) if shuffle else np.arange(len(self.counts))
+        group_size = group_size if shuffle else 1
         self.groups = [parts[first : first + group_size] for first in range(0, len(parts), group_size)]
         self.ends = np.cumsum([self.counts[members].sum() for members in self.groups], dtype=np.int64)
-        self._group_order = lru_cache(maxsize=2)(self._shuffled_group)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -45,7 +45,7 @@ class ImageOrder:
             return np.arange(start, stop)
         found = []
         for group in self._groups(start, stop):
-            order, end = self._group_order(group), int(self.ends[group])
+            order, end = group_order(self, group), int(self.ends[group])
             begin = end - len(order)
             found.append(order[max(start - begin, 0) : stop - begin])
         return np.concatenate([np.empty(0, np.int64), *found])
@@ -55,6 +55,9 @@ class ImageOrder:
             return range(0)
         return range(int(np.searchsorted(self.ends, start, "right")), int(np.searchsorted(self.ends, stop, "left")) + 1)
 
-    def _shuffled_group(self, group: int) -> np.ndarray:
-        images = np.concatenate([np.arange(self.starts[part], self.starts[part + 1]) for part in self.groups[group]])
-        return np.random.default_rng((SEED, group)).permutation(images)
+
+@lru_cache(maxsize=2)  # not in the class, whose objects are pickled for workers
+def group_order(order: ImageOrder, group: int) -> np.ndarray:
+    """Return the source indices (int64) of the images of a group, shuffled."""
+    images = np.concatenate([np.arange(order.starts[part], order.starts[part + 1]) for part in order.groups[group]])
+    return np.random.default_rng((SEED, group)).permutation(images)

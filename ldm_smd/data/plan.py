@@ -129,7 +129,5 @@ def check_cache_size(index: ImageIndex, order: ImageOrder, config: ImagesConfig)
     group_size = max(map(len, order.groups))
     needed = max(int(sizes[parts].sum()) for parts in order.groups) / 1e9
     if needed > config.cache_gigabytes:
-        raise UserError(
-            f"images.cache_gigabytes: expected {needed:.3g} or more, for the {group_size} tars that are shuffled "
-            f"together (shuffle_tars), found {config.cache_gigabytes:g}"
-        )
+        tars = f"the {group_size} tars that are shuffled together (shuffle_tars)" if group_size > 1 else "the largest tar"
+        raise UserError(f"images.cache_gigabytes: expected {needed:.3g} or more, for {tars}, found {config.cache_gigabytes:g}")

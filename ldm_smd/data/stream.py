@@ -25,6 +25,7 @@ from ..errors import UserError
 from .ahead import Prefetcher
 from .shards import FIELDS, Manifest
 from .tar_index import index_tar
+from .workers import end_by_own_process, sigterm_blocked
 
 MAX_OPEN_SHARDS, MAX_OPEN_COPIES, MAX_ORDERS = 64, 4, 8
 """Kept by each worker: open shards; open local copies of shards in a store, whose disk space is freed only when they are
@@ -73,7 +74,8 @@ class Shard:
         try:
             self.keys = index["keys"]
             self.labels = np.array(index["labels"], dtype=np.int64).reshape(len(self.keys))
-            self.offsets = np.array(index["offsets"], dtype=np.int64).reshape(len(self.keys), -1)
+            offsets = np.array(index["offsets"], dtype=np.int64)
+            self.offsets = offsets.reshape(len(self.keys), -1) if len(offsets) else offsets.reshape(0, 1)
             self.embedding_offsets = np.array(index.get("embeddings", []), dtype=np.int64)
             if dimensions and self.embedding_offsets.shape != (len(self.keys),):
                 raise ValueError(f"{len(self.embedding_offsets)} embeddings of {len(self.keys)} samples")
@@ -289,10 +291,12 @@ def keep_newest(cache: dict, key: object, value: object, count: int) -> None:
 
 
 class LatentLoader(DataLoader):
-    """A DataLoader that raises a UserError of a worker as it is, in one line."""
+    """A DataLoader that raises a UserError of a worker as it is, in one line. Its workers outlive SIGTERM."""
 
     def __iter__(self) -> Iterator[LatentBatch]:  # type: ignore[override]
-        for batch in super().__iter__():
+        with sigterm_blocked():  # the workers inherit this, for all of their threads
+            batches = super().__iter__()
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
@@ -300,4 +304,5 @@ class LatentLoader(DataLoader):
 
 def latent_loader(stream: LatentStream, num_workers: int) -> DataLoader:
     """Return a loader of full batches. The order does not depend on the number of workers, who take every n-th batch."""
-    return LatentLoader(stream, batch_size=None, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+    pinned = torch.cuda.is_available()
+    return LatentLoader(stream, None, num_workers=num_workers, pin_memory=pinned, worker_init_fn=end_by_own_process)

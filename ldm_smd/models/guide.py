@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import ModelMixin
 
 from ..schema import check
-from .denoiser import num_classes
+from .denoiser import embedding_dimensions, num_classes
 from .extended import class_of
 from .hub import network_folder
 from .registry import DENOISERS
@@ -20,7 +20,7 @@ def load_guide(source: str | Path, key: str, guided: ModelMixin) -> ModelMixin:
         source: network folder (RUN/model/unet, RUN/checkpoints/images-N/ema) or hub id.
         key: setting that ``source`` comes from.
 
-    Raises UserError unless it is a denoiser with the latents and classes of ``guided``.
+    Raises UserError unless it is a denoiser with the latents, classes and embeddings of ``guided``.
     """
     folder = network_folder(source, key)
     name = class_of(folder) or "none"
@@ -29,6 +29,7 @@ def load_guide(source: str | Path, key: str, guided: ModelMixin) -> ModelMixin:
     for what, found, wanted in (
         ("channels", guide.config.in_channels, guided.config.in_channels),
         ("classes", num_classes(guide), num_classes(guided)),
+        ("dimensions of embeddings", embedding_dimensions(guide), embedding_dimensions(guided)),
     ):
         check(found == wanted, key, f"{wanted} {what}, like the model", f"{found} in {source}")
     return guide.to(guided.device).requires_grad_(False)

@@ -21,7 +21,7 @@ from .inputs import load_clip, prompt_embedding, read_image, training_side
 from .settings import SampleConfig
 
 
-@makes_folder
+@makes_folder()
 def sample(config: SampleConfig) -> Path:
     """Sample images and write them to ``config.output``: a PNG per image, named by class and seed, and grid.png."""
     output = Path(config.output)

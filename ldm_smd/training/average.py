@@ -49,7 +49,7 @@ def save_snapshot(run: Path, images: int, average: PowerEMA, writes: bool = True
     model = average.gather()
     if writes:
         with atomic_save(snapshot_path(run, images, average.sigma_rel)) as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, max_shard_size="1TB")  # in one file
 
 
 def resume_averages(run: Path, images: int, averages: list[PowerEMA]) -> None:
@@ -87,7 +87,7 @@ def coefficients(kept: list[Snapshot], images: int, sigma_rel: float) -> np.ndar
     return np.linalg.lstsq(products, wanted, rcond=None)[0]
 
 
-@makes_folder
+@makes_folder()
 def average(config: AverageConfig) -> Path:
     """Write a model folder with an average of the weights of ``config.run``; returns its path."""
     run, output = Path(config.run), Path(config.output)

@@ -22,6 +22,7 @@ from torch.nn import Module
 
 from ..errors import UserError
 from ..files import atomic_folder
+from ..models.hub import SHARDS
 from .ema import EMA
 from .trained import TrainedNetwork
 
@@ -97,10 +98,12 @@ def load_weights(
             model.
         kept: module that always keeps its values.
     """
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise UserError(f"{key}: expected a model folder with {path.name}, found none in {folder}")
-    weights, expected = load_file(path), model.state_dict()
+    whole = folder / SAFETENSORS_WEIGHTS_NAME
+    paths = [whole] if whole.is_file() else sorted(folder.glob(SHARDS))  # save_pretrained splits weights of 10 GB and more
+    if not paths:
+        raise UserError(f"{key}: expected a model folder with {whole.name}, found none in {folder}")
+    weights = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    expected = model.state_dict()
     model._fix_state_dict_keys_on_load(weights)  # as from_pretrained does
     left = names_in(model, kept).union(*(names for part in new if not (names := names_in(model, part)) & weights.keys()))
     own = sorted(expected.keys() - left)

@@ -110,7 +110,7 @@ class LatentSums:
         return mean, vectors[:, :rank].T, variances + spread.mean(), tail + spread.mean()
 
 
-@makes_folder
+@makes_folder(distributed=True)
 def fit_gaussian(config: FitGaussianConfig) -> Path:
     """Fit the Gaussians and write the model folder; returns its path."""
     output = Path(config.output)

@@ -31,7 +31,7 @@ class MetricsLog:
         with atomic_file(self.path) as temporary:  # a kill at this point must not lose the log
             temporary.write_text("".join(kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1 if images_seen else 0)
 
     def log(self, images_seen: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"images_seen": images_seen, **values}) + "\n")

@@ -9,7 +9,7 @@ from ..data.stream import LatentBatch
 from ..diffusion.process import GaussianPath
 from ..errors import UserError
 from ..models.backbone import Backbone
-from ..models.denoiser import is_mixture, num_classes
+from ..models.denoiser import embedding_dimensions, is_mixture, num_classes
 from ..models.extended import class_of
 from ..models.guide import load_guide
 from ..models.hub import network_folder
@@ -49,6 +49,7 @@ def load_teacher(run: Run, mixture: Backbone) -> ModelMixin:
     for name, found, wanted in (
         ("in_channels", teacher.config.in_channels, mixture.config.in_channels),
         ("num_classes", num_classes(teacher), classes),
+        ("embedding_dimensions", embedding_dimensions(teacher), embedding_dimensions(mixture)),
     ):
         check(found == wanted, KEY, f"{name} {wanted}, like the model", found)
     return teacher.to(run.accelerator.device).requires_grad_(False)

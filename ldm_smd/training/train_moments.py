@@ -32,7 +32,7 @@ WARMUP = 0.05
 CALIBRATION_PICTURES = 512
 
 
-@makes_folder
+@makes_folder()
 def train_moments(config: TrainMomentsConfig) -> Path:
     """Train the heads and write the model folder; returns its path."""
     output = Path(config.output)

@@ -203,6 +203,9 @@ def test_images_in_a_store_give_the_same_shards(shards, image_folder, encode_to,
         assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     with pytest.raises(UserError, match=r"images\.cache_gigabytes: expected .* for the 2 tars that are shuffled together"):
         encode_to("again", *remote, "images.cache_gigabytes=2e-5")
+    with pytest.raises(UserError, match=r"images\.cache_gigabytes: expected .* for the largest tar"):
+        encode_to("again", *remote, "images.cache_gigabytes=1e-9", "shuffle=false")
+    encode_to("in-order", *remote, "images.cache_gigabytes=5e-5", "shuffle=false")
 
 
 def test_a_run_with_other_settings_is_refused(encode_to, tmp_path):

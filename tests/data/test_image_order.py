@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,6 +37,12 @@ def test_images_are_shuffled_over_all_parts_but_few_parts_are_read_at_once():
         drawn = set((order.images(first, first + 1000) // 1000).tolist())
         assert 4 <= len(drawn) <= 16 and drawn <= set(order.parts(first, first + 1000).tolist())
     assert ImageOrder(np.full(100, 1000), group_size=100).images(0, 1000).std() > 20_000
+
+
+def test_workers_that_are_started_anew_get_the_order():
+    """Python 3.14 and macOS pickle it for them."""
+    order = ImageOrder(np.array([3, 0, 5]), 2)
+    assert pickle.loads(pickle.dumps(order)).images(0, 8).tolist() == order.images(0, 8).tolist()
 
 
 def test_no_images():

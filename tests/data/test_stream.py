@@ -1,5 +1,9 @@
 import json
+import multiprocessing
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,6 +54,25 @@ def test_ranks_together_give_the_batches_of_one_process(manifest, world_size):
     assert {len(of_rank) for of_rank in ranks} == {len(alone)} == {6}
     for step, batch in enumerate(alone):
         assert torch.equal(torch.cat([of_rank[step].moments for of_rank in ranks]), batch.moments)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on this system")
+def test_a_worker_ends_at_sigterm_of_its_own_process_only(manifest):
+    expected = batches(manifest, batch_size=4, images_total=400)
+    loader = iter(latent_loader(LatentStream(manifest, batch_size=4, images_total=400), num_workers=1))
+    found = [next(loader)]
+    (worker,) = multiprocessing.active_children()
+    subprocess.run([sys.executable, "-c", f"import os, signal; os.kill({worker.pid}, signal.SIGTERM)"], check=True)
+    found += loader
+    assert len(found) == len(expected)
+    assert all(torch.equal(a.moments, b.moments) for a, b in zip(found, expected))
+
+    again = iter(latent_loader(LatentStream(manifest, batch_size=4, images_total=400), num_workers=1))
+    next(again)
+    (worker,) = set(multiprocessing.active_children()) - {worker}
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 def test_a_resumed_stream_gives_the_remaining_batches(manifest):

@@ -211,6 +211,16 @@ def test_a_folder_of_version_0_1_loads(old_folder):
     assert torch.equal(resumed(x, t, labels, eta).sample, expected)
 
 
+def test_weights_in_several_files_load(tmp_path):
+    """As save_pretrained writes large networks."""
+    model = perturbed(mixture("dit"))
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    again = mixture("dit")
+    load_weights(again, tmp_path, "output")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
 @every_backbone
 def test_an_optimizer_of_version_0_1_loads(name):
     x, t, labels, eta = inputs(draws=2)

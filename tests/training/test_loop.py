@@ -18,7 +18,7 @@ from ldm_smd.pipelines import load_pipeline
 from ldm_smd.training import loop
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import train
-from ldm_smd.training.metrics_log import read_metrics
+from ldm_smd.training.metrics_log import MetricsLog, read_metrics
 from ldm_smd.training.step import Denoising
 from tests.forked import run_launcher
 from tests.training.critic import WithCritic
@@ -238,6 +238,9 @@ def test_a_run_writes_its_documented_files(train_config, tmp_path):
     lines = read_metrics(run / "metrics.jsonl")
     assert_finite_losses(run, [16, 32, 48, 64])
     assert {"spread/99", "spread/999"} <= {key for line in lines for key in line}
+    MetricsLog(run, 32).close()  # as if the run resumed after 32 images
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [16, 32]
 
 
 @pytest.mark.parametrize("setting", ["objective.name=mixture_nll", "objective.weighting=min_snr", "objective.beta=0.5"])
