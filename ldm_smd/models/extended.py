@@ -33,6 +33,7 @@ class ExtendedUNet2DModel(Backbone):
     """
 
     _supports_gradient_checkpointing = True  # in the blocks of its UNet
+    _no_split_modules = ["ResnetBlock2D"]
     mixture: Mixture
 
     @register_to_config

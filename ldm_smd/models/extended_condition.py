@@ -40,6 +40,7 @@ class ExtendedUNet2DConditionModel(Backbone):
     """
 
     _supports_gradient_checkpointing = True  # in the blocks of its UNet
+    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]
     mixture: Mixture
 
     @register_to_config

@@ -37,6 +37,7 @@ class ExtendedSD3Transformer2DModel(Backbone):
     """
 
     _supports_gradient_checkpointing = True  # in the blocks of its transformer
+    _no_split_modules = SD3Transformer2DModel._no_split_modules
     mixture: Mixture
 
     @register_to_config

@@ -13,6 +13,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from critic import WithCritic
+from torch.distributed.fsdp import FSDPModule
 
 from ldm_smd.config import load_config
 from ldm_smd.training import loop
@@ -36,4 +37,7 @@ for path in arguments:
         )
     loop.training_loop(config, accelerator, threading.Event())
     assert len(accelerator._models) > 0 and all(is_sharded(model) != ddp for model in accelerator._models)
+    for model in accelerator._models:
+        blocks = [each for each in model.modules() if type(each).__name__.endswith(tuple(model._no_split_modules or ()))]
+        assert len(blocks) > 1 and all(isinstance(block, FSDPModule) != ddp for block in blocks)
 accelerator.end_training()

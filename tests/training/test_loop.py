@@ -21,6 +21,7 @@ from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import MetricsLog, read_metrics
 from ldm_smd.training.step import Denoising
 from tests.forked import run_launcher
+from tests.tiny import diffusers_condition, diffusers_sd3, diffusers_unet
 from tests.training.critic import WithCritic
 from tests.training.results import assert_same_losses, logged_losses, weights
 
@@ -160,6 +161,17 @@ def test_fsdp_gives_the_weights_of_one_process(train_config, tmp_path, launch_wi
     first, second = (logged_losses(tmp_path / name) for name in ("one", "sharded"))
     assert second[:2] == [(images, pytest.approx(loss, rel=1e-4)) for images, loss in first[:2]]
     assert second[2:] == [(images, pytest.approx(loss, rel=0.02)) for images, loss in first[2:]]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("build", [diffusers_unet, diffusers_condition, diffusers_sd3])
+def test_fsdp_divides_the_blocks_of_a_network_of_diffusers(build, train_config, tmp_path, launch_with):
+    build().save_pretrained(tmp_path / "plain")
+    path = ("diffusion.path=flow",) if build is diffusers_sd3 else ("diffusion.prediction_type=epsilon",)
+    own = (f"init_from={tmp_path / 'plain'}", "model.noise_rank=0", "model.tail_blocks=1", "images_total=16", *path)
+    process = launch_with(train_config(*own), 2, "tests/training/fsdp_run.py")
+    error = process.output()
+    assert process.returncode == 0, error[-6000:]
 
 
 @pytest.mark.distributed
