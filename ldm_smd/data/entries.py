@@ -122,10 +122,12 @@ def open_dataset(source: str, split: str) -> Dataset:
         import datasets
     except ImportError as error:
         raise UserError(f"images.source: expected the package datasets to read {source}, found {error}") from error
-    name = source.removeprefix(HUGGING_FACE)
+    name, configuration = source.removeprefix(HUGGING_FACE), None
+    if not Path(name).exists() and ":" in name:
+        name, _, configuration = name.rpartition(":")
     try:
         on_disk = Path(name, "dataset_info.json").is_file()
-        dataset = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, split=split)
+        dataset = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # errors of the library, of the hub, and of the readers of each file format
         found = f"{source}: {one_line(error)}"
         raise UserError(f"images.source: expected a dataset with the split {split}, found {found}") from error

@@ -29,7 +29,8 @@ class ImagesConfig(Settings):
 
     source: str = MISSING
     """A folder (class = first sub-folder), a .zip of one, webdataset tars ("data/train-*.tar", "{000..009}", also at s3://,
-    gs://, https:// or hf:// URLs), or datasets:NAME, a Hugging Face dataset on the hub or in a folder."""
+    gs://, https:// or hf:// URLs), or datasets:NAME or datasets:NAME:CONFIGURATION, a Hugging Face dataset on the hub or
+    in a folder."""
     resolution: int = number(64, 8, 8192)
     """Side of the square images, in pixels."""
     crop: str = choice("center", ("center", "pad"))

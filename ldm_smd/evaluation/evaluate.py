@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,7 @@ from ..device import pick_device, process_group
 from ..errors import UserError
 from ..files import atomic_file, claimed, claimed_by_first, sha256, this_process
 from ..models.denoiser import num_classes
+from ..models.guide import load_guide
 from ..pipelines.loading import NETWORKS, load_pipeline, model_folder, weight_files
 from ..progress import progress
 from ..sampling.batches import SamplingOptions, sample_batches
@@ -181,14 +183,18 @@ def sample_features(
     pipeline = load_pipeline(folder).to(pick_device(config.device))
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
+    if config.guide is not None:
+        pipeline.register_modules(guide=load_guide(config.guide, "guide", pipeline.unet))
     real, classes = reference.labels, num_classes(pipeline.unet)
     if classes is not None and config.labels == "reference":
         known = [pipeline.id2label[number] for number in sorted(pipeline.id2label)]
         real = renumbered(real, reference.classes, known, "reference.source")
     labels = choose_labels(config, real, classes)
+    low, high = config.guidance_interval or (0.0, math.inf)
     options = SamplingOptions(
         config.steps,
         config.guidance_scale,
+        guidance_interval=(low, high),
         seed=config.seed,
         batch_size=config.batch_size,
         timestep_shift=pipeline.shift_of_steps(config.timestep_shift),
@@ -203,6 +209,8 @@ def sample_features(
         "steps": config.steps,
         "timestep_shift": options.timestep_shift,
         "guidance_scale": config.guidance_scale,
+        "guidance_interval": config.guidance_interval,
+        "guide": config.guide,
         "labels": "none" if labels is None else config.labels,
         "seeds": [config.seed, config.seed + config.num_samples - 1],
     }

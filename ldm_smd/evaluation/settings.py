@@ -1,9 +1,11 @@
 """Settings of tools/evaluate.py."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Optional
 
 from ..data.settings import ImagesConfig
+from ..sampling.settings import check_interval
 from ..schema import MAX_SEED, MISSING, Settings, check, choice, number
 
 SAMPLED_LABELS = ("reference", "balanced", "random")
@@ -36,6 +38,9 @@ class EvaluateConfig(Settings):
     scheduler: Optional[str] = None
     """As in tools/sample.py."""
     guidance_scale: float = number(1.0, 0, 1000)
+    guidance_interval: Optional[list[float]] = number(None, 0, math.inf)
+    """This and ``guide``: as in tools/sample.py."""
+    guide: Optional[str] = None
     seed: int = number(0, 0, MAX_SEED)
     """Image i has seed ``seed + i``."""
     batch_size: int = number(64, 1, 2**16)
@@ -54,4 +59,5 @@ class EvaluateConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check((self.pictures is None) != (self.model is None), "pictures", "either images or a model", self.pictures)
+        check_interval(self.guidance_interval)
         check(len(self.features) > 0, "features", "at least one feature network", self.features)

@@ -7,6 +7,12 @@ from typing import Optional
 from ..schema import MAX_SEED, MISSING, Settings, check, number
 
 
+def check_interval(interval: Optional[list[float]]) -> None:
+    """Raise UserError unless ``guidance_interval`` is None or [low, high]."""
+    ordered = interval is None or (len(interval) == 2 and interval[0] <= interval[1])
+    check(ordered, "guidance_interval", "[low, high], low not above high", interval)
+
+
 @dataclass
 class SampleConfig(Settings):
     """tools/sample.py"""
@@ -60,9 +66,7 @@ class SampleConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        interval = self.guidance_interval
-        ordered = interval is None or (len(interval) == 2 and interval[0] <= interval[1])
-        check(ordered, "guidance_interval", "[low, high], low not above high", interval)
+        check_interval(self.guidance_interval)
         check(self.image_prompt is None or self.prompt is None, "prompt", "null together with an image_prompt", self.prompt)
         given = self.image_prompt is not None or self.prompt is not None
         check(given == (self.clip is not None), "clip", "an OpenCLIP network if there is a prompt, null otherwise", self.clip)

@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import json
 import tarfile
 import threading
 import zipfile
@@ -230,6 +231,21 @@ def test_a_shell_command_runs_only_if_allowed(tar, tmp_path):
         keys(tmp_path, source)
     assert not (tmp_path / "ran").exists()
     assert keys(tmp_path, source, allow_pipe=True) == ["a", "b", "c"] and (tmp_path / "ran").exists()
+
+
+def test_a_configuration_of_a_dataset(image_folder, tmp_path):
+    configs = [{"config_name": name, "data_files": f"{name}.parquet"} for name in ("disc", "square")]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    for name in ("disc", "square"):
+        columns = {"image": [str(file) for file in sorted((image_folder / name).iterdir())]}
+        saved = Dataset.from_dict(columns, features=Features({"image": datasets.Image()}))
+        saved.to_parquet(tmp_path / f"{name}.parquet")
+    for name in ("disc", "square"):
+        found, _, _ = load_pixels(ImagesConfig(source=f"datasets:{tmp_path}:{name}", resolution=16))
+        expected, _, _ = load_pixels(ImagesConfig(source=str(image_folder / name), resolution=16))
+        assert torch.equal(found, expected)
+    with pytest.raises(UserError, match=r"expected a dataset with the split train, found .*Config name is missing"):
+        load_pixels(ImagesConfig(source=f"datasets:{tmp_path}"))
 
 
 def test_datasets_without_images_or_the_split_are_refused(tmp_path):

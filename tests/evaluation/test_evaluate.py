@@ -69,6 +69,16 @@ def test_a_timestep_shift_changes_the_samples(settings):
     assert [samples["timestep_shift"] for samples in found] == [1, 4] and found[0]["sha256"] != found[1]["sha256"]
 
 
+def test_guidance_changes_the_samples(settings, model_folder):
+    """Guided away from the model itself, they do not change."""
+    guide = f"guide={model_folder / 'unet'}"
+    options = ([], ["guidance_scale=2"], ["guidance_scale=2", "guidance_interval=[1e6,1e7]"], ["guidance_scale=2", guide])
+    results = [measured(settings, f"guided-{number}", *given)["samples"] for number, given in enumerate(options)]
+    plain, free, elsewhere, itself = (result["sha256"] for result in results)
+    assert plain == elsewhere == itself != free
+    assert (results[2]["guidance_interval"], results[3]["guide"]) == ([1e6, 1e7], str(model_folder / "unet"))
+
+
 def test_images_get_the_distances_of_the_functions(settings, image_folder, network):
     result = measured(settings, "discs", "model=null", f"pictures={image_folder / 'disc'}")["features"]["small"]["pictures"]
     model = FeatureNetwork.from_pretrained(network).eval()
