@@ -91,7 +91,7 @@ class TrainFeaturesConfig:
         return sum(entry.batch_size for entry in self.sets)
 
 
-@makes_folder
+@makes_folder()
 def train_features(config: TrainFeaturesConfig) -> Path:
     """Train and measure the network; returns its model folder."""
     torch.manual_seed(config.seed)

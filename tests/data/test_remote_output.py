@@ -1,17 +1,17 @@
 """tools/encode.py writes the same bytes to an object store as to a folder."""
 
 import json
-import multiprocessing
 
 import pytest
 from faulty_store import Fault
 
-from ldm_smd.config import load_config
+from ldm_smd.config import dump_config, load_config
 from ldm_smd.data import encode as encode_module
 from ldm_smd.data import store
 from ldm_smd.data.encode import encode
 from ldm_smd.data.settings import EncodeConfig
 from ldm_smd.errors import UserError
+from tests.forked import ROOT, script
 
 
 @pytest.fixture(scope="session")
@@ -100,14 +100,15 @@ def test_a_failed_run_is_resumed(settings, bucket, expected, proxy, monkeypatch)
     assert written == ["latents-00000.tar", "latents-00002.tar"] and found(bucket) == expected
 
 
-def test_workers_split_the_shards(settings, bucket, expected):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=encode, args=(settings(f"worker={worker}/2"),)) for worker in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=100)
-    assert [process.exitcode for process in processes] == [0, 0] and found(bucket) == expected
+def test_workers_split_the_shards(settings, bucket, expected, fork, tmp_path):
+    processes = []
+    for worker in ("0/2", "1/2"):
+        path = tmp_path / f"worker-{worker[0]}.yaml"
+        path.write_text(dump_config(settings(f"worker={worker}")))
+        processes.append(fork(script, ROOT / "tools/encode.py", "--config", path))
+    errors = [process.output() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert found(bucket) == expected
 
 
 def test_the_output_of_another_run_is_refused(settings, bucket):
