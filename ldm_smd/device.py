@@ -18,10 +18,10 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is not None and torch.cuda.is_available():
+            torch.cuda.set_device(device)  # otherwise pinned memory of loaders takes half a gigabyte of GPU 0
     except RuntimeError as error:
         raise UserError(f"device: expected auto, cpu, cuda or cuda:N, found {name!r}") from error
-    if device.type == "cuda" and device.index is not None and torch.cuda.is_available():
-        torch.cuda.set_device(device)  # otherwise pinned memory of loaders takes half a gigabyte of GPU 0
     return device
 
 
