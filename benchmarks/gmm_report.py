@@ -95,7 +95,7 @@ def table(result: dict) -> str:
         "energy distance",
         "kernel's energy distance",
     ]
-    head = "| " + " | ".join([*names, "spread share", "s"]) + " |"
+    head = "| " + " | ".join([*names, "spread ratio", "s"]) + " |"
     lines = [f"`{result['command']}`, {result['seeds']} seeds: mean ± standard deviation.", "", head, "|---" * 11 + "|"]
     lines += [line(entry) for entry in result["cells"]]
     return "\n".join(lines + target_table(result["targets"])) + "\n"

@@ -198,6 +198,9 @@ def test_demo(image_folder, vae_folder, train_config, tmp_path):
         for folder in (Path(vanilla["checkpoint"]), tmp_path / "demo/vanilla/model/unet")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not (tmp_path / "demo/vanilla/metrics.jsonl").exists() and "train vanilla" not in report["seconds"]
+    configs = {run.name: run_config(config, run, str(vae_folder)) for run in config.runs}
+    assert configs["distilled"].learning_rate == pytest.approx(10 * configs["smd"].learning_rate)
 
     # It replaces its own results only.
     (tmp_path / "own/latents").mkdir(parents=True)
@@ -206,6 +209,3 @@ def test_demo(image_folder, vae_folder, train_config, tmp_path):
     assert (tmp_path / "own/latents").exists()
     remove_earlier(config, tmp_path / "demo")
     assert not (tmp_path / "demo/latents").exists()
-    assert not (tmp_path / "demo/vanilla/metrics.jsonl").exists() and "train vanilla" not in report["seconds"]
-    configs = {run.name: run_config(config, run, str(vae_folder)) for run in config.runs}
-    assert configs["distilled"].learning_rate == pytest.approx(10 * configs["smd"].learning_rate)

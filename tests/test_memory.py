@@ -1,5 +1,6 @@
 """Freed memory is reused, not returned to the system."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -7,10 +8,13 @@ import sys
 import pytest
 
 PROGRAM = """
+import ctypes
 import resource
 from concurrent.futures import ThreadPoolExecutor
 
 from ldm_smd.memory import keep_freed_memory
+
+ctypes.CDLL(None).prctl({no_huge_pages}, 1, 0, 0, 0)
 
 
 def page_faults():
@@ -26,10 +30,15 @@ with ThreadPoolExecutor(1) as pool:
 """
 
 
+PR_SET_THP_DISABLE = 41
+"""Of linux/prctl.h."""
+
+
 def page_faults(call, **environment):
     """Return how often a page was mapped for twenty blocks of 32 MiB, one after the other: in the main thread, in another."""
-    command = [sys.executable, "-c", PROGRAM.format(call=call)]
-    printed = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+    command = [sys.executable, "-c", PROGRAM.format(call=call, no_huge_pages=PR_SET_THP_DISABLE)]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    printed = subprocess.run(command, env=inherited | environment, capture_output=True, check=True).stdout
     return [int(number) for number in printed.split()]
 
 

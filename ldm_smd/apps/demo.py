@@ -47,7 +47,7 @@ GRID_COLUMNS, GRID_ROWS = 6, 6
 FEW_STEPS = 4
 """The report compares the models side by side at the number in ``steps`` closest to this."""
 SPREAD_IMAGES = 64
-LATENTS, SETTINGS = "latents", "demo.yaml"
+LATENTS, SETTINGS, REPORT = "latents", "demo.yaml", "report.json"
 LONGEST_NAME = 100
 
 
@@ -56,6 +56,7 @@ def demo(config: DemoConfig) -> Path:
     check_inputs(config)
     output = Path(config.output)
     with claimed(output, inside=True):
+        require_own(output)
         seconds: dict[str, float] = {}
         # All inputs are read first, so that a missing one is reported before earlier results are removed.
         with timed(seconds, "read"):
@@ -285,17 +286,17 @@ def training_curve(output: Path, run: DemoRunConfig) -> list[tuple[int, float]]:
     return shipped + [(start + images, loss) for images, loss in continued]
 
 
-def remove_earlier(config: DemoConfig, output: Path) -> None:
-    """Remove the models and latents of an earlier demo, and write the settings of this one.
-
-    Raises:
-        UserError: ``output`` has files, but no settings of a demo. Its folder ``latents`` may be anything.
-    """
+def require_own(output: Path) -> None:
+    """Raise UserError if ``output`` has files, but no settings or report of a demo. Its folder ``latents`` may be anything."""
     names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
-    if names and SETTINGS not in names:
+    if names and names.isdisjoint({SETTINGS, REPORT}):
         raise UserError(
             f"output: expected a new folder or that of an earlier demo, with {SETTINGS}, found {min(names)} in {output}"
         )
+
+
+def remove_earlier(config: DemoConfig, output: Path) -> None:
+    """Remove the models and latents of an earlier demo, and write the settings of this one."""
     for name in (LATENTS, *(run.name for run in config.runs), *(model.name for model in config.showcase.models)):
         shutil.rmtree(output / name, ignore_errors=True)
     with atomic_file(output / SETTINGS) as path:

@@ -35,6 +35,7 @@ from ..errors import UserError
 from ..files import atomic_file, claimed, claimed_by_first, sha256, this_process
 from ..models.denoiser import num_classes
 from ..models.guide import load_guide
+from ..models.hub import network_folder
 from ..pipelines.loading import NETWORKS, load_pipeline, model_folder, weight_files
 from ..progress import progress
 from ..sampling.batches import SamplingOptions, sample_batches
@@ -44,6 +45,8 @@ from .features import Extractor, load_extractor
 from .settings import EvaluateConfig
 
 IMAGES = ("source", "resolution", "crop", "background")
+GUIDE = "guide"
+"""Part of a model folder."""
 COLUMNS = ("frechet", "kid", "cmmd", "precision", "recall", "density", "coverage")
 
 
@@ -73,8 +76,10 @@ class ImageFeatures:
 
     @classmethod
     def load(cls, path: Path, networks: int) -> ImageFeatures:
+        """Load from the cache. As after ``extract_features``, only the main process has the features."""
+        wanted = range(networks if PartialState().is_main_process else 0)
         with safe_open(path, framework="pt") as file:
-            features = [file.get_tensor(f"features.{index}") for index in range(networks)]
+            features = [file.get_tensor(f"features.{index}") for index in wanted]
             return cls(features, file.metadata()["sha256"], file.get_tensor("labels").tolist())
 
 
@@ -171,7 +176,7 @@ def digest_of(entries: ImageIndex, images: ImagesConfig, extractors: list[Extrac
     """Hash everything that the features of a source depend on."""
     digest = hashlib.sha256(repr([getattr(images, key) for key in IMAGES]).encode())
     digest.update("".join(extractor.sha256 + extractor.resize for extractor in extractors).encode())
-    digest.update(entries.files_sha256().encode())
+    digest.update(entries.files_sha256().encode() + repr(entries.classes).encode())
     return digest.hexdigest()
 
 
@@ -201,10 +206,13 @@ def sample_features(
     )
     batches = sample_batches(pipeline, labels, rank_slice(config.num_samples, state), options, "samples")
     found = extract_features("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
-    files = weight_files(folder, (*NETWORKS, "vae"))
+    used = [(path.parent.name, path) for path in weight_files(folder, (*NETWORKS, "vae"))]
+    if config.guide is not None:  # in place of the model's own
+        of_guide = network_folder(config.guide, "guide").glob("*.safetensors")
+        used = [(part, path) for part, path in used if part != GUIDE] + [(GUIDE, path) for path in sorted(of_guide)]
     return found, {
         "model": model,
-        "weights_sha256": {f"{path.parent.name}/{path.name}": sha256(path) for path in files},
+        "weights_sha256": {f"{part}/{path.name}": sha256(path) for part, path in used},
         "scheduler": config.scheduler or type(pipeline.scheduler).__name__,
         "steps": config.steps,
         "timestep_shift": options.timestep_shift,

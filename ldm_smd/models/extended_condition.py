@@ -71,6 +71,8 @@ class ExtendedUNet2DConditionModel(Backbone):
             self.image_states = zero_init(nn.Linear(embedding_dimensions, width, bias=False))
         self.first_of_tail = first_up_block(self.unet, tail_blocks)
         self.mixture = Mixture(cut_before_up_block(self.unet, self.first_of_tail), self.config)
+        present = {type(module).__name__ for module in self.modules()}  # FSDP refuses others; not all attention is of this kind
+        self._no_split_modules = [name for name in self._no_split_modules if name in present]
 
     @classmethod
     def from_unet(

@@ -22,9 +22,10 @@ CARD = "README.md"
 
 
 def require_replaceable(path: Path, parts: Collection[str]) -> None:
-    """Raise UserError if ``path`` is a file, or has anything that is not one of ``parts``, the files of a model."""
+    """Raise UserError if ``path`` is a file, or has anything but ``parts``, the files of a model, and hidden files."""
     require_folder(path)
-    foreign = sorted({each.name for each in path.iterdir()} - {*parts, CARD}) if path.exists() else []
+    names = {each.name for each in path.iterdir()} if path.exists() else set()
+    foreign = sorted(name for name in names - {*parts, CARD} if not name.startswith("."))
     if foreign:
         raise UserError(
             f"output: expected a new folder or one with a model alone, which is replaced, found {foreign[0]!r} in {path}"

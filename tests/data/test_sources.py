@@ -233,11 +233,12 @@ def test_a_shell_command_runs_only_if_allowed(tar, tmp_path):
     assert keys(tmp_path, source, allow_pipe=True) == ["a", "b", "c"] and (tmp_path / "ran").exists()
 
 
-def test_a_configuration_of_a_dataset(image_folder, tmp_path):
+def test_a_configuration_of_a_dataset(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     configs = [{"config_name": name, "data_files": f"{name}.parquet"} for name in ("disc", "square")]
     (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     for name in ("disc", "square"):
-        columns = {"image": [str(file) for file in sorted((image_folder / name).iterdir())]}
+        columns = {"image": [{"bytes": file.read_bytes(), "path": None} for file in sorted((image_folder / name).iterdir())]}
         saved = Dataset.from_dict(columns, features=Features({"image": datasets.Image()}))
         saved.to_parquet(tmp_path / f"{name}.parquet")
     for name in ("disc", "square"):

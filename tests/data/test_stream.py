@@ -58,10 +58,10 @@ def test_ranks_together_give_the_batches_of_one_process(manifest, world_size):
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="not on this system")
 def test_a_worker_ends_at_sigterm_of_its_own_process_only(manifest):
-    expected = batches(manifest, batch_size=4, images_total=400)
+    expected, before = batches(manifest, batch_size=4, images_total=400), set(multiprocessing.active_children())
     loader = iter(latent_loader(LatentStream(manifest, batch_size=4, images_total=400), num_workers=1))
     found = [next(loader)]
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - before
     subprocess.run([sys.executable, "-c", f"import os, signal; os.kill({worker.pid}, signal.SIGTERM)"], check=True)
     found += loader
     assert len(found) == len(expected)
@@ -69,7 +69,7 @@ def test_a_worker_ends_at_sigterm_of_its_own_process_only(manifest):
 
     again = iter(latent_loader(LatentStream(manifest, batch_size=4, images_total=400), num_workers=1))
     next(again)
-    (worker,) = set(multiprocessing.active_children()) - {worker}
+    (worker,) = set(multiprocessing.active_children()) - {worker, *before}
     worker.terminate()
     worker.join(30)
     assert worker.exitcode == 0

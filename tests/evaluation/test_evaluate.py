@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ldm_smd.config import load_config
+from ldm_smd.data.classes import renumbered
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.errors import UserError
@@ -76,6 +77,9 @@ def test_guidance_changes_the_samples(settings, model_folder):
     results = [measured(settings, f"guided-{number}", *given)["samples"] for number, given in enumerate(options)]
     plain, free, elsewhere, itself = (result["sha256"] for result in results)
     assert plain == elsewhere == itself != free
+    assert [len(result["weights_sha256"]) for result in results] == [2, 2, 2, 3]
+    hashes = {path.split("/")[0]: value for path, value in results[3]["weights_sha256"].items()}
+    assert hashes["guide"] == hashes["unet"] != hashes["vae"]
     assert (results[2]["guidance_interval"], results[3]["guide"]) == ([1e6, 1e7], str(model_folder / "unet"))
 
 
@@ -152,6 +156,10 @@ def test_classes_of_the_reference_are_found_by_name(settings, image_folder, tmp_
     monkeypatch.setattr(evaluation, "sample_batches", lambda *given: sampled.append(given[1]) or real(*given))
     measured(settings, "squares", f"reference.source={tmp_path / 'reference'}")
     assert sampled == [9 * [1]]
+    assert renumbered([0, None, 0], ["square"], ["disc", "square"], "here") == [1, None, 1]
+    assert renumbered([0, 1], ["0", "1"], ["tench", "goldfish", "shark"], "here") == [0, 1]  # tars without classes.json
+    assert renumbered([0, 1], ["b", "c"], ["0", "1", "2"], "here") == [0, 1]
+    assert renumbered([1], ["n01440764", "n01443537"], ["tench", "goldfish"], "here") == [1]
     (tmp_path / "reference/square").rename(tmp_path / "reference/ring")
     with pytest.raises(UserError, match=r"reference\.source: expected classes among disc, square, found 'ring'"):
         measured(settings, "rings", f"reference.source={tmp_path / 'reference'}")
