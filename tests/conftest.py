@@ -28,8 +28,10 @@ from ldm_smd.training.settings import TrainConfig
 from tests.forked import ROOT, Forked, launcher
 from tests.tiny import TINY_MODEL, training
 
-if "OMP_NUM_THREADS" not in os.environ:
-    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+"""Whether this is one of several processes, which inherit the number of threads of the first one."""
+if WORKER or "OMP_NUM_THREADS" not in os.environ:
+    threads = 1 if WORKER else 2
     os.environ["OMP_NUM_THREADS"] = str(threads)  # processes started by tests must round as this one
     torch.set_num_threads(threads)
 
