@@ -46,7 +46,8 @@ class FeatureSet:
 
     @cached_property
     def covariance(self) -> torch.Tensor:
-        total = torch.zeros(2 * self.features.shape[1:], dtype=torch.float64)
+        dimensions = self.features.shape[1]
+        total = torch.zeros(dimensions, dimensions, dtype=torch.float64)
         for rows in self.features.split(BLOCK):
             centred = rows.double() - self.mean
             total += centred.T @ centred
