@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -30,16 +29,15 @@ from ..data.images import read_images
 from ..data.index import ImageIndex
 from ..data.settings import ImagesConfig
 from ..data.sources import list_images
-from ..device import pick_device, process_group
+from ..device import process_group
 from ..errors import UserError
 from ..files import atomic_file, claimed, claimed_by_first, sha256, this_process
 from ..models.denoiser import num_classes
-from ..models.guide import load_guide
 from ..models.hub import network_folder
-from ..pipelines.loading import NETWORKS, load_pipeline, model_folder, weight_files
+from ..pipelines.loading import NETWORKS, model_folder, weight_files
 from ..progress import progress
 from ..sampling.batches import SamplingOptions, sample_batches
-from ..schedulers import make_scheduler
+from ..sampling.configured import configured_pipeline, guided_levels
 from .distances import FeatureSet, distances
 from .features import Extractor, load_extractor
 from .settings import EvaluateConfig
@@ -185,21 +183,16 @@ def sample_features(
 ) -> tuple[ImageFeatures, dict]:
     """Sample from the model; return the features and a description of the samples for the JSON file."""
     folder = model_folder(model)
-    pipeline = load_pipeline(folder).to(pick_device(config.device))
-    if config.scheduler:
-        pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
-    if config.guide is not None:
-        pipeline.register_modules(guide=load_guide(config.guide, "guide", pipeline.unet))
+    pipeline = configured_pipeline(folder, config)
     real, classes = reference.labels, num_classes(pipeline.unet)
     if classes is not None and config.labels == "reference":
         known = [pipeline.id2label[number] for number in sorted(pipeline.id2label)]
         real = renumbered(real, reference.classes, known, "reference.source")
     labels = choose_labels(config, real, classes)
-    low, high = config.guidance_interval or (0.0, math.inf)
     options = SamplingOptions(
         config.steps,
         config.guidance_scale,
-        guidance_interval=(low, high),
+        guidance_interval=guided_levels(config),
         seed=config.seed,
         batch_size=config.batch_size,
         timestep_shift=pipeline.shift_of_steps(config.timestep_shift),

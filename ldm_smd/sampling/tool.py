@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from diffusers.image_processor import VaeImageProcessor
 from torchvision.transforms.functional import to_pil_image
 
-from ..device import pick_device
 from ..errors import UserError
 from ..files import atomic_folder, makes_folder
 from ..models.denoiser import num_classes
-from ..models.guide import load_guide
-from ..pipelines import SMDPipeline, load_pipeline
-from ..schedulers import make_scheduler
+from ..pipelines import SMDPipeline
 from .batches import SamplingOptions, sample_pixels
+from .configured import configured_pipeline, guided_levels
 from .grid import class_name, labelled_grid
 from .inputs import load_clip, prompt_embedding, read_image, training_side
 from .settings import SampleConfig
@@ -25,25 +22,20 @@ from .settings import SampleConfig
 def sample(config: SampleConfig) -> Path:
     """Sample images and write them to ``config.output``: a PNG per image, named by class and seed, and grid.png."""
     output = Path(config.output)
-    pipeline = load_pipeline(config.model).to(pick_device(config.device))
-    if config.scheduler:
-        pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
+    pipeline = configured_pipeline(config.model, config)
     labels = choose_labels(config, pipeline)
     count = config.per_class if labels is None else len(labels)
     image = None
     if config.image is not None:
         image = to_pil_image(read_image("image", config.image, training_side(pipeline)))
-    if config.guide is not None:
-        pipeline.register_modules(guide=load_guide(config.guide, "guide", pipeline.unet))
     embedding = None
     if config.clip is not None:
         clip = load_clip(config.clip, {config.model: pipeline})
         embedding = prompt_embedding(clip, pipeline, config.image_prompt, config.prompt)
-    low, high = config.guidance_interval or (0.0, math.inf)
     options = SamplingOptions(
         steps=config.steps,
         guidance_scale=config.guidance_scale,
-        guidance_interval=(low, high),
+        guidance_interval=guided_levels(config),
         seed=config.seed,
         batch_size=config.batch_size,
         height=config.height,

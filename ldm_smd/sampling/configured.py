@@ -1,0 +1,37 @@
+"""The pipeline that the settings of tools/sample.py and tools/evaluate.py describe."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Protocol
+
+from ..device import pick_device
+from ..models.guide import load_guide
+from ..pipelines import SMDPipeline, load_pipeline
+from ..schedulers import make_scheduler
+
+
+class SamplerSettings(Protocol):
+    """Settings of both tools."""
+
+    scheduler: str | None
+    guide: str | None
+    guidance_interval: list[float] | None
+    device: str
+
+
+def configured_pipeline(model: str | Path, config: SamplerSettings) -> SMDPipeline:
+    """Load ``model`` on the configured device, with the configured scheduler and guide."""
+    pipeline = load_pipeline(model).to(pick_device(config.device))
+    if config.scheduler:
+        pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
+    if config.guide is not None:
+        pipeline.register_modules(guide=load_guide(config.guide, "guide", pipeline.unet))
+    return pipeline
+
+
+def guided_levels(config: SamplerSettings) -> tuple[float, float]:
+    """Return the lowest and highest noise level sigma to guide at."""
+    low, high = config.guidance_interval or (0.0, math.inf)
+    return low, high
