@@ -59,7 +59,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     config = EncodeConfig(
-        images=ImagesConfig(source=arguments.source, resolution=arguments.resolution), autoencoder=arguments.autoencoder
+        images=ImagesConfig(source=arguments.source, resolution=arguments.resolution),
+        autoencoder=arguments.autoencoder,
+        mirror=True,
     )
     autoencoder = FrozenAutoencoder.from_pretrained(arguments.autoencoder).to(pick_device("auto"))
     pixels, _, _ = load_pixels(config.images)

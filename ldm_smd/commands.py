@@ -96,8 +96,8 @@ examples:
   python tools/evaluate.py --config configs/evaluate/emoji.yaml model=outputs/demo/smd/model output=outputs/smd.json
   python tools/evaluate.py reference.source=my/pictures reference.resolution=256 pictures=my/samples output=my/result.json \\
       features=[open_clip:ViT-L-14-336:openai,dinov2:vit_large_patch14_dinov2:lvd142m]
-  accelerate launch tools/evaluate.py --config configs/evaluate/emoji.yaml model=my/run/model num_samples=50000 \\
-      labels=balanced output=my/result.json
+  accelerate launch tools/evaluate.py model=my/run/model reference.source=my/pictures reference.resolution=256 \\
+      features=[inception:my/weights-inception.pth] num_samples=50000 labels=balanced output=my/fid.json
 """,
     "explore": """Compare trained models side by side on a local web page.
 

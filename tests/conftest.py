@@ -89,6 +89,7 @@ def shards(tmp_path_factory, image_folder, vae_folder):
             [
                 f"images.source={image_folder}",
                 "images.resolution=16",
+                "mirror=true",
                 f"autoencoder={vae_folder}",
                 f"output={output}",
                 "shard_size=8",
@@ -132,7 +133,13 @@ def clip(make_clip):
 def embedded(tmp_path_factory, image_folder, vae_folder, clip):
     """The same shards as ``shards``, with embeddings."""
     output = tmp_path_factory.mktemp("embedded") / "shards"
-    settings = [f"images.source={image_folder}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={output}"]
+    settings = [
+        f"images.source={image_folder}",
+        "images.resolution=16",
+        f"autoencoder={vae_folder}",
+        f"output={output}",
+        "mirror=true",
+    ]
     encode(load_config(EncodeConfig, None, [*settings, "shard_size=8", "batch_size=4", "num_workers=0", f"embedding={clip}"]))
     return output
 

@@ -66,7 +66,13 @@ def check_encoding_and_resuming(url, image_folder, autoencoder, shards, contents
         contents: a function that returns the bytes of all files at ``url``, by name.
         remove: a function that removes a file there.
     """
-    given = [f"images.source={image_folder}", "images.resolution=16", f"autoencoder={autoencoder}", f"output={url}"]
+    given = [
+        f"images.source={image_folder}",
+        "images.resolution=16",
+        "mirror=true",
+        f"autoencoder={autoencoder}",
+        f"output={url}",
+    ]
     config = load_config(EncodeConfig, None, [*given, "shard_size=8", "batch_size=4", "num_workers=0"])
     written, real = [], encode_module.write_shard
     monkeypatch.setattr(encode_module, "write_shard", lambda *given: written.append(given[2]) or real(*given))

@@ -84,7 +84,7 @@ def test_encode_train_and_sample_with_the_console_command(outside, image_folder,
     training = ["images_total=16", "batch_size=8", "objective.draws=2", "sample_steps=2", "output=run", *TINY_MODEL]
     outside("ldm-smd", "train", "shards=latents", f"autoencoder={vae_folder}", *training)
     outside("ldm-smd", "sample", "model=run/model", "per_class=2", "steps=2", "output=samples")
-    assert len(list((tmp_path / "samples").glob("class*.png"))) == 4 and (tmp_path / "samples/grid.png").is_file()
+    assert len(list((tmp_path / "samples").glob("class*.png"))) == 4 and (tmp_path / "samples-grid.png").is_file()
 
 
 def imports():

@@ -115,9 +115,9 @@ class ImageIndex(Sequence[Entry]):
     def _check_labels(self, own_names: bool) -> None:
         for part, summary in enumerate(self.summaries):
             maximum = summary.highest if own_names else len(self.classes) - 1
-            if summary.count and (summary.lowest == UNLABELLED or summary.highest > maximum):
+            if summary.count and summary.highest > maximum:
                 labels = self.pieces.open(self.parts[part]).labels
-                wrong = int(np.flatnonzero((labels == UNLABELLED) | (labels > maximum))[0])
+                wrong = int(np.flatnonzero(labels > maximum)[0])
                 first = self[int(self.starts[part]) + wrong]
                 raise UserError(
                     f"images.source: expected a label from 0 to {len(self.classes) - 1} ({len(self.classes)} classes), "
@@ -128,6 +128,16 @@ class ImageIndex(Sequence[Entry]):
     def highest_label(self) -> int:
         """Highest label; UNLABELLED if no image has one."""
         return max((each.highest for each in self.summaries), default=UNLABELLED)
+
+    def unlabelled(self) -> tuple[int, Entry | None]:
+        """Return the number of images without a label, and the first of them."""
+        count, first = 0, None
+        for part, summary in enumerate(self.summaries):
+            if summary.count and summary.lowest == UNLABELLED:
+                rows = np.flatnonzero(self.pieces.open(self.parts[part]).labels == UNLABELLED)
+                count += len(rows)
+                first = first or self[int(self.starts[part] + rows[0])]
+        return count, first
 
     def count_labels(self) -> int:
         """Return the number of distinct labels. Reads the piece of every part."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,6 +68,8 @@ class Plan:
         index = list_images(config.images, index_folder(config), worker)
         order = ImageOrder(index.shuffle_unit_counts(), config.shuffle_tars, config.shuffle)
         check_cache_size(index, order, config.images)
+        if worker[0] == 0:
+            report_unlabelled(index)
         settings = {
             "format": FORMAT,
             "pictures": len(index),
@@ -119,6 +122,13 @@ def index_folder(config: EncodeConfig) -> Path:
     if not store.is_remote(config.output):
         return Path(config.output) / INDEX
     return Path(config.images.cache).expanduser() / "index" / hashlib.sha256(config.output.encode()).hexdigest()[:16]
+
+
+def report_unlabelled(index: ImageIndex) -> None:
+    """Say on stderr how many images have no class, if others have one. A stray file beside the folders of classes is one."""
+    count, first = index.unlabelled() if index.classes else (0, None)
+    if first is not None:
+        print(f"{count} of {len(index)} images have no class, first {first.name}: they train without a label", file=sys.stderr)
 
 
 def check_cache_size(index: ImageIndex, order: ImageOrder, config: ImagesConfig) -> None:

@@ -67,8 +67,9 @@ class EncodeConfig(Settings):
     worker: Optional[str] = None
     """i/n: encode the shards of worker i of n, from 0/n to n-1/n, as in an array job. null: all shards; under torchrun or
     accelerate launch, the shards of this process."""
-    mirror: bool = True
-    """Also store the encoding of the mirrored image, which takes twice the time and space. Not for letters or flags."""
+    mirror: bool = False
+    """Also store the encoding of the mirrored image, for training with mirror=true. It takes twice the time and space. Not for
+    images with letters or flags."""
     embedding: Optional[str] = None
     """Also store an OpenCLIP embedding of each image, for models with image prompts. null: none.
     open_clip:ARCHITECTURE:FILE.safetensors, open_clip:ARCHITECTURE:NAME with the name of pretrained weights, or

@@ -252,7 +252,7 @@ class LatentStream(IterableDataset):
             shard = open_shard(self.manifest, item, self.mirror)
             if len(shard) != item["count"]:
                 raise UserError(f"shards: expected {item['count']} samples in {item['name']}, found {len(shard)}")
-            if classes and not 0 <= shard.labels.min() <= shard.labels.max() < classes:
+            if classes and not -1 <= shard.labels.min() <= shard.labels.max() < classes:
                 worst = shard.labels.max() if shard.labels.max() >= classes else shard.labels.min()
                 raise UserError(f"shards: expected labels from 0 to {classes - 1}, found {worst} in {item['name']}")
             keep_newest(self._shards, number, shard, MAX_OPEN_SHARDS if self.manifest.cache is None else MAX_OPEN_COPIES)

@@ -34,10 +34,12 @@ from ..errors import UserError
 from ..files import atomic_file, claimed, claimed_by_first, sha256, this_process
 from ..models.denoiser import num_classes
 from ..models.hub import network_folder
+from ..pipelines import SMDPipeline
 from ..pipelines.loading import NETWORKS, model_folder, weight_files
 from ..progress import progress
 from ..sampling.batches import SamplingOptions, sample_batches
 from ..sampling.configured import configured_pipeline, guided_levels
+from ..sampling.inputs import training_side
 from .distances import FeatureSet, distances
 from .features import Extractor, load_extractor
 from .settings import EvaluateConfig
@@ -107,14 +109,16 @@ def measure(config: EvaluateConfig, state: PartialState) -> dict:
     names = [extractor.name for extractor in extractors]
     if len(set(names)) < len(names):
         raise UserError(f"features: expected different networks, found {', '.join(names)}")
+    pipeline = None if config.model is None else sampled_pipeline(config.model, config)
     reference = real_features("reference", config.reference, config, extractors, state)
     result: dict = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "reference": {name: getattr(config.reference, name) for name in IMAGES},
     }
     compared: dict[str, ImageFeatures] = {}
-    if config.model is not None:
-        compared["samples"], result["samples"] = sample_features(config.model, config, reference, extractors, state)
+    if config.model is not None and pipeline is not None:
+        of_samples = sample_features(config.model, pipeline, config, reference, extractors, state)
+        compared["samples"], result["samples"] = of_samples
     for name, source in (("pictures", config.pictures), ("held_out", config.held_out)):
         if source is not None:
             images = dataclasses.replace(config.reference, source=source)
@@ -178,12 +182,27 @@ def digest_of(entries: ImageIndex, images: ImagesConfig, extractors: list[Extrac
     return digest.hexdigest()
 
 
+def sampled_pipeline(model: str, config: EvaluateConfig) -> SMDPipeline:
+    """Load the model to sample from. Raises UserError if its images have another size than the reference."""
+    pipeline = configured_pipeline(model_folder(model), config)
+    side = training_side(pipeline)
+    if side != config.reference.resolution:
+        raise UserError(
+            f"reference.resolution: expected {side}, the side of the images of {model}, found "
+            f"{config.reference.resolution}; to compare at another size, write samples with tools/sample.py and set pictures"
+        )
+    return pipeline
+
+
 def sample_features(
-    model: str, config: EvaluateConfig, reference: ImageFeatures, extractors: list[Extractor], state: PartialState
+    model: str,
+    pipeline: SMDPipeline,
+    config: EvaluateConfig,
+    reference: ImageFeatures,
+    extractors: list[Extractor],
+    state: PartialState,
 ) -> tuple[ImageFeatures, dict]:
     """Sample from the model; return the features and a description of the samples for the JSON file."""
-    folder = model_folder(model)
-    pipeline = configured_pipeline(folder, config)
     real, classes = reference.labels, num_classes(pipeline.unet)
     if classes is not None and config.labels == "reference":
         known = [pipeline.id2label[number] for number in sorted(pipeline.id2label)]
@@ -199,7 +218,7 @@ def sample_features(
     )
     batches = sample_batches(pipeline, labels, rank_slice(config.num_samples, state), options, "samples")
     found = extract_features("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
-    used = [(path.parent.name, path) for path in weight_files(folder, (*NETWORKS, "vae"))]
+    used = [(path.parent.name, path) for path in weight_files(model_folder(model), (*NETWORKS, "vae"))]
     if config.guide is not None:  # in place of the model's own
         of_guide = network_folder(config.guide, "guide").glob("*.safetensors")
         used = [(part, path) for part, path in used if part != GUIDE] + [(GUIDE, path) for path in sorted(of_guide)]

@@ -8,7 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torchvision.transforms.functional import to_pil_image
 
 from ..errors import UserError
-from ..files import atomic_folder, makes_folder
+from ..files import atomic_file, atomic_folder, makes_folder
 from ..models.denoiser import num_classes
 from ..pipelines import SMDPipeline
 from .batches import SamplingOptions, sample_pixels
@@ -20,7 +20,8 @@ from .settings import SampleConfig
 
 @makes_folder()
 def sample(config: SampleConfig) -> Path:
-    """Sample images and write them to ``config.output``: a PNG per image, named by class and seed, and grid.png."""
+    """Sample images and write them to ``config.output``: a PNG per image, named by class and seed. Also write a grid of all beside
+    the folder, where tools/evaluate.py does not take it for a sample."""
     output = Path(config.output)
     pipeline = configured_pipeline(config.model, config)
     labels = choose_labels(config, pipeline)
@@ -51,10 +52,12 @@ def sample(config: SampleConfig) -> Path:
         for index, sampled in enumerate(images):
             name = "picture" if labels is None else f"class{labels[index]:04d}"
             sampled.save(folder / f"{name}-seed{config.seed + index:08d}.png")
-        rows = [images[start : start + config.per_class] for start in range(0, count, config.per_class)]
-        names = [""] if labels is None else [class_name(pipeline, number) for number in labels[:: config.per_class]]
-        labelled_grid(rows, names).save(folder / "grid.png")
-    print(f"wrote {count} images to {output}")
+    rows = [images[start : start + config.per_class] for start in range(0, count, config.per_class)]
+    names = [""] if labels is None else [class_name(pipeline, number) for number in labels[:: config.per_class]]
+    grid = output.with_name(f"{output.name}-grid.png")
+    with atomic_file(grid) as temporary:
+        labelled_grid(rows, names).save(temporary, format="PNG")
+    print(f"wrote {count} images to {output}, and all of them in one picture, {grid}")
     return output
 
 

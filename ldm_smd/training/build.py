@@ -119,5 +119,6 @@ def fit_noise(mixture: Mixture, run: Run) -> None:
     """Fit the mixture's noise to the first latents of the stream, which are the same on every process."""
     latents, labels = fitting_latents(run.manifest, run.autoencoder, run.config.seed, run.config.mirror)
     if run.coarse is not None:
-        labels = torch.cat((labels[:, None], run.coarse.to(labels.device)[labels]), dim=1)
+        coarse = torch.where(labels[:, None] < 0, -1, run.coarse.to(labels.device)[labels])
+        labels = torch.cat((labels[:, None], coarse), dim=1)
     fit_posterior_noise(mixture.noise, latents, labels, run.process(), run.config.diffusion.predicts)

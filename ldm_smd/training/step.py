@@ -132,7 +132,8 @@ def model_conditions(run: Run, batch: LatentBatch, noise: StepNoise, null_class:
     if labels is not None and run.coarse is not None:
         fraction, parts = run.config.coarse_label_fraction, run.coarse.shape[1]
         chosen = (noise.coarse / fraction * parts).long().clamp_max(parts - 1)
-        labels = torch.where(noise.coarse < fraction, run.coarse[labels, chosen], labels)
+        coarsened = (noise.coarse < fraction) & (batch.labels >= 0)
+        labels = torch.where(coarsened, run.coarse[batch.labels, chosen], labels)
     if labels is not None and null_class is not None:
         labels = torch.where(noise.drop_label, null_class, labels)
     embeds = batch.embeddings

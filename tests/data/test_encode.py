@@ -28,7 +28,7 @@ from tests.forked import ROOT, script
 @pytest.fixture
 def settings(image_folder, vae_folder, tmp_path):
     """A function that returns the settings of the ``shards`` fixture, with output tmp_path/NAME."""
-    common = [f"images.source={image_folder}", "images.resolution=16", f"autoencoder={vae_folder}"]
+    common = [f"images.source={image_folder}", "images.resolution=16", "mirror=true", f"autoencoder={vae_folder}"]
     return lambda name: [*common, f"output={tmp_path / name}", "shard_size=8", "batch_size=4", "num_workers=0"]
 
 

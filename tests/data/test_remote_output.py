@@ -28,6 +28,7 @@ def settings(image_folder, vae_folder, bucket):
         given = [
             f"images.source={image_folder}",
             "images.resolution=16",
+            "mirror=true",
             f"autoencoder={vae_folder}",
             f"output={bucket}/latents",
         ]

@@ -33,7 +33,13 @@ READ = {"mirror": True, "seed": 3}
 def many_shards(tmp_path_factory, image_folder, vae_folder):
     """Eight shards of three images each."""
     output = tmp_path_factory.mktemp("many") / "shards"
-    settings = [f"images.source={image_folder}", "images.resolution=16", f"autoencoder={vae_folder}", f"output={output}"]
+    settings = [
+        f"images.source={image_folder}",
+        "images.resolution=16",
+        "mirror=true",
+        f"autoencoder={vae_folder}",
+        f"output={output}",
+    ]
     encode(load_config(EncodeConfig, None, [*settings, "shard_size=3", "batch_size=3", "num_workers=0"]))
     return output
 

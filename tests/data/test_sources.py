@@ -3,6 +3,8 @@
 import http.server
 import io
 import json
+import re
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -16,10 +18,13 @@ import webdataset as wds
 from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
+from ldm_smd.config import load_config
+from ldm_smd.data.encode import encode
 from ldm_smd.data.entries import open_local_copy
 from ldm_smd.data.images import load_pixels, read_images
-from ldm_smd.data.settings import ImagesConfig
+from ldm_smd.data.settings import EncodeConfig, ImagesConfig
 from ldm_smd.data.sources import list_images
+from ldm_smd.data.stream import LatentStream
 from ldm_smd.errors import UserError
 
 
@@ -61,6 +66,18 @@ def test_hidden_and_empty_folders_are_no_classes_but_linked_ones_are(image_folde
         entries = list_images(ImagesConfig(source=str(source)))
         assert entries.classes == ["disc", "square"]
         assert [entry.label for entry in entries] == [0] + 11 * [1]
+
+
+def test_images_beside_the_folders_of_classes_have_no_label(image_folder, vae_folder, tmp_path, capsys):
+    shutil.copytree(image_folder, tmp_path / "images")
+    Image.new("RGB", (16, 16)).save(tmp_path / "images/loose.png")
+    entries = list_images(ImagesConfig(source=str(tmp_path / "images")))
+    assert entries.classes == ["disc", "square"] and entries[0].label is None and entries[1].label == 0
+    options = [f"images.source={tmp_path / 'images'}", "images.resolution=16", f"autoencoder={vae_folder}"]
+    manifest = encode(load_config(EncodeConfig, None, [*options, f"output={tmp_path / 'latents'}", "device=cpu"]))
+    assert re.search("1 of 23 images have no class, first .*loose.png: they train without", capsys.readouterr().err)
+    labels = LatentStream(manifest, batch_size=23, images_total=23).batch_at(0).labels
+    assert sorted(labels.tolist()) == [-1] + 11 * [0] + 11 * [1]
 
 
 def test_keys_are_unique_and_without_dots(tmp_path):

@@ -43,6 +43,13 @@ def measured(settings, *arguments):
     return json.loads(path.read_text())
 
 
+def test_a_reference_of_another_size_than_the_samples_is_refused(settings):
+    with pytest.raises(
+        UserError, match=r"reference.resolution: expected 16, the side of the images of .*, found 32; .* pictures"
+    ):
+        measured(settings, "other-size", "reference.resolution=32")
+
+
 def test_the_result_records_everything_it_depends_on(settings, image_folder, network, tmp_path):
     result = measured(settings, "result", "labels=balanced", "seed=5", "scheduler=DDIMScheduler")
     assert result["reference"] == result["reference"] | {"source": str(image_folder), "resolution": 16, "count": 22}

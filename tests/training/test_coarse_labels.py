@@ -46,6 +46,14 @@ def test_labels_are_replaced_at_the_given_rate(named, open_run):
     assert torch.allclose(fractions, expected, atol=0.04)
 
 
+def test_images_without_a_label_have_no_coarse_label_either(named, open_run):
+    run = open_run(named("noto, disc", "noto, square"), COARSE)
+    learner, batch = Denoising(run), run.batches().batch_at(0)
+    batch.labels[:] = -1
+    for number in range(10):
+        assert (model_conditions(run, batch, learner.draw(batch, number), 5)["class_labels"] == 5).all()
+
+
 def test_coarse_labels_do_not_change_the_other_random_numbers(named, open_run):
     shards = named("noto, disc", "noto, square")
     plain, coarse = (Denoising(open_run(shards, *more)) for more in ([], [COARSE]))
