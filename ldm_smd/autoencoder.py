@@ -17,6 +17,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, AutoModel, 
 from torch import nn
 
 from .errors import UserError, one_line
+from .models.denoiser import uncompiled
 from .models.hub import AUTOENCODER_PARTS, network_folder
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny | AutoencoderDC
@@ -37,9 +38,9 @@ class FrozenAutoencoder(nn.Module):
 
     def __init__(self, model: ModelMixin, name: str = "") -> None:
         super().__init__()
-        if not isinstance(model, Autoencoder):
+        if not isinstance(uncompiled(model), Autoencoder):
             allowed = ", ".join(cls.__name__ for cls in get_args(Autoencoder))
-            raise UserError(f"autoencoder: expected one of {allowed}, found {type(model).__name__}")
+            raise UserError(f"autoencoder: expected one of {allowed}, found {type(uncompiled(model)).__name__}")
         self.model = model
         self.name = name
         shift, scale = latent_affine(model.config)
@@ -70,7 +71,9 @@ class FrozenAutoencoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the device that the model runs on, even while it is offloaded."""
-        return getattr(getattr(self.model, "_hf_hook", None), "execution_device", self.model.device)
+        hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((device for device in devices if device is not None), self.model.device))
 
     @property
     def latent_channels(self) -> int:
@@ -109,9 +112,10 @@ class FrozenAutoencoder(nn.Module):
         # Autocast would use half precision even if the weights must stay in float32.
         with self.working(), torch.autocast(self.device.type, enabled=False):
             encoded = self.model.encode(pixels.to(self.device, self.dtype) / 255.0 * (high - low) + low)
-        if isinstance(self.model, AutoencoderKL):
+        kind = type(uncompiled(self.model))
+        if issubclass(kind, AutoencoderKL):
             return torch.stack((encoded.latent_dist.mean, encoded.latent_dist.logvar), dim=1).float()
-        return (encoded.latents if isinstance(self.model, AutoencoderTiny) else encoded.latent).unsqueeze(1).float()
+        return (encoded.latents if issubclass(kind, AutoencoderTiny) else encoded.latent).unsqueeze(1).float()
 
     def normalise(self, latents: torch.Tensor) -> torch.Tensor:
         """Convert encoder units to the denoiser's: (z - shift) * scale."""
@@ -128,8 +132,8 @@ class FrozenAutoencoder(nn.Module):
     def identity(self) -> dict:
         """Describe the model for manifests. Autoencoders with equal identities give equal latents."""
         return {
-            "class": type(self.model).__name__,
-            "encoder_sha256": encoder_sha256(self.model),
+            "class": type(uncompiled(self.model)).__name__,
+            "encoder_sha256": encoder_sha256(uncompiled(self.model)),
             "latent_channels": self.latent_channels,
             "input_range": list(INPUT_RANGE),
             "shift": self.shift.flatten().tolist(),
@@ -139,6 +143,7 @@ class FrozenAutoencoder(nn.Module):
 
 def spatial_factor(model: ModelMixin) -> int:
     """Return the downsampling factor, the number of pixels per latent position along each side."""
+    model = uncompiled(model)
     if isinstance(model, AutoencoderKL):
         return 2 ** (len(model.config.block_out_channels) - 1)
     return model.spatial_scale_factor if isinstance(model, AutoencoderTiny) else model.spatial_compression_ratio

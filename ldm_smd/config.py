@@ -40,18 +40,11 @@ def load_config(schema: type[Config], path: str | Path | None, overrides: typing
     value.
     """
     merged = copy.deepcopy(_defaults(typing.cast(type, schema)))
-    layers = [] if path is None else [(str(path), _read_yaml(path))]
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"override: expected key=value, found {override!r}")
-        try:
-            layers.append((override, OmegaConf.from_dotlist([override])))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(f"override: expected key=value with a YAML value, found {override!r}") from error
+    layers = [] if path is None else [(str(path), *_read_yaml(path))]
+    layers += [(override, *_read_override(override)) for override in overrides]
 
-    for origin, layer in layers:
-        given = typing.cast(dict, OmegaConf.to_container(layer))
-        layer = OmegaConf.create(_with_current_names(schema, given, origin))
+    for origin, given, texts in layers:
+        layer = OmegaConf.create(_normalised(schema, given, texts, origin))
         _refuse_unknown_keys(schema, layer, origin)
         try:
             merged.merge_with(layer)
@@ -137,16 +130,31 @@ def config_as_dict(config: object) -> dict:
     return typing.cast(dict, OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
 
 
-def _read_yaml(path: str | Path) -> DictConfig:
+def _read_override(override: str) -> tuple[dict, dict]:
+    """Read key=value; returns it as YAML, and with all values as texts."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"override: expected key=value, found {override!r}")
+    value, texts = value.strip(), OmegaConf.create()
     try:
-        loaded = OmegaConf.load(path)
+        layer = OmegaConf.from_dotlist([override])
+        OmegaConf.update(texts, key, yaml.load(value, yaml.BaseLoader) if value[:1] in "[{'\"" else value)
+        return typing.cast(dict, OmegaConf.to_container(layer)), typing.cast(dict, OmegaConf.to_container(texts))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"override: expected key=value with a YAML value, found {override!r}") from error
+
+
+def _read_yaml(path: str | Path) -> tuple[dict, dict]:
+    """Read a file; returns its content, and the same with all values as texts."""
+    try:
+        loaded, texts = OmegaConf.load(path), yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
     except FileNotFoundError:
         raise UserError(f"--config: expected a YAML file, found no file {path}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"--config: expected a YAML file, found {path}: {one_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"--config: expected a YAML mapping, found a list or nothing in {path}")
-    return loaded
+    return typing.cast(dict, OmegaConf.to_container(loaded)), texts
 
 
 def current_name(schema: type, name: str) -> str:
@@ -162,11 +170,14 @@ def _renamed(schema: type) -> dict[str, str]:
     return getattr(schema, "RENAMED", {})
 
 
-def _with_current_names(schema: type, layer: dict, origin: str, prefix: str = "") -> dict:
-    """Give the settings in a layer their current names. Warns once for each former name."""
+def _normalised(schema: type, layer: dict, texts: dict, origin: str, prefix: str = "") -> dict:
+    """Give the settings in a layer their current names, and texts the value as it was written: 007 is not the number 7, nor is
+    no false. Warns once for each former name."""
     renamed, found = _renamed(schema), {}
     schemas = {item.name: (inner, entries) for item, inner, entries in _fields(schema)}
+    hints = typing.get_type_hints(schema)
     for key, value in layer.items():
+        text: typing.Any = texts.get(str(key))
         name = renamed.get(key, key)
         if name != key:
             if name in layer:
@@ -174,14 +185,32 @@ def _with_current_names(schema: type, layer: dict, origin: str, prefix: str = ""
             logger.warning("%s: %s%s is deprecated, use %s%s", origin, prefix, key, prefix, name)
         inner, entries = schemas.get(name, (None, None))
         if inner is not None and isinstance(value, dict):
-            value = _with_current_names(inner, value, origin, f"{prefix}{name}.")
+            value = _normalised(inner, value, text if isinstance(text, dict) else {}, origin, f"{prefix}{name}.")
         elif entries is not None and isinstance(value, list):
+            each_text = text if isinstance(text, list) else [{}] * len(value)
             value = [
-                _with_current_names(entries, entry, origin, f"{prefix}{name}[{index}].") if isinstance(entry, dict) else entry
-                for index, entry in enumerate(value)
+                _normalised(entries, entry, each, origin, f"{prefix}{name}[{index}].") if isinstance(entry, dict) else entry
+                for index, (entry, each) in enumerate(zip(value, each_text))
             ]
+        else:
+            value = _as_written(hints.get(name), value, text)
         found[name] = value
     return found
+
+
+def _as_written(hint: typing.Any, value: typing.Any, text: typing.Any) -> typing.Any:
+    """Return ``value`` as it was written in ``text``, where the type ``hint`` is str, Optional[str], list[str] or dict[str,
+    str]."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) is typing.Union and len(kinds) == 1:
+        return _as_written(kinds[0], value, text)
+    if hint is str:
+        return text if isinstance(text, str) and value is not None else value
+    if typing.get_origin(hint) is list and isinstance(value, list) and isinstance(text, list):
+        return [_as_written(kinds[0], *pair) for pair in zip(value, text)]
+    if typing.get_origin(hint) is dict and isinstance(value, dict) and isinstance(text, dict):
+        return {key: _as_written(kinds[1], each, text.get(str(key))) for key, each in value.items()}
+    return value
 
 
 def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: str = "") -> None:
@@ -192,7 +221,8 @@ def _refuse_unknown_keys(schema: type, layer: DictConfig, origin: str, prefix: s
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise UserError(f"{origin}: unknown key {full!r}; the nearest known key is {prefix + near!r}")
         inner = known[key]
-        if inner is not None and not OmegaConf.is_missing(layer, key) and isinstance(layer[key], DictConfig):
+        unresolved = OmegaConf.is_missing(layer, key) or OmegaConf.is_interpolation(layer, key)
+        if inner is not None and not unresolved and isinstance(layer[key], DictConfig):
             _refuse_unknown_keys(inner, layer[key], origin, f"{full}.")
 
 
@@ -207,8 +237,6 @@ def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
         elif entries is not None:
             for index, entry in enumerate(value):
                 _check_fields(entries, entry, f"{prefix}{item.name}[{index}].")
-        elif value == "False" and "no" in item.metadata.get("choices", ()):
-            node[item.name] = "no"  # YAML reads an unquoted no as False
         else:
             check_field(item, prefix + item.name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
 

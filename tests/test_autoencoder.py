@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DModel
 
 from ldm_smd.autoencoder import FrozenAutoencoder, latent_affine, sample_latents
@@ -126,3 +127,16 @@ def test_a_mismatch_with_the_shards_gives_the_field(shards, vae_folder):
         manifest.check_autoencoder(FrozenAutoencoder(model, "other scale"))
     with pytest.raises(UserError, match="class differs"):
         manifest.check_autoencoder(FrozenAutoencoder(tiny(), "tiny"))
+
+
+def test_an_offloaded_or_compiled_autoencoder_works(vae_folder):
+    """accelerate keeps the device to run on in hooks, of some modules or of all."""
+    plain = FrozenAutoencoder.from_pretrained(vae_folder)
+    latents = torch.randn(1, 4, 8, 8)
+    expected = plain.decode(latents)
+    offloaded = FrozenAutoencoder.from_pretrained(vae_folder)
+    cpu_offload(offloaded.model, torch.device("cpu"))
+    assert torch.allclose(offloaded.decode(latents), expected, atol=1e-5)
+    compiled = FrozenAutoencoder(torch.compile(plain.model, backend="eager"))
+    assert compiled.identity() == plain.identity() and compiled.factor == plain.factor
+    assert torch.allclose(compiled.decode(latents), expected, atol=1e-5)

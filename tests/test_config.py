@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Optional
 
 import pytest
 
@@ -152,3 +153,41 @@ def test_command_line_exit_codes(run):
     assert code == 2 and err.startswith("tool: error: ") and "nearest known key is 'output'" in err
     code, _, _ = run(SampleConfig, seen.append, "model=m", "output=o")
     assert code == 0 and seen[0].model == "m"
+
+
+@dataclass
+class Texts(Settings):
+    word: str = "a"
+    other: Optional[str] = None
+    words: list[str] = field(default_factory=list)
+    named: dict[str, str] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("words=[010,no,1e3,12:30,'a, b']", ["010", "no", "1e3", "12:30", "a, b"]),
+        ("word=2024_01_15", "2024_01_15"),
+        ("word=a balloon, number #1: red", "a balloon, number #1: red"),
+        ("word='no'", "no"),
+        ("other=on", "on"),
+        ("other=null", None),
+        ("named={first: 007}", {"first": "007"}),
+        ("named.second=1.50", {"second": "1.50"}),
+    ],
+)
+def test_texts_are_kept_as_they_are_written(override, expected, tmp_path):
+    """Not read as a number or truth value of YAML and written back."""
+    name, _, value = override.partition("=")
+    name = name.partition(".")[0]
+    assert getattr(load_config(Texts, None, [override]), name) == expected
+    if "." not in override.partition("=")[0] and "#" not in value:
+        (tmp_path / "texts.yaml").write_text(f"{name}: {value}\n")
+        assert getattr(load_config(Texts, tmp_path / "texts.yaml"), name) == expected
+
+
+def test_a_nested_section_may_refer_to_another(tmp_path):
+    given = ["images.source=a", "held_out=${images}", "output=o"]
+    assert load_config(TrainAutoencoderConfig, None, given).held_out.source == "a"
+    with pytest.raises(UserError, match="settings: expected values that can be resolved, found: Interpolation key 'nothing'"):
+        load_config(TrainAutoencoderConfig, None, [*given, "model=${nothing}"])

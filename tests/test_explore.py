@@ -108,6 +108,7 @@ def test_wrong_settings_give_one_line(run, model_folder, tmp_path):
         for settings, message in (
             ([], "models: expected at least one, models.NAME=FOLDER, found 'none'"),
             (["models.a=nowhere"], "model: expected a model folder"),
+            (["models.v1.5=nowhere"], "models.v1: expected a folder or hub id, and a name without dots"),
             ([f"models.a={model_folder}", f"models.b={tmp_path / 'other'}"], "models.b: expected autoencoder"),
             ([f"models.a={model_folder}", "clip=open_clip:ViT-B-32:openai"], "is not conditioned on embeddings"),
             ([f"models.a={model_folder}", f"port={port}"], f"port: expected a free port, found {port}"),

@@ -1,4 +1,7 @@
+import shutil
+
 import pytest
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from ldm_smd.sampling.settings import SampleConfig
@@ -44,3 +47,12 @@ def test_sample_writes_images_and_refuses_wrong_settings(run, model_folder, tmp_
     assert code == 2 and "output: expected a new or empty folder" in err
     code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'b'}", "classes=[cat]")
     assert code == 2 and "found 'cat'" in err and not (tmp_path / "b").exists()
+
+
+def test_a_guide_of_another_process_is_refused(run, model_folder, tmp_path):
+    """Its predictions would mean something else."""
+    shutil.copytree(model_folder, tmp_path / "other")
+    DDPMScheduler(prediction_type="epsilon").save_pretrained(tmp_path / "other/scheduler")
+    given = [f"model={model_folder}", f"guide={tmp_path / 'other/unet'}", "guidance_scale=2", f"output={tmp_path / 'out'}"]
+    code, _, error = run(SampleConfig, sample, *given)
+    assert code == 2 and "guide: expected a model with the noise schedule and prediction type of" in error

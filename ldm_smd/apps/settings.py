@@ -25,6 +25,8 @@ class ExploreConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(len(self.models) > 0, "models", "at least one, models.NAME=FOLDER", "none")
+        for name, folder in self.models.items():
+            check(isinstance(folder, str), f"models.{name}", "a folder or hub id, and a name without dots", folder)
 
 
 @dataclass

@@ -125,7 +125,8 @@ class DiffusionProcess(GaussianPath):
         known = log_ratio(self.alphas_cumprod).flip(0)
         wanted = ratio.to(known.dtype).log().clamp(known[0], known[-1])
         above = torch.searchsorted(known, wanted).clamp_min(1)
-        between = (wanted - known[above - 1]) / (known[above] - known[above - 1])
+        gap = known[above] - known[above - 1]  # 0 where the schedule has no signal left, which is clamped
+        between = torch.where(gap > 0, (wanted - known[above - 1]) / gap, 0.0)
         return self.last - (above - 1 + between)
 
     def _between(self, t: torch.Tensor) -> torch.Tensor:

@@ -127,6 +127,8 @@ def measure(config: EvaluateConfig, state: PartialState) -> dict:
     if not state.is_main_process:
         return {}
     for name, found in {"reference": reference, **compared}.items():
+        if len(found) < 2:
+            raise UserError(f"{name}: expected at least two images, found {len(found)}")
         result[name] |= {"count": len(found), "sha256": found.sha256}
     result["features"] = {}
     for index, extractor in enumerate(extractors):

@@ -14,7 +14,7 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..device import pick_device
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import sha256
 from ..models.clip import ClipEncoder
 from ..models.feature_network import FeatureNetwork
@@ -95,9 +95,14 @@ def dinov2_extractor(architecture: str, source: str, device: torch.device) -> Ex
 
     known = [name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*")]
     file = weights_file("features", source, known, f"DINOv2 {architecture}")
-    loading = {"checkpoint_path": str(file)} if file else {"pretrained": True}
+    # As pretrained weights, timm resamples the position embeddings of a file to this side.
+    overlay = {"file": str(file)} if file else None
     name = architecture if file else f"{architecture}.{source}"
-    model = timm.create_model(name, num_classes=0, img_size=DINOV2_SIDE, **loading).eval().to(device)
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=DINOV2_SIDE)
+    except RuntimeError as error:
+        raise UserError(f"features: expected weights of {architecture}, found {source}: {one_line(error)}") from error
+    model.eval().to(device)
     trained_on = cast(dict, model.pretrained_cfg)
     shrink = Resize(DINOV2_SIDE, trained_on["mean"], trained_on["std"], device)
     digest = sha256(file) if file else state_sha256(model)
@@ -112,6 +117,12 @@ def inception_extractor(file: Path, device: torch.device) -> Extractor:
         raise UserError("features: expected the package torch-fidelity for inception:FILE, found none") from error
     if not file.is_file():
         raise UserError(f"features: expected the weights file of torch-fidelity's Inception, found none at {str(file)!r}")
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)  # torch-fidelity would run code in the file
+    except Exception as error:
+        raise UserError(
+            f"features: expected the weights file of torch-fidelity's Inception, found {file}: {one_line(error)}"
+        ) from error
     model = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(file)).to(device)
     resize = "bilinear to 299 pixels, as TensorFlow 1"
     return Extractor("Inception", lambda pixels: model((pixels * 255).round().byte())[0], device, sha256(file), resize)

@@ -24,27 +24,32 @@ class ClipEncoder:
         name: name of the architecture.
         sha256: hash of the weights.
         dimensions: D of the embeddings.
+        quick_gelu: whether OpenCLIP was asked for the activation QuickGELU, as the pretrained weights need it.
         resize: preprocessing of images.
     """
 
     def __init__(self, architecture: str, source: str, device: torch.device, key: str) -> None:
         import open_clip
 
-        folder = Path(architecture)
+        folder, quick_gelu = Path(architecture), False
         if not source and (folder / "open_clip_config.json").is_file():
             self.name, architecture = f"OpenCLIP {folder.name}", f"local-dir:{folder}"
             # OpenCLIP prefers this file to any pickle in the folder.
             file = weights_file(key, str(folder / "open_clip_model.safetensors"), (), self.name)
         elif architecture in open_clip.list_models():
             self.name = f"OpenCLIP {architecture}"
-            file = weights_file(key, source, open_clip.list_pretrained_tags_by_model(architecture), self.name)
+            tags = open_clip.list_pretrained_tags_by_model(architecture)
+            file = weights_file(key, source, tags, self.name)
+            # Some published weights were trained with QuickGELU, which OpenCLIP leaves to the caller.
+            quick_gelu = file is None and bool(open_clip.get_pretrained_cfg(architecture, source).get("quick_gelu"))
             source = str(file or source)
         else:
             raise UserError(
                 f"{key}: expected an architecture of OpenCLIP, such as ViT-B-32, or a folder with open_clip_config.json, found "
                 f"{architecture!r}"
             )
-        self.model = open_clip.create_model(architecture, pretrained=source or None, device=device)
+        self.quick_gelu = quick_gelu
+        self.model = open_clip.create_model(architecture, pretrained=source or None, device=device, force_quick_gelu=quick_gelu)
         self.model.eval().requires_grad_(False)
         self.dimensions: int = open_clip.get_model_config(architecture)["embed_dim"]
         self.sha256 = sha256(file) if file else state_sha256(self.model)
@@ -63,7 +68,8 @@ class ClipEncoder:
 
     def identity(self) -> dict:
         """Describe the network for manifests. Networks with equal identities give equal embeddings."""
-        return {"network": self.name, "sha256": self.sha256, "resize": self.resize.name, "dimensions": self.dimensions}
+        found = {"network": self.name, "sha256": self.sha256, "resize": self.resize.name, "dimensions": self.dimensions}
+        return found | ({"activation": "QuickGELU"} if self.quick_gelu else {})
 
     @torch.no_grad()
     def images(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ class MixtureDraws(Draws):
         return modulation if shift is None else modulation + shift(self.z.mean(dim=(2, 3)))
 
     def with_noise(self, h: torch.Tensor) -> torch.Tensor:
-        return self.mixture.noise_skip.added_to(h, self.patches)
+        return self.mixture.noise_skip(self.patches, onto=h)
 
 
 class Mixture(nn.Module):

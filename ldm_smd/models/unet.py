@@ -54,6 +54,7 @@ class SMDUNet2DModel(Backbone):
     """
 
     _supports_gradient_checkpointing = True
+    _supports_group_offloading = False  # it moves modules that are called; a Level is not, only what it holds
     _no_split_modules = ["ResidualBlock", "AttentionBlock"]
 
     @register_to_config

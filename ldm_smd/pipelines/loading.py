@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import diffusers
-from diffusers import SchedulerMixin, UNet2DConditionModel
-from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
+from diffusers import ModelMixin, SchedulerMixin, UNet2DConditionModel
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import snapshot_download
 
 from ..autoencoder import Autoencoder, FrozenAutoencoder
@@ -22,12 +23,15 @@ from ..models.moments import MomentHeads
 from ..models.registry import DENOISERS, EXTENDED
 from ..models.unet import SMDUNet2DModel
 from ..schedulers import GMSScheduler, TeleportScheduler
+from ..schedulers.support import without_learned_variance
 from .smd import SMDPipeline
 
 for cls in (SMDUNet2DModel, *EXTENDED.values(), MomentHeads, LatentGaussians, GMSScheduler, TeleportScheduler):
-    # diffusers refuses hub pipelines with components from libraries that it does not know.
-    methods = ["save_pretrained", "from_pretrained"]
-    ALL_IMPORTABLE_CLASSES[cls.__name__] = LOADABLE_CLASSES.setdefault(cls.__module__, {})[cls.__name__] = methods
+    # diffusers refuses hub pipelines with components from libraries that it does not know. It looks up the base class in the
+    # module of the component, and lets any class of that base replace it in from_pretrained.
+    base = SchedulerMixin if issubclass(cls, SchedulerMixin) else ModelMixin
+    setattr(sys.modules[cls.__module__], base.__name__, base)
+    LOADABLE_CLASSES.setdefault(cls.__module__, {})[base.__name__] = ["save_pretrained", "from_pretrained"]
 # DiffusionPipeline.from_pretrained looks up the class of a pipeline in diffusers alone.
 setattr(diffusers, SMDPipeline.__name__, SMDPipeline)
 
@@ -124,4 +128,5 @@ def pipeline_of_parts(folder: Path) -> SMDPipeline:
         raise UserError(
             f"model: expected a denoiser of {autoencoder.latent_channels} channels, like the latents, found {found}"
         )
-    return SMDPipeline(unet, autoencoder.model, scheduler_class.from_config(configured), index_of(folder).get("id2label"))
+    scheduler = scheduler_class.from_config(without_learned_variance(configured))
+    return SMDPipeline(unet, autoencoder.model, scheduler, index_of(folder).get("id2label"))

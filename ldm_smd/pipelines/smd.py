@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..autoencoder import Autoencoder, spatial_factor
 from ..errors import UserError, shortened
-from ..models.denoiser import is_mixture
+from ..models.denoiser import is_mixture, num_classes
 from ..models.gaussian import LatentGaussians
 from ..models.moments import MomentHeads
 from ..models.registry import Denoiser
@@ -231,7 +231,7 @@ class SMDPipeline(DiffusionPipeline):
         for number, label in self.id2label.items():
             if name == label:
                 return number
-        if name in map(str, self.id2label):
+        if name in map(str, self.id2label or range(num_classes(self.unet) or 0)):
             return int(name)
         synonymous = [number for number, label in self.id2label.items() if name in label.split(", ")]
         if len(synonymous) == 1:

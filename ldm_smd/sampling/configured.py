@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 from ..device import pick_device
+from ..errors import UserError
 from ..models.guide import load_guide
+from ..models.hub import SCHEDULER, network_folder
 from ..pipelines import SMDPipeline, load_pipeline
 from ..schedulers import make_scheduler
+from ..schedulers.conversion import process_of, read_process
 
 
 class SamplerSettings(Protocol):
@@ -27,7 +30,14 @@ def configured_pipeline(model: str | Path, config: SamplerSettings) -> SMDPipeli
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     if config.guide is not None:
-        pipeline.register_modules(guide=load_guide(config.guide, "guide", pipeline.unet))
+        folder = network_folder(config.guide, "guide")
+        guide, found = load_guide(folder, "guide", pipeline.unet), read_process(folder.parent / SCHEDULER)
+        if found is not None and found[1] != process_of(pipeline.training_scheduler):
+            raise UserError(
+                f"guide: expected a model with the noise schedule and prediction type of {model}, found others in "
+                f"{folder.parent / SCHEDULER}"
+            )
+        pipeline.register_modules(guide=guide)
     return pipeline
 
 

@@ -20,8 +20,10 @@ from .settings import SampleConfig
 
 @makes_folder()
 def sample(config: SampleConfig) -> Path:
-    """Sample images and write them to ``config.output``: a PNG per image, named by class and seed. Also write a grid of all beside
-    the folder, where tools/evaluate.py does not take it for a sample."""
+    """Sample images and write them to ``config.output``: a PNG per image, named by class and seed.
+
+    A grid of all is written beside the folder, where tools/evaluate.py does not take it for a sample.
+    """
     output = Path(config.output)
     pipeline = configured_pipeline(config.model, config)
     labels = choose_labels(config, pipeline)

@@ -5,8 +5,12 @@ A denoiser that was trained on one process can be sampled by a scheduler of anot
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
 
@@ -51,6 +55,16 @@ def path_of(scheduler: SchedulerMixin) -> GaussianPath:
 def process_of(scheduler: SchedulerMixin) -> Process:
     """Return the process whose predictions a scheduler expects."""
     return Process(path_of(scheduler), "flow_prediction" if is_flow(scheduler) else scheduler.config.prediction_type)
+
+
+def read_process(path: Path) -> tuple[dict[str, Any], Process] | None:
+    """Read a scheduler of diffusers: its configuration, and its process. None where there is none, or another."""
+    try:
+        configuration = json.loads(path.read_text(encoding="utf-8"))
+        cls = getattr(diffusers, configuration["_class_name"])
+        return configuration, process_of(cls.from_config(configuration))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError):
+        return None
 
 
 @dataclass

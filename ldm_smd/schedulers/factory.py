@@ -15,7 +15,17 @@ from ..deprecation import current_arguments
 from ..diffusion.settings import DiffusionConfig
 from ..errors import UserError, one_line
 from .schedule import build_scheduler
-from .support import EVERYWHERE, REFUSED, SPACINGS, SUPPORTED, check_scheduler, defaults, refused
+from .support import (
+    EVERYWHERE,
+    REFUSED,
+    SPACINGS,
+    SUPPORTED,
+    WITHOUT_SAMPLE_PREDICTION,
+    check_scheduler,
+    defaults,
+    refused,
+    without_learned_variance,
+)
 
 
 def scheduler_from(name: str, config: dict, custom: dict[str, type[SchedulerMixin]]) -> SchedulerMixin:
@@ -39,7 +49,9 @@ def scheduler_from(name: str, config: dict, custom: dict[str, type[SchedulerMixi
         if option not in known:
             raise UserError(f"scheduler: expected a setting of {name} ({', '.join(known)}), found {option!r}")
     # Step spacing is not part of the noise schedule. diffusers would warn of settings that the class does not have.
-    config = EVERYWHERE | {key: value for key, value in config.items() if key not in SPACINGS}
+    config = EVERYWHERE | {key: value for key, value in without_learned_variance(config).items() if key not in SPACINGS}
+    if config.get("prediction_type") == "sample" and name in WITHOUT_SAMPLE_PREDICTION:
+        config["prediction_type"] = "v_prediction"
     if "trained_betas" in known and not {"beta_schedule", "trained_betas"} & config.keys():  # of a flow matching scheduler
         config |= build_scheduler(DiffusionConfig()).config
     given = {key: value for key, value in config.items() if key in known}

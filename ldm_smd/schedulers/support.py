@@ -6,6 +6,9 @@ Covers every scheduler that diffusers exports (tests/schedulers/test_support.py)
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from diffusers import SchedulerMixin
 from diffusers.utils import logging
@@ -51,6 +54,14 @@ SUPPORTED: dict[str, dict] = {
 }
 """Class -> settings it needs for the noise schedule of our models, in addition to EVERYWHERE."""
 
+WITHOUT_SAMPLE_PREDICTION = (
+    "EulerAncestralDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "PNDMScheduler",
+)
+"""They cannot take a prediction of x_0. Such a network is converted to v (conversion.py)."""
+
 OTHER_FLOW = "only flow matching along straight lines is supported, by FlowMatchEulerDiscreteScheduler"
 REASONS = {
     f"it is made for a specific model or another kind of flow; {OTHER_FLOW}": (
@@ -80,6 +91,15 @@ def refused(name: str, reason: str) -> str:
     )
 
 
+def learns_variance(config: Mapping[str, Any]) -> bool:
+    return str(config.get("variance_type", "")).startswith("learned")
+
+
+def without_learned_variance(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a scheduler without a learned variance, which predictions of denoisers do not contain."""
+    return {key: value for key, value in config.items() if key != "variance_type" or not learns_variance(config)}
+
+
 def defaults(name: str, chosen: dict) -> dict:
     """Return the settings that class ``name`` needs, except those in ``chosen``."""
     left_out = {*chosen, *(SPACINGS if any(chosen.get(spacing) for spacing in SPACINGS) else ())}
@@ -100,6 +120,12 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
             raise ValueError(refused(f"{name} with {setting}", OTHER_FLOW))
     if not is_flow(scheduler) and config.prediction_type == "flow_prediction":
         raise ValueError(refused(f"{name} with flow_prediction", OTHER_FLOW))
+    if learns_variance(config) and "variance_type" in inspect.signature(type(scheduler)).parameters:
+        expected = "scheduler: expected one without a learned variance, as make_scheduler makes it"
+        raise ValueError(f"{expected}, found {name} with variance_type={config.variance_type}")
+    if config.get("prediction_type") == "sample" and name in WITHOUT_SAMPLE_PREDICTION:
+        expected = f"scheduler: expected {name} with another prediction_type, as make_scheduler makes it"
+        raise ValueError(f"{expected}, found prediction_type=sample")
     spaced = any(config.get(spacing) for spacing in SPACINGS)
     for key, value in SUPPORTED.get(name, {}).items():
         if config[key] != value and not (key in SPACINGS and spaced):

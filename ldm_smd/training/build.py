@@ -22,7 +22,7 @@ from ..schedulers.schedule import build_scheduler
 from ..schema import check
 from .checkpoint import checkpoints, load_weights
 from .coarse_labels import class_names
-from .fit_gaussian import LATENTS_PER_COMPONENT, fitting_latents
+from .fit_gaussian import FITTING_LATENTS, LATENTS_PER_COMPONENT, fitting_latents
 from .run import Run
 from .same_process import check_process
 from .settings import TrainConfig
@@ -107,7 +107,7 @@ def conditions(config: TrainConfig, manifest: Manifest) -> dict[str, int | None]
 
 def noise_modes(config: TrainConfig, manifest: Manifest) -> int:
     """Return the number of modes of the fitted noise, fewer than configured if there are few images."""
-    return max(1, min(config.model.noise_modes, manifest.count // LATENTS_PER_COMPONENT))
+    return max(1, min(config.model.noise_modes, min(manifest.count, FITTING_LATENTS) // LATENTS_PER_COMPONENT))
 
 
 def noise_timesteps(config: TrainConfig) -> int:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from ..diffusion.settings import BETA_SCHEDULES, DiffusionConfig
 from ..errors import UserError
 from ..models.hub import SCHEDULER
-from ..schedulers.conversion import Process, process_of
+from ..schedulers.conversion import process_of, read_process
 from ..schedulers.schedule import build_scheduler
 
 
@@ -33,16 +30,6 @@ def check_process(config: DiffusionConfig, folder: Path, key: str) -> None:
     else:
         wanted = f"{settings_of(fitting)}, as in the scheduler beside the network"
     raise UserError(f"{key}: expected {wanted} in {folder.parent / SCHEDULER}, found {settings_of(config)}")
-
-
-def read_process(path: Path) -> tuple[dict[str, Any], Process] | None:
-    """Read a scheduler of diffusers: its configuration, and its process. None where there is none, or another."""
-    try:
-        configuration = json.loads(path.read_text(encoding="utf-8"))
-        cls = getattr(diffusers, configuration["_class_name"])
-        return configuration, process_of(cls.from_config(configuration))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError):
-        return None
 
 
 def candidates(scheduler: dict[str, Any]) -> Iterator[DiffusionConfig]:

@@ -20,6 +20,8 @@ from .settings import TrainConfig
 from .step_noise import StepNoise, draw_step_noise, step_seed
 from .trained import TrainedNetwork, adamw
 
+DROPOUT = 1
+
 
 class Learner(Protocol):
     """Interface between the training loop and an objective.
@@ -94,7 +96,7 @@ def compare_draws(
 
 def trained_model(run: Run, momentum: float = 0.9) -> TrainedNetwork:
     """Make the initial denoiser of a run and its optimizer."""
-    network, config = initial_model(run), run.config
+    network, config = initial_model(run).train(), run.config  # from_pretrained returns it in evaluation mode
     return TrainedNetwork(network, adamw(network, config.learning_rate, config.weight_decay, momentum))
 
 
@@ -106,7 +108,8 @@ def draw_step(run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int
     generator, count, rows = global_batch(run, batch, images_seen, *([number] if number else []))
     shape = (count, *batch.moments.shape[2:])
     noise = draw_step_noise(generator, shape, draws, path, run.config.label_dropout, run.config.timestep_shift)
-    torch.manual_seed(step_seed(run.config.seed, images_seen, run.accelerator.process_index))  # for dropout inside the network
+    # For dropout inside the network. The last number keeps it apart from the seed of ``noise``.
+    torch.manual_seed(step_seed(run.config.seed, images_seen, run.accelerator.process_index, DROPOUT))
     return noise.rows(rows.start, rows.stop)
 
 

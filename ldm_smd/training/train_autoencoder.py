@@ -32,6 +32,8 @@ from .settings import TrainAutoencoderConfig
 from .trained import TrainedNetwork
 
 REPORT_EVERY_IMAGES = 1_000
+LATENT_CONSTANTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
+"""Settings of an autoencoder that latents, or the precision of their decoder, depend on."""
 NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache", "held_out.", "work", "resume_changed")
 """Prefixes of settings that are not compared: paths, whose contents are, and settings that do not change the model."""
 MAY_CHANGE = ("images_total", "learning_rate", "warmup_images", "ema_halflife_images", "checkpoint_every_images")
@@ -119,7 +121,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
         if config.init_from:
             load_weights(model, Path(config.init_from), "init_from")
             initial = model.load_config(config.init_from)
-            model.register_to_config(**{name: initial[name] for name in ("latents_mean", "latents_std") if name in initial})
+            model.register_to_config(**{name: initial[name] for name in LATENT_CONSTANTS if name in initial})
         model.encoder.requires_grad_(config.train_encoder)
         model.to(device)
         if device.type == "cuda":  # convolutions prefer channels last; copying batches would take longer than a step

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow, prediction_coefficients, x0_per_prediction
 from ldm_smd.diffusion.settings import DiffusionConfig
+from ldm_smd.schedulers.conversion import path_of
 from ldm_smd.schedulers.schedule import build_scheduler
 from tests.diffusion.paths import KINDS, PATHS, PROCESS, SCHEDULER
 
@@ -206,3 +207,12 @@ def test_the_mathematics_imports_only_torch():
 
 def test_other_schedulers_accept_the_same_config():
     assert DDIMScheduler.from_config(SCHEDULER.config).config.prediction_type == "v_prediction"
+
+
+def test_timesteps_are_finite_where_a_schedule_has_no_signal_left():
+    """A long linear schedule has many such timesteps. Their levels are clamped to the same one."""
+    process = path_of(DDPMScheduler(num_train_timesteps=4000, beta_schedule="linear"))
+    assert process.alphas_cumprod[-1] == process.alphas_cumprod[-2]
+    t = process.random_t(1000, shift=3.0, generator=torch.Generator().manual_seed(0))
+    assert t.min() >= 0 and t.max() <= process.last
+    assert process.timestep_of(torch.tensor([0.0, 1e-20, 1e20])).isfinite().all()

@@ -182,3 +182,10 @@ def test_wrong_settings_give_one_line(settings, network, tmp_path):
         with pytest.raises(UserError, match=message):
             measured(settings, "wrong", *overrides)
     assert not (tmp_path / "wrong.json").exists()
+
+
+def test_a_set_of_one_image_is_refused(settings, image_folder, tmp_path):
+    (tmp_path / "one").mkdir()
+    shutil.copy(sorted(image_folder.rglob("*.png"))[0], tmp_path / "one/a.png")
+    with pytest.raises(UserError, match="held_out: expected at least two images, found 1"):
+        measured(settings, "one", f"held_out={tmp_path / 'one'}")

@@ -67,12 +67,17 @@ def test_open_clip_features_from_a_weights_file(tmp_path):
 
 
 def test_dinov2_features_from_a_weights_file(tmp_path):
-    """With a small model of timm of the same class."""
+    """With a small model of timm of the same class, whose position embeddings are of another size of images too."""
     import timm
 
     torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=0, img_size=DINOV2_SIDE).eval()
-    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    published = timm.create_model("test_vit", num_classes=0).eval()
+    save_file(published.state_dict(), tmp_path / "weights.safetensors")
+    overlay = {"file": str(tmp_path / "weights.safetensors")}
+    model = timm.create_model(
+        "test_vit", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=DINOV2_SIDE
+    ).eval()
+    assert model.pos_embed.shape[1] > published.pos_embed.shape[1]
     extractor = load_extractor(f"dinov2:test_vit:{tmp_path / 'weights.safetensors'}", device="cpu")
     pixels = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
     resized = torch.nn.functional.interpolate(pixels / 255.0, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
@@ -106,3 +111,32 @@ def test_images_without_a_class_are_refused(tmp_path, image_folder):
     )
     with pytest.raises(UserError, match=r"sets.x.images: expected a class for every image"):
         train_classifier(load_config(TrainClassifierConfig, tmp_path / "c.yaml", []))
+
+
+class Marker:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of a weights file was run')",)
+
+
+def test_code_in_a_weights_file_of_inception_is_not_run(tmp_path):
+    torch.save(Marker(), tmp_path / "weights.pth")
+    with pytest.raises(
+        UserError, match=r"features: expected the weights file of torch-fidelity.s Inception, found .*weights.pth"
+    ):
+        load_extractor(f"inception:{tmp_path / 'weights.pth'}", device="cpu")
+
+
+@pytest.mark.parametrize("tag, forced", [("openai", True), ("laion2b_s34b_b79k", False)])
+def test_published_clip_weights_get_the_activation_they_were_trained_with(tag, forced, monkeypatch):
+    import open_clip
+
+    made = {}
+
+    def create_model(architecture, **options):
+        made.update(options)
+        raise ConnectionError  # before the download
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    with pytest.raises(ConnectionError):
+        load_extractor(f"open_clip:ViT-B-32:{tag}", device="cpu")
+    assert made["pretrained"] == tag and made["force_quick_gelu"] is forced

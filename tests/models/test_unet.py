@@ -157,3 +157,16 @@ def test_xformers_gets_its_own_layout(backend, xformers_operator):
 def test_an_unknown_attention_backend_is_refused():
     with pytest.raises(ValueError, match="attention: expected one of auto, sdpa, xformers"):
         set_attention_backend("flash")
+
+
+def test_weights_may_be_stored_in_eight_bits():
+    """diffusers converts them when a module is called, so none may be used otherwise."""
+    smd = model(noise_rank=2, noise_modes=2)
+    smd.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with torch.no_grad():
+        prediction = smd(
+            torch.randn(2, 4, 8, 8), torch.tensor([5, 7]), torch.tensor([0, 1]), eta=torch.randn(2, 4, 8, 8)
+        ).sample
+    assert prediction.isfinite().all()
+    with pytest.raises(ValueError, match="does not support group offloading"):
+        smd.enable_group_offload(torch.device("cpu"))

@@ -16,6 +16,7 @@ from ldm_smd.pipelines import SMDPipeline, load_pipeline
 from ldm_smd.pipelines.loading import NETWORKS, model_folder, weight_files
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
+from ldm_smd.schedulers import GMSScheduler
 from ldm_smd.training.fit_gaussian import fit_gaussian
 from ldm_smd.training.settings import FitGaussianConfig, TrainMomentsConfig
 from ldm_smd.training.train_moments import train_moments
@@ -157,3 +158,27 @@ def test_diffusion_pipeline_finds_the_class(pipeline, tmp_path):
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "model")
     assert type(loaded) is SMDPipeline
     assert nearly_equal(latents(loaded, [0, 1], [1, 2]), latents(pipeline, [0, 1], [1, 2]))
+
+
+def test_components_can_be_replaced_when_loading(pipeline, tmp_path):
+    """Also those of this package, by ones of diffusers."""
+    gaussian = SMDPipeline.from_pipe(pipeline, scheduler=GMSScheduler.from_config(pipeline.scheduler.config))
+    gaussian.save_pretrained(tmp_path / "gms")
+    unet = diffusers_unet()
+    loaded = SMDPipeline.from_pretrained(tmp_path / "gms", scheduler=DDIMScheduler(), unet=unet)
+    assert type(loaded.scheduler) is DDIMScheduler and loaded.unet is unet
+    assert type(SMDPipeline.from_pretrained(tmp_path / "gms").scheduler) is GMSScheduler
+    with pytest.raises(ValueError, match="should be"):
+        SMDPipeline.from_pretrained(tmp_path / "gms", scheduler=unet)
+
+
+def test_a_scheduler_with_a_learned_variance_is_loaded_without_it(dit_folder):
+    diffusers.DDPMScheduler(variance_type="learned_range").save_pretrained(dit_folder / "scheduler")
+    assert latents(load_pipeline(dit_folder), [0, 1], [1, 2]).isfinite().all()
+
+
+def test_classes_without_names_are_given_by_number(vae_folder):
+    pipeline = SMDPipeline(diffusers_unet(), AutoencoderKL.from_pretrained(vae_folder), DDIMScheduler())
+    assert pipeline.label_of("1") == 1
+    with pytest.raises(UserError, match="classes: expected one of none, found '2'"):
+        pipeline.label_of("2")

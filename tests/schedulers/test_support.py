@@ -207,3 +207,27 @@ def test_settings_of_a_scheduler_are_applied():
         make_scheduler("UNet2DModel", OURS)
     with pytest.raises(UserError, match=r"scheduler: expected a setting of DDIMScheduler .*found 'solver_order'"):
         make_scheduler("DDIMScheduler:solver_order=2", OURS)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DPMSolverMultistepScheduler", "SASolverScheduler"])
+def test_a_learned_variance_is_left_out(name):
+    """Denoisers do not predict it here. A DiT does, and its DDPM scheduler expects it."""
+    learned = diffusers.DDPMScheduler(variance_type="learned_range")
+    with pytest.raises(ValueError, match="without a learned variance, as make_scheduler makes it, found DDPMScheduler with"):
+        check_scheduler(learned)
+    scheduler = make_scheduler(name, learned)
+    scheduler.set_timesteps(2)
+    x = torch.randn(1, 4, 2, 2)
+    assert scheduler.step(x, scheduler.timesteps[0], x).prev_sample.shape == x.shape
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_network_that_predicts_x0_is_sampled_by_every_scheduler(name):
+    trained = diffusers.DDPMScheduler(prediction_type="sample")
+    scheduler = make_scheduler(name, trained)
+    timesteps = begin_run(scheduler, 2)
+    conversion, *_ = prediction_conversions(process_of(trained), process_of(scheduler), timesteps, torch.device("cpu"))
+    x = first_sample(scheduler, torch.randn(1, 4, 2, 2))
+    prediction = conversion.to_scheduler(torch.zeros_like(x), network_input(scheduler, x, timesteps[0]))
+    options = {"order": 1} if "order" in inspect.signature(scheduler.step).parameters else {}
+    assert scheduler.step(prediction, timesteps[0], x, **options).prev_sample.isfinite().all()

@@ -8,6 +8,8 @@ import torch
 from ldm_smd.errors import UserError
 from ldm_smd.models.hub import network_folder
 from ldm_smd.pipelines import load_pipeline
+from ldm_smd.training.build import noise_modes
+from ldm_smd.training.fit_gaussian import FITTING_LATENTS, LATENTS_PER_COMPONENT
 from ldm_smd.training.loop import train
 from tests.tiny import diffusers_unet
 from tests.training.results import weights
@@ -89,3 +91,9 @@ def test_another_number_of_classes_is_refused(train_config, tmp_path):
     diffusers_unet(num_class_embeds=5).save_pretrained(tmp_path / "unet")
     with pytest.raises(UserError, match=r"^init_from: expected 3 class embeddings, for 2 classes and the null class, found 5"):
         train(train_config(f"init_from={tmp_path / 'unet'}"))
+
+
+def test_the_fitted_noise_has_no_more_modes_than_latents_to_fit_them_to(open_run):
+    run = open_run("model.noise_modes=20000")
+    run.manifest.shards[0]["count"] = 1_300_000
+    assert noise_modes(run.config, run.manifest) == FITTING_LATENTS // LATENTS_PER_COMPONENT

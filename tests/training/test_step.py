@@ -10,6 +10,7 @@ from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
+from ldm_smd.training.step_noise import step_seed
 from tests.training.critic import WithCritic
 from tests.training.results import assert_same_losses, logged_losses
 
@@ -71,3 +72,13 @@ def test_the_loop_trains_and_resumes_every_network_of_a_learner(train_config, tm
     assert len(lines) == 4 and all(line["critic_loss"] > 0 and line["critic_norm"] > 0 for line in lines)
     assert logged_losses(tmp_path / "straight") == logged_losses(tmp_path / "stopped")
     assert not (tmp_path / "straight/model/critic").exists()
+
+
+def test_dropout_has_random_numbers_of_its_own(open_run):
+    """Not those that the noise of process 0 is made of, and after a start from a saved network too."""
+    learner = Denoising(open_run())
+    assert learner.model.network.training
+    batch = learner.run.batches().batch_at(0)
+    learner.draw(batch, 0)
+    noise = torch.Generator().manual_seed(step_seed(learner.run.config.seed, 0))
+    assert not torch.equal(torch.randn(8), torch.randn(8, generator=noise))
