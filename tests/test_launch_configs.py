@@ -77,4 +77,4 @@ def test_each_slurm_job_of_an_array_encodes_its_part(tmp_path):
     variables = os.environ | numbers | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = ["bash", CONFIGS / "slurm/encode.sbatch", "--config", "my/encode.yaml"]
     found = subprocess.run(script, env=variables, capture_output=True, text=True, check=True).stdout.split()
-    assert found == "tools/encode.py --config my/encode.yaml device=cuda num_workers=8 worker=5/64".split()
+    assert found == ["tools/encode.py", "--config", "my/encode.yaml", "device=cuda", "num_workers=8", "worker=5/64"]
