@@ -14,7 +14,7 @@ from nearest import NearestImage
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.device import pick_device
-from ldm_smd.evaluation.distances import BLOCK, FeatureSet, distances, frechet_distance
+from ldm_smd.evaluation.distances import BLOCK, FeatureSet, bootstrap_deviation, distances, frechet_distance
 from ldm_smd.evaluation.features import Extractor, load_extractor
 from ldm_smd.schema import check
 
@@ -36,8 +36,8 @@ class MeasureConfig:
     """Maximum number of training images to compare with. The nearest image is searched among all."""
     resampled: int = 2000
     """Number of training images to resample for comparison, best equal to that of the samples."""
-    bootstrap: int = 10
-    """Bootstrap rounds."""
+    bootstrap: int = 200
+    """Bootstrap rounds. The estimated deviation is then uncertain by 5 %, and by 24 % with ten rounds."""
     near: float = 0.1
     """A sample is a copy if a training image is within this root mean square distance over colours and pixels in [0, 1]."""
 
@@ -66,6 +66,7 @@ class NetworkMeasure:
         found = distances(features, self.training, self.extractor.unit_length, rounds)
         if held_out:
             found["frechet_held_out"] = frechet_distance(features, self.held_out)
+            found["frechet_held_out_sd"] = bootstrap_deviation(frechet_distance, features, self.held_out, rounds)
         return rounded(found | {"nearest": self._to_nearest(features) / max(self.new_distance, MIN_DISTANCE)})
 
     def _to_nearest(self, features: torch.Tensor) -> float:
@@ -132,7 +133,7 @@ class ImageMeasure:
 
             * ``frechet`` and ``kid`` to the training images, with bootstrap standard deviations ``_sd``;
             * ``precision``, ``recall``, ``density`` and ``coverage`` with regard to the training images;
-            * ``frechet_held_out``: the Frechet distance to the held-out images;
+            * ``frechet_held_out``: the Frechet distance to the held-out images, with its deviation;
             * ``nearest``: as ``nearest_pixels``, but in feature space. It is close to 0 if training images are reproduced, and
               1 if samples are as new as images that were not trained on.
         """

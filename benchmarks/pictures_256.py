@@ -172,7 +172,9 @@ def table(content: dict, config: Pictures256Config) -> list[str]:
     for name, cell in (content["cells"] | real).items():
         measured = [cell["features"][network] for network in networks]
         texts = [SEPARATOR.join(f"{each.get(column, float('nan')):.2f}" for each in measured) for column in COLUMNS]
-        texts[0] += " ± " + SEPARATOR.join(f"{1.96 * each['frechet_sd']:.2f}" for each in measured)
+        for position, column in enumerate(COLUMNS):
+            if all(f"{column}_sd" in each for each in measured):
+                texts[position] += " ± " + SEPARATOR.join(f"{1.96 * each[f'{column}_sd']:.2f}" for each in measured)
         lines.append(f"| {name} | {' | '.join(texts)} | {cell['copies']:.2f} |")
     return lines + target_table(content["targets"])
 

@@ -58,7 +58,8 @@ class SampleConfig(Settings):
     image: Optional[str] = None
     """Image to start from, noised (image-to-image, such as from a colour sketch). null: pure noise."""
     strength: float = number(0.6, above=0, maximum=1)
-    """With ``image``, fraction of the noise schedule to run. 1: nothing of the image is left."""
+    """With ``image``, fraction of the timesteps to run. 1: nothing of the image is left, unless the scheduler is a
+    TeleportScheduler, whose timesteps begin at ``sigma_skip``."""
     seed: int = number(0, 0, MAX_SEED)
     """Image i has seed ``seed + i``, so it does not depend on the batch size."""
     batch_size: int = number(64, 1, 2**16)
