@@ -8,9 +8,9 @@
 # make figures        draw the figures of README and docs
 # make notebook       run the notebook of the documentation
 PYTHON ?= python3.11
-WORKERS ?= 0
+WORKERS ?= 2
 BIN := .venv/bin
-# WORKERS=2: that many processes with one thread each (tests/conftest.py). 0: one process with two threads.
+# WORKERS=2: that many processes with one thread each (tests/conftest.py). 0: one process with two threads, about half as fast.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup
 INSTALLED := .venv/.installed
 
