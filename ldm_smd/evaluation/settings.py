@@ -47,7 +47,8 @@ class EvaluateConfig(Settings):
     features: list[str] = field(default_factory=lambda: ["checkpoints/classifier"])
     """Feature networks: a FeatureNetwork folder; open_clip:ARCHITECTURE:FILE.safetensors; dinov2:ARCHITECTURE:FILE.safetensors
     with the architecture's name in timm; inception:FILE. A name of pretrained weights instead of a file is downloaded:
-    open_clip:ViT-L-14-336:openai, dinov2:vit_large_patch14_dinov2:lvd142m. Append #SHA256 to check the weights."""
+    open_clip:ViT-L-14-336:openai, dinov2:vit_large_patch14_dinov2:lvd142m. Append #SHA256 to check the weights. The networks
+    in checkpoints/ were trained on emoji and CIFAR-10; use others for your own images."""
     cache: Optional[str] = None
     """Folder to cache the features of real images for later evaluations."""
     bootstrap: int = number(20, 2, 10_000)
