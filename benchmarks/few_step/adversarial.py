@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +57,8 @@ class DMD2(Method):
         goal = x - (D_critic(x_r) - D_teacher(x_r)) / mean |x - D_teacher(x_r)|,
         loss = |x - goal|^2 / 2 + gan softplus(-c(x_r))
 
-    The generator's inputs are its own samples from earlier steps, as in sampling. Each step updates the critic, and each
-    ``critic_updates``-th one also the generator."""
+    The generator's inputs are its own samples from earlier steps, as in sampling. The number of the step is drawn at random.
+    Each update is one of the critic, and each ``critic_updates``-th one also of the generator."""
 
     Settings = DMD2Settings
     SEARCH = {
@@ -84,7 +83,7 @@ class DMD2(Method):
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         settings, options = self.settings, {"generator": generator, "device": x0.device}
         model, critic = self.networks["model"], self.networks["critic"]
-        turn = self.count // settings.critic_updates % settings.steps
+        turn = int(torch.randint(settings.steps, ()))  # on the CPU, with its own generator
         trains = self.count % settings.critic_updates == 0
         x_t, sigma = self.inputs(x0.shape, labels, turn, generator)
         with torch.set_grad_enabled(trains):
@@ -138,7 +137,7 @@ class DMD2(Method):
         generator: torch.Generator,
         first: float | None = None,
     ) -> torch.Tensor:
-        sigmas = trailing(network, steps).clamp_max(min(self.settings.first, first or math.inf))
+        sigmas = trained_levels(network, steps, self.settings.steps, first).clamp_max(self.settings.first)
         return resample(lambda x, sigma: network.clean(x, sigma, labels), noise, sigmas, generator)
 
 
@@ -147,7 +146,7 @@ class DDGANSettings:
     learning_rate: float = 1.6e-4
     critic_rate: float = 1.25e-4
     steps: int = 4
-    r1: float = 0.05
+    r1: float = 0.02
     """Weight gamma of the R1 penalty."""
     every: int = 15
     """Steps between two R1 penalties."""
@@ -162,7 +161,7 @@ class DDGAN(Method):
 
     Settings = DDGANSettings
     SEARCH = {
-        "learning_rate": [5e-5, 1.6e-4, 5e-4],
+        "learning_rate": [2e-5, 5e-5, 1.6e-4, 5e-4],
         "critic_rate": [5e-5, 1.25e-4, 5e-4],
         "steps": [2, 4, 8],
         "r1": [0.02, 0.05, 0.5, 2.0],
@@ -218,11 +217,24 @@ class DDGAN(Method):
         generator: torch.Generator,
         first: float | None = None,
     ) -> torch.Tensor:
-        sigmas = trailing(network, steps).clamp_max(first or math.inf)
+        sigmas = trained_levels(network, steps, self.settings.steps, first)
         x = noise
         for t, s in zip(sigmas, torch.cat((sigmas[1:], torch.zeros_like(sigmas[:1])))):
             x = posterior_step(network, x, t.expand(len(x)), s.expand(len(x)), labels, generator)
         return x
+
+
+def trained_levels(network: Denoiser, steps: int, trained: int, first: float | None) -> torch.Tensor:
+    """Return the sigmas of at most ``steps`` steps of a method that is trained at ``trained`` levels only, largest first.
+
+    Other levels would give the network inputs that it does not know, so more steps are not taken. With ``first``, the sigma of
+    a draft: that, and the levels clearly below it.
+    """
+    if first is None:
+        return trailing(network, min(steps, trained))
+    known = trailing(network, trained)
+    below = known[known < 0.9 * first][: steps - 1]
+    return torch.cat((torch.full_like(known[:1], first), below))
 
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)

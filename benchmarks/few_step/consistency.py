@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,11 @@ class ECTSettings:
     mean: float = -0.4
     deviation: float = 2.0
     """Mean and standard deviation of log sigma."""
-    q: float = 256.0
-    """Controls the distance of r from t. With q = 2, r = 0 at first. With 256, the one-hour recipe of the paper, r is close to
-    t from the start."""
-    stages: int = 1
-    """Number of training stages. q is raised to the power of the stage."""
+    schedule: str = "256, 1"
+    """q, which is raised to the power of the stage, and the number of stages. They control the distance of r from t. "256, 1" is
+    the one-hour recipe of the paper, with r close to t from the start. "2, 8" is the long one, with r = 0 at first."""
+    smooth: bool = True
+    """Make the network smooth in time, because r may be nearer to t than a timestep."""
     c: float = 0.0
     """Constant of the pseudo-Huber loss. 0: the norm."""
     middle: float = 1.64
@@ -42,9 +43,9 @@ class ECT(Method):
 
     Settings = ECTSettings
     SEARCH = {
-        "learning_rate": [5e-5, 1e-4, 3e-4, 6e-4],
-        "q": [2.0, 16.0, 256.0],
-        "stages": [1, 4, 8],
+        "learning_rate": [5e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3],
+        "schedule": ["256, 1", "16, 2", "4, 4", "2, 8"],
+        "smooth": [True, False],
         "mean": [-0.4, 0.4, 1.2],
         "c": [0.0, 0.06, 1.0],
         "middle": [0.8, 1.64, 3.0],
@@ -52,13 +53,14 @@ class ECT(Method):
 
     def __init__(self, start: Start, settings: ECTSettings) -> None:
         super().__init__(start, settings)
-        network = denoiser(start)
+        network = denoiser(start, smooth=settings.smooth)
+        self.q, self.stages = (int(number) for number in settings.schedule.split(","))
         self.add("model", network, torch.optim.RAdam(network.parameters(), lr=settings.learning_rate))
 
     def lower_level(self, t: torch.Tensor) -> torch.Tensor:
         """Return r(t) = max(0, t (1 - (1 + 8 sigmoid(-t / 2)) / q^stage))."""
-        stage = 1 + int(self.progress * self.settings.stages)
-        decrease = (1 + 8 * torch.sigmoid(-t / 2)) / self.settings.q**stage
+        stage = 1 + int(self.progress * self.stages)
+        decrease = (1 + 8 * torch.sigmoid(-t / 2)) / self.q**stage
         return (t * (1 - decrease)).clamp_min(0)
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
@@ -99,5 +101,8 @@ class ECT(Method):
         generator: torch.Generator,
         first: float | None = None,
     ) -> torch.Tensor:
-        sigmas = self.nodes(steps).clamp_max(first or MAX_SIGMA)
+        sigmas = self.nodes(steps)
+        if first is not None:  # a geometric sequence from the draft's level to the last one
+            sigmas = torch.logspace(math.log10(first), float(sigmas[-1].log10()), steps, device=sigmas.device)
+            sigmas[0] = first
         return resample(lambda x, sigma: network.clean(x, sigma, labels), noise, sigmas, generator)

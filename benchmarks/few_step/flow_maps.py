@@ -164,6 +164,9 @@ class MeanFlow(FlowMap):
 class AlphaFlowSettings(FlowSettings):
     last_alpha: float = 0.02
     steepness: float = 25.0
+    centre: float = 0.5
+    """Fraction of the training at which alpha is 0.5; that of the paper, which starts from scratch. A Gaussian model is already
+    what alpha = 1 leads to."""
     limit: float = 4.0
     """Targets are clipped to [-limit, limit]."""
 
@@ -182,11 +185,12 @@ class AlphaFlow(FlowMap):
         "times": list(TIMES),
         "last_alpha": [0.02, 0.1, 0.25],
         "steepness": [10.0, 25.0],
+        "centre": [0.1, 0.25, 0.5],
     }
 
     def alpha(self) -> float:
-        """Return 1 - sigmoid of the progress, centred at half of the training; values within SNAP of 1 become 1."""
-        alpha = 1 - 1 / (1 + math.exp(-self.settings.steepness * (self.progress - 0.5)))
+        """Return 1 - sigmoid of the progress; values within SNAP of 1 become 1."""
+        alpha = 1 - 1 / (1 + math.exp(-self.settings.steepness * (self.progress - self.settings.centre)))
         return 1.0 if alpha > 1 - SNAP else max(alpha, self.settings.last_alpha)
 
     def losses(

@@ -57,6 +57,8 @@ class IMMSettings:
     b: float = 5.0
     middle: float = 1.4
     """Sigma of the second of two steps."""
+    smooth: bool = True
+    """Make the network smooth in time, because r may be nearer to t than a timestep."""
 
 
 class IMM(Method):
@@ -74,11 +76,12 @@ class IMM(Method):
         "a": [1.0, 2.0],
         "b": [4.0, 5.0],
         "middle": [0.8, 1.4, 3.0],
+        "smooth": [True, False],
     }
 
     def __init__(self, start: Start, settings: IMMSettings) -> None:
         super().__init__(start, settings)
-        network = denoiser(start, second=True)
+        network = denoiser(start, second=True, smooth=settings.smooth)
         self.group = settings.particles
         self.add("model", network, torch.optim.RAdam(network.parameters(), lr=settings.learning_rate))
 
