@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from pretend_gpu import DEVICE
 
-from ldm_smd.apps.explore import Explorer, Request
+from ldm_smd.apps.explorer import Explorer, Request
 from ldm_smd.apps.settings import ExploreConfig
 from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode

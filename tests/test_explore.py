@@ -1,6 +1,7 @@
 """The page of tools/explore.py shows the samples of the pipelines, also in a real browser."""
 
 import io
+import math
 import re
 import shutil
 import socket
@@ -14,10 +15,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from ldm_smd.apps.explore import DRAWS, FILMSTRIP_FRAMES, Explorer, Frame, Request, explore, spaced, thumbnails
+from ldm_smd.apps.explore import explore
+from ldm_smd.apps.explorer import DRAWS, FILMSTRIP_FRAMES, Explorer, Frame, Request, spaced, thumbnails
 from ldm_smd.apps.settings import ExploreConfig
 from ldm_smd.config import load_config
+from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
+from ldm_smd.schedulers import make_scheduler
 from tests.forked import ROOT, script
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -49,7 +53,7 @@ def test_images_equal_those_of_the_pipeline(explorer, model_folder, gaussian_fol
     options = {"num_inference_steps": 3, "guidance_scale": 2.0, "guidance_interval": (0.5, 1000.0), "timestep_shift": 2.0}
     for name, folder in (("smd", model_folder), ("plain", gaussian_folder)):
         pipeline = load_pipeline(folder)
-        pipeline.scheduler = explorer.pipelines[name].scheduler
+        pipeline.scheduler = make_scheduler("EulerDiscreteScheduler", pipeline.scheduler)
         images = pipeline([1, 1], generator=seeded_generators([5, 6]), **options).images
         assert all(nearly_equal(a, b) for a, b in zip(by_model[name].images, images))
     # Without a scheduler in the request, the model's own is used again.
@@ -68,11 +72,29 @@ def test_draws_differ_for_a_mixture_and_a_gaussian_model_has_one(explorer, loud_
     assert (rows[1, 1:] == 255).all() and (rows[1, 0] != 255).any()
 
 
+def test_the_scheduler_of_a_request_is_its_own(explorer):
+    """It is not left behind, also not by one that fails, and the draws use it for all models."""
+    request, own = Request(count=1, steps=2, scheduler="EulerDiscreteScheduler"), dict(explorer.own)
+    assert request.interval == (0, math.inf), "as in tools/sample.py"
+    frame = explorer.sample(request, check_progress)["smd"].frames[0]
+    with pytest.raises(UserError, match="scheduler: expected a model with a moments component"):
+        explorer.sample(Request(scheduler="GMSScheduler"), check_progress)
+    used = []
+    for pipeline in explorer.pipelines.values():
+        predict = pipeline.pred_original_sample
+        pipeline.pred_original_sample = lambda *given, pipe=pipeline, predict=predict, **more: (
+            used.append(pipe.scheduler) or predict(*given, **more)
+        )
+    explorer.draws(frame, request)
+    assert [type(scheduler).__name__ for scheduler in used] == 2 * ["EulerDiscreteScheduler"]
+    assert {name: pipeline.scheduler for name, pipeline in explorer.pipelines.items()} == own
+
+
 def test_thumbnails_of_large_latents_are_decoded_at_a_lower_resolution(explorer, monkeypatch):
     decoded = []
     decode = explorer.first.decode_latents
     monkeypatch.setattr(explorer.first, "decode_latents", lambda latents: decoded.append(latents.shape[2:]) or decode(latents))
-    monkeypatch.setattr("ldm_smd.apps.explore.DECODED", 64)
+    monkeypatch.setattr("ldm_smd.apps.explorer.DECODED", 64)
     [image] = thumbnails(explorer.first, torch.randn(1, 4, 64, 48))
     assert decoded == [(32, 24)] and image.size == (48, 64)
 
@@ -87,6 +109,9 @@ def test_sampling_can_be_stopped(explorer):
 
     by_model = explorer.sample(Request(count=1, steps=20), stop_at_third)
     assert [len(samples.frames) for samples in by_model.values()] == [3, 1]
+    assert by_model["smd"].summary.endswith("s, stopped after step 3 of 20")
+    assert len(explorer.sample(Request(count=1, steps=4), check_progress, "another browser")["plain"].frames) == 4
+    explorer.begin()
     assert len(explorer.sample(Request(count=1, steps=4), check_progress)["plain"].frames) == 4
 
 

@@ -4,6 +4,7 @@ import pytest
 from diffusers import DDPMScheduler
 from PIL import Image
 
+from ldm_smd.sampling.grid import labelled_grid
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
 
@@ -56,3 +57,24 @@ def test_a_guide_of_another_process_is_refused(run, model_folder, tmp_path):
     given = [f"model={model_folder}", f"guide={tmp_path / 'other/unet'}", "guidance_scale=2", f"output={tmp_path / 'out'}"]
     code, _, error = run(SampleConfig, sample, *given)
     assert code == 2 and "guide: expected a model with the noise schedule and prediction type of" in error
+
+
+def test_a_grid_has_a_limited_number_of_images(run, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm_smd.sampling.tool.GRID_COLUMNS", 2)
+    given = [f"model={model_folder}", f"output={tmp_path / 'many'}", "per_class=5", "steps=1", "batch_size=4", "classes=[0,1]"]
+    code, out, _ = run(SampleConfig, sample, *given)
+    assert code == 0 and len(list((tmp_path / "many").iterdir())) == 10 and "and 4 of them as a grid" in out
+    grid = Image.open(tmp_path / "many-grid.png")
+    assert grid.height == 2 * (16 + 2) and grid.width < 5 * (16 + 2) + 60
+    for row, seeds in enumerate((("0-seed00000000", "0-seed00000001"), ("1-seed00000005", "1-seed00000006"))):
+        for column, name in enumerate(seeds):
+            left, top = grid.width - (2 - column) * 18, row * 18
+            cell = grid.crop((left, top, left + 16, top + 16))
+            assert cell.tobytes() == pixels(tmp_path / f"many/class000{name}.png")
+
+
+def test_names_in_a_grid_may_have_letters_beyond_ascii():
+    image = Image.new("RGB", (8, 16), "white")
+    names = ["\u00e9", "\u00fc", "\u03b1", "\u043a"]
+    drawn = {labelled_grid([[image]], [name]).tobytes() for name in names}
+    assert len(drawn) == len(names)

@@ -25,8 +25,8 @@ class ECTSettings:
     deviation: float = 2.0
     """Mean and standard deviation of log sigma."""
     schedule: str = "256, 1"
-    """q, which is raised to the power of the stage, and the number of stages. They control the distance of r from t. "256, 1" is
-    the one-hour recipe of the paper, with r close to t from the start. "2, 8" is the long one, with r = 0 at first."""
+    """q, which is raised to the power of the stage, and the number of stages. They control the distance of r from t. "256, 1"
+    is the one-hour recipe of the paper, with r close to t from the start. "2, 8" is the long one, with r = 0 at first."""
     smooth: bool = True
     """Make the network smooth in time, because r may be nearer to t than a timestep."""
     c: float = 0.0

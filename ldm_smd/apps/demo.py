@@ -30,7 +30,7 @@ from ..evaluation.distances import frechet_distance
 from ..evaluation.features import load_extractor
 from ..evaluation.reconstruction import reconstruction_psnr
 from ..files import atomic_file, claimed
-from ..models.denoiser import model_labels
+from ..models.denoiser import model_labels, num_classes
 from ..pipelines import SMDPipeline, load_pipeline
 from ..sampling.batches import SamplingOptions, sample_pixels
 from ..schedulers import make_scheduler
@@ -115,7 +115,8 @@ def demo(config: DemoConfig) -> Path:
                     for steps in config.steps:
                         options = SamplingOptions(steps, config.guidance_scale, seed=config.seed)
                         count, what = len(sampled_labels), f"{title}, {steps} steps"
-                        pixels = sample_pixels(pipeline, sampled_labels, count, options, what)
+                        known = None if num_classes(pipeline.unet) is None else sampled_labels
+                        pixels = sample_pixels(pipeline, known, count, options, what)
                         eight_bit = (pixels * 255).round().to(torch.uint8)
                         distance[title][steps] = frechet_distance(extractor(eight_bit), reference)
                         shown = pixels[: GRID_COLUMNS * GRID_ROWS]
@@ -163,6 +164,11 @@ def check_inputs(config: DemoConfig) -> None:
     """Raise UserError if a run has no valid name, or a file of the repository is missing."""
     if len(config.runs) == 0:
         raise UserError("runs: expected at least one model, found none")
+    names = [*(run.name for run in config.runs), *(model.name for model in config.showcase.models)]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"runs, showcase.models: expected different names, found {repeated[0]!r} {names.count(repeated[0])} times"
+        )
     parts = {"encode": config.encode} | ({} if ":" in config.features else {"features": config.features})
     for index, run in enumerate(config.runs):
         check_name("runs", run.name)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from ..pipelines import SMDPipeline
+
+FONT = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+"""Has Latin, Greek, Cyrillic and Arabic letters; Pillow's own has ASCII only."""
 
 
 def class_name(pipeline: SMDPipeline, number: int) -> str:
@@ -13,7 +19,7 @@ def class_name(pipeline: SMDPipeline, number: int) -> str:
 
 def labelled_grid(rows: list[list[Image.Image]], names: list[str]) -> Image.Image:
     """Draw rows of images, each with a name on its left."""
-    font = ImageFont.load_default(size=13)
+    font = ImageFont.truetype(FONT, size=13)
     width, height = rows[0][0].size
     margin, gap = max((int(font.getlength(name)) + 12 for name in names if name), default=0), 2
     grid = Image.new("RGB", (margin + max(map(len, rows)) * (width + gap), len(rows) * (height + gap)), "white")

@@ -22,7 +22,7 @@ class SampleConfig(Settings):
     model: str = MISSING
     """Folder or hub id of a model (RUN/model of tools/train.py), or of a pipeline of diffusers whose parts fit."""
     output: str = MISSING
-    """New folder for the images, one PNG each named by class and seed. A grid of all is written to OUTPUT-grid.png."""
+    """New folder for the images, one PNG each named by class and seed. A grid of them is written to OUTPUT-grid.png."""
     classes: Optional[list[str]] = None
     """Names or numbers of classes, ``per_class`` images each. null: all classes. []: unconditional."""
     per_class: int = number(8, 1, 10**6)

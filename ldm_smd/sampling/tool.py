@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffusers.image_processor import VaeImageProcessor
+import torch
+from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from ..errors import UserError
 from ..files import atomic_file, atomic_folder, makes_folder
 from ..models.denoiser import num_classes
 from ..pipelines import SMDPipeline
-from .batches import SamplingOptions, sample_pixels
+from .batches import SamplingOptions, sample_batches
 from .configured import configured_pipeline, guided_levels
 from .grid import class_name, labelled_grid
 from .inputs import load_clip, prompt_embedding, read_image, training_side
 from .settings import SampleConfig
+
+GRID_COLUMNS, GRID_ROWS = 16, 100
 
 
 @makes_folder()
 def sample(config: SampleConfig) -> Path:
     """Sample images and write them to ``config.output``: a PNG per image, named by class and seed.
 
-    A grid of all is written beside the folder, where tools/evaluate.py does not take it for a sample.
+    A grid of them, at most 16 of each of 100 classes, is written beside the folder, where tools/evaluate.py does not take it
+    for a sample.
     """
     output = Path(config.output)
     pipeline = configured_pipeline(config.model, config)
@@ -48,18 +52,22 @@ def sample(config: SampleConfig) -> Path:
         image_embeds=embedding,
         timestep_shift=config.timestep_shift,
     )
-    pixels = sample_pixels(pipeline, labels, count, options, "sample")
-    images = VaeImageProcessor.numpy_to_pil(pixels.permute(0, 2, 3, 1).numpy())
+    shown: list[Image.Image] = []
     with atomic_folder(output) as folder:
-        for index, sampled in enumerate(images):
+        batches = sample_batches(pipeline, labels, range(count), options, "sample")
+        for index, pixels in enumerate(pixels for batch in batches for pixels in batch):
+            sampled = to_pil_image((pixels * 255).round().to(torch.uint8))
             name = "picture" if labels is None else f"class{labels[index]:04d}"
             sampled.save(folder / f"{name}-seed{config.seed + index:08d}.png")
-    rows = [images[start : start + config.per_class] for start in range(0, count, config.per_class)]
+            if index % config.per_class < GRID_COLUMNS and index // config.per_class < GRID_ROWS:
+                shown.append(sampled)
+    columns = min(config.per_class, GRID_COLUMNS)
+    rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
     names = [""] if labels is None else [class_name(pipeline, number) for number in labels[:: config.per_class]]
     grid = output.with_name(f"{output.name}-grid.png")
     with atomic_file(grid) as temporary:
         labelled_grid(rows, names).save(temporary, format="PNG")
-    print(f"wrote {count} images to {output}, and all of them in one picture, {grid}")
+    print(f"wrote {count} images to {output}, and {'all' if len(shown) == count else len(shown)} of them as a grid to {grid}")
     return output
 
 

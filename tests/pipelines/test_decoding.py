@@ -4,9 +4,10 @@ import logging
 
 import pytest
 import torch
+from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.pipelines.decoding import decode_latents, encode_images
+from ldm_smd.pipelines.decoding import decode_latents, encode_images, on_white
 from ldm_smd.schedulers import make_scheduler
 from tests.rounding import nearly_equal
 from tests.sampled import latents
@@ -60,3 +61,12 @@ def test_images_are_encoded_to_normalised_means(pipeline):
     found = encode_images(pipeline.vae, image, (3, 4, 8, 8))
     assert found.shape == (3, 4, 8, 8) and all(torch.equal(each, expected[0]) for each in found)
     assert nearly_equal(decode_latents(pipeline.vae, expected), autoencoder.decode(expected))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P"])
+def test_pictures_of_other_modes_are_read_as_training_images_are(mode):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
+    found = on_white(image)
+    assert found.mode == "RGB" and found.size == (4, 4)
+    if mode in ("RGBA", "LA"):
+        assert found.getpixel((0, 0)) == (255, 255, 255)
