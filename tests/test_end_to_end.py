@@ -27,6 +27,7 @@ from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.settings import TrainAutoencoderConfig, TrainConfig
 from ldm_smd.training.train_autoencoder import train_autoencoder
+from tests.forked import ROOT
 from tests.tiny import TINY_AUTOENCODER, TINY_MODEL
 
 
@@ -209,3 +210,14 @@ def test_demo(image_folder, vae_folder, train_config, tmp_path):
     assert (tmp_path / "own/latents").exists()
     remove_earlier(config, tmp_path / "demo")
     assert not (tmp_path / "demo/latents").exists()
+
+
+def test_a_demo_with_two_models_of_one_name_is_refused(monkeypatch):
+    """Each has its folder."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(DemoConfig, ROOT / "configs/demo.yaml")
+    config.showcase.models[0].name = config.runs[0].name
+    with pytest.raises(
+        UserError, match=rf"runs, showcase.models: expected different names, found '{config.runs[0].name}' 2 times"
+    ):
+        demo(config)

@@ -148,7 +148,10 @@ def test_the_page_works_in_a_browser(model_folder, gaussian_folder, free_port, f
     port = free_port()
     models = [f"models.smd={model_folder}", f"models.plain={gaussian_folder}"]
     server = fork(script, ROOT / "tools/explore.py", *models, f"port={port}")
-    while server.poll() is None and f"open http://127.0.0.1:{port}" not in server.log.read_text():
+    deadline = time.monotonic() + 120
+    while (
+        server.poll() is None and time.monotonic() < deadline and f"open http://127.0.0.1:{port}" not in server.log.read_text()
+    ):
         time.sleep(0.05)
     assert server.poll() is None, server.output()
     with sync_playwright() as playwright:

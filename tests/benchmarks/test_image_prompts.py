@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from train_clip import TrainClipConfig, name_of, train_clip
 from ldm_smd.config import load_config
 from ldm_smd.models.clip import ClipEncoder
 from ldm_smd.training.loop import train
+
+HELD_OUT = Path(__file__).parents[2] / "data/emoji/heldout.zip"
 
 
 def test_names_of_code_points():
@@ -31,8 +34,8 @@ def test_the_benchmark_and_train_clip_end_to_end(train_config, embedded, clip, t
     """The benchmark runs with a hardly trained model, and OpenCLIP reads the folder of a training of two steps."""
     monkeypatch.setattr("image_prompts.RESULTS", tmp_path)
     model = train(train_config(f"shards={embedded}", "image_conditional=true", "class_conditional=false", "images_total=8"))
-    held_out = ["held_out.source=data/emoji/heldout.zip", "held_out.resolution=16"]
-    images = ["images.source=data/emoji/heldout.zip", "images.resolution=16"]
+    held_out = [f"held_out.source={HELD_OUT}", "held_out.resolution=16"]
+    images = [f"images.source={HELD_OUT}", "images.resolution=16"]
     options = ["name=tiny", f"model={model}", f"clip={clip}", "per_picture=1", "steps=1", "guidance_scales=[2]"]
     path = image_prompts(load_config(ImagePromptsConfig, None, [*options, *held_out, *images]))
     result = json.loads(path.read_text())
@@ -41,6 +44,6 @@ def test_the_benchmark_and_train_clip_end_to_end(train_config, embedded, clip, t
     assert all(row["nearest"] < 0.1 for row in result["rows"])
     assert path.with_suffix(".jpg").is_file() and "| (chance) |" in path.with_suffix(".md").read_text()
 
-    few = ["images.source=data/emoji/heldout.zip", "images_total=16", "batch_size=8"]
+    few = [f"images.source={HELD_OUT}", "images_total=16", "batch_size=8"]
     folder = train_clip(load_config(TrainClipConfig, None, [f"output={tmp_path / 'clip'}", *few]))
     assert ClipEncoder.of(f"open_clip:{folder}", torch.device("cpu"), "clip").texts(["a", "b"]).shape == (2, 128)

@@ -241,8 +241,8 @@ def test_settings_are_read_and_jobs_of_a_search_are_different():
 
 
 def test_step_costs_are_measured_once_for_each_cost_key(start, latents, capsys):
-    costs = step_costs([Job("gaussian"), Job("ect"), Job("ect", {"q": 2.0})], start, latents, 8)
-    assert len(costs) == 2 and all(0.2 < cost < 10 for cost in costs.values())
+    costs = step_costs([Job("gaussian"), Job("ect"), Job("ect", {"c": 1.0})], start, latents, 8)
+    assert len(costs) == 2 and all(cost > 0 for cost in costs.values())
 
 
 @pytest.mark.slow

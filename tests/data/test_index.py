@@ -133,6 +133,7 @@ def test_the_piece_of_a_killed_process_is_made_by_another(tars, tmp_path, monkey
         process = context.Process(target=list_images, args=(config_of(tars), folder))
         process.start()
     while not (tmp_path / "stuck").exists():
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
     process.join()

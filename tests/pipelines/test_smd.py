@@ -13,7 +13,7 @@ from ldm_smd.pipelines import SMDPipeline, load_pipeline, seeded_generators
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
 from ldm_smd.schedulers import TeleportScheduler, make_scheduler
-from ldm_smd.schedulers.support import SUPPORTED
+from ldm_smd.schedulers.support import SUPPORTED, warn_once
 from ldm_smd.training.fit_gaussian import fit_gaussian
 from ldm_smd.training.settings import FitGaussianConfig, TrainMomentsConfig
 from ldm_smd.training.train_moments import train_moments
@@ -69,6 +69,7 @@ def test_the_shift_of_the_steps_has_a_default_in_the_model_folder(pipeline, tmp_
     assert loaded.config.timestep_shift == 3.0
     assert torch.equal(sampled(), sampled(timestep_shift=3.0)) and not torch.equal(sampled(), sampled(timestep_shift=1.0))
     loaded.scheduler = make_scheduler("DDIMScheduler", loaded.scheduler)
+    warn_once.cache_clear()
     assert not caplog.messages and torch.equal(sampled(), sampled(timestep_shift=1.0))
     assert "DDIMScheduler spaces its timesteps itself, so the model's timestep_shift=3 is not used" in caplog.text
     with pytest.raises(ValueError, match="timestep_shift: expected 1 for DDIMScheduler"):

@@ -192,7 +192,7 @@ def test_a_deep_compression_autoencoder_is_trained_in_two_stages(vae_config, pix
     assert "# A small AutoencoderDC" in (first / "README.md").read_text()
 
 
-def test_a_training_in_channels_last_resumes(vae_config, tmp_path, monkeypatch):
+def test_a_training_in_channels_last_resumes(vae_config, tmp_path, monkeypatch, capsys):
     """On a GPU, the state of the optimizer is in channels last too, which safetensors does not accept."""
     real = autoencoder.build
     monkeypatch.setattr(autoencoder, "build", lambda config: real(config).to(memory_format=torch.channels_last))
@@ -204,8 +204,11 @@ def test_a_training_in_channels_last_resumes(vae_config, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train_autoencoder(vae_config(*interrupted, "images_total=16", f"output={tmp_path / 'b'}"))
     monkeypatch.undo()
+    capsys.readouterr()
     again = load_file(train_autoencoder(vae_config(*interrupted, f"output={tmp_path / 'c'}", "resume_changed=true")) / WEIGHTS)
     assert straight.keys() == again.keys()
+    printed = capsys.readouterr().out
+    assert "32 images: " in printed and "16 images: " not in printed, "the second half alone"
 
 
 @pytest.mark.parametrize(
