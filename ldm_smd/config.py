@@ -152,9 +152,9 @@ def _read_yaml(path: str | Path) -> tuple[dict, dict]:
         raise UserError(f"--config: expected a YAML file, found no file {path}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"--config: expected a YAML file, found {path}: {one_line(error)}") from error
-    if not isinstance(loaded, DictConfig):
-        raise UserError(f"--config: expected a YAML mapping, found a list or nothing in {path}")
-    return typing.cast(dict, OmegaConf.to_container(loaded)), texts
+    if not isinstance(loaded, DictConfig) or not isinstance(texts, dict | None):
+        raise UserError(f"--config: expected a YAML mapping, found something else in {path}")
+    return typing.cast(dict, OmegaConf.to_container(loaded)), texts or {}
 
 
 def current_name(schema: type, name: str) -> str:

@@ -191,3 +191,10 @@ def test_a_nested_section_may_refer_to_another(tmp_path):
     assert load_config(TrainAutoencoderConfig, None, given).held_out.source == "a"
     with pytest.raises(UserError, match="settings: expected values that can be resolved, found: Interpolation key 'nothing'"):
         load_config(TrainAutoencoderConfig, None, [*given, "model=${nothing}"])
+
+
+@pytest.mark.parametrize("content", ["foo\n", "shards=a\noutput=c\n", "- shards\n"])
+def test_a_file_without_settings_gives_one_line(content, tmp_path):
+    (tmp_path / "text.yaml").write_text(content)
+    with pytest.raises(UserError, match="--config: expected a YAML mapping, found something else in"):
+        load_config(TrainConfig, tmp_path / "text.yaml", GIVEN)

@@ -74,7 +74,10 @@ def test_each_slurm_job_of_an_array_encodes_its_part(tmp_path):
     (tmp_path / "python").write_text('#!/bin/bash\necho "$@"\n')
     (tmp_path / "python").chmod(0o755)
     numbers = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "64", "SLURM_CPUS_PER_TASK": "8"}
-    variables = os.environ | numbers | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    variables = {name: value for name, value in os.environ.items() if name != "WORKERS"}
+    variables |= numbers | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     script = ["bash", CONFIGS / "slurm/encode.sbatch", "--config", "my/encode.yaml"]
     found = subprocess.run(script, env=variables, capture_output=True, text=True, check=True).stdout.split()
     assert found == ["tools/encode.py", "--config", "my/encode.yaml", "device=cuda", "num_workers=8", "worker=5/64"]
+    again = variables | {"SLURM_ARRAY_TASK_COUNT": "1", "WORKERS": "64"}
+    assert subprocess.run(script, env=again, capture_output=True, text=True, check=True).stdout.split() == found

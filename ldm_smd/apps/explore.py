@@ -54,12 +54,14 @@ def page(explorer: Explorer) -> gradio.Blocks:
         def called(*arguments):
             try:
                 return function(*arguments)
+            except gr.Error:
+                raise
             except Exception as error:
                 raise gr.Error(one_line(error) or type(error).__name__) from error
 
         return called
 
-    with gr.Blocks(title="ldm_smd", analytics_enabled=False, fill_width=True, delete_cache=(3600, 3600)) as blocks:
+    with gr.Blocks(title="ldm_smd", analytics_enabled=False, fill_width=True) as blocks:
         gr.Markdown(ABOUT)
         shown = gr.State()
         session = gr.State(lambda: uuid.uuid4().hex)  # of each loaded page
@@ -114,6 +116,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
                 raise gr.Error("seed, sigma from: expected numbers, found an empty field")
             interval = [low, math.inf if high is None else high]
             check_interval(interval)
+            explorer.begin(session)
             number = label if label < len(classes) else None
             embedding = explorer.embedding(image_prompt, prompt)
             request = Request(number, count, steps, scheduler, seed, scale, tuple(interval), shift or None, embedding)
@@ -136,8 +139,7 @@ def page(explorer: Explorer) -> gradio.Blocks:
         inputs = [label, count, steps, shift, scheduler, seed, scale, low, high, image_prompt, prompt, session]
         outputs = [*galleries, *filmstrips, step, draws, message, shown]
         # The two share the models, so only one runs at a time.
-        started = start.click(explorer.begin, session, queue=False)
-        started.then(shows_errors(sample), inputs, outputs, concurrency_id="models")
+        start.click(shows_errors(sample), inputs, outputs, concurrency_id="models")
         step.input(shows_errors(draw), [step, shown], draws, concurrency_id="models", trigger_mode="always_last")
         stop.click(explorer.stop, session, queue=False)
     return blocks

@@ -192,6 +192,9 @@ class Explorer:
             count = DRAWS if is_mixture(pipeline.unet) else 1
             sample = frame.sample.expand(count, -1, -1, -1)
             with self.scheduled(name, request, first):  # x_t and t are those of the first model's scheduler
+                part = getattr(pipeline.scheduler, "step_part", None)
+                if part is not None and getattr(pipeline, part) is None:  # another scheduler of the same process
+                    pipeline.scheduler = make_scheduler("DDPMScheduler", pipeline.scheduler)
                 drawn = pipeline.pred_original_sample(sample, frame.timestep, **request.options(count, OTHER_SEEDS))
             rows.append(thumbnails(pipeline, drawn))
         return labelled_grid(rows, list(self.pipelines))

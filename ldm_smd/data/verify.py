@@ -98,7 +98,7 @@ def check_shard(manifest: Manifest, item: dict, shard: Shard, path: Path) -> Ite
     if statistics.nonfinite:
         yield f"{statistics.nonfinite} values are not finite"
     classes = len(manifest.classes)
-    wrong = ~np.isin(shard.labels, np.arange(classes) if classes else [-1])
+    wrong = ~np.isin(shard.labels, np.arange(-1, classes))
     if wrong.any():
         yield f"{wrong.sum()} labels are outside the {classes} classes, the first for {shard.keys[int(wrong.argmax())]}"
 

@@ -70,7 +70,9 @@ def load_extractor(weights: str, device: str = "auto") -> Extractor:
     target = pick_device(device)
     if family == "open_clip":
         clip = ClipEncoder(architecture, source, target, key="features")
-        extractor = Extractor(clip.name, clip.images, target, clip.sha256, clip.resize.name, unit_length=True)
+        # The activation has no weights, so the hash does not show it. Cached features depend on ``resize`` too.
+        resize = clip.resize.name + (", QuickGELU" if clip.quick_gelu else "")
+        extractor = Extractor(clip.name, clip.images, target, clip.sha256, resize, unit_length=True)
     elif family == "dinov2":
         extractor = dinov2_extractor(architecture, source, target)
     elif family == "inception":

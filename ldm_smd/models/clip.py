@@ -42,6 +42,7 @@ class ClipEncoder:
             file = weights_file(key, source, tags, self.name)
             # Some published weights were trained with QuickGELU, which OpenCLIP leaves to the caller.
             quick_gelu = file is None and bool(open_clip.get_pretrained_cfg(architecture, source).get("quick_gelu"))
+            quick_gelu = quick_gelu and not open_clip.get_model_config(architecture).get("quick_gelu")
             source = str(file or source)
         else:
             raise UserError(

@@ -19,7 +19,7 @@ from ..models.gaussian import LatentGaussians
 from ..models.moments import MomentHeads
 from ..models.registry import Denoiser
 from ..schedulers.conversion import PredictionConversion, predicted_x0, prediction_conversions, process_of
-from ..schedulers.support import check_scheduler
+from ..schedulers.support import check_scheduler, learns_variance, without_learned_variance
 from ..schedulers.timesteps import Generators, begin_run, first_sample, network_input, noised, step_options, usable_shift
 from .decoding import decode_latents, encode_images
 from .guidance import Conditions, guided_prediction, guided_steps, read_conditions
@@ -76,6 +76,8 @@ class SMDPipeline(DiffusionPipeline):
         super().__init__()
         check_scheduler(scheduler)
         training_scheduler = training_scheduler or scheduler
+        if learns_variance(training_scheduler.config):  # takes no steps; saved so by earlier versions
+            training_scheduler = type(training_scheduler).from_config(without_learned_variance(training_scheduler.config))
         check_scheduler(training_scheduler)
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, training_scheduler=training_scheduler)
         self.register_modules(moments=moments, gaussian=gaussian, guide=guide)

@@ -29,6 +29,11 @@ def load_clip(spec: str, pipelines: dict[str, SMDPipeline]) -> ClipEncoder:
                 f"clip: expected the network used in training, {known['network']} with SHA-256 {known['sha256'][:16]}..., "
                 f"found {clip.name} with {clip.sha256[:16]}..."
             )
+        wanted, found = (each.get("activation", "GELU") for each in (known, clip.identity()))
+        if wanted != found:  # shards of an older version have embeddings of openai without QuickGELU
+            raise UserError(
+                f"clip: expected the network used in training, with the activation {wanted}, found {found}; encode and train anew"
+            )
     return clip
 
 

@@ -22,9 +22,10 @@ from ldm_smd.config import load_config
 from ldm_smd.data.encode import encode
 from ldm_smd.data.entries import open_local_copy
 from ldm_smd.data.images import load_pixels, read_images
-from ldm_smd.data.settings import EncodeConfig, ImagesConfig
+from ldm_smd.data.settings import EncodeConfig, ImagesConfig, VerifyConfig
 from ldm_smd.data.sources import list_images
 from ldm_smd.data.stream import LatentStream
+from ldm_smd.data.verify import verify
 from ldm_smd.errors import UserError
 
 
@@ -76,6 +77,7 @@ def test_images_beside_the_folders_of_classes_have_no_label(image_folder, vae_fo
     options = [f"images.source={tmp_path / 'images'}", "images.resolution=16", f"autoencoder={vae_folder}"]
     manifest = encode(load_config(EncodeConfig, None, [*options, f"output={tmp_path / 'latents'}", "device=cpu"]))
     assert re.search("1 of 23 images have no class, first .*loose.png: they train without", capsys.readouterr().err)
+    verify(load_config(VerifyConfig, None, [f"shards={tmp_path / 'latents'}", "device=cpu"]))
     labels = LatentStream(manifest, batch_size=23, images_total=23).batch_at(0).labels
     assert sorted(labels.tolist()) == [-1] + 11 * [0] + 11 * [1]
 
