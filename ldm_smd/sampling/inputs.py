@@ -32,7 +32,7 @@ def load_clip(spec: str, pipelines: dict[str, SMDPipeline]) -> ClipEncoder:
         wanted, found = (each.get("activation", "GELU") for each in (known, clip.identity()))
         if wanted != found:  # shards of an older version have embeddings of openai without QuickGELU
             raise UserError(
-                f"clip: expected the network used in training, with the activation {wanted}, found {found}; encode and train anew"
+                f"clip: expected the network of training, with the activation {wanted}, found {found}: encode and train again"
             )
     return clip
 
