@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,9 @@ class DistillationLosses:
 
         goal = x - (D_critic(x_u, u) - D_teacher(x_u, u)) / mean |x - D_teacher(x_u, u)|,    loss = |x - goal|^2 / (2 s_t)
 
-    The critic also sees x_t. Otherwise draws could be good images that do not match x_t (docs/mixtures.md). With a
+    The critic also sees x_t. Otherwise draws could be good images that do not match x_t (docs/mixtures.md). But where x_t is
+    nearly pure noise, most images match it. There, above ``marginal_above``, it sees only the noised draw, x_r. Then the noise
+    in x_t may decide about the image, beside eta, which is easier to learn than to be independent of it. With a
     ``guidance_scale`` the teacher is guided, away from ``guide`` if there is one, and the mixture learns its distribution.
 
     With an adversarial weight w, the critic has one more output channel. Its mean is the logit c(x) for telling draws from true
@@ -113,13 +116,27 @@ class DistillationLosses:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise x again and join it with x_t to (x_u, u); for marginal views, return the noised x alone, (x_r, r)."""
         x_r = self.path.noise(x, second_eps, r)
-        return (x_r, r) if self.settings.views == "marginal" else joined_view(self.path, x_t, t, x_r, r)
+        if self.settings.views == "marginal":
+            return x_r, r
+        view, u = joined_view(self.path, x_t, t, x_r, r)
+        marginal = self.is_marginal(t)
+        return torch.where(marginal.view(-1, 1, 1, 1), x_r, view), torch.where(marginal, r.to(u.dtype), u)
+
+    def is_marginal(self, t: torch.Tensor) -> torch.Tensor:
+        """Return for which images, (B,), x_t has so much noise that their draws are compared without it."""
+        signal, noise = self.path.signal_and_noise(t, t)
+        above = self.settings.marginal_above
+        return noise > (math.inf if above is None else above) * signal
 
     def critic_inputs(
         self, critic: ModelMixin, view: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor, Conditions]:
-        """Return the sample and the conditions that the critic gets for a view."""
-        return with_first_view(critic, view, x_t, t, conditions) if self.settings.views == "conditional" else (view, conditions)
+        """Return the sample and the conditions that the critic gets for a view. It does not see the x_t of marginal views."""
+        if self.settings.views != "conditional":
+            return view, conditions
+        marginal = self.is_marginal(t)
+        x_t = torch.where(marginal.view(-1, 1, 1, 1), 0.0, x_t)
+        return with_first_view(critic, view, x_t, torch.where(marginal, self.path.last, t), conditions)
 
 
 def critic_objective(losses: dict[str, torch.Tensor]) -> torch.Tensor:
