@@ -155,6 +155,8 @@ class DistillationSettings:
     critic_rate: float = 5e-4
     fitted: bool = False
     views: str = "conditional"
+    marginal_above: float = 0.0
+    """Noise level sigma of x_t above which the views are marginal. 0: nowhere."""
     pure_noise: float = 0.3
     second_view_shift: float = 1.0
     critic_updates: int = 1
@@ -185,7 +187,9 @@ class PosteriorDistillation(Mixture):
 
     def __init__(self, start: Start, settings: DistillationSettings) -> None:
         super().__init__(start, settings)
-        about = DistillationConfig(views=settings.views, adversarial_weight=settings.adversarial)
+        about = DistillationConfig(
+            views=settings.views, adversarial_weight=settings.adversarial, marginal_above=settings.marginal_above or None
+        )
         self.teacher = copy.deepcopy(start.unet).eval().requires_grad_(False)
         self.critic = make_critic(self.teacher, about).train()
         self.distillation_losses = DistillationLosses(self.process, "v_prediction", about)

@@ -16,6 +16,7 @@ from ldm_smd.training.step import Denoising
 from tests.training.results import assert_same_losses, logged_losses, weights
 
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
+ABOVE = "objective.distillation.marginal_above=2"
 ENERGY = "objective.distillation.energy_weight=0.3 objective.draws=2"
 
 
@@ -32,7 +33,9 @@ def learner(open_run, distillation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL}", f"joined {ENERGY}"])
+@pytest.mark.parametrize(
+    "views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL} {ABOVE}", f"joined {ENERGY}"]
+)
 def test_a_resumed_distillation_is_bit_identical(distil, tmp_path, views):
     """All networks, optimizers and losses are."""
     chosen = f"objective.distillation.views={views}".split()
@@ -89,6 +92,28 @@ def test_a_shift_makes_the_second_view_noisier_and_changes_nothing_else(learner)
     before, after = same.draw(batch, 0), shifted.draw(batch, 0)
     assert (after.r > before.r).all() and torch.equal(before.t, after.t)
     assert torch.equal(before.second_eps, after.second_eps)
+
+
+@pytest.mark.parametrize("views", ["conditional", "joined"])
+def test_draws_for_nearly_pure_noise_are_compared_without_it(learner, views):
+    """The view of the draw is x_r, and the critic does not see x_t. Below that noise level, nothing changes."""
+    plain, chosen = (learner(f"objective.distillation.views={views}", *more) for more in ([], [ABOVE]))
+    t = torch.tensor([0, 200, 800, 999])
+    x, x_t, eps, other = torch.randn(4, 4, 4, 8, 8).unbind()
+    r = torch.tensor([100, 500, 100, 500])
+    marginal = chosen.distillation_losses.is_marginal(t)
+    assert marginal.tolist() == [False, False, True, True]
+    found = {}
+    for name, each, first in (("plain", plain, x_t), ("chosen", chosen, x_t), ("another x_t", chosen, other)):
+        losses = each.distillation_losses
+        view, u = losses.view(x, first, t, r, eps)
+        inputs, known = losses.critic_inputs(each.critic.network, view, first, t, {"class_labels": None})
+        found[name] = [view, u, inputs, *([known["image_embeds"]] if views == "conditional" else [])]
+    for before, after, unseen in zip(*found.values()):
+        assert torch.equal(before[~marginal], after[~marginal]) and not torch.equal(before[marginal], after[marginal])
+        assert torch.equal(after[marginal], unseen[marginal])
+    view, u, *_ = found["chosen"]
+    assert torch.equal(view[marginal], plain.process.noise(x, eps, r)[marginal]) and torch.equal(u[marginal], r[marginal].to(u))
 
 
 def test_the_critic_has_its_own_learning_rate(learner):

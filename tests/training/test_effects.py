@@ -84,6 +84,7 @@ ELSEWHERE = {
     "objective.distillation.critic_learning_rate",  # test_distillation.py, like those below
     "objective.distillation.adversarial_weight",
     "objective.distillation.critic_updates",
+    "objective.distillation.marginal_above",
     "objective.distillation.energy_weight",
     "objective.distillation.guidance_scale",
     "objective.distillation.guide",
