@@ -54,8 +54,8 @@ class DistillationConfig(Settings):
     """Input of the critic. conditional: the noised draw and the x_t it was made from. joined: only the combination of both that
     the teacher sees; cheaper, but wrong on problems with a known answer. marginal: only the noised draw, as in DMD."""
     marginal_above: Optional[float] = number(None, above=0, maximum=1e9)
-    """Noise level sigma of x_t above which ``views`` are marginal. Low values give better images at one and two steps, and worse
-    ones at eight (docs/few-steps.md). null: nowhere."""
+    """Noise level sigma of x_t above which ``views`` are marginal. Low values give better images at one and two steps, and
+    worse ones at eight (docs/few-steps.md). null: nowhere."""
     critic_learning_rate: float = number(5e-4, above=0, maximum=1)
     """Peak learning rate of the critic. It follows the schedule of the model's learning rate."""
     adversarial_weight: float = number(0.0, 0, 100)
