@@ -175,7 +175,7 @@ def _normalised(schema: type, layer: dict, texts: dict, origin: str, prefix: str
     no false. Warns once for each former name."""
     renamed, found = _renamed(schema), {}
     schemas = {item.name: (inner, entries) for item, inner, entries in _fields(schema)}
-    hints = typing.get_type_hints(schema)
+    hints = _hints(schema)
     for key, value in layer.items():
         text: typing.Any = texts.get(str(key))
         name = renamed.get(key, key)
@@ -241,10 +241,13 @@ def _check_fields(schema: type, node: DictConfig, prefix: str = "") -> None:
             check_field(item, prefix + item.name, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value)
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 @functools.cache
 def _fields(schema: type) -> tuple[tuple[Field, type | None, type | None], ...]:
     """Return each field with its nested schema, and the schema of its list entries; None if there is none."""
-    hints, found = typing.get_type_hints(schema), []
+    hints, found = _hints(schema), []
     for item in fields(schema):
         types = (hints[item.name], next(iter(typing.get_args(hints[item.name])), None))
         inner, entries = (cls if isinstance(cls, type) and is_dataclass(cls) else None for cls in types)

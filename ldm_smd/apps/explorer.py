@@ -86,18 +86,18 @@ class Frame:
 
 @dataclass
 class ModelSamples:
-    """Samples of one model: images, up to FILMSTRIP_FRAMES frames of the first one, the time taken, and how many steps of how
-    many were done."""
+    """Samples of one model: images, up to FILMSTRIP_FRAMES frames of the first one, the time taken, and the number of
+    steps, of which the last frame says how many were done."""
 
     images: list[Image.Image]
     frames: list[Frame]
     seconds: float
-    done: int
     steps: int
 
     @property
     def summary(self) -> str:
-        stopped = f", stopped after step {self.done} of {self.steps}" if self.done < self.steps else ""
+        done = self.frames[-1].number
+        stopped = f", stopped after step {done} of {self.steps}" if done < self.steps else ""
         return f"{self.seconds:.1f} s{stopped}"
 
 
@@ -160,7 +160,7 @@ class Explorer:
                 **request.options(request.count),
             ).images
             steps = pipeline.num_timesteps
-        return ModelSamples(images, spaced(frames, FILMSTRIP_FRAMES), time.perf_counter() - started, len(frames), steps)
+        return ModelSamples(images, spaced(frames, FILMSTRIP_FRAMES), time.perf_counter() - started, steps)
 
     @contextmanager
     def scheduled(self, name: str, request: Request, scheduler_of: str) -> Iterator[None]:

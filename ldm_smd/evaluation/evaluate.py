@@ -109,15 +109,16 @@ def measure(config: EvaluateConfig, state: PartialState) -> dict:
     names = [extractor.name for extractor in extractors]
     if len(set(names)) < len(names):
         raise UserError(f"features: expected different networks, found {', '.join(names)}")
-    pipeline = None if config.model is None else sampled_pipeline(config.model, config)
+    folder = None if config.model is None else model_folder(config.model)
+    pipeline = None if folder is None else sampled_pipeline(folder, config)
     reference = real_features("reference", config.reference, config, extractors, state)
     result: dict = {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "reference": {name: getattr(config.reference, name) for name in IMAGES},
     }
     compared: dict[str, ImageFeatures] = {}
-    if config.model is not None and pipeline is not None:
-        of_samples = sample_features(config.model, pipeline, config, reference, extractors, state)
+    if folder is not None and pipeline is not None:
+        of_samples = sample_features(folder, pipeline, config, reference, extractors, state)
         compared["samples"], result["samples"] = of_samples
     for name, source in (("pictures", config.pictures), ("held_out", config.held_out)):
         if source is not None:
@@ -184,20 +185,20 @@ def digest_of(entries: ImageIndex, images: ImagesConfig, extractors: list[Extrac
     return digest.hexdigest()
 
 
-def sampled_pipeline(model: str, config: EvaluateConfig) -> SMDPipeline:
+def sampled_pipeline(folder: Path, config: EvaluateConfig) -> SMDPipeline:
     """Load the model to sample from. Raises UserError if its images have another size than the reference."""
-    pipeline = configured_pipeline(model_folder(model), config)
+    pipeline = configured_pipeline(folder, config)
     side = training_side(pipeline)
     if side != config.reference.resolution:
         raise UserError(
-            f"reference.resolution: expected {side}, the side of the images of {model}, found "
+            f"reference.resolution: expected {side}, the side of the images of {config.model}, found "
             f"{config.reference.resolution}; to compare at another size, write samples with tools/sample.py and set pictures"
         )
     return pipeline
 
 
 def sample_features(
-    model: str,
+    folder: Path,
     pipeline: SMDPipeline,
     config: EvaluateConfig,
     reference: ImageFeatures,
@@ -220,12 +221,12 @@ def sample_features(
     )
     batches = sample_batches(pipeline, labels, rank_slice(config.num_samples, state), options, "samples")
     found = extract_features("samples", ((batch * 255).round().to(torch.uint8) for batch in batches), [], extractors)
-    used = [(path.parent.name, path) for path in weight_files(model_folder(model), (*NETWORKS, "vae"))]
+    used = [(path.parent.name, path) for path in weight_files(folder, (*NETWORKS, "vae"))]
     if config.guide is not None:  # in place of the model's own
         of_guide = network_folder(config.guide, "guide").glob("*.safetensors")
         used = [(part, path) for part, path in used if part != GUIDE] + [(GUIDE, path) for path in sorted(of_guide)]
     return found, {
-        "model": model,
+        "model": config.model,
         "weights_sha256": {f"{part}/{path.name}": sha256(path) for part, path in used},
         "scheduler": config.scheduler or type(pipeline.scheduler).__name__,
         "steps": config.steps,

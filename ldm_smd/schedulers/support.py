@@ -97,7 +97,8 @@ def learns_variance(config: Mapping[str, Any]) -> bool:
 
 def without_learned_variance(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a scheduler without a learned variance, which predictions of denoisers do not contain."""
-    return {key: value for key, value in config.items() if key != "variance_type" or not learns_variance(config)}
+    left_out = {"variance_type"} if learns_variance(config) else set()
+    return {key: value for key, value in config.items() if key not in left_out}
 
 
 def defaults(name: str, chosen: dict) -> dict:
