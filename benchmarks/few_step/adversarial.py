@@ -32,6 +32,10 @@ class FakeScore(nn.Module):
         clean, features = self.denoiser.clean_and_features(x_r, sigma, labels)
         return clean, self.head(features)
 
+    def logit(self, x_r: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the logit alone, without the work for x_0."""
+        return self.head(self.denoiser.features(x_r, sigma, labels))
+
 
 @dataclass
 class DMD2Settings:
@@ -98,19 +102,21 @@ class DMD2(Method):
             x_r = a * x + s * torch.randn(x0.shape, **options)
             with torch.no_grad():
                 true = self.teacher.clean(x_r, noise, labels)
+            critic.requires_grad_(False)  # only gradients of its inputs are needed
             own, logit = critic(x_r, noise, labels)
             scale = (drawn - true).abs().flatten(1).mean(dim=1).clamp_min(MIN_SCALE)
             goal = drawn - (own.detach() - true) / column(scale)
             # Per element, because the paper's weight of the classifier is relative to that.
             loss = 0.5 * squares(x - goal).mean() / x[0].numel() + settings.gan * F.softplus(-logit).mean()
             self.descend("model", loss, rate)
+            critic.requires_grad_(True)
             self.last = loss.detach()
 
         fake, fake_logit = critic(a * drawn + s * torch.randn(x0.shape, **options), noise, labels)
         error = (squares(fake - drawn) / noise.square() * (1 + noise.square())).mean() / x0[0].numel()  # the error of v
         loss = error
         if settings.critic_gan:
-            _, real_logit = critic(a * x0 + s * torch.randn(x0.shape, **options), noise, labels)
+            real_logit = critic.logit(a * x0 + s * torch.randn(x0.shape, **options), noise, labels)
             loss = error + settings.critic_gan * (F.softplus(fake_logit).mean() + F.softplus(-real_logit).mean())
         self.descend("critic", loss, rate)
         return {"loss": self.last, "critic_loss": error.detach()}

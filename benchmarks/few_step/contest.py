@@ -109,6 +109,7 @@ def run_job(job: Job, cost: float, context: JobContext, config: Any, folder: Pat
     result = job.as_dict() | {"cost": cost, "trained_images": int(job.images / cost)}
     rows = []
     try:
+        torch.manual_seed(job.seed)  # of new weights
         method = job.make(context.start)
         network = method.networks["model"]
         if job.images:
@@ -122,7 +123,7 @@ def run_job(job: Job, cost: float, context: JobContext, config: Any, folder: Pat
             save_file(halves, folder / f"{job.name}.safetensors")
         result["training_seconds"] = round(time.perf_counter() - began, 1)
         result["steps"] = {}
-        for count in config.steps if job.images else config.start_steps:
+        for count in config.start_steps if job.method == "gaussian" else config.steps:
             pixels = sample_images(method, network, context, count)
             result["steps"][str(count)] = context.measure(pixels)
             if count in SHEET_STEPS:

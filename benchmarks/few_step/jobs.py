@@ -110,16 +110,20 @@ def searched(method: str, tries: int, images: int) -> list[Job]:
 
 
 def step_costs(jobs: Sequence[Job], start: Start, latents: Latents, batch: int) -> dict[str, float]:
-    """Measure the time per image of a step of each job, relative to the denoising loss: the median of ratios, timed in turn."""
+    """Measure the time per image of a step of each job, relative to the denoising loss: the median of ratios, timed in turn.
+
+    Parts of a training with different work are timed one by one, and weighted with their fractions of the images.
+    """
     device = start.device
     generator = torch.Generator(device).manual_seed(0)
 
-    def seconds(method: Method, steps: int) -> float:
+    def seconds(method: Method, steps: int, part: tuple[float, float] = (0.0, 1.0)) -> float:
+        torch.manual_seed(0)  # methods draw the kind of a step from the global generator
         rows = max(batch // method.group, 1) * method.group
         x0, labels = latents.batch(rows, method.group, 0.1, generator)
         began = synchronised(device)
         for count in range(steps):
-            method.count, method.progress = count, (count + 0.5) / steps  # the work of a method may depend on them
+            method.count, method.progress = count, part[0] + (count + 0.5) / steps * (part[1] - part[0])
             method.step(x0, labels, generator, 0.0)
         return (synchronised(device) - began) / steps / rows
 
@@ -129,9 +133,12 @@ def step_costs(jobs: Sequence[Job], start: Start, latents: Latents, batch: int) 
         if job.cost_key not in costs:
             method = job.make(start)
             steps = method.cycle * -(-MIN_STEPS // method.cycle)
-            seconds(method, 2), seconds(plain, 2)
-            ratios = [seconds(method, steps) / seconds(plain, MIN_STEPS) for _ in range(ROUNDS)]
-            costs[job.cost_key] = round(statistics.median(ratios), 3)
+            costs[job.cost_key] = 0.0
+            for part in method.parts:
+                seconds(method, 2, part), seconds(plain, 2)
+                ratios = [seconds(method, steps, part) / seconds(plain, MIN_STEPS) for _ in range(ROUNDS)]
+                costs[job.cost_key] += (part[1] - part[0]) * statistics.median(ratios)
+            costs[job.cost_key] = round(costs[job.cost_key], 3)
             print(f"{job.cost_key}: {costs[job.cost_key]:.2f}", flush=True)
     return costs
 

@@ -43,8 +43,13 @@ class Method:
         self.count = 0
 
     @property
-    def part(self) -> tuple[float, float]:
-        """Start and end of the current part of the training, as fractions. Each part has its own learning rate schedule."""
+    def parts(self) -> list[tuple[float, float]]:
+        """Start and end, as fractions of the images, of each part of the training with work of its own."""
+        return [(0.0, 1.0)]
+
+    @property
+    def schedule(self) -> tuple[float, float]:
+        """Start and end of the current learning rate schedule, as fractions of the images."""
         return 0.0, 1.0
 
     def add(self, name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -91,17 +96,20 @@ class Training:
     warmup_images: int = 0
     """0: 50 steps, at least 2,000 images."""
     ema_halflife_images: int = 0
-    """0: 2 % of the images, at least 2,000."""
+    """0: 2 % of the images of a schedule, at least 2,000."""
     label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         self.warmup_images = self.warmup_images or max(2000, 50 * self.batch)
-        self.ema_halflife_images = self.ema_halflife_images or max(2000, self.images // 50)
 
-    def factor(self, seen: int, part: tuple[float, float] = (0.0, 1.0)) -> float:
+    def halflife(self, schedule: tuple[float, float]) -> int:
+        """Return the half-life of the moving average, in images, for a schedule given by its start and end as fractions."""
+        return self.ema_halflife_images or max(2000, int((schedule[1] - schedule[0]) * self.images) // 50)
+
+    def factor(self, seen: int, schedule: tuple[float, float] = (0.0, 1.0)) -> float:
         """Return the factor of the learning rate: linear warm-up, constant, then linear cool-down over the last half of the
-        ``part``, given by its start and end as fractions of the training."""
-        start, end = (fraction * self.images for fraction in part)
+        ``schedule``, given by its start and end as fractions of the training."""
+        start, end = (fraction * self.images for fraction in schedule)
         warm = (seen - start + self.batch) / max(self.warmup_images, self.batch)
         cool = (end - seen) / max(0.5 * (end - start), self.batch)
         return min(1.0, warm, cool)
@@ -143,12 +151,13 @@ def train(method: Method, latents: Latents, training: Training) -> nn.Module:
     generator = torch.Generator(latents.labels.device).manual_seed(training.seed)
     torch.manual_seed(training.seed)
     model = method.networks["model"]
-    ema = EMA(model, training.ema_halflife_images)
+    ema = EMA(model, training.halflife(method.schedule))
     size = max(training.batch // method.group, 1) * method.group
     for step, seen in enumerate(range(0, training.images, size)):
         method.progress, method.count = seen / training.images, step
         x0, labels = latents.batch(size, method.group, training.label_dropout, generator)
-        losses = method.step(x0, labels, generator, training.factor(seen, method.part))
+        losses = method.step(x0, labels, generator, training.factor(seen, method.schedule))
+        ema.halflife_images = training.halflife(method.schedule)
         ema.update(model, size, seen + size)
         if step % CHECK_EVERY == 0 or seen + size >= training.images:
             for name, value in losses.items():

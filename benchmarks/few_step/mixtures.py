@@ -197,11 +197,15 @@ class PosteriorDistillation(Mixture):
         self.add("critic", self.critic, adamw(self.critic, settings.critic_rate, momentum=MOMENTUM))
 
     @property
-    def part(self) -> tuple[float, float]:
+    def parts(self) -> list[tuple[float, float]]:
         first = self.settings.energy_first
+        return [(0.0, first), (first, 1.0)] if 0 < first < 1 else super().parts
+
+    @property
+    def schedule(self) -> tuple[float, float]:
         if not self.settings.separate_schedules:
-            return super().part
-        return (0.0, first) if self.progress < first else (first, 1.0)
+            return super().schedule
+        return next(part for part in reversed(self.parts) if part[0] <= self.progress)
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         if self.progress < self.settings.energy_first:

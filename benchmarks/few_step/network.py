@@ -110,6 +110,13 @@ class Denoiser(nn.Module):
         a, s = levels(sigma)
         return a * x_t - s * self.unet.tail(trunk, Draws()), trunk.features
 
+    def features(
+        self, x_t: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor, second: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return features of the network alone, (N, C', h', w')."""
+        embeds = None if second is None else features_of(second)
+        return self.unet.trunk(x_t, self.timestep(sigma), labels, embeds).features
+
 
 class Critic(nn.Module):
     """A classifier on the features of a denoiser, whose logit is positive for real images."""
@@ -122,9 +129,7 @@ class Critic(nn.Module):
     def forward(
         self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor, second: torch.Tensor | None = None
     ) -> torch.Tensor:
-        embeds = None if second is None else features_of(second)
-        trunk = self.denoiser.unet.trunk(x, self.denoiser.timestep(sigma), labels, embeds)
-        return self.head(trunk.features)
+        return self.head(self.denoiser.features(x, sigma, labels, second))
 
 
 def feature_head(denoiser: Denoiser) -> nn.Sequential:

@@ -148,7 +148,7 @@ def diversity(rows: list[Row], networks: list[str]) -> list[str]:
 def targets(content: dict) -> list[dict]:
     """Check the targets for which there are results: from noise alone, and from noise or drafts, whichever is better."""
     rows = rows_of(content["contest"])
-    by_name = {row.name: row for row in rows}
+    by_name = {row.name: row for row in reversed(rows)}  # the best settings of a method come first
     untrained = [row for row in rows if row.name.startswith(START)]
     gaussians = [*untrained, *(row for row in rows if row.name == TRAINED)]
     rivals = [row for row in rows if row.images and row.name not in (OURS, WHITE, AFTER)]

@@ -2,14 +2,16 @@ import json
 
 import few_step.contest
 import few_step.flow_maps as flow_maps
+import few_step.jobs
 import pytest
 import rivals
 import torch
 from few_step import METHODS, known
 from few_step.adversarial import trained_levels
+from few_step.gaussian import Gaussian
 from few_step.jobs import Job, read_settings, searched, step_costs
 from few_step.method import Latents, Training, train
-from few_step.mixtures import mixture
+from few_step.mixtures import EnergyThenDistillation, mixture
 from few_step.moment_matching import kernel_loss, transition
 from few_step.network import Critic, denoiser, levels, start_from, trailing
 from few_step.report import targets
@@ -245,6 +247,29 @@ def test_step_costs_are_measured_once_for_each_cost_key(start, latents, capsys):
     assert len(costs) == 2 and all(cost > 0 for cost in costs.values())
 
 
+def test_the_cost_of_a_training_has_all_its_parts(start, latents, monkeypatch):
+    """On this clock a step of distillation takes five times as long as others."""
+    clock = [0.0]
+    monkeypatch.setattr(few_step.jobs, "synchronised", lambda device: clock[0])
+
+    def took(seconds):
+        clock[0] += seconds
+        return {}
+
+    monkeypatch.setattr(Gaussian, "step", lambda *_: took(1))
+    monkeypatch.setattr(EnergyThenDistillation, "step", lambda self, *_: took(5 if self.progress >= 0.95 else 1))
+    [cost] = step_costs([Job("energy-distillation", {"energy_first": 0.95})], start, latents, 8).values()
+    assert cost == pytest.approx(0.95 * 1 + 0.05 * 5)
+
+
+def test_the_moving_average_follows_each_schedule(start):
+    """A short second part would otherwise keep weights of the first."""
+    training = Training(400_000)
+    method = Job("energy-distillation", {"energy_first": 0.5, "separate_schedules": True}).make(start)
+    assert training.halflife(method.schedule) == 4000
+    assert training.halflife((0.9, 1.0)) == 2000 and Training(400_000, ema_halflife_images=7).halflife((0.9, 1.0)) == 7
+
+
 @pytest.mark.slow
 def test_known_answers_end_to_end(tmp_path, monkeypatch):
     for name, value in {"POINTS": 500, "SAMPLES": 64, "SETS": 1, "UPDATES": 2, "START_UPDATES": 2, "BATCH": 16}.items():
@@ -321,7 +346,7 @@ def test_each_part_of_a_training_can_have_its_own_schedule(start):
     def rate(progress, **settings):
         method = Job("energy-distillation", {"energy_first": 0.5} | settings).make(start)
         method.descend, method.progress = lambda name, loss, rate: used.append(rate), progress
-        factor = training.factor(round(progress * training.images), method.part)
+        factor = training.factor(round(progress * training.images), method.schedule)
         method.step(*batch(), torch.Generator().manual_seed(0), factor)
         assert used[-1] == factor
         return factor
@@ -331,7 +356,7 @@ def test_each_part_of_a_training_can_have_its_own_schedule(start):
     assert found == pytest.approx([0, 1, 0.5, 0, 0, 1, 0], abs=1e-3)
 
 
-def test_a_training_uses_the_schedule_of_the_current_part(start, latents):
+def test_a_training_uses_the_current_schedule(start, latents):
     method = Job("energy-distillation", {"energy_first": 0.5, "separate_schedules": True}).make(start)
     rates, step = [], method.step
     method.step = lambda x0, labels, generator, rate: rates.append(rate) or step(x0, labels, generator, rate)
