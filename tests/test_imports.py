@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "ldm_smd").rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 LAYERS = (
-    "errors < schema progress files device memory deprecation < diffusion < models < autoencoder schedulers < pipelines < data"
-    " < sampling < evaluation < config < training < apps < commands < cli < completion __main__"
+    "errors < schema progress files device memory deprecation rgb < diffusion < models < autoencoder schedulers < pipelines"
+    " < data < sampling < evaluation < config < training < apps < commands < cli < completion __main__"
 )
 """Packages and modules of ldm_smd. Each imports only from lower layers, and a package also from itself.
 

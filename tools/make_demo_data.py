@@ -28,6 +28,8 @@ from typing import Any
 
 from PIL import Image
 
+from ldm_smd.rgb import to_rgb
+
 HELD_OUT_FRACTION = 0.1
 
 
@@ -73,19 +75,11 @@ def by_hash(items: list, text: Callable[[Any], str]) -> list:
     return sorted(items, key=lambda item: hashlib.sha256(text(item).encode()).hexdigest())
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """Convert to RGB, with alpha composited on white."""
-    rgba = image.convert("RGBA")
-    canvas = Image.new("RGBA", rgba.size, "white")
-    canvas.alpha_composite(rgba)
-    return canvas.convert("RGB")
-
-
 def webp_on_white(path: Path) -> bytes:
     """Encode as lossless WebP, a sixth smaller than PNG."""
     buffer = io.BytesIO()
     with Image.open(path) as image:
-        on_white(image).save(buffer, format="WEBP", lossless=True, quality=60, method=4)
+        to_rgb(image).save(buffer, format="WEBP", lossless=True, quality=60, method=4)
     return buffer.getvalue()
 
 

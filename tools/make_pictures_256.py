@@ -29,8 +29,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from make_demo_data import on_white, split, write_zip
+from make_demo_data import split, write_zip
 from PIL import Image
+
+from ldm_smd.rgb import to_rgb
 
 SIDE, QUALITY = 256, 75
 LEFT_OUT = "Component"
@@ -78,7 +80,7 @@ def picture(drawn: Path | str) -> Image.Image:
 
         source = io.BytesIO(bytes(resvg_py.svg_to_bytes(drawn, width=SIDE, height=SIDE)))
     with Image.open(source) as image:
-        return on_white(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) if image.size != (SIDE, SIDE) else image)
+        return to_rgb(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) if image.size != (SIDE, SIDE) else image)
 
 
 def pictures(emoji: list[dict], designs: dict[str, dict]) -> Iterator[tuple[str, bytes]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 from diffusers.utils import logging
 from PIL import Image
 
 from ..autoencoder import Autoencoder, FrozenAutoencoder
+from ..rgb import to_rgb
 
 logger = logging.get_logger(__name__)
 
@@ -43,7 +42,10 @@ def decode_latents(vae: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
 def encode_images(vae: Autoencoder, images: PipelineImageInput, shape: tuple[int, ...]) -> torch.Tensor:
     """Encode one image, or one per sample, to normalised latents (B, C, h, w) = ``shape``."""
     autoencoder = FrozenAutoencoder(vae)
-    images = [on_white(image) for image in images] if isinstance(images, list) else on_white(images)
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, list):
+        images = [to_rgb(image) if isinstance(image, Image.Image) else image for image in images]
     pixels = ((VaeImageProcessor(do_resize=False).preprocess(images) + 1.0) * 127.5).round().to(torch.uint8)
     if len(pixels) not in (1, shape[0]):
         raise ValueError(f"image: expected one image, or one for each of {shape[0]} samples, found {len(pixels)}")
@@ -51,11 +53,3 @@ def encode_images(vae: Autoencoder, images: PipelineImageInput, shape: tuple[int
     if latents.shape[1:] != shape[1:]:
         raise ValueError(f"image: expected images with latents of shape {shape[1:]}, found {tuple(latents.shape[1:])}")
     return latents.expand(shape[0], -1, -1, -1)
-
-
-def on_white(image: Any) -> Any:
-    """Return a PIL image in RGB, with white behind transparent pixels, as training images are read. Others are not changed."""
-    if not isinstance(image, Image.Image) or image.mode == "RGB":
-        return image
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

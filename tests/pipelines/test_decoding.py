@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from ldm_smd.autoencoder import FrozenAutoencoder
-from ldm_smd.pipelines.decoding import decode_latents, encode_images, on_white
+from ldm_smd.pipelines.decoding import decode_latents, encode_images
+from ldm_smd.rgb import to_rgb
 from ldm_smd.schedulers import make_scheduler
 from tests.rounding import nearly_equal
 from tests.sampled import latents
@@ -64,9 +65,11 @@ def test_images_are_encoded_to_normalised_means(pipeline):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P"])
-def test_pictures_of_other_modes_are_read_as_training_images_are(mode):
-    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0)).convert(mode)
-    found = on_white(image)
-    assert found.mode == "RGB" and found.size == (4, 4)
+def test_pictures_of_other_modes_are_read_as_training_images_are(pipeline, mode):
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0)).convert(mode)
+    white = Image.new("RGB", (16, 16), "white")
+    shape = (1, 4, 8, 8)
+    found, expected = (encode_images(pipeline.vae, each, shape) for each in ([image], to_rgb(image)))
+    assert torch.equal(found, expected)
     if mode in ("RGBA", "LA"):
-        assert found.getpixel((0, 0)) == (255, 255, 255)
+        assert torch.equal(found, encode_images(pipeline.vae, white, shape))
