@@ -205,7 +205,7 @@ class PiecesOnDisk(Pieces):
         with locked(path.with_suffix(".lock")):
             with suppress(OSError, ValueError, KeyError):
                 return RepeatedKeys.load(path)
-            found = find_repeated_keys(index)
+            found = find_repeated_keys(index, self.folder)
             found.save(path)
         return found
 

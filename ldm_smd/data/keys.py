@@ -1,15 +1,17 @@
 """Repeated keys of a source. webdataset needs unique keys, so all but the first image with a key get a number appended.
 
-Repeated keys are found by 64-bit hashes, one bucket at a time, so that memory stays small for any number of keys. If two
-different keys have the same hash, one gets a number that it did not need. With 100 million keys, this happens in one source of
-4,000.
+Repeated keys are found by 64-bit hashes. The hashes are read once, sorted in runs that are kept in files, and compared one
+bucket at a time, so that memory stays small for any number of keys. If two different keys have the same hash, one gets a number
+that it did not need. With 100 million keys, this happens in one source of 4,000.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +21,9 @@ from ..files import atomic_file, this_process
 from .pieces import key_hash, map_safetensors
 
 BUCKET_SIZE = 2**19
-"""Approximate number of hashes in memory at the same time."""
+"""Approximate number of hashes that are compared at a time."""
+RUN_SIZE = 2**22
+"""Approximate number of hashes in a sorted run; 16 bytes each in its file."""
 
 
 def no_numbers() -> np.ndarray:
@@ -68,9 +72,9 @@ class HasKeys(Protocol):
     def key(self, number: int) -> str: ...
 
 
-def find_repeated_keys(source: HasKeys) -> RepeatedKeys:
-    """Find repeated keys and unique new ones for them."""
-    numbers, counts = repeated_hashes(source.hashes)
+def find_repeated_keys(source: HasKeys, folder: Path | None = None) -> RepeatedKeys:
+    """Find repeated keys and unique new ones for them. ``folder`` is for temporary files; None: that of the system."""
+    numbers, counts = repeated_hashes(source.hashes(), folder)
     if not len(numbers):
         return RepeatedKeys()
     keys = [source.key(int(number)) for number in numbers]
@@ -90,10 +94,10 @@ def find_repeated_keys(source: HasKeys) -> RepeatedKeys:
     return RepeatedKeys(numbers, counts, marks)
 
 
-def repeated_hashes(hashes: Callable[[], Iterable[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def repeated_hashes(hashes: Iterable[np.ndarray], folder: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of hashes that occurred before, sorted, and how often up to and including them."""
     numbers, counts = [no_numbers()], [no_numbers()]
-    for indices, values in buckets(hashes):
+    for values, indices in buckets(hashes, folder):
         order = np.argsort(values, kind="stable")
         ordered = values[order]
         first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
@@ -111,17 +115,41 @@ def is_among(wanted: np.ndarray, hashes: Callable[[], Iterable[np.ndarray]]) -> 
     return np.isin(wanted, np.concatenate([wanted[:0], *(part[np.isin(part, wanted)] for part in hashes())]))
 
 
-def buckets(hashes: Callable[[], Iterable[np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield indices and values of all hashes, in buckets of equal leading bits."""
-    total = sum(len(part) for part in hashes())
-    bits = max(total // BUCKET_SIZE, 0).bit_length()
-    for bucket in range(2**bits):
-        indices, values, start = [no_numbers()], [np.empty(0, np.uint64)], 0
-        for part in hashes():
-            # A shift by 64 bits is undefined.
-            inside = np.flatnonzero(part >> np.uint64(64 - bits) == bucket) if bits else np.arange(len(part))
-            indices.append(inside + start)
-            values.append(part[inside])
-            start += len(part)
-        if sum(map(len, values)):
-            yield np.concatenate(indices), np.concatenate(values)
+def buckets(hashes: Iterable[np.ndarray], folder: Path | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield values and indices of all hashes, in buckets of equal leading bits, of about BUCKET_SIZE hashes each.
+
+    Equal values come in the order of their indices.
+    """
+    with TemporaryDirectory(dir=folder, prefix=".keys-") as temporary:
+        runs = [save_run(*run, Path(temporary) / f"{number}.npy") for number, run in enumerate(sorted_runs(hashes))]
+        count = max(sum(map(len, runs)) // BUCKET_SIZE, 1)
+        edges = np.array([bucket * 2**64 // count for bucket in range(1, count)], np.uint64)
+        cuts = [[0, *np.searchsorted(run["value"], edges).tolist(), len(run)] for run in runs]
+        for bucket in range(count if runs else 0):
+            inside = np.concatenate([run[cut[bucket] : cut[bucket + 1]] for run, cut in zip(runs, cuts)])
+            if len(inside):
+                yield inside["value"], inside["index"]
+        del runs  # Windows cannot remove files that are mapped
+
+
+def sorted_runs(hashes: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Join parts to runs of about RUN_SIZE hashes; yield the hashes of each, sorted, and their indices."""
+    parts: list[np.ndarray] = []
+    start = waiting = 0
+    for part in chain(hashes, [None]):
+        if part is not None:
+            parts.append(part)
+            waiting += len(part)
+        if waiting and (part is None or waiting >= RUN_SIZE):
+            values = np.concatenate(parts)
+            order = np.argsort(values, kind="stable")
+            yield values[order], order + start
+            start, waiting, parts = start + waiting, 0, []
+
+
+def save_run(values: np.ndarray, indices: np.ndarray, path: Path) -> np.ndarray:
+    """Write a run to a file; returns it memory-mapped, with the fields "value" and "index"."""
+    run = np.empty(len(values), [("value", np.uint64), ("index", np.int64)])
+    run["value"], run["index"] = values, indices
+    np.save(path, run)
+    return np.load(path, mmap_mode="r")

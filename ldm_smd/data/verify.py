@@ -60,7 +60,7 @@ def verify(config: VerifyConfig) -> None:
 
 def repeated_keys(manifest: Manifest, hashes: list[np.ndarray]) -> list[str]:
     """List the keys that occur more than once, found by their hashes, so that not all keys are in memory."""
-    numbers, _ = repeated_hashes(lambda: hashes)
+    numbers, _ = repeated_hashes(hashes)
     repeated = np.unique(np.concatenate(hashes)[numbers]) if len(numbers) else numbers
     if not len(repeated):
         return []

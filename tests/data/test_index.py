@@ -181,16 +181,28 @@ class Keys:
 few_keys = st.lists(st.lists(st.sampled_from(["a", "a-2", "a-2-2", "a-3", "b", "b-2", "c"]), max_size=8), max_size=5)
 
 
-@given(few_keys, st.sampled_from([1, 4, 2**22]))
-def test_new_keys_are_unique_and_the_first_image_keeps_its_key(parts, bucket_size):
+@given(few_keys, st.sampled_from([1, 4, 2**22]), st.sampled_from([1, 3, 2**22]))
+def test_new_keys_are_unique_and_the_first_image_keeps_its_key(parts, bucket_size, run_size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keys_module, "BUCKET_SIZE", bucket_size)
+        patch.setattr(keys_module, "RUN_SIZE", run_size)
         repeated = find_repeated_keys(Keys(parts))
     old = [key for part in parts for key in part]
     new = [repeated.renamed(number, key) for number, key in enumerate(old)]
     assert len(set(new)) == len(new)
     for number, key in enumerate(old):
         assert (new[number] == key) == (key not in old[:number])
+
+
+def test_the_hashes_of_a_source_are_read_once():
+    """Reading them again for each bucket would take hours with hundreds of thousands of tars."""
+    keys, reads = Keys([[f"{part}-{number}" for number in range(9)] for part in range(5)]), []
+    hashes = keys.hashes
+    keys.hashes = lambda: (reads.append(1) or part for part in hashes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys_module, "BUCKET_SIZE", 4)
+        assert not len(find_repeated_keys(keys).numbers)
+    assert len(reads) == 5
 
 
 def test_many_images_with_one_key():
