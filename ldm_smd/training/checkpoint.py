@@ -32,8 +32,8 @@ Networks = dict[str, TrainedNetwork]
 def save_checkpoint(folder: Path, networks: Networks, ema: ModelMixin, state: dict, keep: int, writes: bool = True) -> None:
     """Write ``folder/images-N``, where N is images_seen in ``state``, and remove all but the newest ``keep`` checkpoints. All
     processes must call this; one of them ``writes``."""
-    models = {name: trained.full_network() for name, trained in networks.items()} | {"ema": ema}
-    optimizers = {optimizer_file(name): trained.optimizer_tensors() for name, trained in networks.items()}
+    models = {name: trained.full_network(writes) for name, trained in networks.items()} | {"ema": ema}
+    optimizers = {optimizer_file(name): trained.optimizer_tensors(writes) for name, trained in networks.items()}
     if not writes:
         return
     with atomic_save(folder / f"images-{state['images_seen']:012d}") as temporary:

@@ -20,7 +20,7 @@ from .critics import make_critic
 from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
 from .step import compare_draws, global_batch, micro_batches, model_conditions, trained_model
-from .step_noise import StepNoise
+from .step_noise import StepNoise, own_rows
 from .teacher import draw_with_pure_noise, load_teacher, load_teacher_guide
 from .trained import TrainedNetwork, adamw
 
@@ -88,7 +88,7 @@ class Distillation:
             trained.network.zero_grad()
         for rows, last in micro_batches(size, run.config.micro_batches):
             with ExitStack() as waiting:
-                for trained in () if last else learning:
+                for trained in () if last or run.accelerator.is_fsdp2 else learning:  # as in step.py
                     waiting.enter_context(run.accelerator.no_sync(trained.forward))
                 losses = self.losses(batch.rows(*rows), noise.rows(*rows), "model" in names)
                 objectives = {"model": losses["loss"], "critic": critic_objective(losses)}
@@ -130,4 +130,4 @@ class Distillation:
         generator, count, rows = global_batch(run, batch, images_seen, number, 1)
         r = draw_second_timesteps(self.process, count, score.distillation.second_view_shift, generator)
         eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=generator.device)
-        return TwoViews(**vars(noise), r=r[rows], second_eps=eps[rows])
+        return TwoViews(**vars(noise), r=own_rows(r, rows), second_eps=own_rows(eps, rows))

@@ -31,13 +31,13 @@ class EMA(Generic[Model]):
         self.ramp = ramp
         self._averages: dict[str, torch.Tensor] = dict(self.model.named_parameters())
 
-    def shard_like(self, model: nn.Module) -> None:
+    def shard_like(self, model: nn.Module, keeps: bool = True) -> None:
         """Shard the averages like ``model``, if it is sharded (FSDP). ``self.model`` then moves to the CPU, and only ``gather``
-        updates it; its buffers are not updated."""
+        updates it; its buffers are not updated. In processes that do not keep it, it has no values."""
         if is_sharded(model):
             weights = dict(model.named_parameters())
             self._averages = {name: distribute_like(average, weights[name]) for name, average in self._averages.items()}
-            self.model.to("cpu")
+            self.model.to("cpu" if keeps else "meta")
 
     def rate(self, batch_images: int, images_seen: int) -> float:
         """Return the weight of the current parameters in an update."""

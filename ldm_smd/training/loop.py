@@ -37,6 +37,8 @@ from .watch import CriticWatch
 
 STOP_EVERY_STEPS = 10
 """Processes agree on whether to stop every this many steps."""
+LOG_EVERY_STEPS = 32
+"""Default interval of the log."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -81,7 +83,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
         trained.prepare(accelerator, config.gradient_checkpointing, config.compile)
     resume_optimizers(run.checkpoints, learner.networks)
     for average in (ema, *averages):
-        average.shard_like(model)
+        average.shard_like(model, keeps=main)
     means, watch = RunningMeans(accelerator, state.get("means")), CriticWatch()
     log = MetricsLog(run.output, images_seen) if main else None
     if main:
@@ -89,7 +91,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
         (run.output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
     bar = progress(config.images_total, images_seen, run.output.name, disable=not main)
-    waits = DataWaits()
+    waits, log_every = DataWaits(), config.log_every_images or LOG_EVERY_STEPS * config.batch_size
     for batch in waits.timed(latent_loader(batches, config.num_workers)):
         # Step.
         learning_rate = warmup_cooldown(config, images_seen)
@@ -102,7 +104,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
         stopping = not last and stop_everywhere(accelerator, stop, images_seen // config.batch_size)
 
         # Report. Sums stay on the device until then, because reading them synchronises with it.
-        if last or crossed(before, images_seen, config.log_every_images):
+        if last or crossed(before, images_seen, log_every):
             values = means.read()
             check_finite(values, images_seen, partial(batches.keys_at, before))
             if log is not None:

@@ -79,7 +79,8 @@ class TrainConfig(Settings):
     num_workers: int = number(0, 0, 256)
     """Processes that read shards. 0: the main process reads them."""
     seed: int = number(0, 0, MAX_SEED)
-    log_every_images: int = number(1_000, 1, MAX_IMAGES)
+    log_every_images: int = number(0, 0, MAX_IMAGES)
+    """0: every 32 batches. The host waits for the device when it reads the values."""
     sample_every_images: int = number(50_000, 1, MAX_IMAGES)
     """Interval of sample grids and of the spread over eta in the log."""
     sample_steps: int = number(8, 1, 10**5)

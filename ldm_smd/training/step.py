@@ -21,6 +21,7 @@ from .step_noise import StepNoise, draw_step_noise, step_seed
 from .trained import TrainedNetwork, adamw
 
 DROPOUT = 1
+"""Ends the seed of dropout. Seeds of other random numbers are shorter."""
 
 
 class Learner(Protocol):
@@ -63,8 +64,9 @@ class Denoising:
         size, accelerator = len(batch.labels), self.run.accelerator
         total = torch.zeros((), device=batch.labels.device)
         for rows, last in micro_batches(size, self.run.config.micro_batches):
-            # Processes exchange gradients once, with the last micro-batch.
-            with nullcontext() if last else accelerator.no_sync(self.model.forward):
+            # Processes exchange gradients once, with the last micro-batch. Under FSDP they do so with each: otherwise every
+            # process would hold all gradients, in float32.
+            with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(self.model.forward):
                 loss = self.losses(batch.rows(*rows), noise.rows(*rows)).sum() / size
                 accelerator.backward(loss)
             total += loss.detach()
@@ -108,9 +110,9 @@ def draw_step(run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int
     generator, count, rows = global_batch(run, batch, images_seen, *([number] if number else []))
     shape = (count, *batch.moments.shape[2:])
     noise = draw_step_noise(generator, shape, draws, path, run.config.label_dropout, run.config.timestep_shift)
-    # For dropout inside the network. The last number keeps it apart from the seed of ``noise``.
-    torch.manual_seed(step_seed(run.config.seed, images_seen, run.accelerator.process_index, DROPOUT))
-    return noise.rows(rows.start, rows.stop)
+    # For dropout inside the network.
+    torch.manual_seed(step_seed(run.config.seed, images_seen, number, run.accelerator.process_index, DROPOUT))
+    return noise.own_rows(rows)
 
 
 def global_batch(run: Run, batch: LatentBatch, *seed: int) -> tuple[torch.Generator, int, slice]:

@@ -37,6 +37,15 @@ class StepNoise:
     def rows(self, start: int, stop: int) -> Self:
         return type(self)(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
 
+    def own_rows(self, rows: slice) -> Self:
+        """Return the rows of this process, copied if there are others, so that theirs do not stay in memory."""
+        return type(self)(**{field.name: own_rows(getattr(self, field.name), rows) for field in fields(self)})
+
+
+def own_rows(values: torch.Tensor, rows: slice) -> torch.Tensor:
+    taken = values[rows]
+    return taken if len(taken) == len(values) else taken.clone()
+
 
 def draw_step_noise(
     generator: torch.Generator,

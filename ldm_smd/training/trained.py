@@ -49,27 +49,33 @@ class TrainedNetwork:
         self.optimizer.step()
         return norm
 
-    def full_network(self) -> ModelMixin:
-        """Return ``network`` or, if it is sharded, a full copy on the CPU. All processes must call this."""
+    def full_network(self, keeps: bool = True) -> ModelMixin:
+        """Return ``network`` or, if it is sharded, a full copy on the CPU. All processes must call this. Those that do not keep
+        the copy get one without values."""
         if self._structure is None:
             return self.network
-        copied = copy.deepcopy(self._structure).to_empty(device="cpu")
+        copied = copy.deepcopy(self._structure)
+        if keeps:
+            copied.to_empty(device="cpu")
         gather_into(copied, dict(self.network.named_parameters()))
         for buffer, value in zip(copied.buffers(), self.network.buffers()):
             buffer.copy_(value)
         return copied
 
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the optimizer's state as "parameter name/entry" -> full tensor. All processes must call this.
+    def optimizer_tensors(self, keeps: bool = True) -> dict[str, torch.Tensor]:
+        """Return the optimizer's state as "parameter name/entry" -> full tensor. All processes must call this. Those that do
+        not keep it get nothing.
 
         The tensors are on the CPU, because a single GPU may not have enough memory.
         """
         names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.network.named_parameters()}
-        return {
-            f"{names[parameter]}/{entry}": full_tensor(value).cpu().contiguous()  # safetensors needs it
-            for parameter, state in self.optimizer.state.items()
-            for entry, value in state.items()
-        }
+        found: dict[str, torch.Tensor] = {}
+        for parameter, state in self.optimizer.state.items():
+            for entry, value in state.items():
+                full = full_tensor(value)
+                if keeps:
+                    found[f"{names[parameter]}/{entry}"] = full.cpu().contiguous()  # safetensors needs it
+        return found
 
     def load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
         """Load the result of ``optimizer_tensors``."""

@@ -80,5 +80,22 @@ def test_dropout_has_random_numbers_of_its_own(open_run):
     assert learner.model.network.training
     batch = learner.run.batches().batch_at(0)
     learner.draw(batch, 0)
-    noise = torch.Generator().manual_seed(step_seed(learner.run.config.seed, 0))
-    assert not torch.equal(torch.randn(8), torch.randn(8, generator=noise))
+    found = torch.randn(8)
+    for seed in ((0,), (0, 0), (0, 0, 1), (0, 0, 2)):  # of the noise of a step, and of distillation
+        noise = torch.Generator().manual_seed(step_seed(learner.run.config.seed, *seed))
+        assert not torch.equal(found, torch.randn(8, generator=noise))
+
+
+def test_random_numbers_of_other_processes_do_not_stay_in_memory(open_run, monkeypatch):
+    learner = Denoising(open_run())
+    monkeypatch.setattr(type(learner.run.accelerator), "num_processes", property(lambda self: 4))
+    batch = learner.run.batches().batch_at(0)
+    noise = learner.draw(batch, 0)
+    assert len(noise.eps) == len(batch.labels)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in vars(noise).values())
+
+
+def test_the_log_does_not_stop_the_device_at_every_step(train_config, tmp_path):
+    """By default values are read every 32 batches, however large they are."""
+    run = train(train_config("log_every_images=0", "images_total=128", "batch_size=2", "sample_every_images=128")).parent
+    assert [line["images_seen"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line] == [64, 128]
