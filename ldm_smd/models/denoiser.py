@@ -54,6 +54,12 @@ def embedding_dimensions(unet: ModelMixin) -> int | None:
     return getattr(unet.config, "embedding_dimensions", None)
 
 
+def sample_sides(unet: ModelMixin) -> tuple[int | None, int | None]:
+    """Return height and width of the latents that a denoiser was trained on. A plain UNet2DModel may have none."""
+    size = unet.config.sample_size
+    return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+
+
 def predict(
     unet: ModelMixin,
     sample: torch.Tensor,

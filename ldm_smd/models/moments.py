@@ -82,5 +82,5 @@ class MomentHeads(ModelMixin, ConfigMixin):
             prediction = predict(unet, sample, timestep, class_labels, image_embeds=image_embeds)
         finally:
             hook.remove()
-        variance, third = self(read[0], timestep)
+        variance, third = self(read[0].to(self.dtype), timestep)
         return torch.cat((prediction.float(), variance, third), dim=1)

@@ -87,7 +87,9 @@ def guided_prediction(
         return evaluate(x_t, timestep, conditions, eta)
     if guide is not None:
         own = evaluate(x_t, timestep, conditions, eta)
-        other = predict(guide, x_t, timestep, conditions.labels, eta, conditions.image_embeds)
+        embeds = conditions.image_embeds
+        embeds, eta = (None if given is None else given.to(guide.dtype) for given in (embeds, eta))
+        other = predict(guide, x_t.to(guide.dtype), timestep, conditions.labels, eta, embeds).to(own.dtype)
     else:
         twice = timestep if timestep.numel() == 1 else torch.cat((timestep, timestep))
         own, other = evaluate(torch.cat((x_t, x_t)), twice, conditions.with_null(unet), joined(eta, eta)).chunk(2)

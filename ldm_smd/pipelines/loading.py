@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import diffusers
-from diffusers import ModelMixin, SchedulerMixin, UNet2DConditionModel
+import torch
+from diffusers import ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import snapshot_download
 
@@ -74,13 +75,20 @@ def weight_files(folder: Path, parts: Sequence[str]) -> list[Path]:
     return [path for part in parts for path in sorted((folder / part).glob("*.safetensors"))]
 
 
-def load_pipeline(source: str | Path) -> SMDPipeline:
+def load_pipeline(source: str | Path, dtype: torch.dtype = torch.float32) -> SMDPipeline:
     """Load a model folder or a hub id: of a pipeline of this package, or of one of diffusers (``DiTPipeline``, for instance)
-    with a denoiser, an autoencoder and a scheduler that SMDPipeline takes. Raises UserError for bad input."""
+    with a denoiser, an autoencoder and a scheduler that SMDPipeline takes.
+
+    Args:
+        dtype: precision of the networks.
+
+    Raises UserError for bad input.
+    """
     folder = model_folder(source)
     try:
         own = is_own(index_of(folder))
-        pipeline = SMDPipeline.from_pretrained(folder, use_safetensors=True) if own else pipeline_of_parts(folder)
+        options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype}
+        pipeline = SMDPipeline.from_pretrained(folder, **options) if own else pipeline_of_parts(folder).to(dtype)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model: expected a readable model folder, found {folder}: {one_line(error)}") from error
     for part in NETWORKS:
@@ -122,6 +130,9 @@ def pipeline_of_parts(folder: Path) -> SMDPipeline:
     unet = DENOISERS[kinds[0]].from_pretrained(network, use_safetensors=True)
     if isinstance(unet, UNet2DConditionModel):
         check_conditions(unet)
+    if isinstance(unet, UNet2DModel) and unet.config.class_embed_type is not None:
+        found = f"class_embed_type={unet.config.class_embed_type} in {network}"
+        raise UserError(f"model: expected a UNet2DModel that learns an embedding of each class, found {found}")
     autoencoder = FrozenAutoencoder.from_pretrained(folder / "vae")
     if unet.config.in_channels != autoencoder.latent_channels:
         found = f"{unet.config.in_channels} in {folder}"

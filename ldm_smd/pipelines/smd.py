@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..autoencoder import Autoencoder, spatial_factor
 from ..errors import UserError, shortened
-from ..models.denoiser import is_mixture, num_classes
+from ..models.denoiser import is_mixture, num_classes, sample_sides
 from ..models.gaussian import LatentGaussians
 from ..models.moments import MomentHeads
 from ..models.registry import Denoiser
@@ -117,9 +117,10 @@ class SMDPipeline(DiffusionPipeline):
             guidance_interval: range of noise levels sigma = s_t / a_t with guidance (arXiv 2404.07724).
             height, width: size of the images in pixels; None for the training resolution.
             generator: one for the batch, or a list with one per image. With a list, an image does not depend on its batch.
-            latents: starting noise (B, C, h, w) of unit variance; None to draw it.
-            image: start from these images, noised, instead of pure noise (SDEdit, arXiv 2108.01073). One per sample, or one
-                for all: PIL images, or arrays or tensors of floats in [0, 1], as in diffusers' image processor.
+            latents: starting noise (B, C, h, w) of unit variance; None to draw it. It gives the size of the images and, without
+                conditions, their number.
+            image: start from these images, noised, instead of pure noise (SDEdit, arXiv 2108.01073). One for all, one per
+                sample or one per label: PIL images, or arrays or tensors of floats in [0, 1], as in diffusers' image processor.
             strength: fraction of the timesteps to run from ``image``, above 0, at most 1. Ignored without ``image``.
             image_embeds: OpenCLIP embeddings (B, D) of image or text prompts, from the network that ``embedding`` names.
             output_type: "pil", "np", "pt" (floats in [0, 1]) or "latent" (normalised latents).
@@ -133,6 +134,8 @@ class SMDPipeline(DiffusionPipeline):
                 spaced timesteps is divided by its square. Large images of few steps gain from it. None: that of the model,
                 or 1 for a scheduler that spaces its timesteps itself.
 
+        Only the networks compute in their own precision. The samples between them are float32.
+
         Returns:
             ImagePipelineOutput with ``images``, or a tuple with the images if ``return_dict`` is False.
         """
@@ -143,22 +146,27 @@ class SMDPipeline(DiffusionPipeline):
             raise ValueError(f"num_images_per_prompt: expected at least 1, found {num_images_per_prompt}")
         conditions = read_conditions(self.unet, self._class_numbers(class_labels), image_embeds, device)
         conditions = conditions.repeated(num_images_per_prompt)
-        batch_size = next((len(given) for given in conditions if given is not None), batch_size * num_images_per_prompt)
+        unconditional = batch_size * num_images_per_prompt if latents is None else len(latents)
+        batch_size = next((len(given) for given in conditions if given is not None), unconditional)
         if not 0.0 < strength <= 1.0:
             raise ValueError(f"strength: expected a number above 0, at most 1, found {strength}")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator: expected one per image, {batch_size}, found {len(generator)}")
 
-        shape = (batch_size, self.unet.config.in_channels, *self.latent_sides(height, width))
+        sides = self.latent_sides(height, width, latents)
+        shape = (batch_size, self.unet.config.in_channels, *sides)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents: expected {shape}, found {tuple(latents.shape)}")
         shift = self.shift_of_steps(timestep_shift)
         timesteps = begin_run(self.scheduler, num_inference_steps, None if image is None else strength, shift)
         guided = guided_steps(self.scheduler, timesteps, guidance_interval)
         conversions = self._conversions(timesteps)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = latents.to(device, dtype)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        # In half precision, a scheduler that works in sigma loses x_0 in the rounding of x_t.
+        latents = latents.to(device, torch.float32)
         if image is not None:
-            clean = encode_images(self.vae, image, shape).to(dtype)
+            clean = encode_images(self.vae, image, shape, num_images_per_prompt).float()
             latents = noised(self.scheduler, clean, latents, timesteps[0])
         elif (part := self._scheduler_part("start_part")) is not None:
             latents = self.scheduler.start(latents, part, conditions.labels, generator)
@@ -170,7 +178,7 @@ class SMDPipeline(DiffusionPipeline):
             for index, (timestep, conversion) in enumerate(zip(timesteps, conversions)):
                 if self.interrupt:
                     continue
-                x_t = network_input(self.scheduler, latents, timestep).to(dtype)
+                x_t = network_input(self.scheduler, latents, timestep)
                 scale = self.guidance_scale if guided[index] else 1.0
                 prediction = self._predict(x_t, conversion, conditions, scale, generator)
                 options = step_options(self.scheduler, generator, index)
@@ -184,7 +192,7 @@ class SMDPipeline(DiffusionPipeline):
                 bar.update()
 
         if output_type == "latent":
-            images = latents
+            images = latents.to(dtype)
         else:
             images = VaeImageProcessor(do_resize=False).postprocess(self.decode_latents(latents), output_type=output_type)
         self.maybe_free_model_hooks()
@@ -245,16 +253,21 @@ class SMDPipeline(DiffusionPipeline):
         """Return the ``timestep_shift`` that ``__call__`` uses if it is ``given`` this one."""
         return usable_shift(self.scheduler, self.config.timestep_shift) if given is None else given
 
-    def latent_sides(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Return height and width of the latents of images of this size in pixels; None for the training resolution.
+    def latent_sides(self, height: int | None, width: int | None, latents: torch.Tensor | None = None) -> tuple[int, int]:
+        """Return height and width of the latents of images of this size in pixels. None: that of ``latents`` or, without them,
+        the training resolution.
 
         Raises ValueError unless both are multiples of the autoencoder's downsampling factor.
         """
-        factor, side = spatial_factor(self.vae), self.unet.config.sample_size
-        for name, pixels in (("height", height), ("width", width)):
+        factor, sides = spatial_factor(self.vae), list[int]()
+        trained = sample_sides(self.unet) if latents is None else latents.shape[-2:]
+        for name, pixels, side in zip(("height", "width"), (height, width), trained):
+            if pixels is None and side is None:
+                raise ValueError(f"{name}: expected a number of pixels, because the model has no size of its own, found None")
             if pixels is not None and (pixels < factor or pixels % factor):
                 raise ValueError(f"{name}: expected a multiple of {factor}, found {pixels}")
-        return height // factor if height else side, width // factor if width else side
+            sides.append(pixels // factor if pixels else int(side or 0))
+        return sides[0], sides[1]
 
     def _class_numbers(self, class_labels: ClassLabels | None) -> Sequence[Any] | torch.Tensor | None:
         """Return ``class_labels`` with numbers in place of names."""
@@ -280,11 +293,12 @@ class SMDPipeline(DiffusionPipeline):
         self, x_t: torch.Tensor, conversion: PredictionConversion, conditions: Conditions, scale: float, generator: Generators
     ) -> torch.Tensor:
         """Return the model output for ``scheduler.step``. A mixture draws one eta per row of x_t."""
-        eta = randn_tensor(x_t.shape, generator, x_t.device, x_t.dtype) if is_mixture(self.unet) else None
+        dtype = self.unet.dtype
+        eta = randn_tensor(x_t.shape, generator, x_t.device, dtype) if is_mixture(self.unet) else None
         moments = self._scheduler_part("step_part")
         own_x_t, t = conversion.network_inputs(x_t)
-        prediction = guided_prediction(self.unet, own_x_t, t, conditions, eta, scale, self.guide, moments)
-        return conversion.to_scheduler(prediction, x_t)
+        prediction = guided_prediction(self.unet, own_x_t.to(dtype), t, conditions, eta, scale, self.guide, moments)
+        return conversion.to_scheduler(prediction.float(), x_t)
 
     def _scheduler_part(self, purpose: str) -> Any:
         """Return the component that the scheduler's attribute ``purpose`` names (schedulers/timesteps.py), or None."""

@@ -10,6 +10,7 @@ from ..autoencoder import spatial_factor
 from ..data.images import decode
 from ..errors import UserError
 from ..models.clip import ClipEncoder
+from ..models.denoiser import sample_sides
 from ..pipelines import SMDPipeline
 
 
@@ -56,5 +57,8 @@ def read_image(key: str, path: str, side: int) -> torch.Tensor:
 
 
 def training_side(pipeline: SMDPipeline) -> int:
-    """Return the side of the training images, in pixels."""
-    return spatial_factor(pipeline.vae) * pipeline.unet.config.sample_size
+    """Return the side of the training images, in pixels; the shorter one if they were not square."""
+    sides = [side for side in sample_sides(pipeline.unet) if side]
+    if not sides:
+        raise UserError("model: expected a denoiser with a sample_size, found none")
+    return spatial_factor(pipeline.vae) * min(sides)

@@ -119,6 +119,8 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     for setting in ("use_flow_sigmas", "use_dynamic_shifting", "invert_sigmas"):
         if config.get(setting):
             raise ValueError(refused(f"{name} with {setting}", OTHER_FLOW))
+    if config.get("timestep_type") == "continuous":
+        raise ValueError(refused(f"{name} with timestep_type=continuous", "networks take timesteps, not log sigmas"))
     if not is_flow(scheduler) and config.prediction_type == "flow_prediction":
         raise ValueError(refused(f"{name} with flow_prediction", OTHER_FLOW))
     if learns_variance(config) and "variance_type" in inspect.signature(type(scheduler)).parameters:

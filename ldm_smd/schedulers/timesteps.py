@@ -52,7 +52,7 @@ def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = No
         solver.set_timesteps(steps, device="cpu")
     else:
         solver.set_timesteps(timesteps=shifted_timesteps(solver, steps, shift), device="cpu")
-    if int(solver.timesteps.min()) < 0:
+    if float(solver.timesteps.min()) < 0:
         raise ValueError(f"num_inference_steps: expected a number at which no timestep is rounded to -1, found {steps}")
     name = type(solver).__name__
     if name in FLOORED_STRIDES and known % steps / known > SKIPPED_FRACTION:
@@ -85,8 +85,8 @@ def takes_timesteps(scheduler: SchedulerMixin) -> bool:
 
 
 def shifted_timesteps(scheduler: SchedulerMixin, steps: int, shift: float) -> list[int]:
-    """Return evenly spaced timesteps, from the last one down, shifted to noise. Raises ValueError for schedulers that space
-    their timesteps themselves."""
+    """Return evenly spaced timesteps, from the last one down, shifted to noise; consecutive ones where they would be equal.
+    Raises ValueError for schedulers that space their timesteps themselves."""
     if not takes_timesteps(scheduler):
         raise ValueError(
             f"timestep_shift: expected 1 for {type(scheduler).__name__}, which takes no timesteps, found {shift}; "
@@ -94,12 +94,9 @@ def shifted_timesteps(scheduler: SchedulerMixin, steps: int, shift: float) -> li
         )
     known = scheduler.config.num_train_timesteps
     even = (known - torch.arange(steps) * known / steps).round().long() - 1
-    shifted = path_of(scheduler).shifted(even, shift).round().long()
-    if (shifted.diff() >= 0).any():
-        raise ValueError(
-            f"num_inference_steps: expected fewer than {steps} with timestep_shift={shift:g}, found equal timesteps"
-        )
-    return [int(t) for t in shifted]
+    shifted, index = path_of(scheduler).shifted(even, shift).round().long(), torch.arange(steps)
+    # Strictly decreasing and at least 0 if t_i + i does not increase and is at least that of the last step.
+    return ((shifted + index).cummin(0).values.clamp_min(steps - 1) - index).tolist()
 
 
 def steps_before(scheduler: SchedulerMixin, steps: int, strength: float, shift: float = 1.0) -> int:

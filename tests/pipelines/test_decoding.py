@@ -43,7 +43,7 @@ def test_large_batches_are_decoded_image_by_image_and_large_images_in_tiles(pipe
     logger = logging.getLogger("ldm_smd.pipelines.decoding")
     monkeypatch.setattr(logger, "propagate", True)
     assert latents(pipeline, [0], [1], output_type="pt").shape == (1, 3, 16, 16)
-    assert any("decoding in tiles" in record.message for record in caplog.records)
+    assert any("works in tiles" in record.message for record in caplog.records)
     assert not pipeline.vae.use_tiling
 
 
@@ -62,6 +62,33 @@ def test_images_are_encoded_to_normalised_means(pipeline):
     found = encode_images(pipeline.vae, image, (3, 4, 8, 8))
     assert found.shape == (3, 4, 8, 8) and all(torch.equal(each, expected[0]) for each in found)
     assert nearly_equal(decode_latents(pipeline.vae, expected), autoencoder.decode(expected))
+
+
+def test_pixels_out_of_range_are_clamped_and_bytes_are_read(pipeline):
+    """Resizing overshoots white. A wrapped byte would make it black."""
+    image = torch.rand(1, 3, 16, 16).mul(255).round() / 255
+    image[..., :4] = 1.0
+    over = image.clone()
+    over[..., :4] = 1.02
+    expected = encode_images(pipeline.vae, image, (1, 4, 8, 8))
+    bytes_ = (image * 255).round().to(torch.uint8)
+    array = bytes_.permute(0, 2, 3, 1).numpy()
+    for each in (over, bytes_, array, list(array)):
+        assert torch.equal(encode_images(pipeline.vae, each, (1, 4, 8, 8)), expected)
+
+
+def test_images_are_encoded_in_slices_and_tiles(pipeline, monkeypatch, caplog):
+    images = torch.rand(3, 3, 16, 16)
+    expected = encode_images(pipeline.vae, images, (3, 4, 8, 8))
+    rows, tiles = [], []
+    pipeline.vae.encoder.register_forward_hook(lambda _, inputs, output: rows.append(len(inputs[0])))
+    monkeypatch.setattr("ldm_smd.pipelines.decoding.SLICE_PIXELS", 2 * 16 * 16)
+    assert nearly_equal(encode_images(pipeline.vae, images, (3, 4, 8, 8)), expected) and rows == [2, 1]
+    monkeypatch.setattr("ldm_smd.pipelines.decoding.TILED_PIXELS", 16 * 16 - 1)
+    monkeypatch.setattr(type(pipeline.vae), "enable_tiling", lambda self: tiles.append("on"))
+    monkeypatch.setattr(type(pipeline.vae), "disable_tiling", lambda self: tiles.append("off"))
+    encode_images(pipeline.vae, images, (3, 4, 8, 8))
+    assert tiles == ["on", "off"]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P"])

@@ -52,6 +52,25 @@ def test_guidance_by_a_weaker_network(pipeline, model_folder, tmp_path):
     assert nearly_equal(a, b)
 
 
+def test_networks_of_different_precision_work_together(gaussian_folder, model_folder, pipeline):
+    """A guide, or moment heads, in another precision than the denoiser."""
+    guide = load_pipeline(model_folder).unet
+    x, t, eta = torch.randn(2, 4, 8, 8), torch.tensor(500), torch.randn(2, 4, 8, 8)
+    conditions = Conditions(torch.tensor([0, 1]))
+    with torch.no_grad():
+        full = guided_prediction(pipeline.unet, x, t, conditions, eta, 2.0, guide)
+        half = guided_prediction(pipeline.unet, x, t, conditions, eta, 2.0, guide.to(torch.bfloat16))
+    assert half.dtype == full.dtype and (half - full).abs().mean() < 0.05 * full.abs().mean()
+
+    gaussian = load_pipeline(gaussian_folder).unet.to(torch.bfloat16)
+    moments = MomentHeads.for_unet(gaussian)
+    x = x.to(torch.bfloat16)
+    for heads in (moments.to(torch.float32), moments.to(torch.bfloat16)):
+        with torch.no_grad():
+            found = guided_prediction(gaussian, x, t, conditions, None, 2.0, gaussian, heads)
+        assert found.isfinite().all() and found.shape == (2, 12, 8, 8)
+
+
 def test_guidance_changes_the_mean_but_not_the_moments(gaussian_folder, loud_pipeline):
     unet = loud_pipeline(gaussian_folder).unet
     moments, x, t = MomentHeads.for_unet(unet), torch.randn(2, 4, 8, 8), torch.tensor(500)

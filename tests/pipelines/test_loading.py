@@ -151,6 +151,19 @@ def test_denoisers_with_other_inputs_are_refused(vae_folder, tmp_path):
         load_pipeline(tmp_path)
 
 
+def test_a_network_without_an_embedding_of_each_class_is_refused(vae_folder, tmp_path):
+    AutoencoderKL.from_pretrained(vae_folder).save_pretrained(tmp_path / "vae")
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    diffusers_unet(num_class_embeds=None, class_embed_type="timestep").save_pretrained(tmp_path / "unet")
+    with pytest.raises(UserError, match=r"^model: expected .* found class_embed_type=timestep in "):
+        load_pipeline(tmp_path)
+
+
+def test_a_pipeline_is_loaded_in_the_given_precision(dit_folder, model_folder):
+    for folder in (dit_folder, model_folder):
+        assert load_pipeline(folder, torch.bfloat16).unet.dtype == torch.bfloat16
+
+
 def test_diffusion_pipeline_finds_the_class(pipeline, tmp_path):
     """diffusers looks for the class of a pipeline in its own module. Importing SMDPipeline adds it there."""
     pipeline.save_pretrained(tmp_path / "model")

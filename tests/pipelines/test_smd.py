@@ -256,6 +256,47 @@ def test_half_precision_is_close_to_float32(pipeline, dtype, tmp_path):
         assert images.shape == (2, 3, 16, 16) and (images - expected).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_half_precision_is_close_to_float32_with_any_scheduler(pipeline, name):
+    """Schedulers that work in sigma would lose x_0 if x_t were in half precision too."""
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler)
+    expected = latents(pipeline, [0, 1], [1, 2], num_inference_steps=8)
+    found = latents(pipeline.to(torch.bfloat16), [0, 1], [1, 2], num_inference_steps=8)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).square().mean() < 0.05**2 * expected.square().mean()
+
+
+def test_given_noise_has_the_number_and_size_of_the_images(pipeline):
+    noise = torch.randn(4, 4, 8, 16)
+    assert latents(pipeline, None, [1, 2, 3, 4], latents=noise).shape == noise.shape
+    assert latents(pipeline, [0, 1], [1, 2, 3, 4], latents=noise, num_images_per_prompt=2).shape == noise.shape
+    for labels, size in (([0], {}), (None, {"height": 32}), ([0, 1, 0, 1], {"width": 16})):
+        with pytest.raises(ValueError, match=r"^latents: expected \(., 4, .+\), found \(4, 4, 8, 16\)"):
+            pipeline(labels, latents=noise, **size)
+
+
+def test_one_image_for_each_label_or_each_sample(pipeline):
+    images = torch.rand(2, 3, 16, 16)
+    by_label = latents(pipeline, [0, 1], [1, 2, 3, 4], image=images, num_images_per_prompt=2)
+    by_sample = latents(pipeline, [0, 1], [1, 2, 3, 4], image=images.repeat_interleave(2, dim=0), num_images_per_prompt=2)
+    assert nearly_equal(by_label, by_sample)
+    with pytest.raises(ValueError, match="image: expected one image, or one for each of 6 samples, found 2"):
+        pipeline([0, 1, 0, 1, 0, 1], image=images)
+
+
+@pytest.mark.parametrize("size", [(8, 16), None])
+def test_a_denoiser_of_another_shape_than_a_square(model_folder, size):
+    pipeline = load_pipeline(model_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline = SMDPipeline(diffusers_unet(sample_size=size), pipeline.vae, pipeline.scheduler)
+    assert latents(pipeline, [0], [1], height=16, width=16).shape == (1, 4, 8, 8)
+    if size is None:
+        with pytest.raises(ValueError, match="height: expected a number of pixels"):
+            pipeline([0])
+    else:
+        assert latents(pipeline, [0], [1]).shape == (1, 4, 8, 16)
+
+
 def test_invalid_arguments_are_refused(pipeline):
     with pytest.raises(ValueError, match="generator: expected one per image"):
         pipeline([0, 1], generator=seeded_generators([1]))

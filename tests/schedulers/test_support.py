@@ -132,6 +132,10 @@ def test_other_schedulers_are_refused_with_a_reason(name):
         (diffusers.FlowMatchLCMScheduler(), "FlowMatchLCMScheduler: it needs a network distilled"),
         (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "with use_dynamic_shifting: only flow"),
         (diffusers.DDIMScheduler(prediction_type="flow_prediction"), "with flow_prediction: only flow matching along"),
+        (
+            diffusers.EulerDiscreteScheduler(timestep_type="continuous"),
+            "with timestep_type=continuous: networks",
+        ),
         (diffusers.EDMEulerScheduler(), "EDMEulerScheduler: it has its own noise schedule"),
         (diffusers.LCMScheduler.from_config(OURS.config), "LCMScheduler: it needs a network distilled"),
         (

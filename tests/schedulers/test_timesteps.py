@@ -54,13 +54,20 @@ def test_a_shift_of_flow_matching_moves_the_noise_levels_as_its_scheduler_does()
     ("name", "steps", "shift", "message"),
     [
         ("DDIMScheduler", 4, 2.0, "timestep_shift: expected 1 for DDIMScheduler, which takes no timesteps, found 2.0"),
-        ("DDPMScheduler", 500, 8.0, "num_inference_steps: expected fewer than 500 with timestep_shift=8"),
         ("DDPMScheduler", 4, 0.0, "timestep_shift: expected a number above 0, found 0.0"),
     ],
 )
 def test_shifts_that_a_run_does_not_support(name, steps, shift, message):
     with pytest.raises(ValueError, match=message):
         begin_run(make_scheduler(name, OURS), steps, shift=shift)
+
+
+@pytest.mark.parametrize("shift", [4.0, 0.25])
+@pytest.mark.parametrize("steps", [300, 999, 1000])
+def test_many_shifted_steps_have_different_timesteps(steps, shift):
+    """Where the shift makes them equal, they are consecutive."""
+    timesteps = begin_run(make_scheduler("DDPMScheduler", OURS), steps, shift=shift)
+    assert (timesteps.diff() < 0).all() and timesteps[0] <= 999 and timesteps[-1] >= 0
 
 
 @pytest.mark.parametrize("name", [*SUPPORTED, "DPMSolverMultistepScheduler:use_karras_sigmas=true", "GMSScheduler", TELEPORT])
