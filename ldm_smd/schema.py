@@ -13,6 +13,7 @@ from .errors import UserError, shortened
 
 MISSING: typing.Any = "???"
 """OmegaConf's marker of a required value."""
+PRECISIONS = ("auto", "no", "bf16")
 LONGEST_NAME = 4096
 MAX_IMAGES = 10**12
 MAX_SEED = 2**32 - 1

@@ -14,7 +14,7 @@ from ldm_smd.models.attention import set_attention_backend
 from ldm_smd.models.settings import ATTENTION_BACKENDS, PLACEMENTS
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.schedulers.schedule import build_scheduler
-from ldm_smd.training.settings import PRECISIONS
+from ldm_smd.schema import PRECISIONS
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 from diffusers import DDPMScheduler
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from ldm_smd.sampling.grid import labelled_grid
 from ldm_smd.sampling.settings import SampleConfig
@@ -11,6 +11,11 @@ from ldm_smd.sampling.tool import sample
 
 def pixels(path):
     return Image.open(path).tobytes()
+
+
+def difference(first, second):
+    """Return the mean difference of two images, from 0 to 255."""
+    return ImageStat.Stat(ImageChops.difference(Image.open(first), Image.open(second))).mean[0]
 
 
 @pytest.mark.slow
@@ -30,6 +35,8 @@ def test_sample_writes_images_and_refuses_wrong_settings(run, model_folder, tmp_
     assert code == 0 and Image.open(tmp_path / "guided/class0000-seed00000000.png").size == (16, 24)
     code, _, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'noisier'}", "classes=[square,0]", "timestep_shift=4")
     assert code == 0 and pixels(tmp_path / "noisier" / names[0]) != pixels(tmp_path / "a" / names[0])
+    code, _, _ = run(SampleConfig, sample, *options, f"output={tmp_path / 'half'}", "classes=[square,0]", "precision=bf16")
+    assert code == 0 and 0 < difference(tmp_path / "half" / names[0], tmp_path / "a" / names[0]) < 5
     for setting, message in (
         ("timestep_shift=2 scheduler=DDIMScheduler", "timestep_shift: expected 1 for DDIMScheduler, which takes no timesteps"),
         ("guide=nowhere", "guide: expected the folder of a denoiser"),

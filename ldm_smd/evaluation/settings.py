@@ -6,7 +6,7 @@ from typing import Optional
 
 from ..data.settings import ImagesConfig
 from ..sampling.settings import check_interval
-from ..schema import MAX_SEED, MISSING, Settings, check, choice, number
+from ..schema import MAX_SEED, MISSING, PRECISIONS, Settings, check, choice, number
 
 SAMPLED_LABELS = ("reference", "balanced", "random")
 
@@ -44,6 +44,8 @@ class EvaluateConfig(Settings):
     seed: int = number(0, 0, MAX_SEED)
     """Image i has seed ``seed + i``."""
     batch_size: int = number(64, 1, 2**16)
+    precision: str = choice("no", PRECISIONS)
+    """Of sampling, as in tools/sample.py. Feature networks are always in float32."""
     features: list[str] = field(default_factory=lambda: ["checkpoints/classifier"])
     """Feature networks: a FeatureNetwork folder; open_clip:ARCHITECTURE:FILE.safetensors; dinov2:ARCHITECTURE:FILE.safetensors
     with the architecture's name in timm; inception:FILE. A name of pretrained weights instead of a file is downloaded:

@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 from typing import Protocol
 
-from ..device import pick_device
+import torch
+
+from ..device import pick_device, pick_precision
 from ..errors import UserError
 from ..models.guide import load_guide
 from ..models.hub import SCHEDULER, network_folder
@@ -21,12 +23,15 @@ class SamplerSettings(Protocol):
     scheduler: str | None
     guide: str | None
     guidance_interval: list[float] | None
+    precision: str
     device: str
 
 
 def configured_pipeline(model: str | Path, config: SamplerSettings) -> SMDPipeline:
     """Load ``model`` on the configured device, with the configured scheduler and guide."""
-    pipeline = load_pipeline(model).to(pick_device(config.device))
+    device = pick_device(config.device)
+    dtype = torch.bfloat16 if pick_precision(config.precision) == "bf16" else torch.float32
+    pipeline = load_pipeline(model, dtype).to(device)
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)
     if config.guide is not None:
@@ -37,7 +42,7 @@ def configured_pipeline(model: str | Path, config: SamplerSettings) -> SMDPipeli
                 f"guide: expected a model with the noise schedule and prediction type of {model}, found others in "
                 f"{folder.parent / SCHEDULER}"
             )
-        pipeline.register_modules(guide=guide)
+        pipeline.register_modules(guide=guide.to(dtype))
     return pipeline
 
 

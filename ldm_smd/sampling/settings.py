@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Optional
 
-from ..schema import MAX_SEED, MISSING, Settings, check, number
+from ..schema import MAX_SEED, MISSING, PRECISIONS, Settings, check, choice, number
 
 
 def check_interval(interval: Optional[list[float]]) -> None:
@@ -63,6 +63,9 @@ class SampleConfig(Settings):
     seed: int = number(0, 0, MAX_SEED)
     """Image i has seed ``seed + i``, so it does not depend on the batch size."""
     batch_size: int = number(64, 1, 2**16)
+    precision: str = choice("no", PRECISIONS)
+    """no: networks in float32. bf16: networks in bfloat16, with half the memory. auto: bf16 on GPUs that support it, otherwise
+    float32."""
     device: str = "auto"
 
     def __post_init__(self) -> None:

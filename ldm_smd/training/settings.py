@@ -6,9 +6,7 @@ from typing import Optional
 from ..data.settings import CacheConfig, ImagesConfig
 from ..diffusion.settings import DiffusionConfig, ObjectiveConfig
 from ..models.settings import ATTENTION_BACKENDS, AutoencoderModelConfig, ModelConfig
-from ..schema import MAX_IMAGES, MAX_SEED, MISSING, Settings, check, choice, number
-
-PRECISIONS = ("auto", "no", "bf16")
+from ..schema import MAX_IMAGES, MAX_SEED, MISSING, PRECISIONS, Settings, check, choice, number
 
 
 @dataclass
