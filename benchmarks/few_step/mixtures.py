@@ -152,6 +152,8 @@ class Energy(Mixture):
 @dataclass
 class DistillationSettings:
     learning_rate: float = 5e-4
+    distillation_rate: float = 0.0
+    """Learning rate of the mixture after ``energy_first``; 0: the same."""
     critic_rate: float = 5e-4
     fitted: bool = False
     views: str = "conditional"
@@ -210,10 +212,11 @@ class PosteriorDistillation(Mixture):
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
         if self.progress < self.settings.energy_first:
             return self.energy_step(x0, labels, generator, rate, FIRST_DRAWS, FIRST_BETA)
+        own = self.settings.learning_rate
         for _ in range(self.settings.critic_updates - 1):
             self.descend("critic", critic_objective(self.losses(x0, labels, generator, False)).mean(), rate)
         losses = self.losses(x0, labels, generator, True)
-        self.descend("model", losses["loss"].mean(), rate)
+        self.descend("model", losses["loss"].mean(), rate * (self.settings.distillation_rate or own) / own)
         self.descend("critic", critic_objective(losses).mean(), rate)
         return {name: value.detach().mean() for name, value in losses.items()}
 
@@ -232,7 +235,8 @@ class PosteriorDistillation(Mixture):
         second = torch.randn(x0.shape, **options)
         losses = self.distillation_losses.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
         if weight > 0:
-            losses["loss"] = losses["loss"] + weight * self.energy_score(velocities, x0, eps, t, 1.0)
+            applied = torch.where(self.distillation_losses.is_marginal(t), 0.0, weight)  # as in tools/train.py
+            losses["loss"] = losses["loss"] + applied * self.energy_score(velocities, x0, eps, t, 1.0)
         return losses
 
 
