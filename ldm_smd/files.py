@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -228,3 +229,22 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON mapping; empty if there is no readable one."""
+    try:
+        return read_existing_json(path)
+    except FileNotFoundError:
+        return {}
+
+
+def read_existing_json(path: Path) -> dict:
+    """Read a JSON mapping; empty if it is not readable. Raises FileNotFoundError if there is no file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

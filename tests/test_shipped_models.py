@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ldm_smd import SMDPipeline
 from ldm_smd.config import load_config
@@ -16,6 +17,7 @@ from ldm_smd.pipelines import load_pipeline
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training.coarse_labels import class_names
 from ldm_smd.training.settings import TrainConfig
+from tests.sampled import latents
 
 ROOT = Path(__file__).parents[1]
 SMALL, LARGE = "data/emoji/train.zip", "data/emoji-256/train.zip"
@@ -46,7 +48,8 @@ def test_a_shipped_pipeline_agrees_with_its_training_config(name, unet, training
     trained = build_scheduler(config.diffusion)
     assert type(pipeline.scheduler) is type(trained) and settings(pipeline.scheduler) == settings(trained)
     torch.testing.assert_close(pipeline.scheduler.betas, trained.betas)
-    assert pipeline.training_scheduler is pipeline.scheduler
+    assert (folder / "training_scheduler").resolve() == (folder / "scheduler").resolve()
+    assert settings(pipeline.training_scheduler) == settings(pipeline.scheduler)
     assert is_mixture(pipeline.unet) == (config.model.z_channels > 0)
     assert pipeline.config.timestep_shift == (4.0 if pixels == 256 else 1.0)
 
@@ -55,6 +58,17 @@ def test_the_shipped_guide_is_a_weaker_model_of_the_same_latents_and_classes():
     unet = SMDUNet2DModel.from_pretrained(ROOT / "checkpoints/unet-emoji-256-gaussian")
     guide = load_guide(str(ROOT / "checkpoints/unet-emoji-256-guide"), "guide", unet)
     assert guide.num_parameters() < unet.num_parameters() / 3 and not is_mixture(guide)
+
+
+def test_the_scheduler_of_a_shipped_pipeline_can_be_replaced_when_loading():
+    """As in diffusers. The network is still evaluated on the process that it was trained on."""
+    folder, images = ROOT / "checkpoints/emoji-smd", []
+    given = FlowMatchEulerDiscreteScheduler()
+    for pipeline in (SMDPipeline.from_pretrained(folder, scheduler=given), SMDPipeline.from_pretrained(folder)):
+        pipeline.scheduler = given
+        pipeline.set_progress_bar_config(disable=True)
+        images.append(latents(pipeline, [0], [1]))
+    assert torch.equal(*images)
 
 
 def test_a_shipped_pipeline_samples():

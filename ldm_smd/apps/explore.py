@@ -116,7 +116,6 @@ def page(explorer: Explorer) -> gradio.Blocks:
                 raise gr.Error("seed, sigma from: expected numbers, found an empty field")
             interval = [low, math.inf if high is None else high]
             check_interval(interval)
-            explorer.begin(session)
             number = label if label < len(classes) else None
             embedding = explorer.embedding(image_prompt, prompt)
             request = Request(number, count, steps, scheduler, seed, scale, tuple(interval), shift or None, embedding)
@@ -139,7 +138,8 @@ def page(explorer: Explorer) -> gradio.Blocks:
         inputs = [label, count, steps, shift, scheduler, seed, scale, low, high, image_prompt, prompt, session]
         outputs = [*galleries, *filmstrips, step, draws, message, shown]
         # The two share the models, so only one runs at a time.
-        start.click(shows_errors(sample), inputs, outputs, concurrency_id="models")
+        begun = start.click(explorer.begin, session, queue=False)  # not later, or a stop while waiting would be forgotten
+        begun.then(shows_errors(sample), inputs, outputs, concurrency_id="models")
         step.input(shows_errors(draw), [step, shown], draws, concurrency_id="models", trigger_mode="always_last")
         stop.click(explorer.stop, session, queue=False)
     return blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import time
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ..errors import UserError
-from ..files import locked, this_process
+from ..files import locked, read_json, this_process
 from ..files import sha256 as sha256_of
 from . import store
 
 Result = TypeVar("Result")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 OPEN_ATTEMPTS, WRONG_ATTEMPTS = 20, 3
+MANY, LISTED_SECONDS = 1000, 300
+"""With more files than MANY, they are listed this often, or when the cache is full."""
 ABANDONED_SECONDS = 3600
 """Age of a temporary file after which its process must have been killed."""
 
@@ -138,16 +141,27 @@ class FileCache:
         return sorted(cached for cached in self._all() if not cached.temporary)
 
     def make_room(self, size: int) -> None:
-        """Remove files of killed processes, and the least recently used copies until ``size`` more bytes fit."""
+        """Remove files of killed processes, and the least recently used copies until ``size`` more bytes fit.
+
+        With many files, a tenth of the limit is made free at once, and until it is used, only the total is updated.
+        """
+        record = self.folder / "locks" / "room.json"
         with self._locked("room"):
-            now, found = time.time(), list(self._all())
-            for cached in found:
-                if cached.temporary and now - cached.used > ABANDONED_SECONDS:
+            now, known = time.time(), read_json(record)
+            fits = known.get("bytes", self.limit_bytes) + size <= self.limit_bytes
+            if known.get("files", 0) > MANY and now - known["listed"] < LISTED_SECONDS and fits:
+                known["bytes"] += size
+            else:
+                found = list(self._all())
+                abandoned = [each for each in found if each.temporary and now - each.used > ABANDONED_SECONDS]
+                for cached in abandoned:
                     cached.path.unlink(missing_ok=True)
-                    size -= cached.size
-            excess = sum(cached.size for cached in found) + size - self.limit_bytes
-            if excess > 0:
-                self._remove(excess)
+                total = sum(cached.size for cached in found) - sum(cached.size for cached in abandoned) + size
+                if total > self.limit_bytes:
+                    spare = self.limit_bytes // 10 if len(found) > MANY else 0
+                    total -= self._remove(total - self.limit_bytes + spare)
+                known = {"bytes": total, "files": len(found), "listed": now}
+            record.write_text(json.dumps(known), encoding="utf-8")
 
     def _remove(self, size: int) -> int:
         """Remove the least recently used copies, ``size`` bytes or more in total. Return the number of bytes removed."""

@@ -65,6 +65,7 @@ class EncodedBatch(NamedTuple):
 
 def encode(config: EncodeConfig) -> Manifest | None:
     """Encode this worker's shards to ``config.output``. If all shards are then complete, write the manifest and return it.
+    It is not written again if nothing was left to do.
 
     Raises UserError if ``output`` holds other files, or a run with other settings.
     """
@@ -100,7 +101,9 @@ def encode(config: EncodeConfig) -> Manifest | None:
                 raise UserError(
                     f"output: expected to write the shards to {output}, found {error}; run again to continue"
                 ) from error
-        if write_manifest(output, plan, config.images.strict):
+        every = {name(plan, shard) for shard in plan.shards for name in (shard_name, record_name)}
+        written = not missing and not config.images.strict and sizes.keys() >= {MANIFEST, *every}
+        if written or write_manifest(output, plan, config.images.strict):
             return Manifest.load(config.output)
         return None
 

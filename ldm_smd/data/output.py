@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import UserError
-from ..files import atomic_file, claimed, sha256
+from ..files import atomic_file, claimed, read_json, sha256
 from . import store
-from .shards import read_json
 
 UPLOADS_AHEAD = 4
 """Files that may wait for their upload while the next shard is made: two shards and their records."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 
 from ..autoencoder import FrozenAutoencoder
 from ..errors import UserError, shortened
+from ..files import read_existing_json, read_json
 from . import store
 from .cache import FileCache
 from .settings import CacheConfig
@@ -128,16 +130,14 @@ class Manifest:
 
     def missing(self) -> str | None:
         """Return the name of the first missing shard; None if there is none or the server cannot list files."""
-        names = [item["name"] for item in self.shards]
-        if self.cache is None:
-            return next((name for name in names if not Path(self.place(name)).is_file()), None)
         existing = set(self.tars())
-        return next((name for name in names if existing and name not in existing), None)
+        listed = existing or self.cache is None
+        return next((item["name"] for item in self.shards if listed and item["name"] not in existing), None)
 
     def tars(self) -> list[str]:
         """List the names of the tars beside the manifest; [] if the server cannot list files."""
         if self.cache is None:
-            return [path.name for path in Path(self.folder).glob("*.tar")]
+            return [name for name in os.listdir(self.folder) if name.endswith(".tar")]
         if str(self.folder).startswith("http"):
             return []
         return [each.name for each in store.list_files(str(self.folder), "shards", "*.tar")]
@@ -244,22 +244,3 @@ class ChannelStatistics:
 def index_sha256(index: dict | None) -> str:
     """Hash the index of a shard. A damaged index is detected by its hash."""
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON mapping; empty if there is no readable one."""
-    try:
-        return read_existing_json(path)
-    except FileNotFoundError:
-        return {}
-
-
-def read_existing_json(path: Path) -> dict:
-    """Read a JSON mapping; empty if it is not readable. Raises FileNotFoundError if there is no file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -119,6 +119,7 @@ class LatentStream(IterableDataset):
         mirror: whether to take the mirrored encoding with probability one half.
         rank, world_size: this process, and the number of processes.
         embeddings: whether to read the embeddings, which the shards must have.
+        checks: whether to list the shards, to find missing ones before they are read.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class LatentStream(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         embeddings: bool = False,
+        checks: bool = True,
     ) -> None:
         super().__init__()
         if embeddings and manifest.embedding is None:
@@ -143,7 +145,7 @@ class LatentStream(IterableDataset):
         self.seed, self.mirror, self.rank, self.world_size = seed, mirror, rank, world_size
         self.manifest, self.count = manifest, manifest.count
         self.counts = np.array([item["count"] for item in manifest.shards])
-        name = manifest.missing() if rank == 0 or manifest.cache is None else None
+        name = manifest.missing() if checks and (rank == 0 or manifest.cache is None) else None
         if name is not None:
             raise UserError(f"shards: expected {name} in {manifest.folder}, as its manifest says, found no such file")
         self._shards: dict[int, Shard] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -127,6 +128,8 @@ def measure(config: EvaluateConfig, state: PartialState) -> dict:
             result[name] = {"source": source}
     if not state.is_main_process:
         return {}
+    if state.num_processes > 1:
+        torch.set_num_threads(os.cpu_count() or 1)  # launchers set 1, and the other processes have finished
     for name, found in {"reference": reference, **compared}.items():
         if len(found) < 2:
             raise UserError(f"{name}: expected at least two images, found {len(found)}")

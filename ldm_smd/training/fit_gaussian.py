@@ -213,6 +213,6 @@ def fitting_latents(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the latents that a mixture is fitted to, the first of the stream, normalised, and their labels, on the CPU."""
     count = min(manifest.count, FITTING_LATENTS)
-    batch = LatentStream(manifest, count, count, seed=seed, mirror=mirror).batch_at(0)
+    batch = LatentStream(manifest, count, count, seed=seed, mirror=mirror, checks=False).batch_at(0)
     latents = autoencoder.normalise(sample_latents(batch.moments.to(autoencoder.device), generator))
     return latents.cpu(), batch.labels

@@ -114,6 +114,23 @@ def full_after(monkeypatch, cache, most):
     monkeypatch.setattr(store, "download", download)
 
 
+def test_many_files_are_listed_rarely(files, tmp_path, monkeypatch):
+    """Listing a hundred thousand files takes seconds, so it is not done for each file. Making room then leaves some spare."""
+    monkeypatch.setattr("ldm_smd.data.cache.MANY", 2)
+    listings, real = [], FileCache._all
+    monkeypatch.setattr(FileCache, "_all", lambda self: listings.append(1) or real(self))
+    large, full = FileCache(tmp_path / "large", 10 * SIZE), FileCache(tmp_path / "full", 4 * SIZE)
+    for url, digest, _ in files:
+        large.fetch(url, digest, SIZE)
+    assert len(large.files()) == 5 and len(listings) <= 7 + 1  # 7 until there are more than two; twice for each file otherwise
+    for url, digest, _ in files:
+        full.fetch(url, digest, SIZE)
+    assert len(full.files()) == 3 and json.loads((tmp_path / "full/locks/room.json").read_text())["bytes"] == 3 * SIZE
+    (tmp_path / "full/locks/room.json").write_text("damaged")
+    full.make_room(2 * SIZE)
+    assert len(full.files()) < 3
+
+
 def test_a_full_disk_removes_other_copies(files, cache, monkeypatch):
     full_after(monkeypatch, cache, 2 * SIZE)
     for url, digest, content in files:
