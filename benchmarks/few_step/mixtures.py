@@ -235,8 +235,7 @@ class PosteriorDistillation(Mixture):
         second = torch.randn(x0.shape, **options)
         losses = self.distillation_losses.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
         if weight > 0:
-            applied = torch.where(self.distillation_losses.is_marginal(t), 0.0, weight)  # as in tools/train.py
-            losses["loss"] = losses["loss"] + applied * self.energy_score(velocities, x0, eps, t, 1.0)
+            losses["loss"] = losses["loss"] + weight * self.energy_score(velocities, x0, eps, t, 1.0)
         return losses
 
 

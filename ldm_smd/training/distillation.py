@@ -118,9 +118,7 @@ class Distillation:
         if weight > 0 and model_learns:
             target = path.target(x0, noise.eps, t, prediction_type)
             score = compare_draws("energy", run.config, path, predictions, target, t)
-            # Marginal views let the noise in x_t choose the image, and the energy score asks draws to be independent of it.
-            applied = torch.where(self.distillation_losses.is_marginal(t), 0.0, weight)
-            losses |= {"loss": losses["loss"] + applied * score, "energy_score": score}
+            losses |= {"loss": losses["loss"] + weight * score, "energy_score": score}
         return losses
 
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:

@@ -203,16 +203,6 @@ def test_an_energy_score_is_added_to_the_loss(learner):
         learner(energy, "objective.draws=1")
 
 
-def test_the_energy_score_is_not_added_where_views_are_marginal(learner):
-    learner = learner(*ENERGY.split(), ABOVE)
-    batch = learner.run.batches().batch_at(0)
-    noise = learner.draw(batch, 0)
-    noise.t[:] = torch.arange(len(noise.t)) * 999 // (len(noise.t) - 1)
-    losses, marginal = learner.losses(batch, noise), learner.distillation_losses.is_marginal(noise.t)
-    assert 0 < marginal.sum() < len(marginal) and losses["loss"][marginal].abs().max() < 1e-8
-    assert torch.allclose(losses["loss"][~marginal], 0.3 * losses["energy_score"][~marginal])
-
-
 def test_the_teacher_can_differ_from_the_initial_model(distil, train_config, gaussian_folder, model_folder, tmp_path):
     plain = ("objective.name=distillation", "objective.draws=1")
     with pytest.raises(UserError, match=r"objective\.distillation\.teacher: expected .*, found None"):
