@@ -45,7 +45,7 @@ class EvaluateConfig(Settings):
     """Image i has seed ``seed + i``."""
     batch_size: int = number(64, 1, 2**16)
     precision: str = choice("no", PRECISIONS)
-    """Of sampling, as in tools/sample.py. Feature networks are always in float32."""
+    """Precision of sampling, as in tools/sample.py. Feature networks are always in float32."""
     features: list[str] = field(default_factory=lambda: ["checkpoints/classifier"])
     """Feature networks: a FeatureNetwork folder; open_clip:ARCHITECTURE:FILE.safetensors; dinov2:ARCHITECTURE:FILE.safetensors
     with the architecture's name in timm; inception:FILE. A name of pretrained weights instead of a file is downloaded:
