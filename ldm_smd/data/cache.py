@@ -140,28 +140,36 @@ class FileCache:
         """List the copies, the least recently used first."""
         return sorted(cached for cached in self._all() if not cached.temporary)
 
-    def make_room(self, size: int) -> None:
+    def make_room(self, size: int, since: float | None = None) -> None:
         """Remove files of killed processes, and the least recently used copies until ``size`` more bytes fit.
 
         With many files, a tenth of the limit is made free at once, and until it is used, only the total is updated.
+
+        Args:
+            since: time at which room was made for these bytes before. By now they are the size of a copy.
         """
         record = self.folder / "locks" / "room.json"
         with self._locked("room"):
             now, known = time.time(), read_json(record)
-            fits = known.get("bytes", self.limit_bytes) + size <= self.limit_bytes
+            # A listing may have found a part of a download only.
+            more = size if since is None or known.get("listed", 0.0) > since else 0
+            fits = known.get("bytes", self.limit_bytes) + more <= self.limit_bytes
             if known.get("files", 0) > MANY and now - known["listed"] < LISTED_SECONDS and fits:
-                known["bytes"] += size
+                known["bytes"] += more
             else:
                 found = list(self._all())
                 abandoned = [each for each in found if each.temporary and now - each.used > ABANDONED_SECONDS]
                 for cached in abandoned:
                     cached.path.unlink(missing_ok=True)
-                total = sum(cached.size for cached in found) - sum(cached.size for cached in abandoned) + size
+                total = sum(cached.size for cached in found) - sum(cached.size for cached in abandoned)
+                total += size if since is None else 0
                 if total > self.limit_bytes:
                     spare = self.limit_bytes // 10 if len(found) > MANY else 0
                     total -= self._remove(total - self.limit_bytes + spare)
                 known = {"bytes": total, "files": len(found), "listed": now}
-            record.write_text(json.dumps(known), encoding="utf-8")
+            with suppress(OSError):  # a full disk, for instance. Without a record, the next call lists again.
+                record.unlink(missing_ok=True)
+                record.write_text(json.dumps(known), encoding="utf-8")
 
     def _remove(self, size: int) -> int:
         """Remove the least recently used copies, ``size`` bytes or more in total. Return the number of bytes removed."""
@@ -197,13 +205,14 @@ class FileCache:
         found = ""
         for failures in range(1, WRONG_ATTEMPTS + 1):
             try:
-                self._download(url, temporary, size)
+                reserved = self._download(url, temporary, size)
                 found = sha256_of(temporary) if sha256 else ""
                 if found == (sha256 or ""):
                     with open(temporary, "rb") as file:
                         os.fsync(file.fileno())
+                    size_found = temporary.stat().st_size
                     temporary.rename(path)
-                    self.make_room(0)  # others may have fetched files at the same time
+                    self.make_room(size_found, reserved)  # others may have fetched files at the same time
                     return
             except FileNotFoundError as error:
                 raise UserError(f"{self.key}: expected a file at {store.without_credentials(url)}, found none") from error
@@ -215,8 +224,9 @@ class FileCache:
             f"{self.key}: expected {store.without_credentials(url)} with sha256 {sha256}, found {found}, {WRONG_ATTEMPTS} times"
         )
 
-    def _download(self, url: str, temporary: Path, size: int | None) -> None:
-        """Download a file. While the disk is full, remove other copies and try again."""
+    def _download(self, url: str, temporary: Path, size: int | None) -> float:
+        """Download a file. While the disk is full, remove other copies and try again. Returns the time at which room was made."""
+        reserved = 0.0
 
         def on_size(found: int) -> None:
             if found > self.limit_bytes:
@@ -225,10 +235,13 @@ class FileCache:
                     f"{self.limit_bytes}"
                 )
             self.make_room(found)
+            nonlocal reserved
+            reserved = time.time()
 
         while True:
             try:
-                return store.download(url, temporary, self.key, size, self.retries, on_size)
+                store.download(url, temporary, self.key, size, self.retries, on_size)
+                return reserved
             except OSError as error:
                 temporary.unlink(missing_ok=True)
                 if error.errno not in DISK_FULL or not self._remove(size or 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -205,6 +206,8 @@ class PiecesOnDisk(Pieces):
         with locked(path.with_suffix(".lock")):
             with suppress(OSError, ValueError, KeyError):
                 return RepeatedKeys.load(path)
+            for left in self.folder.glob(".keys-*"):  # by a killed process that held the lock
+                shutil.rmtree(left, ignore_errors=True)
             found = find_repeated_keys(index, self.folder)
             found.save(path)
         return found

@@ -120,7 +120,8 @@ def buckets(hashes: Iterable[np.ndarray], folder: Path | None) -> Iterator[tuple
 
     Equal values come in the order of their indices.
     """
-    with TemporaryDirectory(dir=folder, prefix=".keys-") as temporary:
+    # Windows and NFS cannot remove files that are mapped, as they are after an error.
+    with TemporaryDirectory(dir=folder, prefix=".keys-", ignore_cleanup_errors=True) as temporary:
         runs = [save_run(*run, Path(temporary) / f"{number}.npy") for number, run in enumerate(sorted_runs(hashes))]
         count = max(sum(map(len, runs)) // BUCKET_SIZE, 1)
         edges = np.array([bucket * 2**64 // count for bucket in range(1, count)], np.uint64)
@@ -129,7 +130,7 @@ def buckets(hashes: Iterable[np.ndarray], folder: Path | None) -> Iterator[tuple
             inside = np.concatenate([run[cut[bucket] : cut[bucket + 1]] for run, cut in zip(runs, cuts)])
             if len(inside):
                 yield inside["value"], inside["index"]
-        del runs  # Windows cannot remove files that are mapped
+        del runs
 
 
 def sorted_runs(hashes: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -138,7 +139,7 @@ def sorted_runs(hashes: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.n
     start = waiting = 0
     for part in chain(hashes, [None]):
         if part is not None:
-            parts.append(part)
+            parts.append(np.array(part))  # copied, so that the file of a memory-mapped part is closed
             waiting += len(part)
         if waiting and (part is None or waiting >= RUN_SIZE):
             values = np.concatenate(parts)

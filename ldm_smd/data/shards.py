@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -137,7 +138,9 @@ class Manifest:
     def tars(self) -> list[str]:
         """List the names of the tars beside the manifest; [] if the server cannot list files."""
         if self.cache is None:
-            return [name for name in os.listdir(self.folder) if name.endswith(".tar")]
+            with suppress(FileNotFoundError, NotADirectoryError):
+                return [name for name in os.listdir(self.folder) if name.endswith(".tar")]
+            return []
         if str(self.folder).startswith("http"):
             return []
         return [each.name for each in store.list_files(str(self.folder), "shards", "*.tar")]

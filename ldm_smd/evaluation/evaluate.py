@@ -129,7 +129,8 @@ def measure(config: EvaluateConfig, state: PartialState) -> dict:
     if not state.is_main_process:
         return {}
     if state.num_processes > 1:
-        torch.set_num_threads(os.cpu_count() or 1)  # launchers set 1, and the other processes have finished
+        # Launchers set 1, and the other processes have finished.
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     for name, found in {"reference": reference, **compared}.items():
         if len(found) < 2:
             raise UserError(f"{name}: expected at least two images, found {len(found)}")
@@ -237,6 +238,7 @@ def sample_features(
         "guidance_scale": config.guidance_scale,
         "guidance_interval": config.guidance_interval,
         "guide": config.guide,
+        "precision": str(pipeline.unet.dtype).removeprefix("torch."),
         "labels": "none" if labels is None else config.labels,
         "seeds": [config.seed, config.seed + config.num_samples - 1],
     }

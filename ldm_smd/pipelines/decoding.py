@@ -45,7 +45,7 @@ def encode_images(vae: Autoencoder, images: PipelineImageInput, shape: tuple[int
     images = [readable(image) for image in images] if isinstance(images, list) else readable(images)
     scaled = (VaeImageProcessor(do_resize=False).preprocess(images) + 1.0) * 127.5
     pixels = scaled.round().clamp(0, 255).to(torch.uint8)
-    if len(pixels) not in (1, shape[0], shape[0] // repeats):
+    if len(pixels) not in (1, shape[0]) and len(pixels) * repeats != shape[0]:
         raise ValueError(f"image: expected one image, or one for each of {shape[0]} samples, found {len(pixels)}")
     size = pixels.shape[2] * pixels.shape[3]
     with autoencoder.working(), tiled(vae, size):

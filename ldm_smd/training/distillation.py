@@ -19,8 +19,8 @@ from ..diffusion.two_views import draw_second_timesteps
 from .critics import make_critic
 from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
-from .step import compare_draws, global_batch, micro_batches, model_conditions, trained_model
-from .step_noise import StepNoise, own_rows
+from .step import compare_draws, draw_rows, micro_batches, model_conditions, trained_model
+from .step_noise import SECOND_VIEW, StepNoise
 from .teacher import draw_with_pure_noise, load_teacher, load_teacher_guide
 from .trained import TrainedNetwork, adamw
 
@@ -127,7 +127,11 @@ class Distillation:
         run, score = self.run, self.run.config.objective
         draws = score.draws if score.distillation.energy_weight > 0 and number == 0 else 1
         noise = draw_with_pure_noise(run, self.process, batch, images_seen, draws, number)
-        generator, count, rows = global_batch(run, batch, images_seen, number, 1)
-        r = draw_second_timesteps(self.process, count, score.distillation.second_view_shift, generator)
-        eps = torch.randn((count, *noise.eps.shape[1:]), generator=generator, device=generator.device)
-        return TwoViews(**vars(noise), r=own_rows(r, rows), second_eps=own_rows(eps, rows))
+        shift, shape = score.distillation.second_view_shift, noise.eps.shape[1:]
+
+        def second(generator: torch.Generator, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+            r = draw_second_timesteps(self.process, count, shift, generator)
+            return r, torch.randn((count, *shape), generator=generator, device=generator.device)
+
+        r, eps = draw_rows(run, batch, (images_seen, number, SECOND_VIEW), second)
+        return TwoViews(**vars(noise), r=r, second_eps=eps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -17,11 +17,8 @@ from ..models.denoiser import model_labels
 from .build import initial_model
 from .run import Run
 from .settings import TrainConfig
-from .step_noise import StepNoise, draw_step_noise, step_seed
+from .step_noise import DROPOUT, NOISE, StepNoise, draw_in_blocks, draw_step_noise, step_seed
 from .trained import TrainedNetwork, adamw
-
-DROPOUT = 1
-"""Ends the seed of dropout. Seeds of other random numbers are shorter."""
 
 
 class Learner(Protocol):
@@ -107,21 +104,28 @@ def draw_step(run: Run, path: GaussianPath, batch: LatentBatch, images_seen: int
 
     They are a function of (seed, images_seen, number), so a resumed run draws the same on any number of processes.
     """
-    generator, count, rows = global_batch(run, batch, images_seen, *([number] if number else []))
-    shape = (count, *batch.moments.shape[2:])
-    noise = draw_step_noise(generator, shape, draws, path, run.config.label_dropout, run.config.timestep_shift)
+    config, shape = run.config, batch.moments.shape[2:]
+
+    def draw(generator: torch.Generator, count: int) -> Iterable[torch.Tensor]:
+        options = (draws, path, config.label_dropout, config.timestep_shift)
+        return vars(draw_step_noise(generator, (count, *shape), *options)).values()
+
+    noise = StepNoise(*draw_rows(run, batch, (images_seen, number, NOISE), draw))
     # For dropout inside the network.
-    torch.manual_seed(step_seed(run.config.seed, images_seen, number, run.accelerator.process_index, DROPOUT))
-    return noise.own_rows(rows)
+    torch.manual_seed(step_seed(config.seed, images_seen, number, DROPOUT, run.accelerator.process_index))
+    return noise
 
 
-def global_batch(run: Run, batch: LatentBatch, *seed: int) -> tuple[torch.Generator, int, slice]:
-    """Return what is needed to draw random numbers for the batch of all processes: a generator on the device, seeded by the
-    run's seed and ``seed``; the number of images; and the rows of this process."""
+def draw_rows(
+    run: Run,
+    batch: LatentBatch,
+    seed: Sequence[int],
+    draw: Callable[[torch.Generator, int], Iterable[torch.Tensor]],
+) -> list[torch.Tensor]:
+    """Draw random numbers for this process's rows of the batch of all processes. ``seed`` follows that of the run."""
     accelerator, size = run.accelerator, len(batch.labels)
-    generator = torch.Generator(accelerator.device).manual_seed(step_seed(run.config.seed, *seed))
-    start = accelerator.process_index * size
-    return generator, size * accelerator.num_processes, slice(start, start + size)
+    start, count = accelerator.process_index * size, accelerator.num_processes * size
+    return draw_in_blocks(slice(start, start + size), count, (run.config.seed, *seed), accelerator.device, draw)
 
 
 def micro_batches(size: int, count: int) -> Iterator[tuple[tuple[int, int], bool]]:

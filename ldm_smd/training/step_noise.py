@@ -1,8 +1,12 @@
-"""Random numbers of a training step. Every process draws those of the whole batch, so they do not depend on the number of
-processes."""
+"""Random numbers of a training step.
+
+They are drawn in blocks of images with a seed each. So they do not depend on the number of processes, and each process draws
+little more than those of its own images.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -10,6 +14,11 @@ import numpy as np
 import torch
 
 from ..diffusion.process import GaussianPath
+
+BLOCK = 64
+"""Images of a block. With another size, trainings would draw other numbers."""
+NOISE, SECOND_VIEW, PURE_NOISE, DROPOUT = range(4)
+"""Purposes of random numbers, for seeds (seed, images_seen, number of the update, purpose, block)."""
 
 
 @dataclass
@@ -37,15 +46,6 @@ class StepNoise:
     def rows(self, start: int, stop: int) -> Self:
         return type(self)(**{field.name: getattr(self, field.name)[start:stop] for field in fields(self)})
 
-    def own_rows(self, rows: slice) -> Self:
-        """Return the rows of this process, copied if there are others, so that theirs do not stay in memory."""
-        return type(self)(**{field.name: own_rows(getattr(self, field.name), rows) for field in fields(self)})
-
-
-def own_rows(values: torch.Tensor, rows: slice) -> torch.Tensor:
-    taken = values[rows]
-    return taken if len(taken) == len(values) else taken.clone()
-
 
 def draw_step_noise(
     generator: torch.Generator,
@@ -66,6 +66,23 @@ def draw_step_noise(
         drop_embedding=torch.rand(shape[:1], **options) < label_dropout,
         coarse=torch.rand(shape[:1], **options),
     )
+
+
+def draw_in_blocks(
+    rows: slice,
+    count: int,
+    seed: Sequence[int],
+    device: torch.device,
+    draw: Callable[[torch.Generator, int], Iterable[torch.Tensor]],
+) -> list[torch.Tensor]:
+    """Draw random numbers for the ``rows`` of a batch of ``count`` images. ``draw`` returns tensors for a number of images."""
+    parts = []
+    for block in range(rows.start // BLOCK, -(-rows.stop // BLOCK)):
+        first = block * BLOCK
+        generator = torch.Generator(device).manual_seed(step_seed(*seed, block))
+        drawn = draw(generator, min(BLOCK, count - first))
+        parts.append([values[max(rows.start - first, 0) : rows.stop - first] for values in drawn])
+    return [torch.cat(values) for values in zip(*parts)]
 
 
 def step_seed(*values: int) -> int:

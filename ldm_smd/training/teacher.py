@@ -18,8 +18,8 @@ from ..models.widened import with_null_class
 from ..schema import check
 from .run import Run
 from .same_process import check_process
-from .step import draw_step, global_batch
-from .step_noise import StepNoise
+from .step import draw_rows, draw_step
+from .step_noise import PURE_NOISE, StepNoise
 
 KEY = "objective.distillation.teacher"
 GUIDE_KEY = "objective.distillation.guide"
@@ -76,8 +76,11 @@ def draw_with_pure_noise(
     """Draw as ``draw_step``, but set t to the last timestep, where sampling begins, for a fraction of the images
     (``objective.distillation.pure_noise_fraction``)."""
     noise = draw_step(run, path, batch, images_seen, draws, number)
-    generator, count, rows = global_batch(run, batch, images_seen, number, 2)
     fraction = run.config.objective.distillation.pure_noise_fraction
-    pure = torch.rand(count, generator=generator, device=generator.device) < fraction
-    noise.t = torch.where(pure[rows], path.last, noise.t)
+
+    def draw(generator: torch.Generator, count: int) -> list[torch.Tensor]:
+        return [torch.rand(count, generator=generator, device=generator.device) < fraction]
+
+    [pure] = draw_rows(run, batch, (images_seen, number, PURE_NOISE), draw)
+    noise.t = torch.where(pure, path.last, noise.t)
     return noise

@@ -10,6 +10,7 @@ from few_step.jobs import Job, step_costs
 from few_step.method import Training, train
 from few_step.mixtures import EnergyThenDistillation
 
+from ldm_smd.training.ema import EMA
 from tests.benchmarks.tiny_start import batch
 
 
@@ -73,12 +74,19 @@ def test_the_cost_of_a_training_has_all_its_parts(start, latents, monkeypatch):
     assert cost == pytest.approx(0.95 * 1 + 0.05 * 5)
 
 
-def test_the_moving_average_follows_each_schedule(start):
+def test_the_moving_average_follows_each_schedule(start, latents, monkeypatch):
     """A short second part would otherwise keep weights of the first."""
     training = Training(400_000)
     method = Job("energy-distillation", {"energy_first": 0.5, "separate_schedules": True}).make(start)
     assert training.halflife(method.schedule) == 4000
     assert training.halflife((0.9, 1.0)) == 2000 and Training(400_000, ema_halflife_images=7).halflife((0.9, 1.0)) == 7
+
+    used, update = [], EMA.update
+    monkeypatch.setattr(EMA, "update", lambda self, *given: used.append(self.halflife_images) or update(self, *given))
+    method = Job("energy-distillation", {"energy_first": 0.75, "separate_schedules": True}).make(start)
+    monkeypatch.setattr(Training, "halflife", lambda self, schedule: int(100 * (schedule[1] - schedule[0])))
+    train(method, latents, Training(64, batch=8))
+    assert used == [75] * 6 + [25] * 2
 
 
 def test_the_critic_learns_only_after_training_with_the_energy_score(start):

@@ -3,8 +3,10 @@
 import io
 import multiprocessing
 import os
+import sys
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +205,22 @@ def test_the_hashes_of_a_source_are_read_once():
         patch.setattr(keys_module, "BUCKET_SIZE", 4)
         assert not len(find_repeated_keys(keys).numbers)
     assert len(reads) == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_few_files_are_open_while_keys_are_compared(tmp_path):
+    """A system allows 1,024 open files by default. Each memory-mapped part holds one."""
+    for part in range(50):
+        np.save(tmp_path / f"{part}.npy", np.arange(2 * part, 2 * part + 2, dtype=np.uint64))
+    most = []
+
+    def hashes():
+        for part in range(50):
+            yield np.load(tmp_path / f"{part}.npy", mmap_mode="r")
+            most.append(Path("/proc/self/maps").read_text().count(str(tmp_path)))
+
+    numbers, _ = keys_module.repeated_hashes(hashes())
+    assert not len(numbers) and max(most) <= 2
 
 
 def test_many_images_with_one_key():

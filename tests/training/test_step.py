@@ -10,7 +10,7 @@ from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
-from ldm_smd.training.step_noise import step_seed
+from ldm_smd.training.step_noise import BLOCK, NOISE, PURE_NOISE, SECOND_VIEW, draw_in_blocks, step_seed
 from tests.training.critic import WithCritic
 from tests.training.results import assert_same_losses, logged_losses
 
@@ -81,8 +81,8 @@ def test_dropout_has_random_numbers_of_its_own(open_run):
     batch = learner.run.batches().batch_at(0)
     learner.draw(batch, 0)
     found = torch.randn(8)
-    for seed in ((0,), (0, 0), (0, 0, 1), (0, 0, 2)):  # of the noise of a step, and of distillation
-        noise = torch.Generator().manual_seed(step_seed(learner.run.config.seed, *seed))
+    for purpose in (NOISE, SECOND_VIEW, PURE_NOISE):
+        noise = torch.Generator().manual_seed(step_seed(learner.run.config.seed, 0, 0, purpose, 0))
         assert not torch.equal(found, torch.randn(8, generator=noise))
 
 
@@ -93,6 +93,25 @@ def test_random_numbers_of_other_processes_do_not_stay_in_memory(open_run, monke
     noise = learner.draw(batch, 0)
     assert len(noise.eps) == len(batch.labels)
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in vars(noise).values())
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_random_numbers_do_not_depend_on_the_number_of_processes(processes):
+    count, drawn = 150, []
+
+    def draw(generator, rows):
+        drawn.append(rows)
+        return torch.randn(rows, 2, generator=generator), torch.rand(rows, generator=generator)
+
+    def batch_of(world):
+        size = count // world
+        parts = [
+            draw_in_blocks(slice(i * size, (i + 1) * size), count, (3, 0), torch.device("cpu"), draw) for i in range(world)
+        ]
+        return [torch.cat(values) for values in zip(*parts)]
+
+    assert all(map(torch.equal, batch_of(processes), batch_of(1)))
+    assert max(drawn) == BLOCK and drawn[-3:] == [64, 64, 22]
 
 
 def test_the_log_does_not_stop_the_device_at_every_step(train_config, tmp_path):
