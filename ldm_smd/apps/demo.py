@@ -273,9 +273,8 @@ def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest
     latents = FrozenAutoencoder(pipeline.vae).normalise(sample_latents(batch.moments, generator))
     process = process_of(pipeline.training_scheduler)
     labels = model_labels(batch.labels, pipeline.unet.config.num_classes)
-    spread = spread_over_eta(
-        pipeline.unet, process.path, process.prediction_type, latents, labels, DIAGNOSTIC_TIMESTEPS, seed=config.seed
-    )
+    timesteps = [t for t in DIAGNOSTIC_TIMESTEPS if t <= process.path.last]
+    spread = spread_over_eta(pipeline.unet, process.path, process.prediction_type, latents, labels, timesteps, seed=config.seed)
     return {t: at.over_eta for t, at in spread.items()}
 
 

@@ -225,7 +225,10 @@ class FileCache:
         )
 
     def _download(self, url: str, temporary: Path, size: int | None) -> float:
-        """Download a file. While the disk is full, remove other copies and try again. Returns the time at which room was made."""
+        """Download a file. While the disk is full, remove other copies and try again.
+
+        Returns the time at which room was made for it.
+        """
         reserved = 0.0
 
         def on_size(found: int) -> None:

@@ -78,13 +78,15 @@ def inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b
 
 
 def coefficients(kept: list[Snapshot], images: int, sigma_rel: float) -> np.ndarray:
-    """Solve for the coefficients of the snapshots in an average of width ``sigma_rel``; their sum is close to 1."""
+    """Solve for the coefficients of the snapshots in an average of width ``sigma_rel``. They are scaled to a sum of 1, because
+    with few snapshots the solution may shrink or enlarge all weights."""
     # In units of the whole training, for better conditioning.
     ends = np.array([snapshot.images for snapshot in kept], dtype=np.float64) / images
     gammas = np.array([gamma_of(snapshot.sigma_rel) for snapshot in kept])
     products = inner_product(ends[:, None], gammas[:, None], ends[None], gammas[None])
     wanted = inner_product(ends, gammas, np.ones(1), np.array([gamma_of(sigma_rel)]))
-    return np.linalg.lstsq(products, wanted, rcond=None)[0]
+    solution = np.linalg.lstsq(products, wanted, rcond=None)[0]
+    return solution / solution.sum()
 
 
 @makes_folder()

@@ -98,7 +98,8 @@ class LatentSums:
         if self.probes is None:
             return mean, *leading(second - torch.outer(mean, mean) + torch.diag(spread), rank)
         product = second - torch.outer(mean, mean @ self.probes)
-        shift = torch.finfo(torch.float64).eps * product.norm()
+        # Relative to the second moment, because a class of equal latents has no covariance.
+        shift = torch.finfo(torch.float64).eps * torch.maximum(product.norm(), second.norm()).clamp_min(1e-300)
         product = product + shift * self.probes
         inner = self.probes.T @ product
         lower = torch.linalg.cholesky(0.5 * (inner + inner.T))
@@ -196,7 +197,7 @@ def shared_gaussians(
     """Fit a mixture with a shared covariance, in the leading principal components of all latents."""
     generator = torch.Generator().manual_seed(config.seed)
     latents, labels = fitting_latents(manifest, autoencoder, config.seed, config.mirror, generator)
-    components = min(config.components, len(latents) // LATENTS_PER_COMPONENT)
+    components = max(1, min(config.components, len(latents) // LATENTS_PER_COMPONENT))
     rank = min(config.rank, sums.sums.shape[1] - 1)
     mean, vectors, _, tail = sums.pooled().principal(0, rank)
     weights, means, within, responsibilities = fit_shared((latents.flatten(1).double() - mean) @ vectors.T, components, FLOOR)

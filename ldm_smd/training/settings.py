@@ -142,6 +142,11 @@ class TrainAutoencoderConfig(Settings):
         super().__post_init__()
         check_images_total(self.images_total, self.batch_size)
         check(self.train_encoder or self.init_from is not None, "init_from", "a folder if train_encoder is false", None)
+        side, factor = self.images.resolution, 2 ** (len(self.model.block_out_channels) - 1)
+        check(side % factor == 0, "images.resolution", f"a multiple of {factor}, the downsampling factor", side)
+        check(
+            self.held_out.resolution == side, "held_out.resolution", f"{side}, as images.resolution", self.held_out.resolution
+        )
 
 
 @dataclass
@@ -177,6 +182,8 @@ class TrainClassifierConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(len(self.sets) > 0, "sets", "at least one set of images", len(self.sets))
+        names = [entry.name for entry in self.sets]
+        check(len(set(names)) == len(names), "sets", "sets of different names", ", ".join(names))
         per_step = sum(entry.batch_size for entry in self.sets)
         check_images_total(self.images_total, per_step, f"step of {per_step}")
 

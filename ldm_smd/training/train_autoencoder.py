@@ -34,9 +34,12 @@ from .trained import TrainedNetwork
 REPORT_EVERY_IMAGES = 1_000
 LATENT_CONSTANTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 """Settings of an autoencoder that latents, or the precision of their decoder, depend on."""
-NOT_COMPARED = ("images.source", "images.classes", "images.split", "images.cache", "held_out.", "work", "resume_changed")
+NOT_COMPARED = (
+    *(f"images.{name}" for name in ("source", "classes", "split", "cache", "strict", "max_pixels", "allow_pipe")),
+    *("held_out.", "output", "work", "num_workers", "resume_changed"),
+)
 """Prefixes of settings that are not compared: paths, whose contents are, and settings that do not change the model."""
-MAY_CHANGE = ("images_total", "learning_rate", "warmup_images", "ema_halflife_images", "checkpoint_every_images")
+MAY_CHANGE = ("images_total", "learning_rate", "warmup_images", "ema_halflife_images", "checkpoint_every_images", "precision")
 
 
 def build(config: TrainAutoencoderConfig) -> AutoencoderKL | AutoencoderDC:
@@ -163,6 +166,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
                 log.log(images_seen, values)
                 bar.set_postfix(l1=f"{values['l1']:.4f}")
             if crossed(before, images_seen, config.checkpoint_every_images):
+                check_weights(ema.model, images_seen)
                 measured = reconstruction_psnr(FrozenAutoencoder(ema.model), held_out)
                 log.log(images_seen, {"held_out_psnr": measured["psnr"]})
                 bar.write(f"{images_seen} images: held-out PSNR {measured['psnr']:.2f} dB")
@@ -171,6 +175,7 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
         bar.close()
         log.close()
 
+        check_weights(ema.model, images_seen)
         if config.train_encoder:
             normalise_latents(ema.model, pixels)
         frozen = FrozenAutoencoder(ema.model)
@@ -179,6 +184,14 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
         write_model_folder(output, ema.model, autoencoder_card(config, frozen, measured, len(pixels), record))
         print(f"held-out PSNR {measured['psnr']:.2f} dB; wrote {output}")
         return output
+
+
+def check_weights(model: AutoencoderKL | AutoencoderDC, images_seen: int) -> None:
+    """Raise UserError unless all weights are finite, so that a diverged training replaces no checkpoint and no model."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise UserError(
+            f"learning_rate: expected one at which training is stable, found weights of NaN at {images_seen} images"
+        )
 
 
 def random_batch(pixels: torch.Tensor, config: TrainAutoencoderConfig, generator: torch.Generator) -> torch.Tensor:
@@ -199,8 +212,10 @@ def normalise_latents(model: AutoencoderKL | AutoencoderDC, pixels: torch.Tensor
     for batch in pixels.split(batch_size):
         statistics.add(frozen.encode_moments(batch).cpu().numpy())
     if isinstance(model, AutoencoderKL):
-        model.register_to_config(latents_mean=statistics.mean.tolist(), latents_std=statistics.std.tolist())
+        constants = {"latents_mean": statistics.mean.tolist(), "latents_std": statistics.std.tolist()}
+        model.register_to_config(scaling_factor=1.0, shift_factor=None, **constants)
     else:
+        model.register_to_config(scaling_factor=1.0)
         mean, std = (torch.as_tensor(value).to(model.device, model.dtype) for value in (statistics.mean, statistics.std))
         fold_normalisation(model.encoder.conv_out, model.decoder.conv_in, mean, std)
 

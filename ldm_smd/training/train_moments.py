@@ -71,7 +71,7 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     bar.close()
 
     few = LatentStream(manifest, CALIBRATION_PICTURES, CALIBRATION_PICTURES, seed=config.seed).batch_at(0).to(device)
-    ratios = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few)
+    ratios = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few, config.batch_size)
     measured = ", ".join(f"{ratio:.2f} at t = {t}" for t, ratio in ratios.items())
     pipeline.register_modules(moments=ema.model, scheduler=make_scheduler("GMSScheduler", pipeline.scheduler))
     text = f"""\
@@ -119,11 +119,17 @@ class PredictionErrors:
 
 
 @torch.no_grad()
-def calibration(errors: PredictionErrors, heads: MomentHeads, batch: LatentBatch) -> dict[int, float]:
-    """Return t -> ratio of the mean predicted variance to the mean squared error; 1 if calibrated."""
+def calibration(errors: PredictionErrors, heads: MomentHeads, batch: LatentBatch, size: int = 64) -> dict[int, float]:
+    """Return t -> ratio of the mean predicted variance to the mean squared error; 1 if calibrated. Computed ``size`` latents at
+    a time."""
+    count = len(batch.labels)
     ratios = {}
     for t in DIAGNOSTIC_TIMESTEPS:
         if t < errors.pipeline.training_scheduler.config.num_train_timesteps:
-            variance, _, error = errors(heads, batch, torch.full((len(batch.labels),), t, device=batch.moments.device))
-            ratios[t] = float(variance.mean() / error.square().mean())
+            predicted = measured = 0.0
+            for start in range(0, count, size):
+                part = batch.rows(start, min(start + size, count))
+                variance, _, error = errors(heads, part, torch.full((len(part.labels),), t, device=part.moments.device))
+                predicted, measured = predicted + float(variance.sum()), measured + float(error.square().sum())
+            ratios[t] = predicted / measured
     return ratios

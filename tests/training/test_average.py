@@ -66,6 +66,12 @@ def test_another_width_is_reconstructed_from_snapshots():
     assert coefficients(kept, 10_000, 0.1) == pytest.approx([0.0] * 19 + [1.0], abs=1e-6)
 
 
+@pytest.mark.parametrize(("width", "wanted"), [(0.05, 0.1), (0.1, 0.05), (0.05, 0.28)])
+def test_an_average_of_few_snapshots_keeps_the_size_of_the_weights(width, wanted):
+    """Least squares alone would scale all weights by 0.6 to 1.3, because one snapshot cannot form another width."""
+    assert coefficients([Snapshot(None, 10_000, width)], 10_000, wanted) == pytest.approx([1.0])
+
+
 @pytest.mark.slow
 def test_a_run_saves_and_resumes_snapshots_and_can_be_averaged(run, train_config, tmp_path):
     widths = ("ema_widths=[0.05,0.1]", "checkpoint_every_images=16", "keep_checkpoints=1")

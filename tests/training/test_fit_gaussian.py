@@ -46,6 +46,18 @@ def test_a_sketch_is_exact_for_a_covariance_of_low_rank_and_close_otherwise():
         assert found[3].item() == pytest.approx(tail.item(), rel=tolerance, abs=1e-9)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_class_of_equal_latents_has_a_sketch(count):
+    """Its covariance is zero."""
+    sums, point = LatentSums.empty(1, 40, sketch=16), torch.randn(40, generator=torch.Generator().manual_seed(0)).double()
+    sums.add(point.repeat(count, 1), torch.full((count, 40), 0.01).double(), torch.full((count,), -1))
+    mean, vectors, variances, tail = sums.principal(0, 4)
+    assert torch.allclose(mean, point) and torch.allclose(vectors @ vectors.T, torch.eye(4).double(), atol=1e-6)
+    assert torch.allclose(variances, torch.full_like(variances, 0.01), atol=1e-6) and float(tail) == pytest.approx(
+        0.01, rel=1e-3
+    )
+
+
 def test_class_gaussians_keep_the_leading_principal_components():
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(500, 8, generator=generator) * torch.tensor([3.0, 2, 1, 0.5, 0.4, 0.3, 0.2, 0.1])

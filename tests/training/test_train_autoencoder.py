@@ -90,8 +90,10 @@ def test_reports_are_means_over_steps(vae_config, monkeypatch):
         assert {n: line[n] for n in pair[0]} == pytest.approx({n: float(sum(t[n].detach() for t in pair) / 2) for n in pair[0]})
 
 
-def test_normalised_latents_have_mean_zero_and_variance_one(vae_folder, pixels):
-    model = AutoencoderKL.from_pretrained(vae_folder, scaling_factor=1.0, shift_factor=None)
+@pytest.mark.parametrize("constants", [(1.0, None), (0.36, 0.1)])
+def test_normalised_latents_have_mean_zero_and_variance_one(vae_folder, pixels, constants):
+    """Also after a start from an autoencoder with a scaling factor."""
+    model = AutoencoderKL.from_pretrained(vae_folder, scaling_factor=constants[0], shift_factor=constants[1])
     normalise_latents(model, pixels, batch_size=5)
     frozen = FrozenAutoencoder(model)
     mean, logvar = frozen.encode_moments(pixels).unbind(dim=1)
@@ -222,6 +224,26 @@ def test_a_training_in_channels_last_resumes(vae_config, tmp_path, monkeypatch, 
 def test_invalid_sizes_of_a_deep_compression_autoencoder_are_refused(vae_config, settings, message):
     with pytest.raises(UserError, match=message):
         vae_config("model.kind=AutoencoderDC", *settings)
+
+
+def test_sizes_that_do_not_fit_are_refused(vae_config):
+    with pytest.raises(UserError, match=r"^images\.resolution: expected a multiple of 2, the downsampling factor, found 17"):
+        vae_config("images.resolution=17", "held_out.resolution=17")
+    with pytest.raises(UserError, match=r"^held_out\.resolution: expected 16, as images\.resolution, found 64"):
+        vae_config("held_out.resolution=64")
+
+
+def test_a_diverged_training_replaces_nothing(vae_config, tmp_path):
+    """A network of NaN decodes to black, so its PSNR looks like that of a bad one."""
+    folder = train_autoencoder(vae_config())
+    before = (folder / WEIGHTS).read_bytes()
+    model = autoencoder.build(vae_config())
+    model.decoder.conv_in.bias.data.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "diverged")
+    settings = [f"init_from={tmp_path / 'diverged'}", f"work={tmp_path / 'other'}", "checkpoint_every_images=16"]
+    with pytest.raises(UserError, match=r"^learning_rate: expected one .*, found weights of NaN at 16 images"):
+        train_autoencoder(vae_config(*settings))
+    assert (folder / WEIGHTS).read_bytes() == before and not list((tmp_path / "other").glob("checkpoints/images-*"))
 
 
 def test_only_the_decoder_is_trained_without_train_encoder(vae_config, tmp_path):
