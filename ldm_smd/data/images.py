@@ -7,6 +7,7 @@ it, or stop.
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from .entries import Entry
 from .settings import MAX_PIXELS, ImagesConfig
 from .sources import list_images
 
+logger = logging.getLogger(__name__)
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Memory addresses in Pillow's messages. They are removed, so that two runs write the same manifest."""
 
@@ -109,12 +111,22 @@ def read_images(
         yield batch
 
 
+def warn_unreadable(config: ImagesConfig, unreadable: list[dict]) -> None:
+    """Log how many images of a source were skipped, and the first of them."""
+    if unreadable:
+        first = unreadable[0]
+        logger.warning(
+            "%s: skipped %d unreadable images, first %s: %s", config.source, len(unreadable), first["name"], first["reason"]
+        )
+
+
 def load_pixels(config: ImagesConfig, num_workers: int = 0) -> tuple[torch.Tensor, list[int | None], list[str]]:
     """Read all images of a source into memory. Return pixels, uint8 (N, 3, R, R), labels and class names."""
     entries = list_images(config)
     batches = [range(len(entries))[start : start + 256] for start in range(0, len(entries), 256)]
     parts = list(read_images(entries, config, batches, num_workers))
     pixels = torch.cat([part.pixels for part in parts])
+    warn_unreadable(config, [item for part in parts for item in part.unreadable])
     if not len(pixels):
         raise UserError(f"images.source: expected readable images, found none of {len(entries)} in {config.source}")
     return pixels, [label for part in parts for label in part.labels], entries.classes

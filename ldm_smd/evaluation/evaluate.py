@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..data.classes import renumbered
-from ..data.images import read_images
+from ..data.images import read_images, warn_unreadable
 from ..data.index import ImageIndex
 from ..data.settings import ImagesConfig
 from ..data.sources import list_images
@@ -166,16 +166,19 @@ def real_features(
     indices = rank_slice(len(entries), state)
     batches = [indices[start : start + config.batch_size] for start in range(0, len(indices), config.batch_size)]
     labels: list[int] = []
+    unreadable: list[dict] = []
 
     def pixels(bar: tqdm) -> Iterator[torch.Tensor]:
         for pictures in read_images(entries, images, batches, config.num_workers):
             labels.extend(label for label in pictures.labels if label is not None)
+            unreadable.extend(pictures.unreadable)
             if len(pictures.pixels):
                 yield pictures.pixels
             bar.update(len(pictures.keys) + len(pictures.unreadable))
 
     with progress(len(indices), 0, name, disable=not state.is_local_main_process) as bar:
         found = extract_features(name, pixels(bar), labels, extractors)
+    warn_unreadable(images, unreadable)
     if cached is not None and state.is_main_process:
         found.save(cached)
     return dataclasses.replace(found, classes=entries.classes)

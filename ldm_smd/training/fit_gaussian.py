@@ -25,6 +25,7 @@ from ..pipelines import SMDPipeline, load_pipeline
 from ..progress import progress
 from ..schedulers import make_scheduler
 from ..schema import check
+from .coarse_labels import SEPARATOR
 from .model_folder import model_card, write_model_folder
 from .settings import FitGaussianConfig
 
@@ -85,6 +86,10 @@ class LatentSums:
     def pooled(self) -> LatentSums:
         return self.apply(lambda total: total.sum(dim=0, keepdim=True))
 
+    def joined(self, rows: list[int]) -> LatentSums:
+        """Return the sums over the latents of these classes."""
+        return self.apply(lambda total: total[rows].sum(dim=0, keepdim=True))
+
     def principal(self, row: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the mean (D,), the leading eigenvectors (rank, D) and eigenvalues (rank,) of the covariance, and the mean of
         the other eigenvalues.
@@ -125,10 +130,11 @@ def fit_gaussian(config: FitGaussianConfig) -> Path:
         sums = latent_sums(config, manifest, autoencoder, classes if config.components == 1 else 0, state)
     if not state.is_main_process:
         return output
+    members = coarse_members(manifest.classes, pipeline.id2label)
     if config.components == 1:
-        gaussians = class_gaussians(sums, manifest.latent_shape, config.rank, classes)
+        gaussians = class_gaussians(sums, manifest.latent_shape, config.rank, classes, members)
     else:
-        gaussians = shared_gaussians(config, sums, manifest, autoencoder, classes)
+        gaussians = shared_gaussians(config, sums, manifest, autoencoder, classes, members)
     scheduler = make_scheduler(f"TeleportScheduler:sigma_skip={config.sigma_skip}", pipeline.scheduler)
     pipeline.register_modules(gaussian=gaussians, scheduler=scheduler)
     found = f"{len(gaussians.means)} Gaussians fitted to {int(sums.counts.sum()):,} latents"
@@ -148,6 +154,12 @@ def check_classes(pipeline: SMDPipeline, manifest: Manifest) -> None:
     classes, wanted = num_classes(pipeline.unet), len(manifest.classes)
     expected = f"a model of {wanted} classes and the null class, as in the shards"
     check(classes is None or classes >= wanted, "model", expected, classes)
+
+
+def coarse_members(names: list[str], id2label: dict[int, str]) -> dict[int, list[int]]:
+    """Return coarse class of the model -> classes of the shards, by name, that it stands for: "noto" for "noto, flags"."""
+    coarse = {row: name for row, name in id2label.items() if row >= len(names)}
+    return {row: [number for number, fine in enumerate(names) if name in fine.split(SEPARATOR)] for row, name in coarse.items()}
 
 
 def latent_sums(
@@ -178,21 +190,31 @@ def latent_sums(
     return sums.apply(partial(reduce, reduction="sum"))  # over the processes
 
 
-def class_gaussians(sums: LatentSums, shape: tuple[int, int, int], rank: int, classes: int) -> LatentGaussians:
-    """Make a Gaussian per class and one for all classes. A class without latents gets the latter."""
+def class_gaussians(
+    sums: LatentSums, shape: tuple[int, int, int], rank: int, classes: int, members: dict[int, list[int]] | None = None
+) -> LatentGaussians:
+    """Make a Gaussian per class and one for all classes. A coarse class has the latents of its ``members``. A class without
+    latents gets the Gaussian of all."""
     rank = min(rank, sums.sums.shape[1] - 1)
     gaussians = LatentGaussians(*shape, rank, classes + 1, num_classes=classes or None)
     pooled = sums.pooled()
     for row in range(classes + 1):
-        pools = row == classes or sums.counts[row] == 0
-        mean, vectors, variances, tail = pooled.principal(0, rank) if pools else sums.principal(row, rank)
+        rows = (members or {}).get(row, [row])
+        pools = row == classes or sums.counts[rows].sum() == 0
+        own = pooled if pools else sums.joined(rows)
+        mean, vectors, variances, tail = own.principal(0, rank)
         gaussians.log_weights[row, row], gaussians.means[row] = 0.0, mean
         gaussians.vectors[row], gaussians.variances[row], gaussians.tails[row] = vectors, variances, tail
     return gaussians
 
 
 def shared_gaussians(
-    config: FitGaussianConfig, sums: LatentSums, manifest: Manifest, autoencoder: FrozenAutoencoder, classes: int
+    config: FitGaussianConfig,
+    sums: LatentSums,
+    manifest: Manifest,
+    autoencoder: FrozenAutoencoder,
+    classes: int,
+    members: dict[int, list[int]],
 ) -> LatentGaussians:
     """Fit a mixture with a shared covariance, in the leading principal components of all latents."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -203,7 +225,9 @@ def shared_gaussians(
     weights, means, within, responsibilities = fit_shared((latents.flatten(1).double() - mean) @ vectors.T, components, FLOOR)
     variances, axes = torch.linalg.eigh(within)
     gaussians = LatentGaussians(*manifest.latent_shape, rank, components, shared=True, num_classes=classes or None)
-    gaussians.log_weights.copy_(weights_by_class(weights, responsibilities, labels, classes).log())
+    coarse = [torch.where(torch.isin(labels, torch.tensor(fine, dtype=labels.dtype)), row, -1) for row, fine in members.items()]
+    every = torch.stack((labels, *coarse), dim=1)
+    gaussians.log_weights.copy_(weights_by_class(weights, responsibilities, every, classes).log())
     gaussians.means.copy_(mean + means @ vectors)
     gaussians.vectors[0], gaussians.variances[0], gaussians.tails[0] = axes.T @ vectors, variances, tail
     return gaussians

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_smd.data.images import decode, read_images
+from ldm_smd.data.images import decode, load_pixels, read_images
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.sources import list_images
 from ldm_smd.errors import UserError
@@ -84,6 +84,15 @@ def test_unreadable_images_are_listed_or_raise(tmp_path):
     config.strict = True
     with pytest.raises(UserError, match=r"images\.strict: expected every image to be readable, found .*b\.png"):
         list(read_images(entries, config, [range(4)]))
+
+
+def test_skipped_images_are_said(tmp_path, caplog):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    pixels, _, _ = load_pixels(ImagesConfig(source=str(tmp_path), resolution=16))
+    assert len(pixels) == 1
+    [record] = [record.getMessage() for record in caplog.records if "unreadable" in record.getMessage()]
+    assert record.startswith(f"{tmp_path}: skipped 1 unreadable images, first ") and "b.png: UnidentifiedImageError" in record
 
 
 def test_images_with_too_many_pixels_are_unreadable():

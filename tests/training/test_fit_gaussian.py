@@ -8,7 +8,7 @@ from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.training import fit_gaussian as gaussian
-from ldm_smd.training.fit_gaussian import LatentSums, class_gaussians, fit_gaussian
+from ldm_smd.training.fit_gaussian import LatentSums, class_gaussians, coarse_members, fit_gaussian
 from ldm_smd.training.settings import FitGaussianConfig
 
 
@@ -58,6 +58,19 @@ def test_a_class_of_equal_latents_has_a_sketch(count):
     )
 
 
+def test_a_coarse_class_has_the_latents_of_its_members():
+    names = ["noto, flags", "noto, food", "fluent, flags"]
+    members = coarse_members(names, dict(enumerate([*names, "noto", "fluent", "food", "absent"])))
+    assert members == {3: [0, 1], 4: [2], 5: [1], 6: []}
+    points = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) + torch.arange(3).repeat(100)[:, None]
+    sums = LatentSums.empty(8, 8)
+    sums.add(points, torch.zeros_like(points), torch.arange(300) % 3)
+    found = class_gaussians(sums, (2, 2, 2), 3, 7, members)
+    labels = torch.arange(300) % 3
+    for row, chosen in ((3, labels < 2), (4, labels == 2), (5, labels == 1), (6, labels >= 0), (7, labels >= 0)):
+        assert torch.allclose(found.means[row], points[chosen].mean(dim=0), atol=1e-5)
+
+
 def test_class_gaussians_keep_the_leading_principal_components():
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(500, 8, generator=generator) * torch.tensor([3.0, 2, 1, 0.5, 0.4, 0.3, 0.2, 0.1])
@@ -81,7 +94,7 @@ def test_well_separated_clusters_of_latents_are_found(shards, monkeypatch):
     sums.add(latents, torch.zeros_like(latents), labels)
     monkeypatch.setattr(gaussian, "fitting_latents", lambda *_: (latents.view(-1, 4, 8, 8), labels))
     config = FitGaussianConfig(model="x", shards="x", output="x", components=3, rank=8)
-    found = gaussian.shared_gaussians(config, sums, Manifest.load(shards), None, classes=0)
+    found = gaussian.shared_gaussians(config, sums, Manifest.load(shards), None, classes=0, members={})
     distance = torch.cdist(centres, found.means)
     order = distance.argmin(dim=1)
     assert distance.min(dim=1).values.max() < 1 < 20 < torch.cdist(centres, centres)[0, 1:].min()
