@@ -134,6 +134,9 @@ def measure(config: EvaluateConfig, state: PartialState) -> dict:
     for name, found in {"reference": reference, **compared}.items():
         if len(found) < 2:
             raise UserError(f"{name}: expected at least two images, found {len(found)}")
+        for network, features in zip(names, found.features):
+            if not features.isfinite().all():
+                raise UserError(f"features: expected finite features of {network}, found others for the {name}")
         result[name] |= {"count": len(found), "sha256": found.sha256}
     result["features"] = {}
     for index, extractor in enumerate(extractors):

@@ -184,6 +184,7 @@ class TrainClassifierConfig(Settings):
         check(len(self.sets) > 0, "sets", "at least one set of images", len(self.sets))
         names = [entry.name for entry in self.sets]
         check(len(set(names)) == len(names), "sets", "sets of different names", ", ".join(names))
+        check(not any("." in name for name in names), "sets", "names without a dot", ", ".join(names))
         per_step = sum(entry.batch_size for entry in self.sets)
         check_images_total(self.images_total, per_step, f"step of {per_step}")
 

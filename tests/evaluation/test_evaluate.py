@@ -189,3 +189,12 @@ def test_a_set_of_one_image_is_refused(settings, image_folder, tmp_path):
     shutil.copy(sorted(image_folder.rglob("*.png"))[0], tmp_path / "one/a.png")
     with pytest.raises(UserError, match="held_out: expected at least two images, found 1"):
         measured(settings, "one", f"held_out={tmp_path / 'one'}")
+
+
+def test_features_that_are_not_finite_are_refused(settings, tmp_path):
+    """As from a network whose training has diverged."""
+    network = FeatureNetwork((4, 8), {"x": 2})
+    network.norm.bias.data.fill_(torch.nan)
+    network.save_pretrained(tmp_path / "diverged")
+    with pytest.raises(UserError, match="features: expected finite features of diverged, found others for the reference"):
+        measured(settings, "one", f"features=[{tmp_path / 'diverged'}]")

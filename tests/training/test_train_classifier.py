@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_smd.config import load_config
+from ldm_smd.errors import UserError
 from ldm_smd.models.feature_network import FeatureNetwork
 from ldm_smd.training.settings import ClassifierSetConfig, TrainClassifierConfig
 from ldm_smd.training.train_classifier import LabelledImages, accuracy, augmented_batch, train_classifier
@@ -53,3 +54,9 @@ def test_a_seed_determines_the_classifier(image_folder, tmp_path):
 
     a, b, c = trained("a", 0), trained("b", 0), trained("c", 1)
     assert all(torch.equal(a[name], b[name]) for name in a) and not all(torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.mark.parametrize(("names", "message"), [("aa", "sets of different names, found 'a, a'"), ("a.", "names without a dot")])
+def test_names_of_sets_that_cannot_be_told_apart_are_refused(names, message):
+    with pytest.raises(UserError, match=f"^sets: expected {message}"):
+        TrainClassifierConfig(sets=[ClassifierSetConfig(name=name) for name in names], output="out")
