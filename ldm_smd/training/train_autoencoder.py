@@ -36,7 +36,7 @@ LATENT_CONSTANTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_s
 """Settings of an autoencoder that latents, or the precision of their decoder, depend on."""
 NOT_COMPARED = (
     *(f"images.{name}" for name in ("source", "classes", "split", "cache", "strict", "max_pixels", "allow_pipe")),
-    *("held_out.", "output", "work", "num_workers", "resume_changed"),
+    *("held_out.", "work", "num_workers", "resume_changed"),
 )
 """Prefixes of settings that are not compared: paths, whose contents are, and settings that do not change the model."""
 MAY_CHANGE = ("images_total", "learning_rate", "warmup_images", "ema_halflife_images", "checkpoint_every_images", "precision")

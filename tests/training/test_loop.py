@@ -187,7 +187,8 @@ def test_fsdp_with_two_networks_gives_the_weights_of_one_process(train_config, t
     for part in ("model/diffusion_pytorch_model", "critic/diffusion_pytorch_model", "optimizer", "critic-optimizer"):
         first, second = (load_file(path / f"{part}.safetensors") for path in paths)
         assert first.keys() == second.keys()
-        assert all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-6) for name in first), part
+        # As a whole: AdamW enlarges the rounding of a gradient near zero.
+        assert all((first[name] - second[name]).norm() < 1e-3 * first[name].norm() + 1e-6 for name in first), part
 
 
 @pytest.fixture
