@@ -25,11 +25,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_precision(name: str) -> str:
-    """Return accelerate's name for a ``precision`` setting. "auto" is not bf16 on CPUs, where it may be 10-20 times slower."""
+def pick_precision(name: str, device: torch.device | None = None) -> str:
+    """Return accelerate's name for a ``precision`` setting on ``device``; None: a GPU if there is one. "auto" is not bf16 on
+    CPUs, where it may be 10-20 times slower."""
     if name != "auto":
         return name
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    gpu = torch.cuda.is_available() and (device is None or device.type == "cuda")
+    return "bf16" if gpu and torch.cuda.is_bf16_supported() else "no"
 
 
 @contextmanager

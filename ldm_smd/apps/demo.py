@@ -25,7 +25,7 @@ from ..data.settings import EncodeConfig
 from ..data.shards import Manifest
 from ..data.stream import LatentStream
 from ..errors import UserError
-from ..evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS, spread_over_eta
+from ..evaluation.diagnostics import diagnostic_timesteps, spread_over_eta
 from ..evaluation.distances import frechet_distance
 from ..evaluation.features import load_extractor
 from ..evaluation.reconstruction import reconstruction_psnr
@@ -273,7 +273,7 @@ def measure_spread(config: DemoConfig, pipeline: SMDPipeline, manifest: Manifest
     latents = FrozenAutoencoder(pipeline.vae).normalise(sample_latents(batch.moments, generator))
     process = process_of(pipeline.training_scheduler)
     labels = model_labels(batch.labels, pipeline.unet.config.num_classes)
-    timesteps = [t for t in DIAGNOSTIC_TIMESTEPS if t <= process.path.last]
+    timesteps = diagnostic_timesteps(process.path)
     spread = spread_over_eta(pipeline.unet, process.path, process.prediction_type, latents, labels, timesteps, seed=config.seed)
     return {t: at.over_eta for t, at in spread.items()}
 

@@ -36,6 +36,11 @@ class Spread:
     ratio: float
 
 
+def diagnostic_timesteps(path: GaussianPath) -> list[int]:
+    """Return the DIAGNOSTIC_TIMESTEPS that a path has."""
+    return [t for t in DIAGNOSTIC_TIMESTEPS if t <= path.last]
+
+
 @torch.no_grad()
 def spread_over_eta(
     model: SMDUNet2DModel,

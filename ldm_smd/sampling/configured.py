@@ -30,8 +30,7 @@ class SamplerSettings(Protocol):
 def configured_pipeline(model: str | Path, config: SamplerSettings) -> SMDPipeline:
     """Load ``model`` on the configured device, with the configured scheduler and guide."""
     device = pick_device(config.device)
-    automatic = config.precision == "auto" and device.type == "cpu"
-    dtype = torch.bfloat16 if pick_precision(config.precision) == "bf16" and not automatic else torch.float32
+    dtype = torch.bfloat16 if pick_precision(config.precision, device) == "bf16" else torch.float32
     pipeline = load_pipeline(model, dtype).to(device)
     if config.scheduler:
         pipeline.scheduler = make_scheduler(config.scheduler, pipeline.scheduler)

@@ -5,7 +5,6 @@ This is noise-conditional variational score distillation (NCVSD, Cheng et al., I
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +18,7 @@ from ..diffusion.two_views import draw_second_timesteps
 from .critics import make_critic
 from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
-from .step import compare_draws, draw_rows, micro_batches, model_conditions, trained_model
+from .step import compare_draws, draw_rows, gradients_exchanged, micro_batches, model_conditions, trained_model
 from .step_noise import SECOND_VIEW, StepNoise
 from .teacher import draw_with_pure_noise, load_teacher, load_teacher_guide
 from .trained import TrainedNetwork, adamw
@@ -87,9 +86,7 @@ class Distillation:
         for trained in learning:
             trained.network.zero_grad()
         for rows, last in micro_batches(size, run.config.micro_batches):
-            with ExitStack() as waiting:
-                for trained in () if last or run.accelerator.is_fsdp2 else learning:  # as in step.py
-                    waiting.enter_context(run.accelerator.no_sync(trained.forward))
+            with gradients_exchanged(run.accelerator, learning, last):
                 losses = self.losses(batch.rows(*rows), noise.rows(*rows), "model" in names)
                 objectives = {"model": losses["loss"], "critic": critic_objective(losses)}
                 for name in names:

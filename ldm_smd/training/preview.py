@@ -6,7 +6,7 @@ import logging
 
 from torchvision.utils import make_grid, save_image
 
-from ..evaluation.diagnostics import COLLAPSED, DIAGNOSTIC_TIMESTEPS, has_collapsed, nearest_neighbour_ratio, spread_over_eta
+from ..evaluation.diagnostics import COLLAPSED, diagnostic_timesteps, has_collapsed, nearest_neighbour_ratio, spread_over_eta
 from ..models.backbone import Backbone
 from ..models.denoiser import model_labels
 from ..pipelines import seeded_generators
@@ -46,7 +46,7 @@ def log_spread(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> N
     batch, process = run.batches().batch_at(0).rows(0, SPREAD_IMAGES).to(run.accelerator.device), run.process()
     latents = run.autoencoder.normalise(batch.moments[:, 0].float())
     known = model_labels(batch.labels, unet.config.num_classes)
-    steps = [t for t in DIAGNOSTIC_TIMESTEPS if t <= process.last]
+    steps = diagnostic_timesteps(process)
     spread = spread_over_eta(unet, process, run.config.diffusion.predicts, latents, known, steps)
     values = {f"spread/{t}": at.over_eta for t, at in spread.items()}
     values |= {f"spread_ratio/{t}": at.ratio for t, at in spread.items()}

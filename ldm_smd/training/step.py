@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 import torch
+from accelerate import Accelerator
 from einops import rearrange
 
 from ..autoencoder import sample_latents
@@ -61,9 +62,7 @@ class Denoising:
         size, accelerator = len(batch.labels), self.run.accelerator
         total = torch.zeros((), device=batch.labels.device)
         for rows, last in micro_batches(size, self.run.config.micro_batches):
-            # Processes exchange gradients once, with the last micro-batch. Under FSDP they do so with each: otherwise every
-            # process would hold all gradients, in float32.
-            with nullcontext() if last or accelerator.is_fsdp2 else accelerator.no_sync(self.model.forward):
+            with gradients_exchanged(accelerator, [self.model], last):
                 loss = self.losses(batch.rows(*rows), noise.rows(*rows)).sum() / size
                 accelerator.backward(loss)
             total += loss.detach()
@@ -126,6 +125,16 @@ def draw_rows(
     accelerator, size = run.accelerator, len(batch.labels)
     start, count = accelerator.process_index * size, accelerator.num_processes * size
     return draw_in_blocks(slice(start, start + size), count, (run.config.seed, *seed), accelerator.device, draw)
+
+
+@contextmanager
+def gradients_exchanged(accelerator: Accelerator, networks: Iterable[TrainedNetwork], last: bool) -> Iterator[None]:
+    """Within the context, let processes exchange gradients only with the ``last`` micro-batch. Under FSDP they do so with each:
+    otherwise every process would hold all gradients, in float32."""
+    with ExitStack() as waiting:
+        for trained in () if last or accelerator.is_fsdp2 else networks:
+            waiting.enter_context(accelerator.no_sync(trained.forward))
+        yield
 
 
 def micro_batches(size: int, count: int) -> Iterator[tuple[tuple[int, int], bool]]:
