@@ -34,8 +34,9 @@ import torch.nn.functional as F
 from autoencoders import stable_diffusion
 from denoisers import dit_b
 from few_step.jobs import synchronised
-from plan import FLOAT32, LATENT, TRAINING_CONFIG, Model, dit_of, unet_of
+from plan import TRAINING_CONFIG
 from targets import target, target_table
+from training_costs import FLOAT32, LATENT, Model, dit_of, unet_of
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import load_config

@@ -3,6 +3,9 @@
 import torch
 
 from ldm_smd.pipelines import SMDPipeline, seeded_generators
+from ldm_smd.schedulers.support import SUPPORTED
+
+SCHEDULERS = [*SUPPORTED, "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++"]
 
 
 def latents(pipeline: SMDPipeline, labels: list[int] | None, seeds: list[int], **options) -> torch.Tensor:
