@@ -43,10 +43,16 @@ class GaussianPath(ABC):
         """Return the real t with signal-to-noise ratio a_t^2 / s_t^2 = ``ratio``, (B,); 0 if it is never that large."""
 
     def shifted(self, t: torch.Tensor, shift: float) -> torch.Tensor:
-        """Return the real timesteps with the signal-to-noise ratios of t divided by ``shift``^2, (B,). A shift above 1 is usual
-        for larger images (arXiv 2301.11093, 2403.03206)."""
-        a, s = self.signal_and_noise(t, t)
-        return self.timestep_of((a / s / shift) ** 2)
+        """Return the real timesteps (B,) with the noise-to-signal ratio of t times ``shift``, if the path ends in pure noise.
+
+        If it ends at a finite ratio m, the largest timesteps would be clamped to that end. So, with rho the ratio s / a of t,
+
+            1 / rho' = 1 / (shift rho) + (1 - 1 / shift) / m,
+
+        which leaves the end where it is. A shift above 1 is usual for larger images (arXiv 2301.11093, 2403.03206).
+        """
+        (a, s), (a_end, s_end) = self.signal_and_noise(t, t), self.signal_and_noise(torch.full_like(t, self.last), t)
+        return self.timestep_of((a / s / shift + (1.0 - 1.0 / shift) * a_end / s_end) ** 2)
 
     def random_t(self, count: int, shift: float = 1.0, **options: Any) -> torch.Tensor:
         """Draw timesteps for training, (count,), uniform and then ``shifted``. ``options``: those of torch.rand.

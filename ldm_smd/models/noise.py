@@ -92,7 +92,7 @@ class PosteriorNoise(nn.Module):
             raise ValueError(f"eta: expected {wanted}, found {tuple(eta.shape)}")
         if self.rank == 0:
             eta = torch.randn_like(sample) if eta is None else eta
-            return eta.contiguous(memory_format=torch.channels_last)
+            return eta.to(sample.dtype, memory_format=torch.channels_last)
         if eta is None:
             unit_noise = torch.randn(len(sample), self.rank + 1, device=sample.device)
         else:

@@ -88,12 +88,12 @@ def guided_prediction(
     if guide is not None:
         own = evaluate(x_t, timestep, conditions, eta)
         embeds = conditions.image_embeds
-        embeds, eta = (None if given is None else given.to(guide.dtype) for given in (embeds, eta))
-        other = predict(guide, x_t.to(guide.dtype), timestep, conditions.labels, eta, embeds).to(own.dtype)
+        embeds = None if embeds is None else embeds.to(guide.dtype)
+        other = predict(guide, x_t.to(guide.dtype), timestep, conditions.labels, eta, embeds)
     else:
         twice = timestep if timestep.numel() == 1 else torch.cat((timestep, timestep))
         own, other = evaluate(torch.cat((x_t, x_t)), twice, conditions.with_null(unet), joined(eta, eta)).chunk(2)
-    channels = x_t.shape[1]
+    own, other, channels = own.float(), other.float(), x_t.shape[1]
     return torch.cat((other[:, :channels].lerp(own[:, :channels], scale), own[:, channels:]), dim=1)
 
 

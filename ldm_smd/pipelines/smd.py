@@ -294,7 +294,8 @@ class SMDPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Return the model output for ``scheduler.step``. A mixture draws one eta per row of x_t."""
         dtype = self.unet.dtype
-        eta = randn_tensor(x_t.shape, generator, x_t.device, dtype) if is_mixture(self.unet) else None
+        # In float32: the fitted noise chooses a mode by one number of eta. Rounded to bf16, some modes would never be drawn.
+        eta = randn_tensor(x_t.shape, generator, x_t.device, torch.float32) if is_mixture(self.unet) else None
         moments = self._scheduler_part("step_part")
         own_x_t, t = conversion.network_inputs(x_t)
         prediction = guided_prediction(self.unet, own_x_t.to(dtype), t, conditions, eta, scale, self.guide, moments)

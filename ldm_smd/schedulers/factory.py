@@ -55,6 +55,8 @@ def scheduler_from(name: str, config: dict, custom: dict[str, type[SchedulerMixi
     if "trained_betas" in known and not {"beta_schedule", "trained_betas"} & config.keys():  # of a flow matching scheduler
         config |= build_scheduler(DiffusionConfig()).config
     given = {key: value for key, value in config.items() if key in known}
+    if {"beta_start", "beta_end", "beta_schedule"} & chosen.keys():
+        given.pop("trained_betas", None)  # diffusers prefers them to the settings of a schedule
     try:
         scheduler = cast(Any, cls).from_config(given | defaults(name, chosen), **chosen)
         check_scheduler(scheduler)

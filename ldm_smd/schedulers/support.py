@@ -129,6 +129,9 @@ def check_scheduler(scheduler: SchedulerMixin) -> None:
     if config.get("prediction_type") == "sample" and name in WITHOUT_SAMPLE_PREDICTION:
         expected = f"scheduler: expected {name} with another prediction_type, as make_scheduler makes it"
         raise ValueError(f"{expected}, found prediction_type=sample")
+    if not is_flow(scheduler) and (levels := len(scheduler.alphas_cumprod)) != config.num_train_timesteps:
+        expected = f"scheduler: expected {name} with num_train_timesteps={levels}, as its noise schedule has"
+        raise ValueError(f"{expected}, found {config.num_train_timesteps}")
     spaced = any(config.get(spacing) for spacing in SPACINGS)
     for key, value in SUPPORTED.get(name, {}).items():
         if config[key] != value and not (key in SPACINGS and spaced):

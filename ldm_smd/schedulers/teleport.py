@@ -62,6 +62,8 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         self.rest = scheduler_from(scheduler, rest, {"GMSScheduler": GMSScheduler})
         if is_flow(self.rest):
             raise ValueError(f"scheduler: expected one with a noise schedule to continue with, found {scheduler}")
+        # Some schedulers cannot take predictions of x_0. The pipeline converts them to what this configuration says.
+        self.register_to_config(prediction_type=self.rest.config.prediction_type)
 
     def __getattr__(self, name: str) -> Any:
         """Delegate to the other scheduler: timesteps, order, add_noise, step, ..."""
@@ -79,7 +81,7 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         generator: Generators = None,
     ) -> torch.Tensor:
-        """Map unit noise (B, C, H, W), at the end of the full schedule, to the sample for the first of ``timesteps``, in the
+        """Map unit noise (B, C, H, W) to the sample for the first of ``timesteps``, in the
         units of the other scheduler.
 
         Args:
@@ -88,9 +90,9 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         """
         normal = randn_tensor((len(noise), 1), generator=generator, device=noise.device, dtype=torch.float32)
         uniform = torch.special.ndtr(normal).squeeze(1)
-        # From the last t of the full schedule, where x_t is almost pure noise.
-        ends = [float(self.alphas_cumprod[index]) for index in (-1, round(float(self.timesteps[0])))]
-        (a_t, s_t), (a_s, s_s) = ((alphabar**0.5, (1.0 - alphabar) ** 0.5) for alphabar in ends)
-        x_s = gaussians.transport(noise, (a_t, s_t), (a_s, s_s), class_labels, uniform).to(noise.dtype)
+        alphabar = float(self.alphas_cumprod[round(float(self.timesteps[0]))])
+        a_s, s_s = alphabar**0.5, (1.0 - alphabar) ** 0.5
+        # From pure noise, because ``noise`` has no signal, even if the schedule ends with some.
+        x_s = gaussians.transport(noise, (0.0, 1.0), (a_s, s_s), class_labels, uniform).to(noise.dtype)
         # add_noise applies the units of the scheduler's samples: a x_0 + s eps, or x_0 + (s / a) eps.
         return self.rest.add_noise(torch.zeros_like(x_s), x_s / s_s, self.timesteps[:1].repeat(len(x_s)))

@@ -48,9 +48,9 @@ def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = No
         # Its own spacing wastes the last step on the smallest noise level.
         levels = [1.0 - done / steps for done in range(steps)]
         solver.set_timesteps(sigmas=[shift * level / (1.0 + (shift - 1.0) * level) for level in levels], device="cpu")
-    elif shift == 1.0:
+    elif shift == 1.0 and (solver is scheduler or has_other_spacing(solver) or not takes_timesteps(solver)):
         solver.set_timesteps(steps, device="cpu")
-    else:
+    else:  # also for the rest of a schedule, which diffusers divides with a rounding error for some numbers of steps
         solver.set_timesteps(timesteps=shifted_timesteps(solver, steps, shift), device="cpu")
     if float(solver.timesteps.min()) < 0:
         raise ValueError(f"num_inference_steps: expected a number at which no timestep is rounded to -1, found {steps}")
@@ -64,8 +64,11 @@ def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = No
 
 
 def usable_shift(scheduler: SchedulerMixin, shift: float) -> float:
-    """Return ``shift``, the default of a model, or 1 with a warning for a scheduler that spaces its timesteps itself."""
+    """Return ``shift``, the default of a model, or 1 for a scheduler with a shift of its own, and, with a warning, for one that
+    spaces its timesteps itself."""
     solver = getattr(scheduler, "rest", scheduler)
+    if is_flow(solver) and solver.config.get("shift", 1.0) != 1.0:
+        return 1.0  # it has a shift of its own
     if shift == 1.0 or (takes_timesteps(solver) and not has_other_spacing(solver)):
         return shift
     name = type(solver).__name__

@@ -107,8 +107,9 @@ class DistillationLosses:
             size = self.mean_over_processes(slope.abs().mean()).clamp_min(SMALLEST**2)
             goal = goal + weight * torch.sigmoid(-drawn_logit.detach()).view(-1, 1, 1, 1) * slope / size
             adversarial = {"logit_loss": F.softplus(drawn_logit) + F.softplus(-true_logit)}
-        # The error of v is that of x_0 over s_t.
-        loss = 0.5 / path.signal_and_noise(t, t)[1] * (x - goal).square().flatten(1).mean(dim=1)
+        # Gradients with respect to the prediction are of one size at every t.
+        per_prediction = x0_per_prediction(self.prediction_type, *path.signal_and_noise(t, t)).abs()
+        loss = 0.5 / per_prediction * (x - goal).square().flatten(1).mean(dim=1)
         return {"loss": loss, "critic_loss": critic_loss, "teacher_loss": teacher_loss} | adversarial
 
     def view(

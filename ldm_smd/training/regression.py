@@ -9,6 +9,7 @@ from einops import rearrange
 
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
+from ..diffusion.process import x0_per_prediction
 from ..diffusion.two_views import posterior_flow
 from ..models.blocks import repeat
 from ..models.denoiser import predict
@@ -58,5 +59,5 @@ class PosteriorRegression(Denoising):
         with run.accelerator.autocast():
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
         x = path.to_x0(prediction, many(x_t), many(t), prediction_type)
-        errors = (x - goal) / path.signal_and_noise(many(t), x)[1]
+        errors = (x - goal) / x0_per_prediction(prediction_type, *path.signal_and_noise(many(t), x))
         return rearrange(errors.square(), "(b m) ... -> b (m ...)", m=self.draws).mean(dim=1)

@@ -14,7 +14,7 @@ from ..device import pick_device
 from ..errors import UserError
 from ..evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS
 from ..files import makes_folder
-from ..models.denoiser import is_mixture, model_labels, num_classes
+from ..models.denoiser import embedding_dimensions, is_mixture, model_labels, num_classes
 from ..models.moments import MomentHeads
 from ..pipelines import SMDPipeline, load_pipeline
 from ..progress import progress
@@ -54,7 +54,8 @@ def train_moments(config: TrainMomentsConfig) -> Path:
     ema = EMA(heads, config.ema_halflife_images)
     trained = TrainedNetwork(heads, adamw(heads, config.learning_rate, weight_decay=0.01))
     errors = PredictionErrors(pipeline, autoencoder, config.label_dropout)
-    stream = LatentStream(manifest, config.batch_size, config.images_total, seed=config.seed)
+    conditional = embedding_dimensions(pipeline.unet) is not None
+    stream = LatentStream(manifest, config.batch_size, config.images_total, seed=config.seed, embeddings=conditional)
     bar, images_seen = progress(config.images_total, 0, output.name), 0
     for index, batch in enumerate(latent_loader(stream, num_workers=0)):
         variance, third, error = errors(heads, batch.to(device))
@@ -70,8 +71,10 @@ def train_moments(config: TrainMomentsConfig) -> Path:
             bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
     bar.close()
 
-    few = LatentStream(manifest, CALIBRATION_PICTURES, CALIBRATION_PICTURES, seed=config.seed).batch_at(0).to(device)
-    ratios = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few, config.batch_size)
+    few = LatentStream(manifest, CALIBRATION_PICTURES, CALIBRATION_PICTURES, seed=config.seed, embeddings=conditional)
+    ratios = calibration(
+        PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few.batch_at(0).to(device), config.batch_size
+    )
     measured = ", ".join(f"{ratio:.2f} at t = {t}" for t, ratio in ratios.items())
     pipeline.register_modules(moments=ema.model, scheduler=make_scheduler("GMSScheduler", pipeline.scheduler))
     text = f"""\
@@ -109,13 +112,19 @@ class PredictionErrors:
         classes = num_classes(unet)
         labels = model_labels(batch.labels, classes)
         if labels is not None and classes is not None:
-            dropped = torch.rand(labels.shape, device=x0.device) < self.label_dropout
-            labels = torch.where(dropped, classes, labels)
+            labels = torch.where(self.dropped(x0), classes, labels)
+        embeds = batch.embeddings
+        if embeds is not None:
+            embeds = embeds.float() * ~self.dropped(x0)[:, None]
         x_t = path.noise(x0, torch.randn_like(x0), t)
-        prediction, variance, third = heads.predict(unet, x_t, t, labels).chunk(3, dim=1)
+        prediction, variance, third = heads.predict(unet, x_t, t, labels, embeds).chunk(3, dim=1)
         a, s = path.signal_and_noise(t, x0)
         error = (path.to_x0(prediction, x_t, t, process.prediction_type) - x0) / (s / torch.hypot(a, s))
         return variance, third, error
+
+    def dropped(self, x0: torch.Tensor) -> torch.Tensor:
+        """Draw the images, (B,), that are trained without a condition."""
+        return torch.rand(len(x0), device=x0.device) < self.label_dropout
 
 
 @torch.no_grad()

@@ -127,7 +127,17 @@ def test_a_shift_divides_the_signal_to_noise_ratios_of_random_timesteps(path):
     assert shifted.dtype == even.dtype and shifted.min() >= 0 and shifted.max() <= path.last
     inner = (even > 50) & (even < 900)
     (a, s), (a_shifted, s_shifted) = (path.signal_and_noise(t[inner], t[inner]) for t in (even, shifted))
-    assert torch.allclose(a_shifted / s_shifted, a / s / 3, rtol=0.02)
+    end = torch.stack(path.signal_and_noise(torch.tensor([path.last]), a)).flatten()
+    assert torch.allclose(a_shifted / s_shifted, a / s / 3 + 2 / 3 * end[0] / end[1], rtol=0.02)
+
+
+@pytest.mark.parametrize("shift", [4.0, 0.25])
+def test_a_shift_keeps_the_end_of_a_schedule_that_ends_with_signal(shift):
+    """No timestep in between is clamped to the end."""
+    schedule = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    path = DiffusionProcess(build_scheduler(schedule).alphas_cumprod.double())
+    found = path.shifted(torch.arange(1000), shift)
+    assert found[-1] == pytest.approx(999) and (found.diff()[500:] > 1e-3).all()
 
 
 def test_the_flow_is_a_scaled_variance_preserving_process():

@@ -178,6 +178,15 @@ def test_half_precision_is_close_to_float32_with_any_scheduler(pipeline, name):
     assert (found.float() - expected).square().mean() < 0.05**2 * expected.square().mean()
 
 
+def test_eta_is_drawn_in_float32_for_a_network_in_half_precision(pipeline):
+    """Rounded to bf16, the modes of a fitted mixture would have other weights, and some none."""
+    pipeline.to(torch.bfloat16)
+    drawn = []
+    pipeline.unet.register_forward_pre_hook(lambda _, given: drawn.append(given[3]))
+    latents(pipeline, [0], [1])
+    assert len(drawn) == 3 and all(eta.dtype == torch.float32 and (eta != eta.bfloat16()).any() for eta in drawn)
+
+
 def test_given_noise_has_the_number_and_size_of_the_images(pipeline):
     noise = torch.randn(4, 4, 8, 16)
     assert latents(pipeline, None, [1, 2, 3, 4], latents=noise).shape == noise.shape

@@ -207,6 +207,11 @@ def test_settings_of_a_scheduler_are_applied():
     chosen = (scheduler.config.algorithm_type, scheduler.config.thresholding, scheduler.config.solver_order)
     assert chosen == ("sde-dpmsolver++", True, 1)
     assert torch.equal(scheduler.alphas_cumprod, OURS.alphas_cumprod)
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.01}
+    chosen = make_scheduler("DDIMScheduler:" + ",".join(f"{name}={value}" for name, value in betas.items()), OURS)
+    assert torch.equal(chosen.alphas_cumprod, diffusers.DDIMScheduler(**betas).alphas_cumprod)
+    with pytest.raises(UserError, match=r"expected DDIMScheduler with num_train_timesteps=1000, .*, found 500"):
+        make_scheduler("DDIMScheduler:num_train_timesteps=500", OURS)
     with pytest.raises(UserError, match=r"scheduler: expected a scheduler class \(DDIM.*GMSScheduler"):
         make_scheduler("UNet2DModel", OURS)
     with pytest.raises(UserError, match=r"scheduler: expected a setting of DDIMScheduler .*found 'solver_order'"):

@@ -9,6 +9,7 @@ from ldm_smd.errors import UserError
 from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.schedulers import TeleportScheduler, make_scheduler
 from ldm_smd.schedulers.schedule import build_scheduler
+from ldm_smd.schedulers.support import WITHOUT_SAMPLE_PREDICTION
 
 SCHEDULER = build_scheduler(DiffusionConfig())
 ODE = [
@@ -88,7 +89,29 @@ def test_nothing_is_skipped_if_sigma_skip_is_above_the_schedule():
     plain = make_scheduler("DDIMScheduler", SCHEDULER)
     plain.set_timesteps(10)
     assert torch.equal(scheduler.timesteps, plain.timesteps)
-    assert torch.allclose(scheduler.start(noise, one_gaussian()), noise, atol=1e-5)
+    # The schedule ends with a signal of 0.0008.
+    assert torch.allclose(scheduler.start(noise, one_gaussian()), noise, atol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [{"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, {}])
+def test_samples_have_the_mean_of_the_data_for_any_schedule(shape):
+    """Also if it ends with signal, as that of Stable Diffusion: the noise has none."""
+    schedule = build_scheduler(DiffusionConfig(**shape))
+    gaussians, path = one_gaussian(), DiffusionProcess(schedule.alphas_cumprod)
+    scheduler = make_scheduler("TeleportScheduler:scheduler=DDIMScheduler", schedule)
+    noise = torch.randn(20_000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(5)
+    start = scheduler.start(noise, gaussians).flatten(1)
+    a, s = (float(level) for level in path.signal_and_noise(scheduler.timesteps[:1], scheduler.timesteps))
+    assert torch.allclose(start.mean(dim=0), a * gaussians.means[0], atol=0.03)
+    assert torch.allclose(torch.cov(start.T), a**2 * covariance(gaussians) + s**2 * torch.eye(4), atol=0.05)
+
+
+@pytest.mark.parametrize("name", WITHOUT_SAMPLE_PREDICTION)
+def test_predictions_of_x0_are_converted_for_schedulers_that_cannot_take_them(name):
+    predicts_x0 = build_scheduler(DiffusionConfig(prediction_type="sample"))
+    scheduler = make_scheduler(f"TeleportScheduler:scheduler={name}", predicts_x0)
+    assert scheduler.config.prediction_type == scheduler.rest.config.prediction_type == "v_prediction"
 
 
 def test_runs_are_independent_and_fewer_timesteps_are_used():

@@ -81,6 +81,20 @@ def test_every_scheduler_runs_with_the_shift_of_a_model(name):
             begin_run(scheduler, 4, shift=4.0)
 
 
+def test_a_shift_of_the_scheduler_replaces_that_of_the_model():
+    scheduler = make_scheduler("FlowMatchEulerDiscreteScheduler:shift=3.0", OURS)
+    assert usable_shift(scheduler, 4.0) == 1.0
+    assert begin_run(scheduler, 4, shift=usable_shift(scheduler, 4.0)).tolist() == [1000, 900, 750, 500]
+    assert usable_shift(make_scheduler("FlowMatchEulerDiscreteScheduler", OURS), 4.0) == 4.0
+
+
+@pytest.mark.parametrize("steps", [21, 27, 42, 61])
+def test_the_rest_of_a_schedule_is_divided_without_rounding_errors(steps):
+    scheduler = make_scheduler("TeleportScheduler:scheduler=DPMSolverMultistepScheduler,sigma_skip=2.5", OURS)
+    timesteps = begin_run(scheduler, steps)
+    assert len(timesteps) == steps and timesteps[0] == len(scheduler.rest.alphas_cumprod) - 1 and timesteps[-1] > 0
+
+
 def test_a_wrapping_scheduler_has_the_timesteps_and_step_of_the_wrapped_one():
     """All attributes are forwarded except the noise schedule, also by a copy."""
     scheduler = make_scheduler(TELEPORT, OURS)

@@ -7,12 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow
+from ldm_smd.diffusion.settings import DistillationConfig
 from ldm_smd.errors import UserError
+from ldm_smd.training import distillation_losses
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.distillation import Distillation
+from ldm_smd.training.distillation_losses import DistillationLosses
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
+from tests.diffusion.paths import KINDS, PROCESS
 from tests.training.results import assert_same_losses, logged_losses, weights
 
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
@@ -74,6 +79,24 @@ def test_a_critic_equal_to_the_teacher_gives_no_loss(learner, views):
         learner.step(batch, number, learning_rate=1e-3)
     assert all(torch.equal(before[name], value) for name, value in learner.teacher.state_dict().items())
     assert learner.losses(batch, learner.draw(batch, 3))["loss"].max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_timestep_has_gradients_of_one_size(monkeypatch, kind):
+    """Gradients with respect to the prediction, for a small error of it."""
+    path = RectifiedFlow(1000) if kind == "flow_prediction" else DiffusionProcess(PROCESS.alphas_cumprod.float())
+    monkeypatch.setattr(distillation_losses, "predict_all", lambda network, x, *rest, **options: 0.1 * x)
+    monkeypatch.setattr(distillation_losses, "guided_prediction", lambda network, x, *rest, **options: 0.2 * x)
+    losses = DistillationLosses(path, kind, DistillationConfig(views="joined"))
+    x0, eps, second_eps = torch.randn(3, 64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    for t in (torch.full((64,), t) for t in (100, 500, 900)):
+        x_t, r = path.noise(x0, eps, t), torch.full((64,), 500)
+        prediction = path.target(x0, eps, t, kind).requires_grad_()
+        x = path.to_x0(prediction, x_t, t, kind)
+        losses.losses(None, None, x, x0, x_t, t, r, second_eps, {})["loss"].sum().backward()
+        sizes.append(float(prediction.grad.norm()))
+    assert max(sizes) < 1.2 * min(sizes)
 
 
 def test_pure_noise_has_the_given_frequency(learner):

@@ -11,6 +11,7 @@ from ldm_smd.errors import UserError
 from ldm_smd.models.moments import MomentHeads
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.schedulers import make_scheduler
+from ldm_smd.training.loop import train
 from ldm_smd.training.settings import TrainMomentsConfig
 from ldm_smd.training.train_moments import PredictionErrors, calibration, train_moments
 from tests.rounding import nearly_equal
@@ -79,6 +80,19 @@ def test_errors_are_errors_of_v(errors, shards):
     torch.randn_like(x0), torch.rand(8)
     velocity = torch.randn_like(x0) - x0  # the error of the flow prediction; times the norm of x_t, it is the error of v
     assert nearly_equal(found, (0.6**2 + 0.4**2) ** 0.5 * velocity, 1e-3)
+
+
+def test_moments_are_those_for_the_embedding_of_each_image(embedded, train_config, tmp_path):
+    """Without embeddings in the batch, they would be those for no prompt."""
+    overrides = (f"shards={embedded}", "image_conditional=true", "images_total=16", "model.z_channels=0", "objective.name=mse")
+    pipeline = load_pipeline(train(train_config(*overrides, f"output={tmp_path / 'gaussian'}")))
+    shown = []
+    pipeline.unet.register_forward_pre_hook(lambda _, given, options: shown.append(options["image_embeds"]), with_kwargs=True)
+    batch = LatentStream(Manifest.load(embedded), 22, 22, embeddings=True).batch_at(0)
+    for dropout, wanted in ((0.0, batch.embeddings.float()), (1.0, torch.zeros(22, 16))):
+        errors = PredictionErrors(pipeline, FrozenAutoencoder(pipeline.vae), dropout)
+        errors(MomentHeads.for_unet(pipeline.unet), batch, torch.full((22,), 400))
+        assert torch.equal(shown[-1], wanted)
 
 
 def test_calibration_is_the_ratio_of_predicted_variance_to_squared_error(errors, shards):
