@@ -62,7 +62,7 @@ class FrozenAutoencoder(nn.Module):
         except (OSError, ValueError) as error:
             found = f"{str(source)!r}: {one_line(error)}"
             raise UserError(f"autoencoder: expected a local model folder or a hub id, found {found}") from error
-        return cls(model.eval().requires_grad_(False), str(source))
+        return cls(model.eval().requires_grad_(False), str(source).rstrip("/"))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,7 +146,9 @@ def spatial_factor(model: ModelMixin) -> int:
     model = uncompiled(model)
     if isinstance(model, AutoencoderKL):
         return 2 ** (len(model.config.block_out_channels) - 1)
-    return model.spatial_scale_factor if isinstance(model, AutoencoderTiny) else model.spatial_compression_ratio
+    if isinstance(model, AutoencoderTiny):  # its ``spatial_scale_factor`` is right for four levels only
+        return model.config.upsampling_scaling_factor ** (len(model.config.decoder_block_out_channels) - 1)
+    return model.spatial_compression_ratio
 
 
 def sample_latents(

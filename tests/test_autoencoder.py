@@ -3,7 +3,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, UNet2DModel
 
-from ldm_smd.autoencoder import FrozenAutoencoder, latent_affine, sample_latents
+from ldm_smd.autoencoder import FrozenAutoencoder, latent_affine, sample_latents, spatial_factor
 from ldm_smd.data.shards import Manifest
 from ldm_smd.errors import UserError
 
@@ -140,3 +140,11 @@ def test_an_offloaded_or_compiled_autoencoder_works(vae_folder):
     compiled = FrozenAutoencoder(torch.compile(plain.model, backend="eager"))
     assert compiled.identity() == plain.identity() and compiled.factor == plain.factor
     assert torch.allclose(compiled.decode(latents), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4])
+def test_a_tiny_autoencoder_has_a_factor_of_two_for_each_level(levels):
+    blocks = {"num_encoder_blocks": (1,) * levels, "num_decoder_blocks": (1,) * levels}
+    channels = {"encoder_block_out_channels": (8,) * levels, "decoder_block_out_channels": (8,) * levels}
+    model = AutoencoderTiny(**channels, **blocks)
+    assert 64 // model.encode(torch.zeros(1, 3, 64, 64)).latents.shape[-1] == spatial_factor(model)

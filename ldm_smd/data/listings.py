@@ -191,7 +191,8 @@ class FolderPart(Part):
 
 @dataclass(frozen=True)
 class ZipPart(Part):
-    """A zip of a folder. The first folder in a member's name is its class."""
+    """A zip of a folder. The first folder in a member's name is its class; the second, if all members are below one folder, as
+    in a zip of the folder itself."""
 
     def listing(self) -> Listing:
         names = sorted(
@@ -202,7 +203,9 @@ class ZipPart(Part):
             and not member.filename.startswith("__MACOSX/")
             and not any(part.startswith(".") for part in PurePosixPath(member.filename).parts)
         )
-        tops = [name.partition("/")[0] if "/" in name else None for name in names]
+        folders = [PurePosixPath(name).parts[:-1] for name in names]
+        level = int(len({parts[:1] for parts in folders}) == 1 and any(len(parts) > 1 for parts in folders))
+        tops = [parts[level] if len(parts) > level else None for parts in folders]
         classes = sorted({top for top in tops if top is not None})
         numbers: dict[str | None, int] = {name: number for number, name in enumerate(classes)}
         return Listing(names, [numbers.get(top, UNLABELLED) for top in tops], classes=classes)

@@ -25,7 +25,7 @@ from ..errors import UserError
 from .ahead import Prefetcher
 from .shards import FIELDS, Manifest
 from .tar_index import index_tar
-from .workers import end_by_own_process, sigterm_blocked
+from .workers import end_by_own_process, signals_blocked
 
 MAX_OPEN_SHARDS, MAX_OPEN_COPIES, MAX_ORDERS = 64, 4, 8
 """Kept by each worker: open shards; open local copies of shards in a store, whose disk space is freed only when they are
@@ -296,7 +296,7 @@ class LatentLoader(DataLoader):
     """A DataLoader that raises a UserError of a worker as it is, in one line. Its workers outlive SIGTERM."""
 
     def __iter__(self) -> Iterator[LatentBatch]:  # type: ignore[override]
-        with sigterm_blocked():  # the workers inherit this, for all of their threads
+        with signals_blocked():  # the workers inherit this, for all of their threads
             batches = super().__iter__()
         for batch in batches:
             if isinstance(batch, UserError):

@@ -1,4 +1,4 @@
-"""SIGTERM in the workers of a DataLoader."""
+"""SIGTERM and SIGINT in the workers of a DataLoader."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+STOPS = {signal.SIGTERM, signal.SIGINT}
+
 
 @contextmanager
-def sigterm_blocked() -> Iterator[None]:
-    """Let SIGTERM wait until the context ends, where the system can."""
+def signals_blocked() -> Iterator[None]:
+    """Let SIGTERM and SIGINT wait until the context ends, where the system can."""
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
@@ -23,9 +25,10 @@ def sigterm_blocked() -> Iterator[None]:
 
 
 def end_by_own_process(worker: int) -> None:
-    """Make a worker, which blocks SIGTERM, end if its own process sends it.
+    """Make a worker, which blocks both signals, end if its own process sends SIGTERM.
 
-    torchrun and SLURM send SIGTERM to the workers too, when training still needs them for a last step and a checkpoint.
+    torchrun and SLURM send SIGTERM to the workers too, and a terminal SIGINT, when training still needs them for a last step
+    and a checkpoint.
     """
 
     def wait() -> None:
@@ -34,5 +37,5 @@ def end_by_own_process(worker: int) -> None:
         os._exit(0)
 
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # not inherited from a fork server
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # not inherited from a fork server
         threading.Thread(target=wait, daemon=True).start()

@@ -35,12 +35,18 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     """
     device = query.device.type
     wanted = _backend == "xformers" or (_backend == "auto" and device == "cuda")
-    if wanted and xformers_runs(device, query.dtype, query.shape[-1]):
+    if wanted and chosen_at_compilation(device, query.dtype, query.shape[-1]):
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(query, key, value)
     out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+@torch.compiler.assume_constant_result
+def chosen_at_compilation(device: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return ``xformers_runs``, which torch.compile would otherwise trace, with a break of the graph at every attention."""
+    return xformers_runs(device, dtype, head_dim)
 
 
 @cache

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import sha256
 from .pretrained import Resize, state_sha256, weights_file
 
@@ -50,7 +50,12 @@ class ClipEncoder:
                 f"{architecture!r}"
             )
         self.quick_gelu = quick_gelu
-        self.model = open_clip.create_model(architecture, pretrained=source or None, device=device, force_quick_gelu=quick_gelu)
+        try:
+            self.model = open_clip.create_model(
+                architecture, pretrained=source or None, device=device, force_quick_gelu=quick_gelu
+            )
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{key}: expected weights of {self.name} that can be loaded, found {one_line(error)}") from error
         self.model.eval().requires_grad_(False)
         self.dimensions: int = open_clip.get_model_config(architecture)["embed_dim"]
         self.sha256 = sha256(file) if file else state_sha256(self.model)

@@ -17,6 +17,7 @@ from .blocks import zero_init
 from .denoiser import null_labels
 from .extended import cut_before_up_block, decoder_path, encoder_path, first_up_block, plain_config
 from .mixture import Draws, Mixture
+from .widened import widened
 
 ABSENT = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 """Settings of a UNet2DConditionModel that must be None: conditions other than cross-attention."""
@@ -80,6 +81,7 @@ class ExtendedUNet2DConditionModel(Backbone):
     ) -> ExtendedUNet2DConditionModel:
         """Load the UNet2DConditionModel in ``folder``; add tokens for the conditions and a new mixture."""
         unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
+        unet = unet if unet.config.out_channels == unet.config.in_channels else widened(unet)  # without a learned variance
         sizes = {"sample_size": unet.config.sample_size, "in_channels": unet.config.in_channels}
         conditions = {"num_classes": num_classes, "embedding_dimensions": embedding_dimensions}
         model = cls(unet_config=plain_config(unet), **sizes, **conditions, **mixture)
@@ -108,6 +110,7 @@ class ExtendedUNet2DConditionModel(Backbone):
     ) -> Trunk:
         unet, states = self.unet, self.states(sample, class_labels, image_embeds)
         embedding = unet.time_embedding(unet.time_proj(timestep.expand(len(sample))).to(sample.dtype))
+        embedding = embedding if unet.time_embed_act is None else unet.time_embed_act(embedding)
         h, skips = encoder_path(unet, sample, embedding, self.first_of_tail, states)
         return Trunk(h, F.silu(embedding), (embedding, skips, states))
 

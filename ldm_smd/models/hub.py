@@ -31,11 +31,13 @@ def network_folder(source: str | Path, key: str, parts: Sequence[str] = DENOISER
         try:
             folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
         except (OSError, ValueError) as error:
-            found = f"{source}: {one_line(error)}"
-            raise UserError(f"{key}: expected a folder of a network or a hub id, found {found}") from error
+            said = f"{source}: {one_line(error)}"
+            raise UserError(f"{key}: expected a folder of a network or a hub id, found {said}") from error
     network = next((folder / part for part in parts if (folder / part / FILES[0]).is_file()), None)
     if network is None and not on_hub:
         return folder
-    if network is None or not any(network.glob("*.safetensors")):
-        raise UserError(f"{key}: expected a network with safetensors weights in {source}, found none")
+    if network is None or not any((network / name).is_file() for name in FILES[1:]):
+        others = [] if network is None else sorted(path.name for path in network.glob("*.safetensors"))
+        found = others[0] if others else "none"
+        raise UserError(f"{key}: expected a network with safetensors weights in {source}, found {found}")
     return network

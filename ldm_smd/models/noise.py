@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,9 +59,11 @@ class PosteriorNoise(nn.Module):
     scale: torch.Tensor
     norms: torch.Tensor
 
-    def __init__(self, channels: int, side: int, rank: int, modes: int, num_classes: int | None, timesteps: int) -> None:
+    def __init__(
+        self, channels: int, side: Sequence[int] | int | None, rank: int, modes: int, num_classes: int | None, timesteps: int
+    ) -> None:
         super().__init__()
-        self.side = min(GRID, side)
+        self.side = GRID if side is None else min(GRID, *(side if isinstance(side, Sequence) else [side]))
         elements = channels * self.side**2
         self.rank = rank = min(rank, elements - 1)
         basis = torch.empty(rank, elements, dtype=torch.float32)  # also if a model is loaded in half precision

@@ -28,7 +28,7 @@ def widened(network: ModelMixin, inputs: int = 0, outputs: int = 0) -> ModelMixi
         rows = weights[name].unflatten(0, (-1, said))  # one row per position in a patch
         weights[name] = padded(rows[:, :channels], outputs, dim=1).flatten(0, 1)
     copied.load_state_dict(weights)
-    return copied.to(network.device, network.dtype)
+    return copied.to(network.device, network.dtype).train(network.training)
 
 
 def padded(weight: torch.Tensor, more: int, dim: int) -> torch.Tensor:
@@ -51,4 +51,4 @@ def with_null_class(unet: UNet2DModel, classes: int) -> UNet2DModel:
     weights["class_embedding.weight"] = torch.cat((embeddings, embeddings.mean(dim=0, keepdim=True)))
     copied = UNet2DModel.from_config(unet.config, num_class_embeds=classes + 1)
     copied.load_state_dict(weights)
-    return copied
+    return copied.to(unet.device, unet.dtype).train(unet.training)

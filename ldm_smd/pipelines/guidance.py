@@ -41,8 +41,11 @@ def read_conditions(
         if classes is None:
             raise ValueError("class_labels: expected None, this model is unconditional")
         try:
-            labels = torch.as_tensor(class_labels, dtype=torch.long)
-        except (TypeError, ValueError) as error:
+            labels = torch.as_tensor(class_labels)
+            if labels.is_floating_point() and labels.numel():
+                raise TypeError("floating-point numbers")
+            labels = labels.long()
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"class_labels: expected class numbers or names, found {class_labels!r}") from error
         if labels.ndim != 1:
             raise ValueError(f"class_labels: expected a class number for each image, such as [0, 1], found {class_labels!r}")

@@ -49,7 +49,10 @@ def scheduler_from(name: str, config: dict, custom: dict[str, type[SchedulerMixi
         if option not in known:
             raise UserError(f"scheduler: expected a setting of {name} ({', '.join(known)}), found {option!r}")
     # Step spacing is not part of the noise schedule. diffusers would warn of settings that the class does not have.
-    config = EVERYWHERE | {key: value for key, value in without_learned_variance(config).items() if key not in SPACINGS}
+    # A class default of diffusers is no setting of the model, if the configuration says that it is one.
+    unset = EVERYWHERE.keys() & set(config.get("_use_default_values", ()))
+    own = {key: value for key, value in without_learned_variance(config).items() if key not in {*SPACINGS, *unset}}
+    config = EVERYWHERE | own
     if config.get("prediction_type") == "sample" and name in WITHOUT_SAMPLE_PREDICTION:
         config["prediction_type"] = "v_prediction"
     if "trained_betas" in known and not {"beta_schedule", "trained_betas"} & config.keys():  # of a flow matching scheduler

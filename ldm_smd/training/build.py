@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from pathlib import Path
 
 import torch
@@ -24,13 +25,20 @@ from .checkpoint import checkpoints, load_weights
 from .coarse_labels import class_names
 from .fit_gaussian import FITTING_LATENTS, LATENTS_PER_COMPONENT, fitting_latents
 from .run import Run
+from .same_data import other_data
 from .same_process import check_process
 from .settings import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def initial_model(run: Run) -> Backbone:
     """Build the model on the device. Fits its noise, unless a checkpoint holds it already."""
-    model = build_model(run.config, run.manifest)
+    model, config = build_model(run.config, run.manifest), run.config
+    if config.init_from is not None and run.accelerator.is_main_process and not checkpoints(run.checkpoints):
+        difference = other_data(run, network_folder(config.init_from, "init_from"))
+        if difference is not None:
+            logger.warning("init_from: %s has %s", config.init_from, difference)
     if model.mixture is not None and not model.mixture.noise.is_fitted and not checkpoints(run.checkpoints):
         fit_noise(model.mixture, run)
     return model.to(run.accelerator.device)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,12 @@ from .learners import learner_for
 from .metrics_log import DataWaits, MetricsLog, RunningMeans, crossed
 from .model_folder import save_model_folder
 from .preview import preview
-from .rates import warmup_cooldown
+from .rates import warmup_cooldown, warn_of_long_ramps
 from .record import RECORD
 from .run import Run
 from .settings import TrainConfig
 from .share import share_checkpoint
-from .signals import EXIT_CODE, sigterm_flag
+from .signals import stop_flag
 from .watch import CriticWatch
 
 STOP_EVERY_STEPS = 10
@@ -45,24 +45,25 @@ def train(config: TrainConfig) -> Path:
     """Train on latent shards; returns the model folder. Resumes from the newest checkpoint in ``config.output``.
 
     On CPUs, a resumed run gives bit-identical results to an uninterrupted one, on the same machine with the same number of
-    threads and the same torch version. On SIGTERM it saves a checkpoint and exits with code 143.
+    threads and the same torch version. On SIGTERM, or Ctrl-C, it saves a checkpoint and exits with code 143, or 130.
     """
     # Without a GPU, accelerate forms a process group only if it is told to use the CPU.
     no_gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=pick_precision(config.precision), cpu=no_gpu)
     output = Path(config.output)
-    with claimed_by_first(output, inside=True), sigterm_flag() as stop:
+    with claimed_by_first(output, inside=True), stop_flag() as stop:
         stopped_at = training_loop(config, accelerator, stop)
     accelerator.end_training()
     if stopped_at is not None:
+        reason = stop[0] if stop else signal.SIGTERM  # of another process
         if accelerator.is_main_process:
-            print(f"stopped by SIGTERM after {stopped_at} images; run the same command to resume", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+            print(f"stopped by {reason.name} after {stopped_at} images; run the same command to resume", file=sys.stderr)
+        sys.exit(128 + reason)
     return output / "model"
 
 
-def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading.Event) -> int | None:
-    """Train to the end and return None, or until ``stop`` is set on any process and return the images seen."""
+def training_loop(config: TrainConfig, accelerator: Accelerator, stop: list[signal.Signals]) -> int | None:
+    """Train to the end and return None, or until a process has received one of ``stop`` and return the images seen."""
     # Set up.
     set_attention_backend(config.attention)
     share_checkpoint(Path(config.output), (RECORD,), accelerator)
@@ -88,6 +89,7 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
     log = MetricsLog(run.output, images_seen) if main else None
     if main:
         run.record.save(run.output)
+        warn_of_long_ramps(config)
         (run.output / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
     bar = progress(config.images_total, images_seen, run.output.name, disable=not main)
@@ -142,13 +144,13 @@ def training_loop(config: TrainConfig, accelerator: Accelerator, stop: threading
     return None
 
 
-def stop_everywhere(accelerator: Accelerator, stop: threading.Event, step: int) -> bool:
+def stop_everywhere(accelerator: Accelerator, stop: list[signal.Signals], step: int) -> bool:
     """Return whether any process is to stop. All processes agree, although signals reach them at different times."""
     if accelerator.num_processes == 1:
-        return stop.is_set()
+        return bool(stop)
     if step % STOP_EVERY_STEPS:
         return False
-    return accelerator.reduce(torch.tensor(float(stop.is_set()), device=accelerator.device), "sum").item() > 0
+    return accelerator.reduce(torch.tensor(float(bool(stop)), device=accelerator.device), "sum").item() > 0
 
 
 def check_finite(values: dict[str, float], images_seen: int, keys: Callable[[], list[str]]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from .settings import TrainAutoencoderConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 def warmup_cooldown(config: TrainConfig, images_seen: int) -> float:
@@ -12,6 +15,19 @@ def warmup_cooldown(config: TrainConfig, images_seen: int) -> float:
     warm = (images_seen + config.batch_size) / max(config.warmup_images, config.batch_size)
     cool = (config.images_total - images_seen) / max(config.cooldown_images, config.batch_size)
     return config.learning_rate * min(1.0, warm, cool)
+
+
+def warn_of_long_ramps(config: TrainConfig) -> None:
+    """Warn if warm-up and cool-down leave less than half of the learning rate, as after shortening ``images_total`` alone."""
+    ramps = config.warmup_images + config.cooldown_images
+    if ramps > 2 * config.images_total:
+        logger.warning(
+            "images_total: %d is short for warmup_images + cooldown_images = %d: the learning rate stays below %.2g of %g",
+            config.images_total,
+            ramps,
+            config.images_total / ramps,
+            config.learning_rate,
+        )
 
 
 def warmup_times_cosine(config: TrainAutoencoderConfig, images_seen: int) -> float:

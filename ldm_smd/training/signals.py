@@ -1,4 +1,4 @@
-"""SIGTERM, which cluster schedulers send before they kill a job."""
+"""SIGTERM, which cluster schedulers send before they kill a job, and SIGINT, of Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXIT_CODE = 128 + signal.SIGTERM
-
 
 @contextmanager
-def sigterm_flag() -> Iterator[threading.Event]:
-    """Give an event that SIGTERM sets, in place of its default action. Outside the main thread, nothing sets it."""
-    flag = threading.Event()
+def stop_flag() -> Iterator[list[signal.Signals]]:
+    """Give a list that SIGTERM and the first SIGINT append themselves to, in place of their default action.
+
+    A second SIGINT raises KeyboardInterrupt. Outside the main thread, nothing is appended.
+    """
+    received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
-        yield flag
+        yield received
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: flag.set())
+
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        received.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield flag
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

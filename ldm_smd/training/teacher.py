@@ -17,6 +17,7 @@ from ..models.registry import DENOISERS
 from ..models.widened import with_null_class
 from ..schema import check
 from .run import Run
+from .same_data import other_data
 from .same_process import check_process
 from .step import draw_rows, draw_step
 from .step_noise import PURE_NOISE, StepNoise
@@ -35,6 +36,8 @@ def load_teacher(run: Run, mixture: Backbone) -> ModelMixin:
         raise UserError(f"{KEY}: expected the folder of a Gaussian model, or init_from, found None")
     folder = network_folder(source, KEY)
     check_process(run.config.diffusion, folder, KEY)
+    if (difference := other_data(run, folder)) is not None:
+        raise UserError(f"{KEY}: expected a model of these latents and classes, found in {folder.parent} {difference}")
     kind = class_of(folder) or "none"
     check(kind in DENOISERS, KEY, f"the folder of one of {', '.join(DENOISERS)} (RUN/model/unet)", f"{kind} in {folder}")
     teacher = DENOISERS[kind].from_pretrained(folder, use_safetensors=True)

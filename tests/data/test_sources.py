@@ -281,3 +281,19 @@ def encoded(image):
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def test_a_zip_of_a_folder_has_the_classes_of_the_folder(tmp_path, image_folder):
+    """``zip -r`` of the folder itself puts its name before all members."""
+    images = sorted(image_folder.rglob("*.png"))
+
+    def classes(name, root, images):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            for path in images:
+                archive.write(path, path.relative_to(root))
+        return list_images(ImagesConfig(source=str(tmp_path / f"{name}.zip"))).classes
+
+    assert classes("inside", image_folder, images) == ["disc", "square"]
+    assert classes("itself", image_folder.parent, images) == ["disc", "square"]
+    one = [path for path in images if path.parent.name == "disc"]
+    assert classes("one", image_folder, one) == ["disc"]

@@ -4,8 +4,10 @@ from diffusers import UNet2DModel
 
 from ldm_smd.models.blocks import repeat
 from ldm_smd.models.extended import ExtendedUNet2DModel
+from ldm_smd.models.extended_condition import ExtendedUNet2DConditionModel
+from ldm_smd.models.widened import widened, with_null_class
 from tests.rounding import nearly_equal
-from tests.tiny import MIXTURE, diffusers_unet
+from tests.tiny import MIXTURE, diffusers_condition, diffusers_unet
 
 
 def gaussian(**changes):
@@ -49,3 +51,36 @@ def test_a_unet_with_another_time_embedding_is_refused(tmp_path):
     gaussian(time_embedding_type="fourier").save_pretrained(tmp_path / "fourier")
     with pytest.raises(ValueError, match="unet: expected positional time embedding"):
         ExtendedUNet2DModel.from_unet(tmp_path / "fourier", **MIXTURE)
+
+
+@pytest.mark.parametrize("size", [None, (8, 16)])
+def test_a_unet_of_any_or_of_another_shape_can_be_extended(tmp_path, size):
+    gaussian(sample_size=size).save_pretrained(tmp_path / "gaussian")
+    model = ExtendedUNet2DModel.from_unet(tmp_path / "gaussian", **MIXTURE).eval()
+    assert model.mixture.noise.side == 8
+    x, t, labels, eta = inputs(side=16)
+    assert model(x, t, labels, eta).sample.shape == x.shape
+
+
+def test_a_learned_variance_is_left_out(tmp_path):
+    plain = gaussian(out_channels=8)
+    plain.save_pretrained(tmp_path / "gaussian")
+    model = ExtendedUNet2DModel.from_unet(tmp_path / "gaussian", **MIXTURE).eval()
+    x, t, labels, eta = inputs()
+    expected = plain(x, t, labels).sample[:, :4] + model.mixture.noise(eta, x, t, labels)
+    assert nearly_equal(model(x, t, labels, eta).sample, expected)
+
+
+def test_the_activation_of_the_time_embedding_is_kept(tmp_path):
+    torch.manual_seed(0)
+    plain = diffusers_condition(time_embedding_act_fn="silu").eval()
+    plain.save_pretrained(tmp_path / "plain")
+    model = ExtendedUNet2DConditionModel.from_unet(tmp_path / "plain", **{**MIXTURE, "noise_rank": 0}).eval()
+    x, t, _, eta = inputs()
+    expected = plain(x, t, model.empty_states.expand(2, -1, -1)).sample
+    assert nearly_equal(model(x, t, eta=eta).sample, expected)
+
+
+def test_copies_with_a_null_class_keep_the_mode_of_the_network():
+    for copied in (with_null_class(gaussian(dropout=0.3), 4), widened(gaussian(dropout=0.3), outputs=1)):
+        assert not copied.training

@@ -96,6 +96,8 @@ def test_invalid_conditions_are_refused(pipeline):
         pipeline(1)
     with pytest.raises(ValueError, match=r"class_labels: expected class numbers or names, found \[None\]"):
         pipeline([None])
+    with pytest.raises(ValueError, match=r"class_labels: expected class numbers or names, found \[0.7\]"):
+        pipeline([0.7])
     with pytest.raises(ValueError, match="image_embeds: expected None, this model is not conditioned"):
         read_conditions(pipeline.unet, None, torch.ones(1, 16), cpu)
     with pytest.raises(ValueError, match="class_labels: expected None, this model is unconditional"):

@@ -240,3 +240,12 @@ def test_a_network_that_predicts_x0_is_sampled_by_every_scheduler(name):
     prediction = conversion.to_scheduler(torch.zeros_like(x), network_input(scheduler, x, timesteps[0]))
     options = {"order": 1} if "order" in inspect.signature(scheduler.step).parameters else {}
     assert scheduler.step(prediction, timesteps[0], x, **options).prev_sample.isfinite().all()
+
+
+def test_defaults_of_diffusers_are_no_settings_of_the_model():
+    """They clip pixels to [-1, 1], and begin to sample below the last timestep."""
+    for name in ("DDPMScheduler", "DPMSolverMultistepScheduler"):
+        config = make_scheduler(name, diffusers.DDIMScheduler()).config
+        assert config.timestep_spacing == "trailing" and not config.get("clip_sample")
+    chosen = make_scheduler("DDPMScheduler", diffusers.DDIMScheduler(timestep_spacing="linspace", clip_sample=True)).config
+    assert chosen.timestep_spacing == "linspace" and chosen.clip_sample

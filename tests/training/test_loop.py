@@ -52,22 +52,24 @@ def test_a_run_killed_before_it_wrote_its_model_folder_writes_it_later(train_con
 
 
 @pytest.mark.slow
-def test_sigterm_saves_a_checkpoint_and_the_resumed_run_is_bit_identical(train_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_a_checkpoint_and_the_resumed_run_is_bit_identical(train_config, tmp_path, monkeypatch, sent, code):
     """Its log is too, although the signal comes between two reports."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     train(train_config(f"output={tmp_path / 'straight'}"))
     real, steps = Denoising.step, []
 
     def interrupted(self, *arguments):
         steps.append(0)
         if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
         return real(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Denoising, "step", interrupted)
         with pytest.raises(SystemExit) as stopped:
             train(train_config())
-    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert stopped.value.code == code and [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert [path.name for path in checkpoints(tmp_path / "run/checkpoints")] == ["images-000000000024"]
     assert not (tmp_path / "run/model").exists()
     train(train_config())
