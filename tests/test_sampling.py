@@ -1,9 +1,11 @@
 import shutil
 
 import pytest
+import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageChops, ImageStat
 
+from ldm_smd.sampling.batches import SamplingOptions, sample_batches
 from ldm_smd.sampling.grid import labelled_grid
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
@@ -55,6 +57,34 @@ def test_sample_writes_images_and_refuses_wrong_settings(run, model_folder, tmp_
     assert code == 2 and "output: expected a new or empty folder" in err
     code, _, err = run(SampleConfig, sample, *options, f"output={tmp_path / 'b'}", "classes=[cat]")
     assert code == 2 and "found 'cat'" in err and not (tmp_path / "b").exists()
+
+
+class Recorder:
+    """A pipeline that keeps the arguments of its calls."""
+
+    def __init__(self):
+        self.calls = []
+
+    def set_progress_bar_config(self, **options):
+        pass
+
+    def __call__(self, labels, **options):
+        self.calls.append((labels, options))
+        return (torch.zeros(options["batch_size"], 3, 2, 2),)
+
+
+def test_every_batch_gets_its_own_labels_images_embeddings_and_seeds():
+    """Here images number 1 to 5 of six, as on one of several processes."""
+    given = {"image": torch.arange(6.0).view(6, 1, 1, 1), "image_embeds": torch.arange(6.0).view(6, 1)}
+    pipeline, options = Recorder(), SamplingOptions(steps=1, seed=7, batch_size=2, **given)
+    assert [len(batch) for batch in sample_batches(pipeline, list("abcdef"), range(1, 6), options, "")] == [2, 2, 1]
+    found = [
+        (labels, [each.initial_seed() for each in call["generator"]], call["image"].flatten().tolist(), call["image_embeds"])
+        for labels, call in pipeline.calls
+    ]
+    for rows, (labels, seeds, image, embeds) in zip(([1, 2], [3, 4], [5]), found, strict=True):
+        assert labels == ["abcdef"[row] for row in rows] and seeds == [7 + row for row in rows]
+        assert image == embeds.flatten().tolist() == rows
 
 
 def test_a_guide_of_another_process_is_refused(run, model_folder, tmp_path):

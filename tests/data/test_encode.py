@@ -212,8 +212,10 @@ def test_a_run_with_other_settings_is_refused(encode_to, tmp_path):
     encode_to("out", "worker=0/2")
     with pytest.raises(UserError, match=r"another mirror \(true there, false here\)"):
         encode_to("out", "mirror=false")
-    with pytest.raises(UserError, match="another shard_size"):
-        encode_to("out", "shard_size=9")
+    for setting in ("shard_size=9", "batch_size=5", "images.crop=pad", "images.background=black", "shuffle=false"):
+        name = setting.partition("=")[0].removeprefix("images.").replace("shuffle", "shuffle_tars")
+        with pytest.raises(UserError, match=f"another {name} "):
+            encode_to("out", setting)
     for worker in ("2/2", "one", "-1/2", "1"):
         with pytest.raises(UserError, match="worker: expected i/n"):
             encode_to("out", f"worker={worker}")

@@ -67,6 +67,21 @@ def test_crop_and_pad():
     assert padded[:, 0, 8].tolist() == [0, 0, 255] and padded[:, 8, 8].tolist() == [255, 0, 0]
 
 
+def test_the_crop_is_in_the_centre():
+    for size, box in (((64, 16), (24, 0, 40, 16)), ((16, 64), (0, 24, 16, 40))):
+        image = Image.new("RGB", size, "white")
+        image.paste("red", box)
+        assert (np.array([255, 0, 0]) == decode(encoded(image), 16).view(3, -1).T).all()
+
+
+def test_shrinking_averages_pixels():
+    """A pattern of single black and white pixels becomes grey."""
+    board = Image.fromarray((np.indices((96, 96)).sum(axis=0) % 2 * 255).astype(np.uint8))
+    for crop in ("center", "pad"):
+        pixels = decode(encoded(board), 16, crop)[:, 2:-2, 2:-2].float()
+        assert (pixels - 127.5).abs().max() < 10
+
+
 def test_unreadable_images_are_listed_or_raise(tmp_path):
     intact = encoded(Image.effect_noise((64, 64), 50))
     (tmp_path / "a.png").write_bytes(intact)

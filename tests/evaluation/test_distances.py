@@ -13,6 +13,7 @@ from ldm_smd.evaluation.distances import (
     distances,
     fidelity_and_diversity,
     frechet_distance,
+    kernel_deviation,
     kernel_distance,
 )
 
@@ -140,6 +141,13 @@ def test_bootstrap_estimates_the_standard_deviation():
 
     found = bootstrap_deviation(mean_gap, torch.randn(400, 1, generator=generator), torch.zeros(10, 1), rounds=300)
     assert found == pytest.approx(1 / 20, rel=0.2)
+
+
+def test_the_deviation_of_the_kernel_distance_is_that_of_its_bootstrap(small_blocks):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(9, 3, generator=generator), torch.randn(11, 3, generator=generator) + 0.5
+    expected = bootstrap_deviation(kernel_distance, a, b, rounds=10, seed=3)
+    assert kernel_deviation(a, b, rounds=10, seed=3) == pytest.approx(expected, rel=1e-6)
 
 
 class KnownMixture(torch.nn.Module):

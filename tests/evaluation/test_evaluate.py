@@ -142,6 +142,43 @@ def test_features_of_real_images_are_cached(settings, image_folder, tmp_path, mo
     assert sum(extracted) == 22 + 9
 
 
+@pytest.mark.parametrize("changed", ["features", "reference.crop=pad", "reference.background=black"])
+def test_cached_features_are_those_of_the_same_network_and_resizing(settings, tmp_path, monkeypatch, changed):
+    """The other network has the same name."""
+    if changed == "features":
+        torch.manual_seed(1)
+        FeatureNetwork((4, 8), {"x": 2}).save_pretrained(tmp_path / "other/small")
+        changed = f"features=[{tmp_path / 'other/small'}]"
+    options = (f"cache={tmp_path / 'cache'}", "held_out=null")
+    measured(settings, "first", *options)
+    extracted, real = [], Extractor.__call__
+    monkeypatch.setattr(Extractor, "__call__", lambda self, pixels: extracted.append(len(pixels)) or real(self, pixels))
+    measured(settings, "changed", *options, changed)
+    assert sum(extracted) == 22 + 9
+
+
+def test_held_out_images_are_resized_as_the_reference(settings, image_folder, network):
+    options = (f"held_out={image_folder / 'disc'}", "reference.crop=pad")
+    result = measured(settings, "padded", *options)
+    model = FeatureNetwork.from_pretrained(network).eval()
+    with torch.no_grad():
+        discs, everything = (
+            model(2 * load_pixels(ImagesConfig(source=str(source), resolution=16, crop="pad"))[0].float() / 255 - 1)
+            for source in (image_folder / "disc", image_folder)
+        )
+    assert result["held_out"]["count"] == 11
+    expected = pytest.approx(frechet_distance(discs, everything), rel=1e-4)
+    assert result["features"]["small"]["held_out"]["frechet"] == expected
+
+
+def test_the_table_has_95_percent_intervals(settings, tmp_path):
+    found = measured(settings, "table")["features"]["small"]["samples"]
+    rows = (tmp_path / "table.md").read_text().splitlines()
+    [row] = [line for line in rows if line.startswith("| small | samples |")]
+    for name in ("frechet", "kid"):
+        assert f"| {found[name]:.4g} ± {1.96 * found[f'{name}_sd']:.2g} |" in row
+
+
 def test_labels_of_the_samples(settings):
     def config(labels):
         return load_config(EvaluateConfig, None, settings("x", f"labels={labels}", "num_samples=6"))

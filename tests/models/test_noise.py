@@ -108,6 +108,29 @@ def test_larger_latents_get_the_same_layout():
     assert 0.3 * exact.trace() < torch.nn.functional.avg_pool2d(e, 2).flatten(1).var(dim=0).sum() < 1.05 * exact.trace()
 
 
+@pytest.mark.parametrize("size", [(4, 4), (4, 2), (2, 8)])
+@pytest.mark.parametrize("t", [1, 2])
+def test_larger_latents_have_the_posterior_of_their_means(t, size):
+    """For several modes: the mean of n positions has noise of the standard deviation s_t / n^(1/2)."""
+    latents, labels, centres, spread = two_classes()
+    noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels)
+    floor = FLOOR * torch.linalg.eigvalsh(torch.cov(latents.flatten(1).T))[1:].mean()
+    exact = GaussianMixture.from_covariances(
+        torch.full((3,), 1 / 3).double(), centres, torch.diag(spread**2 + floor).expand(3, 4, 4)
+    )
+    a, s = (value.item() for value in PROCESS.signal_and_noise(torch.tensor([t]), torch.zeros(1)))
+    means = torch.tensor([[0.05, 0.1], [0.0, 0.0]])
+    x_t = means.repeat_interleave(size[0] // 2, dim=0).repeat_interleave(size[1] // 2, dim=1).view(1, 1, *size)
+    pooled_s = s / (size[0] * size[1] / 4) ** 0.5
+    drawn = exact.posterior(means.view(1, 4).double(), a, pooled_s).sample(20_000, torch.Generator().manual_seed(2))[0]
+    eta = torch.randn(20_000, 1, *size, generator=torch.Generator().manual_seed(1))
+    e = noise(eta, x_t, torch.tensor([t]))
+    corners = e[..., :: size[0] - 1, :: size[1] - 1].flatten(1).double()  # equal to the means, before interpolation
+    assert torch.allclose(s * corners.std(dim=0)[:3], drawn.std(dim=0)[:3], rtol=0.07, atol=0.01)
+    centred = -drawn[:, 0] + drawn[:, 0].mean()  # v has the opposite sign of x_0
+    assert (s * corners[:, 0].sort().values - centred.sort().values).abs().mean() < 0.08
+
+
 def test_draws_of_an_image_are_in_consecutive_rows():
     latents, labels, _, _ = two_classes(500)
     noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels)

@@ -51,6 +51,15 @@ def test_an_unconditional_model_refuses_labels():
         model(num_classes=None)(x, t, labels, eta)
 
 
+def test_embeddings_have_unit_variance_for_the_network():
+    """Those of OpenCLIP have length 1."""
+    unet, seen = model(embedding_dimensions=16), []
+    unet.image_embedding.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    x, t, labels, eta = inputs()
+    unet(x, t, labels, eta, image_embeds=torch.nn.functional.normalize(torch.randn(2, 16)))
+    assert torch.allclose(seen[0].square().mean(dim=1), torch.ones(2))
+
+
 def test_a_wrong_shape_of_eta_or_placement_is_refused():
     x, t, labels, eta = inputs()
     with pytest.raises(ValueError, match="eta: expected"):

@@ -8,7 +8,7 @@ from ldm_smd.diffusion.central_moments import reverse_moments, two_gaussians, x0
 from ldm_smd.diffusion.gaussian_mixture import GaussianMixture
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import PREDICTION_TYPES, DiffusionConfig
-from ldm_smd.schedulers import make_scheduler
+from ldm_smd.schedulers import gms, make_scheduler
 from ldm_smd.schedulers.gms import GMSScheduler
 from ldm_smd.schedulers.schedule import build_scheduler
 
@@ -128,6 +128,31 @@ def test_a_step_has_the_exact_moments_for_every_prediction_type(kind):
         wanted = (exact - centre).pow(power)
         error = (drawn - centre).pow(power).mean() - wanted.mean()
         assert error.abs() < 8 * wanted.std() / count**0.5, power
+
+
+def test_two_moments_give_the_exact_mean_and_variance():
+    t, s, count = 900, 700, 100_000
+    chain = scheduler(num_moments=2)
+    chain.set_timesteps(timesteps=[t, s])
+    x_t = torch.full((count, 1, 1, 1), 0.35)
+    output = exact_output(x_t[:1], t).expand(count, -1, -1, -1)
+    drawn = chain.step(output, t, x_t, generator=torch.Generator().manual_seed(0)).prev_sample.double().flatten()
+    exact = exact_step(x_t[:1], t, s, count)
+    assert drawn.mean().item() == pytest.approx(exact.mean().item(), abs=0.01)
+    assert drawn.var().item() == pytest.approx(exact.var().item(), rel=0.03)
+
+
+def test_a_fraction_of_the_variance_due_to_x0_stays_within_the_components(monkeypatch):
+    floors, real = [], two_gaussians
+    monkeypatch.setattr(gms, "two_gaussians", lambda moments, floor: floors.append(floor) or real(moments, floor))
+    chain, process = scheduler(within_component_fraction=0.3), DiffusionProcess(SCHEDULER.alphas_cumprod)
+    chain.set_timesteps(timesteps=[900, 700])
+    x_t, t, s = torch.full((1, 1, 1, 1), 0.35), torch.tensor([900]), torch.tensor([700])
+    prediction, variance, third = exact_output(x_t, 900).chunk(3, dim=1)
+    chain.step(torch.cat((prediction, variance, third), dim=1), 900, x_t)
+    x0 = x0_moments(process, prediction, variance, third, x_t, t, "v_prediction")
+    moments, v = reverse_moments(process, x0, x_t, t, s)
+    assert torch.allclose(floors[0], 0.7 * v + 0.3 * moments.variance, rtol=1e-4) and (moments.variance > 1.1 * v).all()
 
 
 def test_a_sample_does_not_depend_on_its_batch():

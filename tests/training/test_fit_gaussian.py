@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import PartialState
 
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.data.shards import Manifest
@@ -8,7 +9,14 @@ from ldm_smd.errors import UserError
 from ldm_smd.pipelines import load_pipeline, seeded_generators
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.training import fit_gaussian as gaussian
-from ldm_smd.training.fit_gaussian import LatentSums, class_gaussians, coarse_members, fit_gaussian
+from ldm_smd.training.fit_gaussian import (
+    LatentSums,
+    class_gaussians,
+    coarse_members,
+    fit_gaussian,
+    fitting_latents,
+    latent_sums,
+)
 from ldm_smd.training.settings import FitGaussianConfig
 
 
@@ -99,6 +107,51 @@ def test_well_separated_clusters_of_latents_are_found(shards, monkeypatch):
     order = distance.argmin(dim=1)
     assert distance.min(dim=1).values.max() < 1 < 20 < torch.cdist(centres, centres)[0, 1:].min()
     assert torch.allclose(found.log_weights[0].exp()[order], counts / 64, atol=1e-3)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("batch_size", [22, 4])
+def test_every_latent_is_counted_once_with_the_variance_of_its_encoder(shards, vae_folder, batch_size, mirror):
+    """Also if the last batch is not full, and for the mirrored encodings."""
+    manifest, autoencoder = Manifest.load(shards), FrozenAutoencoder.from_pretrained(vae_folder)
+    config = FitGaussianConfig(model="x", shards="x", output="x", batch_size=batch_size, mirror=mirror)
+    sums = latent_sums(config, manifest, autoencoder, 2, PartialState())
+    batch = LatentStream(manifest, 22, 22, seed=config.seed, mirror=mirror).batch_at(0)
+    mean, logvar = batch.moments.double().flatten(2).unbind(dim=1)
+    latents, spreads = (mean - 0.1) * 0.7, logvar.exp() * 0.7**2  # the constants of the autoencoder
+    assert sums.counts.tolist() == [11, 11, 0]
+    for label in (0, 1):
+        chosen = batch.labels == label
+        assert torch.allclose(sums.sums[label], latents[chosen].sum(dim=0), atol=1e-4)
+        assert torch.allclose(sums.spreads[label], spreads[chosen].sum(dim=0), rtol=1e-4)
+        assert torch.allclose(sums.products[label], latents[chosen].T @ latents[chosen], atol=1e-3)
+
+
+def test_a_mixture_is_fitted_to_normalised_samples(shards, vae_folder):
+    manifest, autoencoder = Manifest.load(shards), FrozenAutoencoder.from_pretrained(vae_folder)
+    latents, labels = fitting_latents(manifest, autoencoder, seed=0, mirror=False, generator=torch.Generator().manual_seed(0))
+    batch = LatentStream(manifest, 22, 22).batch_at(0)
+    mean, logvar = batch.moments.float().unbind(dim=1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(latents, (mean + (0.5 * logvar).exp() * noise - 0.1) * 0.7, atol=1e-5)
+    assert torch.equal(labels, batch.labels)
+
+
+def test_the_shared_covariance_is_that_within_the_clusters(shards, monkeypatch):
+    """Its axes differ from the principal axes of all latents."""
+    points = 0.01 * torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))
+    points[:, 0] *= 100
+    points[:, 1] *= 20
+    points[:, :2] += torch.where(torch.arange(2000) < 1000, 4.0, -4.0)[:, None]
+    labels = torch.full((2000,), -1)
+    sums = LatentSums.empty(1, 256)
+    sums.add(points, torch.zeros_like(points), labels)
+    monkeypatch.setattr(gaussian, "fitting_latents", lambda *_: (points.view(-1, 4, 8, 8), labels))
+    config = FitGaussianConfig(model="x", shards="x", output="x", components=2, rank=2)
+    found = gaussian.shared_gaussians(config, sums, Manifest.load(shards), None, classes=0, members={})
+    vectors, variances = found.vectors[0, :, :2], found.variances[0]
+    assert torch.allclose(vectors.T @ torch.diag(variances) @ vectors, torch.diag(torch.tensor([1.0, 0.04])), atol=0.1)
+    assert found.tails[0].item() == pytest.approx(1e-4, rel=0.1)
 
 
 @pytest.mark.slow

@@ -51,6 +51,14 @@ def test_a_run_killed_before_it_wrote_its_model_folder_writes_it_later(train_con
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_model_folder_has_the_averaged_weights(train_config, tmp_path):
+    folder = train(train_config("images_total=16"))
+    newest = checkpoints(tmp_path / "run/checkpoints")[-1]
+    found, average, last = map(weights, (folder / "unet", newest / "ema", newest / "model"))
+    assert found.keys() == average.keys() and all(torch.equal(found[name], average[name]) for name in found)
+    assert not all(torch.equal(found[name], last[name]) for name in found)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_a_checkpoint_and_the_resumed_run_is_bit_identical(train_config, tmp_path, monkeypatch, sent, code):

@@ -6,6 +6,7 @@ from ldm_smd.diffusion.settings import DiffusionConfig, DistillationConfig
 from ldm_smd.evaluation.diagnostics import DIAGNOSTIC_TIMESTEPS, Spread
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training import preview
+from ldm_smd.training.build import initial_model
 from ldm_smd.training.distillation import Distillation
 from ldm_smd.training.distillation_losses import DistillationLosses
 from ldm_smd.training.loop import train
@@ -33,6 +34,15 @@ def test_draws_with_a_small_spread_give_a_warning(open_run, distillation, monkey
     preview.log_spread(run, Distillation(run).model.network, 0, MetricsLog(tmp_path))
     messages = [record.getMessage() for record in caplog.records]
     assert any("spread at t = 999 is 40 % of the posterior's" in message for message in messages) == warned
+
+
+def test_the_spread_is_measured_on_normalised_latents(open_run, monkeypatch, tmp_path):
+    run, seen = open_run(), []
+    same = {t: Spread(1.0, 1.0) for t in DIAGNOSTIC_TIMESTEPS}
+    monkeypatch.setattr(preview, "spread_over_eta", lambda *given: seen.append(given[3]) or same)
+    preview.log_spread(run, initial_model(run), 0, MetricsLog(tmp_path))
+    means = run.batches().batch_at(0).moments[:, 0].float()
+    assert torch.allclose(seen[0], (means - 0.1) * 0.7, atol=1e-5)  # the constants of the autoencoder
 
 
 def test_a_collapsed_distillation_gives_a_warning(caplog):

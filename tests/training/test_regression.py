@@ -7,6 +7,8 @@ from ldm_smd.errors import UserError
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.loop import train
 from ldm_smd.training.regression import PosteriorRegression
+from ldm_smd.training.step import model_conditions
+from tests.rounding import nearly_equal
 from tests.training.results import assert_same_losses, logged_losses, weights
 
 
@@ -49,6 +51,27 @@ def test_the_loss_is_the_mean_over_draws(open_run, regression):
         each.append(learner.losses(batch, noise))
     assert torch.allclose(together, torch.stack(each).mean(dim=0), rtol=1e-4)
     assert not torch.allclose(each[0], each[1], rtol=1e-2)
+
+
+def test_the_loss_computes_its_formula(open_run, regression):
+    """With one evaluation of the teacher, the flow is its prediction of x_0. The error of v is that of x_0 over s_t."""
+    learner = PosteriorRegression(open_run(*regression, "objective.teacher_steps=1"))
+    torch.manual_seed(0)
+    network = learner.model.network.eval()
+    with torch.no_grad():
+        for parameter in (*learner.teacher.parameters(), *network.parameters()):
+            parameter += 0.1 * torch.randn_like(parameter)
+    batch, inputs = learner.run.batches().batch_at(0), []
+    noise = learner.draw(batch, 0)
+    network.register_forward_pre_hook(lambda _, given: inputs.append(given))
+    with torch.no_grad():
+        found = learner.losses(batch, noise)
+        x_t, t = inputs[0]
+        labels = model_conditions(learner.run, batch, noise, 2)["class_labels"]
+        goal = learner.teacher(x_t, t, labels, return_dict=False)[0]
+        draws = network(x_t, t, labels, noise.eta.flatten(0, 1), return_dict=False)[0].unflatten(0, (8, 2))
+    assert len(labels.unique()) > 1
+    assert nearly_equal(found, (draws - goal[:, None]).square().mean(dim=(1, 2, 3, 4)), 1e-3)
 
 
 def test_pure_noise_has_the_last_timestep(open_run, regression):

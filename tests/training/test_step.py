@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from ldm_smd.data.stream import LatentBatch
 from ldm_smd.training import loop
 from ldm_smd.training.checkpoint import checkpoints
+from ldm_smd.training.learners import learner_for
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
@@ -37,6 +38,21 @@ def test_one_batch_can_be_overfitted(open_run, overrides):
     first, last = sum(losses[:5]) / 5, sum(losses[-20:]) / 20
     # It cannot fall to zero, because at the noisiest timesteps no model can tell which of the two images it was.
     assert last < 0.5 * first
+
+
+@pytest.mark.parametrize("objective", ["energy", "distillation", "regression"])
+def test_the_network_gets_noised_samples_of_the_normalised_latents(open_run, gaussian_folder, objective):
+    """The samples are drawn from the encoder's posterior, independently of the noise."""
+    run = open_run(f"objective.name={objective}", f"init_from={gaussian_folder / 'unet'}", "model.noise_rank=0")
+    learner, batch, inputs = learner_for(run), run.batches().batch_at(0), []
+    learner.model.network.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    noise = learner.draw(batch, 0)
+    learner.losses(batch, noise)
+    mean, logvar = batch.moments.float().unbind(dim=1)
+    latents = (mean + (0.5 * logvar).exp() * noise.posterior - 0.1) * 0.7  # the constants of the autoencoder
+    a, s = run.process().signal_and_noise(noise.t.clamp_min(1), latents)
+    assert torch.allclose(inputs[0], a * latents + s * noise.eps, atol=1e-5)
+    assert torch.corrcoef(torch.stack((noise.posterior, noise.eps)).flatten(1))[0, 1].abs() < 0.15
 
 
 @pytest.mark.slow

@@ -103,6 +103,53 @@ def test_normalised_latents_have_mean_zero_and_variance_one(vae_folder, pixels, 
     assert torch.allclose(variance, torch.ones(4), atol=1e-3)
 
 
+def test_the_quality_is_measured_on_the_held_out_images(vae_config, image_folder, monkeypatch):
+    measured, real = [], autoencoder.reconstruction_psnr
+    monkeypatch.setattr(autoencoder, "reconstruction_psnr", lambda *given: measured.append(given[1]) or real(*given))
+    train_autoencoder(vae_config(f"held_out.source={image_folder / 'disc'}", "checkpoint_every_images=16"))
+    expected = load_pixels(ImagesConfig(source=str(image_folder / "disc"), resolution=16))[0]
+    assert len(measured) == 3 and all(torch.equal(pixels, expected) for pixels in measured)
+
+
+def test_the_decoder_gets_samples_of_the_posterior(vae_config, monkeypatch):
+    """With its standard deviation, here 3, and its mean, here 5."""
+    decoded, real = [], AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z, **options: decoded.append(z) or real(self, z, **options))
+
+    def known(model, x, latent_noise):
+        mean = model.encode(x).latent_dist.mean
+        return 0 * mean + 5, torch.full_like(mean, 9.0).log()
+
+    monkeypatch.setattr(autoencoder, "posterior", known)
+    train_autoencoder(vae_config("images_total=8"))
+    assert decoded[0].mean().item() == pytest.approx(5, abs=0.3) and decoded[0].std().item() == pytest.approx(3, rel=0.1)
+
+
+def test_every_step_has_its_own_batch_and_a_resumed_training_is_bit_identical(vae_config, tmp_path, monkeypatch):
+    """The training is interrupted after its third step, and continues from the checkpoint after the second."""
+    batches, real = [], autoencoder.random_batch
+
+    def recorded(*given):
+        if len(batches) == stop_after:
+            raise KeyboardInterrupt
+        batches.append(real(*given))
+        return batches[-1]
+
+    monkeypatch.setattr(autoencoder, "random_batch", recorded)
+    stop_after = None
+    settings = ["checkpoint_every_images=16", "learning_rate=1e-2"]
+    straight = load_file(train_autoencoder(vae_config(*settings, f"work={tmp_path / 'a'}")) / WEIGHTS)
+    assert len({batch.sum().item() for batch in batches}) == 4
+    steps, stop_after = batches.copy(), 3
+    batches.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train_autoencoder(vae_config(*settings))
+    batches.clear()
+    resumed = load_file(train_autoencoder(vae_config(*settings)) / WEIGHTS)
+    assert len(batches) == 2 and all(map(torch.equal, batches, steps[2:]))
+    assert straight.keys() == resumed.keys() and all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
 OTHERS = [
     "batch_size=4",
     "ema_halflife_images=1",
@@ -244,6 +291,20 @@ def test_a_diverged_training_replaces_nothing(vae_config, tmp_path):
     with pytest.raises(UserError, match=r"^learning_rate: expected one .*, found weights of NaN at 16 images"):
         train_autoencoder(vae_config(*settings))
     assert (folder / WEIGHTS).read_bytes() == before and not list((tmp_path / "other").glob("checkpoints/images-*"))
+
+
+def test_the_average_has_its_half_life(vae_config, tmp_path):
+    """After one step from other weights, EMA = start + (1 - 0.5^(batch / half-life)) (weights - start)."""
+    torch.manual_seed(0)
+    model = autoencoder.build(vae_config())
+    model.save_pretrained(tmp_path / "start")
+    settings = ["images_total=8", "checkpoint_every_images=8", "ema_halflife_images=16", "learning_rate=1e-2"]
+    train_autoencoder(vae_config(*settings, f"init_from={tmp_path / 'start'}"))
+    start, newest = model.state_dict(), tmp_path / "work/checkpoints/images-000000000008"
+    weights, average = (load_file(newest / name / WEIGHTS) for name in ("model", "ema"))
+    assert any(not torch.equal(weights[name], start[name]) for name in start)
+    for name, value in start.items():
+        assert torch.allclose(average[name], value + (1 - 0.5**0.5) * (weights[name] - value), atol=1e-6), name
 
 
 def test_only_the_decoder_is_trained_without_train_encoder(vae_config, tmp_path):

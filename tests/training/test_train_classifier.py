@@ -1,12 +1,17 @@
 """Training of the classifier: augmentation, accuracy and seed."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ldm_smd.config import load_config
+from ldm_smd.data.images import load_pixels
+from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.errors import UserError
 from ldm_smd.models.feature_network import FeatureNetwork
+from ldm_smd.training.rates import warmup_then_cosine
 from ldm_smd.training.settings import ClassifierSetConfig, TrainClassifierConfig
 from ldm_smd.training.train_classifier import LabelledImages, accuracy, augmented_batch, train_classifier
 from tests.training.results import WEIGHTS
@@ -54,6 +59,32 @@ def test_a_seed_determines_the_classifier(image_folder, tmp_path):
 
     a, b, c = trained("a", 0), trained("b", 0), trained("c", 1)
     assert all(torch.equal(a[name], b[name]) for name in a) and not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_the_learning_rate_rises_and_falls_to_zero(image_folder, tmp_path, monkeypatch):
+    rates, real = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or real(self))
+    images = f"{{source: '{image_folder}', resolution: 16}}"
+    sets = f"sets=[{{name: a, batch_size: 8, images: {images}, held_out: {images}}}]"
+    settings = [sets, "images_total=160", f"output={tmp_path / 'a'}", "learning_rate=0.02", "block_out_channels=[4,8]"]
+    train_classifier(load_config(TrainClassifierConfig, None, settings))
+    assert rates == pytest.approx([warmup_then_cosine(0.02, step / 20, 0.15) for step in range(20)])
+
+
+def test_the_accuracy_is_measured_on_the_held_out_images(image_folder, tmp_path):
+    """Here these are one of the two classes, half of the images."""
+    shutil.copytree(image_folder / "square", tmp_path / "held-out/square")
+    parts = [
+        f"{part}: {{source: '{folder}', resolution: 16}}"
+        for part, folder in (("images", image_folder), ("held_out", tmp_path / "held-out"))
+    ]
+    settings = [f"sets=[{{name: a, batch_size: 8, {', '.join(parts)}}}]", "images_total=8", "block_out_channels=[4,8]"]
+    folder = train_classifier(load_config(TrainClassifierConfig, None, [*settings, f"output={tmp_path / 'model'}"]))
+    [row] = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("| a |")]
+    pixels = load_pixels(ImagesConfig(source=str(image_folder / "square"), resolution=16))[0]
+    model = FeatureNetwork.from_pretrained(folder).eval()
+    right = accuracy(model, "a", LabelledImages(pixels, torch.ones(11, dtype=torch.long)), torch.device("cpu"))
+    assert f"| 22 of `{image_folder}` | 11 of `{tmp_path / 'held-out'}` | {right:.1%} |" in row
 
 
 @pytest.mark.parametrize(("names", "message"), [("aa", "sets of different names, found 'a, a'"), ("a.", "names without a dot")])

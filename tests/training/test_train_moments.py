@@ -95,6 +95,16 @@ def test_moments_are_those_for_the_embedding_of_each_image(embedded, train_confi
         assert torch.equal(shown[-1], wanted)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_labels_are_dropped_at_the_given_rate(gaussian_folder, shards, dropout):
+    pipeline, labels = load_pipeline(gaussian_folder), []
+    errors = PredictionErrors(pipeline, FrozenAutoencoder(pipeline.vae), label_dropout=dropout)
+    pipeline.unet.register_forward_pre_hook(lambda _, given: labels.extend(given[2].tolist()))
+    batch = LatentStream(Manifest.load(shards), 22, 22).batch_at(0)
+    errors(MomentHeads.for_unet(pipeline.unet), batch)
+    assert labels == (22 * [2] if dropout else batch.labels.tolist())
+
+
 def test_calibration_is_the_ratio_of_predicted_variance_to_squared_error(errors, shards):
     heads = MomentHeads.for_unet(errors.pipeline.unet)
     few = LatentStream(Manifest.load(shards), 22, 22).batch_at(0)
