@@ -134,9 +134,9 @@ def test_published_clip_weights_get_the_activation_they_were_trained_with(tag, f
 
     def create_model(architecture, **options):
         made.update(options)
-        raise ConnectionError  # before the download
+        raise RuntimeError(f"Failed to download weights for tag '{tag}'")
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
-    with pytest.raises(ConnectionError):
+    with pytest.raises(UserError, match=f"expected weights of OpenCLIP ViT-B-32 that can be loaded, found Failed .* '{tag}'"):
         load_extractor(f"open_clip:ViT-B-32:{tag}", device="cpu")
     assert made["pretrained"] == tag and made["force_quick_gelu"] is forced
