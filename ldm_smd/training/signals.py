@@ -24,7 +24,9 @@ def stop_flag() -> Iterator[list[signal.Signals]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         received.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    # A shell lets its background jobs ignore Ctrl-C.
+    noted = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in noted}
     try:
         yield received
     finally:
