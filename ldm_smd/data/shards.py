@@ -170,14 +170,18 @@ class Manifest:
 
     def check_autoencoder(self, autoencoder: FrozenAutoencoder) -> None:
         """Raise UserError, naming the difference, unless this autoencoder encoded the shards."""
+        recorded, name = self.metadata["autoencoder"], self.difference_of(autoencoder)
+        if name is not None:
+            raise UserError(
+                f"autoencoder: expected the one that encoded the shards in {self.folder} ({recorded['source']}), found "
+                f"{autoencoder.name}: {name} differs ({shortened(str(recorded.get(name)), 24)} in the manifest, "
+                f"{shortened(str(autoencoder.identity()[name]), 24)} here)"
+            )
+
+    def difference_of(self, autoencoder: FrozenAutoencoder) -> str | None:
+        """Return in what an autoencoder differs from the one that encoded the shards; None if it gives equal latents."""
         recorded = self.metadata["autoencoder"]
-        for name, value in autoencoder.identity().items():
-            if recorded.get(name) != value:
-                raise UserError(
-                    f"autoencoder: expected the one that encoded the shards in {self.folder} ({recorded['source']}), found "
-                    f"{autoencoder.name}: {name} differs ({shortened(str(recorded.get(name)), 24)} in the manifest, "
-                    f"{shortened(str(value), 24)} here)"
-                )
+        return next((name for name, value in autoencoder.identity().items() if recorded.get(name) != value), None)
 
 
 class ShardStatistics:

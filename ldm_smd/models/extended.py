@@ -15,7 +15,7 @@ from torch import nn
 from .backbone import Backbone, Trunk
 from .denoiser import null_labels, num_classes
 from .mixture import Cut, Draws, Mixture
-from .widened import widened, with_null_class
+from .widened import with_null_class, without_variance
 
 
 class ExtendedUNet2DModel(Backbone):
@@ -64,8 +64,7 @@ class ExtendedUNet2DModel(Backbone):
     def from_unet(cls, folder: str | Path, classes: int = 0, **mixture: int) -> ExtendedUNet2DModel:
         """Load the UNet2DModel in ``folder`` and add a new mixture with the arguments ``mixture``. If it has an embedding for
         each of ``classes`` and no more, add one for the null class."""
-        unet = with_null_class(UNet2DModel.from_pretrained(folder, use_safetensors=True), classes)
-        unet = unet if unet.config.out_channels == unet.config.in_channels else widened(unet)  # without a learned variance
+        unet = without_variance(with_null_class(UNet2DModel.from_pretrained(folder, use_safetensors=True), classes))
         sizes = {"sample_size": unet.config.sample_size, "in_channels": unet.config.in_channels}
         model = cls(unet_config=plain_config(unet), num_classes=num_classes(unet), **sizes, **mixture)
         model.unet.load_state_dict(unet.state_dict())

@@ -17,7 +17,7 @@ from .blocks import zero_init
 from .denoiser import null_labels
 from .extended import cut_before_up_block, decoder_path, encoder_path, first_up_block, plain_config
 from .mixture import Draws, Mixture
-from .widened import widened
+from .widened import without_variance
 
 ABSENT = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
 """Settings of a UNet2DConditionModel that must be None: conditions other than cross-attention."""
@@ -80,8 +80,7 @@ class ExtendedUNet2DConditionModel(Backbone):
         cls, folder: str | Path, num_classes: int | None = None, embedding_dimensions: int | None = None, **mixture: int
     ) -> ExtendedUNet2DConditionModel:
         """Load the UNet2DConditionModel in ``folder``; add tokens for the conditions and a new mixture."""
-        unet = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True)
-        unet = unet if unet.config.out_channels == unet.config.in_channels else widened(unet)  # without a learned variance
+        unet = without_variance(UNet2DConditionModel.from_pretrained(folder, use_safetensors=True))
         sizes = {"sample_size": unet.config.sample_size, "in_channels": unet.config.in_channels}
         conditions = {"num_classes": num_classes, "embedding_dimensions": embedding_dimensions}
         model = cls(unet_config=plain_config(unet), **sizes, **conditions, **mixture)

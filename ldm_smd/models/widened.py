@@ -31,6 +31,11 @@ def widened(network: ModelMixin, inputs: int = 0, outputs: int = 0) -> ModelMixi
     return copied.to(network.device, network.dtype).train(network.training)
 
 
+def without_variance(network: ModelMixin) -> ModelMixin:
+    """Return a denoiser without the outputs of a learned variance: a copy, or the network itself if it has none."""
+    return network if network.config.out_channels == network.config.in_channels else widened(network)
+
+
 def padded(weight: torch.Tensor, more: int, dim: int) -> torch.Tensor:
     """Append zeros along a dimension."""
     shape = list(weight.shape)

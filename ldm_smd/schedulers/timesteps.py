@@ -48,7 +48,7 @@ def begin_run(scheduler: SchedulerMixin, steps: int, strength: float | None = No
         # Its own spacing wastes the last step on the smallest noise level.
         levels = [1.0 - done / steps for done in range(steps)]
         solver.set_timesteps(sigmas=[shift * level / (1.0 + (shift - 1.0) * level) for level in levels], device="cpu")
-    elif shift == 1.0 and (solver is scheduler or has_other_spacing(solver) or not takes_timesteps(solver)):
+    elif shift == 1.0 and (solver is scheduler or not can_shift(solver)):
         solver.set_timesteps(steps, device="cpu")
     else:  # also for the rest of a schedule, which diffusers divides with a rounding error for some numbers of steps
         solver.set_timesteps(timesteps=shifted_timesteps(solver, steps, shift), device="cpu")
@@ -69,11 +69,16 @@ def usable_shift(scheduler: SchedulerMixin, shift: float) -> float:
     solver = getattr(scheduler, "rest", scheduler)
     if is_flow(solver) and solver.config.get("shift", 1.0) != 1.0:
         return 1.0  # it has a shift of its own
-    if shift == 1.0 or (takes_timesteps(solver) and not has_other_spacing(solver)):
+    if shift == 1.0 or can_shift(solver):
         return shift
     name = type(solver).__name__
     warn_once(f"scheduler: {name} spaces its timesteps itself, so the model's timestep_shift={shift:g} is not used")
     return 1.0
+
+
+def can_shift(scheduler: SchedulerMixin) -> bool:
+    """Return whether the steps are spaced in t, and may be given."""
+    return takes_timesteps(scheduler) and not has_other_spacing(scheduler)
 
 
 def has_other_spacing(scheduler: SchedulerMixin) -> bool:

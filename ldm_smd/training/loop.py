@@ -32,7 +32,7 @@ from .record import RECORD
 from .run import Run
 from .settings import TrainConfig
 from .share import share_checkpoint
-from .signals import stop_flag
+from .signals import stop_signals
 from .watch import CriticWatch
 
 STOP_EVERY_STEPS = 10
@@ -51,7 +51,7 @@ def train(config: TrainConfig) -> Path:
     no_gpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available()
     accelerator = Accelerator(mixed_precision=pick_precision(config.precision), cpu=no_gpu)
     output = Path(config.output)
-    with claimed_by_first(output, inside=True), stop_flag() as stop:
+    with claimed_by_first(output, inside=True), stop_signals() as stop:
         stopped_at = training_loop(config, accelerator, stop)
     accelerator.end_training()
     if stopped_at is not None:

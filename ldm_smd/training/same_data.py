@@ -19,13 +19,10 @@ def other_data(run: Run, folder: Path) -> str | None:
     index, vae = index_of(folder.parent), folder.parent / "vae"
     if not is_own(index):
         return None
-    recorded = run.manifest.metadata["autoencoder"]
-    if vae.is_dir() and FrozenAutoencoder.from_pretrained(vae).identity()["encoder_sha256"] != recorded["encoder_sha256"]:
-        return f"another autoencoder than {recorded['source']}, which encoded the shards"
-    wanted = class_names(run.config, run.manifest.classes)
-    found = [name for _, name in sorted((int(number), name) for number, name in (index.get("id2label") or {}).items())]
-    if found and found[: len(wanted)] != wanted:
-        number = next((row for row, (a, b) in enumerate(zip(found, wanted)) if a != b), min(len(found), len(wanted)))
-        here, there = (names[number] if number < len(names) else "none" for names in (found, wanted))
-        return f"other classes: number {number} is {here!r}, and {there!r} in the shards"
+    if vae.is_dir() and run.manifest.difference_of(FrozenAutoencoder.from_pretrained(vae)) is not None:
+        return f"another autoencoder than {run.manifest.metadata['autoencoder']['source']}, which encoded the shards"
+    names = index.get("id2label") or {}
+    for number, name in enumerate(class_names(run.config, run.manifest.classes)):
+        if names and names.get(str(number)) != name:
+            return f"other classes: number {number} is {names.get(str(number), 'none')!r}, and {name!r} in the shards"
     return None

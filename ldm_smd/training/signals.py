@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def stop_flag() -> Iterator[list[signal.Signals]]:
+def stop_signals() -> Iterator[list[signal.Signals]]:
     """Give a list that SIGTERM and the first SIGINT append themselves to, in place of their default action.
 
     A second SIGINT raises KeyboardInterrupt. Outside the main thread, nothing is appended.

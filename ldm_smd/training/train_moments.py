@@ -71,10 +71,9 @@ def train_moments(config: TrainMomentsConfig) -> Path:
             bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
     bar.close()
 
-    few = LatentStream(manifest, CALIBRATION_PICTURES, CALIBRATION_PICTURES, seed=config.seed, embeddings=conditional)
-    ratios = calibration(
-        PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few.batch_at(0).to(device), config.batch_size
-    )
+    calibrating = LatentStream(manifest, CALIBRATION_PICTURES, CALIBRATION_PICTURES, seed=config.seed, embeddings=conditional)
+    few = calibrating.batch_at(0).to(device)
+    ratios = calibration(PredictionErrors(pipeline, autoencoder, label_dropout=0.0), ema.model, few, config.batch_size)
     measured = ", ".join(f"{ratio:.2f} at t = {t}" for t, ratio in ratios.items())
     pipeline.register_modules(moments=ema.model, scheduler=make_scheduler("GMSScheduler", pipeline.scheduler))
     text = f"""\

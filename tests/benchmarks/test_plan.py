@@ -52,11 +52,7 @@ def test_the_planned_operations_of_a_distillation(config):
 
 def test_the_energy_score_beside_a_distillation_needs_its_draws(config):
     build = partial(unet_of, config)
-    base, one, four = (
-        Distilled(build, DistillationConfig()),
-        Model(build, 1),
-        Model(build, 4),
-    )
+    base, one, four = Distilled(build, DistillationConfig()), Model(build, 1), Model(build, 4)
     scored = Distilled(build, DistillationConfig(energy_weight=0.3), draws=4)
     assert scored.flops == pytest.approx(base.flops + four.flops - one.flops, rel=0.02)
     assert scored.held == base.held

@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_smd.diffusion.process import DiffusionProcess, RectifiedFlow
-from ldm_smd.diffusion.settings import DiffusionConfig, DistillationConfig
+from ldm_smd.diffusion.settings import DistillationConfig
 from ldm_smd.errors import UserError
 from ldm_smd.models.denoiser import predict_all
 from ldm_smd.models.unet import SMDUNet2DModel
-from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training import distillation_losses
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.critics import make_critic, with_first_view
@@ -28,6 +27,7 @@ from tests.training.results import assert_same_losses, logged_losses, weights
 
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
 ABOVE = "objective.distillation.marginal_above=2"
+SINGLE_PRECISION = DiffusionProcess(PROCESS.alphas_cumprod.float())
 ENERGY = "objective.distillation.energy_weight=0.3 objective.draws=2"
 
 
@@ -90,7 +90,7 @@ def test_a_critic_equal_to_the_teacher_gives_no_loss(learner, views):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_timestep_has_gradients_of_one_size(monkeypatch, kind):
     """Gradients with respect to the prediction, for a small error of it."""
-    path = RectifiedFlow(1000) if kind == "flow_prediction" else DiffusionProcess(PROCESS.alphas_cumprod.float())
+    path = RectifiedFlow(1000) if kind == "flow_prediction" else SINGLE_PRECISION
     monkeypatch.setattr(distillation_losses, "predict_all", lambda network, x, *rest, **options: 0.1 * x)
     monkeypatch.setattr(distillation_losses, "guided_prediction", lambda network, x, *rest, **options: 0.2 * x)
     losses = DistillationLosses(path, kind, DistillationConfig(views="joined"))
@@ -107,7 +107,7 @@ def test_every_timestep_has_gradients_of_one_size(monkeypatch, kind):
 
 def test_the_losses_compute_their_formulas():
     """With linear denoisers, for views of the draw alone. The logit is proportional to the mean of the first channel."""
-    path = DiffusionProcess(build_scheduler(DiffusionConfig()).alphas_cumprod)
+    path = SINGLE_PRECISION
     losses = DistillationLosses(path, "v_prediction", DistillationConfig(views="marginal", adversarial_weight=0.3))
     x, x0, x_t, eps = torch.randn(4, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).unbind()
     t, r = torch.tensor([100, 500, 900]), torch.tensor([300, 50, 800])

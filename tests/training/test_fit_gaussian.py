@@ -92,17 +92,21 @@ def test_class_gaussians_keep_the_leading_principal_components():
     assert torch.allclose(part.means[2], points.mean(dim=0), atol=1e-5)  # the null class: all images
 
 
+def shared_fit(latents, shards, monkeypatch, **sizes):
+    """Fit Gaussians with a shared covariance to latents (N, 256) without labels."""
+    labels, sums = torch.full((len(latents),), -1), LatentSums.empty(1, 256)
+    sums.add(latents, torch.zeros_like(latents), labels)
+    monkeypatch.setattr(gaussian, "fitting_latents", lambda *_: (latents.view(-1, 4, 8, 8), labels))
+    config = FitGaussianConfig(model="x", shards="x", output="x", **sizes)
+    return gaussian.shared_gaussians(config, sums, Manifest.load(shards), None, classes=0, members={})
+
+
 def test_well_separated_clusters_of_latents_are_found(shards, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     centres = 3 * torch.randn(3, 256, generator=generator)
     counts = torch.tensor([10, 20, 34])
     latents = centres.repeat_interleave(counts, dim=0) + 0.1 * torch.randn(64, 256, generator=generator)
-    labels = torch.full((64,), -1)
-    sums = LatentSums.empty(1, 256)
-    sums.add(latents, torch.zeros_like(latents), labels)
-    monkeypatch.setattr(gaussian, "fitting_latents", lambda *_: (latents.view(-1, 4, 8, 8), labels))
-    config = FitGaussianConfig(model="x", shards="x", output="x", components=3, rank=8)
-    found = gaussian.shared_gaussians(config, sums, Manifest.load(shards), None, classes=0, members={})
+    found = shared_fit(latents, shards, monkeypatch, components=3, rank=8)
     distance = torch.cdist(centres, found.means)
     order = distance.argmin(dim=1)
     assert distance.min(dim=1).values.max() < 1 < 20 < torch.cdist(centres, centres)[0, 1:].min()
@@ -143,12 +147,7 @@ def test_the_shared_covariance_is_that_within_the_clusters(shards, monkeypatch):
     points[:, 0] *= 100
     points[:, 1] *= 20
     points[:, :2] += torch.where(torch.arange(2000) < 1000, 4.0, -4.0)[:, None]
-    labels = torch.full((2000,), -1)
-    sums = LatentSums.empty(1, 256)
-    sums.add(points, torch.zeros_like(points), labels)
-    monkeypatch.setattr(gaussian, "fitting_latents", lambda *_: (points.view(-1, 4, 8, 8), labels))
-    config = FitGaussianConfig(model="x", shards="x", output="x", components=2, rank=2)
-    found = gaussian.shared_gaussians(config, sums, Manifest.load(shards), None, classes=0, members={})
+    found = shared_fit(points, shards, monkeypatch, components=2, rank=2)
     vectors, variances = found.vectors[0, :, :2], found.variances[0]
     assert torch.allclose(vectors.T @ torch.diag(variances) @ vectors, torch.diag(torch.tensor([1.0, 0.04])), atol=0.1)
     assert found.tails[0].item() == pytest.approx(1e-4, rel=0.1)
