@@ -86,6 +86,25 @@ def test_samples_depend_on_the_embedding_and_none_means_zeros(loud_pipeline, con
             latents(wrong)
 
 
+def test_embeddings_of_words_have_length_1(clip):
+    """As those of images, which models are trained with."""
+    embeds = ClipEncoder.of(clip, torch.device("cpu"), "clip").texts(["a disc", "a red square"])
+    assert embeds.shape == (2, 16) and torch.allclose(embeds.norm(dim=1), torch.ones(2))
+
+
+def test_every_embedding_gives_its_number_of_images(loud_pipeline, conditional_folder):
+    """Next to each other, with and without labels."""
+    pipeline, embeds = loud_pipeline(conditional_folder), torch.nn.functional.normalize(torch.randn(2, 16))
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    for labels in (None, [0, 1]):
+        twice = None if labels is None else [0, 0, 1, 1]
+        found, expected = (
+            pipeline(given, image_embeds=each, num_images_per_prompt=count, generator=seeded_generators(range(4)), **options)
+            for given, each, count in ((labels, embeds, 2), (twice, embeds.repeat_interleave(2, dim=0), 1))
+        )
+        assert nearly_equal(found.images, expected.images)
+
+
 @pytest.mark.slow
 def test_a_model_without_embeddings_can_learn_them(train_config, embedded, model_folder):
     """At first its predictions do not depend on the embedding."""

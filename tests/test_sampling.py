@@ -5,6 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageChops, ImageStat
 
+from ldm_smd.sampling import tool
 from ldm_smd.sampling.batches import SamplingOptions, sample_batches
 from ldm_smd.sampling.grid import labelled_grid
 from ldm_smd.sampling.settings import SampleConfig
@@ -85,6 +86,41 @@ def test_every_batch_gets_its_own_labels_images_embeddings_and_seeds():
     for rows, (labels, seeds, image, embeds) in zip(([1, 2], [3, 4], [5]), found, strict=True):
         assert labels == ["abcdef"[row] for row in rows] and seeds == [7 + row for row in rows]
         assert image == embeds.flatten().tolist() == rows
+
+
+def test_the_pipeline_gets_all_options():
+    same = {"guidance_scale": 2.5, "guidance_interval": (0.1, 9.0), "height": 24, "width": 32, "strength": 0.3}
+    pipeline, options = Recorder(), SamplingOptions(steps=3, timestep_shift=2.0, **same)
+    list(sample_batches(pipeline, None, range(2), options, ""))
+    [(labels, call)] = pipeline.calls
+    assert labels is None and call | same == call
+    assert (call["num_inference_steps"], call["timestep_shift"], call["image"], call["image_embeds"]) == (3, 2.0, None, None)
+
+
+@pytest.mark.parametrize("from_image", [False, True])
+def test_the_tool_passes_all_its_settings_on_and_names_images_by_their_seeds(
+    run, model_folder, tmp_path, monkeypatch, from_image
+):
+    seen = []
+
+    def sampled(pipeline, labels, indices, options, description):
+        seen.append((labels, indices, options))
+        return [torch.zeros(len(indices), 3, 16, 16)]
+
+    monkeypatch.setattr(tool, "sample_batches", sampled)
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    settings = {"steps": 3, "guidance_scale": 2.5, "guidance_interval": (0.1, 9.0), "seed": 11, "batch_size": 5}
+    settings |= {"timestep_shift": 2.0} | ({"strength": 0.3} if from_image else {"height": 24, "width": 32})
+    given = [f"{name}={list(value) if isinstance(value, tuple) else value}" for name, value in settings.items()]
+    given += [f"model={model_folder}", "classes=[1,0]", "per_class=2", *([f"image={tmp_path / 'red.png'}"] * from_image)]
+    code, _, error = run(SampleConfig, sample, *given, f"output={tmp_path / 'out'}")
+    assert code == 0, error
+    [(labels, indices, options)] = seen
+    assert labels == [1, 1, 0, 0] and indices == range(4)
+    assert {name: getattr(options, name) for name in settings} == settings
+    assert options.image.getpixel((8, 8)) == (255, 0, 0) if from_image else options.image is None
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"class000{label}-seed000000{seed}.png" for label, seed in ((0, 13), (0, 14), (1, 11), (1, 12))]
 
 
 def test_a_guide_of_another_process_is_refused(run, model_folder, tmp_path):

@@ -7,13 +7,16 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ldm_smd import SMDPipeline
+from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import load_config
+from ldm_smd.data.images import decode
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.sources import list_images
-from ldm_smd.models.denoiser import is_mixture
+from ldm_smd.models.denoiser import is_mixture, predict
 from ldm_smd.models.guide import load_guide
 from ldm_smd.models.unet import SMDUNet2DModel
 from ldm_smd.pipelines import load_pipeline
+from ldm_smd.schedulers.conversion import process_of
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.training.coarse_labels import class_names
 from ldm_smd.training.settings import TrainConfig
@@ -69,6 +72,33 @@ def test_the_scheduler_of_a_shipped_pipeline_can_be_replaced_when_loading():
         pipeline.set_progress_bar_config(disable=True)
         images.append(latents(pipeline, [0], [1]))
     assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    "name, source, pixels, errors, psnr",
+    [
+        ("emoji-smd", SMALL, 64, (0.0770, 0.307), 29.5),
+        ("emoji-gaussian", SMALL, 64, (0.0610, 0.269), 29.5),
+        ("emoji-256-smd", LARGE, 256, (0.0560, 0.223), 29.3),
+        ("emoji-256-gaussian", LARGE, 256, (0.0290, 0.105), 29.3),
+    ],
+)
+def test_a_shipped_network_denoises_held_out_images_as_well_as_before(name, source, pixels, errors, psnr):
+    """A change of the forward pass would ruin all weights that were trained before. Errors are relative to the variance."""
+    pipeline, count = load_pipeline(ROOT / "checkpoints" / name), 8 if pixels == 64 else 2
+    entries = list_images(ImagesConfig(source=str((ROOT / source).with_name("heldout.zip")), resolution=pixels))
+    images = torch.stack([decode(entries[index * len(entries) // count].read(), pixels) for index in range(count)])
+    autoencoder, process = FrozenAutoencoder(pipeline.vae), process_of(pipeline.scheduler)
+    latents = autoencoder.normalise(autoencoder.encode_moments(images)[:, 0])
+    mse = ((autoencoder.decode(latents) + 1) * 127.5 - images).square().mean()
+    assert (10 * torch.log10(255**2 / mse)).item() == pytest.approx(psnr, abs=0.3)
+    for t, error in zip((300, 700), errors):
+        generator, steps = torch.Generator().manual_seed(0), torch.full((count,), t)
+        eps, eta = (torch.randn(latents.shape, generator=generator) for _ in range(2))
+        x_t = process.path.noise(latents, eps, steps)
+        with torch.no_grad():
+            found = process.path.to_x0(predict(pipeline.unet, x_t, steps, None, eta), x_t, steps, process.prediction_type)
+        assert ((found - latents).square().mean() / latents.var()).item() == pytest.approx(error, rel=0.1), t
 
 
 def test_a_shipped_pipeline_samples():

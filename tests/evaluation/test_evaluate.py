@@ -16,6 +16,7 @@ from ldm_smd.evaluation.evaluate import choose_labels, evaluate
 from ldm_smd.evaluation.features import Extractor
 from ldm_smd.evaluation.settings import EvaluateConfig
 from ldm_smd.models.feature_network import FeatureNetwork
+from ldm_smd.sampling.batches import SamplingOptions
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,33 @@ def test_held_out_images_are_resized_as_the_reference(settings, image_folder, ne
     assert result["held_out"]["count"] == 11
     expected = pytest.approx(frechet_distance(discs, everything), rel=1e-4)
     assert result["features"]["small"]["held_out"]["frechet"] == expected
+
+
+def test_samples_are_rounded_to_eight_bits(settings, monkeypatch):
+    """As tools/sample.py writes them."""
+    seen, real = [], Extractor.__call__
+    monkeypatch.setattr(evaluation, "sample_batches", lambda *_: [torch.full((9, 3, 16, 16), 99.7 / 255)])
+    monkeypatch.setattr(Extractor, "__call__", lambda self, pixels: seen.append(pixels) or real(self, pixels))
+    measured(settings, "rounded", "held_out=null")
+    assert seen[-1].shape == (9, 3, 16, 16) and (seen[-1] == 100).all()
+
+
+def test_the_samples_are_made_with_the_given_settings(settings, monkeypatch):
+    seen = []
+    sampled = [torch.rand(9, 3, 16, 16)]
+    monkeypatch.setattr(evaluation, "sample_batches", lambda *given: seen.append(given) or sampled)
+    given = ("seed=5", "steps=3", "batch_size=4", "guidance_scale=2.5", "guidance_interval=[0.1,9]", "timestep_shift=2")
+    measured(settings, "given", *given, "labels=balanced", "held_out=null")
+    [(_, labels, indices, options, _)] = seen
+    expected = SamplingOptions(3, 2.5, guidance_interval=(0.1, 9.0), seed=5, batch_size=4, timestep_shift=2.0)
+    assert (labels, indices, options) == ([0, 1] * 4 + [0], range(9), expected)
+
+
+def test_few_samples_have_classes_in_the_proportions_of_the_reference(settings):
+    """Although its images are sorted by class."""
+    config = load_config(EvaluateConfig, None, settings("x", "labels=reference", "num_samples=300"))
+    labels = choose_labels(config, 2000 * [0] + 1000 * [1] + 1000 * [2], 3)
+    assert [labels.count(label) / 300 for label in range(3)] == pytest.approx([0.5, 0.25, 0.25], abs=0.1)
 
 
 def test_the_table_has_95_percent_intervals(settings, tmp_path):

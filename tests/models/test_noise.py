@@ -131,6 +131,22 @@ def test_larger_latents_have_the_posterior_of_their_means(t, size):
     assert (s * corners[:, 0].sort().values - centred.sort().values).abs().mean() < 0.08
 
 
+def test_the_deviation_within_a_mode_does_not_depend_on_the_choice_of_the_mode():
+    """Each of two distant modes has the whole posterior variance of its own, in all directions."""
+    generator = torch.Generator().manual_seed(0)
+    latents = 0.5 * torch.randn(4000, 4, generator=generator).double()
+    latents[:, 0] += torch.where(torch.arange(4000) < 2000, 3.0, -3.0)
+    noise = fitted(latents.view(-1, 1, 2, 2), 3, modes=2)
+    eta = torch.randn(20_000, 1, 2, 2, generator=generator)
+    e = noise(eta, torch.zeros(1, 1, 2, 2), torch.tensor([2])).flatten(1)
+    alphabar = ALPHAS_CUMPROD[2]
+    expected = (noise.variances / (alphabar * noise.variances + 1 - alphabar)).sqrt()
+    chosen = e[:, 0] > 0
+    assert chosen.double().mean() == pytest.approx(0.5, abs=0.03)
+    for draws in (e[chosen], e[~chosen]):
+        assert torch.allclose((draws @ noise.basis.T).std(dim=0), expected, rtol=0.05)
+
+
 def test_draws_of_an_image_are_in_consecutive_rows():
     latents, labels, _, _ = two_classes(500)
     noise = fitted(latents, 3, modes=3, num_classes=2, labels=labels)

@@ -6,7 +6,7 @@ import torch
 
 from ldm_smd.models.attention import attention, set_attention_backend, xformers_runs
 from ldm_smd.models.blocks import AttentionBlock
-from ldm_smd.models.hypernetwork import HyperNetwork
+from ldm_smd.models.hypernetwork import HyperNetwork, MixtureIdentifier
 from ldm_smd.models.unet import SMDUNet2DModel
 from tests.rounding import nearly_equal
 from tests.tiny import SIZES
@@ -66,6 +66,25 @@ def test_a_wrong_shape_of_eta_or_placement_is_refused():
         model()(x, t, labels, eta[:1])
     with pytest.raises(ValueError, match="placement: expected one of"):
         SMDUNet2DModel(**TINY, placement="middle")
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_mixture_identifier_computes_its_formula(stride):
+    """For two draws of each image, and features and noise of different sizes."""
+    torch.manual_seed(0)
+    network = MixtureIdentifier(6, stride, noise_channels=4, embedding_dim=5, channels=8, z_channels=3)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    noise, features, embedding = torch.randn(4, 4, 8, 8), torch.randn(2, 6, 4, 4), torch.randn(2, 5)
+    side = 4 // stride
+    small_noise, small_features = (torch.nn.functional.adaptive_avg_pool2d(each, side) for each in (noise, features))
+    by_position = small_features.permute(0, 2, 3, 1) @ network.from_features.weight.T + network.from_features.bias
+    h = network.from_noise(small_noise) + by_position.permute(0, 3, 1, 2).repeat_interleave(2, dim=0)
+    h = (h - h.mean(dim=(1, 2, 3), keepdim=True)) / h.var(dim=(1, 2, 3), correction=0, keepdim=True).sqrt()
+    scale, shift = network.modulation(embedding).repeat_interleave(2, dim=0)[..., None, None].chunk(2, dim=1)
+    h = torch.nn.functional.silu(h * (1 + scale) + shift).permute(0, 2, 3, 1)
+    expected = (h @ network.linear_out.weight.T + network.linear_out.bias).permute(0, 3, 1, 2)
+    assert nearly_equal(network(noise, features, embedding), expected)
 
 
 def test_the_hypernetwork_computes_its_formula():

@@ -9,9 +9,11 @@ from ldm_smd.errors import UserError
 from ldm_smd.models.gaussian import LatentGaussians
 from ldm_smd.models.moments import MomentHeads
 from ldm_smd.pipelines import SMDPipeline, load_pipeline, seeded_generators
+from ldm_smd.pipelines.decoding import encode_images
 from ldm_smd.sampling.settings import SampleConfig
 from ldm_smd.sampling.tool import sample
 from ldm_smd.schedulers import TeleportScheduler, make_scheduler
+from ldm_smd.schedulers.conversion import path_of
 from ldm_smd.schedulers.support import SUPPORTED, warn_once
 from ldm_smd.training.fit_gaussian import fit_gaussian
 from ldm_smd.training.settings import FitGaussianConfig, TrainMomentsConfig
@@ -51,6 +53,18 @@ def test_image_to_image(pipeline, name):
         assert pipeline.num_timesteps == timesteps_of(pipeline.scheduler, round(5 * strength)) or not even
         distances.append(float((changed - start).square().mean()))
     assert distances[0] < min(distances[1:])
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_an_image_is_noised_to_the_first_timestep_of_its_run(pipeline, name):
+    pipeline.scheduler = make_scheduler(name, pipeline.scheduler)
+    noise, image, seen = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 16, 16), []
+    pipeline.unet.register_forward_pre_hook(lambda _, given: seen.append(given[:2]))
+    latents(pipeline, [0, 1], [5, 6], latents=noise, image=image, num_inference_steps=5, strength=0.6)
+    x_t, t = seen[0]
+    a, s = path_of(pipeline.scheduler).signal_and_noise(torch.tensor([599]), noise)
+    assert len(seen) == 3 and float(t) == 599
+    assert nearly_equal(x_t, a * encode_images(pipeline.vae, image, noise.shape) + s * noise, 1e-3)
 
 
 def test_the_shift_of_the_steps_has_a_default_in_the_model_folder(pipeline, tmp_path, caplog):

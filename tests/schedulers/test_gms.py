@@ -155,6 +155,16 @@ def test_a_fraction_of_the_variance_due_to_x0_stays_within_the_components(monkey
     assert torch.allclose(floors[0], 0.7 * v + 0.3 * moments.variance, rtol=1e-4) and (moments.variance > 1.1 * v).all()
 
 
+def test_predictions_of_x0_are_clipped_to_the_given_range():
+    chain = scheduler(clip_sample=True, clip_sample_range=0.5, prediction_type="sample")
+    chain.set_timesteps(2)
+    x0 = torch.tensor([-3.0, -0.2, 0.4, 2.0]).view(4, 1, 1, 1)
+    output = torch.cat((x0, torch.ones(4, 1, 1, 1), torch.zeros(4, 1, 1, 1)), dim=1)
+    assert chain.step(output, chain.timesteps[-1], torch.zeros(4, 1, 1, 1)).prev_sample.flatten().tolist() == pytest.approx(
+        [-0.5, -0.2, 0.4, 0.5]
+    )
+
+
 def test_a_sample_does_not_depend_on_its_batch():
     chain = scheduler()
     chain.set_timesteps(4)

@@ -8,7 +8,8 @@ import torch
 from ldm_smd.errors import UserError
 from ldm_smd.models.hub import network_folder
 from ldm_smd.pipelines import load_pipeline
-from ldm_smd.training.build import noise_modes
+from ldm_smd.training import build
+from ldm_smd.training.build import initial_model, noise_modes
 from ldm_smd.training.fit_gaussian import FITTING_LATENTS, LATENTS_PER_COMPONENT
 from ldm_smd.training.loop import train
 from tests.tiny import diffusers_unet
@@ -85,6 +86,15 @@ def test_a_unet_without_a_null_class_gets_one(train_config, tmp_path, caplog):
     with pytest.raises(UserError, match=r"^objective\.distillation\.guidance_scale: expected 1, .* labels, found 2"):
         train(train_config(*distilled, "label_dropout=0", "objective.distillation.guidance_scale=2"))
     assert load_pipeline(train(train_config(*distilled, "label_dropout=0"))).unet.config.num_classes == 2
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_noise_is_fitted_to_the_latents_of_the_training(open_run, monkeypatch, mirror):
+    """Half of them mirrored with ``mirror``, in the order of the seed."""
+    seen, real = [], build.fitting_latents
+    monkeypatch.setattr(build, "fitting_latents", lambda *given: seen.append(given[2:]) or real(*given))
+    initial_model(open_run(f"mirror={str(mirror).lower()}", "seed=3"))
+    assert seen == [(3, mirror)]
 
 
 def test_another_number_of_classes_is_refused(train_config, tmp_path):

@@ -143,13 +143,13 @@ def test_a_mixture_is_fitted_to_normalised_samples(shards, vae_folder):
 
 def test_the_shared_covariance_is_that_within_the_clusters(shards, monkeypatch):
     """Its axes differ from the principal axes of all latents."""
-    points = 0.01 * torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))
-    points[:, 0] *= 100
-    points[:, 1] *= 20
-    points[:, :2] += torch.where(torch.arange(2000) < 1000, 4.0, -4.0)[:, None]
-    found = shared_fit(points, shards, monkeypatch, components=2, rank=2)
-    vectors, variances = found.vectors[0, :, :2], found.variances[0]
-    assert torch.allclose(vectors.T @ torch.diag(variances) @ vectors, torch.diag(torch.tensor([1.0, 0.04])), atol=0.1)
+    points = 0.01 * torch.randn(4000, 256, generator=torch.Generator().manual_seed(0))
+    points[:, :3] *= torch.tensor([100.0, 50.0, 20.0])
+    within = torch.cov(points[:, :3].T, correction=0)
+    points[:, :3] += torch.where(torch.arange(4000) < 2000, 1.0, -1.0)[:, None] * torch.tensor([3.0, 2.0, 4.0])
+    found = shared_fit(points, shards, monkeypatch, components=2, rank=3)
+    vectors, variances = found.vectors[0, :, :3], found.variances[0]
+    assert torch.allclose(vectors.T @ torch.diag(variances) @ vectors, within, atol=0.02)
     assert found.tails[0].item() == pytest.approx(1e-4, rel=0.1)
 
 

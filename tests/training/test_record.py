@@ -103,6 +103,13 @@ def test_a_run_without_a_record_resumes_with_a_warning(train_config, tmp_path, c
         train(train_config())
 
 
+def test_the_newest_checkpoint_has_seen_the_most_images(tmp_path):
+    assert newest_images(tmp_path) == 0
+    for images in (8, 16, 104):
+        (tmp_path / f"images-{images:012d}").mkdir()
+    assert newest_images(tmp_path) == 104
+
+
 def test_settings_with_other_rules_exist():
     names = flat(config_as_dict(TrainConfig(shards="x", autoencoder="x", output="x")))
     assert set(NOT_COMPARED) | set(MAY_CHANGE) <= names.keys()

@@ -5,13 +5,14 @@ import torch
 from safetensors.torch import load_file
 
 from ldm_smd.data.stream import LatentBatch
+from ldm_smd.diffusion.process import RectifiedFlow
 from ldm_smd.training import loop
 from ldm_smd.training.checkpoint import checkpoints
 from ldm_smd.training.learners import learner_for
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
-from ldm_smd.training.step_noise import BLOCK, NOISE, PURE_NOISE, SECOND_VIEW, draw_in_blocks, step_seed
+from ldm_smd.training.step_noise import BLOCK, NOISE, PURE_NOISE, SECOND_VIEW, draw_in_blocks, draw_step_noise, step_seed
 from tests.training.critic import WithCritic
 from tests.training.results import assert_same_losses, logged_losses
 
@@ -109,6 +110,13 @@ def test_random_numbers_of_other_processes_do_not_stay_in_memory(open_run, monke
     noise = learner.draw(batch, 0)
     assert len(noise.eps) == len(batch.labels)
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in vars(noise).values())
+
+
+def test_labels_and_embeddings_are_dropped_with_the_given_probability():
+    noise = draw_step_noise(torch.Generator().manual_seed(0), (10_000, 1, 1, 1), 0, RectifiedFlow(), label_dropout=0.3)
+    for dropped in (noise.drop_label, noise.drop_embedding):
+        assert dropped.double().mean() == pytest.approx(0.3, abs=0.03)
+    assert (noise.drop_label & noise.drop_embedding).double().mean() == pytest.approx(0.09, abs=0.02)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])

@@ -202,6 +202,11 @@ DEEP = ["model.kind=AutoencoderDC", "model.block_out_channels=[8,8,16]"]
 """16 pixels to 4 latents."""
 
 
+def test_a_deep_compression_autoencoder_has_the_given_noise(vae_config):
+    mean, logvar = autoencoder.posterior(autoencoder.build(vae_config(*DEEP)), torch.zeros(2, 3, 16, 16), latent_noise=0.3)
+    assert logvar.shape == mean.shape and torch.allclose((0.5 * logvar).exp(), torch.tensor(0.3))
+
+
 @pytest.mark.parametrize("setting", ["latent_noise=1", "model.decoder_layers_per_block=1"])
 def test_a_setting_changes_the_weights_of_a_deep_compression_autoencoder(vae_config, tmp_path, setting):
     usual = load_file(
