@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Result = TypeVar("Result")
-EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"})
+UNSUPPORTED = frozenset({".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf"})
+"""Images that Pillow does not read."""
 HUGGING_FACE = "datasets:"
 MAX_OPEN_FILES = 160
 """Files that each process keeps open: enough for two groups of tars (order.py) at the default settings."""

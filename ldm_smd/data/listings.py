@@ -6,6 +6,7 @@ A part has a stamp, which changes with its contents, and a listing, the columns 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tarfile
 import zipfile
@@ -18,9 +19,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..errors import UserError
-from .entries import EXTENSIONS, Entry, RemoteEntry, RemoteTar, open_dataset, open_zip
+from .entries import EXTENSIONS, UNSUPPORTED, Entry, RemoteEntry, RemoteTar, open_dataset, open_zip
 from .tar_headers import tar_members
 
+logger = logging.getLogger(__name__)
 MAX_LABEL_BYTES, MAX_LABEL = 64, 999_999_999
 WHOLE_FILE = -1
 UNLABELLED = -1
@@ -171,7 +173,11 @@ class FolderPart(Part):
 
     def listing(self) -> Listing:
         names, digest = [], hashlib.sha256()
-        for found in self._files():
+        files = list(self._files())
+        warn_of_unsupported(self.name.rstrip("/"), [found.name for found in files])
+        for found in files:
+            if not is_image(found):
+                continue
             status = found.stat()
             names.append(os.path.relpath(found.path, self.path).replace(os.sep, "/"))
             digest.update(f"{names[-1]} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
@@ -183,7 +189,7 @@ class FolderPart(Part):
         if self.top:
             yield from walk(os.path.join(self.path, self.top))
         else:
-            yield from (found for found in sorted_folder(self.path) if is_image(found))
+            yield from (found for found in sorted_folder(self.path) if not found.is_dir())
 
     def entry(self, key: str, name: str, label: int | None, offset: int, size: int) -> Entry:
         return Entry(key, label, os.path.join(self.path, name))
@@ -195,14 +201,15 @@ class ZipPart(Part):
     in a zip of the folder itself."""
 
     def listing(self) -> Listing:
-        names = sorted(
+        files = [
             member.filename
             for member in open_zip(self.path, os.getpid()).infolist()
             if not member.is_dir()
-            and PurePosixPath(member.filename).suffix.lower() in EXTENSIONS
             and not member.filename.startswith("__MACOSX/")
             and not any(part.startswith(".") for part in PurePosixPath(member.filename).parts)
-        )
+        ]
+        warn_of_unsupported(self.path, files)
+        names = sorted(name for name in files if extension(name) in EXTENSIONS)
         folders = [PurePosixPath(name).parts[:-1] for name in names]
         level = int(len({parts[:1] for parts in folders}) == 1 and any(len(parts) > 1 for parts in folders))
         tops = [parts[level] if len(parts) > level else None for parts in folders]
@@ -263,11 +270,11 @@ def webdataset_key(name: str) -> tuple[str, str]:
 
 
 def walk(folder: str) -> Iterator[os.DirEntry]:
-    """Yield the images below a folder, sorted by the parts of their paths."""
+    """Yield the files below a folder, sorted by the parts of their paths. Does not follow links to folders."""
     for found in sorted_folder(folder):
         if found.is_dir(follow_symlinks=False):
             yield from walk(found.path)
-        elif is_image(found):
+        else:
             yield found
 
 
@@ -278,4 +285,15 @@ def sorted_folder(folder: str) -> list[os.DirEntry]:
 
 
 def is_image(found: os.DirEntry) -> bool:
-    return os.path.splitext(found.name)[1].lower() in EXTENSIONS and found.is_file()
+    return extension(found.name) in EXTENSIONS and found.is_file()
+
+
+def extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def warn_of_unsupported(source: str, names: Sequence[str]) -> None:
+    """Log how many of the files are images that cannot be read, so that they are not missed in silence."""
+    found = [extension(name) for name in names if extension(name) in UNSUPPORTED]
+    if found:
+        logger.warning("%s: skipped %d images in formats that are not read (%s)", source, len(found), ", ".join(sorted(set(found))))

@@ -31,7 +31,7 @@ from ..data.index import ImageIndex
 from ..data.settings import ImagesConfig
 from ..data.sources import list_images
 from ..device import process_group
-from ..errors import UserError
+from ..errors import UserError, renamed_settings
 from ..files import atomic_file, claimed, claimed_by_first, sha256, this_process
 from ..models.denoiser import num_classes
 from ..models.hub import network_folder
@@ -118,14 +118,14 @@ def measure(config: EvaluateConfig, state: PartialState) -> dict:
         "reference": {name: getattr(config.reference, name) for name in IMAGES},
     }
     compared: dict[str, ImageFeatures] = {}
+    for name, source in (("held_out", config.held_out), ("pictures", config.pictures)):
+        if source is not None:  # before the samples, which take longer: a missing folder is found at once
+            images = dataclasses.replace(config.reference, source=source)
+            compared[name] = real_features(name, images, config, extractors, state)
+            result[name] = {"source": source}
     if folder is not None and pipeline is not None:
         of_samples = sample_features(folder, pipeline, config, reference, extractors, state)
         compared["samples"], result["samples"] = of_samples
-    for name, source in (("pictures", config.pictures), ("held_out", config.held_out)):
-        if source is not None:
-            images = dataclasses.replace(config.reference, source=source)
-            compared[name] = real_features(name.replace("_", " "), images, config, extractors, state)
-            result[name] = {"source": source}
     if not state.is_main_process:
         return {}
     if state.num_processes > 1:
@@ -157,8 +157,10 @@ def measure(config: EvaluateConfig, state: PartialState) -> dict:
 def real_features(
     name: str, images: ImagesConfig, config: EvaluateConfig, extractors: list[Extractor], state: PartialState
 ) -> ImageFeatures:
-    """Compute the features of a source, or load them from the cache."""
-    entries = list_images(images)
+    """Compute the features of a source, or load them from the cache. ``name``: its setting, and in the progress bar."""
+    keys = {"images.source": "reference.source" if name == "reference" else name, "images": "reference"}
+    with renamed_settings(keys):
+        entries = list_images(images)
     cached = None
     if config.cache is not None:
         cached = Path(config.cache) / f"{digest_of(entries, images, extractors)[:32]}.safetensors"
@@ -179,8 +181,9 @@ def real_features(
                 yield pictures.pixels
             bar.update(len(pictures.keys) + len(pictures.unreadable))
 
-    with progress(len(indices), 0, name, disable=not state.is_local_main_process) as bar:
-        found = extract_features(name, pixels(bar), labels, extractors)
+    description = name.replace("_", " ")
+    with renamed_settings(keys), progress(len(indices), 0, description, disable=not state.is_local_main_process) as bar:
+        found = extract_features(description, pixels(bar), labels, extractors)
     warn_unreadable(images, unreadable)
     if cached is not None and state.is_main_process:
         found.save(cached)

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import Module
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from ..files import atomic_folder
 from ..models.hub import SHARDS
 from .ema import EMA
@@ -66,7 +67,10 @@ def resume(folder: Path, networks: Networks, ema: EMA) -> dict:
         for name, trained in networks.items():
             load_weights(trained.network, path / name, "output")
         load_weights(ema.model, path / "ema", "output")
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+        try:
+            return json.loads((path / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise damaged(path / "state.json", "output", error) from error
     return {"images_seen": 0}
 
 
@@ -74,7 +78,7 @@ def resume_optimizers(folder: Path, networks: Networks) -> None:
     """Load the optimizers of the newest checkpoint, if any. Call after FSDP sharding."""
     for path in checkpoints(folder)[-1:]:
         for name, trained in networks.items():
-            trained.load_optimizer(load_file(path / optimizer_file(name)))
+            trained.load_optimizer(load_tensors(path / optimizer_file(name), "output"))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -85,6 +89,19 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest_images(folder: Path) -> int:
     """Return the images seen by the newest checkpoint, or 0 without one."""
     return max((int(path.name.removeprefix("images-")) for path in checkpoints(folder)), default=0)
+
+
+def load_tensors(path: Path, key: str) -> dict[str, torch.Tensor]:
+    """Load a safetensors file. Raises UserError that names the setting ``key`` if the file is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, key, error) from error
+
+
+def damaged(path: Path, key: str, error: Exception) -> UserError:
+    advice = "; without its folder, the run resumes from the checkpoint before" if key == "output" else ""
+    return UserError(f"{key}: expected to read {path}, found {type(error).__name__}: {one_line(error)}{advice}")
 
 
 def load_weights(
@@ -102,7 +119,7 @@ def load_weights(
     paths = [whole] if whole.is_file() else sorted(folder.glob(SHARDS))  # save_pretrained splits weights of 10 GB and more
     if not paths:
         raise UserError(f"{key}: expected a model folder with {whole.name}, found none in {folder}")
-    weights = {name: tensor for path in paths for name, tensor in load_file(path).items()}
+    weights = {name: tensor for path in paths for name, tensor in load_tensors(path, key).items()}
     expected = model.state_dict()
     model._fix_state_dict_keys_on_load(weights)  # as from_pretrained does
     left = names_in(model, kept).union(*(names for part in new if not (names := names_in(model, part)) & weights.keys()))

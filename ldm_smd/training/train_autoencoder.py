@@ -17,7 +17,7 @@ from ..config import config_as_dict
 from ..data.images import load_pixels
 from ..data.shards import ChannelStatistics
 from ..device import pick_device, pick_precision
-from ..errors import UserError
+from ..errors import UserError, renamed_settings
 from ..evaluation.reconstruction import reconstruction_psnr
 from ..files import claimed
 from ..models.settings import AutoencoderModelConfig
@@ -117,7 +117,8 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
         device = pick_device("auto")
         torch.manual_seed(config.seed)
         pixels, _, _ = load_pixels(config.images, config.num_workers)
-        held_out, _, _ = load_pixels(config.held_out, config.num_workers)
+        with renamed_settings({"images": "held_out"}):
+            held_out, _, _ = load_pixels(config.held_out, config.num_workers)
         hashes = {"images": hashlib.sha256(pixels.numpy().tobytes()).hexdigest()}
         record = open_record(work, hashes, config, NOT_COMPARED, MAY_CHANGE)
         model = build(config)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..data.classes import renumbered
 from ..data.images import load_pixels
 from ..device import pick_device
-from ..errors import UserError
+from ..errors import UserError, renamed_settings
 from ..files import makes_folder
 from ..models.feature_network import FeatureNetwork
 from ..progress import progress
@@ -34,10 +34,12 @@ class LabelledImages:
     @classmethod
     def load(cls, config: ClassifierSetConfig, part: str, known: Sequence[str] = ()) -> tuple[LabelledImages, list[str]]:
         """Load the "images" or "held_out" part, with the numbers of the classes in ``known``, and the class names."""
-        pixels, labels, classes = load_pixels(getattr(config, part))
+        key = f"sets.{config.name}.{part}"
+        with renamed_settings({"images": key}):
+            pixels, labels, classes = load_pixels(getattr(config, part))
         if any(label is None for label in labels):
-            raise UserError(f"sets.{config.name}.{part}: expected a class for every image, found images without one")
-        return cls(pixels, torch.tensor(renumbered(labels, classes, known, f"sets.{config.name}.{part}"))), classes
+            raise UserError(f"{key}: expected a class for every image, found images without one")
+        return cls(pixels, torch.tensor(renumbered(labels, classes, known, key))), classes
 
 
 Sets = dict[str, LabelledImages]

@@ -3,8 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, features
 
+from ldm_smd.data import images
 from ldm_smd.data.images import decode, load_pixels, read_images
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.data.sources import list_images
@@ -58,6 +60,27 @@ def test_exif_rotation_is_applied():
     pixels = decode(encoded(image, exif=exif), 16, crop="pad")
     assert pixels[:, 2, 8].tolist() == [255, 0, 0]
     assert pixels[:, 13, 8].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("crop", ["center", "pad"])
+def test_a_large_photo_is_decoded_at_a_fraction_of_its_size(monkeypatch, mode, crop):
+    """Which hardly changes the result. Below four times the resolution, it does not change it at all."""
+    colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(colours).resize((800, 600), Image.Resampling.BICUBIC).convert(mode)
+    found = {}
+    for factor in (images.DRAFT_FACTOR, 1_000_000):
+        monkeypatch.setattr(images, "DRAFT_FACTOR", factor)
+        found[factor] = [decode(encoded(image, "JPEG", quality=95), side, crop).float() for side in (16, 200)]
+    (small, large), (exact, exact_large) = found.values()
+    assert 0 < (small - exact).abs().mean() < 1 and torch.equal(large, exact_large)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_images_are_read(tmp_path):
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.avif")
+    pixels, *_ = load_pixels(ImagesConfig(source=str(tmp_path), resolution=16))
+    assert np.allclose(pixels[0, :, 8, 8], [255, 0, 0], atol=5)
 
 
 def test_crop_and_pad():

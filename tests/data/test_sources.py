@@ -82,6 +82,24 @@ def test_images_beside_the_folders_of_classes_have_no_label(image_folder, vae_fo
     assert sorted(labels.tolist()) == [-1] + 11 * [0] + 11 * [1]
 
 
+def test_images_in_other_formats_are_skipped_with_a_warning(image_folder, tmp_path, caplog):
+    shutil.copytree(image_folder, tmp_path / "tree")
+    for name in ("disc/photo.HEIC", "disc/deeper/photo.heic", "disc/notes.txt", "disc/.hidden.heic", "square/drawing.svg"):
+        (tmp_path / "tree" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "tree" / name).write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "tree.zip", "w") as archive:
+        for file in sorted(path for path in (tmp_path / "tree").rglob("*") if path.is_file()):
+            archive.write(file, file.relative_to(tmp_path / "tree").as_posix())
+    for name, warnings in (
+        ("tree", ["/disc: skipped 2 images in formats that are not read (.heic)", "skipped 1 images in formats that are not"]),
+        ("tree.zip", ["skipped 3 images in formats that are not read (.heic, .svg)"]),
+    ):
+        caplog.clear()
+        assert len(list_images(ImagesConfig(source=str(tmp_path / name)))) == 22
+        assert len(caplog.messages) == len(warnings)
+        assert all(warning in message for warning, message in zip(warnings, caplog.messages))
+
+
 def test_keys_are_unique_and_without_dots(tmp_path):
     for name in ("a.b.png", "a_b.png", "c.png", "c.jpg"):
         Image.new("RGB", (16, 16)).save(tmp_path / name)

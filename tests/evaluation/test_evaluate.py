@@ -181,6 +181,13 @@ def test_samples_are_rounded_to_eight_bits(settings, monkeypatch):
     assert seen[-1].shape == (9, 3, 16, 16) and (seen[-1] == 100).all()
 
 
+@pytest.mark.parametrize("setting", ["held_out", "pictures", "reference.source"])
+def test_a_missing_source_is_found_before_sampling(settings, monkeypatch, setting):
+    monkeypatch.setattr(evaluation, "sample_batches", lambda *_: pytest.fail("samples were drawn"))
+    with pytest.raises(UserError, match=f"^{setting}: expected a folder, .* found nothing at none$"):
+        measured(settings, "missing", f"{setting}=none", *(["model=null"] if setting == "pictures" else []))
+
+
 def test_the_samples_are_made_with_the_given_settings(settings, monkeypatch):
     seen = []
     sampled = [torch.rand(9, 3, 16, 16)]

@@ -43,6 +43,16 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(train_config, tm
     assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
+@pytest.mark.parametrize("file", ["model/diffusion_pytorch_model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_gives_one_line(train_config, tmp_path, file):
+    train(train_config("images_total=16"))
+    [newest] = checkpoints(tmp_path / "run/checkpoints")
+    content = (newest / file).read_bytes()
+    (newest / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=rf"^output: expected to read .*{file}, found .*; without its folder, the run resumes"):
+        train(train_config("images_total=32"))
+
+
 def test_a_run_killed_before_it_wrote_its_model_folder_writes_it_later(train_config, tmp_path):
     folder = train(train_config("images_total=32"))
     before = weights(folder / "unet")

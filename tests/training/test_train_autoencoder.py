@@ -198,6 +198,12 @@ def test_a_folder_with_other_files_is_not_replaced(vae_config, tmp_path):
         train_autoencoder(vae_config(f"output={own}", f"work={own / 'run'}"))
 
 
+@pytest.mark.parametrize("part", ["images", "held_out"])
+def test_a_missing_source_is_named_by_its_setting(vae_config, part):
+    with pytest.raises(UserError, match=f"^{part}.source: expected a folder, .* found nothing at none"):
+        train_autoencoder(vae_config(f"{part}.source=none"))
+
+
 DEEP = ["model.kind=AutoencoderDC", "model.block_out_channels=[8,8,16]"]
 """16 pixels to 4 latents."""
 
