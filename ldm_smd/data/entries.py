@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"})
-UNSUPPORTED = frozenset({".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf"})
+UNSUPPORTED = frozenset(
+    {".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf"}
+)
 """Images that Pillow does not read."""
 HUGGING_FACE = "datasets:"
 MAX_OPEN_FILES = 160

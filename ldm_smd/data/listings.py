@@ -296,4 +296,6 @@ def warn_of_unsupported(source: str, names: Sequence[str]) -> None:
     """Log how many of the files are images that cannot be read, so that they are not missed in silence."""
     found = [extension(name) for name in names if extension(name) in UNSUPPORTED]
     if found:
-        logger.warning("%s: skipped %d images in formats that are not read (%s)", source, len(found), ", ".join(sorted(set(found))))
+        logger.warning(
+            "%s: skipped %d images in formats that are not read (%s)", source, len(found), ", ".join(sorted(set(found)))
+        )
