@@ -235,7 +235,8 @@ class PosteriorDistillation(Mixture):
         second = torch.randn(x0.shape, **options)
         losses = self.distillation_losses.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
         if weight > 0:
-            losses["loss"] = losses["loss"] + weight * self.energy_score(velocities, x0, eps, t, 1.0)
+            score = self.energy_score(velocities, x0, eps, t, 1.0) * ~self.distillation_losses.is_marginal(t)
+            losses["loss"] = losses["loss"] + weight * score
         return losses
 
 

@@ -61,7 +61,8 @@ class DistillationConfig(Settings):
     adversarial_weight: float = number(0.0, 0, 100)
     """Weight of the adversarial loss: the critic also learns to tell draws from true latents of the same x_t. 0: none."""
     energy_weight: float = number(0.0, 0, 100)
-    """Weight of the energy score of objective.draws draws, in addition. Keeps the draws from becoming alike. 0: none."""
+    """Weight of the energy score of objective.draws draws, in addition, except above ``marginal_above``. Keeps the draws from
+    becoming alike. 0: none."""
     second_view_shift: float = number(1.0, above=0, maximum=1e3)
     """How far the timestep of the draw's second noisy view is shifted to noise: its signal-to-noise ratio is divided by the
     square of this. Noisy views say which image a draw is, clean ones how good its details are. Raise it if the draws become

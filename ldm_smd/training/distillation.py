@@ -115,6 +115,8 @@ class Distillation:
         if weight > 0 and model_learns:
             target = path.target(x0, noise.eps, t, prediction_type)
             score = compare_draws("energy", run.config, path, predictions, target, t)
+            # Draws of marginal views may depend on the noise in x_t. The score would forbid that.
+            score = score * ~self.distillation_losses.is_marginal(t)
             losses |= {"loss": losses["loss"] + weight * score, "energy_score": score}
         return losses
 

@@ -238,6 +238,10 @@ def test_an_energy_score_is_added_to_the_loss(learner):
     denoising = Denoising(with_objective(chosen.run, "energy"))
     denoising.model = chosen.model
     assert torch.allclose(denoising.losses(batch, noise), losses["energy_score"])
+    marginal = learner(energy, draws, ABOVE)
+    noise.t = torch.tensor([0, 900] * 4)
+    found = marginal.losses(batch, noise)["energy_score"]
+    assert found[0::2].min() > 0 and not found[1::2].any(), "draws of marginal views have none"
     only_critic = chosen.losses(batch, chosen.draw(batch, 0, 1), model_learns=False)
     assert "energy_score" not in only_critic
     with pytest.raises(UserError, match=r"objective\.draws: expected at least 2 for the energy score, found 1"):
