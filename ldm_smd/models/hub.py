@@ -31,7 +31,7 @@ def network_folder(source: str | Path, key: str, parts: Sequence[str] = DENOISER
         try:
             folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
         except (OSError, ValueError) as error:
-            said = f"{source}: {one_line(error)}"
+            said = f"no folder {source}, and on the hub: {one_line(error)}"
             raise UserError(f"{key}: expected a folder of a network or a hub id, found {said}") from error
     network = next((folder / part for part in parts if (folder / part / FILES[0]).is_file()), None)
     if network is None and not on_hub:

@@ -51,7 +51,8 @@ def model_folder(source: str | Path) -> Path:
             folder = download(str(source))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"model: expected a model folder (RUN/model) or a hub id, found {source}: {one_line(error)}"
+                f"model: expected a model folder (RUN/model) or a hub id, found no folder {source}, and on the hub: "
+                f"{one_line(error)}"
             ) from error
     if not (folder / INDEX).is_file() and not any((folder / part / FILES[0]).is_file() for part in DENOISER_PARTS):
         raise UserError(

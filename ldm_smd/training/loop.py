@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from .record import RECORD
 from .run import Run
 from .settings import TrainConfig
 from .share import share_checkpoint
-from .signals import stop_signals
+from .signals import exit_stopped, stop_signals
 from .watch import CriticWatch
 
 STOP_EVERY_STEPS = 10
@@ -56,9 +55,9 @@ def train(config: TrainConfig) -> Path:
     accelerator.end_training()
     if stopped_at is not None:
         reason = stop[0] if stop else signal.SIGTERM  # of another process
-        if accelerator.is_main_process:
-            print(f"stopped by {reason.name} after {stopped_at} images; run the same command to resume", file=sys.stderr)
-        sys.exit(128 + reason)
+        exit_stopped(reason, stopped_at, accelerator.is_main_process)
+    if accelerator.is_main_process:
+        print(f"wrote {output / 'model'}")
     return output / "model"
 
 

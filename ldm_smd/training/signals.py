@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 @contextmanager
@@ -32,3 +34,10 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def exit_stopped(reason: signal.Signals, images_seen: int, prints: bool = True) -> NoReturn:
+    """Exit with the code of the signal, after a checkpoint was saved."""
+    if prints:
+        print(f"stopped by {reason.name} after {images_seen} images; run the same command to resume", file=sys.stderr)
+    sys.exit(128 + reason)

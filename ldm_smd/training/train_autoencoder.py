@@ -29,6 +29,7 @@ from .model_folder import model_card, require_replaceable, write_model_folder
 from .rates import warmup_times_cosine
 from .record import RunRecord, open_record
 from .settings import TrainAutoencoderConfig
+from .signals import exit_stopped, stop_signals
 from .trained import TrainedNetwork
 
 REPORT_EVERY_IMAGES = 1_000
@@ -107,12 +108,15 @@ def autoencoder_loss(
 
 
 def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
-    """Train, measure the PSNR on held-out images, write the model folder; returns its path."""
+    """Train, measure the PSNR on held-out images, write the model folder; returns its path.
+
+    On SIGTERM, or Ctrl-C, it saves a checkpoint and exits with code 143, or 130.
+    """
     output = Path(config.output)
     work = Path(config.work) if config.work else output.with_name(f"{output.name}.run")
     if work.absolute().is_relative_to(output.absolute()):
         raise UserError(f"work: expected a folder outside of output, which is replaced at the end, found {work}")
-    with claimed(output), claimed(work, "work", inside=True):
+    with claimed(output), claimed(work, "work", inside=True), stop_signals() as stop:
         require_replaceable(output, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
         device = pick_device("auto")
         torch.manual_seed(config.seed)
@@ -166,6 +170,12 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
                     raise UserError(f"loss: expected a finite number, found {values['loss']} at {images_seen} images")
                 log.log(images_seen, values)
                 bar.set_postfix(l1=f"{values['l1']:.4f}")
+            if stop and images_seen < config.images_total:
+                check_weights(ema.model, images_seen)
+                save_checkpoint(work / "checkpoints", trained, ema.model, {"images_seen": images_seen}, keep=1)
+                bar.close()
+                log.close()
+                exit_stopped(stop[0], images_seen)
             if crossed(before, images_seen, config.checkpoint_every_images):
                 check_weights(ema.model, images_seen)
                 measured = reconstruction_psnr(FrozenAutoencoder(ema.model), held_out)

@@ -125,31 +125,6 @@ def test_the_decoder_gets_samples_of_the_posterior(vae_config, monkeypatch):
     assert decoded[0].mean().item() == pytest.approx(5, abs=0.3) and decoded[0].std().item() == pytest.approx(3, rel=0.1)
 
 
-def test_every_step_has_its_own_batch_and_a_resumed_training_is_bit_identical(vae_config, tmp_path, monkeypatch):
-    """The training is interrupted after its third step, and continues from the checkpoint after the second."""
-    batches, real = [], autoencoder.random_batch
-
-    def recorded(*given):
-        if len(batches) == stop_after:
-            raise KeyboardInterrupt
-        batches.append(real(*given))
-        return batches[-1]
-
-    monkeypatch.setattr(autoencoder, "random_batch", recorded)
-    stop_after = None
-    settings = ["checkpoint_every_images=16", "learning_rate=1e-2"]
-    straight = load_file(train_autoencoder(vae_config(*settings, f"work={tmp_path / 'a'}")) / WEIGHTS)
-    assert len({batch.sum().item() for batch in batches}) == 4
-    steps, stop_after = batches.copy(), 3
-    batches.clear()
-    with pytest.raises(KeyboardInterrupt):
-        train_autoencoder(vae_config(*settings))
-    batches.clear()
-    resumed = load_file(train_autoencoder(vae_config(*settings)) / WEIGHTS)
-    assert len(batches) == 2 and all(map(torch.equal, batches, steps[2:]))
-    assert straight.keys() == resumed.keys() and all(torch.equal(straight[name], resumed[name]) for name in straight)
-
-
 OTHERS = [
     "batch_size=4",
     "ema_halflife_images=1",
@@ -185,23 +160,6 @@ def test_a_setting_changes_the_weights(vae_config, usual, tmp_path, setting):
         )
     found = load_file(train_autoencoder(vae_config(setting)) / WEIGHTS)
     assert found.keys() != usual.keys() or not all(torch.equal(found[name], usual[name]) for name in found)
-
-
-def test_a_folder_with_other_files_is_not_replaced(vae_config, tmp_path):
-    own = tmp_path / "own"
-    own.mkdir()
-    (own / "photo.png").touch()
-    with pytest.raises(UserError, match=r"output: expected a new folder or one with a model alone.* found 'photo.png'"):
-        train_autoencoder(vae_config(f"output={own}"))
-    assert [path.name for path in own.iterdir()] == ["photo.png"]
-    with pytest.raises(UserError, match="work: expected a folder outside of output"):
-        train_autoencoder(vae_config(f"output={own}", f"work={own / 'run'}"))
-
-
-@pytest.mark.parametrize("part", ["images", "held_out"])
-def test_a_missing_source_is_named_by_its_setting(vae_config, part):
-    with pytest.raises(UserError, match=f"^{part}.source: expected a folder, .* found nothing at none"):
-        train_autoencoder(vae_config(f"{part}.source=none"))
 
 
 DEEP = ["model.kind=AutoencoderDC", "model.block_out_channels=[8,8,16]"]
