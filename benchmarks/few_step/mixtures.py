@@ -160,6 +160,7 @@ class DistillationSettings:
     marginal_above: float = 0.0
     """Noise level sigma of x_t above which the views are marginal. 0: nowhere."""
     pure_noise: float = 0.3
+    timestep_shift: float = 1.0
     second_view_shift: float = 1.0
     critic_updates: int = 1
     adversarial: float = 0.0
@@ -224,7 +225,7 @@ class PosteriorDistillation(Mixture):
         self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, model_learns: bool
     ) -> dict[str, torch.Tensor]:
         options, last = {"generator": generator, "device": x0.device}, self.process.last
-        t = self.process.random_t(len(x0), **options)
+        t = self.process.random_t(len(x0), self.settings.timestep_shift, **options)
         t = torch.where(torch.rand(len(x0), **options) < self.settings.pure_noise, last, t)
         eps, weight = torch.randn(x0.shape, **options), self.settings.energy_weight if model_learns else 0.0
         x_t, draws = self.process.noise(x0, eps, t), ENERGY_DRAWS if weight > 0 else 1
