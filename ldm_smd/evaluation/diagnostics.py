@@ -30,10 +30,17 @@ class Spread:
                 ratio^2 = (1 + 1/M) E Var_eta / E|x_0 - mean_j x_0j|^2
 
             It is 1 for a calibrated model and 0 for one that has collapsed to a Gaussian model.
+        gain: how strongly the draws show what x_t shows of x_0, relative to the posterior. With the mean draw m,
+
+                gain = E[m m'] / E[m x_0],
+
+            where m' is the mean of other draws, so that their spread does not count. It is 1 for a calibrated model, since then
+            E[m | x_t] = E[x_0 | x_t]. Above 1, each step exaggerates its input, and many steps give too much contrast.
     """
 
     over_eta: float
     ratio: float
+    gain: float
 
 
 def diagnostic_timesteps(path: GaussianPath) -> list[int]:
@@ -54,7 +61,7 @@ def spread_over_eta(
 ) -> dict[int, Spread]:
     """Measure the spread at each timestep, from ``draws`` draws for each of the latents (B, C, H, W)."""
     if not model.is_mixture:
-        return dict.fromkeys(timesteps, Spread(0.0, 0.0))
+        return dict.fromkeys(timesteps, Spread(0.0, 0.0, 1.0))
     generator = torch.Generator(latents.device).manual_seed(seed)
     spread = {}
     for t in timesteps:
@@ -65,9 +72,11 @@ def spread_over_eta(
         prediction = model(x_t, steps, labels, eta).sample.float()
         x0 = path.to_x0(prediction, repeat(x_t, draws), repeat(steps, draws), prediction_type)
         x0 = rearrange(x0, "(b m) ... -> b m ...", m=draws)
-        variance, error = x0.var(dim=1).mean(), (x0.mean(dim=1) - latents).square().mean()
+        mean = x0.mean(dim=1)
+        variance, error = x0.var(dim=1).mean(), (mean - latents).square().mean()
         ratio = ((1 + 1 / draws) * variance / error).sqrt()
-        spread[t] = Spread(float(variance.sqrt()), float(ratio))
+        gain = (mean.square().mean() - variance / draws) / (mean * latents).mean().clamp_min(1e-6)
+        spread[t] = Spread(float(variance.sqrt()), float(ratio), float(gain))
     return spread
 
 

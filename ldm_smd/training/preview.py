@@ -50,6 +50,7 @@ def log_spread(run: Run, unet: Backbone, images_seen: int, log: MetricsLog) -> N
     spread = spread_over_eta(unet, process, run.config.diffusion.predicts, latents, known, steps)
     values = {f"spread/{t}": at.over_eta for t, at in spread.items()}
     values |= {f"spread_ratio/{t}": at.ratio for t, at in spread.items()}
+    values |= {f"gain/{t}": at.gain for t, at in spread.items()}
     if len(latents) > 1:
         values["nearest_neighbour_ratio"] = nearest_neighbour_ratio(
             unet, process, run.config.diffusion.predicts, latents, known

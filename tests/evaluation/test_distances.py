@@ -175,3 +175,19 @@ def test_spread_is_the_standard_deviation_over_eta_also_relative_to_the_posterio
     expected = scale * ((1 + 1 / 16) / (1 + scale**2 / 16)) ** 0.5
     assert spread[9].ratio == pytest.approx(expected, rel=0.05)
     assert has_collapsed(spread) == (scale == 0.0)
+
+
+@pytest.mark.parametrize("path, t", [(DiffusionProcess(torch.linspace(0.99, 0.0, 10)), 5), (RectifiedFlow(9), 5)])
+@pytest.mark.parametrize("gain", [1.0, 1.5, 0.5])
+def test_the_gain_is_that_of_the_mean_draw_over_the_posterior_mean(path, t, gain):
+    """The latents are N(0, 1), so E[x_0 | x_t] = a x_t / (a^2 + s^2). The spread of the draws does not count."""
+    latents = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    a, s = path.signal_and_noise(torch.tensor([t]), latents)
+
+    class Exaggerating(KnownMixture):
+        def forward(self, x, t, labels, eta):
+            posterior_mean = (a * x / (a**2 + s**2)).repeat_interleave(len(eta) // len(x), dim=0)
+            return type("Output", (), {"sample": gain * posterior_mean + self.scale * eta})
+
+    found = spread_over_eta(Exaggerating(0.7), path, "sample", latents, None, [t])[t]
+    assert found.gain == pytest.approx(gain, rel=0.05) and found.over_eta == pytest.approx(0.7, rel=0.05)

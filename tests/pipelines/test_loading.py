@@ -29,7 +29,10 @@ def test_a_folder_or_id_without_a_model_gives_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model: expected a model folder .* or a hub id, found none of them at"):
         load_pipeline(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"model: expected a model folder \(RUN/model\) or a hub id, found no folder someone/none, and on the hub: "):
+    with pytest.raises(
+        UserError,
+        match=r"model: expected a model folder \(RUN/model\) or a hub id, found no folder someone/none, and on the hub: ",
+    ):
         load_pipeline("someone/none")
 
 

@@ -29,7 +29,7 @@ def test_a_collapsed_mixture_gives_a_warning(train_config, tmp_path, caplog):
 @pytest.mark.parametrize("ratio, warned", [(0.4, True), (0.6, False)])
 def test_draws_with_a_small_spread_give_a_warning(open_run, distillation, monkeypatch, caplog, tmp_path, ratio, warned):
     run = open_run(*distillation)
-    found = {t: Spread(1.0, ratio if t == 999 else 0.9) for t in DIAGNOSTIC_TIMESTEPS}
+    found = {t: Spread(1.0, ratio if t == 999 else 0.9, 1.0) for t in DIAGNOSTIC_TIMESTEPS}
     monkeypatch.setattr(preview, "spread_over_eta", lambda *_: found)
     preview.log_spread(run, Distillation(run).model.network, 0, MetricsLog(tmp_path))
     messages = [record.getMessage() for record in caplog.records]
@@ -38,7 +38,7 @@ def test_draws_with_a_small_spread_give_a_warning(open_run, distillation, monkey
 
 def test_the_spread_is_measured_on_normalised_latents(open_run, monkeypatch, tmp_path):
     run, seen = open_run(), []
-    same = {t: Spread(1.0, 1.0) for t in DIAGNOSTIC_TIMESTEPS}
+    same = {t: Spread(1.0, 1.0, 1.0) for t in DIAGNOSTIC_TIMESTEPS}
     monkeypatch.setattr(preview, "spread_over_eta", lambda *given: seen.append(given[3]) or same)
     preview.log_spread(run, initial_model(run), 0, MetricsLog(tmp_path))
     means = run.batches().batch_at(0).moments[:, 0].float()
