@@ -1,4 +1,4 @@
-"""Prints how calibrated the draws of mixtures are, by timestep: the spread ratio and the gain of ldm_smd.evaluation.diagnostics.
+"""Prints how calibrated the draws of mixtures are, by timestep: spread ratio and gain (ldm_smd/evaluation/diagnostics.py).
 
     python benchmarks/draws.py images.source=data/emoji/heldout.zip images.resolution=64 models=[checkpoints/emoji-smd]
 
