@@ -111,6 +111,7 @@ class TarPart(Part):
         """List the images. Raises tarfile.TarError or OSError if the file cannot be read."""
         images: dict[str, list[tuple[str, int, int]]] = {}
         labels: dict[str, list[int]] = {}
+        unsupported: list[str] = []
         with open(path, "rb") as file:
             for member in tar_members(path):
                 key, extension = webdataset_key(member.name)
@@ -119,6 +120,9 @@ class TarPart(Part):
                     labels.setdefault(key, []).append(self._label(data.strip(), member.name))
                 elif f".{extension.lower()}" in EXTENSIONS:
                     images.setdefault(key, []).append(member)
+                elif f".{extension.lower()}" in UNSUPPORTED:
+                    unsupported.append(member.name)
+        warn_of_unsupported(self.path, unsupported)
         names, labels_of_images, offsets, sizes = [], [], [], []
         for key, same_key in images.items():
             found = labels.get(key, [UNLABELLED])

@@ -100,7 +100,7 @@ def load_tensors(path: Path, key: str) -> dict[str, torch.Tensor]:
 
 
 def damaged(path: Path, key: str, error: Exception) -> UserError:
-    advice = "; without its folder, the run resumes from the checkpoint before" if key == "output" else ""
+    advice = "; without its folder, the run resumes from the checkpoint before, if any" if key == "output" else ""
     return UserError(f"{key}: expected to read {path}, found {type(error).__name__}: {one_line(error)}{advice}")
 
 

@@ -90,7 +90,12 @@ def test_images_in_other_formats_are_skipped_with_a_warning(image_folder, tmp_pa
     with zipfile.ZipFile(tmp_path / "tree.zip", "w") as archive:
         for file in sorted(path for path in (tmp_path / "tree").rglob("*") if path.is_file()):
             archive.write(file, file.relative_to(tmp_path / "tree").as_posix())
+    with wds.TarWriter(str(tmp_path / "tree.tar")) as tar:
+        for number, file in enumerate(sorted(image_folder.rglob("*.png"))):
+            tar.write({"__key__": f"{number:03d}", "png": file.read_bytes(), "cls": "0"})
+        tar.write({"__key__": "photo", "heic": b"", "cls": "0"})
     for name, warnings in (
+        ("tree.tar", ["skipped 1 images in formats that are not read (.heic)"]),
         ("tree", ["/disc: skipped 2 images in formats that are not read (.heic)", "skipped 1 images in formats that are not"]),
         ("tree.zip", ["skipped 3 images in formats that are not read (.heic, .svg)"]),
     ):
