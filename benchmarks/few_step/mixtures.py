@@ -161,6 +161,7 @@ class DistillationSettings:
     """Noise level sigma of x_t above which the views are marginal. 0: nowhere."""
     pure_noise: float = 0.3
     timestep_shift: float = 1.0
+    """Above 1: more of the distillation at high noise, as timestep_shift of tools/train.py."""
     second_view_shift: float = 1.0
     critic_updates: int = 1
     adversarial: float = 0.0

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Memory addresses in Pillow's messages. They are removed, so that two runs write the same manifest."""
 DRAFT_FACTOR = 2
+"""A JPEG is decoded at a fraction of its size, but at no less than this times the resolution."""
 
 
 @dataclass
@@ -58,7 +59,7 @@ def decode(
         pixels = image.width * image.height
         if pixels > max_pixels:
             raise ValueError(f"{pixels} pixels, more than images.max_pixels={max_pixels}")
-        # A photo is decoded at 1/2, 1/4 or 1/8 of its size, several times as fast, but not below twice the size needed.
+        # At 1/2, 1/4 or 1/8 of its size, a JPEG is decoded several times as fast.
         image.draft(None, (DRAFT_FACTOR * resolution, DRAFT_FACTOR * resolution))
         image.load()
         rgb = to_rgb(image, background)

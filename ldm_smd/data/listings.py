@@ -115,13 +115,14 @@ class TarPart(Part):
         with open(path, "rb") as file:
             for member in tar_members(path):
                 key, extension = webdataset_key(member.name)
+                suffix = f".{extension.lower()}"
                 if extension == "cls":
                     data = os.pread(file.fileno(), min(member.size, MAX_LABEL_BYTES), member.offset)
                     labels.setdefault(key, []).append(self._label(data.strip(), member.name))
-                elif f".{extension.lower()}" in EXTENSIONS:
+                elif suffix in EXTENSIONS:
                     images.setdefault(key, []).append(member)
-                elif f".{extension.lower()}" in UNSUPPORTED:
-                    unsupported.append(member.name)
+                elif suffix in UNSUPPORTED:
+                    unsupported.append(suffix)
         warn_of_unsupported(self.path, unsupported)
         names, labels_of_images, offsets, sizes = [], [], [], []
         for key, same_key in images.items():
@@ -178,7 +179,7 @@ class FolderPart(Part):
     def listing(self) -> Listing:
         names, digest = [], hashlib.sha256()
         files = list(self._files())
-        warn_of_unsupported(self.name.rstrip("/"), [found.name for found in files])
+        warn_of_unsupported(self.name.rstrip("/"), [suffix_of(found.name) for found in files])
         for found in files:
             if not is_image(found):
                 continue
@@ -212,8 +213,8 @@ class ZipPart(Part):
             and not member.filename.startswith("__MACOSX/")
             and not any(part.startswith(".") for part in PurePosixPath(member.filename).parts)
         ]
-        warn_of_unsupported(self.path, files)
-        names = sorted(name for name in files if extension(name) in EXTENSIONS)
+        warn_of_unsupported(self.path, [suffix_of(name) for name in files])
+        names = sorted(name for name in files if suffix_of(name) in EXTENSIONS)
         folders = [PurePosixPath(name).parts[:-1] for name in names]
         level = int(len({parts[:1] for parts in folders}) == 1 and any(len(parts) > 1 for parts in folders))
         tops = [parts[level] if len(parts) > level else None for parts in folders]
@@ -289,16 +290,16 @@ def sorted_folder(folder: str) -> list[os.DirEntry]:
 
 
 def is_image(found: os.DirEntry) -> bool:
-    return extension(found.name) in EXTENSIONS and found.is_file()
+    return suffix_of(found.name) in EXTENSIONS and found.is_file()
 
 
-def extension(name: str) -> str:
+def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def warn_of_unsupported(source: str, names: Sequence[str]) -> None:
-    """Log how many of the files are images that cannot be read, so that they are not missed in silence."""
-    found = [extension(name) for name in names if extension(name) in UNSUPPORTED]
+def warn_of_unsupported(source: str, suffixes: Sequence[str]) -> None:
+    """Log how many files with these suffixes are images that cannot be read, so that they are not missed in silence."""
+    found = [suffix for suffix in suffixes if suffix in UNSUPPORTED]
     if found:
         logger.warning(
             "%s: skipped %d images in formats that are not read (%s)", source, len(found), ", ".join(sorted(set(found)))

@@ -100,6 +100,7 @@ def load_tensors(path: Path, key: str) -> dict[str, torch.Tensor]:
 
 
 def damaged(path: Path, key: str, error: Exception) -> UserError:
+    """Return the error for a file that cannot be read. That of a run's own checkpoint (``key`` is "output") says what to do."""
     advice = "; without its folder, the run resumes from the checkpoint before, if any" if key == "output" else ""
     return UserError(f"{key}: expected to read {path}, found {type(error).__name__}: {one_line(error)}{advice}")
 
