@@ -72,8 +72,6 @@ class RivalsConfig:
     batch: int = 32
     samples: int = 2000
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    keep: list[str] = field(default_factory=list)
-    """Methods whose weights are saved, for the first seed."""
     measured: list[str] = field(default_factory=list)
     """Folders of other mixtures to measure."""
     device_name: Optional[str] = None

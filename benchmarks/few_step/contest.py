@@ -1,4 +1,5 @@
-"""Trains methods and measures their samples. Each training writes a file of its own, so that a killed run loses little."""
+"""Trains methods and measures their samples. Each training writes files of its own, so that a killed run loses little. If the
+result of a job is removed, it is measured again with the weights it has."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 import torch.multiprocessing
 from image_measure import ImageMeasure, MeasureConfig
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -88,7 +91,7 @@ def distances_to_training(images: ImageMeasure, pixels: torch.Tensor) -> dict:
 
 @torch.no_grad()
 def sample_images(
-    method: Method, network: torch.nn.Module, context: JobContext, steps: int, first: float | None = None
+    method: Method, network: nn.Module, context: JobContext, steps: int, first: float | None = None
 ) -> torch.Tensor:
     """Sample images, uint8 (N, 3, H, W), with the same noise for every method. ``first``: start from drafts at this sigma."""
     start, labels = context.start, context.labels
@@ -113,15 +116,9 @@ def run_job(job: Job, cost: float, context: JobContext, config: Any, folder: Pat
         method = job.make(context.start)
         network = method.networks["model"]
         if job.images:
-            network = train(method, context.latents, Training(result["trained_images"], config.batch, job.seed))
+            training = Training(result["trained_images"], config.batch, job.seed)
+            network, result["training_seconds"] = trained(method, context.latents, training, folder / f"{job.name}.safetensors")
         network.eval()
-        if job.method in config.keep and job.seed == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            halves = {
-                name: value.half().contiguous() for name, value in network.state_dict().items() if value.is_floating_point()
-            }
-            save_file(halves, folder / f"{job.name}.safetensors")
-        result["training_seconds"] = round(time.perf_counter() - began, 1)
         result["steps"] = {}
         for count in config.start_steps if job.method == "gaussian" else config.steps:
             pixels = sample_images(method, network, context, count)
@@ -144,6 +141,25 @@ def run_job(job: Job, cost: float, context: JobContext, config: Any, folder: Pat
     found = {count: first_frechet(cell) for count, cell in result.get("steps", {}).items()}
     print(f"{job.name} {job.settings}: {result.get('failed', found)} in {result['seconds']:.0f} s", flush=True)
     return result
+
+
+def trained(method: Method, latents: Latents, training: Training, path: Path) -> tuple[nn.Module, float]:
+    """Train and save the network, or load it if ``path`` exists, so that a job can be measured again without its training.
+    Returns the network and the seconds that its training took."""
+    if path.is_file():
+        network = method.networks["model"]
+        network.load_state_dict(load_file(path))
+        with safe_open(path, framework="pt") as file:
+            return network, float(file.metadata()["training_seconds"])
+    began = time.perf_counter()
+    network = train(method, latents, training)
+    seconds = round(time.perf_counter() - began, 1)
+    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".partial-weights")
+    save_file(tensors, unfinished, {"training_seconds": str(seconds)})
+    unfinished.rename(path)
+    return network, seconds
 
 
 def run_jobs(jobs: Sequence[Job], costs: dict[str, float], config: Any, folder: Path) -> None:

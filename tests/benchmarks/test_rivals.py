@@ -61,7 +61,6 @@ def test_rivals_end_to_end(shards, vae_folder, image_folder, yardstick_settings,
         "tries=2",
         "seeds=1",
         "methods=[distillation,gaussian]",
-        "keep=[distillation]",
         f"measured=[{tmp_path / 'mixture'}]",
         "start_steps=[1,2]",
         "device=cpu",
@@ -75,6 +74,15 @@ def test_rivals_end_to_end(shards, vae_folder, image_folder, yardstick_settings,
     assert cell["frechet"] > 0 and cell["frechet_held_out"] > 0
     assert len(list((tmp_path / "rivals" / "contest").glob("*.png"))) == 6
     assert "| distillation |" in (tmp_path / "rivals-shapes.md").read_text()
+
+    (path,) = (tmp_path / "rivals" / "contest").glob("distillation-*.json")
+    first = json.loads(path.read_text())
+    path.unlink()
+    monkeypatch.setattr("few_step.contest.train", None)
+    code, _, error = run(RivalsConfig, rivals.rivals, *common, "part=contest")
+    assert code == 0, error
+    again = json.loads(path.read_text())
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}, "measured with the saved weights, without a training"
 
 
 def test_a_method_must_be_well_ahead_at_three_of_four_numbers_of_steps():
