@@ -11,11 +11,13 @@ from functools import cached_property
 import torch
 from nearest import NearestImage
 
+from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.device import pick_device
 from ldm_smd.evaluation.distances import BLOCK, FeatureSet, bootstrap_deviation, distances, frechet_distance
 from ldm_smd.evaluation.features import Extractor, load_extractor
+from ldm_smd.evaluation.reconstruction import reconstruct
 from ldm_smd.schema import check
 
 DIGITS = 5
@@ -53,10 +55,19 @@ class NetworkMeasure:
     Args:
         training: all training images, uint8 (N, 3, H, W).
         chosen: rows of ``training`` that samples are compared with.
+        reconstructed: those rows, encoded and decoded.
     """
 
-    def __init__(self, extractor: Extractor, training: torch.Tensor, held_out: torch.Tensor, chosen: torch.Tensor) -> None:
+    def __init__(
+        self,
+        extractor: Extractor,
+        training: torch.Tensor,
+        held_out: torch.Tensor,
+        chosen: torch.Tensor,
+        reconstructed: torch.Tensor | None = None,
+    ) -> None:
         self.extractor = extractor
+        self.reconstructed = None if reconstructed is None else FeatureSet(extractor(reconstructed))
         self.training = FeatureSet(extractor(training[chosen], description=extractor.name))
         self.held_out = FeatureSet(extractor(held_out))
         self.new_distance = self._to_nearest(self.held_out.features)
@@ -67,6 +78,9 @@ class NetworkMeasure:
         if held_out:
             found["frechet_held_out"] = frechet_distance(features, self.held_out)
             found["frechet_held_out_sd"] = bootstrap_deviation(frechet_distance, features, self.held_out, rounds)
+        if self.reconstructed is not None:
+            found["frechet_reconstructed"] = frechet_distance(features, self.reconstructed)
+            found["frechet_reconstructed_sd"] = bootstrap_deviation(frechet_distance, features, self.reconstructed, rounds)
         return rounded(found | {"nearest": self._to_nearest(features) / max(self.new_distance, MIN_DISTANCE)})
 
     def _to_nearest(self, features: torch.Tensor) -> float:
@@ -89,20 +103,28 @@ class ImageMeasure:
     many training images are alike: half of the emoji have another one as near, but only an eighth of the held-out ones, which
     were held out by whole groups. So report ``frechet_held_out`` and ``copies`` beside ``frechet``.
 
+    A denoiser of latents cannot be better than its autoencoder, whose errors are part of every distance to real images. With an
+    ``autoencoder``, ``frechet_reconstructed`` is the distance to the training images that it has encoded and decoded. That is
+    about the denoiser alone.
+
     Attributes:
+        reconstructed_floor: with an ``autoencoder``, measures of the held-out images that it has encoded and decoded.
         floor: measures of the held-out images: those of samples as good as unseen real images, except for the number of images
             (a Frechet distance is larger for fewer images).
         training: measures of resampled training images: those of a model that reproduces them. Its ``frechet_held_out`` is the
             smallest that can be expected of a model of these training images.
     """
 
-    def __init__(self, config: MeasureConfig, device: str = "auto") -> None:
-        self.config, self.device = config, pick_device(device)
+    def __init__(self, config: MeasureConfig, device: str = "auto", autoencoder: FrozenAutoencoder | None = None) -> None:
+        self.config, self.device, self._autoencoder = config, pick_device(device), autoencoder
         training, labels, _ = load_pixels(config.images)
         held_out, held_out_labels, _ = load_pixels(config.held_out)
         self._labels, self._held_out_labels = labels, held_out_labels
         chosen = torch.randperm(len(training), generator=seeded(0))[: config.reference]
-        self.networks = [NetworkMeasure(load_extractor(name, device), training, held_out, chosen) for name in config.features]
+        decoded = None if autoencoder is None else reconstruct(autoencoder, training[chosen], seeded(3))
+        self.networks = [
+            NetworkMeasure(load_extractor(name, device), training, held_out, chosen, decoded) for name in config.features
+        ]
         self._nearest = NearestImage(training, self.device)
         self._new_distance = float(self._nearest(held_out).median())
         self._chosen, self._training = chosen, training
@@ -111,6 +133,11 @@ class ImageMeasure:
     @cached_property
     def floor(self) -> dict:
         return self._measured(self._held_out, [network.held_out.features for network in self.networks], held_out=False)
+
+    @cached_property
+    def reconstructed_floor(self) -> dict:
+        assert self._autoencoder is not None
+        return self.measure(reconstruct(self._autoencoder, self._held_out[: self.config.resampled], seeded(4)))
 
     @cached_property
     def training(self) -> dict:
@@ -134,6 +161,7 @@ class ImageMeasure:
             * ``frechet`` and ``kid`` to the training images, with bootstrap standard deviations ``_sd``;
             * ``precision``, ``recall``, ``density`` and ``coverage`` with regard to the training images;
             * ``frechet_held_out``: the Frechet distance to the held-out images, with its deviation;
+            * with an autoencoder, ``frechet_reconstructed``: the same to the training images that were encoded and decoded;
             * ``nearest``: as ``nearest_pixels``, but in feature space. It is close to 0 if training images are reproduced, and
               1 if samples are as new as images that were not trained on.
         """

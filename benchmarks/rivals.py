@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from few_step import METHODS
-from few_step.contest import load_start_and_latents, run_jobs
+from few_step.contest import load_start_and_latents, measured_reconstructions, run_jobs
 from few_step.jobs import Job, read_settings, searched, step_costs
 from few_step.known import check_known
 from few_step.report import draw, tables, targets
@@ -179,6 +179,8 @@ def collect(config: RivalsConfig, folder: Path) -> Path:
     content["costs"] = json.loads(costs.read_text(encoding="utf-8")) if costs.is_file() else {}
     for part in ("search", "contest"):
         content[part] = sorted(read_results(folder / part), key=lambda result: (result["method"], criterion(result)))
+    if config.part in ("contest", "collect"):
+        content["reconstructed"] = measured_reconstructions(config, folder / "reconstructed.json")
     content["targets"] = targets(content)
     path = RESULTS / f"rivals-{config.name}.json"
     path.parent.mkdir(exist_ok=True)

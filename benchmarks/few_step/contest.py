@@ -73,13 +73,24 @@ def load_context(config: Any) -> JobContext:
     """
     start, latents, autoencoder = load_start_and_latents(config)
     searches = config.part == "search"
-    images = ImageMeasure(
-        MeasureConfig(config.images, config.held_out, config.features, resampled=config.samples), str(start.device)
-    )
+    about = MeasureConfig(config.images, config.held_out, config.features, resampled=config.samples)
+    images = ImageMeasure(about, str(start.device), None if searches else autoencoder)
     labels = (images.labels if searches else images.held_out_labels)(config.samples)
     indices = torch.tensor([latents.null if label is None else label for label in labels], device=start.device)
     measure = partial(distances_to_training, images) if searches else images.measure
     return JobContext(start, latents, autoencoder, indices, measure, int(searches))
+
+
+def measured_reconstructions(config: Any, path: Path) -> dict:
+    """Return the measures of held-out images that were encoded and decoded, the best that any denoiser can reach with this
+    autoencoder. They are kept in ``path``."""
+    if not path.is_file():
+        autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(pick_device(config.device))
+        about = MeasureConfig(config.images, config.held_out, config.features, resampled=config.samples)
+        found = ImageMeasure(about, config.device, autoencoder).reconstructed_floor
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def distances_to_training(images: ImageMeasure, pixels: torch.Tensor) -> dict:

@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Callable
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,6 +14,8 @@ from targets import target
 from yardstick import plain_log_ticks
 
 NOISE, DRAFTS = "steps", "steps_from_drafts"
+TO_IMAGES, TO_RECONSTRUCTIONS = "frechet", "frechet_reconstructed"
+REFERENCES = {TO_IMAGES: "training images", TO_RECONSTRUCTIONS: "training images that were encoded and decoded"}
 OURS, WHITE, AFTER, START = "distillation", "distillation-iid", "energy-distillation", "Gaussian start"
 TRAINED = "gaussian"
 """The Gaussian model trained further with the denoising loss, for the same time."""
@@ -79,6 +81,12 @@ def networks_of(rows: list[Row]) -> list[str]:
     return list(next(iter(rows[0].results[0][NOISE].values()))["features"])
 
 
+def references_of(rows: list[Row]) -> list[str]:
+    """Return the images that all results were compared with, as names of measures."""
+    cells = [cell["features"] for row in rows for each in row.results for cell in each[NOISE].values()]
+    return [name for name in REFERENCES if all(name in measures for cell in cells for measures in cell.values())]
+
+
 def tables(content: dict) -> list[str]:
     """Format as Markdown a table for each feature network, one for recall and copies, and one for the search."""
     lines: list[str] = []
@@ -86,17 +94,19 @@ def tables(content: dict) -> list[str]:
     if rows:
         noise, drafts = (sorted({n for row in rows for n in row.counts(start)}) for start in (NOISE, DRAFTS))
         head = ["method", "cost of a step", "images", "seeds", *(f"{n}" for n in noise), *(f"{n}, drafts" for n in drafts)]
-        for network in networks_of(rows):
-            cell = of_network(network)
+        for network, reference in product(networks_of(rows), references_of(rows)):
+            cell = of_network(network, reference)
             lines += [
                 "",
-                f"{content['name']}: Frechet distance to training images in the features of `{network}`, by number of network "
-                f"evaluations, from noise and from drafts; mean ± standard deviation over training seeds, {content['samples']} "
-                f"samples. Every training costs as much as {content['budget']:,} images of the denoising loss. The cost of a "
-                "step is per image and relative to the denoising loss.",
+                f"{content['name']}: Frechet distance to {REFERENCES[reference]}, in the features of `{network}`, by number of "
+                f"network evaluations, from noise and from drafts; mean ± standard deviation over training seeds, "
+                f"{content['samples']} samples. Every training costs as much as {content['budget']:,} images of the denoising "
+                "loss. The cost of a step is per image and relative to the denoising loss.",
                 "",
                 *table(head, [[*about(row), *distances(row, noise, drafts, cell)] for row in rows]),
             ]
+            if content.get("reconstructed"):
+                lines += ["", f"Held-out images that were encoded and decoded: {cell(content['reconstructed']):.2f}"]
         lines += diversity(rows, networks_of(rows))
     if content["search"]:
         searched = rows_of(content["search"])
@@ -146,7 +156,8 @@ def diversity(rows: list[Row], networks: list[str]) -> list[str]:
 
 
 def targets(content: dict) -> list[dict]:
-    """Check the targets for which there are results: from noise alone, and from noise or drafts, whichever is better."""
+    """Check the targets for which there are results: from noise alone, and from noise or drafts, whichever is better; with
+    distances to training images and, if measured, to those that were encoded and decoded."""
     rows = rows_of(content["contest"])
     by_name = {row.name: row for row in reversed(rows)}  # the best settings of a method come first
     untrained = [row for row in rows if row.name.startswith(START)]
@@ -155,10 +166,11 @@ def targets(content: dict) -> list[dict]:
     trained = [name for name in (OURS, AFTER) if name in by_name]
     ours = [name for name in (*trained, SHIPPED) if name in by_name]
     found: list[dict] = []
-    for network in networks_of(rows) if gaussians else []:
-        cell = of_network(network)
+    for network, reference in product(networks_of(rows), references_of(rows)) if gaussians else []:
+        cell = of_network(network, reference)
+        measured = f"`{network}`{', to reconstructions' if reference == TO_RECONSTRUCTIONS else ''}"
         for start, starts in (("noise", [NOISE]), ("either start", [NOISE, DRAFTS])):
-            where = f"`{network}`, {start}"
+            where = f"{measured}, {start}"
             best = partial(lowest, starts=starts, cell=cell)
             gaussian = min(best(row, n) for row in gaussians for each in starts for n in row.counts(each))
             for name in ours:
@@ -176,11 +188,12 @@ def targets(content: dict) -> list[dict]:
                 found.append(target(f"{name} / best rival, third lowest of the four ratios, {where}", "<= 0.9", third))
         for name in ours:
             ratio = by_name[name].mean(NOISE, 16, cell) / by_name[name].mean(NOISE, 4, cell)
-            found.append(target(f"{name}, 16 steps / 4 steps, `{network}`, noise", "<= 1.05", ratio))
+            found.append(target(f"{name}, 16 steps / 4 steps, {measured}, noise", "<= 1.05", ratio))
         if WHITE in by_name:
             ratio = by_name[WHITE].mean(NOISE, 1, cell) / min(row.mean(NOISE, 1, cell) for row in untrained)
-            found.append(target(f"{WHITE}, 1 step / Gaussian, 1 step, `{network}`, noise", "<= 0.15", ratio))
-        found += recall_targets(by_name, gaussians, network)
+            found.append(target(f"{WHITE}, 1 step / Gaussian, 1 step, {measured}, noise", "<= 0.15", ratio))
+        if reference == TO_IMAGES:
+            found += recall_targets(by_name, gaussians, network)
     for name in trained:
         found.append(target(f"{name}, training step / denoising step", "<= 2.5", by_name[name].cost))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..autoencoder import FrozenAutoencoder
+from ..autoencoder import FrozenAutoencoder, sample_latents
 
 
 def reconstruction_psnr(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, batch_size: int = 64) -> dict[str, float]:
@@ -23,6 +23,19 @@ def reconstruction_psnr(autoencoder: FrozenAutoencoder, pixels: torch.Tensor, ba
         "psnr": float((10 * torch.log10(255.0**2 / mse)).mean()),
         "psnr_of_mean": float(10 * torch.log10(255.0**2 / mse.mean())),
     }
+
+
+def reconstruct(
+    autoencoder: FrozenAutoencoder, pixels: torch.Tensor, generator: torch.Generator, batch_size: int = 64
+) -> torch.Tensor:
+    """Encode and decode ``pixels``, uint8 (N, 3, H, W), with latents drawn from the posterior, as denoisers are trained on."""
+    parts = []
+    for batch in pixels.split(batch_size):
+        moments = autoencoder.encode_moments(batch)
+        noise = torch.randn(moments[:, 0].shape, generator=generator).to(moments.device)
+        latents = autoencoder.normalise(sample_latents(moments, noise=noise))
+        parts.append(to_uint8(autoencoder.decode(latents)).cpu())
+    return torch.cat(parts)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from PIL import Image
 from train_features import TrainFeaturesConfig, contrastive_loss, effective_rank, nearest_right, train_features
 from views import ViewConfig, gaussian_blur, hue_turn, random_views
 
+from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import load_config
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
@@ -49,6 +50,15 @@ def test_both_networks_distinguish_noise_from_copies(measure, image_folder):
         assert measure.training["features"][name]["frechet_held_out"] > 0
     assert measure.training["pictures"] == 40 and measure.training["copies"] == 1
     assert sorted(measure.labels(44)) == sorted(labels * 2)
+
+
+def test_reconstructions_are_near_reconstructions(image_folder, networks, vae_folder):
+    """Errors of the autoencoder are part of the distance to real images, and not of that to reconstructions."""
+    images = ImagesConfig(source=str(image_folder), resolution=16)
+    autoencoder = FrozenAutoencoder.from_pretrained(vae_folder)
+    measure = ImageMeasure(MeasureConfig(images, images, networks, resampled=22, bootstrap=3), "cpu", autoencoder)
+    for found in measure.reconstructed_floor["features"].values():
+        assert 0 < found["frechet_reconstructed"] < 0.2 * found["frechet"] and found["frechet_reconstructed_sd"] > 0
 
 
 def test_copies_are_not_chosen(measure, image_folder):

@@ -71,9 +71,12 @@ def test_rivals_end_to_end(shards, vae_folder, image_folder, yardstick_settings,
     content = json.loads((tmp_path / "rivals-shapes.json").read_text())
     assert 4 <= len(content["search"]) <= 6 and len(content["contest"]) == 6
     (cell,) = content["contest"][0]["steps"]["2"]["features"].values()
-    assert cell["frechet"] > 0 and cell["frechet_held_out"] > 0
+    assert cell["frechet"] > 0 and cell["frechet_held_out"] > 0 and cell["frechet_reconstructed"] > 0
+    (floor,) = content["reconstructed"]["features"].values()
+    assert floor["frechet"] > 0 and floor["frechet_reconstructed"] > 0
     assert len(list((tmp_path / "rivals" / "contest").glob("*.png"))) == 6
-    assert "| distillation |" in (tmp_path / "rivals-shapes.md").read_text()
+    text = (tmp_path / "rivals-shapes.md").read_text()
+    assert "| distillation |" in text and f"encoded and decoded: {floor['frechet']:.2f}" in text
 
     (path,) = (tmp_path / "rivals" / "contest").glob("distillation-*.json")
     first = json.loads(path.read_text())
@@ -106,3 +109,11 @@ def test_a_method_must_be_well_ahead_at_three_of_four_numbers_of_steps():
     assert best["energy-distillation, 4 steps / Gaussian at any, `one`, noise"] == 0.556, "of the one trained further"
     assert at_one["measured"] == 2.0 and not at_one["holds"]
     assert three["measured"] == 0.89 and three["target"] == "<= 0.9" and three["holds"]
+
+    for each in (start, ours, *rivals):
+        for cell in each["steps"].values():
+            (measures,) = cell["features"].values()
+            measures["frechet_reconstructed"] = measures["frechet"] - 0.5
+    found = {each["name"]: each["measured"] for each in targets({"contest": [start, ours, *rivals]})}
+    assert found["energy-distillation, 4 steps / Gaussian at any, `one`, noise"] == 0.445
+    assert found["energy-distillation, 4 steps / Gaussian at any, `one`, to reconstructions, noise"] == 0.26
