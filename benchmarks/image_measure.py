@@ -121,7 +121,7 @@ class ImageMeasure:
         held_out, held_out_labels, _ = load_pixels(config.held_out)
         self._labels, self._held_out_labels = labels, held_out_labels
         chosen = torch.randperm(len(training), generator=seeded(0))[: config.reference]
-        decoded = None if autoencoder is None else reconstruct(autoencoder, training[chosen], seeded(3))
+        decoded = None if autoencoder is None else reconstruct(autoencoder, training[chosen])
         self.networks = [
             NetworkMeasure(load_extractor(name, device), training, held_out, chosen, decoded) for name in config.features
         ]
@@ -137,7 +137,7 @@ class ImageMeasure:
     @cached_property
     def reconstructed_floor(self) -> dict:
         assert self._autoencoder is not None
-        return self.measure(reconstruct(self._autoencoder, self._held_out[: self.config.resampled], seeded(4)))
+        return self.measure(reconstruct(self._autoencoder, self._held_out[: self.config.resampled]))
 
     @cached_property
     def training(self) -> dict:

@@ -1,8 +1,4 @@
-"""tools/evaluate.py: distances between samples and real images in the features of several networks.
-
-Each process handles a contiguous slice of the images, so the result does not depend on the number of processes or the batch
-size.
-"""
+"""tools/evaluate.py: distances between samples and real images in the features of several networks."""
 
 from __future__ import annotations
 
@@ -12,19 +8,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import safe_open
-from safetensors.torch import save_file
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from ..autoencoder import FrozenAutoencoder
 from ..data.classes import renumbered
 from ..data.images import read_images, warn_unreadable
 from ..data.index import ImageIndex
@@ -43,45 +38,14 @@ from ..sampling.configured import configured_pipeline, guided_levels
 from ..sampling.inputs import training_side
 from .distances import FeatureSet, distances
 from .features import Extractor, load_extractor
+from .image_features import ImageFeatures, extract_features, rank_slice
+from .reconstruction import reconstruct
 from .settings import EvaluateConfig
 
 IMAGES = ("source", "resolution", "crop", "background")
 GUIDE = "guide"
 """Part of a model folder."""
 COLUMNS = ("frechet", "kid", "cmmd", "precision", "recall", "density", "coverage")
-
-
-@dataclass
-class ImageFeatures:
-    """Features of one set of images.
-
-    Attributes:
-        features: one float32 (N, D) per network, in the order of the images. On the main process only.
-        sha256: hash of all images, independent of their order.
-        labels: labels of the images that have one, in order.
-        classes: names of the classes, if known.
-    """
-
-    features: list[torch.Tensor]
-    sha256: str
-    labels: list[int]
-    classes: list[str] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.features[0])
-
-    def save(self, path: Path) -> None:
-        tensors = {f"features.{index}": features for index, features in enumerate(self.features)}
-        with atomic_file(path, this_process()) as temporary:  # another process may save the same file
-            save_file(tensors | {"labels": torch.tensor(self.labels)}, temporary, metadata={"sha256": self.sha256})
-
-    @classmethod
-    def load(cls, path: Path, networks: int) -> ImageFeatures:
-        """Load from the cache. As after ``extract_features``, only the main process has the features."""
-        wanted = range(networks if PartialState().is_main_process else 0)
-        with safe_open(path, framework="pt") as file:
-            features = [file.get_tensor(f"features.{index}") for index in wanted]
-            return cls(features, file.metadata()["sha256"], file.get_tensor("labels").tolist())
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -126,6 +90,9 @@ def measure(config: EvaluateConfig, state: PartialState) -> dict:
     if folder is not None and pipeline is not None:
         of_samples = sample_features(folder, pipeline, config, reference, extractors, state)
         compared["samples"], result["samples"] = of_samples
+        if config.reconstructions:
+            of_reconstructions = reconstructed_features(pipeline, config, extractors, state)
+            compared["reconstructions"], result["reconstructions"] = of_reconstructions
     if not state.is_main_process:
         return {}
     if state.num_processes > 1:
@@ -158,8 +125,7 @@ def real_features(
     name: str, images: ImagesConfig, config: EvaluateConfig, extractors: list[Extractor], state: PartialState
 ) -> ImageFeatures:
     """Compute the features of a source, or load them from the cache. ``name``: its setting, and in the progress bar."""
-    keys = {"images.source": "reference.source" if name == "reference" else name, "images": "reference"}
-    with renamed_settings(keys):
+    with renamed_settings(setting_names(name)):
         entries = list_images(images)
     cached = None
     if config.cache is not None:
@@ -168,7 +134,37 @@ def real_features(
         [there] = broadcast_object_list([cached.is_file()])
         if there:
             return dataclasses.replace(ImageFeatures.load(cached, len(extractors)), classes=entries.classes)
-    indices = rank_slice(len(entries), state)
+    found = features_of(name, entries, rank_slice(len(entries), state), images, config, extractors)
+    if cached is not None and state.is_main_process:
+        found.save(cached)
+    return dataclasses.replace(found, classes=entries.classes)
+
+
+def reconstructed_features(
+    pipeline: SMDPipeline, config: EvaluateConfig, extractors: list[Extractor], state: PartialState
+) -> tuple[ImageFeatures, dict]:
+    """Encode and decode a random sample of the held-out images, or of the reference; return the features and a description."""
+    source = config.held_out or config.reference.source
+    images = dataclasses.replace(config.reference, source=source)
+    with renamed_settings(setting_names("reference" if config.held_out is None else "held_out")):
+        entries = list_images(images)
+    chosen = np.random.default_rng(config.seed).permutation(len(entries))[: config.num_samples].tolist()
+    autoencoder = FrozenAutoencoder(pipeline.vae)
+    indices = [chosen[place] for place in rank_slice(len(chosen), state)]
+    found = features_of("reconstructions", entries, indices, images, config, extractors, partial(reconstruct, autoencoder))
+    return found, {"source": source}
+
+
+def features_of(
+    name: str,
+    entries: ImageIndex,
+    indices: Sequence[int],
+    images: ImagesConfig,
+    config: EvaluateConfig,
+    extractors: list[Extractor],
+    through: Callable[[torch.Tensor], torch.Tensor] = lambda pixels: pixels,
+) -> ImageFeatures:
+    """Read this process's images, send them ``through`` a function, and compute the features."""
     batches = [indices[start : start + config.batch_size] for start in range(0, len(indices), config.batch_size)]
     labels: list[int] = []
     unreadable: list[dict] = []
@@ -178,16 +174,23 @@ def real_features(
             labels.extend(label for label in pictures.labels if label is not None)
             unreadable.extend(pictures.unreadable)
             if len(pictures.pixels):
-                yield pictures.pixels
+                yield through(pictures.pixels)
             bar.update(len(pictures.keys) + len(pictures.unreadable))
 
     description = name.replace("_", " ")
-    with renamed_settings(keys), progress(len(indices), 0, description, disable=not state.is_local_main_process) as bar:
+    keys = setting_names(name)
+    with (
+        renamed_settings(keys),
+        progress(len(indices), 0, description, disable=not PartialState().is_local_main_process) as bar,
+    ):
         found = extract_features(description, pixels(bar), labels, extractors)
     warn_unreadable(images, unreadable)
-    if cached is not None and state.is_main_process:
-        found.save(cached)
-    return dataclasses.replace(found, classes=entries.classes)
+    return found
+
+
+def setting_names(name: str) -> dict[str, str]:
+    """Return the settings that messages about images should name, by those of ImagesConfig."""
+    return {"images.source": "reference.source" if name in ("reference", "reconstructions") else name, "images": "reference"}
 
 
 def digest_of(entries: ImageIndex, images: ImagesConfig, extractors: list[Extractor]) -> str:
@@ -269,45 +272,9 @@ def choose_labels(config: EvaluateConfig, real: list[int], classes: int | None) 
     return np.random.default_rng(config.seed).integers(classes, size=config.num_samples).tolist()
 
 
-def rank_slice(count: int, state: PartialState) -> range:
-    """Return the slice of ``range(count)`` for this process, in order of rank."""
-    rank, world = state.process_index, state.num_processes
-    return range(count * rank // world, count * (rank + 1) // world)
-
-
-def extract_features(
-    name: str, batches: Iterable[torch.Tensor], labels: list[int], extractors: list[Extractor]
-) -> ImageFeatures:
-    """Compute the features of this process's images, uint8 (b, 3, H, W), and gather those of all processes."""
-    parts: list[list[torch.Tensor]] = [[] for _ in extractors]
-    hashes = 0
-    for pixels in batches:
-        hashes += sum(int.from_bytes(hashlib.sha256(image.contiguous().numpy()).digest(), "big") for image in pixels)
-        for part, extractor in zip(parts, extractors):
-            part.append(extractor(pixels).float())
-    own = [torch.cat(part) for part in parts if part]
-    gathered = gather_object([(len(own[0]) if own else 0, hashes, labels)])
-    if not sum(count for count, _, _ in gathered):
-        raise UserError(f"{name}: expected readable images, found none")
-    total = sum(value for _, value, _ in gathered) % 2**256
-    all_labels = [label for *_, of_process in gathered for label in of_process]
-    nonempty = [features for features in gathered_by_first(own) if features]
-    return ImageFeatures([torch.cat(of_network) for of_network in zip(*nonempty)], f"{total:064x}", all_labels)
-
-
-def gathered_by_first(own: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Gather the features of all processes on the first one, whose memory alone they take; the others return []."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return [own]
-    found: list | None = [None] * state.num_processes if state.is_main_process else None
-    torch.distributed.gather_object(own, found)
-    return found or []
-
-
 def table(result: dict) -> str:
     """Format the result as Markdown, a row for each network and set, with 95 % bootstrap intervals."""
-    compared = [name for name in ("pictures", "samples", "held_out") if name in result]
+    compared = [name for name in ("pictures", "samples", "reconstructions", "held_out") if name in result]
     lines = [
         f"Compared with {result['reference']['count']:,} images of {result['reference']['source']}, "
         f"{result['reference']['resolution']} pixels (`{result['command']}`). "

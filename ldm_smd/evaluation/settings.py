@@ -41,6 +41,9 @@ class EvaluateConfig(Settings):
     guidance_interval: Optional[list[float]] = number(None, 0, math.inf)
     """This and ``guide``: as in tools/sample.py."""
     guide: Optional[str] = None
+    reconstructions: bool = False
+    """true: also measure ``num_samples`` of the held-out images, or of the reference, that the model's autoencoder has encoded
+    and decoded. A denoiser can hardly come closer to the reference than these."""
     seed: int = number(0, 0, MAX_SEED)
     """Image i has seed ``seed + i``."""
     batch_size: int = number(64, 1, 2**16)
@@ -62,5 +65,7 @@ class EvaluateConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check((self.pictures is None) != (self.model is None), "pictures", "either images or a model", self.pictures)
+        possible = not self.reconstructions or self.model is not None
+        check(possible, "reconstructions", "false without a model", self.reconstructions)
         check_interval(self.guidance_interval)
         check(len(self.features) > 0, "features", "at least one feature network", self.features)

@@ -58,7 +58,8 @@ def test_reconstructions_are_near_reconstructions(image_folder, networks, vae_fo
     autoencoder = FrozenAutoencoder.from_pretrained(vae_folder)
     measure = ImageMeasure(MeasureConfig(images, images, networks, resampled=22, bootstrap=3), "cpu", autoencoder)
     for found in measure.reconstructed_floor["features"].values():
-        assert 0 < found["frechet_reconstructed"] < 0.2 * found["frechet"] and found["frechet_reconstructed_sd"] > 0
+        # The held-out images are the training images, so both are the same reconstructions.
+        assert found["frechet_reconstructed"] == pytest.approx(0, abs=1e-4) and found["frechet"] > 1e-3
 
 
 def test_copies_are_not_chosen(measure, image_folder):

@@ -2,18 +2,21 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
+from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.config import load_config
 from ldm_smd.data.classes import renumbered
 from ldm_smd.data.images import load_pixels
 from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.errors import UserError
 from ldm_smd.evaluation import evaluate as evaluation
-from ldm_smd.evaluation.distances import frechet_distance, kernel_distance
+from ldm_smd.evaluation.distances import FeatureSet, frechet_distance, kernel_distance
 from ldm_smd.evaluation.evaluate import choose_labels, evaluate
-from ldm_smd.evaluation.features import Extractor
+from ldm_smd.evaluation.features import Extractor, load_extractor
+from ldm_smd.evaluation.reconstruction import reconstruct
 from ldm_smd.evaluation.settings import EvaluateConfig
 from ldm_smd.models.feature_network import FeatureNetwork
 from ldm_smd.sampling.batches import SamplingOptions
@@ -156,6 +159,21 @@ def test_cached_features_are_those_of_the_same_network_and_resizing(settings, tm
     monkeypatch.setattr(Extractor, "__call__", lambda self, pixels: extracted.append(len(pixels)) or real(self, pixels))
     measured(settings, "changed", *options, changed)
     assert sum(extracted) == 22 + 9
+
+
+def test_reconstructions_are_the_images_that_the_autoencoder_decodes(settings, image_folder, network, model_folder):
+    result = measured(settings, "reconstructed", "reconstructions=true", "num_samples=11")
+    pixels, _, _ = load_pixels(ImagesConfig(source=str(image_folder), resolution=16))
+    chosen = np.random.default_rng(0).permutation(22)[:11]
+    decoded = reconstruct(FrozenAutoencoder.from_pretrained(model_folder / "vae"), pixels[chosen])
+    extractor = load_extractor(str(network), "cpu")
+    expected = frechet_distance(extractor(decoded), FeatureSet(extractor(pixels)))
+    assert result["reconstructions"]["count"] == 11 and result["reconstructions"]["source"] == str(image_folder)
+    assert result["features"]["small"]["reconstructions"]["frechet"] == pytest.approx(expected, rel=1e-3) and expected > 0
+    of_reference = measured(settings, "without", "reconstructions=true", "num_samples=11", "held_out=null")
+    assert of_reference["features"]["small"]["reconstructions"] == result["features"]["small"]["reconstructions"]
+    with pytest.raises(UserError, match="reconstructions: expected false without a model, found True"):
+        measured(settings, "pictures", "model=null", f"pictures={image_folder}", "reconstructions=true")
 
 
 def test_held_out_images_are_resized_as_the_reference(settings, image_folder, network):
