@@ -99,7 +99,7 @@ def write_shipped(
         timestep_shift: default of the model folder. None: that of the training.
     """
     labels = {str(number): name for number, name in enumerate(classes)} if unet.config.num_classes else None
-    scheduler, shift = build_scheduler(config.diffusion), timestep_shift or config.timestep_shift
+    scheduler, shift = build_scheduler(config.diffusion), timestep_shift or config.sampling_shift or config.timestep_shift
     pipeline = SMDPipeline(unet, autoencoder.model, scheduler, labels, guide=guide, timestep_shift=shift)
     card = model_card(folder.parent.name, f"The shipped weights of `{checkpoint}`.", config)
     write_model_folder(folder, pipeline, card, "unet")

@@ -63,7 +63,7 @@ def build_pipeline(run: Run, unet: Backbone) -> SMDPipeline:
     names = class_names(run.config, manifest.classes)
     labels = {str(number): name for number, name in enumerate(names)} if unet.config.num_classes else None
     embedding = manifest.embedding if embedding_dimensions(unet) else None
-    shift = run.config.timestep_shift
+    shift = run.config.sampling_shift or run.config.timestep_shift
     return SMDPipeline(unet, run.autoencoder.model, run.scheduler, labels, embedding=embedding, timestep_shift=shift)
 
 

@@ -29,7 +29,7 @@ NOT_COMPARED = (
 MAY_CHANGE = (
     "images_total", "learning_rate", "warmup_images", "cooldown_images", "weight_decay", "gradient_clip",
     "ema_halflife_images", "precision", "log_every_images", "sample_every_images", "sample_steps",
-    "checkpoint_every_images", "keep_checkpoints",
+    "sampling_shift", "checkpoint_every_images", "keep_checkpoints",
 )  # fmt: skip
 """Settings of tools/train.py that a resumed run may change. Changes are logged and listed in the model card."""
 

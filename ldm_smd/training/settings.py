@@ -54,6 +54,8 @@ class TrainConfig(Settings):
     timestep_shift: float = number(1.0, above=0, maximum=1e3)
     """Above 1: more of the training at high noise. The signal-to-noise ratio of each of the uniform timesteps is divided by the
     square of this, as in Stable Diffusion 3. In large latents, high noise decides what an image shows."""
+    sampling_shift: Optional[float] = number(None, above=0, maximum=1e3)
+    """Default ``timestep_shift`` for sampling from the trained model. null: that of the training."""
     label_dropout: float = number(0.1, 0, 1)
     """Fraction of labels replaced by the null class, for classifier-free guidance."""
     coarse_label_fraction: float = number(0.0, 0, 1)

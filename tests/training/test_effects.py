@@ -97,6 +97,7 @@ ELSEWHERE = {
     "resume_changed",  # test_record.py
     "sample_every_images",
     "sample_steps",
+    "sampling_shift",  # test_loop.py
     "shards",
     "coarse_label_fraction",  # test_coarse_labels.py
     "diffusion.beta_start",  # test_same_process.py, like the next one

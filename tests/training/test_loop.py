@@ -252,7 +252,7 @@ def test_a_seed_determines_the_model(train_config, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_writes_its_documented_files(train_config, tmp_path):
-    train(train_config("sample_every_images=32", "keep_checkpoints=1", "timestep_shift=2"))
+    train(train_config("sample_every_images=32", "keep_checkpoints=1", "timestep_shift=2", "sampling_shift=1.5"))
     run = tmp_path / "run"
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["images-000000000064"]
     assert sorted(path.name for path in (run / "samples").iterdir()) == ["000000000032.png", "000000000064.png"]
@@ -267,7 +267,7 @@ def test_a_run_writes_its_documented_files(train_config, tmp_path):
     variables = {}
     exec(program, variables)
     assert len(variables["images"]) == 2
-    assert load_pipeline(run / "model").config.timestep_shift == 2.0
+    assert load_pipeline(run / "model").config.timestep_shift == 1.5
     lines = read_metrics(run / "metrics.jsonl")
     assert_finite_losses(run, [16, 32, 48, 64])
     assert {"spread/99", "spread/999"} <= {key for line in lines for key in line}
