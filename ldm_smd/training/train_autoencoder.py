@@ -170,18 +170,17 @@ def train_autoencoder(config: TrainAutoencoderConfig) -> Path:
                     raise UserError(f"loss: expected a finite number, found {values['loss']} at {images_seen} images")
                 log.log(images_seen, values)
                 bar.set_postfix(l1=f"{values['l1']:.4f}")
-            if stop and images_seen < config.images_total:
+            stopped = bool(stop) and images_seen < config.images_total
+            if stopped or crossed(before, images_seen, config.checkpoint_every_images):
                 check_weights(ema.model, images_seen)
                 save_checkpoint(work / "checkpoints", trained, ema.model, {"images_seen": images_seen}, keep=1)
-                bar.close()
-                log.close()
-                exit_stopped(stop[0], images_seen)
-            if crossed(before, images_seen, config.checkpoint_every_images):
-                check_weights(ema.model, images_seen)
+                if stopped:
+                    bar.close()
+                    log.close()
+                    exit_stopped(stop[0], images_seen)
                 measured = reconstruction_psnr(FrozenAutoencoder(ema.model), held_out)
                 log.log(images_seen, {"held_out_psnr": measured["psnr"]})
                 bar.write(f"{images_seen} images: held-out PSNR {measured['psnr']:.2f} dB")
-                save_checkpoint(work / "checkpoints", trained, ema.model, {"images_seen": images_seen}, keep=1)
                 save_comparison(FrozenAutoencoder(ema.model), held_out[:24], work / "reconstructions.png")
         bar.close()
         log.close()
