@@ -35,6 +35,7 @@ COSTLY = (
     "fitted",
     "energy_first",
     "energy_weight",
+    "own_drafts",
 )
 """Settings that change the cost of a step."""
 ROUNDS = 3

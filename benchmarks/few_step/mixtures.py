@@ -163,6 +163,9 @@ class DistillationSettings:
     timestep_shift: float = 1.0
     """Above 1: more of the distillation at high noise, as timestep_shift of tools/train.py."""
     second_view_shift: float = 1.0
+    own_drafts: float = 0.0
+    """Fraction of the images whose x_t is made from the mixture's own draw for pure noise, as own_draft_fraction of
+    tools/train.py."""
     critic_updates: int = 1
     adversarial: float = 0.0
     energy_weight: float = 0.0
@@ -229,17 +232,31 @@ class PosteriorDistillation(Mixture):
         t = self.process.random_t(len(x0), self.settings.timestep_shift, **options)
         t = torch.where(torch.rand(len(x0), **options) < self.settings.pure_noise, last, t)
         eps, weight = torch.randn(x0.shape, **options), self.settings.energy_weight if model_learns else 0.0
-        x_t, draws = self.process.noise(x0, eps, t), ENERGY_DRAWS if weight > 0 else 1
+        draws, own = ENERGY_DRAWS if weight > 0 else 1, torch.arange(len(x0), device=x0.device)
+        drafts = self.own_drafts(labels[: round(self.settings.own_drafts * len(x0))], generator, x0.shape[1:])
+        own = (own < len(drafts)) & (t < last)
+        sources = torch.where(own.view(-1, 1, 1, 1), torch.cat((drafts, x0[len(drafts) :])), x0)
+        x_t = self.process.noise(sources, eps, t)
         with torch.set_grad_enabled(model_learns):
             velocities = self.velocity(self.model, x_t, t, labels, draws, generator)
             x = self.process.to_x0(velocities[::draws], x_t, t, "v_prediction")
         r = draw_second_timesteps(self.process, len(x0), self.settings.second_view_shift, generator)
         second = torch.randn(x0.shape, **options)
-        losses = self.distillation_losses.losses(self.teacher, self.critic, x, x0, x_t, t, r, second, {"class_labels": labels})
+        networks, given = (self.teacher, self.critic), {"class_labels": labels}
+        losses = self.distillation_losses.losses(*networks, x, x0, x_t, t, r, second, given, own_drafts=own)
         if weight > 0:
-            score = self.energy_score(velocities, x0, eps, t, 1.0) * ~self.distillation_losses.is_marginal(t)
+            score = self.energy_score(velocities, x0, eps, t, 1.0) * ~self.distillation_losses.is_marginal(t, own)
             losses["loss"] = losses["loss"] + weight * score
         return losses
+
+    @torch.no_grad()
+    def own_drafts(self, labels: torch.Tensor, generator: torch.Generator, shape: torch.Size) -> torch.Tensor:
+        """Draw x_0 of ``shape`` for pure noise with the mixture, one for each label."""
+        noise = torch.randn((len(labels), *shape), generator=generator, device=labels.device)
+        if not len(labels):
+            return noise
+        last = torch.full_like(labels, self.process.last)
+        return self.process.to_x0(self.velocity(self.model, noise, last, labels, 1, generator), noise, last, "v_prediction")
 
 
 class WhiteNoiseDistillation(PosteriorDistillation):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -19,7 +20,7 @@ from .critics import make_critic
 from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
 from .step import compare_draws, draw_rows, gradients_exchanged, micro_batches, model_conditions, trained_model
-from .step_noise import SECOND_VIEW, StepNoise
+from .step_noise import OWN_DRAFTS, SECOND_VIEW, StepNoise
 from .teacher import draw_with_pure_noise, load_teacher, load_teacher_guide
 from .trained import TrainedNetwork, adamw
 
@@ -32,10 +33,16 @@ class TwoViews(StepNoise):
     """Attributes:
     r: timesteps of the second view, (B,).
     second_eps: its noise, (B, C, h, w).
+    own: whether x_t is made from the mixture's draw for pure noise, (B,).
+    first: that pure noise, (B, C, h, w).
+    first_eta: the random input of that draw, (B, C, h, w).
     """
 
     r: torch.Tensor
     second_eps: torch.Tensor
+    own: torch.Tensor
+    first: torch.Tensor
+    first_eta: torch.Tensor
 
 
 class Distillation:
@@ -100,8 +107,8 @@ class Distillation:
         run, path = self.run, self.process
         prediction_type, t = run.config.diffusion.predicts, noise.t
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
-        x_t = path.noise(x0, noise.eps, t)
         conditions = model_conditions(run, batch, noise, self.model.network.config.num_classes)
+        x_t = path.noise(self.sources(x0, noise, conditions), noise.eps, t)
         eta = rearrange(noise.eta, "b m ... -> (b m) ...")
         with run.accelerator.autocast(), torch.set_grad_enabled(model_learns):
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
@@ -110,15 +117,29 @@ class Distillation:
 
         with run.accelerator.autocast():
             networks, second = (self.teacher, self.critic.network), (noise.r, noise.second_eps)
-            losses = self.distillation_losses.losses(*networks, x, x0, x_t, t, *second, conditions, self.critic.forward)
+            losses = self.distillation_losses.losses(
+                *networks, x, x0, x_t, t, *second, conditions, self.critic.forward, noise.own
+            )
         weight = run.config.objective.distillation.energy_weight
         if weight > 0 and model_learns:
             target = path.target(x0, noise.eps, t, prediction_type)
             score = compare_draws("energy", run.config, path, predictions, target, t)
             # Draws of marginal views may depend on the noise in x_t. The score would forbid that.
-            score = score * ~self.distillation_losses.is_marginal(t)
+            score = score * ~self.distillation_losses.is_marginal(t, noise.own)
             losses |= {"loss": losses["loss"] + weight * score, "energy_score": score}
         return losses
+
+    @torch.no_grad()
+    def sources(self, x0: torch.Tensor, noise: TwoViews, conditions: dict[str, Any]) -> torch.Tensor:
+        """Return what x_t is made from: ``x0`` or, where ``noise.own``, the mixture's draws for pure noise."""
+        run, path = self.run, self.process
+        if run.config.objective.distillation.own_draft_fraction == 0:
+            return x0
+        last = torch.full_like(noise.t, path.last)
+        with run.accelerator.autocast():
+            prediction = self.model.forward(noise.first, last, eta=noise.first_eta, return_dict=False, **conditions)[0].float()
+        draws = path.to_x0(prediction, noise.first, last, run.config.diffusion.predicts)
+        return torch.where(noise.own.view(-1, 1, 1, 1), draws, x0)
 
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:
         """Draw the random numbers for this process. ``number`` gives an independent set for every critic update; 0 is for the
@@ -132,5 +153,13 @@ class Distillation:
             r = draw_second_timesteps(self.process, count, shift, generator)
             return r, torch.randn((count, *shape), generator=generator, device=generator.device)
 
+        def own(generator: torch.Generator, count: int) -> list[torch.Tensor]:
+            options: dict[str, Any] = {"generator": generator, "device": generator.device}
+            chosen = torch.rand(count, **options) < score.distillation.own_draft_fraction
+            return [chosen, *(torch.randn((count, *shape), **options) for _ in range(2))]
+
         r, eps = draw_rows(run, batch, (images_seen, number, SECOND_VIEW), second)
-        return TwoViews(**vars(noise), r=r, second_eps=eps)
+        chosen, first, eta = draw_rows(run, batch, (images_seen, number, OWN_DRAFTS), own)
+        return TwoViews(
+            **vars(noise), r=r, second_eps=eps, own=chosen & (noise.t < self.process.last), first=first, first_eta=eta
+        )

@@ -33,7 +33,8 @@ class DistillationLosses:
 
     The critic also sees x_t. Otherwise draws could be good images that do not match x_t (docs/mixtures.md). But where x_t is
     nearly pure noise, most images match it. There, above ``marginal_above``, it sees only the noised draw, x_r. Then the noise
-    in x_t may decide about the image, beside eta, which is easier to learn than to be independent of it. With a
+    in x_t may decide about the image, beside eta, which is easier to learn than to be independent of it. The same holds for
+    ``own_drafts``, whose x_t is made from a draw of the mixture: there the whole chain should give images like the data. With a
     ``guidance_scale`` the teacher is guided, away from ``guide`` if there is one, and the mixture learns its distribution.
 
     With an adversarial weight w, the critic has one more output channel. Its mean is the logit c(x) for telling draws from true
@@ -63,6 +64,7 @@ class DistillationLosses:
         second_eps: torch.Tensor,
         conditions: Conditions,
         forward: nn.Module | None = None,
+        own_drafts: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the losses per image, each (B,).
 
@@ -75,14 +77,16 @@ class DistillationLosses:
             x0: clean latents of x_t.
             r, second_eps: timesteps (B,) and noise of the second view.
             forward: the critic as wrapped by DDP, FSDP or torch.compile; None for the critic itself.
+            own_drafts: whether x_t is made from a draw of the mixture, not from ``x0``, (B,). None: nowhere.
         """
         path, weight, channels = self.path, self.settings.adversarial_weight, x.shape[1]
+        marginal = self.is_marginal(t, own_drafts)
         drawn = x.detach().requires_grad_(weight > 0)
-        view, u = self.view(drawn, x_t, t, r, second_eps)
-        inputs_of = partial(self.critic_inputs, critic, x_t=x_t, t=t, conditions=conditions)
+        view, u = self.view(drawn, x_t, t, r, second_eps, marginal)
+        inputs_of = partial(self.critic_inputs, critic, x_t=x_t, t=t, conditions=conditions, marginal=marginal)
         inputs, known = inputs_of(view)
         if weight > 0:
-            true_view = self.view(x0, x_t, t, r, second_eps)[0]
+            true_view = self.view(x0, x_t, t, r, second_eps, marginal)[0]
             inputs = torch.cat((inputs, inputs_of(true_view)[0]))
             known = {
                 name: value if value is None else value.repeat(2, *[1] * (value.ndim - 1)) for name, value in known.items()
@@ -113,31 +117,47 @@ class DistillationLosses:
         return {"loss": loss, "critic_loss": critic_loss, "teacher_loss": teacher_loss} | adversarial
 
     def view(
-        self, x: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, r: torch.Tensor, second_eps: torch.Tensor
+        self,
+        x: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        r: torch.Tensor,
+        second_eps: torch.Tensor,
+        marginal: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise x again and join it with x_t to (x_u, u); for marginal views, return the noised x alone, (x_r, r)."""
         x_r = self.path.noise(x, second_eps, r)
         if self.settings.views == "marginal":
             return x_r, r
         view, u = joined_view(self.path, x_t, t, x_r, r)
-        marginal = self.is_marginal(t)
         return torch.where(marginal.view(-1, 1, 1, 1), x_r, view), torch.where(marginal, r.to(u.dtype), u)
 
-    def is_marginal(self, t: torch.Tensor) -> torch.Tensor:
-        """Return for which images, (B,), x_t has so much noise that their draws are compared without it."""
+    def is_marginal(self, t: torch.Tensor, own_drafts: torch.Tensor | None = None) -> torch.Tensor:
+        """Return for which images, (B,), draws are compared without x_t: those with much noise, and ``own_drafts``."""
+        noisy = self.is_noisy(t)
+        return noisy if own_drafts is None else noisy | own_drafts
+
+    def is_noisy(self, t: torch.Tensor) -> torch.Tensor:
+        """Return where the noise level is above ``marginal_above``, (B,)."""
         signal, noise = self.path.signal_and_noise(t, t)
         above = self.settings.marginal_above
         return noise > (math.inf if above is None else above) * signal
 
     def critic_inputs(
-        self, critic: ModelMixin, view: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, conditions: Conditions
+        self,
+        critic: ModelMixin,
+        view: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        conditions: Conditions,
+        marginal: torch.Tensor,
     ) -> tuple[torch.Tensor, Conditions]:
-        """Return the sample and the conditions that the critic gets for a view. It does not see the x_t of marginal views."""
+        """Return the sample and the conditions that the critic gets for a view. It does not see the x_t of marginal views, nor
+        the t of noisy ones."""
         if self.settings.views != "conditional":
             return view, conditions
-        marginal = self.is_marginal(t)
         x_t = torch.where(marginal.view(-1, 1, 1, 1), 0.0, x_t)
-        return with_first_view(critic, view, x_t, torch.where(marginal, self.path.last, t), conditions)
+        return with_first_view(critic, view, x_t, torch.where(self.is_noisy(t), self.path.last, t), conditions)
 
 
 def critic_objective(losses: dict[str, torch.Tensor]) -> torch.Tensor:

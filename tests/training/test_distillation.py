@@ -17,6 +17,7 @@ from tests.training.results import assert_same_losses, logged_losses, weights
 
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
 ABOVE = "objective.distillation.marginal_above=2"
+OWN = "objective.distillation.own_draft_fraction=0.5"
 ENERGY = "objective.distillation.energy_weight=0.3 objective.draws=2"
 
 
@@ -34,7 +35,7 @@ def learner(open_run, distillation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL} {ABOVE}", f"joined {ENERGY}"]
+    "views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL} {ABOVE} {OWN}", f"joined {ENERGY}"]
 )
 def test_a_resumed_distillation_is_bit_identical(distil, tmp_path, views):
     """All networks, optimizers and losses are."""
@@ -86,10 +87,10 @@ def test_all_random_numbers_of_a_step_are_independent(learner):
     batch, rows, timesteps = learner.run.batches().batch_at(0), [], []
     for images_seen, number in ((0, 0), (0, 1), (8, 0)):
         noise = learner.draw(batch, images_seen, number)
-        rows += [noise.posterior, noise.eps, noise.second_eps, noise.eta[:, 0]]
+        rows += [noise.posterior, noise.eps, noise.second_eps, noise.eta[:, 0], noise.first, noise.first_eta]
         timesteps += [tuple(noise.t.tolist()), tuple(noise.r.tolist())]
     correlations = torch.corrcoef(torch.stack(rows).flatten(1))
-    assert (correlations - torch.eye(12)).abs().max() < 0.15 and len(set(timesteps)) == 6
+    assert (correlations - torch.eye(18)).abs().max() < 0.15 and len(set(timesteps)) == 6
 
 
 def test_a_fraction_of_the_images_of_every_step_is_pure_noise(learner):
@@ -142,19 +143,50 @@ def test_draws_for_nearly_pure_noise_are_compared_without_it(learner, views):
     t = torch.tensor([0, 200, 800, 999])
     x, x_t, eps, other = torch.randn(4, 4, 4, 8, 8).unbind()
     r = torch.tensor([100, 500, 100, 500])
-    marginal = chosen.distillation_losses.is_marginal(t)
+    marginal = chosen.distillation_losses.is_marginal(t, None)
     assert marginal.tolist() == [False, False, True, True]
     found = {}
     for name, each, first in (("plain", plain, x_t), ("chosen", chosen, x_t), ("another x_t", chosen, other)):
         losses = each.distillation_losses
-        view, u = losses.view(x, first, t, r, eps)
-        inputs, known = losses.critic_inputs(each.critic.network, view, first, t, {"class_labels": None})
+        seen = losses.is_marginal(t, None)
+        view, u = losses.view(x, first, t, r, eps, seen)
+        inputs, known = losses.critic_inputs(each.critic.network, view, first, t, {"class_labels": None}, seen)
         found[name] = [view, u, inputs, *([known["image_embeds"]] if views == "conditional" else [])]
     for before, after, unseen in zip(*found.values()):
         assert torch.equal(before[~marginal], after[~marginal]) and not torch.equal(before[marginal], after[marginal])
         assert torch.equal(after[marginal], unseen[marginal])
     view, u, *_ = found["chosen"]
     assert torch.equal(view[marginal], plain.process.noise(x, eps, r)[marginal]) and torch.equal(u[marginal], r[marginal].to(u))
+
+
+def test_own_drafts_are_the_first_step_of_sampling_and_have_marginal_views(learner):
+    """The critic is told t, unlike that of nearly pure noise, but not x_t. Pure noise is not made from a draft."""
+    learner = learner(OWN, "objective.distillation.pure_noise_fraction=0.5", ABOVE)
+    batch, losses = learner.run.batches().batch_at(0), learner.distillation_losses
+    noise = learner.draw(batch, 0)
+    assert 0 < noise.own.sum() < len(noise.own) and not (noise.own & (noise.t == learner.process.last)).any()
+
+    x0 = torch.randn_like(noise.eps)
+    found = learner.sources(x0, noise, {"class_labels": batch.labels})
+    with torch.no_grad():
+        predicted = learner.model.network(noise.first, 999, batch.labels, eta=noise.first_eta, return_dict=False)[0]
+    drafts = learner.process.to_x0(predicted, noise.first, torch.full_like(noise.t, 999), "v_prediction")
+    assert torch.equal(found[~noise.own], x0[~noise.own]) and torch.allclose(found[noise.own], drafts[noise.own], atol=1e-5)
+
+    t, own = torch.tensor([200, 200, 800]), torch.tensor([False, True, False])
+    x, x_t, eps, other = torch.randn(4, 3, 4, 8, 8).unbind()
+    marginal, r = losses.is_marginal(t, own), torch.tensor([100, 100, 100])
+    assert marginal.tolist() == [False, True, True]
+    view, u = losses.view(x, x_t, t, r, eps, marginal)
+    assert torch.equal(view[marginal], learner.process.noise(x, eps, r)[marginal]) and u[1] == u[2] == 100 != u[0]
+    first, second = (
+        losses.critic_inputs(learner.critic.network, view, each, t, {"class_labels": None}, marginal) for each in (x_t, other)
+    )
+    for a, b in ((first[0], second[0]), (first[1]["image_embeds"], second[1]["image_embeds"])):
+        assert torch.equal(a[marginal], b[marginal])
+    assert not torch.equal(first[0][0], second[0][0])
+    embeds = first[1]["image_embeds"]
+    assert torch.equal(embeds[0], embeds[1]) and not torch.equal(embeds[1], embeds[2])
 
 
 def test_the_critic_has_its_own_learning_rate(learner):
