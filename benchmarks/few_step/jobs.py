@@ -35,7 +35,7 @@ COSTLY = (
     "fitted",
     "energy_first",
     "energy_weight",
-    "own_drafts",
+    "backward_simulation",
 )
 """Settings that change the cost of a step."""
 ROUNDS = 3

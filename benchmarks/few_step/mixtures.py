@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from ldm_smd.diffusion.backward_simulation import STEP_COUNTS, simulate_backward
 from ldm_smd.diffusion.objectives import objective
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DistillationConfig
@@ -163,9 +164,8 @@ class DistillationSettings:
     timestep_shift: float = 1.0
     """Above 1: more of the distillation at high noise, as timestep_shift of tools/train.py."""
     second_view_shift: float = 1.0
-    own_drafts: float = 0.0
-    """Fraction of the images whose x_t is made from the mixture's own draw for pure noise, as own_draft_fraction of
-    tools/train.py."""
+    backward_simulation: float = 0.0
+    """Fraction of the images whose x_t comes from the mixture's own sampling."""
     critic_updates: int = 1
     adversarial: float = 0.0
     energy_weight: float = 0.0
@@ -232,31 +232,35 @@ class PosteriorDistillation(Mixture):
         t = self.process.random_t(len(x0), self.settings.timestep_shift, **options)
         t = torch.where(torch.rand(len(x0), **options) < self.settings.pure_noise, last, t)
         eps, weight = torch.randn(x0.shape, **options), self.settings.energy_weight if model_learns else 0.0
-        draws, own = ENERGY_DRAWS if weight > 0 else 1, torch.arange(len(x0), device=x0.device)
-        drafts = self.own_drafts(labels[: round(self.settings.own_drafts * len(x0))], generator, x0.shape[1:])
-        own = (own < len(drafts)) & (t < last)
-        sources = torch.where(own.view(-1, 1, 1, 1), torch.cat((drafts, x0[len(drafts) :])), x0)
-        x_t = self.process.noise(sources, eps, t)
+        x_t, draws = self.process.noise(x0, eps, t), ENERGY_DRAWS if weight > 0 else 1
+        count = round(self.settings.backward_simulation * len(x0))
+        simulated = (torch.arange(len(x0), device=x0.device) < count) & (t < last)
+        if count:
+            own = self.simulated(t[:count], labels[:count], x0[:count].shape, generator)
+            x_t = torch.where(simulated.view(-1, 1, 1, 1), torch.cat((own, x_t[count:])), x_t)
         with torch.set_grad_enabled(model_learns):
             velocities = self.velocity(self.model, x_t, t, labels, draws, generator)
             x = self.process.to_x0(velocities[::draws], x_t, t, "v_prediction")
         r = draw_second_timesteps(self.process, len(x0), self.settings.second_view_shift, generator)
         second = torch.randn(x0.shape, **options)
         networks, given = (self.teacher, self.critic), {"class_labels": labels}
-        losses = self.distillation_losses.losses(*networks, x, x0, x_t, t, r, second, given, own_drafts=own)
+        losses = self.distillation_losses.losses(*networks, x, x0, x_t, t, r, second, given, simulated=simulated)
         if weight > 0:
-            score = self.energy_score(velocities, x0, eps, t, 1.0) * ~self.distillation_losses.is_marginal(t, own)
+            score = self.energy_score(velocities, x0, eps, t, 1.0) * ~self.distillation_losses.is_marginal(t, simulated)
             losses["loss"] = losses["loss"] + weight * score
         return losses
 
     @torch.no_grad()
-    def own_drafts(self, labels: torch.Tensor, generator: torch.Generator, shape: torch.Size) -> torch.Tensor:
-        """Draw x_0 of ``shape`` for pure noise with the mixture, one for each label."""
-        noise = torch.randn((len(labels), *shape), generator=generator, device=labels.device)
-        if not len(labels):
-            return noise
-        last = torch.full_like(labels, self.process.last)
-        return self.process.to_x0(self.velocity(self.model, noise, last, labels, 1, generator), noise, last, "v_prediction")
+    def simulated(self, t: torch.Tensor, labels: torch.Tensor, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        """Sample x_t, of ``shape``, with the mixture."""
+        steps = STEP_COUNTS[int(torch.randint(len(STEP_COUNTS), ()))]  # on the CPU, with its own generator
+        options = {"generator": generator, "device": t.device}
+        first, etas, noises = (torch.randn((shape[0], *more, *shape[1:]), **options) for more in ((), (steps,), (steps,)))
+
+        def draw(x: torch.Tensor, t: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
+            return self.process.to_x0(self.model(x, t, labels, eta=eta, return_dict=False)[0], x, t, "v_prediction")
+
+        return simulate_backward(draw, self.process, first, t, etas, noises, steps)
 
 
 class WhiteNoiseDistillation(PosteriorDistillation):

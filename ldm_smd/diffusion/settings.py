@@ -56,9 +56,9 @@ class DistillationConfig(Settings):
     marginal_above: Optional[float] = number(None, above=0, maximum=1e9)
     """Noise level sigma of x_t above which ``views`` are marginal. Low values give better images at one and two steps, and
     worse ones at eight (docs/few-steps.md). null: nowhere."""
-    own_draft_fraction: float = number(0.0, 0, 1)
-    """Fraction of the images whose x_t is made from the mixture's own draw for pure noise, as in sampling, and whose views are
-    marginal. The mixture then learns to correct its first step (docs/few-steps.md)."""
+    backward_simulation_fraction: float = number(0.0, 0, 1)
+    """Fraction of the images whose x_t comes from the mixture's own sampling in few steps, as in DMD2. Their views are
+    marginal, so the mixture learns to correct its earlier steps (docs/few-steps.md)."""
     critic_learning_rate: float = number(5e-4, above=0, maximum=1)
     """Peak learning rate of the critic. It follows the schedule of the model's learning rate."""
     adversarial_weight: float = number(0.0, 0, 100)

@@ -15,12 +15,13 @@ from einops import rearrange
 
 from ..autoencoder import sample_latents
 from ..data.stream import LatentBatch
+from ..diffusion.backward_simulation import STEP_COUNTS, simulate_backward
 from ..diffusion.two_views import draw_second_timesteps
-from .critics import make_critic
+from .critics import Conditions, make_critic
 from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
 from .step import compare_draws, draw_rows, gradients_exchanged, micro_batches, model_conditions, trained_model
-from .step_noise import OWN_DRAFTS, SECOND_VIEW, StepNoise
+from .step_noise import SECOND_VIEW, SIMULATION, StepNoise, step_seed
 from .teacher import draw_with_pure_noise, load_teacher, load_teacher_guide
 from .trained import TrainedNetwork, adamw
 
@@ -33,16 +34,17 @@ class TwoViews(StepNoise):
     """Attributes:
     r: timesteps of the second view, (B,).
     second_eps: its noise, (B, C, h, w).
-    own: whether x_t is made from the mixture's draw for pure noise, (B,).
-    first: that pure noise, (B, C, h, w).
-    first_eta: the random input of that draw, (B, C, h, w).
+    simulated: whether x_t is from the mixture's own sampling, (B,).
+    first: the pure noise that it starts from, (B, C, h, w).
+    etas, noises: the random numbers of its steps, (B, S, C, h, w). S is the same for all images.
     """
 
     r: torch.Tensor
     second_eps: torch.Tensor
-    own: torch.Tensor
+    simulated: torch.Tensor
     first: torch.Tensor
-    first_eta: torch.Tensor
+    etas: torch.Tensor
+    noises: torch.Tensor
 
 
 class Distillation:
@@ -108,7 +110,9 @@ class Distillation:
         prediction_type, t = run.config.diffusion.predicts, noise.t
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         conditions = model_conditions(run, batch, noise, self.model.network.config.num_classes)
-        x_t = path.noise(self.sources(x0, noise, conditions), noise.eps, t)
+        x_t = path.noise(x0, noise.eps, t)
+        if run.config.objective.distillation.backward_simulation_fraction > 0:
+            x_t = torch.where(noise.simulated.view(-1, 1, 1, 1), self.simulated(noise, conditions), x_t)
         eta = rearrange(noise.eta, "b m ... -> (b m) ...")
         with run.accelerator.autocast(), torch.set_grad_enabled(model_learns):
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
@@ -118,28 +122,28 @@ class Distillation:
         with run.accelerator.autocast():
             networks, second = (self.teacher, self.critic.network), (noise.r, noise.second_eps)
             losses = self.distillation_losses.losses(
-                *networks, x, x0, x_t, t, *second, conditions, self.critic.forward, noise.own
+                *networks, x, x0, x_t, t, *second, conditions, self.critic.forward, noise.simulated
             )
         weight = run.config.objective.distillation.energy_weight
         if weight > 0 and model_learns:
             target = path.target(x0, noise.eps, t, prediction_type)
             score = compare_draws("energy", run.config, path, predictions, target, t)
             # Draws of marginal views may depend on the noise in x_t. The score would forbid that.
-            score = score * ~self.distillation_losses.is_marginal(t, noise.own)
+            score = score * ~self.distillation_losses.is_marginal(t, noise.simulated)
             losses |= {"loss": losses["loss"] + weight * score, "energy_score": score}
         return losses
 
     @torch.no_grad()
-    def sources(self, x0: torch.Tensor, noise: TwoViews, conditions: dict[str, Any]) -> torch.Tensor:
-        """Return what x_t is made from: ``x0`` or, where ``noise.own``, the mixture's draws for pure noise."""
-        run, path = self.run, self.process
-        if run.config.objective.distillation.own_draft_fraction == 0:
-            return x0
-        last = torch.full_like(noise.t, path.last)
-        with run.accelerator.autocast():
-            prediction = self.model.forward(noise.first, last, eta=noise.first_eta, return_dict=False, **conditions)[0].float()
-        draws = path.to_x0(prediction, noise.first, last, run.config.diffusion.predicts)
-        return torch.where(noise.own.view(-1, 1, 1, 1), draws, x0)
+    def simulated(self, noise: TwoViews, conditions: Conditions) -> torch.Tensor:
+        """Sample x_t with the mixture."""
+        predicts = self.run.config.diffusion.predicts
+
+        def draw(x: torch.Tensor, t: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
+            with self.run.accelerator.autocast():
+                prediction = self.model.forward(x, t, eta=eta, return_dict=False, **conditions)[0].float()
+            return self.process.to_x0(prediction, x, t, predicts)
+
+        return simulate_backward(draw, self.process, noise.first, noise.t, noise.etas, noise.noises, noise.etas.shape[1])
 
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:
         """Draw the random numbers for this process. ``number`` gives an independent set for every critic update; 0 is for the
@@ -153,13 +157,16 @@ class Distillation:
             r = draw_second_timesteps(self.process, count, shift, generator)
             return r, torch.randn((count, *shape), generator=generator, device=generator.device)
 
-        def own(generator: torch.Generator, count: int) -> list[torch.Tensor]:
+        def simulation(generator: torch.Generator, count: int) -> list[torch.Tensor]:
             options: dict[str, Any] = {"generator": generator, "device": generator.device}
-            chosen = torch.rand(count, **options) < score.distillation.own_draft_fraction
-            return [chosen, *(torch.randn((count, *shape), **options) for _ in range(2))]
+            chosen = torch.rand(count, **options) < fraction
+            first, etas, noises = (torch.randn((count, *size, *shape), **options) for size in ((), (steps,), (steps,)))
+            return [chosen, first, etas, noises]
 
-        r, eps = draw_rows(run, batch, (images_seen, number, SECOND_VIEW), second)
-        chosen, first, eta = draw_rows(run, batch, (images_seen, number, OWN_DRAFTS), own)
-        return TwoViews(
-            **vars(noise), r=r, second_eps=eps, own=chosen & (noise.t < self.process.last), first=first, first_eta=eta
-        )
+        fraction, steps = score.distillation.backward_simulation_fraction, 0
+        if fraction > 0:  # the same number for all images, so known without waiting for the device
+            steps = STEP_COUNTS[step_seed(run.config.seed, images_seen, number, SIMULATION) % len(STEP_COUNTS)]
+        r, second_eps = draw_rows(run, batch, (images_seen, number, SECOND_VIEW), second)
+        chosen, first, etas, noises = draw_rows(run, batch, (images_seen, number, SIMULATION), simulation)
+        simulated = chosen & (noise.t < self.process.last)
+        return TwoViews(**vars(noise), r=r, second_eps=second_eps, simulated=simulated, first=first, etas=etas, noises=noises)

@@ -33,9 +33,9 @@ class DistillationLosses:
 
     The critic also sees x_t. Otherwise draws could be good images that do not match x_t (docs/mixtures.md). But where x_t is
     nearly pure noise, most images match it. There, above ``marginal_above``, it sees only the noised draw, x_r. Then the noise
-    in x_t may decide about the image, beside eta, which is easier to learn than to be independent of it. The same holds for
-    ``own_drafts``, whose x_t is made from a draw of the mixture: there the whole chain should give images like the data. With a
-    ``guidance_scale`` the teacher is guided, away from ``guide`` if there is one, and the mixture learns its distribution.
+    in x_t may decide about the image, beside eta, which is easier to learn than to be independent of it. So it is for
+    ``simulated`` images, whose x_t is from the mixture's own sampling: all steps together should give images like the data.
+    With a ``guidance_scale`` the teacher is guided, away from ``guide`` if there is one, and the mixture learns its distribution.
 
     With an adversarial weight w, the critic has one more output channel. Its mean is the logit c(x) for telling draws from true
     x_0 of the same x_t. This adds a term of normalised size to the goal:
@@ -64,7 +64,7 @@ class DistillationLosses:
         second_eps: torch.Tensor,
         conditions: Conditions,
         forward: nn.Module | None = None,
-        own_drafts: torch.Tensor | None = None,
+        simulated: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute the losses per image, each (B,).
 
@@ -77,10 +77,10 @@ class DistillationLosses:
             x0: clean latents of x_t.
             r, second_eps: timesteps (B,) and noise of the second view.
             forward: the critic as wrapped by DDP, FSDP or torch.compile; None for the critic itself.
-            own_drafts: whether x_t is made from a draw of the mixture, not from ``x0``, (B,). None: nowhere.
+            simulated: whether x_t is from the mixture's own sampling, not made from ``x0``, (B,). None: nowhere.
         """
         path, weight, channels = self.path, self.settings.adversarial_weight, x.shape[1]
-        marginal = self.is_marginal(t, own_drafts)
+        marginal = self.is_marginal(t, simulated)
         drawn = x.detach().requires_grad_(weight > 0)
         view, u = self.view(drawn, x_t, t, r, second_eps, marginal)
         inputs_of = partial(self.critic_inputs, critic, x_t=x_t, t=t, conditions=conditions, marginal=marginal)
@@ -132,10 +132,10 @@ class DistillationLosses:
         view, u = joined_view(self.path, x_t, t, x_r, r)
         return torch.where(marginal.view(-1, 1, 1, 1), x_r, view), torch.where(marginal, r.to(u.dtype), u)
 
-    def is_marginal(self, t: torch.Tensor, own_drafts: torch.Tensor | None = None) -> torch.Tensor:
-        """Return for which images, (B,), draws are compared without x_t: those with much noise, and ``own_drafts``."""
+    def is_marginal(self, t: torch.Tensor, simulated: torch.Tensor | None = None) -> torch.Tensor:
+        """Return for which images, (B,), draws are compared without x_t: those with much noise, and ``simulated``."""
         noisy = self.is_noisy(t)
-        return noisy if own_drafts is None else noisy | own_drafts
+        return noisy if simulated is None else noisy | simulated
 
     def is_noisy(self, t: torch.Tensor) -> torch.Tensor:
         """Return where the noise level is above ``marginal_above``, (B,)."""

@@ -17,7 +17,7 @@ from ..diffusion.process import GaussianPath
 
 BLOCK = 64
 """Images of a block. With another size, trainings would draw other numbers."""
-NOISE, SECOND_VIEW, PURE_NOISE, DROPOUT, OWN_DRAFTS = range(5)
+NOISE, SECOND_VIEW, PURE_NOISE, DROPOUT, SIMULATION = range(5)
 """Purposes of random numbers, for seeds (seed, images_seen, number of the update, purpose, block)."""
 
 

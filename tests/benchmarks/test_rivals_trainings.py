@@ -142,14 +142,15 @@ def test_the_energy_score_beside_a_distillation(start):
     assert plain.cost_key != scored.cost_key
 
 
-def test_own_drafts_replace_the_images_of_a_distillation(start):
+def test_backward_simulation_replaces_images_of_a_distillation(start):
     """In the given fraction of a batch, x_t does not depend on the images. Such a job has its own cost."""
-    job, (x0, labels), seen = Job("distillation", {"own_drafts": 0.5, "pure_noise": 0.0}), batch(), []
+    job, (x0, labels), seen = Job("distillation", {"backward_simulation": 0.5, "pure_noise": 0.0}), batch(), []
     method = job.make(start)
-    method.distillation_losses.losses = lambda *given, own_drafts: seen.append((given[4], own_drafts)) or {}
+    method.distillation_losses.losses = lambda *given, simulated: seen.append((given[4], simulated)) or {}
     for images in (x0, x0 + 1):
+        torch.manual_seed(0)
         method.losses(images, labels, torch.Generator().manual_seed(0), True)
-    (first, own), (second, _) = seen
-    assert own.sum() == len(x0) // 2 and torch.equal(first[own], second[own])
-    assert (first[~own] != second[~own]).flatten(1).any(dim=1).all()
+    (first, simulated), (second, _) = seen
+    assert simulated.sum() == len(x0) // 2 and torch.equal(first[simulated], second[simulated])
+    assert (first[~simulated] != second[~simulated]).flatten(1).any(dim=1).all()
     assert job.cost_key != Job("distillation", {"pure_noise": 0.0}).cost_key

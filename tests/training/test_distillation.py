@@ -17,7 +17,7 @@ from tests.training.results import assert_same_losses, logged_losses, weights
 
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
 ABOVE = "objective.distillation.marginal_above=2"
-OWN = "objective.distillation.own_draft_fraction=0.5"
+SIMULATED = "objective.distillation.backward_simulation_fraction=0.5"
 ENERGY = "objective.distillation.energy_weight=0.3 objective.draws=2"
 
 
@@ -35,7 +35,7 @@ def learner(open_run, distillation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL} {ABOVE} {OWN}", f"joined {ENERGY}"]
+    "views", ["conditional", "joined", "marginal", f"conditional {ADVERSARIAL} {ABOVE} {SIMULATED}", f"joined {ENERGY}"]
 )
 def test_a_resumed_distillation_is_bit_identical(distil, tmp_path, views):
     """All networks, optimizers and losses are."""
@@ -83,14 +83,22 @@ def test_mixture_and_critic_have_no_momentum(learner):
 
 
 def test_all_random_numbers_of_a_step_are_independent(learner):
-    learner = learner()
+    learner = learner(SIMULATED)
     batch, rows, timesteps = learner.run.batches().batch_at(0), [], []
     for images_seen, number in ((0, 0), (0, 1), (8, 0)):
         noise = learner.draw(batch, images_seen, number)
-        rows += [noise.posterior, noise.eps, noise.second_eps, noise.eta[:, 0], noise.first, noise.first_eta]
+        rows += [
+            noise.posterior,
+            noise.eps,
+            noise.second_eps,
+            noise.eta[:, 0],
+            noise.first,
+            noise.etas[:, 0],
+            noise.noises[:, 0],
+        ]
         timesteps += [tuple(noise.t.tolist()), tuple(noise.r.tolist())]
     correlations = torch.corrcoef(torch.stack(rows).flatten(1))
-    assert (correlations - torch.eye(18)).abs().max() < 0.15 and len(set(timesteps)) == 6
+    assert (correlations - torch.eye(21)).abs().max() < 0.15 and len(set(timesteps)) == 6
 
 
 def test_a_fraction_of_the_images_of_every_step_is_pure_noise(learner):
@@ -159,23 +167,30 @@ def test_draws_for_nearly_pure_noise_are_compared_without_it(learner, views):
     assert torch.equal(view[marginal], plain.process.noise(x, eps, r)[marginal]) and torch.equal(u[marginal], r[marginal].to(u))
 
 
-def test_own_drafts_are_the_first_step_of_sampling_and_have_marginal_views(learner):
-    """The critic is told t, unlike that of nearly pure noise, but not x_t. Pure noise is not made from a draft."""
-    learner = learner(OWN, "objective.distillation.pure_noise_fraction=0.5", ABOVE)
+def test_simulated_images_are_from_the_own_sampling_and_have_marginal_views(learner):
+    """The critic is told t, unlike that of nearly pure noise, but not x_t. Pure noise is not sampled."""
+    learner = learner(SIMULATED, "objective.distillation.pure_noise_fraction=0.5", ABOVE)
     batch, losses = learner.run.batches().batch_at(0), learner.distillation_losses
-    noise = learner.draw(batch, 0)
-    assert 0 < noise.own.sum() < len(noise.own) and not (noise.own & (noise.t == learner.process.last)).any()
+    found = {}
+    for images_seen in range(0, 80, 8):
+        noise = learner.draw(batch, images_seen)
+        found.setdefault(noise.etas.shape[1], noise)
+    assert found.keys() == {1, 2, 4}
+    noise = found[1]
+    assert 0 < noise.simulated.sum() < len(noise.t) and not (noise.simulated & (noise.t == learner.process.last)).any()
 
-    x0 = torch.randn_like(noise.eps)
-    found = learner.sources(x0, noise, {"class_labels": batch.labels})
     with torch.no_grad():
-        predicted = learner.model.network(noise.first, 999, batch.labels, eta=noise.first_eta, return_dict=False)[0]
-    drafts = learner.process.to_x0(predicted, noise.first, torch.full_like(noise.t, 999), "v_prediction")
-    assert torch.equal(found[~noise.own], x0[~noise.own]) and torch.allclose(found[noise.own], drafts[noise.own], atol=1e-5)
+        x_t = learner.simulated(noise, {"class_labels": batch.labels})
+        predicted = learner.model.network(noise.first, 999, batch.labels, eta=noise.etas[:, 0], return_dict=False)[0]
+    last = torch.full_like(noise.t, 999)
+    mean, variance = learner.process.posterior(
+        noise.first, learner.process.to_x0(predicted, noise.first, last, "v_prediction"), last, noise.t
+    )
+    assert torch.allclose(x_t, mean + variance.clamp_min(0).sqrt() * noise.noises[:, 0], atol=1e-5)
 
-    t, own = torch.tensor([200, 200, 800]), torch.tensor([False, True, False])
+    t, simulated = torch.tensor([200, 200, 800]), torch.tensor([False, True, False])
     x, x_t, eps, other = torch.randn(4, 3, 4, 8, 8).unbind()
-    marginal, r = losses.is_marginal(t, own), torch.tensor([100, 100, 100])
+    marginal, r = losses.is_marginal(t, simulated), torch.tensor([100, 100, 100])
     assert marginal.tolist() == [False, True, True]
     view, u = losses.view(x, x_t, t, r, eps, marginal)
     assert torch.equal(view[marginal], learner.process.noise(x, eps, r)[marginal]) and u[1] == u[2] == 100 != u[0]

@@ -88,7 +88,7 @@ ELSEWHERE = {
     "objective.distillation.energy_weight",
     "objective.distillation.guidance_scale",
     "objective.distillation.guide",
-    "objective.distillation.own_draft_fraction",
+    "objective.distillation.backward_simulation_fraction",
     "objective.distillation.pure_noise_fraction",
     "objective.distillation.second_view_shift",
     "objective.distillation.teacher",
