@@ -35,7 +35,9 @@ class DistillationLosses:
     nearly pure noise, most images match it. There, above ``marginal_above``, it sees only the noised draw, x_r. Then the noise
     in x_t may decide about the image, beside eta, which is easier to learn than to be independent of it. So it is for
     ``simulated`` images, whose x_t is from the mixture's own sampling: all steps together should give images like the data.
-    With a ``guidance_scale`` the teacher is guided, away from ``guide`` if there is one, and the mixture learns its distribution.
+
+    With a ``guidance_scale`` the teacher is guided, away from ``guide`` if there is one, and the mixture learns its
+    distribution.
 
     With an adversarial weight w, the critic has one more output channel. Its mean is the logit c(x) for telling draws from true
     x_0 of the same x_t. This adds a term of normalised size to the goal:
