@@ -73,7 +73,8 @@ def test_rivals_end_to_end(shards, vae_folder, image_folder, yardstick_settings,
     (cell,) = content["contest"][0]["steps"]["2"]["features"].values()
     assert cell["frechet"] > 0 and cell["frechet_held_out"] > 0 and cell["frechet_reconstructed"] > 0
     (floor,) = content["reconstructed"]["features"].values()
-    assert floor["frechet"] > 0 and floor["frechet_reconstructed"] > 0
+    # The held-out images are the training images here, so both are the same reconstructions.
+    assert floor["frechet"] > 1e-3 and floor["frechet_reconstructed"] == pytest.approx(0, abs=1e-4)
     assert len(list((tmp_path / "rivals" / "contest").glob("*.png"))) == 6
     text = (tmp_path / "rivals-shapes.md").read_text()
     assert "| distillation |" in text and f"encoded and decoded: {floor['frechet']:.2f}" in text
