@@ -1,5 +1,7 @@
 """Fixtures for the tests of training."""
 
+import signal
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -25,6 +27,14 @@ def distillation(gaussian_folder):
 @pytest.fixture
 def distil(train_config, distillation):
     return lambda *overrides: train_config(*distillation, *overrides)
+
+
+@pytest.fixture
+def foreground():
+    """Ctrl-C has its usual effect. A shell that runs the tests in its background lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ def test_every_step_has_its_own_batch_and_a_resumed_training_is_bit_identical(va
     assert straight.keys() == resumed.keys() and all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_a_checkpoint(vae_config, tmp_path, monkeypatch, sent, code):
     """After the step it comes in; the last step ends the training as usual."""

@@ -70,6 +70,7 @@ def test_the_model_folder_has_the_averaged_weights(train_config, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("sent, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_a_checkpoint_and_the_resumed_run_is_bit_identical(train_config, tmp_path, monkeypatch, sent, code):
     """Its log is too, although the signal comes between two reports."""
