@@ -23,6 +23,7 @@ from torchvision.utils import make_grid
 from ldm_smd.autoencoder import FrozenAutoencoder
 from ldm_smd.device import pick_device
 from ldm_smd.evaluation.distances import frechet_distance
+from ldm_smd.evaluation.reconstruction import to_uint8
 from ldm_smd.models.attention import set_attention_backend
 from ldm_smd.models.gaussian import LatentGaussians
 
@@ -73,12 +74,17 @@ def load_context(config: Any) -> JobContext:
     """
     start, latents, autoencoder = load_start_and_latents(config)
     searches = config.part == "search"
-    about = MeasureConfig(config.images, config.held_out, config.features, resampled=config.samples)
-    images = ImageMeasure(about, str(start.device), None if searches else autoencoder)
+    images = load_measure(config, None if searches else autoencoder)
     labels = (images.labels if searches else images.held_out_labels)(config.samples)
     indices = torch.tensor([latents.null if label is None else label for label in labels], device=start.device)
     measure = partial(distances_to_training, images) if searches else images.measure
     return JobContext(start, latents, autoencoder, indices, measure, int(searches))
+
+
+def load_measure(config: Any, autoencoder: FrozenAutoencoder | None) -> ImageMeasure:
+    """Load the images of a RivalsConfig that samples are compared with."""
+    about = MeasureConfig(config.images, config.held_out, config.features, resampled=config.samples)
+    return ImageMeasure(about, config.device, autoencoder)
 
 
 def measured_reconstructions(config: Any, path: Path) -> dict:
@@ -86,8 +92,7 @@ def measured_reconstructions(config: Any, path: Path) -> dict:
     autoencoder. They are kept in ``path``."""
     if not path.is_file():
         autoencoder = FrozenAutoencoder.from_pretrained(config.autoencoder).to(pick_device(config.device))
-        about = MeasureConfig(config.images, config.held_out, config.features, resampled=config.samples)
-        found = ImageMeasure(about, config.device, autoencoder).reconstructed_floor
+        found = load_measure(config, autoencoder).reconstructed_floor
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -113,7 +118,7 @@ def sample_images(
     for rows, part in zip(noise.split(SAMPLING_BATCH), labels.split(SAMPLING_BATCH)):
         x = rows.to(start.device) if first is None else start.draft(rows.to(start.device), first, part, generator)
         x0 = method.sample(network, x, part, steps, generator, first)
-        parts.append(((context.autoencoder.decode(x0) + 1) * 127.5).round().to(torch.uint8).cpu())
+        parts.append(to_uint8(context.autoencoder.decode(x0)).cpu())
     return torch.cat(parts)
 
 

@@ -144,14 +144,15 @@ def reconstructed_features(
     pipeline: SMDPipeline, config: EvaluateConfig, extractors: list[Extractor], state: PartialState
 ) -> tuple[ImageFeatures, dict]:
     """Encode and decode a random sample of the held-out images, or of the reference; return the features and a description."""
-    source = config.held_out or config.reference.source
+    name, source = ("reference", config.reference.source) if config.held_out is None else ("held_out", config.held_out)
     images = dataclasses.replace(config.reference, source=source)
-    with renamed_settings(setting_names("reference" if config.held_out is None else "held_out")):
+    with renamed_settings(setting_names(name)):
         entries = list_images(images)
     chosen = np.random.default_rng(config.seed).permutation(len(entries))[: config.num_samples].tolist()
     autoencoder = FrozenAutoencoder(pipeline.vae)
     indices = [chosen[place] for place in rank_slice(len(chosen), state)]
-    found = features_of("reconstructions", entries, indices, images, config, extractors, partial(reconstruct, autoencoder))
+    through = partial(reconstruct, autoencoder)
+    found = features_of(name, entries, indices, images, config, extractors, through, "reconstructions")
     return found, {"source": source}
 
 
@@ -163,8 +164,13 @@ def features_of(
     config: EvaluateConfig,
     extractors: list[Extractor],
     through: Callable[[torch.Tensor], torch.Tensor] = lambda pixels: pixels,
+    description: str | None = None,
 ) -> ImageFeatures:
-    """Read this process's images, send them ``through`` a function, and compute the features."""
+    """Read this process's images, send them ``through`` a function, and compute the features.
+
+    Args:
+        name: the setting of the images, for messages, and by default the ``description`` in the progress bar.
+    """
     batches = [indices[start : start + config.batch_size] for start in range(0, len(indices), config.batch_size)]
     labels: list[int] = []
     unreadable: list[dict] = []
@@ -177,12 +183,8 @@ def features_of(
                 yield through(pictures.pixels)
             bar.update(len(pictures.keys) + len(pictures.unreadable))
 
-    description = name.replace("_", " ")
-    keys = setting_names(name)
-    with (
-        renamed_settings(keys),
-        progress(len(indices), 0, description, disable=not PartialState().is_local_main_process) as bar,
-    ):
+    description, hidden = description or name.replace("_", " "), not PartialState().is_local_main_process
+    with renamed_settings(setting_names(name)), progress(len(indices), 0, description, disable=hidden) as bar:
         found = extract_features(description, pixels(bar), labels, extractors)
     warn_unreadable(images, unreadable)
     return found
@@ -190,7 +192,7 @@ def features_of(
 
 def setting_names(name: str) -> dict[str, str]:
     """Return the settings that messages about images should name, by those of ImagesConfig."""
-    return {"images.source": "reference.source" if name in ("reference", "reconstructions") else name, "images": "reference"}
+    return {"images.source": "reference.source" if name == "reference" else name, "images": "reference"}
 
 
 def digest_of(entries: ImageIndex, images: ImagesConfig, extractors: list[Extractor]) -> str:

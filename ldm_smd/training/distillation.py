@@ -157,15 +157,16 @@ class Distillation:
             r = draw_second_timesteps(self.process, count, shift, generator)
             return r, torch.randn((count, *shape), generator=generator, device=generator.device)
 
+        fraction, steps = score.distillation.backward_simulation_fraction, 0
+        if fraction > 0:  # the same number for all images, so known without waiting for the device
+            steps = STEP_COUNTS[step_seed(run.config.seed, images_seen, number, SIMULATION) % len(STEP_COUNTS)]
+
         def simulation(generator: torch.Generator, count: int) -> list[torch.Tensor]:
             options: dict[str, Any] = {"generator": generator, "device": generator.device}
             chosen = torch.rand(count, **options) < fraction
             first, etas, noises = (torch.randn((count, *size, *shape), **options) for size in ((), (steps,), (steps,)))
             return [chosen, first, etas, noises]
 
-        fraction, steps = score.distillation.backward_simulation_fraction, 0
-        if fraction > 0:  # the same number for all images, so known without waiting for the device
-            steps = STEP_COUNTS[step_seed(run.config.seed, images_seen, number, SIMULATION) % len(STEP_COUNTS)]
         r, second_eps = draw_rows(run, batch, (images_seen, number, SECOND_VIEW), second)
         chosen, first, etas, noises = draw_rows(run, batch, (images_seen, number, SIMULATION), simulation)
         simulated = chosen & (noise.t < self.process.last)

@@ -151,12 +151,12 @@ def test_draws_for_nearly_pure_noise_are_compared_without_it(learner, views):
     t = torch.tensor([0, 200, 800, 999])
     x, x_t, eps, other = torch.randn(4, 4, 4, 8, 8).unbind()
     r = torch.tensor([100, 500, 100, 500])
-    marginal = chosen.distillation_losses.is_marginal(t, None)
+    marginal = chosen.distillation_losses.is_marginal(t)
     assert marginal.tolist() == [False, False, True, True]
     found = {}
     for name, each, first in (("plain", plain, x_t), ("chosen", chosen, x_t), ("another x_t", chosen, other)):
         losses = each.distillation_losses
-        seen = losses.is_marginal(t, None)
+        seen = losses.is_marginal(t)
         view, u = losses.view(x, first, t, r, eps, seen)
         inputs, known = losses.critic_inputs(each.critic.network, view, first, t, {"class_labels": None}, seen)
         found[name] = [view, u, inputs, *([known["image_embeds"]] if views == "conditional" else [])]
