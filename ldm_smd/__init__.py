@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .models.extended_sd3 import ExtendedSD3Transformer2DModel
     from .models.unet import SMDUNet2DModel
     from .pipelines import SMDPipeline, load_pipeline
-    from .schedulers import GMSScheduler, TeleportScheduler, make_scheduler
+    from .schedulers import GMSScheduler, SMDScheduler, TeleportScheduler, make_scheduler
 
     __version__: str
 
@@ -23,6 +23,7 @@ __all__ = [
     "ExtendedUNet2DModel",
     "GMSScheduler",
     "SMDPipeline",
+    "SMDScheduler",
     "SMDUNet2DModel",
     "TeleportScheduler",
     "__version__",
@@ -37,6 +38,7 @@ _HOMES = {
     "ExtendedUNet2DModel": ".models.extended",
     "GMSScheduler": ".schedulers",
     "SMDPipeline": ".pipelines",
+    "SMDScheduler": ".schedulers",
     "SMDUNet2DModel": ".models.unet",
     "TeleportScheduler": ".schedulers",
     "load_pipeline": ".pipelines",

@@ -29,6 +29,7 @@ SCHEDULERS = (
     "DPMSolverMultistepScheduler",
     "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++",
     "UniPCMultistepScheduler",
+    "SMDScheduler",
     "GMSScheduler",
     "TeleportScheduler",
 )

@@ -35,7 +35,7 @@ class SampleConfig(Settings):
     scheduler: Optional[str] = None
     """Class of diffusers or ldm_smd: CogVideoXDDIM, DDIM, DDIMParallel, DDPM, DDPMParallel, DEISMultistep, DPMSolverMultistep,
     DPMSolverSinglestep, EulerAncestralDiscrete, EulerDiscrete, FlowMatchEulerDiscrete, FlowMatchHeunDiscrete, GMS,
-    HeunDiscrete, KDPM2AncestralDiscrete, KDPM2Discrete, LMSDiscrete, PNDM, SASolver, Teleport or UniPCMultistep, each
+    HeunDiscrete, KDPM2AncestralDiscrete, KDPM2Discrete, LMSDiscrete, PNDM, SASolver, SMD, Teleport or UniPCMultistep, each
     followed by "Scheduler". Settings may follow: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++. null: the default
     of the model."""
     guidance_scale: float = number(1.0, 0, 1000)

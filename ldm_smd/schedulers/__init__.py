@@ -4,9 +4,10 @@ from diffusers import SchedulerMixin
 
 from .factory import scheduler_from
 from .gms import GMSScheduler
+from .smd import SMDScheduler
 from .teleport import TeleportScheduler
 
-__all__ = ["GMSScheduler", "TeleportScheduler", "make_scheduler"]
+__all__ = ["GMSScheduler", "SMDScheduler", "TeleportScheduler", "make_scheduler"]
 
 
 def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
@@ -15,4 +16,5 @@ def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
     Settings may follow the name: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
     Raises UserError for an unknown class or setting.
     """
-    return scheduler_from(name, current.config, {"GMSScheduler": GMSScheduler, "TeleportScheduler": TeleportScheduler})
+    custom = {each.__name__: each for each in (GMSScheduler, SMDScheduler, TeleportScheduler)}
+    return scheduler_from(name, current.config, custom)

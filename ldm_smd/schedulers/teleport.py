@@ -15,6 +15,7 @@ from ..models.gaussian import LatentGaussians
 from .conversion import is_flow
 from .factory import scheduler_from
 from .gms import GMSScheduler
+from .smd import SMDScheduler
 from .timesteps import Generators
 
 
@@ -26,7 +27,7 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
     except ``config`` and the noise schedule is delegated to the other scheduler, ``rest``.
 
     Args:
-        scheduler: class of diffusers, or GMSScheduler, that takes the steps; with settings as in make_scheduler.
+        scheduler: class of diffusers, GMSScheduler or SMDScheduler, that takes the steps; with settings as in make_scheduler.
         sigma_skip: noise-to-signal ratio to jump to. The nearest timestep below it is taken.
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, rescale_betas_zero_snr: as in
             DDPMScheduler.
@@ -59,7 +60,7 @@ class TeleportScheduler(SchedulerMixin, ConfigMixin):
         # The other scheduler gets a schedule that ends there, and spaces its steps on it by its own rule.
         betas = self.betas[:kept].tolist()
         rest = {"num_train_timesteps": kept, "trained_betas": betas, "prediction_type": prediction_type}
-        self.rest = scheduler_from(scheduler, rest, {"GMSScheduler": GMSScheduler})
+        self.rest = scheduler_from(scheduler, rest, {"GMSScheduler": GMSScheduler, "SMDScheduler": SMDScheduler})
         if is_flow(self.rest):
             raise ValueError(f"scheduler: expected one with a noise schedule to continue with, found {scheduler}")
         # Some schedulers cannot take predictions of x_0. The pipeline converts them to what this configuration says.

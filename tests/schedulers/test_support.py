@@ -113,7 +113,7 @@ def test_the_help_lists_the_supported_schedulers():
     [text] = [setting.text for setting in settings(SampleConfig) if setting.name == "scheduler"]
     named = " ".join(text.split()).split(":")[1].split(", each followed")[0].replace(" or ", ", ").split(",")
     names = {f"{' '.join(name.split())}Scheduler" for name in named}
-    assert names == SUPPORTED.keys() | {"GMSScheduler", "TeleportScheduler"}
+    assert names == SUPPORTED.keys() | {"GMSScheduler", "SMDScheduler", "TeleportScheduler"}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -192,6 +192,7 @@ def test_a_scheduler_made_from_another_takes_only_its_noise_schedule():
         ("DDIMScheduler:thresholding", "scheduler: expected DDIMScheduler:setting=value,setting=value, found 'thresholding'"),
         ("SchedulerMixin", "scheduler: expected a scheduler class"),
         ("GMSScheduler:num_moments=4", "scheduler: GMSScheduler: num_moments: expected 2 or 3"),
+        ("SMDScheduler:stochasticity=-1", "scheduler: SMDScheduler: stochasticity: expected 0 or more, found -1"),
         ("TeleportScheduler:scheduler=LCMScheduler", "found LCMScheduler: it needs a network distilled"),
     ],
 )

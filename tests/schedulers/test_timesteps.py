@@ -70,7 +70,10 @@ def test_many_shifted_steps_have_different_timesteps(steps, shift):
     assert (timesteps.diff() < 0).all() and timesteps[0] <= 999 and timesteps[-1] >= 0
 
 
-@pytest.mark.parametrize("name", [*SUPPORTED, "DPMSolverMultistepScheduler:use_karras_sigmas=true", "GMSScheduler", TELEPORT])
+KARRAS = "DPMSolverMultistepScheduler:use_karras_sigmas=true"
+
+
+@pytest.mark.parametrize("name", [*SUPPORTED, KARRAS, "GMSScheduler", "SMDScheduler", TELEPORT])
 def test_every_scheduler_runs_with_the_shift_of_a_model(name):
     """It is used by the schedulers that can, and by no other."""
     scheduler = make_scheduler(name, OURS)
