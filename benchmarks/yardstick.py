@@ -34,6 +34,7 @@ SCHEDULERS = {
     "UniPC": "UniPCMultistepScheduler",
     "Euler ancestral": "EulerAncestralDiscreteScheduler",
     "Heun": "HeunDiscreteScheduler",
+    "SMD": "SMDScheduler",
     "GMS": "GMSScheduler",
     "GMS, two moments": "GMSScheduler:num_moments=2",
     "GMS, a component for the picture": "GMSScheduler:choose_per_image=true",

@@ -21,6 +21,7 @@ from .network import Start, denoiser
 
 SCHEDULERS = {
     "DDPM": "DDPMScheduler",
+    "SMD": "SMDScheduler",
     "DDIM": "DDIMScheduler",
     "UniPC": "UniPCMultistepScheduler",
     "SDE-DPM-Solver++": "DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++",

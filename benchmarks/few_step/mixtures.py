@@ -40,7 +40,10 @@ ENERGY_DRAWS = 2
 
 
 class Mixture(Method):
-    """Base class: the network, its sampling (DDPM's posterior with a draw of x_0), and the energy score."""
+    """Base class: the network, its sampling, and the energy score."""
+
+    scheduler = "DDPM"
+    """Name in SCHEDULERS (gaussian.py)."""
 
     def __init__(self, start: Start, settings: Any) -> None:
         super().__init__(start, settings)
@@ -91,7 +94,7 @@ class Mixture(Method):
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.velocity(network, x, t, labels, 1, generator)
 
-        return run_scheduler("DDPM", predict, noise, steps, generator, first)
+        return run_scheduler(self.scheduler, predict, noise, steps, generator, first)
 
 
 def mixture(start: Start, fitted: bool) -> SMDUNet2DModel:
@@ -173,6 +176,8 @@ class DistillationSettings:
     energy_first: float = 0.0
     """Fraction of the images, at the start, that are used for training with the energy score (FIRST_DRAWS draws, exponent
     FIRST_BETA)."""
+    scheduler: str = "DDPM"
+    """Name in SCHEDULERS (gaussian.py)."""
     separate_schedules: bool = False
     """Whether the learning rate warms up and cools down in each of the two parts by itself."""
 
@@ -197,6 +202,7 @@ class PosteriorDistillation(Mixture):
         about = DistillationConfig(
             views=settings.views, adversarial_weight=settings.adversarial, marginal_above=settings.marginal_above or None
         )
+        self.scheduler = settings.scheduler
         self.teacher = copy.deepcopy(start.unet).eval().requires_grad_(False)
         self.critic = make_critic(self.teacher, about).train()
         self.distillation_losses = DistillationLosses(self.process, "v_prediction", about)

@@ -76,6 +76,8 @@ class ExtendedUNet2DModel(Backbone):
         unet = self.unet
         if image_embeds is not None:
             raise ValueError("image_embeds: expected None, this model is not conditioned on embeddings")
+        if class_labels is not None and unet.class_embedding is None:
+            raise ValueError("class_labels: expected None, this model has num_classes=None")
         embedding = unet.time_embedding(unet.time_proj(timestep.expand(len(sample))).to(sample.dtype))
         if unet.class_embedding is not None:
             embedding = embedding + unet.class_embedding(null_labels(self, sample) if class_labels is None else class_labels)

@@ -49,7 +49,9 @@ def read_conditions(
             raise ValueError(f"class_labels: expected class numbers or names, found {class_labels!r}") from error
         if labels.ndim != 1:
             raise ValueError(f"class_labels: expected a class number for each image, such as [0, 1], found {class_labels!r}")
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
+        if not labels.numel():
+            raise ValueError("class_labels: expected at least one, found none")
+        if not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
             raise ValueError(f"class_labels: expected 0 to {classes} ({classes} is the null class), found {labels.tolist()}")
         labels = labels.to(device)
     if image_embeds is not None:

@@ -34,7 +34,7 @@ class SMDScheduler(DDPMScheduler):
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, prediction_type, timestep_spacing,
         steps_offset, clip_sample, clip_sample_range, rescale_betas_zero_snr: as in DDPMScheduler.
         stochasticity: p, 0 or more.
-        stochastic_above: noise level sigma = s_t / a_t from which on it is p; 1 below.
+        stochastic_above: noise level sigma = s_t / a_t of x_t from which on p is the stochasticity; below, p = 1.
     """
 
     @register_to_config
@@ -51,8 +51,8 @@ class SMDScheduler(DDPMScheduler):
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         rescale_betas_zero_snr: bool = False,
-        stochasticity: float = 2.0,
-        stochastic_above: float = 0.0,
+        stochasticity: float = 4.0,
+        stochastic_above: float = 2.5,
     ) -> None:
         for name, value in (("stochasticity", stochasticity), ("stochastic_above", stochastic_above)):
             if not value >= 0.0:

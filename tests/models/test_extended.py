@@ -84,3 +84,11 @@ def test_the_activation_of_the_time_embedding_is_kept(tmp_path):
 def test_copies_with_a_null_class_keep_the_mode_of_the_network():
     for copied in (with_null_class(gaussian(dropout=0.3), 4), widened(gaussian(dropout=0.3), outputs=1)):
         assert not copied.training
+
+
+def test_an_unconditional_model_refuses_labels(tmp_path):
+    gaussian(num_class_embeds=None).save_pretrained(tmp_path)
+    model, (x, t, labels, eta) = ExtendedUNet2DModel.from_unet(tmp_path, **MIXTURE), inputs()
+    assert model(x, t, None, eta).sample.shape == x.shape
+    with pytest.raises(ValueError, match="class_labels: expected None, this model has num_classes=None"):
+        model(x, t, labels, eta)

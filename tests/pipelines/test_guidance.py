@@ -94,6 +94,8 @@ def test_invalid_conditions_are_refused(pipeline):
         pipeline([3])
     with pytest.raises(ValueError, match=r"class_labels: expected a class number for each image, such as \[0, 1\], found 1"):
         pipeline(1)
+    with pytest.raises(ValueError, match="class_labels: expected at least one, found none"):
+        pipeline([])
     with pytest.raises(ValueError, match=r"class_labels: expected class numbers or names, found \[None\]"):
         pipeline([None])
     with pytest.raises(ValueError, match=r"class_labels: expected class numbers or names, found \[0.7\]"):
