@@ -161,7 +161,7 @@ print(json.dumps([light, known, networks, SMDPipeline.__module__, ldm_smd.__all_
     light, known, networks_read_settings, home, names, heavy_now, version = json.loads(python(program))
     assert light == [] and not networks_read_settings and heavy_now and set(names) <= set(known)
     assert home == "ldm_smd.pipelines.smd"
-    assert {"SMDPipeline", "SMDUNet2DModel", "ExtendedUNet2DModel", "GMSScheduler", "SMDScheduler", "TeleportScheduler"} <= set(names)
+    assert {"SMDPipeline", "SMDUNet2DModel", "ExtendedUNet2DModel", "SMDScheduler", "TeleportScheduler"} <= set(names)
     assert version
 
 

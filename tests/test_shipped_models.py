@@ -54,7 +54,7 @@ def test_a_shipped_pipeline_agrees_with_its_training_config(name, unet, training
     assert (folder / "training_scheduler").resolve() == (folder / "scheduler").resolve()
     assert settings(pipeline.training_scheduler) == settings(pipeline.scheduler)
     assert is_mixture(pipeline.unet) == (config.model.z_channels > 0)
-    assert pipeline.config.timestep_shift == (4.0 if pixels == 256 else 1.0)
+    assert pipeline.config.timestep_shift == (1.0 if pixels == 64 else 3.0 if is_mixture(pipeline.unet) else 4.0)
 
 
 def test_the_shipped_guide_is_a_weaker_model_of_the_same_latents_and_classes():
