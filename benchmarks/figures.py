@@ -1,7 +1,7 @@
 """Makes the figures of README and docs: docs/figures/* and docs/pictures.jpg. Numbers come from benchmarks/results.
 
 python benchmarks/figures.py                      # all figures, some minutes on a CPU core
-python benchmarks/figures.py few-steps images   # some of: ring, architecture, few-steps, strip, images
+python benchmarks/figures.py few-steps pictures # some of: ring, architecture, few-steps, strip, pictures
 """
 
 from __future__ import annotations
