@@ -82,7 +82,7 @@ class SMDScheduler(DDPMScheduler):
             power = torch.where(s_t / a_t >= self.config.stochastic_above, self.config.stochasticity, 1.0)
             kept = (a_t * s_s / (s_t * a_s)) ** power
             fresh = randn_tensor(x_t.shape, generator, x_t.device, x_t.dtype)
-            drawn = a_s * x0 + s_s * (kept * (x_t - a_t * x0) / s_t + (1.0 - kept**2).sqrt() * fresh)
+            drawn = a_s * x0 + s_s * (kept * (x_t - a_t * x0) / s_t + (1.0 - kept**2).clamp_min(0.0).sqrt() * fresh)
         drawn = drawn.to(sample.dtype)
         if not return_dict:
             return drawn, x0
