@@ -23,12 +23,11 @@ from ..models.hub import FILES, HUB_ID, SCHEDULER, SHARDS
 from ..models.moments import MomentHeads
 from ..models.registry import DENOISERS, EXTENDED
 from ..models.unet import SMDUNet2DModel
-from ..schedulers import GMSScheduler, SMDScheduler, TeleportScheduler
+from ..schedulers import CUSTOM
 from ..schedulers.support import without_learned_variance
 from .smd import SMDPipeline
 
-SCHEDULERS = (GMSScheduler, SMDScheduler, TeleportScheduler)
-for cls in (SMDUNet2DModel, *EXTENDED.values(), MomentHeads, LatentGaussians, *SCHEDULERS):
+for cls in (SMDUNet2DModel, *EXTENDED.values(), MomentHeads, LatentGaussians, *CUSTOM):
     # diffusers refuses hub pipelines with components from libraries that it does not know. It looks up the base class in the
     # module of the component, and lets any class of that base replace it in from_pretrained.
     base = SchedulerMixin if issubclass(cls, SchedulerMixin) else ModelMixin

@@ -9,6 +9,8 @@ from .teleport import TeleportScheduler
 
 __all__ = ["GMSScheduler", "SMDScheduler", "TeleportScheduler", "make_scheduler"]
 
+CUSTOM = (GMSScheduler, SMDScheduler, TeleportScheduler)
+
 
 def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
     """Make the scheduler ``name``, a class of diffusers or of this package, with the noise schedule of ``current``.
@@ -16,5 +18,4 @@ def make_scheduler(name: str, current: SchedulerMixin) -> SchedulerMixin:
     Settings may follow the name: DPMSolverMultistepScheduler:algorithm_type=sde-dpmsolver++,solver_order=2.
     Raises UserError for an unknown class or setting.
     """
-    custom = {each.__name__: each for each in (GMSScheduler, SMDScheduler, TeleportScheduler)}
-    return scheduler_from(name, current.config, custom)
+    return scheduler_from(name, current.config, {each.__name__: each for each in CUSTOM})

@@ -17,6 +17,7 @@ from ldm_smd.schedulers.support import SUPPORTED, warn_once
 from ldm_smd.schedulers.timesteps import begin_run, step_options, usable_shift
 
 OURS = build_scheduler(DiffusionConfig())
+KARRAS = "DPMSolverMultistepScheduler:use_karras_sigmas=true"
 TELEPORT = "TeleportScheduler:scheduler=LMSDiscreteScheduler"
 
 
@@ -68,9 +69,6 @@ def test_many_shifted_steps_have_different_timesteps(steps, shift):
     """Where the shift makes them equal, they are consecutive."""
     timesteps = begin_run(make_scheduler("DDPMScheduler", OURS), steps, shift=shift)
     assert (timesteps.diff() < 0).all() and timesteps[0] <= 999 and timesteps[-1] >= 0
-
-
-KARRAS = "DPMSolverMultistepScheduler:use_karras_sigmas=true"
 
 
 @pytest.mark.parametrize("name", [*SUPPORTED, KARRAS, "GMSScheduler", "SMDScheduler", TELEPORT])
