@@ -104,7 +104,10 @@ class Distilled:
                 with torch.set_grad_enabled(model_learns):
                     x = model(x_t, t, eta=eta, return_dict=False, **labels)[0].float()
                     x = reduce(x, "(b m) ... -> b ...", "mean", m=repeats)  # gradients for all draws
-                return distillation_losses.losses(teacher, critic, x, noise, x_t, t, t, noise, labels)
+                given = (x, noise, x_t, t, t, noise, labels)
+                if not model_learns:
+                    return distillation_losses.critic_losses(critic, *given)
+                return distillation_losses.losses(teacher, critic, *given)
 
             with FlopCounterMode(display=False) as counter:
                 for number in range(settings.critic_updates):

@@ -20,7 +20,7 @@ from ..diffusion.two_views import draw_second_timesteps
 from .critics import Conditions, make_critic
 from .distillation_losses import DistillationLosses, critic_objective
 from .run import Run
-from .step import compare_draws, draw_rows, gradients_exchanged, micro_batches, model_conditions, trained_model
+from .step import compare_draws, draw_rows, gradients_exchanged, micro_batches, model_conditions, rows_of_process, trained_model
 from .step_noise import SECOND_VIEW, SIMULATION, StepNoise, step_seed
 from .teacher import draw_with_pure_noise, load_teacher, load_teacher_guide
 from .trained import TrainedNetwork, adamw
@@ -34,13 +34,16 @@ class TwoViews(StepNoise):
     """Attributes:
     r: timesteps of the second view, (B,).
     second_eps: its noise, (B, C, h, w).
-    simulated: whether x_t is from the mixture's own sampling, (B,).
-    first: the pure noise that it starts from, (B, C, h, w).
+    chosen: whether x_t is to be from the mixture's own sampling, (B,). On the CPU, so that their number is known without a wait
+        for the device.
+    simulated: whether it is, (B,): where chosen, unless x_t is pure noise.
+    first: the pure noise that the sampling starts from, (B, C, h, w).
     etas, noises: the random numbers of its steps, (B, S, C, h, w). S is the same for all images.
     """
 
     r: torch.Tensor
     second_eps: torch.Tensor
+    chosen: torch.Tensor
     simulated: torch.Tensor
     first: torch.Tensor
     etas: torch.Tensor
@@ -97,35 +100,36 @@ class Distillation:
         for rows, last in micro_batches(size, run.config.micro_batches):
             with gradients_exchanged(run.accelerator, learning, last):
                 losses = self.losses(batch.rows(*rows), noise.rows(*rows), "model" in names)
-                objectives = {"model": losses["loss"], "critic": critic_objective(losses)}
                 for name in names:
-                    run.accelerator.backward(objectives[name].sum() / size)
+                    objective = losses["loss"] if name == "model" else critic_objective(losses)
+                    run.accelerator.backward(objective.sum() / size)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().sum() / size
         return totals
 
     def losses(self, batch: LatentBatch, noise: TwoViews, model_learns: bool = True) -> dict[str, torch.Tensor]:
-        """Compute ``DistillationLosses.losses``. The mixture has no gradients unless ``model_learns``."""
+        """Compute ``DistillationLosses.losses``, or ``critic_losses`` unless ``model_learns``."""
         run, path = self.run, self.process
         prediction_type, t = run.config.diffusion.predicts, noise.t
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
         conditions = model_conditions(run, batch, noise, self.model.network.config.num_classes)
         x_t = path.noise(x0, noise.eps, t)
         if run.config.objective.distillation.backward_simulation_fraction > 0:
-            x_t = torch.where(noise.simulated.view(-1, 1, 1, 1), self.simulated(noise, conditions), x_t)
+            rows, own = self.sampled(noise, conditions)
+            x_t = torch.where(noise.simulated.view(-1, 1, 1, 1), x_t.index_copy(0, rows, own), x_t)
         eta = rearrange(noise.eta, "b m ... -> (b m) ...")
         with run.accelerator.autocast(), torch.set_grad_enabled(model_learns):
             prediction = self.model.forward(x_t, t, eta=eta, return_dict=False, **conditions)[0].float()
         predictions = rearrange(prediction, "(b m) ... -> b m ...", b=len(x0))
         x = path.to_x0(predictions[:, 0], x_t, t, prediction_type)
 
+        given = (x, x0, x_t, t, noise.r, noise.second_eps, conditions, self.critic.forward, noise.simulated)
         with run.accelerator.autocast():
-            networks, second = (self.teacher, self.critic.network), (noise.r, noise.second_eps)
-            losses = self.distillation_losses.losses(
-                *networks, x, x0, x_t, t, *second, conditions, self.critic.forward, noise.simulated
-            )
+            if not model_learns:
+                return self.distillation_losses.critic_losses(self.critic.network, *given)
+            losses = self.distillation_losses.losses(self.teacher, self.critic.network, *given)
         weight = run.config.objective.distillation.energy_weight
-        if weight > 0 and model_learns:
+        if weight > 0:
             target = path.target(x0, noise.eps, t, prediction_type)
             score = compare_draws("energy", run.config, path, predictions, target, t)
             # Draws of marginal views may depend on the noise in x_t. The score would forbid that.
@@ -134,16 +138,22 @@ class Distillation:
         return losses
 
     @torch.no_grad()
-    def simulated(self, noise: TwoViews, conditions: Conditions) -> torch.Tensor:
-        """Sample x_t with the mixture."""
+    def sampled(self, noise: TwoViews, conditions: Conditions) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sample x_t of the chosen images with the mixture. Returns their rows, (N,), and x_t, (N, C, h, w)."""
+        chosen = noise.chosen.nonzero()[:, 0]
+        if not len(chosen):  # other processes may have chosen images, and FSDP's wait for one another in each evaluation
+            chosen = torch.zeros(1, dtype=torch.long)
+        rows = chosen.to(noise.t.device, non_blocking=True)
+        given = {name: value if value is None else value[rows] for name, value in conditions.items()}
         predicts = self.run.config.diffusion.predicts
 
         def draw(x: torch.Tensor, t: torch.Tensor, eta: torch.Tensor) -> torch.Tensor:
             with self.run.accelerator.autocast():
-                prediction = self.model.forward(x, t, eta=eta, return_dict=False, **conditions)[0].float()
+                prediction = self.model.forward(x, t, eta=eta, return_dict=False, **given)[0].float()
             return self.process.to_x0(prediction, x, t, predicts)
 
-        return simulate_backward(draw, self.process, noise.first, noise.t, noise.etas, noise.noises, noise.etas.shape[1])
+        numbers = noise.first[rows], noise.t[rows], noise.etas[rows], noise.noises[rows]
+        return rows, simulate_backward(draw, self.process, *numbers, noise.etas.shape[1])
 
     def draw(self, batch: LatentBatch, images_seen: int, number: int = 0) -> TwoViews:
         """Draw the random numbers for this process. ``number`` gives an independent set for every critic update; 0 is for the
@@ -163,11 +173,18 @@ class Distillation:
 
         def simulation(generator: torch.Generator, count: int) -> list[torch.Tensor]:
             options: dict[str, Any] = {"generator": generator, "device": generator.device}
-            chosen = torch.rand(count, **options) < fraction
-            first, etas, noises = (torch.randn((count, *size, *shape), **options) for size in ((), (steps,), (steps,)))
-            return [chosen, first, etas, noises]
+            return [torch.randn((count, *size, *shape), **options) for size in ((), (steps,), (steps,))]
 
         r, second_eps = draw_rows(run, batch, (images_seen, number, SECOND_VIEW), second)
-        chosen, first, etas, noises = draw_rows(run, batch, (images_seen, number, SIMULATION), simulation)
-        simulated = chosen & (noise.t < self.process.last)
-        return TwoViews(**vars(noise), r=r, second_eps=second_eps, simulated=simulated, first=first, etas=etas, noises=noises)
+        first, etas, noises = draw_rows(run, batch, (images_seen, number, SIMULATION), simulation)
+        chosen = evenly_spaced(fraction, rows_of_process(run, batch))
+        simulated = chosen.to(noise.t.device, non_blocking=True) & (noise.t < self.process.last)
+        return TwoViews(
+            **vars(noise), r=r, second_eps=second_eps, chosen=chosen, simulated=simulated, first=first, etas=etas, noises=noises
+        )
+
+
+def evenly_spaced(fraction: float, rows: range) -> torch.Tensor:
+    """Choose a fraction of all rows, as evenly as possible; returns which of ``rows`` are chosen, on the CPU."""
+    counts = (torch.arange(rows.start, rows.stop + 1, dtype=torch.float64) * fraction).floor()
+    return counts.diff() > 0

@@ -122,9 +122,15 @@ def draw_rows(
     draw: Callable[[torch.Generator, int], Iterable[torch.Tensor]],
 ) -> list[torch.Tensor]:
     """Draw random numbers for this process's rows of the batch of all processes. ``seed`` follows that of the run."""
-    accelerator, size = run.accelerator, len(batch.labels)
-    start, count = accelerator.process_index * size, accelerator.num_processes * size
-    return draw_in_blocks(slice(start, start + size), count, (run.config.seed, *seed), accelerator.device, draw)
+    accelerator, rows = run.accelerator, rows_of_process(run, batch)
+    count = accelerator.num_processes * len(rows)
+    return draw_in_blocks(rows, count, (run.config.seed, *seed), accelerator.device, draw)
+
+
+def rows_of_process(run: Run, batch: LatentBatch) -> range:
+    """Return which rows of the batch of all processes are this process's."""
+    size = len(batch.labels)
+    return range(size * run.accelerator.process_index, size * (run.accelerator.process_index + 1))
 
 
 @contextmanager

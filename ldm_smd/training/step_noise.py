@@ -69,7 +69,7 @@ def draw_step_noise(
 
 
 def draw_in_blocks(
-    rows: slice,
+    rows: range,
     count: int,
     seed: Sequence[int],
     device: torch.device,

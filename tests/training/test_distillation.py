@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm_smd.autoencoder import sample_latents
 from ldm_smd.errors import UserError
 from ldm_smd.training.checkpoint import checkpoints
-from ldm_smd.training.distillation import Distillation
+from ldm_smd.training.distillation import Distillation, evenly_spaced
 from ldm_smd.training.loop import train
 from ldm_smd.training.metrics_log import read_metrics
 from ldm_smd.training.step import Denoising
@@ -177,16 +178,26 @@ def test_simulated_images_are_from_the_own_sampling_and_have_marginal_views(lear
         found.setdefault(noise.etas.shape[1], noise)
     assert found.keys() == {1, 2, 4}
     noise = found[1]
-    assert 0 < noise.simulated.sum() < len(noise.t) and not (noise.simulated & (noise.t == learner.process.last)).any()
+    noise.drop_label[:] = False
+    assert noise.chosen.tolist() == [False, True] * 4
+    assert torch.equal(noise.simulated, noise.chosen & (noise.t < learner.process.last)) and noise.simulated.any()
 
+    rows, x_t = learner.sampled(noise, {"class_labels": batch.labels})
+    assert rows.tolist() == [1, 3, 5, 7]
+    first, eta, t = noise.first[rows], noise.etas[rows, 0], noise.t[rows]
     with torch.no_grad():
-        x_t = learner.simulated(noise, {"class_labels": batch.labels})
-        predicted = learner.model.network(noise.first, 999, batch.labels, eta=noise.etas[:, 0], return_dict=False)[0]
-    last = torch.full_like(noise.t, 999)
-    mean, variance = learner.process.posterior(
-        noise.first, learner.process.to_x0(predicted, noise.first, last, "v_prediction"), last, noise.t
-    )
-    assert torch.allclose(x_t, mean + variance.clamp_min(0).sqrt() * noise.noises[:, 0], atol=1e-5)
+        predicted = learner.model.network(first, 999, batch.labels[rows], eta=eta, return_dict=False)[0]
+    last = torch.full_like(t, 999)
+    mean, variance = learner.process.posterior(first, learner.process.to_x0(predicted, first, last, "v_prediction"), last, t)
+    assert torch.allclose(x_t, mean + variance.clamp_min(0).sqrt() * noise.noises[rows, 0], atol=1e-5)
+
+    seen = []
+    losses.losses = lambda *given: seen.append(given[4]) or {"loss": torch.zeros(8)}
+    learner.losses(batch, noise)
+    [given] = seen
+    assert torch.equal(given[noise.simulated], x_t[noise.simulated[rows]])
+    x0 = learner.run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
+    assert torch.equal(given[~noise.simulated], learner.process.noise(x0, noise.eps, noise.t)[~noise.simulated])
 
     t, simulated = torch.tensor([200, 200, 800]), torch.tensor([False, True, False])
     x, x_t, eps, other = torch.randn(4, 3, 4, 8, 8).unbind()
@@ -202,6 +213,26 @@ def test_simulated_images_are_from_the_own_sampling_and_have_marginal_views(lear
     assert not torch.equal(first[0][0], second[0][0])
     embeds = first[1]["image_embeds"]
     assert torch.equal(embeds[0], embeds[1]) and not torch.equal(embeds[1], embeds[2])
+
+
+def test_images_of_the_own_sampling_are_spaced_evenly_over_all_processes():
+    """A process without any samples one image anyway, because FSDP's processes wait for one another."""
+    for fraction, count in ((0.0, 0), (0.3, 9), (0.5, 16), (1.0, 32)):
+        parts = [evenly_spaced(fraction, range(start, start + 4)) for start in range(0, 32, 4)]
+        assert torch.equal(torch.cat(parts), evenly_spaced(fraction, range(32))) and torch.cat(parts).sum() == count
+        assert max(map(sum, parts)) - min(map(sum, parts)) <= 1
+
+
+def test_a_process_without_chosen_images_samples_one(learner):
+    learner = learner(SIMULATED)
+    batch = learner.run.batches().batch_at(0)
+    noise = learner.draw(batch, 0)
+    noise.chosen[:] = noise.simulated[:] = False
+    rows, x_t = learner.sampled(noise, {"class_labels": batch.labels})
+    assert rows.tolist() == [0] and len(x_t) == 1
+    kept = learner.losses(batch, noise)
+    noise.first += 1.0
+    assert torch.equal(learner.losses(batch, noise)["critic_loss"], kept["critic_loss"])
 
 
 def test_the_critic_has_its_own_learning_rate(learner):
@@ -290,7 +321,7 @@ def test_an_energy_score_is_added_to_the_loss(learner):
     found = marginal.losses(batch, noise)["energy_score"]
     assert found[0::2].min() > 0 and not found[1::2].any(), "draws of marginal views have none"
     only_critic = chosen.losses(batch, chosen.draw(batch, 0, 1), model_learns=False)
-    assert "energy_score" not in only_critic
+    assert only_critic.keys() == {"critic_loss"}
     with pytest.raises(UserError, match=r"objective\.draws: expected at least 2 for the energy score, found 1"):
         learner(energy, "objective.draws=1")
 

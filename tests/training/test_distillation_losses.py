@@ -66,6 +66,8 @@ def test_the_losses_compute_their_formulas():
     assert found.keys() == expected.keys()
     assert all(nearly_equal(found[name].detach(), value) for name, value in expected.items())
     assert nearly_equal(gradient, (x - goal) / (32 * s_t)), "the draws move to the goal"
+    alone = losses.critic_losses(denoiser(-0.4, 2.0), x, x0, x_t, t, r, eps, {})
+    assert alone.keys() == {"critic_loss", "logit_loss"} and all(torch.equal(alone[name], found[name]) for name in alone)
     together = critic_objective(found).detach()
     assert nearly_equal(together, expected["critic_loss"] + LOGIT_WEIGHT * expected["logit_loss"])
 

@@ -13,6 +13,8 @@ from ldm_smd.training.loop import train
 from tests.training.results import assert_same_losses, logged
 
 ADVERSARIAL = "objective.distillation.adversarial_weight=0.3"
+SIMULATED = "objective.distillation.backward_simulation_fraction=0.15"
+"""One of eight images. A process with the other half of the batch has none."""
 MICRO_BATCHES = ["micro_batches=2", "objective.distillation.critic_updates=2"]
 SHORT = ["images_total=16", "log_every_images=8"]
 
@@ -22,7 +24,7 @@ def test_two_processes_give_the_losses_of_one(distil, tmp_path, launch):
     """With DDP and with FSDP. All runs share one group of processes, and one FSDP run is resumed."""
 
     def settings(kind, name, *changed):
-        given = [ADVERSARIAL] if "adversarial" in name else []
+        given = [ADVERSARIAL, SIMULATED] if "adversarial" in name else []
         given += MICRO_BATCHES[kind == "one" :] if "micro-batches" in name else []
         return [*SHORT, "checkpoint_every_images=8", *given, f"output={tmp_path / kind / name}", *changed]
 
@@ -70,9 +72,9 @@ def test_a_compiled_model_gives_the_same_losses(distil, tmp_path, monkeypatch):
     """Two backward passes go through the graph of the compiled critic, although torch may free its buffers in the first."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr("torch._functorch.config.donated_buffer", True)
-    train(distil(*SHORT, ADVERSARIAL, f"output={tmp_path / 'plain'}"))
+    train(distil(*SHORT, ADVERSARIAL, SIMULATED, f"output={tmp_path / 'plain'}"))
     assert torch._functorch.config.donated_buffer
-    train(distil(*SHORT, ADVERSARIAL, f"output={tmp_path / 'other'}", "compile=true"))
+    train(distil(*SHORT, ADVERSARIAL, SIMULATED, f"output={tmp_path / 'other'}", "compile=true"))
     assert not torch._functorch.config.donated_buffer
     assert_same_losses(tmp_path / "plain", tmp_path / "other")
 

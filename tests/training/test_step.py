@@ -130,7 +130,7 @@ def test_random_numbers_do_not_depend_on_the_number_of_processes(processes):
     def batch_of(world):
         size = count // world
         parts = [
-            draw_in_blocks(slice(i * size, (i + 1) * size), count, (3, 0), torch.device("cpu"), draw) for i in range(world)
+            draw_in_blocks(range(i * size, (i + 1) * size), count, (3, 0), torch.device("cpu"), draw) for i in range(world)
         ]
         return [torch.cat(values) for values in zip(*parts)]
 
