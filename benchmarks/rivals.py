@@ -38,6 +38,8 @@ from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.schema import check
 
 PARTS = ("check", "costs", "search", "contest", "collect")
+OPTIONAL = ("folder", "gaussian-guided")
+"""Methods that are used only if named."""
 CRITERION_STEPS = ("1", "2", "4", "8")
 """Numbers of steps that the criterion of the search averages over."""
 
@@ -59,7 +61,7 @@ class RivalsConfig:
     held_out: ImagesConfig = field(default_factory=ImagesConfig)
     """Real images that no model was trained on. Samples get their labels."""
     features: list[str] = field(default_factory=lambda: ["checkpoints/classifier", "checkpoints/features-selfsupervised"])
-    methods: list[str] = field(default_factory=lambda: [name for name in METHODS if name != "folder"])
+    methods: list[str] = field(default_factory=lambda: [name for name in METHODS if name not in OPTIONAL])
     settings: list[str] = field(default_factory=list)
     """METHOD.setting=value: settings of the contest, in place of those that the search found."""
     budget: int = 80_000

@@ -3,13 +3,14 @@
 from .adversarial import DDGAN, DMD2
 from .consistency import ECT
 from .flow_maps import AlphaFlow, MeanFlow, Shortcut
-from .gaussian import Gaussian
+from .gaussian import Gaussian, GuidedGaussian
 from .method import Method
 from .mixtures import Energy, EnergyThenDistillation, Folder, PosteriorDistillation, WhiteNoiseDistillation
 from .moment_matching import IMM
 
 METHODS: dict[str, type[Method]] = {
     "gaussian": Gaussian,
+    "gaussian-guided": GuidedGaussian,
     "ect": ECT,
     "meanflow": MeanFlow,
     "alphaflow": AlphaFlow,

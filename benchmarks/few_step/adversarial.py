@@ -46,6 +46,8 @@ class DMD2Settings:
     """Weight of the classifier in the generator's loss."""
     critic_gan: float = 1e-2
     """Weight of the classifier in the critic's loss."""
+    guidance: float = 1.0
+    """Scale of the teacher's classifier-free guidance."""
     steps: int = 4
     """Number of noise levels that the generator is trained at."""
     first: float = 5.0
@@ -70,6 +72,7 @@ class DMD2(Method):
         "critic_rate": [5e-5, 1e-4, 3e-4],
         "critic_updates": [1, 2, 5],
         "gan": [0.0, 3e-3, 3e-2],
+        "guidance": [1.0, 1.5],
         "first": [2.0, 5.0, 80.0],
         "steps": [2, 4, 8],
     }
@@ -101,7 +104,7 @@ class DMD2(Method):
         if trains:
             x_r = a * x + s * torch.randn(x0.shape, **options)
             with torch.no_grad():
-                true = self.teacher.clean(x_r, noise, labels)
+                true = self.teacher.guided(x_r, noise, labels, settings.guidance)
             critic.requires_grad_(False)  # only gradients of its inputs are needed
             own, logit = critic(x_r, noise, labels)
             scale = (drawn - true).abs().flatten(1).mean(dim=1).clamp_min(MIN_SCALE)

@@ -27,6 +27,7 @@ from ldm_smd.evaluation.reconstruction import to_uint8
 from ldm_smd.models.attention import set_attention_backend
 from ldm_smd.models.gaussian import LatentGaussians
 
+from .gaussian import Gaussian
 from .jobs import Job
 from .latents import load_latents
 from .method import Latents, Method, Training, train
@@ -136,13 +137,17 @@ def run_job(job: Job, cost: float, context: JobContext, config: Any, folder: Pat
             network, result["training_seconds"] = trained(method, context.latents, training, folder / f"{job.name}.safetensors")
         network.eval()
         result["steps"] = {}
-        for count in config.start_steps if job.method == "gaussian" else config.steps:
+        for count in config.start_steps if isinstance(method, Gaussian) else config.steps:
+            if count < method.evaluations:
+                continue
             pixels = sample_images(method, network, context, count)
             result["steps"][str(count)] = context.measure(pixels)
             if count in SHEET_STEPS:
                 rows.append(pixels[:SHEET_IMAGES])
         drafts = [] if context.start.gaussians is None else config.draft_steps
         for count in drafts:
+            if count < method.evaluations:
+                continue
             pixels = sample_images(method, network, context, count, config.draft_sigma)
             result.setdefault("steps_from_drafts", {})[str(count)] = context.measure(pixels)
     except (FloatingPointError, ValueError, torch.OutOfMemoryError) as error:

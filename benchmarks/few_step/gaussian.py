@@ -10,6 +10,7 @@ from torch import nn
 
 from ldm_smd.diffusion.process import DiffusionProcess
 from ldm_smd.diffusion.settings import DiffusionConfig
+from ldm_smd.pipelines.guidance import Conditions, guided_prediction
 from ldm_smd.schedulers import make_scheduler
 from ldm_smd.schedulers.schedule import build_scheduler
 from ldm_smd.schedulers.teleport import TeleportScheduler
@@ -33,6 +34,8 @@ class GaussianSettings:
     learning_rate: float = 3e-4
     scheduler: str = "UniPC"
     """A name in SCHEDULERS."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance in sampling. A step then takes two evaluations."""
 
 
 class Gaussian(Method):
@@ -48,6 +51,7 @@ class Gaussian(Method):
         super().__init__(start, settings)
         network = denoiser(start)
         self.process = DiffusionProcess(start.alphas_cumprod)
+        self.evaluations = 1 if settings.guidance == 1.0 else 2
         self.add("model", network, adamw(network, settings.learning_rate))
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
@@ -70,9 +74,20 @@ class Gaussian(Method):
         first: float | None = None,
     ) -> torch.Tensor:
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return network.unet(x, t, labels, return_dict=False)[0]
+            return guided_prediction(network.unet, x, t, Conditions(labels), None, self.settings.guidance)
 
-        return run_scheduler(self.settings.scheduler, predict, noise, steps, generator, first)
+        return run_scheduler(self.settings.scheduler, predict, noise, steps // self.evaluations, generator, first)
+
+
+@dataclass
+class GuidedSettings(GaussianSettings):
+    guidance: float = 1.5
+
+
+class GuidedGaussian(Gaussian):
+    """The same with guidance, under another name: a contest can then have both."""
+
+    Settings = GuidedSettings
 
 
 def run_scheduler(

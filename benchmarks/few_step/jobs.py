@@ -35,6 +35,7 @@ COSTLY = (
     "fitted",
     "energy_first",
     "energy_weight",
+    "guidance",
     "backward_simulation",
 )
 """Settings that change the cost of a step."""

@@ -27,12 +27,14 @@ class Method:
         progress: finished fraction of the training, in [0, 1), set before each step.
         group: number of consecutive rows of a batch with the same label.
         cycle: number of steps after which the work repeats, for timing.
+        evaluations: evaluations of the network in a step of sampling.
     """
 
     Settings: type
     SEARCH: dict[str, list]
     group = 1
     cycle = 1
+    evaluations = 1
 
     def __init__(self, start: Start, settings: Any) -> None:
         self.start, self.settings = start, settings
@@ -78,9 +80,10 @@ class Method:
         generator: torch.Generator,
         first: float | None = None,
     ) -> torch.Tensor:
-        """Sample x_0 (N, C, h, w) with ``steps`` evaluations of ``network``.
+        """Sample x_0 (N, C, h, w).
 
         Args:
+            steps: evaluations of ``network``, at least ``evaluations``.
             noise: standard normal noise of that shape. If ``first`` is given: x_t = a x_0 + s eps with s / a = first.
         """
         raise NotImplementedError

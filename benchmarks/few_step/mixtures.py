@@ -170,6 +170,8 @@ class DistillationSettings:
     backward_simulation: float = 0.0
     """Fraction of the images whose x_t comes from the mixture's own sampling."""
     critic_updates: int = 1
+    guidance: float = 1.0
+    """Scale of the teacher's classifier-free guidance."""
     adversarial: float = 0.0
     energy_weight: float = 0.0
     """Weight of the energy score of ENERGY_DRAWS draws, in addition."""
@@ -200,7 +202,10 @@ class PosteriorDistillation(Mixture):
     def __init__(self, start: Start, settings: DistillationSettings) -> None:
         super().__init__(start, settings)
         about = DistillationConfig(
-            views=settings.views, adversarial_weight=settings.adversarial, marginal_above=settings.marginal_above or None
+            views=settings.views,
+            adversarial_weight=settings.adversarial,
+            marginal_above=settings.marginal_above or None,
+            guidance_scale=settings.guidance,
         )
         self.scheduler = settings.scheduler
         self.teacher = copy.deepcopy(start.unet).eval().requires_grad_(False)

@@ -102,6 +102,13 @@ class Denoiser(nn.Module):
         a, s = levels(sigma)
         return a * x_t[:, : v.shape[1]] - s * v
 
+    def guided(self, x_t: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return x_0 with classifier-free guidance: other + scale (own - other), where ``other`` is without a label."""
+        own = self.clean(x_t, sigma, labels)
+        if scale == 1.0:
+            return own
+        return self.clean(x_t, sigma, torch.full_like(labels, self.unet.config.num_classes)).lerp(own, scale)
+
     def clean_and_features(
         self, x_t: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

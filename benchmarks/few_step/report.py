@@ -17,8 +17,8 @@ NOISE, DRAFTS = "steps", "steps_from_drafts"
 TO_IMAGES, TO_RECONSTRUCTIONS = "frechet", "frechet_reconstructed"
 REFERENCES = {TO_IMAGES: "training images", TO_RECONSTRUCTIONS: "training images that were encoded and decoded"}
 OURS, WHITE, AFTER, START = "distillation", "distillation-iid", "energy-distillation", "Gaussian start"
-TRAINED = "gaussian"
-"""The Gaussian model trained further with the denoising loss, for the same time."""
+TRAINED = "gaussian", "gaussian-guided"
+"""The Gaussian model trained further with the denoising loss, for the same time, and the same with guidance."""
 SHIPPED = "checkpoints/unet-emoji-smd"
 COMPARED_STEPS = (1, 2, 4, 8)
 """Numbers of steps at which methods are compared with the best rival."""
@@ -161,7 +161,7 @@ def targets(content: dict) -> list[dict]:
     rows = rows_of(content["contest"])
     by_name = {row.name: row for row in reversed(rows)}  # the best settings of a method come first
     untrained = [row for row in rows if row.name.startswith(START)]
-    gaussians = [*untrained, *(row for row in rows if row.name == TRAINED)]
+    gaussians = [*untrained, *(row for row in rows if row.name in TRAINED)]
     rivals = [row for row in rows if row.images and row.name not in (OURS, WHITE, AFTER)]
     trained = [name for name in (OURS, AFTER) if name in by_name]
     ours = [name for name in (*trained, SHIPPED) if name in by_name]

@@ -35,8 +35,8 @@ def test_the_planned_memory_of_a_distillation_is_what_it_uses(config, monkeypatc
 
 
 def test_the_planned_operations_of_a_distillation(config):
-    """An adversarial critic learns from twice the images and needs one more backward pass. Another has two updates per step; the
-    additional one needs no teacher."""
+    """An adversarial critic learns from twice the images and needs one more backward pass. Another has two updates per step,
+    and the additional one needs no teacher."""
     base, adversarial, twice = (
         Distilled(partial(unet_of, config), DistillationConfig(**changed))
         for changed in ({}, {"adversarial_weight": 0.3}, {"critic_updates": 2})
