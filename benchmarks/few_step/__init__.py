@@ -2,6 +2,7 @@
 
 from .adversarial import DDGAN, DMD2
 from .consistency import ECT
+from .consistency_first import ConsistencyThenDistillation
 from .flow_maps import AlphaFlow, MeanFlow, Shortcut
 from .gaussian import Gaussian, GuidedGaussian
 from .method import Method
@@ -23,4 +24,5 @@ METHODS: dict[str, type[Method]] = {
     "folder": Folder,
     "distillation-iid": WhiteNoiseDistillation,
     "energy-distillation": EnergyThenDistillation,
+    "consistency-distillation": ConsistencyThenDistillation,
 }

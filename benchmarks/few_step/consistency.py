@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Generator, nn
 
 from .method import Method, column, squares
 from .network import Start, denoiser, levels, resample
 
+Clean = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(x_t, sigma (N,)) -> x_0."""
 MAX_SIGMA = 80.0
 NODE_RANGE = {1: 1.0, 2: 1.0, 4: 3.5, 8: 8.0, 16: 14.0}
 """Ratio of the outermost inner sigma to the middle one, for each number of steps."""
@@ -35,6 +38,36 @@ class ECTSettings:
     """Sigma of the second of two steps, or the middle sigma of more steps."""
 
 
+def consistency_loss(
+    clean: Clean, x0: torch.Tensor, settings: ECTSettings, progress: float, generator: Generator
+) -> torch.Tensor:
+    """Return the mean loss of ECT for a batch. ``progress`` is the finished fraction of the training."""
+    logarithm = torch.randn(len(x0), generator=generator, device=x0.device)
+    t = (settings.mean + settings.deviation * logarithm).exp()
+    r = lower_level(t, settings.schedule, progress)
+    eps = torch.randn(x0.shape, generator=generator, device=x0.device)
+    with torch.no_grad():
+        target = denoise(clean, x0, eps, r)
+    error = squares(denoise(clean, x0, eps, t) - target)
+    c = max(settings.c, 1e-4)  # the norm has no gradient at 0
+    return (((error + c**2).sqrt() - c) / (t - r)).mean()
+
+
+def lower_level(t: torch.Tensor, schedule: str, progress: float) -> torch.Tensor:
+    """Return r(t) = max(0, t (1 - (1 + 8 sigmoid(-t / 2)) / q^stage))."""
+    q, stages = (int(number) for number in schedule.split(","))
+    stage = 1 + int(progress * stages)
+    decrease = (1 + 8 * torch.sigmoid(-t / 2)) / q**stage
+    return (t * (1 - decrease)).clamp_min(0)
+
+
+def denoise(clean: Clean, x0: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Return D(x_0 + sigma eps, sigma), which is x_0 for sigma = 0."""
+    a, s = levels(sigma)
+    found = clean(a * x0 + s * eps, sigma.clamp_min(1e-4))
+    return torch.where(column(sigma) > 0, found, x0)
+
+
 class ECT(Method):
     """ECT. With the same noise eps at both levels, and the denoiser D of a diffusion model,
 
@@ -54,36 +87,13 @@ class ECT(Method):
     def __init__(self, start: Start, settings: ECTSettings) -> None:
         super().__init__(start, settings)
         network = denoiser(start, smooth=settings.smooth)
-        self.q, self.stages = (int(number) for number in settings.schedule.split(","))
         self.add("model", network, torch.optim.RAdam(network.parameters(), lr=settings.learning_rate))
 
-    def lower_level(self, t: torch.Tensor) -> torch.Tensor:
-        """Return r(t) = max(0, t (1 - (1 + 8 sigmoid(-t / 2)) / q^stage))."""
-        stage = 1 + int(self.progress * self.stages)
-        decrease = (1 + 8 * torch.sigmoid(-t / 2)) / self.q**stage
-        return (t * (1 - decrease)).clamp_min(0)
-
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
-        settings, model = self.settings, self.networks["model"]
-        logarithm = torch.randn(len(x0), generator=generator, device=x0.device)
-        t = (settings.mean + settings.deviation * logarithm).exp()
-        r = self.lower_level(t)
-        eps = torch.randn(x0.shape, generator=generator, device=x0.device)
-        with torch.no_grad():
-            target = self.denoise(model, x0, eps, r, labels)
-        error = squares(self.denoise(model, x0, eps, t, labels) - target)
-        c = max(settings.c, 1e-4)  # the norm has no gradient at 0
-        loss = (((error + c**2).sqrt() - c) / (t - r)).mean()
+        model = self.networks["model"]
+        loss = consistency_loss(lambda x, sigma: model.clean(x, sigma, labels), x0, self.settings, self.progress, generator)
         self.descend("model", loss, rate)
         return {"loss": loss.detach()}
-
-    def denoise(
-        self, model: nn.Module, x0: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """Return D(x_0 + sigma eps, sigma), which is x_0 for sigma = 0."""
-        a, s = levels(sigma)
-        found = model.clean(a * x0 + s * eps, sigma.clamp_min(1e-4), labels)
-        return torch.where(column(sigma) > 0, found, x0)
 
     def nodes(self, steps: int) -> torch.Tensor:
         """Return the sigmas of the steps: the largest one, then a geometric sequence around the middle one."""

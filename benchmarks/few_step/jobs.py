@@ -34,6 +34,7 @@ COSTLY = (
     "adversarial",
     "fitted",
     "energy_first",
+    "consistency_first",
     "energy_weight",
     "guidance",
     "backward_simulation",

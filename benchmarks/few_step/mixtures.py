@@ -215,9 +215,13 @@ class PosteriorDistillation(Mixture):
         self.add("critic", self.critic, adamw(self.critic, settings.critic_rate, momentum=MOMENTUM))
 
     @property
+    def first(self) -> float:
+        """Fraction of the images, at the start, that another objective is trained on."""
+        return self.settings.energy_first
+
+    @property
     def parts(self) -> list[tuple[float, float]]:
-        first = self.settings.energy_first
-        return [(0.0, first), (first, 1.0)] if 0 < first < 1 else super().parts
+        return [(0.0, self.first), (self.first, 1.0)] if 0 < self.first < 1 else super().parts
 
     @property
     def schedule(self) -> tuple[float, float]:
@@ -226,8 +230,8 @@ class PosteriorDistillation(Mixture):
         return next(part for part in reversed(self.parts) if part[0] <= self.progress)
 
     def step(self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float) -> dict[str, torch.Tensor]:
-        if self.progress < self.settings.energy_first:
-            return self.energy_step(x0, labels, generator, rate, FIRST_DRAWS, FIRST_BETA)
+        if self.progress < self.first:
+            return self.first_step(x0, labels, generator, rate)
         own = self.settings.learning_rate
         for _ in range(self.settings.critic_updates - 1):
             self.descend("critic", critic_objective(self.losses(x0, labels, generator, False)).mean(), rate)
@@ -235,6 +239,11 @@ class PosteriorDistillation(Mixture):
         self.descend("model", losses["loss"].mean(), rate * (self.settings.distillation_rate or own) / own)
         self.descend("critic", critic_objective(losses).mean(), rate)
         return {name: value.detach().mean() for name, value in losses.items()}
+
+    def first_step(
+        self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, rate: float
+    ) -> dict[str, torch.Tensor]:
+        return self.energy_step(x0, labels, generator, rate, FIRST_DRAWS, FIRST_BETA)
 
     def losses(
         self, x0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, model_learns: bool

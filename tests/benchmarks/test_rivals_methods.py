@@ -4,6 +4,7 @@ import few_step.flow_maps as flow_maps
 import pytest
 import torch
 from few_step.adversarial import trained_levels
+from few_step.consistency import consistency_loss, denoise, lower_level
 from few_step.jobs import Job
 from few_step.moment_matching import kernel_loss, transition
 from few_step.network import Critic, denoiser, levels, trailing
@@ -95,14 +96,25 @@ def test_alpha_falls_from_one_to_its_minimum(start):
 
 
 def test_consistency_target_without_noise_is_the_image(start):
-    method = Job("ect", {"schedule": "2, 8"}).make(start)
-    assert method.lower_level(torch.tensor([1e-3, 0.1]))[0] == 0  # training begins with denoising
+    network, schedule = denoiser(start), "2, 8"
+    assert lower_level(torch.tensor([1e-3, 0.1]), schedule, 0.0)[0] == 0  # training begins with denoising
     x0, labels = batch()
-    found = method.denoise(method.networks["model"], x0, torch.randn(x0.shape), torch.zeros(8), labels)
+    found = denoise(lambda x, sigma: network.clean(x, sigma, labels), x0, torch.randn(x0.shape), torch.zeros(8))
     torch.testing.assert_close(found, x0)
-    method.progress = 0.99
     t = torch.tensor([0.5, 5.0, 50.0])
-    assert (method.lower_level(t) / t > 0.95).all()
+    assert (lower_level(t, schedule, 0.99) / t > 0.95).all()
+
+
+def test_a_mixture_begins_with_the_consistency_loss_of_its_gaussian_model(start):
+    """Its eta has no effect yet."""
+    x0, labels = batch()
+    method = Job("consistency-distillation").make(start)
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(x0.shape, generator=generator)  # eta
+    network = denoiser(start, smooth=True)
+    expected = consistency_loss(lambda x, sigma: network.clean(x, sigma, labels), x0, method.consistency, 0.0, generator)
+    found = method.first_step(x0, labels, torch.Generator().manual_seed(0), 1.0)["loss"]
+    torch.testing.assert_close(found, expected.detach())
 
 
 def test_kernel_loss_of_equal_distributions_is_the_bias_of_the_v_statistic():
