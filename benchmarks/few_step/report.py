@@ -41,6 +41,7 @@ class Row:
     Attributes:
         name: the method, the folder of a model from elsewhere, or the scheduler of the initial Gaussian model.
         images: cost of the training, in images of the denoising loss; 0 if nothing was trained for the contest.
+        title: the name and, if it has several rows, the settings that they do not share.
     """
 
     def __init__(self, results: list[dict]) -> None:
@@ -50,6 +51,7 @@ class Row:
         if not self.images:
             from_folder = self.name == "folder"
             self.name = self.settings["folder"] if from_folder else f"{START}, {self.settings.get('scheduler', 'UniPC')}"
+        self.title = self.name
 
     def values(self, start: str, steps: int | str, cell: Cell) -> list[float]:
         return [cell(each[start][str(steps)]) for each in self.results if str(steps) in each.get(start, {})]
@@ -74,7 +76,12 @@ def rows_of(results: list[dict]) -> list[Row]:
         if not result.get("failed"):
             key = f"{result['method']} {json.dumps(result['settings'], sort_keys=True)} {result['images']}"
             groups.setdefault(key, []).append(result)
-    return [Row(group) for group in groups.values()]
+    rows = [Row(group) for group in groups.values()]
+    for row in rows:
+        named = [other.settings for other in rows if other.name == row.name]
+        own = {name: value for name, value in row.settings.items() if any(other.get(name) != value for other in named)}
+        row.title = ", ".join([row.name, *(f"{name}={value}" for name, value in own.items())])
+    return rows
 
 
 def networks_of(rows: list[Row]) -> list[str]:
@@ -123,7 +130,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def about(row: Row) -> list[str]:
     trained = f"{row.results[0]['trained_images']:,}" if row.images else ""
-    return [row.name, f"{row.cost:.2f}" if row.images else "", trained, str(len(row.results)) if row.images else ""]
+    return [row.title, f"{row.cost:.2f}" if row.images else "", trained, str(len(row.results)) if row.images else ""]
 
 
 def settings_text(row: Row) -> str:
@@ -146,7 +153,7 @@ def diversity(rows: list[Row], networks: list[str]) -> list[str]:
         head += [f"recall ({start})", "coverage", "copies"]
     found = []
     for row in rows:
-        cells = [row.name]
+        cells = [row.title]
         for start, steps in ((NOISE, 4), (DRAFTS, 1)):
             recall = " / ".join(row.text(start, steps, of_network(network, "recall")) for network in networks)
             coverage = row.text(start, steps, of_network(networks[0], "coverage"))
@@ -243,7 +250,7 @@ def draw(content: dict, path: Path) -> None:
                 if counts:
                     values = [row.values(start, n, cell) for n in counts]
                     spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
-                    label = row.name if start == NOISE else None
+                    label = row.title if start == NOISE else None
                     means = [statistics.mean(each) for each in values]
                     axis.errorbar(counts, means, spread, label=label, ls=style, color=colour, marker=".", lw=width)
         axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Frechet distance", title=network)

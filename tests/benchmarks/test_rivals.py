@@ -10,7 +10,7 @@ from few_step import known
 from few_step.jobs import read_settings, searched
 from few_step.mixtures import mixture
 from few_step.network import start_from
-from few_step.report import targets
+from few_step.report import rows_of, targets
 from rivals import RivalsConfig
 
 from ldm_smd.errors import UserError
@@ -118,3 +118,11 @@ def test_a_method_must_be_well_ahead_at_three_of_four_numbers_of_steps():
     found = {each["name"]: each["measured"] for each in targets({"contest": [start, ours, *rivals]})}
     assert found["energy-distillation, 4 steps / Gaussian at any, `one`, noise"] == 0.445
     assert found["energy-distillation, 4 steps / Gaussian at any, `one`, to reconstructions, noise"] == 0.26
+
+
+def test_rows_of_one_method_have_the_settings_that_they_do_not_share():
+    def result(method, **settings):
+        return {"method": method, "settings": settings, "images": 8, "cost": 1.0}
+
+    results = [result("dmd2", gan=0.0), result("dmd2", gan=0.0, guidance=1.5), result("ect", c=1.0), result("ect", c=1.0)]
+    assert [row.title for row in rows_of(results)] == ["dmd2", "dmd2, guidance=1.5", "ect"]
