@@ -38,7 +38,7 @@ from ldm_smd.data.settings import ImagesConfig
 from ldm_smd.schema import check
 
 PARTS = ("check", "costs", "search", "contest", "collect")
-OPTIONAL = ("folder", "gaussian-guided")
+OPTIONAL = ("folder", "gaussian-guided", "consistency-distillation")
 """Methods that are used only if named."""
 CRITERION_STEPS = ("1", "2", "4", "8")
 """Numbers of steps that the criterion of the search averages over."""
