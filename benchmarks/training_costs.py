@@ -104,10 +104,8 @@ class Distilled:
                 with torch.set_grad_enabled(model_learns):
                     x = model(x_t, t, eta=eta, return_dict=False, **labels)[0].float()
                     x = reduce(x, "(b m) ... -> b ...", "mean", m=repeats)  # gradients for all draws
-                given = (x, noise, x_t, t, t, noise, labels)
-                if not model_learns:
-                    return distillation_losses.critic_losses(critic, *given)
-                return distillation_losses.losses(teacher, critic, *given)
+                networks = (teacher if model_learns else None), critic
+                return distillation_losses.losses(*networks, x, noise, x_t, t, t, noise, labels)
 
             with FlopCounterMode(display=False) as counter:
                 for number in range(settings.critic_updates):

@@ -262,10 +262,9 @@ class PosteriorDistillation(Mixture):
             velocities = self.velocity(self.model, x_t, t, labels, draws, generator)
             x = self.process.to_x0(velocities[::draws], x_t, t, "v_prediction")
         r = draw_second_timesteps(self.process, len(x0), self.settings.second_view_shift, generator)
-        given = (x, x0, x_t, t, r, torch.randn(x0.shape, **options), {"class_labels": labels})
-        if not model_learns:
-            return self.distillation_losses.critic_losses(self.critic, *given, simulated=simulated)
-        losses = self.distillation_losses.losses(self.teacher, self.critic, *given, simulated=simulated)
+        second = torch.randn(x0.shape, **options)
+        networks, given = (self.teacher if model_learns else None, self.critic), {"class_labels": labels}
+        losses = self.distillation_losses.losses(*networks, x, x0, x_t, t, r, second, given, simulated=simulated)
         if weight > 0:
             score = self.energy_score(velocities, x0, eps, t, 1.0) * ~self.distillation_losses.is_marginal(t, simulated)
             losses["loss"] = losses["loss"] + weight * score

@@ -108,7 +108,7 @@ class Distillation:
         return totals
 
     def losses(self, batch: LatentBatch, noise: TwoViews, model_learns: bool = True) -> dict[str, torch.Tensor]:
-        """Compute ``DistillationLosses.losses``, or ``critic_losses`` unless ``model_learns``."""
+        """Compute ``DistillationLosses.losses``: those of the critic alone, unless ``model_learns``."""
         run, path = self.run, self.process
         prediction_type, t = run.config.diffusion.predicts, noise.t
         x0 = run.autoencoder.normalise(sample_latents(batch.moments, noise=noise.posterior))
@@ -123,13 +123,14 @@ class Distillation:
         predictions = rearrange(prediction, "(b m) ... -> b m ...", b=len(x0))
         x = path.to_x0(predictions[:, 0], x_t, t, prediction_type)
 
-        given = (x, x0, x_t, t, noise.r, noise.second_eps, conditions, self.critic.forward, noise.simulated)
         with run.accelerator.autocast():
-            if not model_learns:
-                return self.distillation_losses.critic_losses(self.critic.network, *given)
-            losses = self.distillation_losses.losses(self.teacher, self.critic.network, *given)
+            networks = (self.teacher if model_learns else None), self.critic.network
+            second = noise.r, noise.second_eps
+            losses = self.distillation_losses.losses(
+                *networks, x, x0, x_t, t, *second, conditions, self.critic.forward, noise.simulated
+            )
         weight = run.config.objective.distillation.energy_weight
-        if weight > 0:
+        if weight > 0 and model_learns:
             target = path.target(x0, noise.eps, t, prediction_type)
             score = compare_draws("energy", run.config, path, predictions, target, t)
             # Draws of marginal views may depend on the noise in x_t. The score would forbid that.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +23,6 @@ from .critics import Conditions, with_first_view
 SMALLEST = 1e-4
 LOGIT_WEIGHT = 0.1
 """Weight of the logit's loss in the critic's objective, relative to the denoising loss."""
-
-
-@dataclass
-class Criticism:
-    """What the critic says of draws.
-
-    Attributes:
-        view, u: what it denoises, (B, C, h, w), and the timestep of that, (B,).
-        x0: its x_0.
-        logit, true_logit: its logits for the draws and for true x_0, (B,); None without an adversarial weight.
-    """
-
-    view: torch.Tensor
-    u: torch.Tensor
-    x0: torch.Tensor
-    logit: torch.Tensor | None = None
-    true_logit: torch.Tensor | None = None
 
 
 @dataclass
@@ -74,7 +56,7 @@ class DistillationLosses:
 
     def losses(
         self,
-        teacher: ModelMixin,
+        teacher: ModelMixin | None,
         critic: ModelMixin,
         x: torch.Tensor,
         x0: torch.Tensor,
@@ -88,64 +70,25 @@ class DistillationLosses:
     ) -> dict[str, torch.Tensor]:
         """Compute the losses per image, each (B,).
 
-        Returns ``loss`` of the mixture, those of ``critic_losses``, and ``teacher_loss``, of the teacher as a denoiser of the
-        same views.
+        Returns ``critic_loss`` of the critic as a denoiser and, with an adversarial weight, ``logit_loss``;
+        ``critic_objective`` combines them. With a teacher, also ``loss`` of the mixture, and ``teacher_loss`` of the teacher
+        on the same inputs.
 
         Args:
-            teacher, critic: denoisers; the critic from ``make_critic``.
-            x: draws of the mixture for x_t, (B, C, h, w), with their graph.
+            teacher, critic: denoisers; the critic from ``make_critic``. No teacher: the losses of the critic alone.
+            x: draws of the mixture for x_t, (B, C, h, w), with their graph if there is a teacher.
             x0: clean latents of x_t.
             r, second_eps: timesteps (B,) and noise of the second view.
             forward: the critic as wrapped by DDP, FSDP or torch.compile; None for the critic itself.
             simulated: whether x_t is from the mixture's own sampling, not made from ``x0``, (B,). None: nowhere.
         """
-        path, weight = self.path, self.settings.adversarial_weight
-        drawn = x.detach().requires_grad_(weight > 0)
-        found = self.criticism(critic, drawn, x0, x_t, t, r, second_eps, conditions, forward, simulated)
-        with torch.no_grad():
-            given = Given(conditions.get("class_labels"), conditions.get("image_embeds"))
-            prediction = guided_prediction(teacher, found.view, found.u, given, None, self.settings.guidance_scale, self.guide)
-            true = path.to_x0(prediction.float(), found.view.detach(), found.u, self.prediction_type)
-
-        scale = (drawn.detach() - true).abs().flatten(1).mean(dim=1).clamp_min(SMALLEST).view(-1, 1, 1, 1)
-        goal = drawn.detach() - (found.x0.detach() - true) / scale
-        if found.logit is not None:
-            (slope,) = torch.autograd.grad(found.logit.sum(), drawn, retain_graph=True)
-            size = self.mean_over_processes(slope.abs().mean()).clamp_min(SMALLEST**2)
-            goal = goal + weight * torch.sigmoid(-found.logit.detach()).view(-1, 1, 1, 1) * slope / size
-        # Gradients with respect to the prediction are of one size at every t.
-        per_prediction = x0_per_prediction(self.prediction_type, *path.signal_and_noise(t, t)).abs()
-        loss = 0.5 / per_prediction * (x - goal).square().flatten(1).mean(dim=1)
-        teacher_loss = self.denoising_loss(true, drawn.detach(), found)
-        return {"loss": loss, "teacher_loss": teacher_loss} | self.losses_of_critic(found, drawn.detach())
-
-    def critic_losses(self, critic: ModelMixin, x: torch.Tensor, *rest: Any, **options: Any) -> dict[str, torch.Tensor]:
-        """Compute the losses of the critic alone, each (B,), for draws without a graph. The teacher is not needed.
-
-        Returns ``critic_loss``, of the critic as a denoiser, and with an adversarial weight ``logit_loss``.
-        ``critic_objective`` combines them. The arguments are those of ``losses`` from ``critic`` on.
-        """
-        return self.losses_of_critic(self.criticism(critic, x, *rest, **options), x)
-
-    def criticism(
-        self,
-        critic: ModelMixin,
-        drawn: torch.Tensor,
-        x0: torch.Tensor,
-        x_t: torch.Tensor,
-        t: torch.Tensor,
-        r: torch.Tensor,
-        second_eps: torch.Tensor,
-        conditions: Conditions,
-        forward: nn.Module | None = None,
-        simulated: torch.Tensor | None = None,
-    ) -> Criticism:
-        """Evaluate the critic for draws and, with an adversarial weight, for x_0. The arguments are those of ``losses``."""
-        channels, marginal = drawn.shape[1], self.is_marginal(t, simulated)
+        path, weight, channels = self.path, self.settings.adversarial_weight, x.shape[1]
+        marginal = self.is_marginal(t, simulated)
+        drawn = x.detach().requires_grad_(weight > 0 and teacher is not None)
         view, u = self.view(drawn, x_t, t, r, second_eps, marginal)
         inputs_of = partial(self.critic_inputs, critic, x_t=x_t, t=t, conditions=conditions, marginal=marginal)
         inputs, known = inputs_of(view)
-        if self.settings.adversarial_weight > 0:
+        if weight > 0:
             true_view = self.view(x0, x_t, t, r, second_eps, marginal)[0]
             inputs = torch.cat((inputs, inputs_of(true_view)[0]))
             known = {
@@ -154,21 +97,30 @@ class DistillationLosses:
         labels, embeds = known.get("class_labels"), known.get("image_embeds")
         levels = u.repeat(len(inputs) // len(u))
         output = predict_all(critic, inputs, levels, labels, image_embeds=embeds, forward=forward).float()
-        own = self.path.to_x0(output[: len(drawn), :channels], view, u, self.prediction_type)
-        if self.settings.adversarial_weight == 0:
-            return Criticism(view, u, own)
-        return Criticism(view, u, own, *output[:, channels:].mean(dim=(1, 2, 3)).chunk(2))
-
-    def losses_of_critic(self, found: Criticism, drawn: torch.Tensor) -> dict[str, torch.Tensor]:
-        losses = {"critic_loss": self.denoising_loss(found.x0, drawn, found)}
-        if found.logit is None or found.true_logit is None:
+        own = path.to_x0(output[: len(x), :channels], view, u, self.prediction_type)
+        gain = x0_per_prediction(self.prediction_type, *path.signal_and_noise(u, view))
+        losses = {"critic_loss": ((own - drawn.detach()) / gain).square().flatten(1).mean(dim=1)}
+        if weight > 0:
+            drawn_logit, true_logit = output[:, channels:].mean(dim=(1, 2, 3)).chunk(2)
+            losses["logit_loss"] = F.softplus(drawn_logit) + F.softplus(-true_logit)
+        if teacher is None:
             return losses
-        return losses | {"logit_loss": F.softplus(found.logit) + F.softplus(-found.true_logit)}
 
-    def denoising_loss(self, x0: torch.Tensor, drawn: torch.Tensor, found: Criticism) -> torch.Tensor:
-        """Return the squared error of the prediction that gives x_0 at the view, (B,)."""
-        gain = x0_per_prediction(self.prediction_type, *self.path.signal_and_noise(found.u, found.view))
-        return ((x0 - drawn) / gain).square().flatten(1).mean(dim=1)
+        with torch.no_grad():
+            given = Given(conditions.get("class_labels"), conditions.get("image_embeds"))
+            prediction = guided_prediction(teacher, view, u, given, None, self.settings.guidance_scale, self.guide)
+            true = path.to_x0(prediction.float(), view.detach(), u, self.prediction_type)
+        teacher_loss = ((true - drawn.detach()) / gain).square().flatten(1).mean(dim=1)
+        scale = (drawn.detach() - true).abs().flatten(1).mean(dim=1).clamp_min(SMALLEST).view(-1, 1, 1, 1)
+        goal = drawn.detach() - (own.detach() - true) / scale
+        if weight > 0:
+            (slope,) = torch.autograd.grad(drawn_logit.sum(), drawn, retain_graph=True)
+            size = self.mean_over_processes(slope.abs().mean()).clamp_min(SMALLEST**2)
+            goal = goal + weight * torch.sigmoid(-drawn_logit.detach()).view(-1, 1, 1, 1) * slope / size
+        # Gradients with respect to the prediction are of one size at every t.
+        per_prediction = x0_per_prediction(self.prediction_type, *path.signal_and_noise(t, t)).abs()
+        loss = 0.5 / per_prediction * (x - goal).square().flatten(1).mean(dim=1)
+        return {"loss": loss, "teacher_loss": teacher_loss} | losses
 
     def view(
         self,
