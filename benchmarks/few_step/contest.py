@@ -137,17 +137,14 @@ def run_job(job: Job, cost: float, context: JobContext, config: Any, folder: Pat
             network, result["training_seconds"] = trained(method, context.latents, training, folder / f"{job.name}.safetensors")
         network.eval()
         result["steps"] = {}
-        for count in config.start_steps if isinstance(method, Gaussian) else config.steps:
-            if count < method.evaluations:
-                continue
+        counts = config.start_steps if isinstance(method, Gaussian) else config.steps
+        for count in (count for count in counts if count >= method.evaluations):
             pixels = sample_images(method, network, context, count)
             result["steps"][str(count)] = context.measure(pixels)
             if count in SHEET_STEPS:
                 rows.append(pixels[:SHEET_IMAGES])
         drafts = [] if context.start.gaussians is None else config.draft_steps
-        for count in drafts:
-            if count < method.evaluations:
-                continue
+        for count in (count for count in drafts if count >= method.evaluations):
             pixels = sample_images(method, network, context, count, config.draft_sigma)
             result.setdefault("steps_from_drafts", {})[str(count)] = context.measure(pixels)
     except (FloatingPointError, ValueError, torch.OutOfMemoryError) as error:
